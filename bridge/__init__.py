@@ -1,0 +1,1 @@
+"""bridge: circuits of a weight-sparse transformer as explanations of a dense one."""

@@ -1,0 +1,281 @@
+"""Bridges, and the Coupling of a dense model, a sparse model and a bridge at every site (Gao et al. 2025, section 2.3).
+
+    f_i(h) = AbsTopK(W_f (h - mu_i) / sigma_i + b_f)          encoder, dense residual -> sparse residual
+    g_i(x) = (W_g x + b_g) sigma_i + mu_i                     decoder, sparse residual -> dense residual
+
+mu_i and sigma_i are the mean and the scale of the dense residual at site i over a first batch. They are constants, so both maps
+stay affine; they make one learning rate serve sites whose residuals differ in size by orders of magnitude.
+
+Hybrid passes are runs in which one model's residual enters the other: `dense_to_sparse` and `sparse_to_dense`.
+
+A coupling is saved as a folder: `coupling.json` (recipe, and which dense model) and a safetensors file in which sparse weights
+are stored by their nonzeros. The dense model is not in it: it is found again by its name, or beside the folder by its relative
+path, and held to the fingerprint of the weights that were coupled.
+
+Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bridge.checkpoint import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
+from bridge.dense import DenseModel, load_dense
+from bridge.kernels import abs_top_k
+from bridge.recipe import Recipe, RecipeError, resolve
+from bridge.residual import Enter
+from bridge.sparse import SparseTransformer
+
+FORMAT = 1
+
+
+class Bridge(nn.Module):
+    """The pair of linear maps at one site."""
+
+    mean_d: Tensor
+    scale: Tensor
+
+    def __init__(self, dense_width: int, sparse_width: int, keep: float, *, seed: int = 0) -> None:
+        super().__init__()
+        self.keep = keep
+        self.encoder = nn.Linear(dense_width, sparse_width)
+        self.decoder = nn.Linear(sparse_width, dense_width)
+        self.register_buffer("mean_d", torch.zeros(dense_width))
+        self.register_buffer("scale", torch.ones(()))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # decoder = transpose of an orthonormal encoder: what goes over comes back
+            long, short = max(dense_width, sparse_width), min(dense_width, sparse_width)
+            frame = torch.linalg.qr(torch.randn(long, short, generator=generator)).Q
+            self.encoder.weight.copy_(frame if sparse_width >= dense_width else frame.T)
+            self.decoder.weight.copy_(self.encoder.weight.T)
+            self.encoder.bias.zero_()
+            self.decoder.bias.zero_()
+
+    def encode(self, h_btd: Tensor) -> Tensor:
+        """f_i: x_bts of a dense residual."""
+        scaled_btd = (h_btd - self.mean_d) / self.scale
+        x_bts = self.encoder(scaled_btd)
+        return abs_top_k(x_bts, max(1, round(self.keep * x_bts.shape[-1]))).to(scaled_btd.dtype)
+
+    def decode(self, x_bts: Tensor) -> Tensor:
+        """g_i: h_btd of a sparse residual."""
+        return self.decoder(x_bts).to(self.scale.dtype) * self.scale + self.mean_d
+
+    def decode_change(self, change_bts: Tensor) -> Tensor:
+        """The change of g_i(x) for a change of x: the linear part of the decoder."""
+        return F.linear(change_bts, self.decoder.weight) * self.scale
+
+
+class Bridges(nn.Module):
+    """A bridge at every site."""
+
+    def __init__(self, n_sites: int, dense_width: int, sparse_width: int, keep: float, *, seed: int = 0) -> None:
+        super().__init__()
+        # one seed for all: the sites start out speaking of the same sparse basis, as the residual stream does
+        self.at_site = nn.ModuleList(Bridge(dense_width, sparse_width, keep, seed=seed) for _ in range(n_sites))
+
+    def __getitem__(self, site: int) -> Bridge:
+        bridge = self.at_site[site]
+        assert isinstance(bridge, Bridge)
+        return bridge
+
+    def __len__(self) -> int:
+        return len(self.at_site)
+
+    @torch.no_grad()
+    def calibrate(self, residuals: Sequence[Tensor]) -> None:
+        """Set mu and sigma of every site from dense residuals h_btd, without the first position, where outliers sit."""
+        for site, h_btd in enumerate(residuals):
+            later_btd = h_btd[:, 1:].float() if h_btd.shape[1] > 1 else h_btd.float()
+            mean_d = later_btd.mean((0, 1))
+            self[site].mean_d.copy_(mean_d)
+            self[site].scale.copy_((later_btd - mean_d).square().mean().sqrt().clamp_min(1e-6))
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A dense model, the sparse model that explains it, the bridges between them, and the recipe they were fitted by.
+
+    reference_bt holds some blocks of held-out text, the corpus over which means are taken when a prompt is explained; path is
+    the folder or hub id it was loaded from.
+    """
+
+    dense: DenseModel
+    sparse: SparseTransformer
+    bridges: Bridges
+    recipe: Recipe
+    reference_bt: Tensor | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dense.n_sites == self.sparse.n_sites == len(self.bridges):
+            raise ValueError(
+                f"the dense model has {self.dense.n_sites} sites, the sparse model {self.sparse.n_sites}, and there are "
+                f"{len(self.bridges)} bridges; a coupling needs one bridge at each of the same sites"
+            )
+        if self.dense.vocabulary != self.sparse.vocabulary:
+            raise ValueError(
+                f"the dense model has {self.dense.vocabulary} logits and the sparse model {self.sparse.vocabulary}; they must agree"
+            )
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites, the same in both models."""
+        return self.dense.n_sites
+
+    @property
+    def context(self) -> int:
+        """Most tokens a prompt may have."""
+        return self.sparse.context
+
+    def dense_to_sparse(self, tokens_bt: Tensor, dense_residuals: Sequence[Tensor], site: int) -> Tensor:
+        """logits_btv of the hybrid that is dense until `site` (given its residuals), encoded there, sparse to the end."""
+        return self.sparse.run(tokens_bt, Enter.at(site, self.bridges[site].encode(dense_residuals[site]))).logits_btv
+
+    def sparse_to_dense(self, tokens_bt: Tensor, sparse_residuals: Sequence[Tensor], site: int) -> Tensor:
+        """logits_btv of the hybrid that is sparse until `site` (given its residuals), decoded there, dense to the end."""
+        return self.dense.run(tokens_bt, Enter.at(site, self.bridges[site].decode(sparse_residuals[site]))).logits_btv
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the coupling to a folder, with a model card. Raises CheckpointError where that fails; nothing is half-written."""
+        packed = self.sparse.sparse_weights()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.sparse.named_parameters():
+            key = f"sparse.{name}"
+            tensors |= pack_nonzeros(key, parameter) if name in packed else {key: parameter}
+        tensors |= {f"bridges.{name}": tensor for name, tensor in self.bridges.state_dict().items()}
+        if self.reference_bt is not None:
+            tensors["reference_bt"] = self.reference_bt.to(torch.int32)
+        write_folder(path, "coupling", tensors, {"format": FORMAT, "recipe": self.recipe.model_dump(), "dense": self._dense(path)})
+        (Path(path) / "README.md").write_text(self._card(Path(path).name), encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu") -> Coupling:
+        """Load a coupling from a folder or a hub id, and its dense model (or take `dense`: a name, a live model, a DenseModel).
+
+        Raises CheckpointError where files are missing or damaged, or the dense model is not the one that was coupled.
+        """
+        folder = _folder(path)
+        tensors, facts = read_folder(folder, "coupling")
+        try:
+            recipe, known = resolve(facts["recipe"]), facts["dense"]
+            context, kinds = recipe.data.context, tuple(known["sublayers"])
+            fingerprint, vocabulary, width = known["fingerprint"], known["vocabulary"], known["width"]
+        except (KeyError, TypeError, RecipeError) as error:
+            raise CheckpointError(f"{str(folder)!r} is not a coupling this version of bridge reads ({error}); fit it again") from None
+        if not isinstance(dense, DenseModel):
+            dense = load_dense(
+                _locate(folder, known) if dense is None else dense,
+                tokenizer=tokenizer,
+                adapter=recipe.adapter if dense is None else None,
+                revision=recipe.revision if dense is None else None,
+                device=device,
+            )
+        if dense.fingerprint() != fingerprint:
+            raise CheckpointError(
+                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({known['name']!r}, weights "
+                f"{fingerprint[:12]}, found {dense.fingerprint()[:12]}); pass that model, or fit again"
+            )
+        sparse = SparseTransformer(recipe.sparse, kinds, vocabulary, context or 1)
+        bridges = Bridges(dense.n_sites, width, sparse.width, recipe.sparse.keep)
+        state = {}
+        for name, parameter in sparse.named_parameters():
+            key = f"sparse.{name}"
+            if name in sparse.sparse_weights():
+                state[name] = unpack_nonzeros(key, tensors, parameter.shape[1])
+            elif key in tensors:
+                state[name] = tensors[key]
+        prefix = "bridges."
+        try:
+            sparse.load_state_dict(state)
+            bridges.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        except RuntimeError:
+            raise CheckpointError(f"the tensors of {str(folder)!r} do not fit its recipe; fetch or fit it again") from None
+        sparse.requires_grad_(False).eval()
+        bridges.requires_grad_(False).eval()
+        reference_bt = tensors.get("reference_bt")
+        return Coupling(
+            dense, sparse.to(device), bridges.to(device), recipe, None if reference_bt is None else reference_bt.long(), str(path)
+        )
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the coupling as a model repository on the Hugging Face hub; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / repo.split("/")[-1]
+            self.save_pretrained(target)
+            api = HfApi(token=token)
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=target)
+        return str(address)
+
+    def _dense(self, path: str | Path) -> dict[str, Any]:
+        dense = self.dense
+        here = Path(dense.name)
+        return {
+            "name": dense.name,
+            "beside": os.path.relpath(here, path) if here.is_dir() else None,
+            "revision": dense.revision,
+            "fingerprint": dense.fingerprint(),
+            "sublayers": list(dense.sublayers),
+            "vocabulary": dense.vocabulary,
+            "width": dense.width,
+            "parity": dense.parity.largest,
+        }
+
+    def _card(self, title: str) -> str:
+        sparse = self.sparse
+        return f"""---
+library_name: bridge
+tags: [interpretability, sparse, circuits]
+---
+# {title}
+
+A weight-sparse transformer coupled to the dense model `{self.dense.name}` by a linear bridge at each of its {self.n_sites} sites
+(Gao et al. 2025, arXiv 2511.13653, section 2.3): {len(sparse.blocks)} blocks of width {sparse.width}, of whose weights
+{sparse.achieved_l0():.2%} are nonzero. `coupling.json` holds the recipe; `eval.json`, where present, how faithful it is.
+
+    import bridge
+    coupling = bridge.load("{title}")
+    print(bridge.explain(coupling, "some prompt"))
+"""
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder itself, or that of a hub id once fetched."""
+    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise CheckpointError(f"{str(path)!r} is neither a folder here nor to be had from the hub ({type(error).__name__})") from None
+
+
+def _locate(folder: Path, known: dict[str, Any]) -> str:
+    """Where the dense model is now: beside the folder as it was when saved, else by its name."""
+    beside = known.get("beside")
+    if beside and (folder / beside).is_dir():
+        return os.path.normpath(folder / beside)
+    return str(known["name"])
+
+
+def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:
+    """An untrained coupling of the recipe's shape; the recipe's width and context must be resolved for the dense model."""
+    assert recipe.data.context is not None
+    shape = recipe.sparse
+    sparse = SparseTransformer(shape, dense.sublayers, dense.vocabulary, recipe.data.context, seed=recipe.seed)
+    bridges = Bridges(dense.n_sites, dense.width, sparse.width, shape.keep, seed=recipe.seed)
+    return Coupling(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)

@@ -1,0 +1,139 @@
+"""Tensors and facts in a folder: safetensors and JSON, written atomically, checked when read.
+
+A folder holds one JSON file and one safetensors file. The JSON is written last and names the tensor file with its SHA-256, and a
+tensor file is named by its content, so at any moment, kills and full disks included, the JSON on disk describes a complete file
+beside it. Reading checks the digest; what does not match is refused, never repaired.
+
+Sparse matrices are stored by their nonzeros: values, column of each, number in each row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be read or written as a checkpoint, in one line."""
+
+
+def check_new(path: str | Path) -> Path:
+    """The path as one that a new checkpoint may be written to. Raises CheckpointError where something is there already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"--out {str(path)!r} exists and is not empty; name a new folder, or give --resume to continue it")
+    return path
+
+
+def write_folder(path: str | Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write `name.json` with the facts and `name-DIGEST.safetensors` with the tensors, replacing an earlier pair atomically.
+
+    Raises CheckpointError where the disk is full or not writable; the earlier pair is then still there, whole.
+    """
+    path = Path(path)
+    temporary = path / f".{name}.writing"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        earlier = set(path.glob(f"{name}-*.safetensors"))
+        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary)
+        _flush(temporary)
+        digest = _digest(temporary)
+        file = path / f"{name}-{digest[:12]}.safetensors"
+        os.replace(temporary, file)
+        write_json(path / f"{name}.json", {**facts, "tensors": {"file": file.name, "sha256": digest}})
+        for old in earlier - {file}:
+            old.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+
+
+def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a folder written by `write_folder`. Raises CheckpointError where they are missing or damaged."""
+    path = Path(path)
+    if not (path / f"{name}.json").is_file():
+        there = "holds no" if path.is_dir() else "does not exist, so there is no"
+        raise CheckpointError(f"{str(path)!r} {there} {name}.json; name a folder that `bridge fit` wrote")
+    facts = read_json(path / f"{name}.json")
+    try:
+        file, digest = path / facts["tensors"]["file"], facts["tensors"]["sha256"]
+    except (KeyError, TypeError):
+        raise _damaged(path / f"{name}.json", "it names no tensor file") from None
+    if file.parent != path or not file.is_file():
+        raise _damaged(file, "it is missing")
+    if _digest(file) != digest:
+        raise _damaged(file, "its content is not what was written")
+    try:
+        return load_file(file), facts
+    except SafetensorError as error:
+        raise _damaged(file, str(error)) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the earlier one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where the file holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return value
+
+
+def pack_nonzeros(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """A matrix by its nonzeros, as three named vectors: values, columns (16 bits where they suffice), counts per row."""
+    matrix = matrix.detach().cpu()
+    row, column = matrix.nonzero(as_tuple=True)
+    small = matrix.shape[1] <= 1 << 16
+    return {
+        f"{name}.values": matrix[row, column],
+        f"{name}.columns": column.to(torch.uint16 if small else torch.int32),
+        f"{name}.counts": torch.bincount(row, minlength=matrix.shape[0]).to(torch.int32),
+    }
+
+
+def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tensor:
+    """The matrix with that many columns that `pack_nonzeros` packed. Raises CheckpointError where the parts do not fit."""
+    try:
+        values, column, counts = (tensors[f"{name}.{part}"] for part in ("values", "columns", "counts"))
+        row = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+        matrix = torch.zeros(len(counts), columns, dtype=values.dtype)
+        matrix[row, column.long()] = values
+    except (KeyError, IndexError, RuntimeError):
+        raise CheckpointError(f"the checkpoint's nonzeros of {name} are missing or do not fit together; fetch it again") from None
+    return matrix
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint file {str(path)!r} is damaged: {why}; fetch or fit it again")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())

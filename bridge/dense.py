@@ -1,0 +1,640 @@
+"""A Hugging Face causal language model as a ResidualModel: its sites found generically, and checked before anyone relies on them.
+
+Nothing here knows an architecture by name. Loading goes in this order, and each step refuses what the next would get wrong:
+
+1. Blocks. The ModuleList of `num_hidden_layers` modules that the model calls once each, in order, on a residual x_btd. Changing
+   later tokens must not change earlier logits (an encoder loads as a causal model without complaint).
+2. Each block is called alone, on what it was given, with its submodules watched, to find the point between its sublayers:
+   a `reader`, whose input is the residual there, and a `writer`, whose output the block has just added to it,
+       reader's input = x_btd + c * writer's output       (almost everyone; c is 1, or Granite's multiplier), or
+       reader's input = writer's output                   (BLOOM: the writer adds the residual itself).
+   A pair counts only if resuming there reproduces the block's output: x_btd becomes the reader's input, the writer's output zero
+   (or the reader's input). A block without one must be parallel: it adds two outputs, neither of which reads the other.
+3. Parity. The model is resumed at every site from the residual of *another row* and must give that row's logits. (With the
+   row's own residual an injection that silently does nothing would pass; and a model in which something besides the residual
+   carries information past a site must not.)
+
+A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
+enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
+one that enters at the last site replaces the last block's output. What the model computes for a row before it enters is
+overwritten. Zeroing the writer, rather than adding the difference later, keeps an entry exact in every dtype.
+
+Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.residual import EMBEDDING, Enter, Trace, check_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE_ROWS, PROBE_TOKENS = 4, 12
+PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
+
+# Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
+_ONE_AT_A_TIME = threading.RLock()
+_under_way: list[_Run] = []
+
+
+class DenseModelError(ValueError):
+    """A dense model that cannot be loaded or read as sites, in one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How exactly a model resumes: the largest absolute logit error per site, and the tolerance it was held to."""
+
+    errors: tuple[float, ...]
+    tolerance: float
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute logit error over all sites."""
+        return max(self.errors)
+
+
+@dataclass(frozen=True)
+class _Middle:
+    """The point between two sublayers of a block; `sums` where the writer adds the residual to its output itself."""
+
+    reader: nn.Module
+    writer: nn.Module
+    sums: bool
+
+
+@dataclass(frozen=True)
+class _Block:
+    module: nn.Module
+    middle: _Middle | None
+
+
+class DenseModel:
+    """A frozen causal LM as a ResidualModel. Made by `load_dense`, which wires and checks it.
+
+    Not an nn.Module, so that a module that holds one neither trains nor saves it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        revision: str | None,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.revision = model, tokenizer, name, revision
+        text_config = model.config.get_text_config()
+        limits = (getattr(text_config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
+        self.context: int | None = next((limit for limit in limits if isinstance(limit, int)), None)
+        self._fingerprint: str | None = None
+        # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens_bt = _probe_tokens(model, name, self.context)
+            calls, logits_btv = _watch_blocks(model, name, tokens_bt)
+            self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
+            self._blocks = _wire(name, calls)
+            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
+            self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
+            self.parity = _check_parity(self, tokens_bt, logits_btv)
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites: sublayers + 1."""
+        return len(self.sublayers) + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> DenseModel:
+        """Move the model's weights to a device, in place."""
+        nn.Module.to(self.model, device)
+        return self
+
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
+        """Run a batch; rows may enter at any site with a residual of their own, through which gradients flow.
+
+        Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens.
+        """
+        if self.context is not None and tokens_bt.shape[1] > self.context:
+            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
+        if enter is not None:
+            check_sites(enter, self.n_sites)
+            wanted = (*tokens_bt.shape, self.width)
+            if tuple(enter.x_btd.shape) != wanted or len(enter.site_b) != wanted[0]:
+                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
+                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
+        run = _Run(enter, self.n_sites, tokens_bt.device)
+        with _ONE_AT_A_TIME, self._hooked(run):
+            logits_btv = _forward(self.model, tokens_bt)
+        return Trace(logits_btv, tuple(run.residuals[site] for site in range(self.n_sites)))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and fp32 values of the weights: equal fingerprints, equal models."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, weight in sorted(self.model.state_dict().items()):
+                digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+                digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    @contextmanager
+    def _hooked(self, run: _Run) -> Iterator[None]:
+        """The hooks of one run, on the model for as long as it lasts."""
+        site = 0
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                before = partial(run.before_block, site, block.middle is not None)
+                hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
+                site += 1
+                if block.middle is not None:
+                    if run.anyone_enters(site):
+                        after = partial(run.after_writer, site, block.middle.sums)
+                        hooks.enter_context(block.middle.writer.register_forward_hook(after))
+                    reads = partial(run.before_reader, site)
+                    hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
+                    site += 1
+            last = partial(run.after_last, site)
+            hooks.enter_context(self._blocks[-1].module.register_forward_hook(last))
+            _under_way.append(run)
+            hooks.callback(_under_way.pop)
+            yield
+
+
+class _Run:
+    """One run under way: the rows that enter, sorted by site so that those of a site are one slice, and the residuals seen."""
+
+    def __init__(self, enter: Enter | None, n_sites: int, device: torch.device) -> None:
+        self.residuals: dict[int, Tensor] = {}
+        self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
+        if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
+            order_b = torch.argsort(enter.site_b, stable=True)
+            order_b = order_b[int((enter.site_b == EMBEDDING).sum()) :]
+            self._bounds = torch.searchsorted(enter.site_b[order_b], torch.arange(n_sites + 1)).tolist()
+            self._row_b = order_b.to(device, non_blocking=True)
+            self._given_btd = enter.x_btd[self._row_b]
+
+    def anyone_enters(self, site: int) -> bool:
+        """Whether a row enters at a site."""
+        return self._bounds[site] < self._bounds[site + 1]
+
+    def place(self, site: int, x_btd: Tensor) -> Tensor:
+        """x_btd with the rows that enter at the site in place."""
+        if not self.anyone_enters(site):
+            return x_btd
+        here = slice(self._bounds[site], self._bounds[site + 1])
+        return x_btd.index_copy(0, self._row_b[here], self._given_btd[here].to(x_btd.dtype))  # not in place: autograd, records
+
+    def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        given_btd = _first(args, kwargs)
+        x_btd = self.residuals[site] = self.place(site, given_btd)
+        if has_middle:  # what the first sublayer makes of the rows that enter after it is taken back by `after_writer`
+            x_btd = self.place(site + 1, x_btd)
+        return None if x_btd is given_btd else _with_first(args, kwargs, x_btd)
+
+    def after_writer(self, site: int, sums: bool, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        written = _tensor(output)
+        if sums:
+            placed = self.place(site, self._by_row(written))
+        else:
+            here = slice(self._bounds[site], self._bounds[site + 1])
+            placed = self._by_row(written).index_fill(0, self._row_b[here], 0)
+        return _with_tensor(output, placed.reshape(written.shape))
+
+    def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if _under_way[-1] is self:
+            self.residuals[site] = self._by_row(_first(args, kwargs))
+
+    def after_last(self, site: int, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        x_btd = self.residuals[site] = self.place(site, _tensor(output))
+        return None if x_btd is _tensor(output) else _with_tensor(output, x_btd)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """x_btd, also where a model has flattened it to tokens (OPT)."""
+        return x.reshape(self.residuals[0].shape)
+
+
+def load_dense(
+    model: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> DenseModel:
+    """Load a causal LM as a DenseModel: a hub id, a folder, or a live PreTrainedModel (or PeftModel).
+
+    A live model is left exactly as it is, mode, gradients and hooks included: what runs is a frozen twin that shares its
+    weights (`dtype` and `revision` do not apply; the device is the model's own unless given). Where LoRA weights are merged, from
+    `adapter` or a live PeftModel, it is a copy with weights of its own. Raises DenseModelError.
+    """
+    if isinstance(model, (str, Path)):
+        name, live = str(model), False
+        loaded, found_tokenizer = _from_pretrained(name, revision, dtype)
+        tokenizer = found_tokenizer if tokenizer is None else tokenizer
+    else:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
+        live = True
+        merges = adapter is not None or hasattr(model, "merge_and_unload")
+        loaded: Any = copy.deepcopy(model) if merges else _twin(model)
+        if hasattr(loaded, "merge_and_unload"):
+            loaded = _merged(loaded, type(loaded.get_base_model()).__name__)
+        name = type(loaded).__name__
+    if adapter is not None:
+        loaded = _with_adapter(loaded, name, str(adapter))
+    if loaded.config.is_encoder_decoder:
+        raise DenseModelError(f"{_called(name)} is an encoder-decoder model; bridge reads decoder-only causal language models")
+    if not live or device is not None:
+        loaded.to(device or "cpu")
+    loaded.eval().requires_grad_(False)
+    on_hub = not live and not Path(name).is_dir()
+    return DenseModel(loaded, tokenizer, name, getattr(loaded.config, "_commit_hash", None) if on_hub else None)
+
+
+def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer (None where there is none) of a hub id or a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise DenseModelError(f"{_called(name)} is an adapter; give the model it was trained on, and --adapter {name}")
+        if not (folder / "config.json").is_file():
+            raise DenseModelError(f"{_called(name)} has no config.json; give a folder that save_pretrained wrote")
+        if not any(folder.glob("*.safetensors")):
+            raise DenseModelError(f"{_called(name)} has no *.safetensors; other weight files can run code: convert with save_pretrained")
+    elif folder.is_file():
+        raise DenseModelError(f"{_called(name)} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
+    with _quiet():
+        try:
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+            model, info = both
+        except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
+            raise DenseModelError(_why_not_loaded(name, error)) from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise DenseModelError(f"{_called(name)} holds no weights for {missing[0]} ({len(missing)} missing): not a complete causal LM")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        except Exception:  # a model without a tokenizer can still be coupled to token ids
+            tokenizer = None
+    # a folder without tokenizer files can give an empty tokenizer rather than an error
+    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        tokenizer = None
+    return model, tokenizer
+
+
+def _called(name: str) -> str:
+    return f"model {name!r}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    reason = _first_line(error)
+    if "trust_remote_code" in str(error):
+        return f"{_called(name)} needs code from its own repository, which is not run; only architectures within transformers are read"
+    if "Unrecognized configuration class" in reason:
+        return f"{_called(name)} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
+    if Path(name).is_dir():
+        return f"{_called(name)} cannot be loaded: {reason}"
+    if "couldn't connect" in reason or "offline" in reason.lower():
+        return f"{_called(name)} is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached; give a folder"
+    if "Repo id must" in reason or "is not a local folder" in reason:
+        return f"{_called(name)} is neither a folder here nor a model on the Hugging Face hub; give one or the other"
+    return f"{_called(name)} cannot be loaded from the Hugging Face hub: {reason}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they would say is checked here, and said in one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _twin(model: nn.Module) -> Any:
+    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        plain = type(weight) is nn.Parameter  # quantized weights are classes of their own, and never trained
+        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False) if plain else weight
+    return copy.deepcopy(model, shared)
+
+
+def _with_adapter(model: Any, name: str, adapter: str) -> Any:
+    """The model with a PEFT adapter's weights merged into its own."""
+    import warnings
+
+    from peft import PeftModel
+
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise DenseModelError(f"{adapter} has no adapter_model.safetensors; save the adapter with save_pretrained")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # it was trained on another model
+            return _merged(PeftModel.from_pretrained(model, adapter), name)
+    except DenseModelError:
+        raise
+    except Exception as error:
+        reason = _first_line(error)
+        raise DenseModelError(f"adapter {adapter} cannot be put on {name}: {reason}") from error
+
+
+def _merged(model: Any, name: str) -> Any:
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        reason = _first_line(error)
+        raise DenseModelError(f"the adapter of {name} cannot be merged ({reason}); LoRA adapters can") from error
+
+
+# --- 1: blocks
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a submodule while its block was watched: input and output where they have the residual's size."""
+
+    path: str
+    module: nn.Module
+    start: int
+    end: int
+    input_btd: Tensor | None
+    output_btd: Tensor | None
+
+    @property
+    def depth(self) -> int:
+        return self.path.count(".")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one block was given, and what it made of it."""
+
+    block: nn.Module
+    args: tuple
+    kwargs: dict
+    x_btd: Tensor
+    output_btd: Tensor
+
+    def again(self, x_btd: Tensor, replaced: Mapping[nn.Module, Tensor] | None = None) -> tuple[Tensor, list[_Seen]]:
+        """The block's output for a residual, some submodules' outputs replaced, and every submodule that was called once.
+
+        What is seen is cloned: some models add in place (Falcon).
+        """
+        seen: dict[str, list[_Seen]] = {}
+        starts: dict[str, tuple[int, Tensor | None]] = {}
+        ticks = count()
+
+        def residual(x: Any) -> Tensor | None:
+            alike = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == x_btd.shape[-1:]
+            return x.clone().reshape(x_btd.shape) if alike and x.numel() == x_btd.numel() else None
+
+        def begins(path: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+            starts[path] = next(ticks), residual(_first(args, kwargs))
+
+        def ends(path: str, module: nn.Module, _args: tuple, output: Any) -> Any:
+            if replaced and module in replaced:
+                old = _tensor(output)
+                output = _with_tensor(output, replaced[module].clone().reshape(old.shape))
+            start, input_btd = starts[path]
+            seen.setdefault(path, []).append(_Seen(path, module, start, next(ticks), input_btd, residual(_tensor(output))))
+            return output
+
+        with ExitStack() as hooks:
+            for path, module in self.block.named_modules():
+                if path:
+                    hooks.enter_context(module.register_forward_pre_hook(partial(begins, path), with_kwargs=True))
+                    hooks.enter_context(module.register_forward_hook(partial(ends, path)))
+            args, kwargs = _with_first(self.args, self.kwargs, x_btd.clone())
+            output_btd = _tensor(self.block(*args, **kwargs)).clone()
+        return output_btd, [calls[0] for calls in seen.values() if len(calls) == 1]
+
+    def gives(self, output_btd: Tensor) -> bool:
+        """Whether an output is the block's own, to a thousandth of what the block adds (it may be tiny beside the residual)."""
+        return _largest(output_btd - self.output_btd) <= 1e-3 * _largest(self.output_btd - self.x_btd)
+
+
+def _probe_tokens(model: Any, name: str, context: int | None) -> Tensor:
+    """A few rows of random tokens, none of them special."""
+    config = model.config.get_text_config()
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise DenseModelError(f"{_called(name)} has no vocabulary, so it is not a language model; give a decoder-only causal one")
+    special = [value for key, value in config.to_dict().items() if key.endswith("token_id")]
+    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    shape = (PROBE_ROWS, min(PROBE_TOKENS, context or PROBE_TOKENS))
+    picked_bt = torch.randint(len(ordinary), shape, generator=torch.Generator().manual_seed(0))
+    return ordinary[picked_bt].to(next(model.parameters()).device)
+
+
+def _forward(model: Any, tokens_bt: Tensor) -> Tensor:
+    return model(input_ids=tokens_bt, use_cache=False, return_dict=True).logits
+
+
+def _watch_blocks(model: Any, name: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
+    """Every block's call on the probe, and the logits; refuses what is not a causal language model of one stack of blocks."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {path: blocks for path, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks) == depth}
+    calls: dict[nn.Module, list[_Call]] = {block: [] for blocks in lists.values() for block in blocks}
+
+    def watch(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        x, out = given.pop(block, None), _tensor(output)
+        if x is not None and isinstance(out, Tensor) and out.shape == x.shape and x.shape[:-1] == tokens_bt.shape:
+            calls[block].append(_Call(block, args, kwargs, x, out.clone()))
+
+    def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:  # before the block, which may add in place
+        x = _first(args, kwargs)
+        if isinstance(x, Tensor):
+            given[block] = x.clone()
+
+    given: dict[nn.Module, Tensor] = {}
+    with ExitStack() as hooks:
+        for block in calls:
+            hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(watch, with_kwargs=True))
+        try:
+            logits_btv = _forward(model, tokens_bt)
+        except AttributeError as error:
+            raise DenseModelError(f"{_called(name)} gives no logits; load it with its language-model head (...ForCausalLM)") from error
+        except Exception as error:
+            reason = _first_line(error)
+            raise DenseModelError(f"{_called(name)} does not run on tokens alone ({reason}); give a decoder-only causal model") from error
+    if logits_btv.shape[:2] != tokens_bt.shape:
+        raise DenseModelError(f"{_called(name)} gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
+
+    half = tokens_bt.shape[1] // 2
+    later_changed_bt = torch.cat([tokens_bt[:, :half], tokens_bt[:, half:].roll(1, 0)], 1)
+    effect = _largest((_forward(model, later_changed_bt) - logits_btv)[:, :half])
+    if not effect <= 16 * torch.finfo(logits_btv.dtype).eps * _largest(logits_btv):
+        message = f"{_called(name)} is not causal: changing later tokens changes earlier logits by up to {effect:.2g}"
+        raise DenseModelError(f"{message} (an encoder, such as BERT?); give a decoder-only model")
+
+    stacks = [path for path, blocks in lists.items() if all(len(calls[block]) == 1 for block in blocks)]
+    stacks = [path for path in stacks if not any(path.startswith(f"{other}.") for other in stacks)]
+    if len(stacks) != 1:
+        found = f"{len(stacks)} such lists ({', '.join(stacks)})" if stacks else "no such list"
+        wanted = f"a list of its {depth} blocks, each called once on the residual"
+        raise DenseModelError(f"{_called(name)} cannot be read at site 0: that takes {wanted}; found {found}")
+    return [calls[block][0] for block in lists[stacks[0]]], logits_btv
+
+
+# --- 2: the point between the sublayers of a block
+
+
+def _wire(name: str, calls: Sequence[_Call]) -> tuple[_Block, ...]:
+    blocks: list[_Block] = []
+    site = 0
+    for index, call in enumerate(calls):
+        try:
+            output_btd, seen = call.again(call.x_btd)
+        except Exception as error:
+            raise DenseModelError(f"{_called(name)} cannot be read at site {site}: block {index} does not run alone: {error}") from error
+        if not call.gives(output_btd):
+            raise DenseModelError(f"{_called(name)} cannot be read at site {site}: block {index} run alone gives another output")
+        middle = _find_middle(call, seen)
+        if middle is None and not _is_parallel(call, seen):
+            what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
+            raise DenseModelError(f"{_called(name)} cannot be read at site {site + 1}: {what}")
+        blocks.append(_Block(call.block, middle))
+        site += 1 if middle is None else 2
+    return tuple(blocks)
+
+
+def _find_middle(call: _Call, seen: Sequence[_Seen]) -> _Middle | None:
+    """The outermost, earliest reader that has a writer with which the block resumes exactly."""
+    half = call.x_btd.shape[1] // 2
+    earlier_changed_btd = torch.cat([call.x_btd[:, :half].roll(1, 0), call.x_btd[:, half:]], 1)
+    changed = {one.path: one.input_btd for one in call.again(earlier_changed_btd)[1]}
+    for reader in sorted(seen, key=lambda one: (one.depth, one.start)):
+        r_btd, changed_btd = reader.input_btd, changed.get(reader.path)
+        # a first sublayer mixes tokens: the residual after a norm alone can pass for a site of its own (MiniMax)
+        if r_btd is None or changed_btd is None or torch.equal(r_btd[:, half:], changed_btd[:, half:]):
+            continue
+        for writer in sorted(seen, key=lambda one: (one.depth, -one.end)):
+            w_btd = writer.output_btd
+            if w_btd is None or writer.end > reader.start:
+                continue
+            if _is_multiple(r_btd - call.x_btd, w_btd, r_btd):
+                written_btd, sums = torch.zeros_like(w_btd), False
+            elif torch.equal(r_btd, w_btd):
+                written_btd, sums = r_btd, True
+            else:
+                continue
+            if call.gives(call.again(r_btd, {writer.module: written_btd})[0]):
+                return _Middle(reader.module, writer.module, sums)
+    return None
+
+
+def _is_parallel(call: _Call, seen: Sequence[_Seen]) -> bool:
+    """Whether the block adds the outputs of two submodules of which neither changes when the other's is zero.
+
+    That the outputs add up is not enough: so do those of sequential sublayers with no module at the point between them.
+    """
+    wrote = {one.path: one.output_btd for one in sorted(seen, key=lambda one: one.depth) if one.output_btd is not None}
+    modules = {one.path: one.module for one in seen}
+
+    def unmoved(path: str, zeroed: str) -> bool:
+        _, now = call.again(call.x_btd, {modules[zeroed]: torch.zeros_like(wrote[zeroed])})
+        return any(one.path == path and one.output_btd is not None and torch.equal(one.output_btd, wrote[path]) for one in now)
+
+    return any(
+        _is_multiple(call.output_btd - call.x_btd, wrote[a] + wrote[b], call.output_btd) and unmoved(a, b) and unmoved(b, a)
+        for a, b in combinations(wrote, 2)
+        if wrote[a].any() and wrote[b].any()
+    )
+
+
+def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool:
+    """Whether difference = c * w for some c, up to the rounding of the sum that the difference was taken from."""
+    difference, w = difference_btd.double(), w_btd.double()
+    c = (difference * w).sum() / (w * w).sum()
+    rounding = 4 * torch.finfo(sum_btd.dtype).eps * _largest(sum_btd)
+    return bool(c != 0) and _largest(difference - c * w) <= 1e-3 * _largest(difference) + rounding
+
+
+# --- 3: parity
+
+
+def _check_parity(dense: DenseModel, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:
+    """Resume at every site from another row's residual, a few sites in one batch, its first row starting from its tokens."""
+    plain = dense.run(tokens_bt)
+    eps = torch.finfo(logits_btv.dtype).eps
+    tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * _largest(logits_btv)  # half precision: a few roundings of a logit
+    if not (error := _largest(plain.logits_btv - logits_btv)) <= tolerance:
+        raise DenseModelError(f"{_called(dense.name)} gives other logits when its sites are recorded: off by up to {error:.2g}")
+    errors: list[float] = []
+    for first in range(0, dense.n_sites, PROBE_ROWS - 1):
+        sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
+        site_b = torch.tensor([EMBEDDING, *sites, *[EMBEDDING] * (PROBE_ROWS - 1 - len(sites))])
+        other_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # whose logits a row should give
+        x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), other_b.tolist(), strict=True)])
+        error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[other_b]
+        bystander = _largest(error_btv[site_b == EMBEDDING])
+        errors += [max(bystander, _largest(error_tv)) for error_tv in error_btv[site_b != EMBEDDING]]
+    for site, error in enumerate(errors):
+        if not error <= tolerance:
+            reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
+            message = f"{_called(dense.name)} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
+            raise DenseModelError(f"{message} (tolerance {tolerance:.2g}); what it reads later is not all in the residual there")
+    return Parity(tuple(errors), tolerance)
+
+
+def _largest(x: Tensor) -> float:
+    """Largest absolute value; infinite where a value is not a number."""
+    return x.abs().nan_to_num(torch.inf, torch.inf).max().item()
+
+
+# --- what hooks see: a module's first tensor, in or out
+
+
+def _first(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def _with_first(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+    return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
+
+
+def _tensor(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _with_tensor(output: Any, x: Tensor) -> Any:
+    return (x, *output[1:]) if isinstance(output, tuple) else x

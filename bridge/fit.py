@@ -1,0 +1,459 @@
+"""The training loop: recipe -> Coupling.
+
+Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
+RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
+L0. Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last
+saved state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows
+the clock).
+
+A run's folder holds `coupling.json` and its tensors once finished, `training.json` and its tensors while under way, and
+`log.jsonl`, a line per report.
+
+Shape legend: b batch row, t token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bridge.bridges import Coupling, new_coupling
+from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
+from bridge.data import Blocks, load_blocks
+from bridge.dense import DenseModel, load_dense
+from bridge.objective import Objective, draw_splice
+from bridge.recipe import Recipe, RecipeError, n_kept, recipe_values, resolve
+from bridge.sparse import SparseTransformer, annealed_l0
+
+REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
+REFERENCE_ROWS = 64  # held-out blocks that travel with the coupling as the corpus for means
+DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+
+
+class FitError(RuntimeError):
+    """A run that had to stop, in one line that says what to try."""
+
+
+class FitStopped(RuntimeError):
+    """A run that was asked to stop (SIGTERM, Ctrl-C) and saved its state."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: losses by name (means since the last report), the achieved L0, and speed."""
+
+    step: int
+    steps: int | None
+    tokens: int
+    fraction: float
+    losses: dict[str, float]
+    l0: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fit that is ready to start, or to go on: what `train` and `finish` take, made by `prepare`."""
+
+    coupling: Coupling
+    blocks: Blocks
+    accelerator: Accelerator
+    out: Path | None
+    resume: bool
+
+
+def prepare(
+    model: Any,
+    values: dict[str, Any],
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "float32",
+    log_with: str | None = None,
+) -> Run:
+    """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
+
+    With `resume`, what is in `out` goes on by the recipe saved there, of which only the budget may be changed. Raises
+    RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
+    """
+    out = None if out is None else Path(out)
+    resume = resume and out is not None and (out / "training.json").exists()
+    if out is not None and not resume:
+        check_new(out)
+    elif out is not None:
+        saved = read_json(out / "training.json")["recipe"]
+        values = {**saved, **{key: value for key, value in values.items() if key in ("budget", "dense")}}
+    live = not isinstance(model, (str, Path))
+    recipe = resolve({"dense": type(model).__name__ if live else str(model), **values})
+    if dtype not in ("float32", "bfloat16"):
+        raise RecipeError(f"dtype {dtype!r} is not offered; it is float32 or bfloat16 (products only, weights stay float32)")
+    accelerator = _accelerator(device, dtype, log_with, out)
+    dense = load_dense(model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device))
+    recipe = resolve_for(dense, recipe)
+    assert recipe.data.context is not None
+    blocks = load_blocks(
+        recipe.data.source,
+        dense.tokenizer,
+        recipe.data.context,
+        vocabulary=dense.vocabulary,
+        max_tokens=recipe.budget.tokens,
+        seed=recipe.seed,
+        dense=dense.model,
+    )
+    coupling = new_coupling(dense, recipe)
+    return Run(coupling, blocks, accelerator, out, resume)
+
+
+def fit(
+    model: Any,
+    l0: float | None = None,
+    *,
+    tokenizer: Any = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    width: int | None = None,
+    recipe: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    uncoupled: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    log_with: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Coupling:
+    """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
+
+    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. `recipe` is a TOML file of `recipes/`, and
+    `settings` maps its numbers ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
+    """
+    values = recipe_values(
+        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled, seed=seed
+    )
+    run = prepare(
+        model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with
+    )
+    for progress in train(run):
+        if on_progress is not None:
+            on_progress(progress)
+    return finish(run)
+
+
+def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
+    """The recipe with everything that depends on the dense model filled in.
+
+    Raises ValueError where the context is longer than the dense model's.
+    """
+    shape, data = recipe.sparse, recipe.data
+    if shape.width is None:
+        heads = max(1, round(2 * dense.width / shape.head_channels))
+        shape = shape.model_copy(update={"width": heads * shape.head_channels})
+    limit = dense.context or math.inf
+    if data.context is None:
+        data = data.model_copy(update={"context": int(min(128, limit))})
+    elif data.context > limit:
+        raise ValueError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
+    update = {"sparse": shape, "data": data, "dense": dense.name, "revision": dense.revision}
+    return recipe.model_copy(update=update)
+
+
+def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
+    """Bytes a fit takes, roughly: weights, gradient and two moments in float32, and what one step keeps for the backward pass."""
+    assert recipe.sparse.width is not None and recipe.data.context is not None
+    with torch.device("meta"):
+        sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
+    trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
+    frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
+    tokens = recipe.data.rows * recipe.data.context
+    per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
+    return trained * 16 + frozen + tokens * per_token
+
+
+def train(run: Run) -> Iterator[Progress]:
+    """Train a coupling in place to the end of its recipe's budget, yielding Progress every few seconds.
+
+    Raises FitError on NaN or divergence, FitStopped after SIGTERM or Ctrl-C; the last good state is then in `out`.
+    """
+    coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
+    recipe, sparse = coupling.recipe, coupling.sparse
+    budget, rows = recipe.budget, recipe.data.rows
+    assert recipe.data.context is not None
+    if rows % accelerator.num_processes:
+        raise ValueError(f"data.rows {rows} cannot be shared by {accelerator.num_processes} processes; make it a multiple")
+    per_step = rows * recipe.data.context
+    steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
+    torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
+    coupling.bridges.requires_grad_(recipe.losses.coupled)
+    objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
+    optimizer = _Optimizer(coupling)
+    state = _State()
+    if run.resume and out is not None:
+        state = _restore(out, coupling, optimizer)
+    elif recipe.losses.coupled:
+        _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
+    log = _Log(out, accelerator, state.step)
+    began, first_step = time.monotonic(), state.step
+    spent_before = state.seconds
+    last_report = last_save = began
+    sums: dict[str, Tensor] = {}
+    summed = 0
+    share = slice(rows * accelerator.process_index // accelerator.num_processes, rows * (accelerator.process_index + 1) // accelerator.num_processes)  # fmt: skip
+
+    def fraction() -> float:
+        by_steps = state.step / steps if steps else 0.0
+        by_clock = state.seconds / (60 * budget.minutes) if budget.minutes else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+    with _asked_to_stop() as stop:
+        while (done := fraction()) < 1:
+            tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
+            splice = counts = None
+            if recipe.losses.splice == "sampled" and recipe.losses.coupled:
+                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + state.step)
+                whole = draw_splice(rows, coupling.n_sites, recipe.losses, generator)
+                splice = whole.rows(share.start, share.stop)
+                counts = [count / accelerator.num_processes for count in whole.counts()]
+            losses = objective(tokens_bt, splice, counts)
+            accelerator.backward(losses["total"])
+            target_l0 = annealed_l0(_fraction_kept(coupling), done, recipe.sparsity.anneal)
+            finite = optimizer.step(done, target_l0)
+            if not finite or not bool(torch.isfinite(losses["total"])):
+                raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
+            sparse.project(target_l0, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+
+            state.step += 1
+            state.seconds = spent_before + time.monotonic() - began
+            asked = bool(stop)
+            if accelerator.num_processes > 1:  # every process must see the same clock and the same wish to stop
+                shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
+                state.seconds, asked = accelerator.reduce(shared, "mean")[0].item(), bool(accelerator.reduce(shared)[1] > 0)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            summed += 1
+            now = time.monotonic()
+            if now - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
+                means = {name: float(accelerator.reduce(value, "mean")) / summed for name, value in sums.items()}
+                speed = (state.step - first_step) * per_step / max(1e-9, now - began)
+                left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
+                progress = Progress(
+                    state.step, steps, state.step * per_step, fraction(), means, sparse.achieved_l0(), speed, left
+                )
+                log.write(progress)
+                sums, summed, last_report = {}, 0, now
+                yield progress
+                _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
+            if out is not None and accelerator.is_main_process and (asked or now - last_save >= SAVE_SECONDS):
+                _save(out, coupling, optimizer, state)
+                last_save = time.monotonic()
+            if asked:
+                where = f"; --resume --out {out} continues" if out else ""
+                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}")
+    log.close()
+
+
+def finish(run: Run) -> Coupling:
+    """The trained coupling with its reference text, frozen; saved to the run's folder, if any, in place of the training state."""
+    coupling, out = run.coupling, run.out
+    coupling.sparse.requires_grad_(False).eval()
+    coupling.bridges.requires_grad_(False).eval()
+    path = None if out is None else str(out)
+    coupling = replace(coupling, reference_bt=run.blocks.heldout(REFERENCE_ROWS), path=path)
+    if out is not None and run.accelerator.is_main_process:
+        coupling.save_pretrained(out)
+        for file in (out / "training.json", *out.glob("training-*.safetensors")):
+            file.unlink(missing_ok=True)
+    return coupling
+
+
+class _State:
+    def __init__(self, step: int = 0, seconds: float = 0.0) -> None:
+        self.step = step
+        self.seconds = seconds
+
+
+class _Optimizer:
+    """AdamW over three groups: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        numbers = coupling.recipe.optimizer
+        self.numbers = numbers
+        sparse_weights = list(coupling.sparse.sparse_weights().values())
+        rest = [p for p in coupling.sparse.parameters() if all(p is not weight for weight in sparse_weights)]
+        bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
+        self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
+        groups: list[dict[str, Any]] = [
+            {"params": sparse_weights, "peak": numbers.rate, "sharkfin": numbers.sharkfin, "weight_decay": numbers.weight_decay},
+            {"params": rest, "peak": numbers.rate, "sharkfin": False, "weight_decay": 0.0},
+        ]
+        if bridges:
+            groups.append({"params": bridges, "peak": numbers.bridge_rate, "sharkfin": False, "weight_decay": 0.0})
+        self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
+        names = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
+        names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
+        self.names = names
+
+    def step(self, done: float, l0: float) -> bool:
+        """Normalise, update, clear the gradient; False (and no update) where the gradient is not finite."""
+        for group in self.normalised:
+            gradients = [p.grad for p in group if p.grad is not None]
+            count = sum(gradient.numel() for gradient in gradients)
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+            if not bool(torch.isfinite(norm)):
+                return False
+            torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))
+        warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
+        for group in self.adam.param_groups:
+            fin = 1 / math.sqrt(l0) if group["sharkfin"] else 1.0
+            group["lr"] = group["peak"] * max(warm, 1e-3) * (1 - done) * fin
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both moments and the count of every parameter, by name."""
+        return {
+            f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        for p, name in self.names.items():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
+            if keys:
+                self.adam.state[p] = {key: tensors[f"adam.{key}.{name}"].to(p.device) for key in keys}
+
+
+class _Log:
+    """log.jsonl, and accelerate's trackers where they were asked for."""
+
+    def __init__(self, out: Path | None, accelerator: Accelerator, step: int) -> None:
+        self.accelerator = accelerator
+        self.file = None
+        if out is not None and accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / "log.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]  # what came after the saved state is run again
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+
+    def write(self, progress: Progress) -> None:
+        values = {**progress.losses, "l0": progress.l0, "tokens_per_second": progress.tokens_per_second}
+        self.accelerator.log(values, step=progress.step)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": progress.step, "tokens": progress.tokens, **values}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.accelerator.end_training()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the half line of a kill
+
+
+class _asked_to_stop:
+    """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it as usual."""
+
+    def __enter__(self) -> list[int]:
+        self.seen: list[int] = []
+        self.earlier: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.earlier[number] = signal.signal(number, self._note)
+        return self.seen
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen.append(number)
+        signal.signal(number, self.earlier[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device {device!r} is not offered; it is auto, cpu or cuda (accelerate launch chooses among several)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device 'cuda' was asked for and torch sees no GPU here; give --device cpu")
+    if log_with and out is None:
+        raise RecipeError(f"--log-with {log_with} needs a folder to log to; give --out")
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no", log_with=log_with, project_dir=out
+    )
+    if log_with:
+        accelerator.init_trackers("bridge")
+    return accelerator
+
+
+@torch.no_grad()
+def _calibrate(coupling: Coupling, tokens_bt: Tensor) -> None:
+    coupling.bridges.calibrate(coupling.dense.run(tokens_bt).residuals)
+
+
+def _fraction_kept(coupling: Coupling) -> float:
+    total = sum(weight.numel() for weight in coupling.sparse.sparse_weights().values())
+    return n_kept(coupling.recipe.sparsity.l0, total, total) / total
+
+
+def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
+    by_steps = steps * state.seconds / state.step if steps else math.inf
+    return min(by_steps, minutes * 60 if minutes else math.inf)
+
+
+def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out: Path | None) -> None:
+    uniform = math.log(coupling.sparse.vocabulary)
+    ce = progress.losses.get("ce", 0.0)
+    if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
+        what = f"the sparse model's cross-entropy is {ce:.2f} nats, worse than guessing ({uniform:.2f})"
+        raise FitError(_what_to_try(what, progress.step, out))
+
+
+def _what_to_try(what: str, step: int, out: Path | None) -> str:
+    kept = f" The last good state is in {out} (--resume)." if out is not None and (out / "training.json").exists() else ""
+    return (
+        f"stopped at step {step}: {what}.{kept} Try a lower rate (--set optimizer.rate=..., --set optimizer.bridge_rate=...), or "
+        "--dtype float32 if it was bfloat16"
+    )
+
+
+def _save(out: Path, coupling: Coupling, optimizer: _Optimizer, state: _State) -> None:
+    tensors = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
+    tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
+    facts = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
+    write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
+
+
+def _restore(out: Path, coupling: Coupling, optimizer: _Optimizer) -> _State:
+    tensors, facts = read_folder(out, "training")
+    for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            module.load_state_dict(part)
+        except RuntimeError:
+            raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
+    optimizer.restore(tensors)
+    return _State(facts["step"], facts["seconds"])

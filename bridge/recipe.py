@@ -1,0 +1,287 @@
+"""Every number behind a checkpoint, validated and frozen.
+
+A recipe is a small TOML file a person reads (see `recipes/`); the resolved one, with nothing left to a default, is saved beside
+the weights. Names follow method and paper: see Gao et al. 2025, sections 2.2 and 2.3 and appendix A.
+
+Imports no torch, so that a command line can check its arguments before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used, in one line that names the value, the rule and the remedy."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SparseShape(_Part):
+    """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
+
+    width: int | None = Field(None, ge=16, description="residual width; unset: twice the dense model's")
+    head_channels: int = Field(16, ge=2, description="channels of an attention head")
+    mlp_ratio: int = Field(4, ge=1, description="MLP neurons per residual channel")
+    keep: float = Field(0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
+    sinks: bool = Field(True, description="a learnt logit per head in the softmax denominator")
+    positions: Literal["none", "learned", "rotary"] = "none"
+    bigram: Literal["none", "full", "low-rank"] = Field("low-rank", description="table added to the logits, dense")
+    bigram_rank: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SparseShape:
+        if self.width is not None and self.width % self.head_channels:
+            raise ValueError(
+                f"sparse.width {self.width} is not a multiple of sparse.head_channels {self.head_channels}; change one of them"
+            )
+        if self.positions == "rotary" and self.head_channels % 2:
+            raise ValueError(f"sparse.head_channels {self.head_channels} is odd, and rotary positions turn pairs; make it even")
+        return self
+
+
+class Sparsity(_Part):
+    """How many weights stay (paper, appendix A.2)."""
+
+    l0: float = Field(description="up to 1 the fraction of the weights that stay nonzero, above 1 their number")
+    biases: bool = Field(False, description="biases are projected too, each to the same fraction")
+    min_per_neuron: int = Field(0, ge=0, description="nonzeros kept at the input and the output side of each neuron and channel")
+    anneal: float = Field(0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
+
+    @field_validator("l0")
+    @classmethod
+    def _positive(cls, l0: float) -> float:
+        if l0 <= 0:
+            raise ValueError("some weights must stay; give the fraction that stays nonzero (such as 0.05) or, above 1, their number")
+        return l0
+
+
+class Data(_Part):
+    """What is read."""
+
+    source: str = Field("stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    context: int | None = Field(None, ge=2, description="tokens a row; unset: 128, or the dense model's context if that is shorter")
+    rows: int = Field(32, ge=2, description="rows a step, over all processes")
+
+
+class Budget(_Part):
+    """When training ends: at the first of the two that is reached."""
+
+    tokens: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.tokens is None and self.minutes is None:
+            raise ValueError("a budget is needed; give --tokens or --minutes")
+        return self
+
+
+class Optimizer(_Part):
+    """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
+
+    rate: float = Field(3e-3, gt=0, description="sparse model's peak learning rate, before the 1/sqrt(L0) of the sparse weights")
+    bridge_rate: float = Field(1e-2, gt=0, description="bridges' peak learning rate")
+    sharkfin: bool = Field(True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
+    betas: tuple[_Share, _Share] = (0.9, 0.95)
+    eps: float = Field(0.1, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.01, ge=0, lt=1, description="share of the training over which the rates rise")
+
+
+class Losses(_Part):
+    """The weight of every term (paper, section 2.3); terms over sites are averaged over them, so depth changes no weight."""
+
+    ce: float = Field(1.0, ge=0, description="cross-entropy of the sparse model on text")
+    kl: float = Field(1.0, ge=0, description="KL(y_d, y_s)")
+    nmse_encoder: float = Field(1.0, ge=0, description="NMSE(f_i(h_d), stop(h_s))")
+    nmse_decoder: float = Field(1.0, ge=0, description="NMSE(g_i(h_s), h_d)")
+    hybrid_in: float = Field(1.0, ge=0, description="dense until i, encoded, sparse to the end: KL(y_d, .)")
+    hybrid_out: float = Field(1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
+    hybrid_both: float = Field(1.0, ge=0, description="rows that enter at i and leave at j > i; 0 switches them off")
+    splice: Literal["sampled", "literal"] = Field("sampled", description="one site a row, or every site for every row")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether any term involves the bridges."""
+        terms = (self.nmse_encoder, self.nmse_decoder, self.hybrid_in, self.hybrid_out, self.hybrid_both)
+        return any(term > 0 for term in terms)
+
+    def uncoupled(self) -> Losses:
+        """The paper's interpretable-by-construction setting: text alone, no dense model."""
+        return Losses(
+            ce=self.ce or 1.0, kl=0, nmse_encoder=0, nmse_decoder=0, hybrid_in=0, hybrid_out=0, hybrid_both=0, splice=self.splice
+        )
+
+
+class Recipe(_Part):
+    """Everything that decides what a fit produces, together with the dense model's weights and the machine's arithmetic."""
+
+    dense: str = Field(description="hub id or folder of the dense model, or the class of a live one")
+    revision: str | None = None
+    adapter: str | None = Field(None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
+    sparse: SparseShape = SparseShape()
+    sparsity: Sparsity
+    data: Data = Data()
+    budget: Budget
+    optimizer: Optimizer = Optimizer()
+    losses: Losses = Losses()
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _useful(self) -> Recipe:
+        if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
+            raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
+        return self
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe file as nested dictionaries, not yet validated, so that flags can still change it. Raises RecipeError."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none there"
+        raise RecipeError(f"recipe {str(path)!r} does not exist (beside it: {known})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe {str(path)!r} is not a TOML file ({error})") from None
+
+
+def recipe_values(
+    *,
+    recipe: str | Path | None = None,
+    l0: float | None = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    width: int | None = None,
+    uncoupled: bool = False,
+    seed: int | None = None,
+    adapter: str | None = None,
+    revision: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
+
+    `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
+    """
+    values = read_recipe(recipe) if recipe is not None else {}
+    if tokens is not None or minutes is not None:
+        values.pop("budget", None)
+    flags = {
+        "sparsity.l0": l0,
+        "data.source": data,
+        "budget.tokens": tokens,
+        "budget.minutes": minutes,
+        "sparse.width": width,
+        "seed": seed,
+        "adapter": adapter,
+        "revision": revision,
+    }
+    for name, value in {**flags, **(settings or {})}.items():
+        if value is not None:
+            _put(values, name, value)
+    if uncoupled:
+        losses = Losses.model_validate(values.get("losses", {}))
+        values["losses"] = losses.uncoupled().model_dump()
+    if "l0" not in values.get("sparsity", {}):
+        raise RecipeError("how sparse is not said; give --l0: below 1 the fraction of the weights that stay, from 1 on their number")
+    return values
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `part.key=value` (or a `key=value` whose key only one part has) to nested recipe values, in place."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"--set {assignment!r} is not of the form key=value, for example --set sparse.width=512")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parts, key = _full_name(name.strip()).split(".")
+    for part in parts:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{part} = {values!r}: {_NOT_A_TABLE}")
+    values[key] = value
+
+
+def resolve(values: dict[str, Any]) -> Recipe:
+    """Nested values as a Recipe. Raises RecipeError with the first thing that is wrong, in one line."""
+    required: dict[str, Any] = {"sparsity": {}, "budget": {}}  # so that what is missing is named in full
+    try:
+        return Recipe.model_validate(required | values)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error)) from None
+
+
+def known_names() -> list[str]:
+    """The full name of every number of a recipe."""
+    names = []
+    for field, info in Recipe.model_fields.items():
+        part = info.annotation
+        if isinstance(part, type) and issubclass(part, _Part):
+            names += [f"{field}.{key}" for key in part.model_fields]
+        else:
+            names.append(field)
+    return names
+
+
+def n_kept(l0: float, count: int, total: int) -> int:
+    """How many of a matrix's `count` weights stay at l0, the same fraction of each matrix; at least one.
+
+    Up to 1, l0 is a fraction; above, a number of the `total` weights of all matrices that are made sparse. Raises RecipeError
+    where it exceeds that.
+    """
+    if l0 > max(1, total):
+        raise RecipeError(f"l0 {l0:.15g} is more than the {total} weights there are; give a fraction below 1 or a smaller number")
+    fraction = l0 if l0 <= 1 else l0 / total
+    return max(1, min(count, math.floor(fraction * count + 0.5)))
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *parts, key = _full_name(name).split(".")
+    for part in parts:
+        values = values.setdefault(part, {})
+    values[key] = value
+
+
+def _full_name(name: str) -> str:
+    names = known_names()
+    if name in names:
+        return name
+    matches = [full for full in names if full.split(".")[-1] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise RecipeError(f"--set {name} could mean {' or '.join(matches)}; write the full name")
+    raise RecipeError(f"--set {name} is not a number of the recipe; there are {', '.join(names)}")
+
+
+_NOT_A_TABLE = "must be a table of numbers; write one of them in full, for example sparse.width = 512"
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{where} is not a number of the recipe; there are {', '.join(known_names())}"
+        case "missing":
+            return f"{where} is missing from the recipe; give it there or with --set {where}=..."
+        case "model_type":
+            message = _NOT_A_TABLE
+        case "value_error" if isinstance(first["input"], dict):  # a rule between several numbers, which names them itself
+            return message
+    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"

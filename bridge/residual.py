@@ -1,0 +1,132 @@
+"""The one idea: a transformer is `embed`, a list of residual sublayers, and `unembed`; and there is one way to run it.
+
+A *site* is the index of the sublayer that reads the residual stream there; the last site is read by `unembed`. `run` carries a
+batch from the embedding to the logits, and any row may *enter* at any site with a residual of its own. The plain forward is
+nobody entering; resuming at site k is every row entering at k; a hybrid pass (paper, section 2.3) is one model's residual,
+mapped, entering the other; steering is a changed residual entering the model it came from.
+
+Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EMBEDDING = -1  # the "site" of a row that enters nowhere: it starts from its tokens
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Where each row of a batch enters a model and with what: site_b int64 on the CPU, EMBEDDING for rows that start from
+    their tokens; x_btd the residual each row enters with (ignored for rows at EMBEDDING)."""
+
+    site_b: Tensor
+    x_btd: Tensor
+
+    @staticmethod
+    def at(site: int, x_btd: Tensor) -> Enter:
+        """Every row enters at one site."""
+        return Enter(torch.full((x_btd.shape[0],), site), x_btd)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves: logits_btv of every row, and the residual at every site of the rows that were there.
+
+    residuals[site] holds the rows that had entered by that site, the first ones of `order_b` (of the batch's own order where
+    order_b is None); read it through `at`.
+    """
+
+    logits_btv: Tensor
+    residuals: tuple[Tensor, ...]
+    order_b: Tensor | None = None
+
+    def at(self, site: int, rows_b: Tensor | None = None) -> Tensor:
+        """x_btd at a site for the given rows (default: every row). Raises IndexError for a row that enters after the site."""
+        x_btd = self.residuals[site]
+        complete = x_btd.shape[0] == self.logits_btv.shape[0]
+        if rows_b is None:
+            position_b = None if self.order_b is None else torch.argsort(self.order_b)
+        else:
+            position_b = rows_b if self.order_b is None else torch.argsort(self.order_b)[rows_b]
+        if not complete and (position_b is None or (len(position_b) and int(position_b.max()) >= x_btd.shape[0])):
+            raise IndexError(f"a row has no residual at site {site}: it enters the model at a later one")
+        return x_btd if position_b is None else x_btd[position_b]
+
+
+class ResidualModel(Protocol):
+    """What the dense and the sparse model have in common."""
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites: sublayers + 1."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits v, padding included."""
+        ...
+
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
+        """Run a batch; see `run` for the contract."""
+        ...
+
+
+def run(
+    embed: Callable[[Tensor], Tensor],
+    sublayers: Sequence[Callable[[Tensor], Tensor]],
+    unembed: Callable[[Tensor, Tensor], Tensor],
+    tokens_bt: Tensor,
+    enter: Enter | None = None,
+) -> Trace:
+    """Run tokens_bt through embed, sublayers and unembed, each row from where it enters; rows are only computed from there on.
+
+    `embed(tokens_bt)` and every `sublayer(x_btd)` return the residual stream, `unembed(x_btd, tokens_bt)` the logits_btv.
+    Raises ValueError where an entry names a site that the model has not.
+    """
+    if enter is None:
+        x_btd = embed(tokens_bt)
+        residuals = [x_btd]
+        for sublayer in sublayers:
+            x_btd = sublayer(x_btd)
+            residuals.append(x_btd)
+        return Trace(unembed(x_btd, tokens_bt), tuple(residuals))
+
+    check_sites(enter, len(sublayers) + 1)
+    # How many rows have entered by each site. Rows are taken in the order in which they enter, so that those under way are
+    # always the first ones; a batch that comes in this order is not copied.
+    entered = [int((enter.site_b <= site).sum()) for site in range(EMBEDDING, len(sublayers) + 1)]
+    order_b = None
+    given_btd = enter.x_btd
+    if bool((enter.site_b.diff() < 0).any()):
+        order_b = torch.argsort(enter.site_b, stable=True).to(tokens_bt.device)
+        tokens_bt, given_btd = tokens_bt[order_b], given_btd[order_b]
+    x_btd = embed(tokens_bt[: entered[0]]) if entered[0] else given_btd[:0]
+    residuals = []
+    for site in range(len(sublayers) + 1):
+        before, now = entered[site], entered[site + 1]
+        if now > before:
+            x_btd = torch.cat([x_btd, given_btd[before:now].to(x_btd.dtype)]) if before else given_btd[:now]
+        residuals.append(x_btd)
+        if site < len(sublayers) and now:
+            x_btd = sublayers[site](x_btd)
+    logits_btv = unembed(x_btd, tokens_bt)
+    return Trace(logits_btv if order_b is None else logits_btv[torch.argsort(order_b)], tuple(residuals), order_b)
+
+
+def check_sites(enter: Enter, n_sites: int) -> None:
+    """Raise ValueError where a row enters at a site that does not exist."""
+    low, high = int(enter.site_b.min()), int(enter.site_b.max())
+    if low < EMBEDDING or high >= n_sites:
+        wrong = low if low < EMBEDDING else high
+        raise ValueError(f"site {wrong} does not exist; sites run from 0 to {n_sites - 1} ({EMBEDDING}: the row does not enter)")

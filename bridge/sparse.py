@@ -1,0 +1,349 @@
+"""The weight-sparse transformer: its nodes, its gates, and the L0 projection (Gao et al. 2025, sections 2.1 and 2.2, appendix A).
+
+    x = E[token] (+ P[position])                                       embedding; the residual stream stays dense
+    attention:  r = K(norm x);  q, k, v = K(W r + b);  x += K(W_o attend(q, k, v) + b)
+    MLP:        r = K(norm x);  a = K(gelu(W_up r + b));   x += K(W_down a + b)
+    logits = U norm(x) + b + B[token]                                  bigram table B, dense
+
+K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
+`attend` has a sink per head: a learnt logit in the softmax denominator, carried by a dummy first position and one extra
+query/key channel, so that the fused causal kernel still applies. Where the dense model's blocks are parallel, so are these: both
+halves read the same x.
+
+Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. `sparse.gated(gate)` is the same
+weights seen through a gate; recording, mean ablation, masks and steering are gates, and the identity gate is the model itself.
+
+Shape legend: b batch row, t token, s residual width, n nodes of a location, h heads, c channels of a head, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bridge.kernels import abs_top_k, project_, top_k_mask
+from bridge.recipe import RecipeError, SparseShape, n_kept
+from bridge.residual import Enter, Trace, run
+
+ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
+MLP_KINDS = ("mlp_in", "mlp_act", "mlp_out")
+
+
+@dataclass(frozen=True, order=True)
+class Location:
+    """A place in the model where nodes live: a block and a kind (attn_in, q, k, v, attn_out, mlp_in, mlp_act, mlp_out)."""
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+
+Gate = Callable[[Location, Tensor], Tensor]
+
+
+def identity_gate(location: Location, x_btn: Tensor) -> Tensor:
+    """The gate that changes nothing."""
+    return x_btn
+
+
+class SparseTransformer(nn.Module):
+    """A residual model whose weights become sparse; `sublayer_kinds` are those of the dense model it is coupled to."""
+
+    def __init__(
+        self, shape: SparseShape, sublayer_kinds: tuple[str, ...], vocabulary: int, context: int, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if shape.width is None or shape.width % shape.head_channels:
+            raise ValueError(f"a sparse width of {shape.width} is not a multiple of {shape.head_channels} head channels")
+        self.shape = shape
+        self.sublayer_kinds = sublayer_kinds
+        self.context = context
+        self.vocabulary = vocabulary
+        self.width = width = shape.width
+        n_blocks = sum(kind != "mlp" for kind in sublayer_kinds)
+        neurons = shape.mlp_ratio * width
+        self.embedding = nn.Parameter(torch.empty(vocabulary, width))
+        self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
+        self.blocks = nn.ModuleList(_Block(width, width // shape.head_channels, neurons) for _ in range(n_blocks))
+        self.unembedding = nn.Linear(width, vocabulary)
+        self.bigram: nn.ParameterList = nn.ParameterList()
+        if shape.bigram == "full":
+            self.bigram.append(nn.Parameter(torch.empty(vocabulary, vocabulary)))
+        elif shape.bigram == "low-rank":
+            self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
+            self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
+        if not self.embedding.is_meta:  # on the meta device there are shapes alone
+            self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        depth = len(self.sublayer_kinds)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() < 2:
+                    parameter.zero_()
+                    continue
+                deviation = 1 / math.sqrt(parameter.shape[1])
+                if name.endswith(("o.weight", "down.weight")):
+                    deviation /= math.sqrt(depth)  # the residual stream sums one write per sublayer
+                if name in ("embedding", "positions"):
+                    deviation = 0.5
+                parameter.normal_(0, deviation, generator=generator)
+            if self.bigram:
+                self.bigram[0].zero_()  # the table starts at nothing; with a low rank the other factor gives it gradient
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites: sublayers + 1."""
+        return len(self.sublayer_kinds) + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def locations(self) -> dict[Location, int]:
+        """Every node location in the order of the computation, with its number of nodes."""
+        sizes: dict[Location, int] = {}
+        for layer, _, part in self._parts():
+            kinds = (ATTENTION_KINDS if part != "mlp" else ()) + (MLP_KINDS if part != "attn" else ())
+            for kind in kinds:
+                sizes[Location(layer, kind)] = self.width * (self.shape.mlp_ratio if kind == "mlp_act" else 1)
+        return sizes
+
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate) -> Trace:
+        """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
+
+        Raises ValueError where the rows are longer than the context of learned positions.
+        """
+        if self.positions is not None and tokens_bt.shape[1] > self.context:
+            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
+        halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
+        sublayers = [partial(halves[part], layer, gate) for layer, _, part in self._parts()]
+        return run(self._embed, sublayers, self._unembed, tokens_bt, enter)
+
+    def forward(self, tokens_bt: Tensor) -> Tensor:
+        """logits_btv of a plain run."""
+        return self.run(tokens_bt).logits_btv
+
+    def gated(self, gate: Gate) -> Gated:
+        """The same weights seen through `gate`, again a residual model."""
+        return Gated(self, gate)
+
+    def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
+        """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
+        q_bhtc, k_bhtc = (self._heads(x, rotate=True) for x in (q_btn, k_btn))
+        score_bhtt = q_bhtc @ k_bhtc.transpose(-1, -2) / math.sqrt(self.shape.head_channels)
+        length = score_bhtt.shape[-1]
+        future_tt = torch.ones(length, length, dtype=torch.bool, device=score_bhtt.device).triu(1)
+        score_bhtt = score_bhtt.masked_fill(future_tt, -torch.inf)
+        if not self.shape.sinks:
+            return score_bhtt.softmax(-1)
+        sink_bht1 = self._block(layer).sinks.view(1, -1, 1, 1).expand(*score_bhtt.shape[:3], 1)
+        return torch.cat([sink_bht1, score_bhtt], -1).softmax(-1)[..., 1:]
+
+    # -- the computation, in its order ----------------------------------------------------------------------------------
+
+    def _parts(self) -> Iterator[tuple[int, int, str]]:
+        """(block, site, kind) of every sublayer."""
+        layer = -1
+        for site, kind in enumerate(self.sublayer_kinds):
+            layer += kind != "mlp"
+            yield layer, site, kind
+
+    def _block(self, layer: int) -> _Block:
+        block = self.blocks[layer]
+        assert isinstance(block, _Block)
+        return block
+
+    def _embed(self, tokens_bt: Tensor) -> Tensor:
+        x_bts = F.embedding(tokens_bt, self.embedding)
+        return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
+
+    def _node(self, layer: int, kind: str, gate: Gate, x_btn: Tensor) -> Tensor:
+        kept = max(1, round(self.shape.keep * x_btn.shape[-1]))
+        return gate(Location(layer, kind), abs_top_k(x_btn, kept))
+
+    def _attention_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+        block = self._block(layer)
+        r_bts = self._node(layer, "attn_in", gate, _norm(x_bts))
+        q_btn, k_btn, v_btn = (
+            self._node(layer, kind, gate, linear(r_bts)) for kind, linear in (("q", block.q), ("k", block.k), ("v", block.v))
+        )
+        return self._node(layer, "attn_out", gate, block.o(self._attend(block, q_btn, k_btn, v_btn)))
+
+    def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+        block = self._block(layer)
+        r_bts = self._node(layer, "mlp_in", gate, _norm(x_bts))
+        a_btn = self._node(layer, "mlp_act", gate, F.gelu(block.up(r_bts), approximate="tanh"))
+        return self._node(layer, "mlp_out", gate, block.down(a_btn))
+
+    def _attention(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+        return x_bts + self._attention_write(layer, gate, x_bts)
+
+    def _mlp(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+        return x_bts + self._mlp_write(layer, gate, x_bts)
+
+    def _parallel(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+        return x_bts + self._attention_write(layer, gate, x_bts) + self._mlp_write(layer, gate, x_bts)
+
+    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
+        logits_btv = self.unembedding(_norm(x_bts))
+        if self.shape.bigram == "full":
+            logits_btv = logits_btv + F.embedding(tokens_bt, self.bigram[0])
+        elif self.shape.bigram == "low-rank":
+            logits_btv = logits_btv + F.linear(F.embedding(tokens_bt, self.bigram[1]), self.bigram[0])
+        return logits_btv
+
+    def _heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
+        x_bhtc = x_btn.unflatten(-1, (-1, self.shape.head_channels)).transpose(1, 2)
+        if not rotate or self.shape.positions != "rotary":
+            return x_bhtc
+        half = self.shape.head_channels // 2
+        frequency_c = 10_000 ** (-torch.arange(half, device=x_btn.device) / half)
+        angle_tc = torch.arange(x_bhtc.shape[2], device=x_btn.device)[:, None] * frequency_c
+        cosine_tc, sine_tc = angle_tc.cos().to(x_btn.dtype), angle_tc.sin().to(x_btn.dtype)
+        first, second = x_bhtc[..., :half], x_bhtc[..., half:]
+        return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc], -1)
+
+    def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
+        q_bhtc, k_bhtc = (self._heads(x, rotate=True) for x in (q_btn, k_btn))
+        v_bhtc = self._heads(v_btn, rotate=False)
+        channels = self.shape.head_channels
+        scale = 1 / math.sqrt(channels)
+        if not self.shape.sinks:
+            attended = _causal_attention(q_bhtc, k_bhtc, v_bhtc, scale)
+            return attended.transpose(1, 2).flatten(2)
+        # A dummy token in front, seen by everyone: value 0, and a key whose only nonzero is the sink logit in an extra channel,
+        # where every query has 1. Eight extra channels, because the fused kernels want head widths that are multiples of 8.
+        q_bhtc, k_bhtc, v_bhtc = (F.pad(x, (0, 8, 1, 0)) for x in (q_bhtc, k_bhtc, v_bhtc))
+        extra_c = torch.zeros(channels + 8, dtype=q_bhtc.dtype, device=q_bhtc.device)
+        extra_c[channels] = 1
+        sink_htc = (block.sinks[:, None] / scale).to(k_bhtc.dtype)[:, :, None] * extra_c
+        sink_htc = F.pad(sink_htc, (0, 0, 0, k_bhtc.shape[2] - 1))
+        attended = _causal_attention(q_bhtc + extra_c, k_bhtc + sink_htc, v_bhtc, scale)
+        return attended[:, :, 1:, :channels].transpose(1, 2).flatten(2)
+
+    # -- sparsity -------------------------------------------------------------------------------------------------------
+
+    def sparse_weights(self) -> dict[str, nn.Parameter]:
+        """The matrices that are made sparse: all of them but the bigram table."""
+        return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
+
+    def biases(self) -> dict[str, nn.Parameter]:
+        """The vectors: biases of the linear maps, and attention sinks."""
+        return {name: p for name, p in self.named_parameters() if p.dim() == 1}
+
+    def project(self, l0: float, *, biases: bool = False, min_per_neuron: int = 0) -> None:
+        """Keep of every matrix the fraction l0 (above 1: the share of that number) that is largest in magnitude, in place.
+
+        With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
+        are kept first, within the same number. Raises RecipeError where that number is too small for them.
+        """
+        weights = self.sparse_weights()
+        total = sum(weight.numel() for weight in weights.values())
+        for name, weight in weights.items():
+            kept = n_kept(l0, weight.numel(), total)
+            protected = _protected(name, weight, min_per_neuron)
+            if protected is None:
+                project_(weight.data, kept)
+            elif (needed := int(protected.sum())) > kept:
+                raise RecipeError(
+                    f"l0 leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}; raise l0 or lower it"
+                )
+            else:
+                priority = torch.where(protected, torch.inf, weight.detach().abs())
+                weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
+        if biases:
+            for bias in self.biases().values():
+                project_(bias.data, n_kept(l0, bias.numel(), total))
+
+    def achieved_l0(self) -> float:
+        """Share of the weights of `sparse_weights` that are nonzero."""
+        weights = self.sparse_weights().values()
+        nonzero = torch.stack([weight.detach().count_nonzero() for weight in weights]).sum()
+        return int(nonzero) / sum(weight.numel() for weight in weights)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A sparse model seen through a gate: a residual model with the same weights."""
+
+    model: SparseTransformer
+    gate: Gate
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites: sublayers + 1."""
+        return self.model.n_sites
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.model.width
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.model.vocabulary
+
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
+        """Run a batch with every node through the gate."""
+        return self.model.run(tokens_bt, enter, self.gate)
+
+
+def annealed_l0(l0: float, progress: float, anneal: float) -> float:
+    """The fraction kept at `progress` (0 to 1) of training: from 1 to the fraction l0, by equal factors in equal times.
+
+    By equal factors, because a linear fall (the paper's) halves the weights many times over in its last few steps when l0 is
+    small. Reaches l0 at progress = anneal.
+    """
+    return max(l0, l0 ** min(1.0, progress / anneal))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, neurons: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+        self.sinks = nn.Parameter(torch.empty(heads))
+        self.up = nn.Linear(width, neurons)
+        self.down = nn.Linear(neurons, width)
+
+
+def _norm(x_bts: Tensor) -> Tensor:
+    """RMSNorm without a gain, in float32; under autocast its result is handed on in the type the products compute in."""
+    r_bts = x_bts * torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + 1e-6)
+    device = x_bts.device.type
+    return r_bts.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else r_bts
+
+
+def _causal_attention(q_bhtc: Tensor, k_bhtc: Tensor, v_bhtc: Tensor, scale: float) -> Tensor:
+    if q_bhtc.device.type != "cpu":
+        return F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
+    dtype = q_bhtc.dtype
+    with torch.autocast("cpu", enabled=False):  # torch's bfloat16 kernel takes three times as long backward as its float32 one
+        if dtype == torch.bfloat16:
+            q_bhtc, k_bhtc, v_bhtc = q_bhtc.float(), k_bhtc.float(), v_bhtc.float()
+        return F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale).to(dtype)
+
+
+def _protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
+    """Mask of the `minimum` largest weights on the neuron's side of a matrix (rows read into it, columns are its outputs)."""
+    if not minimum:
+        return None
+    axis = {"up": 1, "q": 1, "k": 1, "v": 1, "down": 0, "o": 0}.get(name.removesuffix(".weight").split(".")[-1])
+    if axis is None:
+        return None
+    largest = weight.detach().abs().topk(min(minimum, weight.shape[axis]), dim=axis).indices
+    return torch.zeros_like(weight, dtype=torch.bool).scatter_(axis, largest, True)
