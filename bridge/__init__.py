@@ -1,1 +1,44 @@
 """bridge: circuits of a weight-sparse transformer as explanations of a dense one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.bridges import Coupling
+    from bridge.dense import DenseModel, load_dense
+    from bridge.evaluate import Evaluation, evaluate
+    from bridge.explanation import Explanation, explain
+    from bridge.training import Progress, fit
+    from bridge.recipe import Recipe
+    from bridge.validate import Faithfulness
+
+    load = Coupling.from_pretrained
+
+__version__ = "0.1.0"
+
+# The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
+_HOME = {
+    "Coupling": "bridges",
+    "DenseModel": "dense",
+    "Evaluation": "evaluate",
+    "Explanation": "explanation",
+    "Faithfulness": "validate",
+    "Progress": "training",
+    "Recipe": "recipe",
+    "evaluate": "evaluate",
+    "explain": "explanation",
+    "fit": "training",
+    "load_dense": "dense",
+}
+
+__all__ = ["Coupling", "DenseModel", "Evaluation", "Explanation", "Faithfulness", "Progress", "Recipe", "evaluate", "explain", "fit", "load", "load_dense"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module("bridge.bridges").Coupling.from_pretrained
+    if name in _HOME:
+        return getattr(importlib.import_module(f"bridge.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bridge.recipe import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A folder that cannot be read or written as a checkpoint, in one line."""
 
 

@@ -18,13 +18,15 @@ import json
 import random
 import sysconfig
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from bridge.recipe import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,10 +36,13 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = ("text", "content", "code", "document")
 HELD_OUT_EVERY = 50
 MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
+MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
 MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
+PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
+SAMPLED_ROWS = 64
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A corpus that cannot be read, in one line that names what to do."""
 
 
@@ -55,7 +60,7 @@ class Blocks:
         wanted_b = torch.arange(step * rows, (step + 1) * rows)
         picked_b = torch.empty_like(wanted_b)
         for epoch in torch.unique(wanted_b // n_blocks).tolist():
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             permutation_n = torch.randperm(n_blocks, generator=generator)
             here_b = wanted_b // n_blocks == epoch
             picked_b[here_b] = permutation_n[wanted_b[here_b] % n_blocks]
@@ -71,44 +76,60 @@ def load_blocks(
     tokenizer: PreTrainedTokenizerBase | None,
     context: int,
     *,
+    vocabulary: int | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
     dense: PreTrainedModel | None = None,
 ) -> Blocks:
     """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
-    Raises DataError where the source does not exist, has no text, or holds too little for one training and one held-out block.
+    Token ids must be below `vocabulary`, where it is given. Raises DataError where they are not, where the source does not exist
+    or has no text, and where it holds too little for one training and one held-out block.
     """
-    limit = max_tokens or MAX_TOKENS
-    if source == "self":
-        if dense is None:
-            raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
-        pieces = iter([("tokens", row) for row in _sampled(dense, tokenizer, context, limit, seed)])
-    else:
-        pieces = _pieces(source, seed)
     bos = _added_bos(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
     body = context - len(bos)
+    limit = max(max_tokens or MAX_TOKENS, 2 * context)
+    if source == "self":
+        if dense is None:
+            raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
+        pieces = (("tokens", row[len(bos) :]) for row in _sampled(dense, tokenizer, context, seed))
+        end = None  # a sample is one block, and does not end where a text would
+        limit = max_tokens or MAX_SAMPLED_TOKENS
+    else:
+        pieces = _pieces(source, seed)
     streams = (array("i"), array("i"))  # 4 bytes a token, where a list takes 36
-    count = 0
-    for index, tokens in enumerate(_tokenized(pieces, tokenizer)):
-        stream = streams[1 if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else 0]
-        stream.extend(tokens)
-        if end is not None:
-            stream.append(end)
+    count = index = 0
+    for tokens, ends in _tokenized(pieces, tokenizer):
+        stream = streams[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        try:
+            stream.extend(tokens)
+        except (TypeError, OverflowError) as error:
+            raise DataError(f"data {source!r} has input_ids that are not whole numbers ({error}); tokenize it again") from None
+        if ends:
+            index += 1
+            if end is not None and stream[-1:] != array("i", [end]):
+                stream.append(end)
         count += len(tokens)
         if count >= limit:
             break
     train, heldout = streams
-    if len(heldout) < body and len(train) >= 2 * body:  # few documents: hold out the tail instead
-        cut = len(train) - max(body, len(train) // HELD_OUT_EVERY)
-        train, heldout = train[:cut], train[cut:]
-    if len(train) < body or len(heldout) < body:
+    if min(len(train), len(heldout)) < body:  # few documents: hold out the tail instead
+        both = train + heldout
+        cut = len(both) - max(body, len(both) // HELD_OUT_EVERY)
+        train, heldout = both[: max(0, cut)], both[max(0, cut) :]
+    if min(len(train), len(heldout)) < body:
         raise DataError(
             f"data {source!r} holds {count} tokens; at least {2 * context} are needed (one block of {context} to train on, one "
             "held out); give more text or a shorter context (--set context=N)"
         )
     train_nt, heldout_nt = (_cut(stream, body, bos) for stream in (train, heldout))
+    for block_nt in (train_nt, heldout_nt):
+        low, high = int(block_nt.min()), int(block_nt.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            rule = "ids start at 0" if low < 0 else f"the dense model's vocabulary is {vocabulary}"
+            wrong = low if low < 0 else high
+            raise DataError(f"data {source!r} has the token id {wrong}, but {rule}; tokenize it with the model's own tokenizer")
     description = f"{source}: {train_nt.numel():,} tokens to train on, {heldout_nt.numel():,} held out, blocks of {context}"
     return Blocks(train_nt, heldout_nt, description)
 
@@ -128,8 +149,8 @@ def _pieces(source: str, seed: int) -> Iterator[tuple[str, Any]]:
     """('text', str) or ('tokens', list of int), document by document."""
     if source in ("stdlib", "stdlib+packages"):
         yield from (("text", text) for text in _python_source(packages=source != "stdlib", seed=seed))
-    elif Path(source).exists():
-        yield from _local(Path(source), seed)
+    elif Path(source).expanduser().exists():
+        yield from _local(Path(source).expanduser(), seed)
     elif source.startswith((".", "/", "~")) or Path(source).suffix in TEXT_SUFFIXES + RECORD_SUFFIXES:
         raise DataError(f"data {source!r} does not exist; name a file, a folder, 'stdlib', 'self' or a hub data set")
     else:
@@ -151,9 +172,9 @@ def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
     random.Random(seed).shuffle(names)
     seen: set[bytes] = set()
     for name in names:
-        if files[name].stat().st_size > MAX_DOCUMENT_BYTES:
-            continue
         try:
+            if files[name].stat().st_size > MAX_DOCUMENT_BYTES:
+                continue
             text = files[name].read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
@@ -166,32 +187,44 @@ def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
 def _local(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
+        suffixes = TEXT_SUFFIXES + RECORD_SUFFIXES
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in inside if p.is_file() and p.suffix.lower() in suffixes)
         random.Random(seed).shuffle(files)
-    if not files:
-        raise DataError(f"data {str(path)!r} holds no file ending in {', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}")
+        if not files:
+            raise DataError(f"data {str(path)!r} holds no file ending in {', '.join(suffixes)}")
     for file in files:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as parquet
+        suffix = file.suffix.lower()
+        try:
+            if suffix == ".parquet":
+                yield from _parquet_rows(file)
+            elif suffix in (".jsonl", ".json"):
+                yield from (_record(row, str(file)) for row in _json_rows(file))
+            else:
+                yield "text", file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"data {str(file)!r} is not UTF-8 text; convert it, or give jsonl or parquet") from None
+        except OSError as error:
+            raise DataError(f"data {str(file)!r} cannot be read ({error.strerror})") from None
 
-            try:
-                table = parquet.ParquetFile(file)
-            except Exception as error:
-                raise DataError(f"data {str(file)!r} is not a readable parquet file ({error})") from None
-            rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
-            yield from (_record(row, str(file)) for row in rows)
-        elif file.suffix in (".jsonl", ".json"):
-            yield from (_record(row, str(file)) for row in _json_rows(file))
-        else:
-            try:
-                yield "text", file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"data {str(file)!r} is not UTF-8 text; convert it, or give jsonl or parquet") from None
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        columns = table.schema_arrow.names
+        wanted = [column for column in ("input_ids", *TEXT_COLUMNS) if column in columns]  # the others may be large
+        for batch in table.iter_batches(1024, columns=wanted or columns):
+            yield from (_record(row, str(file)) for row in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise DataError(f"data {str(file)!r} is not a readable parquet file ({_first_line(error)})") from None
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8") as lines:
-        if file.suffix == ".json":
+    with file.open(encoding="utf-8-sig") as lines:
+        if file.suffix.lower() == ".json":
             try:
                 rows = json.load(lines)
             except json.JSONDecodeError as error:
@@ -211,13 +244,17 @@ def _streamed(source: str) -> Iterator[tuple[str, Any]]:
 
     name, _, configuration = source.partition(":")
     try:
-        rows = iter(load_dataset(name, configuration or None, split="train", streaming=True))
-        first = next(rows)
+        for row in load_dataset(name, configuration or None, split="train", streaming=True):
+            yield _record(row, source)
+    except DataError:
+        raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         raise DataError(f"data {source!r} is no file here and could not be streamed from the hub ({reason})") from None
-    yield _record(first, source)
-    yield from (_record(row, source) for row in rows)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _record(row: Any, where: str) -> tuple[str, Any]:
@@ -227,61 +264,80 @@ def _record(row: Any, where: str) -> tuple[str, Any]:
         if isinstance(row.get("input_ids"), list):
             return "tokens", row["input_ids"]
         for column in TEXT_COLUMNS:
-            if isinstance(row.get(column), str):
-                return "text", row[column]
+            if column in row and isinstance(row[column], str | None):
+                return "text", row[column] or ""
         found = ", ".join(map(str, row)) or "none"
     else:
         found = type(row).__name__
     raise DataError(f"data {where!r} has no text column (found: {found}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
 
 
-def _tokenized(pieces: Iterator[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
-    """Token ids per document, texts tokenized 256 at a time (the fast tokenizers use every core on a batch)."""
-    waiting: list[str] = []
+def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[list[int], bool]]:
+    """Token ids, and whether a document ends after them; empty documents are left out.
 
-    def flush() -> Iterator[list[int]]:
+    Texts are tokenized 256 at a time (the fast tokenizers use every core on a batch), long ones in parts.
+    """
+    waiting: list[tuple[str, bool]] = []
+    characters = 0
+
+    def flush() -> Iterator[tuple[list[int], bool]]:
         if waiting:
             assert tokenizer is not None
-            yield from tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"]
+            texts = [text for text, _ in waiting]
+            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            yield from zip(ids, [ends for _, ends in waiting], strict=True)
             waiting.clear()
 
     for kind, value in pieces:
         if kind == "tokens":
             yield from flush()
-            yield value
+            characters = 0
+            if value:
+                yield value, True
             continue
         if tokenizer is None:
             raise DataError("the data is text and the model came without a tokenizer; pass one, or data with input_ids")
-        waiting.append(value)
-        if len(waiting) == 256:
-            yield from flush()
+        if not value.strip():
+            continue
+        for text, ends in _parts(value):
+            waiting.append((text, ends))
+            characters += len(text)
+            if len(waiting) == 256 or characters >= PART_CHARACTERS:
+                yield from flush()
+                characters = 0
     yield from flush()
 
 
-def _sampled(
-    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int, tokens: int, seed: int
-) -> Iterator[list[int]]:
-    """Sequences sampled from the dense model at temperature 1, from its beginning-of-text token on."""
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """A long text in parts that end with a line where they can, each with whether it is the last."""
+    start = 0
+    while len(text) - start > PART_CHARACTERS:
+        stop = text.rfind("\n", start, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
+
+
+@torch.no_grad()
+def _sampled(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int, seed: int) -> Iterator[list[int]]:
+    """Sequences of `context` tokens sampled from the dense model at temperature 1, its beginning-of-text token first; endless.
+
+    Sampled here and not by `generate`, which would follow the penalties, bans and end token of the model's generation settings.
+    """
     configuration = dense.config.get_text_config()
-    candidates = (getattr(tokenizer, "bos_token_id", None), configuration.bos_token_id, configuration.eos_token_id)
-    start = next((c for c in candidates if isinstance(c, int) and c < configuration.vocab_size), 0)
-    rows = 64
-    with torch.random.fork_rng(devices=[dense.device] if dense.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        for _ in range(-(-tokens // (rows * context))):
-            begin_bt = torch.full((rows, 1), start, device=dense.device)
-            sampled_bt = dense.generate(  # type: ignore[operator]
-                begin_bt,
-                attention_mask=torch.ones_like(begin_bt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=context - 1,
-                min_new_tokens=context - 1,
-                pad_token_id=start,
-            )
-            yield from sampled_bt[:, 1:].tolist()
+    candidates = [getattr(tokenizer, "bos_token_id", None)]
+    candidates += [getattr(configuration, name, None) for name in ("bos_token_id", "eos_token_id")]
+    start = next((c for c in candidates if isinstance(c, int) and 0 <= c < configuration.vocab_size), 0)
+    generator = torch.Generator(dense.device).manual_seed(seed)
+    while True:
+        column_bt = torch.full((SAMPLED_ROWS, 1), start, device=dense.device)
+        columns, past = [column_bt], None
+        for _ in range(context - 1):
+            output = dense(column_bt, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            column_bt = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            columns.append(column_bt)
+        yield from torch.cat(columns, dim=1).tolist()
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

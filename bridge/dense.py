@@ -27,13 +27,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,10 @@ from torch import Tensor, nn
 from bridge.residual import EMBEDDING, Enter, Trace, check_sites
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROBE_ROWS, PROBE_TOKENS = 4, 12
+PROBE_ROWS, PROBE_TOKENS = 4, 8
 PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
 
 # Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
@@ -90,26 +92,23 @@ class DenseModel:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        name: str,
-        revision: str | None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str | None
     ) -> None:
         self.model, self.tokenizer, self.name, self.revision = model, tokenizer, name, revision
+        who = f"model {name!r}"
         text_config = model.config.get_text_config()
         limits = (getattr(text_config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
         self.context: int | None = next((limit for limit in limits if isinstance(limit, int)), None)
         self._fingerprint: str | None = None
         # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            tokens_bt = _probe_tokens(model, name, self.context)
-            calls, logits_btv = _watch_blocks(model, name, tokens_bt)
+            tokens_bt = _probe_tokens(model, who, self.context)
+            calls, logits_btv = _watch_blocks(model, who, tokens_bt)
             self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
-            self._blocks = _wire(name, calls)
+            self._blocks = _wire(who, calls)
             kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
-            self.parity = _check_parity(self, tokens_bt, logits_btv)
+            self.parity = _check_parity(self, who, tokens_bt, logits_btv)
 
     @property
     def n_sites(self) -> int:
@@ -237,7 +236,7 @@ class _Run:
 
 
 def load_dense(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapter: str | Path | None = None,
@@ -251,27 +250,26 @@ def load_dense(
     weights (`dtype` and `revision` do not apply; the device is the model's own unless given). Where LoRA weights are merged, from
     `adapter` or a live PeftModel, it is a copy with weights of its own. Raises DenseModelError.
     """
-    if isinstance(model, (str, Path)):
-        name, live = str(model), False
+    named = isinstance(model, (str, Path))
+    if named:
+        name = str(model)
         loaded, found_tokenizer = _from_pretrained(name, revision, dtype)
         tokenizer = found_tokenizer if tokenizer is None else tokenizer
     else:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
-        live = True
-        merges = adapter is not None or hasattr(model, "merge_and_unload")
-        loaded: Any = copy.deepcopy(model) if merges else _twin(model)
-        if hasattr(loaded, "merge_and_unload"):
-            loaded = _merged(loaded, type(loaded.get_base_model()).__name__)
-        name = type(loaded).__name__
+        is_peft = hasattr(model, "merge_and_unload")
+        name = type(cast(Any, model).get_base_model() if is_peft else model).__name__
+        loaded: Any = _twin(model) if adapter is None and not is_peft else copy.deepcopy(model)
+        loaded = _merged(loaded, None, name) if is_peft else loaded
     if adapter is not None:
-        loaded = _with_adapter(loaded, name, str(adapter))
+        loaded = _merged(loaded, str(adapter), name)
     if loaded.config.is_encoder_decoder:
-        raise DenseModelError(f"{_called(name)} is an encoder-decoder model; bridge reads decoder-only causal language models")
-    if not live or device is not None:
+        raise DenseModelError(f"model {name!r} is an encoder-decoder model; bridge reads decoder-only causal language models")
+    if named or device is not None:
         loaded.to(device or "cpu")
     loaded.eval().requires_grad_(False)
-    on_hub = not live and not Path(name).is_dir()
+    on_hub = named and not Path(name).is_dir()
     return DenseModel(loaded, tokenizer, name, getattr(loaded.config, "_commit_hash", None) if on_hub else None)
 
 
@@ -279,16 +277,16 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
     """Model and tokenizer (None where there is none) of a hub id or a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(name)
+    who, folder = f"model {name!r}", Path(name)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            raise DenseModelError(f"{_called(name)} is an adapter; give the model it was trained on, and --adapter {name}")
+            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
         if not (folder / "config.json").is_file():
-            raise DenseModelError(f"{_called(name)} has no config.json; give a folder that save_pretrained wrote")
+            raise DenseModelError(f"{who} has no config.json; give a folder that save_pretrained wrote")
         if not any(folder.glob("*.safetensors")):
-            raise DenseModelError(f"{_called(name)} has no *.safetensors; other weight files can run code: convert with save_pretrained")
+            raise DenseModelError(f"{who} has no *.safetensors; other weight files can run code: convert with save_pretrained")
     elif folder.is_file():
-        raise DenseModelError(f"{_called(name)} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
+        raise DenseModelError(f"{who} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
     with _quiet():
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
@@ -296,10 +294,10 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
             )
             model, info = both
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
-            raise DenseModelError(_why_not_loaded(name, error)) from error
+            raise DenseModelError(_why_not_loaded(name, who, error)) from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            raise DenseModelError(f"{_called(name)} holds no weights for {missing[0]} ({len(missing)} missing): not a complete causal LM")
+            raise DenseModelError(f"{who} holds no weights for {missing[0]} ({len(missing)} missing): not a complete causal LM")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         except Exception:  # a model without a tokenizer can still be coupled to token ids
@@ -310,27 +308,23 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
     return model, tokenizer
 
 
-def _called(name: str) -> str:
-    return f"model {name!r}"
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def _why_not_loaded(name: str, who: str, error: Exception) -> str:
     reason = _first_line(error)
     if "trust_remote_code" in str(error):
-        return f"{_called(name)} needs code from its own repository, which is not run; only architectures within transformers are read"
+        return f"{who} needs code from its own repository, which is not run; only architectures within transformers are read"
     if "Unrecognized configuration class" in reason:
-        return f"{_called(name)} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
+        return f"{who} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
     if Path(name).is_dir():
-        return f"{_called(name)} cannot be loaded: {reason}"
+        return f"{who} cannot be loaded: {reason}"
     if "couldn't connect" in reason or "offline" in reason.lower():
-        return f"{_called(name)} is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached; give a folder"
+        return f"{who} is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached; give a folder"
     if "Repo id must" in reason or "is not a local folder" in reason:
-        return f"{_called(name)} is neither a folder here nor a model on the Hugging Face hub; give one or the other"
-    return f"{_called(name)} cannot be loaded from the Hugging Face hub: {reason}"
+        return f"{who} is neither a folder here nor a model on the Hugging Face hub; give one or the other"
+    return f"{who} cannot be loaded from the Hugging Face hub: {reason}"
 
 
 @contextmanager
@@ -358,31 +352,24 @@ def _twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def _with_adapter(model: Any, name: str, adapter: str) -> Any:
-    """The model with a PEFT adapter's weights merged into its own."""
-    import warnings
-
+def _merged(model: Any, adapter: str | None, name: str) -> Any:
+    """The model with a PEFT adapter merged into its weights; without `adapter`, the one that a live PeftModel has."""
     from peft import PeftModel
 
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise DenseModelError(f"{adapter} has no adapter_model.safetensors; save the adapter with save_pretrained")
+    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise DenseModelError(f"adapter {adapter!r} has no adapter_model.safetensors; give a folder that save_pretrained wrote")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # it was trained on another model
-            return _merged(PeftModel.from_pretrained(model, adapter), name)
-    except DenseModelError:
-        raise
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # an adapter of another model
+            warnings.filterwarnings(
+                "ignore", message=".is_gradient_checkpointing. is deprecated"
+            )  # between peft and transformers
+            peft_model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+        return peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:
-        reason = _first_line(error)
-        raise DenseModelError(f"adapter {adapter} cannot be put on {name}: {reason}") from error
-
-
-def _merged(model: Any, name: str) -> Any:
-    try:
-        return model.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        reason = _first_line(error)
-        raise DenseModelError(f"the adapter of {name} cannot be merged ({reason}); LoRA adapters can") from error
+        which = f"adapter {adapter!r}" if adapter else "its adapter"
+        problem = f"{which} cannot be merged into model {name!r} ({_first_line(error)})"
+        raise DenseModelError(f"{problem}; give a LoRA that was trained on it") from error
 
 
 # --- 1: blocks
@@ -452,11 +439,11 @@ class _Call:
         return _largest(output_btd - self.output_btd) <= 1e-3 * _largest(self.output_btd - self.x_btd)
 
 
-def _probe_tokens(model: Any, name: str, context: int | None) -> Tensor:
+def _probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
     """A few rows of random tokens, none of them special."""
     config = model.config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise DenseModelError(f"{_called(name)} has no vocabulary, so it is not a language model; give a decoder-only causal one")
+        raise DenseModelError(f"{who} has no vocabulary, so it is not a language model; give a decoder-only causal one")
     special = [value for key, value in config.to_dict().items() if key.endswith("token_id")]
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     shape = (PROBE_ROWS, min(PROBE_TOKENS, context or PROBE_TOKENS))
@@ -468,7 +455,7 @@ def _forward(model: Any, tokens_bt: Tensor) -> Tensor:
     return model(input_ids=tokens_bt, use_cache=False, return_dict=True).logits
 
 
-def _watch_blocks(model: Any, name: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
+def _watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
     """Every block's call on the probe, and the logits; refuses what is not a causal language model of one stack of blocks."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {path: blocks for path, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks) == depth}
@@ -492,18 +479,18 @@ def _watch_blocks(model: Any, name: str, tokens_bt: Tensor) -> tuple[list[_Call]
         try:
             logits_btv = _forward(model, tokens_bt)
         except AttributeError as error:
-            raise DenseModelError(f"{_called(name)} gives no logits; load it with its language-model head (...ForCausalLM)") from error
+            raise DenseModelError(f"{who} gives no logits; load it with its language-model head (...ForCausalLM)") from error
         except Exception as error:
             reason = _first_line(error)
-            raise DenseModelError(f"{_called(name)} does not run on tokens alone ({reason}); give a decoder-only causal model") from error
+            raise DenseModelError(f"{who} does not run on tokens alone ({reason}); give a decoder-only causal model") from error
     if logits_btv.shape[:2] != tokens_bt.shape:
-        raise DenseModelError(f"{_called(name)} gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
+        raise DenseModelError(f"{who} gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
 
     half = tokens_bt.shape[1] // 2
     later_changed_bt = torch.cat([tokens_bt[:, :half], tokens_bt[:, half:].roll(1, 0)], 1)
     effect = _largest((_forward(model, later_changed_bt) - logits_btv)[:, :half])
     if not effect <= 16 * torch.finfo(logits_btv.dtype).eps * _largest(logits_btv):
-        message = f"{_called(name)} is not causal: changing later tokens changes earlier logits by up to {effect:.2g}"
+        message = f"{who} is not causal: changing later tokens changes earlier logits by up to {effect:.2g}"
         raise DenseModelError(f"{message} (an encoder, such as BERT?); give a decoder-only model")
 
     stacks = [path for path, blocks in lists.items() if all(len(calls[block]) == 1 for block in blocks)]
@@ -511,27 +498,31 @@ def _watch_blocks(model: Any, name: str, tokens_bt: Tensor) -> tuple[list[_Call]
     if len(stacks) != 1:
         found = f"{len(stacks)} such lists ({', '.join(stacks)})" if stacks else "no such list"
         wanted = f"a list of its {depth} blocks, each called once on the residual"
-        raise DenseModelError(f"{_called(name)} cannot be read at site 0: that takes {wanted}; found {found}")
+        raise DenseModelError(f"{who} cannot be read at site 0: that takes {wanted}; found {found}")
     return [calls[block][0] for block in lists[stacks[0]]], logits_btv
 
 
 # --- 2: the point between the sublayers of a block
 
 
-def _wire(name: str, calls: Sequence[_Call]) -> tuple[_Block, ...]:
+def _wire(who: str, calls: Sequence[_Call]) -> tuple[_Block, ...]:
     blocks: list[_Block] = []
     site = 0
     for index, call in enumerate(calls):
         try:
             output_btd, seen = call.again(call.x_btd)
         except Exception as error:
-            raise DenseModelError(f"{_called(name)} cannot be read at site {site}: block {index} does not run alone: {error}") from error
+            problem = f"block {index} does not run alone ({_first_line(error)})"
+            raise DenseModelError(
+                f"{who} cannot be read at site {site}: {problem}; this architecture is not supported"
+            ) from error
         if not call.gives(output_btd):
-            raise DenseModelError(f"{_called(name)} cannot be read at site {site}: block {index} run alone gives another output")
+            problem = f"block {index} depends on more than its arguments"
+            raise DenseModelError(f"{who} cannot be read at site {site}: {problem}; this architecture is not supported")
         middle = _find_middle(call, seen)
         if middle is None and not _is_parallel(call, seen):
             what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
-            raise DenseModelError(f"{_called(name)} cannot be read at site {site + 1}: {what}")
+            raise DenseModelError(f"{who} cannot be read at site {site + 1}: {what}")
         blocks.append(_Block(call.block, middle))
         site += 1 if middle is None else 2
     return tuple(blocks)
@@ -592,13 +583,13 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
 # --- 3: parity
 
 
-def _check_parity(dense: DenseModel, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:
+def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:
     """Resume at every site from another row's residual, a few sites in one batch, its first row starting from its tokens."""
     plain = dense.run(tokens_bt)
     eps = torch.finfo(logits_btv.dtype).eps
     tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * _largest(logits_btv)  # half precision: a few roundings of a logit
     if not (error := _largest(plain.logits_btv - logits_btv)) <= tolerance:
-        raise DenseModelError(f"{_called(dense.name)} gives other logits when its sites are recorded: off by up to {error:.2g}")
+        raise DenseModelError(f"{who} gives other logits when its sites are recorded: off by up to {error:.2g}")
     errors: list[float] = []
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
         sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
@@ -611,7 +602,7 @@ def _check_parity(dense: DenseModel, tokens_bt: Tensor, logits_btv: Tensor) -> P
     for site, error in enumerate(errors):
         if not error <= tolerance:
             reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
-            message = f"{_called(dense.name)} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
+            message = f"{who} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
             raise DenseModelError(f"{message} (tolerance {tolerance:.2g}); what it reads later is not all in the residual there")
     return Parity(tuple(errors), tolerance)
 

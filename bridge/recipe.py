@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
-class RecipeError(ValueError):
+class UserError(ValueError):
+    """Something a user can mend, said in one line; the commands print it and exit with code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that had to stop, said in one line; the commands print it and exit with code 1."""
+
+
+class RecipeError(UserError):
     """A recipe that cannot be used, in one line that names the value, the rule and the remedy."""
 
 
@@ -30,14 +38,14 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 class SparseShape(_Part):
     """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
 
-    width: int | None = Field(None, ge=16, description="residual width; unset: twice the dense model's")
-    head_channels: int = Field(16, ge=2, description="channels of an attention head")
-    mlp_ratio: int = Field(4, ge=1, description="MLP neurons per residual channel")
-    keep: float = Field(0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
-    sinks: bool = Field(True, description="a learnt logit per head in the softmax denominator")
+    width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
+    head_channels: int = Field(default=16, ge=2, description="channels of an attention head")
+    mlp_ratio: int = Field(default=4, ge=1, description="MLP neurons per residual channel")
+    keep: float = Field(default=0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
+    sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
     positions: Literal["none", "learned", "rotary"] = "none"
-    bigram: Literal["none", "full", "low-rank"] = Field("low-rank", description="table added to the logits, dense")
-    bigram_rank: int = Field(64, ge=1)
+    bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
+    bigram_rank: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:
@@ -54,62 +62,56 @@ class Sparsity(_Part):
     """How many weights stay (paper, appendix A.2)."""
 
     l0: float = Field(description="up to 1 the fraction of the weights that stay nonzero, above 1 their number")
-    biases: bool = Field(False, description="biases are projected too, each to the same fraction")
-    min_per_neuron: int = Field(0, ge=0, description="nonzeros kept at the input and the output side of each neuron and channel")
-    anneal: float = Field(0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
+    biases: bool = Field(default=False, description="biases are projected too, each to the same fraction")
+    min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on either side of each neuron and channel")
+    anneal: float = Field(default=0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
 
     @field_validator("l0")
     @classmethod
     def _positive(cls, l0: float) -> float:
         if l0 <= 0:
-            raise ValueError("some weights must stay; give the fraction that stays nonzero (such as 0.05) or, above 1, their number")
+            raise ValueError("some weights must stay; give the fraction that stays (such as 0.05) or, above 1, their number")
         return l0
 
 
 class Data(_Part):
     """What is read."""
 
-    source: str = Field("stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
-    context: int | None = Field(None, ge=2, description="tokens a row; unset: 128, or the dense model's context if that is shorter")
-    rows: int = Field(32, ge=2, description="rows a step, over all processes")
+    source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
+    rows: int = Field(default=32, ge=2, description="rows a step, over all processes")
 
 
 class Budget(_Part):
-    """When training ends: at the first of the two that is reached."""
+    """When training ends: at the first of the two that is reached; 20 million tokens where neither is said."""
 
     tokens: int | None = Field(None, ge=1)
     minutes: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _some(self) -> Budget:
-        if self.tokens is None and self.minutes is None:
-            raise ValueError("a budget is needed; give --tokens or --minutes")
-        return self
 
 
 class Optimizer(_Part):
     """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
 
-    rate: float = Field(3e-3, gt=0, description="sparse model's peak learning rate, before the 1/sqrt(L0) of the sparse weights")
-    bridge_rate: float = Field(1e-2, gt=0, description="bridges' peak learning rate")
-    sharkfin: bool = Field(True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
+    rate: float = Field(default=3e-3, gt=0, description="sparse model's peak learning rate, before sharkfin")
+    bridge_rate: float = Field(default=1e-2, gt=0, description="bridges' peak learning rate")
+    sharkfin: bool = Field(default=True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
     betas: tuple[_Share, _Share] = (0.9, 0.95)
-    eps: float = Field(0.1, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup: float = Field(0.01, ge=0, lt=1, description="share of the training over which the rates rise")
+    eps: float = Field(default=0.1, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training over which the rates rise")
 
 
 class Losses(_Part):
     """The weight of every term (paper, section 2.3); terms over sites are averaged over them, so depth changes no weight."""
 
-    ce: float = Field(1.0, ge=0, description="cross-entropy of the sparse model on text")
-    kl: float = Field(1.0, ge=0, description="KL(y_d, y_s)")
-    nmse_encoder: float = Field(1.0, ge=0, description="NMSE(f_i(h_d), stop(h_s))")
-    nmse_decoder: float = Field(1.0, ge=0, description="NMSE(g_i(h_s), h_d)")
-    hybrid_in: float = Field(1.0, ge=0, description="dense until i, encoded, sparse to the end: KL(y_d, .)")
-    hybrid_out: float = Field(1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
-    hybrid_both: float = Field(1.0, ge=0, description="rows that enter at i and leave at j > i; 0 switches them off")
-    splice: Literal["sampled", "literal"] = Field("sampled", description="one site a row, or every site for every row")
+    ce: float = Field(default=1.0, ge=0, description="cross-entropy of the sparse model on text")
+    kl: float = Field(default=1.0, ge=0, description="KL(y_d, y_s)")
+    nmse_encoder: float = Field(default=1.0, ge=0, description="NMSE(f_i(h_d), stop(h_s))")
+    nmse_decoder: float = Field(default=1.0, ge=0, description="NMSE(g_i(h_s), h_d)")
+    hybrid_in: float = Field(default=1.0, ge=0, description="dense until i, encoded, sparse to the end: KL(y_d, .)")
+    hybrid_out: float = Field(default=1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
+    hybrid_both: float = Field(default=1.0, ge=0, description="rows that enter at i and leave at j > i; 0 switches them off")
+    splice: Literal["sampled", "literal"] = Field(default="sampled", description="one site a row, or every site for every row")
 
     @property
     def coupled(self) -> bool:
@@ -129,14 +131,14 @@ class Recipe(_Part):
 
     dense: str = Field(description="hub id or folder of the dense model, or the class of a live one")
     revision: str | None = None
-    adapter: str | None = Field(None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
+    adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity
     data: Data = Data()
-    budget: Budget
+    budget: Budget = Budget(tokens=20_000_000, minutes=None)
     optimizer: Optimizer = Optimizer()
     losses: Losses = Losses()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _useful(self) -> Recipe:
@@ -170,10 +172,11 @@ def recipe_values(
     adapter: str | None = None,
     revision: str | None = None,
     settings: dict[str, Any] | None = None,
+    required: bool = True,
 ) -> dict[str, Any]:
     """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
 
-    `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
+    `settings` maps names of numbers ("optimizer.rate") to values; without `required`, L0 may be left unsaid. Raises RecipeError.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     if tokens is not None or minutes is not None:
@@ -192,15 +195,18 @@ def recipe_values(
         if value is not None:
             _put(values, name, value)
     if uncoupled:
-        losses = Losses.model_validate(values.get("losses", {}))
+        try:
+            losses = Losses.model_validate(values.get("losses", {}))
+        except ValidationError as error:
+            raise RecipeError(_one_line(error, "losses")) from None
         values["losses"] = losses.uncoupled().model_dump()
-    if "l0" not in values.get("sparsity", {}):
-        raise RecipeError("how sparse is not said; give --l0: below 1 the fraction of the weights that stay, from 1 on their number")
+    if not values.get("sparsity"):
+        raise RecipeError("how sparse is not said; give --l0: up to 1 the fraction of weights that stay, above 1 their number")
     return values
 
 
-def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply one `part.key=value` (or a `key=value` whose key only one part has) to nested recipe values, in place."""
+def parse_setting(assignment: str) -> tuple[str, Any]:
+    """(name, value) of a `part.key=value`, or of a `key=value` whose key only one part has. Raises RecipeError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise RecipeError(f"--set {assignment!r} is not of the form key=value, for example --set sparse.width=512")
@@ -208,12 +214,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parts, key = _full_name(name.strip()).split(".")
-    for part in parts:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise RecipeError(f"{part} = {values!r}: {_NOT_A_TABLE}")
-    values[key] = value
+    return _full_name(name.strip()), value
 
 
 def resolve(values: dict[str, Any]) -> Recipe:
@@ -253,6 +254,8 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
     *parts, key = _full_name(name).split(".")
     for part in parts:
         values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{part} = {values!r}: {_NOT_A_TABLE}")
     values[key] = value
 
 
@@ -271,9 +274,9 @@ def _full_name(name: str) -> str:
 _NOT_A_TABLE = "must be a table of numbers; write one of them in full, for example sparse.width = 512"
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, *within: str) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in (*within, *first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     match first["type"]:
         case "extra_forbidden":

@@ -28,6 +28,10 @@ class Enter:
     site_b: Tensor
     x_btd: Tensor
 
+    def __post_init__(self) -> None:
+        if len(self.site_b) != len(self.x_btd):
+            raise ValueError(f"{len(self.site_b)} rows are given a site and {len(self.x_btd)} a residual; they must be the same rows")
+
     @staticmethod
     def at(site: int, x_btd: Tensor) -> Enter:
         """Every row enters at one site."""

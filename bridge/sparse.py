@@ -119,16 +119,24 @@ class SparseTransformer(nn.Module):
                 sizes[Location(layer, kind)] = self.width * (self.shape.mlp_ratio if kind == "mlp_act" else 1)
         return sizes
 
-    def run(self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate) -> Trace:
+    def site(self, location: Location) -> int:
+        """The site that the location's sublayer reads; its writes arrive at the next one."""
+        parts = ("attn" if location.kind in ATTENTION_KINDS else "mlp", "parallel")
+        return next(site for layer, site, part in self._parts() if layer == location.layer and part in parts)
+
+    def run(
+        self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate, *, last_only: bool = False
+    ) -> Trace:
         """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
 
+        With last_only the logits are those of the last position alone (b1v), which spares a search the vocabulary's products.
         Raises ValueError where the rows are longer than the context of learned positions.
         """
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
         halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
         sublayers = [partial(halves[part], layer, gate) for layer, _, part in self._parts()]
-        return run(self._embed, sublayers, self._unembed, tokens_bt, enter)
+        return run(self._embed, sublayers, self._unembed_last if last_only else self._unembed, tokens_bt, enter)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv of a plain run."""
@@ -183,7 +191,7 @@ class SparseTransformer(nn.Module):
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
         r_bts = self._node(layer, "mlp_in", gate, _norm(x_bts))
-        a_btn = self._node(layer, "mlp_act", gate, F.gelu(block.up(r_bts), approximate="tanh"))
+        a_btn = self._node(layer, "mlp_act", gate, gelu(block.up(r_bts)))
         return self._node(layer, "mlp_out", gate, block.down(a_btn))
 
     def _attention(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
@@ -213,6 +221,9 @@ class SparseTransformer(nn.Module):
         cosine_tc, sine_tc = angle_tc.cos().to(x_btn.dtype), angle_tc.sin().to(x_btn.dtype)
         first, second = x_bhtc[..., :half], x_bhtc[..., half:]
         return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc], -1)
+
+    def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
+        return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
 
     def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
         q_bhtc, k_bhtc = (self._heads(x, rotate=True) for x in (q_btn, k_btn))
@@ -321,9 +332,19 @@ class _Block(nn.Module):
         self.down = nn.Linear(neurons, width)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """The MLP's nonlinearity."""
+    return F.gelu(x, approximate="tanh")
+
+
+def norm_scale(x_bts: Tensor) -> Tensor:
+    """scale_bt1, by which RMSNorm multiplies a residual."""
+    return torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + 1e-6)
+
+
 def _norm(x_bts: Tensor) -> Tensor:
     """RMSNorm without a gain, in float32; under autocast its result is handed on in the type the products compute in."""
-    r_bts = x_bts * torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + 1e-6)
+    r_bts = x_bts * norm_scale(x_bts)
     device = x_bts.device.type
     return r_bts.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else r_bts
 

@@ -34,20 +34,24 @@ from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
 from bridge.objective import Objective, draw_splice
-from bridge.recipe import Recipe, RecipeError, n_kept, recipe_values, resolve
+from bridge.recipe import Recipe, RecipeError, RunError, n_kept, recipe_values, resolve
 from bridge.sparse import SparseTransformer, annealed_l0
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
-REFERENCE_ROWS = 64  # held-out blocks that travel with the coupling as the corpus for means
+REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
 
 
-class FitError(RuntimeError):
+class FitError(RunError):
     """A run that had to stop, in one line that says what to try."""
 
 
 class FitStopped(RuntimeError):
-    """A run that was asked to stop (SIGTERM, Ctrl-C) and saved its state."""
+    """A run that stopped and saved its state: `planned` at the end of a stretch, else asked to by SIGTERM or Ctrl-C."""
+
+    def __init__(self, message: str, *, planned: bool) -> None:
+        super().__init__(message)
+        self.planned = planned
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,20 @@ def prepare(
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
     """
     out = None if out is None else Path(out)
-    resume = resume and out is not None and (out / "training.json").exists()
+    if resume and out is not None and (out / "coupling.json").exists():
+        raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
+    begun = out is not None and (out / "training.json").exists()
     if out is not None and not resume:
         check_new(out)
-    elif out is not None:
+    resume = resume and begun  # a run killed before it first saved starts over
+    if out is not None and resume:
         saved = read_json(out / "training.json")["recipe"]
-        values = {**saved, **{key: value for key, value in values.items() if key in ("budget", "dense")}}
+        changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
+        if changed:
+            raise RecipeError(f"--resume goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
+        values = {**saved, **{key: value for key, value in values.items() if key == "budget"}}
     live = not isinstance(model, (str, Path))
-    recipe = resolve({"dense": type(model).__name__ if live else str(model), **values})
+    recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r} is not offered; it is float32 or bfloat16 (products only, weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
@@ -110,7 +120,6 @@ def prepare(
         recipe.data.source,
         dense.tokenizer,
         recipe.data.context,
-        vocabulary=dense.vocabulary,
         max_tokens=recipe.budget.tokens,
         seed=recipe.seed,
         dense=dense.model,
@@ -159,7 +168,7 @@ def fit(
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     """The recipe with everything that depends on the dense model filled in.
 
-    Raises ValueError where the context is longer than the dense model's.
+    Raises RecipeError where the context is longer than the dense model's.
     """
     shape, data = recipe.sparse, recipe.data
     if shape.width is None:
@@ -169,7 +178,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     if data.context is None:
         data = data.model_copy(update={"context": int(min(128, limit))})
     elif data.context > limit:
-        raise ValueError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
+        raise RecipeError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
     update = {"sparse": shape, "data": data, "dense": dense.name, "revision": dense.revision}
     return recipe.model_copy(update=update)
 
@@ -186,8 +195,8 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     return trained * 16 + frozen + tokens * per_token
 
 
-def train(run: Run) -> Iterator[Progress]:
-    """Train a coupling in place to the end of its recipe's budget, yielding Progress every few seconds.
+def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progress]:
+    """Train a coupling in place to the end of its recipe's budget (or of a stretch), yielding Progress every few seconds.
 
     Raises FitError on NaN or divergence, FitStopped after SIGTERM or Ctrl-C; the last good state is then in `out`.
     """
@@ -196,7 +205,7 @@ def train(run: Run) -> Iterator[Progress]:
     budget, rows = recipe.budget, recipe.data.rows
     assert recipe.data.context is not None
     if rows % accelerator.num_processes:
-        raise ValueError(f"data.rows {rows} cannot be shared by {accelerator.num_processes} processes; make it a multiple")
+        raise RecipeError(f"data.rows {rows} cannot be shared by {accelerator.num_processes} processes; make it a multiple")
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
@@ -240,7 +249,8 @@ def train(run: Run) -> Iterator[Progress]:
 
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
-            asked = bool(stop)
+            stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
+            asked = bool(stop) or stretch_over
             if accelerator.num_processes > 1:  # every process must see the same clock and the same wish to stop
                 shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
                 state.seconds, asked = accelerator.reduce(shared, "mean")[0].item(), bool(accelerator.reduce(shared)[1] > 0)
@@ -262,9 +272,9 @@ def train(run: Run) -> Iterator[Progress]:
             if out is not None and accelerator.is_main_process and (asked or now - last_save >= SAVE_SECONDS):
                 _save(out, coupling, optimizer, state)
                 last_save = time.monotonic()
-            if asked:
-                where = f"; --resume --out {out} continues" if out else ""
-                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}")
+            if asked and fraction() < 1:
+                where = f"; --resume --out {out} goes on" if out else ""
+                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}", planned=not stop)
     log.close()
 
 
@@ -392,6 +402,13 @@ class _asked_to_stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
+
+
+def _agrees(given: Any, saved: Any) -> bool:
+    """Whether what was given says nothing that a saved recipe says otherwise."""
+    if isinstance(given, dict) and isinstance(saved, dict):
+        return all(_agrees(value, saved.get(key)) for key, value in given.items())
+    return given == saved or (isinstance(saved, list) and list(given) == saved)
 
 
 def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:

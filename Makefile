@@ -1,0 +1,58 @@
+# Two commands do all the set-up on a fresh clone: make demo, make test.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_WAIT_POLICY = PASSIVE
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = true
+
+DEMO_MINUTES ?= 2
+DENSE_MINUTES ?= 35
+BRIDGE_RECIPE ?= recipes/python-bridge.toml
+
+.PHONY: demo test test-slow test-gpu lint checkpoints clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with the one that ships.
+	rm -rf runs/demo
+	$(BIN)/bridge info checkpoints/python-dense
+	@echo
+	$(BIN)/bridge fit checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --width 256 --data stdlib --minutes $(DEMO_MINUTES) --out runs/demo
+	$(BIN)/bridge eval runs/demo --rows 32
+	@echo
+	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
+	@echo
+	$(BIN)/bridge explain --prompt 'def read(path, mode="r'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## What takes minutes: kills and resumes, GPT-2-small's size.
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+# From corpus to eval table, on whatever device is there, in stretches that can be cut and continued.
+checkpoints: $(READY)
+	rm -rf checkpoints/python-dense checkpoints/python-bridge checkpoints/python-dense.state checkpoints/python-bridge.state
+	until [ -f checkpoints/python-dense/config.json ]; do \
+	  $(BIN)/python recipes/python_dense.py --out checkpoints/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
+	until [ -f checkpoints/python-bridge.state/coupling.json ]; do \
+	  $(BIN)/bridge fit checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --dtype bfloat16 --out checkpoints/python-bridge.state \
+	    --resume --stretch 9 || exit 1; done
+	mv checkpoints/python-bridge.state checkpoints/python-bridge
+	$(BIN)/bridge eval checkpoints/python-bridge
+
+clean:
+	rm -rf .venv runs

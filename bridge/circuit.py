@@ -1,0 +1,403 @@
+"""Circuits: which nodes of the sparse model are kept, what stands in for the others, and what flows between the kept ones.
+
+With a_i the value of node i after AbsTopK, m_i its mean over a reference corpus, and C the nodes that are kept (Gao et al. 2025,
+section 2.2 and appendix A.5), the circuit alone is the model S_C in which, in the order of the computation,
+
+    a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
+
+so that S_C with every node kept is S itself. A mean that is missing is an error: zero is another model. A node that AbsTopK has
+silenced has the value 0 when kept and m_i when not; it is a node like any other, kept or not kept.
+
+For a prompt, nodes are (location, position, channel), and the circuit answers a Question: why `target` rather than `contrast`
+comes next, read off as the logit difference D = logit[target] - logit[contrast] at the last position.
+
+Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
+an edge is how much the source's deviation from its mean adds to what the target is before AbsTopK (for MLP neurons before GELU):
+
+    weight = d target / d source * (a_source - m_source)
+
+    weight       W_ji (a_i - m_i)            attn_in -> q, k, v;  mlp_in -> mlp_act;  mlp_act -> mlp_out           exact
+    value        P_pp' W_ji (a_i - m_i)      v at p' -> attn_out at p, P the attention pattern of S_C              exact
+    score        by gradient through P       q at p, k at p' -> attn_out at p, the values being held               first order
+    residual     (a_i - m_i) / rms           attn_out, mlp_out -> attn_in, mlp_in of a later sublayer, same channel, rms held
+    embedding    (E_i - mean E_i) / rms      the token's nonzero entry -> attn_in, mlp_in, same channel
+    unembedding  (U_target - U_contrast)_i (a_i - m_i) / rms     a write (or embedding entry) at the last position -> answer
+    bigram       B_target - B_contrast       the last token -> answer, in full and with the bias: it is part of every circuit
+
+Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
+entries are counted by their own names, the others drawn. `effect` is the weight times dD / d target, which makes edges into
+different targets comparable; it is 0 into a target that AbsTopK silences in S_C. How a score splits into pairs of q and k
+channels is not told here.
+
+Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a location, f all nodes of a prompt in one row
+(location by location, position by position, channel by channel), s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge.residual import Enter
+from bridge.sparse import Gate, Location, SparseTransformer, gelu, norm_scale
+
+EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
+BIGRAM = Location(-1, "bigram")
+EdgeKind = Literal["weight", "value", "score", "residual", "embedding", "unembedding", "bigram"]
+COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
+# which kinds read a kind through which matrix
+_READERS = {
+    "attn_in": (("q", "q"), ("k", "k"), ("v", "v")),
+    "mlp_in": (("mlp_act", "up"),),
+    "mlp_act": (("mlp_out", "down"),),
+}
+_ATTENTION_TARGETS = 32  # attn_out nodes whose slopes are taken at once
+_ROW_TOKENS = 4096  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
+_ROW_NODES = 1 << 26  # and mask entries, which outnumber the tokens by the nodes of a token
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A channel of a location, at one position of a prompt (None: at every position)."""
+
+    location: Location
+    index: int
+    position: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The node without its position, as `L0.mlp_act[37]`."""
+        layer = f"L{self.location.layer}." if self.location.layer >= 0 else ""
+        return f"{layer}{self.location.kind}[{self.index}]"
+
+    def __str__(self) -> str:
+        return self.name if self.position is None else f"{self.name}@{self.position}"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D."""
+
+    source: Node
+    target: Node
+    kind: EdgeKind
+    weight: float
+    effect: float
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Why `target` rather than `contrast` follows tokens_t. Raises ValueError where there is nothing to ask."""
+
+    tokens_t: Tensor
+    target: int
+    contrast: int
+
+    def __post_init__(self) -> None:
+        if self.tokens_t.dim() != 1 or not len(self.tokens_t):
+            raise ValueError(f"a prompt is a row of at least one token, not a tensor of shape {tuple(self.tokens_t.shape)}")
+        if self.target == self.contrast:
+            raise ValueError(f"target and contrast are both token {self.target}; ask about two different tokens")
+
+    def difference(self, logits_rv: Tensor) -> Tensor:
+        """D, the logit of target minus that of contrast."""
+        return logits_rv[..., self.target] - logits_rv[..., self.contrast]
+
+
+@dataclass(frozen=True)
+class NodeSpace:
+    """Every node of a prompt in one row, and back."""
+
+    sizes: Mapping[Location, int]
+    n_tokens: int
+
+    @cached_property
+    def size(self) -> int:
+        """Number of nodes of the prompt."""
+        return self.n_tokens * sum(self.sizes.values())
+
+    def split(self, x_rf: Tensor) -> dict[Location, Tensor]:
+        """x_rtn per location of x_rf: views, of any number of leading axes."""
+        lengths = [self.n_tokens * n for n in self.sizes.values()]
+        parts = x_rf.split(lengths, -1)
+        return {at: part.unflatten(-1, (self.n_tokens, n)) for (at, n), part in zip(self.sizes.items(), parts, strict=True)}
+
+    def join(self, parts: Mapping[Location, Tensor]) -> Tensor:
+        """x_rf of x_rtn per location."""
+        return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
+
+    def node(self, flat: int) -> Node:
+        """The node at a place of the row."""
+        for location, n in self.sizes.items():
+            if flat < self.n_tokens * n:
+                return Node(location, flat % n, flat // n)
+            flat -= self.n_tokens * n
+        raise IndexError(f"there are {self.size} nodes")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """The nodes kept for a question: kept_tn (bool) and corpus means_n per location, and the losses that were measured.
+
+    Raises ValueError where a location has no mean, or a mask does not fit the prompt.
+    """
+
+    explains: Question
+    kept: Mapping[Location, Tensor]
+    means: Mapping[Location, Tensor]
+    losses: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        _check_means(self.kept, self.means)
+        length = len(self.explains.tokens_t)
+        for location, kept_tn in self.kept.items():
+            if kept_tn.dtype != torch.bool or kept_tn.shape != (length, len(self.means[location])):
+                wanted = f"bool of shape {(length, len(self.means[location]))}"
+                raise ValueError(f"the mask at {location} is {kept_tn.dtype} of shape {tuple(kept_tn.shape)}, not {wanted}")
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The kept nodes, in the order of the computation."""
+        return tuple(
+            Node(location, index, position)
+            for location, kept_tn in self.kept.items()
+            for position, index in kept_tn.nonzero().tolist()
+        )
+
+    @property
+    def gate(self) -> Gate:
+        """The gate that makes the sparse model this circuit alone."""
+        return ablation_gate(self.kept, self.means)
+
+
+def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tensor]) -> Gate:
+    """A gate under which nodes outside the masks have their corpus mean; kept_tn, or kept_rtn with a mask for every row.
+
+    Raises ValueError where a location has no mean, KeyError where the model has a location without a mask.
+    """
+    _check_means(kept, means)
+
+    def gate(location: Location, x_btn: Tensor) -> Tensor:
+        return torch.where(kept[location], x_btn, means[location].to(x_btn.dtype))
+
+    return gate
+
+
+def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:
+    """A gate that keeps what every node becomes (under `gate`, if given) and changes nothing more."""
+
+    def record(location: Location, x_btn: Tensor) -> Tensor:
+        into[location] = x_btn if gate is None else gate(location, x_btn)
+        return into[location]
+
+    return record
+
+
+@torch.no_grad()
+def corpus_means(sparse: SparseTransformer, tokens_bt: Tensor) -> dict[Location, Tensor]:
+    """means_n of every node over a reference corpus, from the model's own forward (after AbsTopK), and of the embedding.
+
+    Raises ValueError for a corpus without tokens.
+    """
+    if not tokens_bt.numel():
+        raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
+    sums: dict[Location, Tensor] = {}
+
+    def add(location: Location, x_btn: Tensor) -> Tensor:
+        total_n = x_btn.double().sum((0, 1)) if x_btn.device.type != "mps" else x_btn.sum((0, 1))
+        sums[location] = sums[location] + total_n if location in sums else total_n
+        return x_btn
+
+    for rows_bt in tokens_bt.to(sparse.device).split(max(1, _ROW_TOKENS // tokens_bt.shape[1])):
+        add(EMBEDDING, sparse.run(rows_bt, gate=add, last_only=True).residuals[0])
+    return {location: (total_n / tokens_bt.numel()).to(sparse.embedding.dtype) for location, total_n in sums.items()}
+
+
+class Ablations:
+    """The sparse model on one prompt, with any of its nodes at their corpus means."""
+
+    def __init__(self, sparse: SparseTransformer, question: Question, means: Mapping[Location, Tensor]) -> None:
+        self.sparse, self.question, self.means = sparse, question, means
+        self.space = NodeSpace(sparse.locations(), len(question.tokens_t))
+        _check_means(self.space.sizes, means)
+        self.tokens_1t = question.tokens_t.to(sparse.device)[None]
+        values: dict[Location, Tensor] = {}
+        with torch.no_grad():
+            logits_1v = sparse.run(self.tokens_1t, gate=recording_gate(values), last_only=True).logits_btv[:, -1]
+        self.value_f = self.space.join(values)[0]
+        self.mean_f = self.space.join({at: means[at].expand(self.space.n_tokens, -1) for at in self.space.sizes})
+        self.logits_v = logits_1v[0]
+
+    @property
+    def rows(self) -> int:
+        """How many masked copies make a batch of sensible size."""
+        return max(1, min(_ROW_TOKENS // self.space.n_tokens, _ROW_NODES // self.space.size))
+
+    @torch.no_grad()
+    def logits(self, kept_rf: Tensor) -> Tensor:
+        """logits_rv at the last position, one row for every mask."""
+        return torch.cat([self.run(rows_rf) for rows_rf in kept_rf.split(self.rows)])
+
+    def run(self, kept_rf: Tensor) -> Tensor:
+        """`logits` of one batch, with gradients where the caller wants them; masks between 0 and 1 mix value and mean."""
+        kept = self.space.split(kept_rf)
+
+        def mix(location: Location, x_rtn: Tensor, /) -> Tensor:
+            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept[location])
+
+        gate = ablation_gate(kept, self.means) if kept_rf.dtype == torch.bool else mix
+        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), gate=gate, last_only=True).logits_btv[:, -1]
+
+    def kl(self, logits_rv: Tensor) -> Tensor:
+        """KL(S, .) of the next-token distribution at the last position, in nats."""
+        whole_v, other_rv = self.logits_v.log_softmax(-1), logits_rv.log_softmax(-1)
+        return (whole_v.exp() * (whole_v - other_rv)).sum(-1)
+
+
+@torch.no_grad()
+def draw_edges(sparse: SparseTransformer, circuit: Circuit) -> tuple[Edge, ...]:
+    """Every edge between the circuit's nodes (see the module's docstring), the largest effects on the answer first.
+
+    Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
+    """
+    _check_means([EMBEDDING], circuit.means)
+    flow = _flow(sparse, circuit)
+    edges = [*_weight_edges(flow), *_attention_edges(flow), *_residual_edges(flow), *_answer_edges(flow)]
+    return tuple(sorted(edges, key=lambda edge: -abs(edge.effect)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Flow:
+    """What runs through S_C, without the batch axis."""
+
+    sparse: SparseTransformer
+    circuit: Circuit
+    value: Mapping[Location, Tensor]
+    change: Mapping[Location, Tensor]  # value - mean, of the nodes and of the embedding
+    slope: Mapping[Location, Tensor]  # dD / d what the node is before AbsTopK (and GELU)
+    scale: list[Tensor]  # 1 / rms per token, at every site
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
+
+    def kept(self, location: Location, position: int) -> Tensor:
+        """Indices of the kept nodes of a location at a position."""
+        return self.circuit.kept[location][position].nonzero().flatten()
+
+    def locations(self, *kinds: str) -> list[Location]:
+        return [location for location in self.circuit.kept if location.kind in kinds]
+
+
+def _flow(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
+    value: dict[Location, Tensor] = {}
+    probe: dict[Location, Tensor] = {}
+
+    def probing(location: Location, x_btn: Tensor) -> Tensor:
+        probe[location] = torch.zeros_like(x_btn).requires_grad_()  # adds nothing, and receives dD / d node
+        value[location] = circuit.gate(location, x_btn) + probe[location]
+        return value[location]
+
+    with torch.enable_grad():
+        trace = sparse.run(circuit.explains.tokens_t.to(sparse.device)[None], gate=probing, last_only=True)
+        answer = circuit.explains.difference(trace.logits_btv[0, -1])
+        slopes = torch.autograd.grad(answer, list(probe.values()))
+    value = {location: value_1tn[0].detach() for location, value_1tn in value.items()}
+    slope = {location: slope_1tn[0] * (value[location] != 0) for location, slope_1tn in zip(probe, slopes, strict=True)}
+    for location in slope:
+        if location.kind == "mlp_act":
+            up = f"blocks.{location.layer}.up"
+            with torch.enable_grad():
+                read_tn = value[Location(location.layer, "mlp_in")]
+                before_tn = F.linear(read_tn, sparse.get_parameter(f"{up}.weight"), sparse.get_parameter(f"{up}.bias"))
+                before_tn = before_tn.detach().requires_grad_()
+                slope[location] = slope[location] * torch.autograd.grad(gelu(before_tn).sum(), before_tn)[0]
+    change = {location: value_tn - circuit.means[location] for location, value_tn in value.items()}
+    change[EMBEDDING] = trace.residuals[0][0].detach() - circuit.means[EMBEDDING]
+    scale = [norm_scale(x_btd.detach())[0, :, 0] for x_btd in trace.residuals]
+    return _Flow(sparse, circuit, value, change, slope, scale)
+
+
+def _weight_edges(flow: _Flow) -> Iterator[Edge]:
+    for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
+        for kind, name in _READERS[source.kind]:
+            target, weight_ji = Location(source.layer, kind), flow.weight(source.layer, name)
+            for position in range(len(flow.circuit.explains.tokens_t)):
+                i, j = flow.kept(source, position), flow.kept(target, position)
+                added_ji = weight_ji[j][:, i] * flow.change[source][position, i]
+                effect_ji = added_ji * flow.slope[target][position, j, None]
+                for row, column in weight_ji[j][:, i].nonzero().tolist():
+                    ends = Node(source, int(i[column]), position), Node(target, int(j[row]), position)
+                    yield Edge(*ends, "weight", float(added_ji[row, column]), float(effect_ji[row, column]))
+
+
+def _attention_edges(flow: _Flow) -> Iterator[Edge]:
+    for target in flow.locations("attn_out"):
+        sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
+        for nodes_2 in flow.circuit.kept[target].nonzero().split(_ATTENTION_TARGETS):
+            for source, slope_rtn in zip(sources, _attention_slopes(flow, sources, nodes_2), strict=True):
+                kind: EdgeKind = "value" if source.kind == "v" else "score"
+                added_rtn = slope_rtn * flow.change[source] * flow.circuit.kept[source]
+                for r, position, index in added_rtn.nonzero().tolist():
+                    to_position, to_index = nodes_2[r].tolist()
+                    added = float(added_rtn[r, position, index])
+                    effect = added * float(flow.slope[target][to_position, to_index])
+                    yield Edge(Node(source, index, position), Node(target, to_index, to_position), kind, added, effect)
+
+
+def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> tuple[Tensor, ...]:
+    """slope_rtn = d target / d node for q, k and v nodes, a row for each of the attn_out nodes (position, index)."""
+    layer, channels = sources[0].layer, flow.sparse.shape.head_channels
+    to_r, write_rn = nodes_2[:, 0], flow.weight(layer, "o")[nodes_2[:, 1]]
+    with torch.enable_grad():
+        q_rtn, k_rtn, v_rtn = (flow.value[s].expand(len(to_r), -1, -1).clone().requires_grad_() for s in sources)
+        pattern_rht = flow.sparse.pattern(layer, q_rtn, k_rtn)[torch.arange(len(to_r)), :, to_r]
+        v_rthc, write_rhc = v_rtn.unflatten(-1, (-1, channels)), write_rn.unflatten(-1, (-1, channels))
+        out = torch.einsum("rht,rthc,rhc->", pattern_rht, v_rthc, write_rhc)
+        return torch.autograd.grad(out, (q_rtn, k_rtn, v_rtn))
+
+
+def _residual_edges(flow: _Flow) -> Iterator[Edge]:
+    for target in flow.locations("attn_in", "mlp_in"):
+        site = flow.sparse.site(target)
+        for position, index in flow.circuit.kept[target].nonzero().tolist():
+            slope = float(flow.slope[target][position, index])
+            for source in _writers(flow, site, position, index):
+                added = float(flow.change[source][position, index] * flow.scale[site][position])
+                kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
+                yield Edge(Node(source, index, position), Node(target, index, position), kind, added, added * slope)
+
+
+def _writers(flow: _Flow, site: int, position: int, index: int) -> Iterator[Location]:
+    """The embedding, where it has an entry, and the kept writes of a channel that arrive at a site."""
+    if flow.sparse.embedding[flow.circuit.explains.tokens_t[position], index] != 0:
+        yield EMBEDDING
+    for source in flow.locations("attn_out", "mlp_out"):
+        if flow.sparse.site(source) < site and flow.circuit.kept[source][position, index]:
+            yield source
+
+
+def _answer_edges(flow: _Flow) -> Iterator[Edge]:
+    question, sparse, last_site = flow.circuit.explains, flow.sparse, flow.sparse.n_sites - 1
+    last = len(question.tokens_t) - 1
+    answer = Node(Location(len(sparse.blocks), "answer"), question.target, last)
+    read_s = sparse.unembedding.weight[question.target] - sparse.unembedding.weight[question.contrast]
+    for index in read_s.nonzero().flatten().tolist():
+        for source in _writers(flow, last_site, last, index):
+            added = float(read_s[index] * flow.change[source][last, index] * flow.scale[last_site][last])
+            yield Edge(Node(source, index, last), answer, "unembedding", added, added)
+    token_11 = question.tokens_t[-1:].to(sparse.device)[None]
+    nothing_11s = torch.zeros(1, 1, sparse.width, device=sparse.device, dtype=sparse.embedding.dtype)
+    added = float(question.difference(sparse.run(token_11, Enter.at(last_site, nothing_11s)).logits_btv[0, 0]))
+    yield Edge(Node(BIGRAM, int(question.tokens_t[-1]), last), answer, "bigram", added, added)
+
+
+def _check_means(locations: Iterable[Location], means: Mapping[Location, Tensor]) -> None:
+    missing = [str(location) for location in locations if location not in means]
+    if missing:
+        raise ValueError(f"no corpus mean for {', '.join(missing)}; take them with corpus_means (zero is not a mean)")

@@ -1,0 +1,310 @@
+"""The commands: each checks its arguments, imports what it needs, calls the library, and prints.
+
+Nothing heavy is imported before a command runs, so that --help answers at once. What a user can mend is one line on standard
+error and exit code 2; a run that had to stop is exit code 1, one that was asked to stop 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from bridge.evaluate import Evaluation
+    from bridge.training import Progress, Run
+
+app = typer.Typer(
+    help="Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face causal LM: hub id or folder.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def info(model: Model, adapter: Adapter = None, revision: Revision = None, device: Device = "auto") -> None:
+    """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
+    with _one_line_errors():
+        from bridge.dense import load_dense
+
+        dense = load_dense(model, adapter=adapter, revision=revision, device=_device(device))
+        kinds = list(dense.sublayers)
+        parameters = sum(p.numel() for p in dense.model.parameters())
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        rows = [
+            ("model", f"{dense.name} ({type(dense.model).__name__}, {parameters / 1e6:.1f} M parameters)"),
+            ("weights", f"sha256 {dense.fingerprint()[:16]}"),
+            ("sublayers", f"{len(kinds)}: {counts}"),
+            ("width", f"{dense.width}"),
+            ("vocabulary", f"{dense.vocabulary:,}" + ("" if dense.tokenizer else " (no tokenizer found)")),
+            ("context", f"{dense.context:,}" if dense.context else "unlimited"),
+            ("sites", f"{dense.n_sites}"),
+            ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),
+        ]
+        for name, value in rows:
+            print(f"{name:<11} {value}")
+        print("\nsite  read by   largest logit error when resumed there")
+        for site, (kind, error) in enumerate(zip((*kinds, "unembed"), dense.parity.errors, strict=True)):
+            print(f"{site:>4}  {kind:<9} {error:.1e}")
+
+
+@app.command()
+def fit(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; or the recipe's.")] = None,
+    l0: Annotated[float | None, typer.Option(help="Below 1 the fraction of weights that stay, from 1 on their number.")] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
+    width: Annotated[int | None, typer.Option(help="Residual width of the sparse model; default twice the model's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with every number, such as those in recipes/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/MODEL.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    uncoupled: Annotated[bool, typer.Option("--uncoupled", help="No bridge losses: the sparse model learns text alone.")] = False,
+    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order of text and splices.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+    log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
+) -> None:
+    """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
+    with _one_line_errors():
+        from bridge.recipe import RecipeError, parse_setting, recipe_values
+
+        values = recipe_values(
+            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
+            adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
+            required=not resume,
+        )  # fmt: skip
+        name = model or values.get("dense")
+        if name is None:
+            raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
+        folder = out or Path("runs") / Path(name).name
+        from bridge.training import FitStopped, finish, memory_needed, prepare, train
+
+        run = prepare(name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with)
+        if run.accelerator.is_main_process:
+            _describe(run, memory_needed(run.coupling.dense, run.coupling.recipe))
+        watch = _Watcher(quiet=not run.accelerator.is_main_process)
+        started = time.monotonic()
+        try:
+            for progress in train(run, stretch_minutes=stretch):
+                watch(progress)
+        except FitStopped as stopped:
+            watch.end()
+            print(f"bridge: {stopped}", file=sys.stderr)
+            raise typer.Exit(0 if stopped.planned else 130) from None
+        watch.end()
+        finish(run)
+        if run.accelerator.is_main_process:
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+            print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")
+            print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
+
+
+@app.command("eval")
+def eval_(
+    bridge: Annotated[Path, typer.Argument(help="A coupling: a folder that `bridge fit` wrote, or a hub id.")],
+    data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
+    rows: Annotated[int, typer.Option(help="Most rows of text to use.", min=1)] = 256,
+    device: Device = "auto",
+) -> None:
+    """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
+    with _one_line_errors():
+        from bridge.bridges import Coupling
+        from bridge.checkpoint import write_json
+        from bridge.data import DataError, load_blocks
+        from bridge.evaluate import evaluate
+
+        coupling = Coupling.from_pretrained(bridge, device=_device(device))
+        tokens_bt = coupling.reference_bt
+        if data is not None:
+            limit = rows * coupling.context * 60  # one document in 50 is held out
+            tokens_bt = load_blocks(data, coupling.dense.tokenizer, coupling.context, max_tokens=limit, seed=1).heldout_nt.long()
+        if tokens_bt is None:
+            raise DataError(f"{str(bridge)!r} has no held-out text of its own; give --data")
+        result = evaluate(coupling, tokens_bt[:rows])
+        print(_evaluation(result))
+        if bridge.is_dir():
+            write_json(bridge / "eval.json", result.to_json())
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
+    bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    target: Annotated[str | None, typer.Option(help="Explain this token; default the dense model's answer.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Against this token; default the dense model's second choice.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
+    with _one_line_errors():
+        from bridge.bridges import Coupling
+        from bridge.checkpoint import write_json
+        from bridge.explanation import explain as explain_prompt
+        from bridge.explanation import render_text
+
+        coupling = Coupling.from_pretrained(bridge or _shipped(), device=_device(device))
+        note = _note if sys.stderr.isatty() else None
+        explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note)
+        print(render_text(explanation, width=_width()))
+        if json is not None:
+            write_json(json, explanation.to_json())
+
+
+def main() -> NoReturn:
+    """Entry point of the `bridge` command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make every other process on the machine slower
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    app()
+    raise SystemExit(0)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from bridge.recipe import RunError, UserError
+
+    try:
+        yield
+    except (UserError, RunError) as error:
+        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        _fail(f"{error.strerror or error} ({error.filename or 'no file named'})", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(f"bridge: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    from bridge.recipe import RecipeError
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
+    return device
+
+
+def _shipped() -> str:
+    from bridge.checkpoint import CheckpointError
+
+    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
+    if not folder.is_dir():
+        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
+    return str(folder)
+
+
+def _width() -> int:
+    import shutil
+
+    return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _note(phase: str) -> None:
+    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+
+
+def _describe(run: Run, needed: int) -> None:
+    import psutil
+
+    recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
+    weights = sum(weight.numel() for weight in sparse.sparse_weights().values())
+    l0 = recipe.sparsity.l0
+    kept = l0 * weights if l0 < 1 else l0
+    how = "coupled at every site" if recipe.losses.coupled else "uncoupled: trained on text alone"
+    free = psutil.virtual_memory().available
+    print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
+    print(f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}")
+    print(f"data    {run.blocks.description}")
+    print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
+    if needed > free and dense.device.type == "cpu":
+        print("        that may not fit; lower --width or --set data.rows=...", flush=True)
+
+
+class _Watcher:
+    """A line a person can watch: rewritten in place on a terminal, one every half minute when redirected."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty()
+        self.last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
+            return
+        self.last = now
+        line = _progress(progress)
+        print(f"\r\033[K{line[: _width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        if self.terminal and not self.quiet:
+            print()
+
+
+def _progress(progress: Progress) -> str:
+    short = {"nmse_encoder": "nmse-f", "nmse_decoder": "nmse-g", "hybrid_in": "in", "hybrid_out": "out", "hybrid_both": "both"}
+    losses = "  ".join(f"{short.get(name, name)} {value:.3f}" for name, value in progress.losses.items() if name != "total")
+    left = int(progress.seconds_left)
+    clock = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+    return (
+        f"{progress.fraction:4.0%}  {progress.tokens / 1e6:.2f} M tokens  {losses}  L0 {progress.l0:.4f}  "
+        f"{progress.tokens_per_second:,.0f} tok/s  {clock} left"
+    )
+
+
+def _evaluation(result: Evaluation) -> str:
+    lines = [
+        f"{result.tokens:,} held-out tokens; KL and CE in nats per token",
+        "",
+        "                explained variance             KL to dense      CE recovered",
+        "site  read by   encoder (later)  decoder (later)    in     out      in     out   CE in   CE out  CE mean",
+    ]
+    for row in result.sites:
+        lines.append(
+            f"{row.site:>4}  {row.read_by:<8}  {row.ev_encoder:7.3f} {row.ev_encoder_later:7.3f} {row.ev_decoder:8.3f} "
+            f"{row.ev_decoder_later:7.3f} {row.kl_in:7.3f} {row.kl_out:7.3f} {row.recovered_in:7.3f} {row.recovered_out:7.3f} "
+            f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
+        )
+    dead = result.dead_neurons / result.neurons if result.neurons else 0.0
+    facts: list[tuple[str, Any]] = [
+        ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
+        ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
+        ("CE recovered, mean", f"dense to sparse {result.recovered_in:.3f}, sparse to dense {result.recovered_out:.3f}"),
+        ("explained variance, mean", f"encoder {result.ev_encoder:.3f}, decoder {result.ev_decoder:.3f}"),
+        ("top-1 agreement with dense", f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}"),
+        ("nonzero weights", f"{result.l0:.4f} (1/{1 / max(result.l0, 1e-9):.1f})"),
+        ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
+    ]
+    lines += ["", *(f"{name:<27} {value}" for name, value in facts)]
+    lines += ["", "in: dense until the site, encoded, sparse to the end; out: the reverse; later: without the first position."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

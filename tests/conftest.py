@@ -1,0 +1,98 @@
+"""Tiny models that every test file may use: random, made here, on one core, with no download."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridge.bridges import Coupling, new_coupling
+from bridge.dense import DenseModel, load_dense
+from bridge.recipe import resolve
+from bridge.training import resolve_for
+
+VOCABULARY = 40
+CONTEXT = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_core() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_gpt2(seed: int = 0, layers: int = 2, width: int = 16) -> GPT2LMHeadModel:
+    """A random GPT-2 whose parameters are all far from their initial zeros and ones."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=layers, n_head=2, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word w1 ... w38, an end-of-text token, and an unknown one."""
+    words = {"<end>": 0, "<unk>": 1, **{f"w{index}": index for index in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def dense() -> DenseModel:
+    """A tiny random GPT-2 as a dense model."""
+    return load_dense(tiny_gpt2(), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model and tokenizer as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_gpt2().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 200 short documents with some order in it."""
+    generator = torch.Generator().manual_seed(0)
+    file = tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    lines = []
+    for _ in range(200):
+        start, stride = torch.randint(2, VOCABULARY, (2,), generator=generator).tolist()
+        words = " ".join(f"w{2 + (start + stride * index) % (VOCABULARY - 2)}" for index in range(40))
+        lines.append(f'{{"text": "{words}"}}\n')
+    file.write_text("".join(lines))
+    return file
+
+
+def untrained(dense: DenseModel, **parts: dict) -> Coupling:
+    """An untrained coupling of width 32 to a dense model, every parameter moved off its initial zero."""
+    values = {"dense": "tiny", "sparse": {"width": 32, "positions": "learned"}, "sparsity": {"l0": 0.25}, "data": {"rows": 4}}
+    recipe = resolve_for(dense, resolve({**values, **parts}))
+    coupling = new_coupling(dense, recipe)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in (coupling.sparse, coupling.bridges):
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return coupling
+
+
+@pytest.fixture
+def coupling(dense: DenseModel) -> Coupling:
+    """An untrained coupling to the tiny dense model."""
+    return untrained(dense)

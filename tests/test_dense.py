@@ -1,0 +1,596 @@
+"""The dense model: every family is found, resumes exactly, and agrees with loops written out by hand; what cannot is refused."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from bridge.dense import DenseModel, DenseModelError, load_dense
+from bridge.residual import EMBEDDING, Enter, ResidualModel, run
+
+VOCABULARY, WIDTH, LAYERS = 80, 32, 3
+SEQUENTIAL, PARALLEL = ("attn", "mlp") * LAYERS, ("parallel",) * LAYERS
+LLAMA_LIKE = {"num_key_value_heads": 2}
+GEMMA_LIKE = {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+
+# family: (architecture, settings beyond the common ones, expected sublayers)
+FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "gpt2": ("GPT2", {}, SEQUENTIAL),
+    "gpt-neo": ("GPTNeo", {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4}, SEQUENTIAL),
+    "gpt-neox-parallel": ("GPTNeoX", {}, PARALLEL),
+    "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}, SEQUENTIAL),
+    "gpt-j": ("GPTJ", {"rotary_dim": 4}, PARALLEL),
+    "opt": ("OPT", {"ffn_dim": 48}, SEQUENTIAL),
+    "opt-post-norm": ("OPT", {"ffn_dim": 48, "do_layer_norm_before": False}, SEQUENTIAL),
+    "bloom": ("Bloom", {}, SEQUENTIAL),
+    "bloom-post-norm": ("Bloom", {"apply_residual_connection_post_layernorm": True}, SEQUENTIAL),
+    "llama": ("Llama", LLAMA_LIKE, SEQUENTIAL),
+    "mistral": ("Mistral", {**LLAMA_LIKE, "sliding_window": 4}, SEQUENTIAL),
+    "mixtral": ("Mixtral", {**LLAMA_LIKE, "num_local_experts": 4}, SEQUENTIAL),
+    "qwen2": ("Qwen2", LLAMA_LIKE, SEQUENTIAL),
+    "qwen3": ("Qwen3", {**LLAMA_LIKE, "head_dim": 8}, SEQUENTIAL),
+    "gemma2": ("Gemma2", GEMMA_LIKE, SEQUENTIAL),
+    "gemma3": ("Gemma3", GEMMA_LIKE, SEQUENTIAL),
+    "phi": ("Phi", {}, PARALLEL),
+    "phi3": ("Phi3", LLAMA_LIKE, SEQUENTIAL),
+    "olmo2": ("Olmo2", LLAMA_LIKE, SEQUENTIAL),
+    "falcon-7b": ("Falcon", {}, PARALLEL),
+    "falcon-40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, PARALLEL),
+    "falcon-sequential": ("Falcon", {"parallel_attn": False, "alibi": True, "multi_query": False, "bias": True}, SEQUENTIAL),
+    "stablelm": ("StableLm", LLAMA_LIKE, SEQUENTIAL),
+    "stablelm-parallel": ("StableLm", {**LLAMA_LIKE, "use_parallel_residual": True}, PARALLEL),
+    "starcoder2": ("Starcoder2", LLAMA_LIKE, SEQUENTIAL),
+    "cohere": ("Cohere", {**LLAMA_LIKE, "logit_scale": 1.0}, PARALLEL),
+    "granite": ("Granite", {**LLAMA_LIKE, "residual_multiplier": 0.22}, SEQUENTIAL),
+    "smollm3": ("SmolLM3", LLAMA_LIKE, SEQUENTIAL),
+}
+
+
+def tiny(family: str = "gpt2") -> Any:
+    """A random model of a family, every parameter perturbed, so that none is a zero or a one that hides an error."""
+    architecture, settings, _ = FAMILIES[family]
+    common = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_attention_heads=4, intermediate_size=48, max_position_embeddings=16
+    )
+    special = dict(num_hidden_layers=LAYERS, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    suffix = "TextConfig" if architecture == "Gemma3" else "Config"
+    head = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
+    config = getattr(hf, architecture + suffix)(**common, **special, **settings)
+    torch.manual_seed(0)
+    return perturbed(getattr(hf, architecture + head)(config))
+
+
+def perturbed(model: Any) -> Any:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.15)
+    return model.eval()
+
+
+def some_tokens(rows: int = 4, length: int = 10, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:  # a DenseModel, whose model's modules no type knows
+    return load_dense(tiny())
+
+
+# --- every family
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_resumes_exactly_at_every_site(family: str) -> None:
+    model, tokens_bt = tiny(family), some_tokens()
+    wanted_btv = model(tokens_bt).logits
+    dense = load_dense(model)
+    assert dense.sublayers == FAMILIES[family][2]
+    assert dense.n_sites == len(dense.parity.errors) == len(dense.sublayers) + 1
+    assert (dense.width, dense.vocabulary) == (WIDTH, VOCABULARY)
+    assert dense.parity.largest <= dense.parity.tolerance == 1e-4
+
+    plain = dense.run(tokens_bt)
+    torch.testing.assert_close(plain.logits_btv, wanted_btv, rtol=0, atol=1e-5)
+    assert all(x_btd.shape == (4, 10, WIDTH) for x_btd in plain.residuals)
+    # residuals of one text, resumed while the model is fed another: nothing but the residual may reach the logits
+    other_bt = some_tokens(seed=2)
+    for site in range(dense.n_sites):
+        resumed = dense.run(other_bt, Enter.at(site, plain.at(site)))
+        torch.testing.assert_close(resumed.logits_btv, wanted_btv, rtol=0, atol=1e-4)
+        for later in range(site, dense.n_sites):
+            torch.testing.assert_close(resumed.at(later), plain.at(later), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_runs_rows_that_enter_at_different_sites(family: str) -> None:
+    dense = load_dense(tiny(family))
+    sites = [EMBEDDING, *range(dense.n_sites), EMBEDDING]
+    order = torch.randperm(len(sites), generator=torch.Generator().manual_seed(0)).tolist()
+    sites = [sites[i] for i in order]
+    source, host = dense.run(some_tokens(len(sites), seed=3)), some_tokens(len(sites), seed=4)
+    own = dense.run(host)
+    x_btd = torch.stack([source.at(max(site, 0))[row] for row, site in enumerate(sites)])
+    mixed = dense.run(host, Enter(torch.tensor(sites), x_btd))
+    assert mixed.order_b is None
+    for row, site in enumerate(sites):
+        wanted = own if site == EMBEDDING else source
+        torch.testing.assert_close(mixed.logits_btv[row], wanted.logits_btv[row], rtol=0, atol=1e-4)
+        for at in range(dense.n_sites):  # until it enters, a row is the host's
+            wanted = source if EMBEDDING < site <= at else own
+            torch.testing.assert_close(mixed.at(at)[row], wanted.at(at)[row], rtol=0, atol=1e-4)
+
+
+# --- against loops written by hand
+
+
+def gpt2_loop(model: Any) -> Any:
+    """GPT-2 as embed, sublayers, unembed: the reference that `run` in residual.py takes."""
+    body = model.transformer
+
+    def embed(tokens_bt: Tensor) -> Tensor:
+        return body.wte(tokens_bt) + body.wpe(torch.arange(tokens_bt.shape[1]))
+
+    def attend(block: Any, x_btd: Tensor) -> Tensor:
+        shape = (*x_btd.shape[:2], model.config.n_head, -1)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in block.attn.c_attn(block.ln_1(x_btd)).split(x_btd.shape[-1], -1))
+        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones(x_btd.shape[1], x_btd.shape[1]).triu(1).bool(), -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x_btd.shape)
+        return x_btd + block.attn.c_proj(mixed)
+
+    def feed(block: Any, x_btd: Tensor) -> Tensor:
+        return x_btd + block.mlp(block.ln_2(x_btd))
+
+    sublayers = [lambda x, b=block, f=f: f(b, x) for block in body.h for f in (attend, feed)]
+    return embed, sublayers, lambda x_btd, _tokens_bt: model.lm_head(body.ln_f(x_btd))
+
+
+@torch.no_grad()
+def test_gpt2_is_the_loop() -> None:
+    model, tokens_bt = tiny(), some_tokens(8)
+    dense, loop = load_dense(model), gpt2_loop(model)
+    ours, theirs = dense.run(tokens_bt), run(*loop, tokens_bt=tokens_bt)
+    torch.testing.assert_close(ours.logits_btv, theirs.logits_btv, rtol=0, atol=1e-5)
+    for site in range(dense.n_sites):
+        torch.testing.assert_close(ours.at(site), theirs.at(site), rtol=0, atol=1e-5)
+
+    enter = Enter(torch.tensor([3, EMBEDDING, 0, 6, 1, 3, 2, 5]), torch.randn(8, 10, WIDTH))
+    ours, theirs = dense.run(tokens_bt, enter), run(*loop, tokens_bt=tokens_bt, enter=enter)
+    torch.testing.assert_close(ours.logits_btv, theirs.logits_btv, rtol=0, atol=1e-5)
+    for row, first in enumerate(enter.site_b.tolist()):
+        for site in range(max(first, 0), dense.n_sites):
+            rows = torch.tensor([row])
+            assert theirs.order_b is not None
+            entered = theirs.order_b[: theirs.residuals[site].shape[0]].tolist()
+            torch.testing.assert_close(ours.at(site, rows)[0], theirs.residuals[site][entered.index(row)], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gpt_neox_parallel_is_the_loop() -> None:
+    model, tokens_bt = tiny("gpt-neox-parallel"), some_tokens()
+    dense, body = load_dense(model), model.gpt_neox
+    positions = body.rotary_emb(torch.zeros(1), torch.arange(10)[None])
+    x_btd = body.embed_in(tokens_bt)
+    plain = dense.run(tokens_bt)
+    mask = torch.full((1, 1, 10, 10), -torch.inf).triu(1)
+    for site, block in enumerate(body.layers):
+        torch.testing.assert_close(plain.at(site), x_btd, rtol=0, atol=1e-5)
+        attended = block.attention(block.input_layernorm(x_btd), attention_mask=mask, position_embeddings=positions)[0]
+        x_btd = x_btd + attended + block.mlp(block.post_attention_layernorm(x_btd))
+    torch.testing.assert_close(plain.at(LAYERS), x_btd, rtol=0, atol=1e-5)
+
+
+def test_gradients_flow_through_what_enters() -> None:
+    model, tokens_bt = tiny().double(), some_tokens(8)
+    dense = load_dense(model)
+    site_b = torch.tensor([0, 1, EMBEDDING, 2, 3, 6, 5, 4])
+    x_btd = torch.randn(8, 10, WIDTH, dtype=torch.float64)
+    weight_btv = torch.randn(8, 10, VOCABULARY, dtype=torch.float64)
+
+    def gradient(trace_of: Any) -> Tensor:
+        given_btd = x_btd.clone().requires_grad_()
+        trace = trace_of(Enter(site_b, given_btd))
+        (trace.logits_btv * weight_btv).sum().backward()
+        assert given_btd.grad is not None
+        return given_btd.grad
+
+    ours = gradient(lambda enter: dense.run(tokens_bt, enter))
+    theirs = gradient(lambda enter: run(*gpt2_loop(model), tokens_bt=tokens_bt, enter=enter))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert ours[2].abs().max() == 0
+    assert (ours.flatten(1).abs().amax(1) > 0).tolist() == (site_b != EMBEDDING).tolist()
+
+    direction_btd, step = torch.randn_like(x_btd), 1e-5
+    up, down = (
+        (dense.run(tokens_bt, Enter(site_b, x_btd + sign * step * direction_btd)).logits_btv * weight_btv).sum()
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close((ours * direction_btd).sum(), (up - down) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_flow_in_every_family_and_leave_the_model_alone(family: str) -> None:
+    model = tiny(family).train()
+    dense = load_dense(model)
+    x_btd = torch.randn(dense.n_sites, 10, WIDTH, requires_grad=True)
+    dense.run(some_tokens(dense.n_sites), Enter(torch.arange(dense.n_sites), x_btd)).logits_btv.square().sum().backward()
+    assert x_btd.grad is not None and x_btd.grad.isfinite().all() and (x_btd.grad.flatten(1).abs().amax(1) > 0).all()
+    assert all(weight.grad is None for weight in [*model.parameters(), *dense.model.parameters()])
+
+
+# --- dtypes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma3", "gpt-neox-parallel", "falcon-40b"])
+def test_runs_under_autocast(family: str) -> None:
+    dense, tokens_bt = load_dense(tiny(family)), some_tokens(7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = dense.run(tokens_bt)
+        sites_b = torch.arange(7) % dense.n_sites
+        x_btd = torch.stack([plain.at(site)[row] for row, site in enumerate(sites_b.tolist())])
+        resumed = dense.run(some_tokens(7, seed=9), Enter(sites_b, x_btd.bfloat16().float()))
+        loaded_inside = load_dense(tiny(family))
+    scale = plain.logits_btv.abs().max().item()
+    torch.testing.assert_close(resumed.logits_btv, plain.logits_btv, rtol=0, atol=0.05 * scale)
+    assert loaded_inside.parity == dense.parity
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama", "granite", "gpt-j", "cohere", "olmo2"])
+def test_half_precision_is_wired_alike_and_resumes_to_its_tolerance(family: str) -> None:
+    dense = load_dense(tiny(family).bfloat16())
+    assert dense.sublayers == FAMILIES[family][2]
+    assert 1e-4 < dense.parity.tolerance and dense.parity.largest <= dense.parity.tolerance
+    tokens_bt = some_tokens()
+    plain = dense.run(tokens_bt)
+    resumed = dense.run(tokens_bt, Enter.at(1, plain.at(1).float()))
+    torch.testing.assert_close(resumed.logits_btv, plain.logits_btv, rtol=0, atol=dense.parity.tolerance)
+
+
+# --- a model is left as it was found
+
+
+def test_is_a_residual_model_and_not_a_module(gpt2: Any) -> None:
+    model: ResidualModel = load_dense(tiny())
+    assert not isinstance(model, nn.Module) and isinstance(gpt2, DenseModel)
+    assert gpt2.name == "GPT2LMHeadModel" and gpt2.revision is None and gpt2.tokenizer is None and gpt2.context == 16
+    assert not gpt2.model.training and not any(weight.requires_grad for weight in gpt2.model.parameters())
+    assert gpt2.to("cpu") is gpt2 and gpt2.device == torch.device("cpu")
+
+
+def test_no_hook_outlives_a_run(gpt2: Any) -> None:
+    tokens_bt = some_tokens()
+    before = gpt2.run(tokens_bt).logits_btv
+    assert hooks_on(gpt2.model) == 0
+    with pytest.raises(IndexError):
+        gpt2.run(torch.full_like(tokens_bt, VOCABULARY), Enter.at(1, torch.zeros(4, 10, WIDTH)))
+    assert hooks_on(gpt2.model) == 0
+    assert torch.equal(gpt2.run(tokens_bt).logits_btv, before)
+
+
+def test_a_run_inside_a_run_is_left_alone(gpt2: Any) -> None:
+    tokens_bt, x_btd = some_tokens(), torch.randn(4, 10, WIDTH)
+    wanted, plain = gpt2.run(tokens_bt, Enter.at(3, x_btd)), gpt2.run(tokens_bt)
+    inner: list[Tensor] = []
+
+    def nested(*_: Any) -> None:
+        if not inner:
+            inner.append(torch.empty(0))
+            inner.append(gpt2.run(tokens_bt).logits_btv)
+
+    with gpt2.model.transformer.h[1].mlp.register_forward_pre_hook(nested):
+        outer = gpt2.run(tokens_bt, Enter.at(3, x_btd))
+    assert torch.equal(inner[1], plain.logits_btv)
+    assert all(torch.equal(a, b) for a, b in zip(outer.residuals, wanted.residuals, strict=True))
+    assert torch.equal(outer.logits_btv, wanted.logits_btv)
+
+
+def test_a_live_model_is_not_touched_and_its_weights_are_shared() -> None:
+    model, tokens_bt = tiny(), some_tokens()
+    seen: list[int] = []
+    model.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
+    before_btv = model(tokens_bt).logits.detach()
+    model.train()
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    dense: Any = load_dense(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    dense.run(tokens_bt, Enter.at(1, torch.randn(4, 10, WIDTH, requires_grad=True))).logits_btv.sum().backward()
+    assert model.training and all(module.training for module in model.modules())
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    assert hooks_on(model) == 1
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(model.eval()(tokens_bt).logits, before_btv)
+    assert {w.data_ptr() for w in model.parameters()} == {w.data_ptr() for w in dense.model.parameters()}
+    assert dense.model.lm_head.weight is dense.model.transformer.wte.weight  # still tied
+
+
+def test_threads_take_turns(gpt2: Any) -> None:
+    tokens_bt, given = some_tokens(), [torch.randn(4, 10, WIDTH) for _ in range(8)]
+
+    def at(site: int) -> Tensor:
+        return gpt2.run(tokens_bt, Enter.at(site % 7, given[site])).logits_btv
+
+    wanted = [at(site) for site in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(at, range(8)), wanted, strict=True))
+
+
+def test_a_model_copied_with_deepcopy_runs_alike(gpt2: Any) -> None:
+    twin, tokens_bt = copy.deepcopy(gpt2), some_tokens()
+    enter = Enter.at(2, torch.randn(4, 10, WIDTH))
+    assert torch.equal(twin.run(tokens_bt, enter).logits_btv, gpt2.run(tokens_bt, enter).logits_btv)
+
+
+def test_entries_that_do_not_fit_are_refused(gpt2: Any) -> None:
+    tokens_bt = some_tokens()
+    with pytest.raises(ValueError, match="site 7 does not exist"):
+        gpt2.run(tokens_bt, Enter.at(7, torch.zeros(4, 10, WIDTH)))
+    with pytest.raises(ValueError, match=r"residuals of shape \(4, 9, 32\) cannot enter"):
+        gpt2.run(tokens_bt, Enter.at(1, torch.zeros(4, 9, WIDTH)))
+    with pytest.raises(ValueError, match="17 tokens are more than the 16 positions"):
+        gpt2.run(some_tokens(1, 17))
+
+
+# --- folders, adapters, fingerprints
+
+
+def test_a_folder_loads_and_the_fingerprint_names_its_weights(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "saved")
+    live, saved = load_dense(model), load_dense(tmp_path / "saved")
+    assert saved.name == str(tmp_path / "saved") and saved.revision is None
+    assert saved.tokenizer is None  # transformers would invent an empty one
+    assert live.fingerprint() == saved.fingerprint() == load_dense(str(tmp_path / "saved")).fingerprint()
+    assert len(live.fingerprint()) == 64 and int(live.fingerprint(), 16)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias[3] += 1e-3
+    assert live.fingerprint() == saved.fingerprint() != load_dense(model).fingerprint()  # cached at first use
+    half = load_dense(tmp_path / "saved", dtype=torch.bfloat16)
+    assert half.run(some_tokens()).logits_btv.dtype == torch.bfloat16
+
+
+def test_a_tokenizer_is_found_beside_the_model(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    dense = load_dense(tmp_path)
+    assert dense.tokenizer is not None and len(dense.tokenizer) == VOCABULARY
+    assert load_dense(tmp_path, tokenizer=dense.tokenizer).tokenizer is dense.tokenizer
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks transformers 5.23
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_is_merged_before_anything_is_read(family: str, tmp_path: Path) -> None:
+    import peft
+
+    model, tokens_bt = tiny(family), some_tokens()
+    model.save_pretrained(tmp_path / "base")
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
+    lora = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
+    adapted = perturbed(peft.get_peft_model(copy.deepcopy(model), lora))
+    adapted.base_model.model.load_state_dict(model.state_dict(), strict=False)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    base_model = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "adapter"))
+    wanted_btv, base_btv = base_model(tokens_bt).logits.detach(), model(tokens_bt).logits.detach()
+    assert (wanted_btv - base_btv).abs().max() > 0.1
+
+    from_folders = load_dense(tmp_path / "base", adapter=tmp_path / "adapter")
+    onto_live = load_dense(model, adapter=str(tmp_path / "adapter"))
+    from_peft = load_dense(base_model)
+    for dense in (from_folders, onto_live, from_peft):
+        torch.testing.assert_close(dense.run(tokens_bt).logits_btv, wanted_btv, rtol=0, atol=1e-4)
+        assert dense.parity.largest <= 1e-4 and dense.sublayers == SEQUENTIAL
+        assert dense.fingerprint() == from_folders.fingerprint()
+    assert from_peft.name == onto_live.name == type(model).__name__
+    # neither the live model nor the live PeftModel was merged into
+    assert torch.equal(model(tokens_bt).logits, base_btv) and torch.equal(base_model(tokens_bt).logits, wanted_btv)
+
+    with pytest.raises(DenseModelError, match="is an adapter; give the model that it was trained on"):
+        load_dense(tmp_path / "adapter")
+    other = "gpt-neo" if family == "gpt2" else "gpt2"
+    with pytest.raises(
+        DenseModelError, match=r"adapter .* cannot be merged into model .*; give a LoRA that was trained on it"
+    ) as error:
+        load_dense(tiny(other), adapter=tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(DenseModelError, match=r"has no adapter_model\.safetensors"):
+        load_dense(tmp_path / "base", adapter=tmp_path / "adapter")
+
+
+# --- what is refused
+
+
+def refusal(model: Any, **settings: Any) -> str:
+    with pytest.raises(DenseModelError) as error:
+        load_dense(model, **settings)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+def bert_config(**settings: Any) -> Any:
+    shape: dict[str, Any] = dict(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=VOCABULARY
+    )
+    return hf.BertConfig(**shape, **settings)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    hf.BertForMaskedLM(bert_config()).save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message and "is not causal" in message and "encoder" in message
+    assert "is not causal" in refusal(perturbed(hf.BertForMaskedLM(bert_config())))
+    # the same blocks, told to be causal, are a decoder, and read as one
+    decoder = load_dense(perturbed(hf.BertLMHeadModel(bert_config(is_decoder=True))))
+    assert decoder.sublayers == ("attn", "mlp") * 2
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    shape: dict[str, Any] = dict(d_model=WIDTH, num_layers=2, num_heads=4, d_kv=8, d_ff=48, vocab_size=VOCABULARY)
+    t5 = hf.T5ForConditionalGeneration(hf.T5Config(**shape))
+    assert "is an encoder-decoder model" in refusal(t5)
+    t5.save_pretrained(tmp_path)
+    assert "is not a causal language model" in refusal(tmp_path)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    assert "gives no logits" in refusal(tiny().transformer)
+    tiny("llama").model.save_pretrained(tmp_path)
+    message = refusal(tmp_path)  # transformers would make up a random head
+    assert "lm_head.weight" in message and "not a complete causal LM" in message
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = refusal("gpt2")
+    assert message.startswith("model 'gpt2' is neither a folder here nor") and "hub cannot be reached" in message
+    message = refusal(tmp_path / "nowhere")
+    assert message.startswith(f"model '{tmp_path / 'nowhere'}' is neither a folder here nor a model on the Hugging Face hub")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refusal(tmp_path / "empty")
+    assert "is not a model; give" in refusal(nn.Linear(2, 2))
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "good")
+
+    def variant(name: str) -> Path:
+        return Path(shutil.copytree(tmp_path / "good", tmp_path / name))
+
+    pickled = variant("pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    assert "has no *.safetensors" in refusal(pickled)
+    assert "is a file; give the folder" in refusal(tmp_path / "good" / "config.json")
+    cut = variant("cut")
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "cannot be loaded" in refusal(cut)
+    deeper = variant("deeper")
+    config = (deeper / "config.json").read_text()
+    (deeper / "config.json").write_text(config.replace('"n_layer": 3', '"n_layer": 4'))
+    assert "transformer.h.3" in refusal(deeper)
+    (deeper / "config.json").write_text(
+        config.replace('"model_type": "gpt2"', '"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}')
+    )
+    assert "needs code from its own repository" in refusal(deeper)
+    (deeper / "config.json").write_text(config.replace('"model_type": "gpt2"', '"model_type": "zork"'))
+    assert "cannot be loaded" in refusal(deeper)
+    (deeper / "config.json").write_text("{")
+    assert "cannot be loaded" in refusal(deeper)
+
+
+# --- what cannot be wired is refused by site
+
+
+class Bent(nn.Module):
+    """A sequential block whose second sublayer reads no residual that any module sees, and returns a bent one."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_btd: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
+        mask = kwargs.get("attention_mask")
+        attended = self.block.attn(self.block.ln_1(x_btd), attention_mask=mask)[0]
+        return torch.tanh(x_btd + attended + self.block.mlp(torch.tanh(x_btd + attended)))
+
+
+class Unread(Bent):
+    """A sequential block with a norm that is no module: its two outputs add up as a parallel block's do, but it is none."""
+
+    def forward(self, x_btd: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
+        x_btd = x_btd + self.block.attn(self.block.ln_1(x_btd), attention_mask=kwargs.get("attention_mask"))[0]
+        return x_btd + self.block.mlp(nn.functional.layer_norm(x_btd, (WIDTH,)))
+
+
+@pytest.mark.parametrize("kind", [Bent, Unread])
+def test_a_block_without_a_middle_is_refused_by_its_site(kind: type[Bent]) -> None:
+    model = tiny()
+    model.transformer.h[1] = kind(model.transformer.h[1])
+    message = refusal(model)
+    assert message.startswith("model 'GPT2LMHeadModel' cannot be read at site 3: no module of block 1 reads the residual")
+
+
+def test_a_model_that_bypasses_its_residual_is_refused_by_its_site() -> None:
+    model = tiny()
+
+    class Bypassed(nn.Module):
+        """The last block also reads the embeddings."""
+
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x_btd: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self.block(x_btd + 0.3 * embedded[-1], *args, **kwargs)
+
+    embedded: list[Tensor] = []
+    model.transformer.wte.register_forward_hook(lambda _m, _a, output: embedded.append(output))
+    model.transformer.h[2] = Bypassed(model.transformer.h[2])
+    message = refusal(model)
+    assert message.startswith("model 'GPT2LMHeadModel' cannot be read at site 4: block 2 depends on more than its arguments")
+
+
+def test_a_model_whose_residual_is_not_all_that_is_read_is_refused_by_its_site() -> None:
+    """Gemma 4 gives every block an embedding of the token: resumed, it would mix one text's residual with another's tokens."""
+    shape: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=48
+    )
+    special: dict[str, Any] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, num_kv_shared_layers=0)
+
+    def gemma4(per_layer: int) -> Any:
+        per_layer_input: dict[str, Any] = dict(hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCABULARY)
+        config = hf.Gemma4TextConfig(**shape, **special, **per_layer_input, head_dim=8, num_key_value_heads=2)
+        return perturbed(hf.Gemma4ForCausalLM(config))
+
+    message = refusal(gemma4(8))
+    assert message.startswith("model 'Gemma4ForCausalLM' fails the parity check at site 0 (attn): logits off by")
+    assert load_dense(gemma4(0)).parity.largest <= 1e-4
+
+
+def test_mixed_blocks_are_read_each_as_it_is() -> None:
+    class Parallel(nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x_btd: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
+            attended = self.block.attn(self.block.ln_1(x_btd), attention_mask=kwargs.get("attention_mask"))[0]
+            return x_btd + attended + self.block.mlp(self.block.ln_2(x_btd))
+
+    model = tiny()
+    model.transformer.h[1] = Parallel(model.transformer.h[1])
+    dense = load_dense(model)
+    assert dense.sublayers == ("attn", "mlp", "parallel", "attn", "mlp")
+    assert dense.parity.largest <= 1e-4
+
+
+def test_a_model_whose_blocks_are_no_list_is_refused() -> None:
+    model = tiny()
+    model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
+    assert "cannot be read at site 0" in refusal(model)

@@ -1,0 +1,150 @@
+"""The sampled objective against the literal one, and both against sums written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CONTEXT, VOCABULARY, untrained
+
+from bridge.bridges import Coupling
+from bridge.dense import DenseModel
+from bridge.objective import STAYS, Objective, Splice, draw_splice
+from bridge.recipe import Losses
+from bridge.residual import EMBEDDING, Enter
+
+TOKENS_BT = torch.randint(0, VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(3))
+
+
+def objective(coupling: Coupling, **losses: float) -> Objective:
+    return Objective(coupling.dense, coupling.sparse, coupling.bridges, Losses(**losses))  # pyright: ignore[reportArgumentType]
+
+
+def gradient(module: Objective, splice: Splice | None) -> torch.Tensor:
+    module.zero_grad()
+    module(TOKENS_BT, splice)["total"].backward()
+    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in module.parameters()])
+
+
+def kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+    p, q = torch.distributions.Categorical(logits=p_logits), torch.distributions.Categorical(logits=q_logits)
+    return torch.distributions.kl_divergence(p, q)
+
+
+def test_sampled_gradient_is_the_literal_one_in_expectation(dense: DenseModel) -> None:
+    """With two transitions off, over many draws; the tolerance is the spread of the draws."""
+    coupling = untrained(dense)
+    weights = {"ce": 0.7, "kl": 1.1, "nmse_encoder": 0.4, "nmse_decoder": 0.6, "hybrid_in": 1.3, "hybrid_out": 0.9, "hybrid_both": 0}
+    module = objective(coupling, **weights)
+    literal = gradient(module, None)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(literal.numel(), 24, generator=generator)  # the gradient seen along 24 fixed directions
+    draws = torch.stack(
+        [gradient(module, draw_splice(4, coupling.n_sites, module.losses, generator)) @ probes for _ in range(400)]
+    )
+    error = draws.std(0) / len(draws) ** 0.5
+    z = (draws.mean(0) - literal @ probes) / error
+    # 24 normal deviates exceed 4 with probability 24 * 6e-5; the seed is fixed, so this is no flake
+    assert z.abs().max() < 4, z
+    assert z.square().mean() < 2.5, z
+    # the test has the power to see a term that is wrong by a fifth
+    wrong = gradient(objective(coupling, **{**weights, "hybrid_in": 1.3 * 1.2}), None)
+    assert ((draws.mean(0) - wrong @ probes) / error).abs().max() > 4
+
+
+def test_literal_terms_are_the_sums_of_the_paper(coupling: Coupling) -> None:
+    terms = objective(coupling)(TOKENS_BT, None)
+    dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)
+    sites = range(coupling.n_sites)
+    into = [coupling.dense_to_sparse(TOKENS_BT, dense.residuals, site) for site in sites]
+    out = [coupling.sparse_to_dense(TOKENS_BT, sparse.residuals, site) for site in sites]
+    log_p = sparse.logits_btv[:, :-1].log_softmax(-1)
+    by_hand = {
+        "ce": -log_p.gather(-1, TOKENS_BT[:, 1:, None]).mean(),
+        "kl": kl(dense.logits_btv, sparse.logits_btv).mean(),
+        "hybrid_in": torch.stack([kl(dense.logits_btv, logits).mean() for logits in into]).mean(),
+        "hybrid_out": torch.stack([kl(dense.logits_btv, logits).mean() for logits in out]).mean(),
+    }
+    for name, value in by_hand.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
+    errors = []
+    for site in sites:
+        for row in range(4):
+            target = dense.residuals[site][row]
+            guess = coupling.bridges[site].decode(sparse.residuals[site][row])
+            spread = (target - target.mean(0)).square().sum(-1)
+            errors.append(((guess - target).square().sum(-1) / spread).mean())
+    torch.testing.assert_close(terms["nmse_decoder"], torch.stack(errors).mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling) -> None:
+    """Every row's splice, run on its own, gives what the one pass gives."""
+    splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0))
+    terms = objective(coupling)(TOKENS_BT, splice)
+    dense, bridges = coupling.dense, coupling.bridges
+
+    def row(index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, enter, leave = TOKENS_BT[index : index + 1], splice.enter[index], splice.leave[index]
+        truth = dense.run(tokens)
+        entry = None if enter == EMBEDDING else Enter.at(enter, bridges[enter].encode(truth.residuals[enter]))
+        trace = coupling.sparse.run(tokens, entry)
+        left = None
+        if leave != STAYS:
+            left = kl(truth.logits_btv, dense.run(tokens, Enter.at(leave, bridges[leave].decode(trace.residuals[leave]))).logits_btv)
+        return kl(truth.logits_btv, trace.logits_btv).mean(), None if left is None else left.mean()
+
+    rows = [row(index) for index in range(4)]
+    expected = {
+        "kl": (rows[1][0] + rows[3][0]) / 2,
+        "hybrid_in": (rows[0][0] + rows[2][0]) / 2,
+        "hybrid_out": (rows[1][1] + rows[3][1]) / 2,  # pyright: ignore[reportOptionalOperand]
+        "hybrid_both": rows[2][1],
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_a_batch_average_to_the_whole(coupling: Coupling) -> None:
+    """Two processes with half the rows each, and the whole batch's counts, compute what one would."""
+    module = objective(coupling)
+    splice = draw_splice(4, coupling.n_sites, module.losses, torch.Generator().manual_seed(5))
+    whole = module(TOKENS_BT, splice)
+    counts = [count / 2 for count in splice.counts()]
+    halves = [module(TOKENS_BT[start : start + 2], splice.rows(start, start + 2), counts) for start in (0, 2)]
+    for name, value in whole.items():
+        shares = [half[name] for half in halves if name in half]
+        torch.testing.assert_close(sum(shares) / 2, value, rtol=1e-4, atol=1e-5)
+
+
+def test_sites_are_drawn_evenly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    enters, leaves = torch.zeros(5), torch.zeros(5)
+    for _ in range(500):
+        splice = draw_splice(8, 5, Losses(), generator)
+        assert splice.counts()[0] == 4
+        for enter, leave in zip(splice.enter, splice.leave, strict=True):
+            if enter != EMBEDDING:
+                enters[enter] += 1
+                assert leave == STAYS if enter == 4 else leave > enter
+            else:
+                leaves[leave] += 1
+    assert (enters / enters.sum() - 0.2).abs().max() < 0.02
+    assert (leaves / leaves.sum() - 0.2).abs().max() < 0.02
+
+
+def test_encoder_error_trains_the_encoder_alone(coupling: Coupling) -> None:
+    for splice in (None, draw_splice(4, coupling.n_sites, Losses(), torch.Generator().manual_seed(0))):
+        module = objective(coupling, ce=0, kl=0, nmse_decoder=0, hybrid_in=0, hybrid_out=0, hybrid_both=0)
+        module.zero_grad()
+        module(TOKENS_BT, splice)["total"].backward()
+        touched = {name for name, p in module.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+        assert touched and all("encoder" in name for name in touched)
+
+
+def test_uncoupled_is_text_alone(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every bridge term at zero the dense model is not run, and no bridge gets a gradient."""
+    module = Objective(coupling.dense, coupling.sparse, coupling.bridges, Losses().uncoupled())
+    monkeypatch.setattr(DenseModel, "run", lambda *_: pytest.fail("the dense model was run"))
+    terms = module(TOKENS_BT, None)
+    assert set(terms) == {"total", "ce"}
+    terms["total"].backward()
+    assert all(p.grad is None for p in coupling.bridges.parameters())
