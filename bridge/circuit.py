@@ -179,12 +179,14 @@ class Circuit:
 def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tensor]) -> Gate:
     """A gate under which nodes outside the masks have their corpus mean; kept_tn, or kept_rtn with a mask for every row.
 
+    Rows with masks of their own must be in the order in which they enter the model, because a sublayer sees only those that have.
     Raises ValueError where a location has no mean, KeyError where the model has a location without a mask.
     """
     _check_means(kept, means)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        return torch.where(kept[location], x_btn, means[location].to(x_btn.dtype))
+        mask = kept[location]
+        return torch.where(mask if mask.dim() == 2 else mask[: len(x_btn)], x_btn, means[location].to(x_btn.dtype))
 
     return gate
 
@@ -233,6 +235,8 @@ class Ablations:
         self.value_f = self.space.join(values)[0]
         self.mean_f = self.space.join({at: means[at].expand(self.space.n_tokens, -1) for at in self.space.sizes})
         self.logits_v = logits_1v[0]
+        sites = {at: torch.full((self.space.n_tokens, n), sparse.site(at)) for at, n in self.space.sizes.items()}
+        self.site_f = self.space.join(sites)
 
     @property
     def rows(self) -> int:
@@ -242,17 +246,35 @@ class Ablations:
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, one row for every mask."""
-        return torch.cat([self.run(rows_rf) for rows_rf in kept_rf.split(self.rows)])
+        return torch.cat([self._run(rows_rf) for rows_rf in kept_rf.split(self.rows)])
 
-    def run(self, kept_rf: Tensor) -> Tensor:
-        """`logits` of one batch, with gradients where the caller wants them; masks between 0 and 1 mix value and mean."""
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
+        """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
+        whole = self.sparse.run(self.tokens_1t, gate=ablation_gate(self.space.split(kept_f), self.means), last_only=True)
+        site_r = self.site_f[node_r.cpu()]
+        logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
+        for row_r in torch.argsort(site_r, stable=True).split(self.rows):
+            kept_rf = kept_f.repeat(len(row_r), 1)
+            kept_rf[torch.arange(len(row_r)), node_r[row_r]] = False
+            x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
+            logits_rv[row_r] = self._run(kept_rf, Enter(site_r[row_r], x_rts))
+        return logits_rv
+
+    def slopes(self, kept_rf: Tensor) -> Tensor:
+        """slope_rf: how the KL of each row changes with each entry of its mask, whose values mix mean (0) and value (1)."""
+        kept_rf = kept_rf.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(self.kl(self._run(kept_rf)).sum(), kept_rf)[0]
+
+    def _run(self, kept_rf: Tensor, enter: Enter | None = None) -> Tensor:
         kept = self.space.split(kept_rf)
 
         def mix(location: Location, x_rtn: Tensor, /) -> Tensor:
             return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept[location])
 
         gate = ablation_gate(kept, self.means) if kept_rf.dtype == torch.bool else mix
-        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), gate=gate, last_only=True).logits_btv[:, -1]
+        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), enter, gate, last_only=True).logits_btv[:, -1]
 
     def kl(self, logits_rv: Tensor) -> Tensor:
         """KL(S, .) of the next-token distribution at the last position, in nats."""

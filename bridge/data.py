@@ -89,13 +89,12 @@ def load_blocks(
     bos = _added_bos(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
     body = context - len(bos)
-    limit = max(max_tokens or MAX_TOKENS, 2 * context)
+    limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
             raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
         pieces = (("tokens", row[len(bos) :]) for row in _sampled(dense, tokenizer, context, seed))
         end = None  # a sample is one block, and does not end where a text would
-        limit = max_tokens or MAX_SAMPLED_TOKENS
     else:
         pieces = _pieces(source, seed)
     streams = (array("i"), array("i"))  # 4 bytes a token, where a list takes 36
@@ -234,9 +233,10 @@ def _json_rows(file: Path) -> Iterator[Any]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield json.loads(line.strip())
                 except json.JSONDecodeError as error:
-                    raise DataError(f"data {str(file)!r}, line {number} is not JSON ({error})") from None
+                    where = f"line {number}, column {error.colno}"
+                    raise DataError(f"data {str(file)!r} is not JSON lines ({error.msg}: {where})") from None
 
 
 def _streamed(source: str) -> Iterator[tuple[str, Any]]:

@@ -85,8 +85,8 @@ class Data(_Part):
 class Budget(_Part):
     """When training ends: at the first of the two that is reached; 20 million tokens where neither is said."""
 
-    tokens: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0)
+    tokens: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
 
 
 class Optimizer(_Part):
@@ -200,7 +200,7 @@ def recipe_values(
         except ValidationError as error:
             raise RecipeError(_one_line(error, "losses")) from None
         values["losses"] = losses.uncoupled().model_dump()
-    if not values.get("sparsity"):
+    if required and not values.get("sparsity"):
         raise RecipeError("how sparse is not said; give --l0: up to 1 the fraction of weights that stay, above 1 their number")
     return values
 

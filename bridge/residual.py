@@ -23,14 +23,15 @@ EMBEDDING = -1  # the "site" of a row that enters nowhere: it starts from its to
 @dataclass(frozen=True)
 class Enter:
     """Where each row of a batch enters a model and with what: site_b int64 on the CPU, EMBEDDING for rows that start from
-    their tokens; x_btd the residual each row enters with (ignored for rows at EMBEDDING)."""
+    their tokens; x_btd the residual each row enters with (ignored for rows at EMBEDDING).
+    """
 
     site_b: Tensor
     x_btd: Tensor
 
     def __post_init__(self) -> None:
         if len(self.site_b) != len(self.x_btd):
-            raise ValueError(f"{len(self.site_b)} rows are given a site and {len(self.x_btd)} a residual; they must be the same rows")
+            raise ValueError(f"{len(self.site_b)} rows have a site and {len(self.x_btd)} a residual; they must be the same rows")
 
     @staticmethod
     def at(site: int, x_btd: Tensor) -> Enter:

@@ -134,6 +134,20 @@ def test_family_runs_rows_that_enter_at_different_sites(family: str) -> None:
             torch.testing.assert_close(mixed.at(at)[row], wanted.at(at)[row], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family, (_, _, sublayers) in FAMILIES.items() if sublayers == SEQUENTIAL])
+def test_attention_mixes_tokens_and_the_mlp_does_not(family: str) -> None:
+    """A site that is right about the logits can still lie in the wrong place, such as behind the first norm."""
+    dense, tokens_bt = load_dense(tiny(family)), some_tokens()
+    plain = dense.run(tokens_bt)
+    for site, kind in enumerate(dense.sublayers):
+        x_btd = plain.at(site).clone()
+        x_btd[:, 0] = plain.at(site)[:, 5]
+        change_btd = dense.run(tokens_bt, Enter.at(site, x_btd)).at(site + 1) - plain.at(site + 1)
+        moved = change_btd[:, 1:].abs().max()
+        assert moved > 1e-3 if kind == "attn" else moved < 1e-5
+
+
 # --- against loops written by hand
 
 
@@ -255,7 +269,7 @@ def test_runs_under_autocast(family: str) -> None:
 def test_half_precision_is_wired_alike_and_resumes_to_its_tolerance(family: str) -> None:
     dense = load_dense(tiny(family).bfloat16())
     assert dense.sublayers == FAMILIES[family][2]
-    assert 1e-4 < dense.parity.tolerance and dense.parity.largest <= dense.parity.tolerance
+    assert dense.parity.tolerance > 1e-4 and dense.parity.largest <= dense.parity.tolerance
     tokens_bt = some_tokens()
     plain = dense.run(tokens_bt)
     resumed = dense.run(tokens_bt, Enter.at(1, plain.at(1).float()))
@@ -357,6 +371,7 @@ def test_a_folder_loads_and_the_fingerprint_names_its_weights(tmp_path: Path) ->
     live, saved = load_dense(model), load_dense(tmp_path / "saved")
     assert saved.name == str(tmp_path / "saved") and saved.revision is None
     assert saved.tokenizer is None  # transformers would invent an empty one
+    assert not saved.model.training and not any(weight.requires_grad for weight in saved.model.parameters())
     assert live.fingerprint() == saved.fingerprint() == load_dense(str(tmp_path / "saved")).fingerprint()
     assert len(live.fingerprint()) == 64 and int(live.fingerprint(), 16)
     with torch.no_grad():
