@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
-    from bridge.training import Progress, fit
     from bridge.recipe import Recipe
+    from bridge.training import Progress, fit
     from bridge.validate import Faithfulness
 
     load = Coupling.from_pretrained

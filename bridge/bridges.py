@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.checkpoint import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
-from bridge.dense import DenseModel, load_dense
+from bridge.dense import DenseModel, DenseModelError, load_dense
 from bridge.kernels import abs_top_k
-from bridge.recipe import Recipe, RecipeError, resolve
+from bridge.recipe import Recipe, resolve
 from bridge.residual import Enter
 from bridge.sparse import SparseTransformer
 
@@ -123,7 +123,7 @@ class Coupling:
             )
         if self.dense.vocabulary != self.sparse.vocabulary:
             raise ValueError(
-                f"the dense model has {self.dense.vocabulary} logits and the sparse model {self.sparse.vocabulary}; they must agree"
+                f"the dense model has {self.dense.vocabulary} logits, the sparse model {self.sparse.vocabulary}; they must agree"
             )
 
     @property
@@ -146,6 +146,9 @@ class Coupling:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the coupling to a folder, with a model card. Raises CheckpointError where that fails; nothing is half-written."""
+        self._write(Path(path), Path(path).resolve().name, self._dense(path))
+
+    def _write(self, path: Path, title: str, dense: dict[str, Any]) -> None:
         packed = self.sparse.sparse_weights()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.sparse.named_parameters():
@@ -154,8 +157,8 @@ class Coupling:
         tensors |= {f"bridges.{name}": tensor for name, tensor in self.bridges.state_dict().items()}
         if self.reference_bt is not None:
             tensors["reference_bt"] = self.reference_bt.to(torch.int32)
-        write_folder(path, "coupling", tensors, {"format": FORMAT, "recipe": self.recipe.model_dump(), "dense": self._dense(path)})
-        (Path(path) / "README.md").write_text(self._card(Path(path).name), encoding="utf-8")
+        facts = {"format": FORMAT, "recipe": self.recipe.model_dump(), "dense": dense}
+        write_folder(path, "coupling", tensors, facts, {"README.md": self._card(title)})
 
     @staticmethod
     def from_pretrained(path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu") -> Coupling:
@@ -165,27 +168,37 @@ class Coupling:
         """
         folder = _folder(path)
         tensors, facts = read_folder(folder, "coupling")
+        if facts.get("format") != FORMAT:
+            found = facts.get("format")
+            raise CheckpointError(
+                f"{str(folder)!r} has format {found!r}, and this version of bridge reads {FORMAT}; fit it again"
+            )
         try:
             recipe, known = resolve(facts["recipe"]), facts["dense"]
-            context, kinds = recipe.data.context, tuple(known["sublayers"])
-            fingerprint, vocabulary, width = known["fingerprint"], known["vocabulary"], known["width"]
-        except (KeyError, TypeError, RecipeError) as error:
-            raise CheckpointError(f"{str(folder)!r} is not a coupling this version of bridge reads ({error}); fit it again") from None
+            sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
+            bridges = Bridges(sparse.n_sites, known["width"], sparse.width, recipe.sparse.keep)
+            fingerprint, fitted_to = known["fingerprint"], known["name"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
         if not isinstance(dense, DenseModel):
-            dense = load_dense(
-                _locate(folder, known) if dense is None else dense,
-                tokenizer=tokenizer,
-                adapter=recipe.adapter if dense is None else None,
-                revision=recipe.revision if dense is None else None,
-                device=device,
-            )
+            named = dense is None or isinstance(dense, (str, Path))
+            try:
+                dense = load_dense(
+                    _locate(folder, fitted_to, known.get("beside")) if dense is None else dense,
+                    tokenizer=tokenizer,
+                    adapter=_locate(folder, recipe.adapter, known.get("adapter_beside")) if named and recipe.adapter else None,
+                    revision=recipe.revision if dense is None else None,
+                    device=device,
+                )
+            except DenseModelError as error:
+                if dense is not None:
+                    raise
+                raise CheckpointError(f"dense model of {str(folder)!r} not found: {error}; or pass it as dense=...") from None
         if dense.fingerprint() != fingerprint:
             raise CheckpointError(
-                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({known['name']!r}, weights "
+                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}, weights "
                 f"{fingerprint[:12]}, found {dense.fingerprint()[:12]}); pass that model, or fit again"
             )
-        sparse = SparseTransformer(recipe.sparse, kinds, vocabulary, context or 1)
-        bridges = Bridges(dense.n_sites, width, sparse.width, recipe.sparse.keep)
         state = {}
         for name, parameter in sparse.named_parameters():
             key = f"sparse.{name}"
@@ -203,7 +216,12 @@ class Coupling:
         bridges.requires_grad_(False).eval()
         reference_bt = tensors.get("reference_bt")
         return Coupling(
-            dense, sparse.to(device), bridges.to(device), recipe, None if reference_bt is None else reference_bt.long(), str(path)
+            dense,
+            sparse.to(dense.device),
+            bridges.to(dense.device),
+            recipe,
+            None if reference_bt is None else reference_bt.long(),
+            str(path),
         )
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
@@ -213,19 +231,18 @@ class Coupling:
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / repo.split("/")[-1]
-            self.save_pretrained(target)
+            self._write(Path(folder), repo, self._dense(None))
             api = HfApi(token=token)
             address = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=target)
+            api.upload_folder(repo_id=repo, folder_path=folder)
         return str(address)
 
-    def _dense(self, path: str | Path) -> dict[str, Any]:
+    def _dense(self, path: str | Path | None) -> dict[str, Any]:
         dense = self.dense
-        here = Path(dense.name)
         return {
             "name": dense.name,
-            "beside": os.path.relpath(here, path) if here.is_dir() else None,
+            "beside": _beside(path, dense.name),
+            "adapter_beside": _beside(path, self.recipe.adapter),
             "revision": dense.revision,
             "fingerprint": dense.fingerprint(),
             "sublayers": list(dense.sublayers),
@@ -261,15 +278,21 @@ def _folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
-        raise CheckpointError(f"{str(path)!r} is neither a folder here nor to be had from the hub ({type(error).__name__})") from None
+        raise CheckpointError(
+            f"{str(path)!r} is neither a folder here nor to be had from the hub ({type(error).__name__})"
+        ) from None
 
 
-def _locate(folder: Path, known: dict[str, Any]) -> str:
-    """Where the dense model is now: beside the folder as it was when saved, else by its name."""
-    beside = known.get("beside")
+def _beside(path: str | Path | None, name: str | None) -> str | None:
+    """A model's folder relative to the coupling's, None where either is no folder here."""
+    return os.path.relpath(name, path) if path and name and Path(name).is_dir() else None
+
+
+def _locate(folder: Path, name: str, beside: str | None) -> str:
+    """Where a model is now: beside the folder as it was when saved, else by its name."""
     if beside and (folder / beside).is_dir():
         return os.path.normpath(folder / beside)
-    return str(known["name"])
+    return name
 
 
 def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:

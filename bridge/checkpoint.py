@@ -33,31 +33,48 @@ def check_new(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"--out {str(path)!r} exists and is not empty; name a new folder, or give --resume to continue it")
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"--out {str(path)!r} cannot be made: {str(above)!r} is not a folder one may write to; name another"
+        )
     return path
 
 
-def write_folder(path: str | Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def write_folder(
+    path: str | Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any], texts: dict[str, str] | None = None
+) -> None:
     """Write `name.json` with the facts and `name-DIGEST.safetensors` with the tensors, replacing an earlier pair atomically.
 
-    Raises CheckpointError where the disk is full or not writable; the earlier pair is then still there, whole.
+    `texts` are further files by name, there before the JSON is. Raises CheckpointError where the disk is full or not writable;
+    the earlier pair is then still there, whole.
     """
     path = Path(path)
     temporary = path / f".{name}.writing"
+    earlier: set[Path] = set()
+    file = temporary
     try:
         path.mkdir(parents=True, exist_ok=True)
         earlier = set(path.glob(f"{name}-*.safetensors"))
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would keep everyone else from reading
         save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary)
+        temporary.chmod(mode)
         _flush(temporary)
         digest = _digest(temporary)
         file = path / f"{name}-{digest[:12]}.safetensors"
         os.replace(temporary, file)
+        for text_name, text in (texts or {}).items():
+            _write_text(path / text_name, text)
         write_json(path / f"{name}.json", {**facts, "tensors": {"file": file.name, "sha256": digest}})
-        for old in earlier - {file}:
-            old.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for half in {temporary, file} - earlier:
+            with contextlib.suppress(OSError):
+                half.unlink()
         raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+    for old in earlier - {file}:
+        with contextlib.suppress(OSError):
+            old.unlink()
 
 
 def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,23 +90,17 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
         raise _damaged(path / f"{name}.json", "it names no tensor file") from None
     if file.parent != path or not file.is_file():
         raise _damaged(file, "it is missing")
-    if _digest(file) != digest:
-        raise _damaged(file, "its content is not what was written")
     try:
+        if _digest(file) != digest:
+            raise _damaged(file, "its content is not what was written")
         return load_file(file), facts
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise _damaged(file, str(error)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the earlier one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,6 +136,20 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
     except (KeyError, IndexError, RuntimeError):
         raise CheckpointError(f"the checkpoint's nonzeros of {name} are missing or do not fit together; fetch it again") from None
     return matrix
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

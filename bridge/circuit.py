@@ -35,7 +35,7 @@ Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.residual import Enter
+from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, gelu, norm_scale
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
@@ -243,38 +243,40 @@ class Ablations:
         """How many masked copies make a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.space.n_tokens, _ROW_NODES // self.space.size))
 
-    @torch.no_grad()
-    def logits(self, kept_rf: Tensor) -> Tensor:
-        """logits_rv at the last position, one row for every mask."""
-        return torch.cat([self._run(rows_rf) for rows_rf in kept_rf.split(self.rows)])
-
-    @torch.no_grad()
-    def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
-        """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
-        whole = self.sparse.run(self.tokens_1t, gate=ablation_gate(self.space.split(kept_f), self.means), last_only=True)
-        site_r = self.site_f[node_r.cpu()]
-        logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
-        for row_r in torch.argsort(site_r, stable=True).split(self.rows):
-            kept_rf = kept_f.repeat(len(row_r), 1)
-            kept_rf[torch.arange(len(row_r)), node_r[row_r]] = False
-            x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
-            logits_rv[row_r] = self._run(kept_rf, Enter(site_r[row_r], x_rts))
-        return logits_rv
-
-    def slopes(self, kept_rf: Tensor) -> Tensor:
-        """slope_rf: how the KL of each row changes with each entry of its mask, whose values mix mean (0) and value (1)."""
-        kept_rf = kept_rf.detach().requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(self.kl(self._run(kept_rf)).sum(), kept_rf)[0]
-
-    def _run(self, kept_rf: Tensor, enter: Enter | None = None) -> Tensor:
+    def run(self, kept_rf: Tensor, enter: Enter | None = None) -> Trace:
+        """Run a masked copy for every row, whose masks are bool, or mix mean (0) and value (1); logits of the last position."""
         kept = self.space.split(kept_rf)
 
         def mix(location: Location, x_rtn: Tensor, /) -> Tensor:
             return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept[location])
 
         gate = ablation_gate(kept, self.means) if kept_rf.dtype == torch.bool else mix
-        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), enter, gate, last_only=True).logits_btv[:, -1]
+        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), enter, gate, last_only=True)
+
+    @torch.no_grad()
+    def logits(self, kept_rf: Tensor) -> Tensor:
+        """logits_rv at the last position, of any number of masks."""
+        return torch.cat([self.run(rows_rf).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
+
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
+        """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
+        whole = self.run(kept_f[None])
+        site_r = self.site_f[node_r.cpu()]
+        logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
+        for row_r in torch.argsort(site_r, stable=True).split(self.rows):
+            kept_rf = kept_f.repeat(len(row_r), 1)
+            kept_rf[torch.arange(len(row_r)), node_r[row_r]] = False
+            x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
+            logits_rv[row_r] = self.run(kept_rf, Enter(site_r[row_r], x_rts)).logits_btv[:, -1]
+        return logits_rv
+
+    def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """slope_rf and loss_r: how loss(logits_rv) changes with every entry of masks that mix mean (0) and value (1)."""
+        kept_rf = kept_rf.detach().requires_grad_()
+        with torch.enable_grad():
+            loss_r = loss(self.run(kept_rf).logits_btv[:, -1])
+            return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
 
     def kl(self, logits_rv: Tensor) -> Tensor:
         """KL(S, .) of the next-token distribution at the last position, in nats."""

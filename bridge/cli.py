@@ -6,6 +6,7 @@ error and exit code 2; a run that had to stop is exit code 1, one that was asked
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -92,6 +93,10 @@ def fit(
             required=not resume,
         )  # fmt: skip
         name = model or values.get("dense")
+        if name is None and resume and out is not None and (out / "training.json").is_file():
+            from bridge.checkpoint import read_json
+
+            name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
         if name is None:
             raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
@@ -239,7 +244,9 @@ def _describe(run: Run, needed: int) -> None:
     how = "coupled at every site" if recipe.losses.coupled else "uncoupled: trained on text alone"
     free = psutil.virtual_memory().available
     print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
-    print(f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}")
+    print(
+        f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
+    )
     print(f"data    {run.blocks.description}")
     print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
     if needed > free and dense.device.type == "cpu":
@@ -252,7 +259,7 @@ class _Watcher:
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
         self.terminal = sys.stdout.isatty()
-        self.last = 0.0
+        self.last = -math.inf
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -297,7 +304,10 @@ def _evaluation(result: Evaluation) -> str:
         ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
         ("CE recovered, mean", f"dense to sparse {result.recovered_in:.3f}, sparse to dense {result.recovered_out:.3f}"),
         ("explained variance, mean", f"encoder {result.ev_encoder:.3f}, decoder {result.ev_decoder:.3f}"),
-        ("top-1 agreement with dense", f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}"),
+        (
+            "top-1 agreement with dense",
+            f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
+        ),
         ("nonzero weights", f"{result.l0:.4f} (1/{1 / max(result.l0, 1e-9):.1f})"),
         ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
     ]

@@ -76,15 +76,14 @@ def load_blocks(
     tokenizer: PreTrainedTokenizerBase | None,
     context: int,
     *,
-    vocabulary: int | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
     dense: PreTrainedModel | None = None,
 ) -> Blocks:
     """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
-    Token ids must be below `vocabulary`, where it is given. Raises DataError where they are not, where the source does not exist
-    or has no text, and where it holds too little for one training and one held-out block.
+    `dense` is what `self` samples from, and what token ids are checked against. Raises DataError where the source does not exist
+    or has no text, where an id is none of the dense model's, and where there is too little for a training and a held-out block.
     """
     bos = _added_bos(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
@@ -123,6 +122,7 @@ def load_blocks(
             "held out); give more text or a shorter context (--set context=N)"
         )
     train_nt, heldout_nt = (_cut(stream, body, bos) for stream in (train, heldout))
+    vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     for block_nt in (train_nt, heldout_nt):
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):

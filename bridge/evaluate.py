@@ -73,9 +73,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[float], None] | None = None
-) -> Evaluation:
+def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[float], None] | None = None) -> Evaluation:
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
     if not len(tokens_bt):
         raise ValueError("there is no held-out text to evaluate on; give --data with more text")
@@ -175,7 +173,7 @@ def evaluate(
         for site in sites
     )
 
-    def mean(name: str) -> float:
+    def over_sites(name: str) -> float:
         return sum(getattr(row, name) for row in rows) / len(rows)
 
     def top1(name: str, over: list[int | None]) -> float:
@@ -190,10 +188,10 @@ def evaluate(
         top1_sparse=top1("sparse", [None]),
         top1_in=top1("in", list(sites)),
         top1_out=top1("out", list(sites)),
-        recovered_in=mean("recovered_in"),
-        recovered_out=mean("recovered_out"),
-        ev_encoder=mean("ev_encoder"),
-        ev_decoder=mean("ev_decoder"),
+        recovered_in=over_sites("recovered_in"),
+        recovered_out=over_sites("recovered_out"),
+        ev_encoder=over_sites("ev_encoder"),
+        ev_decoder=over_sites("ev_decoder"),
         l0=sparse.achieved_l0(),
         dead_neurons=sum(int((~seen).sum()) for seen in alive.values()),
         neurons=sum(len(seen) for seen in alive.values()),

@@ -61,7 +61,7 @@ class SparseShape(_Part):
 class Sparsity(_Part):
     """How many weights stay (paper, appendix A.2)."""
 
-    l0: float = Field(description="up to 1 the fraction of the weights that stay nonzero, above 1 their number")
+    l0: float = Field(description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     biases: bool = Field(default=False, description="biases are projected too, each to the same fraction")
     min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on either side of each neuron and channel")
     anneal: float = Field(default=0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
@@ -70,7 +70,7 @@ class Sparsity(_Part):
     @classmethod
     def _positive(cls, l0: float) -> float:
         if l0 <= 0:
-            raise ValueError("some weights must stay; give the fraction that stays (such as 0.05) or, above 1, their number")
+            raise ValueError("some weights must stay; give the fraction that stays (such as 0.05) or, from 1 on, their number")
         return l0
 
 
@@ -201,7 +201,7 @@ def recipe_values(
             raise RecipeError(_one_line(error, "losses")) from None
         values["losses"] = losses.uncoupled().model_dump()
     if required and not values.get("sparsity"):
-        raise RecipeError("how sparse is not said; give --l0: up to 1 the fraction of weights that stay, above 1 their number")
+        raise RecipeError("how sparse is not said; give --l0: below 1 the fraction of weights that stay, from 1 on their number")
     return values
 
 
@@ -238,15 +238,18 @@ def known_names() -> list[str]:
     return names
 
 
-def n_kept(l0: float, count: int, total: int) -> int:
-    """How many of a matrix's `count` weights stay at l0, the same fraction of each matrix; at least one.
+def kept_fraction(l0: float, total: int) -> float:
+    """The fraction of the weights that stays, of a recipe's l0: itself below 1, a number of all `total` weights from 1 on.
 
-    Up to 1, l0 is a fraction; above, a number of the `total` weights of all matrices that are made sparse. Raises RecipeError
-    where it exceeds that.
+    Raises RecipeError where there are fewer weights than that.
     """
-    if l0 > max(1, total):
+    if l0 > total:
         raise RecipeError(f"l0 {l0:.15g} is more than the {total} weights there are; give a fraction below 1 or a smaller number")
-    fraction = l0 if l0 <= 1 else l0 / total
+    return l0 if l0 < 1 else l0 / total
+
+
+def n_kept(fraction: float, count: int) -> int:
+    """How many of a matrix's `count` weights stay, the same fraction of each matrix; at least one."""
     return max(1, min(count, math.floor(fraction * count + 0.5)))
 
 

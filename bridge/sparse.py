@@ -124,9 +124,7 @@ class SparseTransformer(nn.Module):
         parts = ("attn" if location.kind in ATTENTION_KINDS else "mlp", "parallel")
         return next(site for layer, site, part in self._parts() if layer == location.layer and part in parts)
 
-    def run(
-        self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate, *, last_only: bool = False
-    ) -> Trace:
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate, *, last_only: bool = False) -> Trace:
         """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
 
         With last_only the logits are those of the last position alone (b1v), which spares a search the vocabulary's products.
@@ -253,16 +251,14 @@ class SparseTransformer(nn.Module):
         """The vectors: biases of the linear maps, and attention sinks."""
         return {name: p for name, p in self.named_parameters() if p.dim() == 1}
 
-    def project(self, l0: float, *, biases: bool = False, min_per_neuron: int = 0) -> None:
-        """Keep of every matrix the fraction l0 (above 1: the share of that number) that is largest in magnitude, in place.
+    def project(self, fraction: float, *, biases: bool = False, min_per_neuron: int = 0) -> None:
+        """Keep of every matrix the fraction (up to 1) of the weights that is largest in magnitude, in place.
 
         With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
         are kept first, within the same number. Raises RecipeError where that number is too small for them.
         """
-        weights = self.sparse_weights()
-        total = sum(weight.numel() for weight in weights.values())
-        for name, weight in weights.items():
-            kept = n_kept(l0, weight.numel(), total)
+        for name, weight in self.sparse_weights().items():
+            kept = n_kept(fraction, weight.numel())
             protected = _protected(name, weight, min_per_neuron)
             if protected is None:
                 project_(weight.data, kept)
@@ -275,7 +271,7 @@ class SparseTransformer(nn.Module):
                 weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
         if biases:
             for bias in self.biases().values():
-                project_(bias.data, n_kept(l0, bias.numel(), total))
+                project_(bias.data, n_kept(fraction, bias.numel()))
 
     def achieved_l0(self) -> float:
         """Share of the weights of `sparse_weights` that are nonzero."""

@@ -14,6 +14,7 @@ Shape legend: b batch row, t token.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -26,7 +27,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bridge.bridges import Coupling, new_coupling
@@ -34,12 +36,15 @@ from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
 from bridge.objective import Objective, draw_splice
-from bridge.recipe import Recipe, RecipeError, RunError, n_kept, recipe_values, resolve
+from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.sparse import SparseTransformer, annealed_l0
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+
+
+_TERMS = tuple(name for name in Losses.model_fields if name != "splice")
 
 
 class FitError(RunError):
@@ -99,11 +104,13 @@ def prepare(
     if resume and out is not None and (out / "coupling.json").exists():
         raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
     begun = out is not None and (out / "training.json").exists()
-    if out is not None and not resume:
+    if out is not None and not (resume and (begun or (out / "log.jsonl").exists())):
         check_new(out)
     resume = resume and begun  # a run killed before it first saved starts over
     if out is not None and resume:
-        saved = read_json(out / "training.json")["recipe"]
+        saved = read_json(out / "training.json").get("recipe")
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"checkpoint file {str(out / 'training.json')!r} is damaged: it holds no recipe; fit it again")
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
             raise RecipeError(f"--resume goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
@@ -113,7 +120,9 @@ def prepare(
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r} is not offered; it is float32 or bfloat16 (products only, weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
-    dense = load_dense(model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device))
+    dense = load_dense(
+        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
+    )
     recipe = resolve_for(dense, recipe)
     assert recipe.data.context is not None
     blocks = load_blocks(
@@ -125,6 +134,9 @@ def prepare(
         dense=dense.model,
     )
     coupling = new_coupling(dense, recipe)
+    kept, minimum = _fraction_kept(coupling), recipe.sparsity.min_per_neuron
+    if minimum:  # what the last projection would refuse is refused now
+        copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     return Run(coupling, blocks, accelerator, out, resume)
 
 
@@ -142,6 +154,8 @@ def fit(
     uncoupled: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
+    adapter: str | None = None,
+    revision: str | None = None,
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -154,11 +168,10 @@ def fit(
     `settings` maps its numbers ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
-        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled, seed=seed
-    )
-    run = prepare(
-        model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with
-    )
+        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled,
+        adapter=adapter, revision=revision, seed=seed, required=not resume,
+    )  # fmt: skip
+    run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
     for progress in train(run):
         if on_progress is not None:
             on_progress(progress)
@@ -204,8 +217,10 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progres
     recipe, sparse = coupling.recipe, coupling.sparse
     budget, rows = recipe.budget, recipe.data.rows
     assert recipe.data.context is not None
-    if rows % accelerator.num_processes:
-        raise RecipeError(f"data.rows {rows} cannot be shared by {accelerator.num_processes} processes; make it a multiple")
+    processes, process = accelerator.num_processes, accelerator.process_index
+    if rows % processes:
+        raise RecipeError(f"data.rows {rows} cannot be shared by {processes} processes; make it a multiple")
+    share = slice(rows * process // processes, rows * (process + 1) // processes)
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
@@ -217,20 +232,21 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progres
         state = _restore(out, coupling, optimizer)
     elif recipe.losses.coupled:
         _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
-    log = _Log(out, accelerator, state.step)
-    began, first_step = time.monotonic(), state.step
-    spent_before = state.seconds
-    last_report = last_save = began
-    sums: dict[str, Tensor] = {}
-    summed = 0
-    share = slice(rows * accelerator.process_index // accelerator.num_processes, rows * (accelerator.process_index + 1) // accelerator.num_processes)  # fmt: skip
+    began, first_step, spent_before = time.monotonic(), state.step, state.seconds
+    last_report = last_save = state.seconds
+    kept = _fraction_kept(coupling)
+    names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
+    if recipe.losses.splice == "literal" and "hybrid_both" in names:
+        names.remove("hybrid_both")  # the paper's sum has none
+    zero = torch.zeros((), device=accelerator.device)
+    sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
 
     def fraction() -> float:
         by_steps = state.step / steps if steps else 0.0
         by_clock = state.seconds / (60 * budget.minutes) if budget.minutes else 0.0
         return min(1.0, max(by_steps, by_clock))
 
-    with _asked_to_stop() as stop:
+    with _asked_to_stop() as stop, _Log(out, accelerator, state.step) as log:
         while (done := fraction()) < 1:
             tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
             splice = counts = None
@@ -238,44 +254,43 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progres
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + state.step)
                 whole = draw_splice(rows, coupling.n_sites, recipe.losses, generator)
                 splice = whole.rows(share.start, share.stop)
-                counts = [count / accelerator.num_processes for count in whole.counts()]
+                counts = [count / processes for count in whole.counts()]
             losses = objective(tokens_bt, splice, counts)
             accelerator.backward(losses["total"])
-            target_l0 = annealed_l0(_fraction_kept(coupling), done, recipe.sparsity.anneal)
-            finite = optimizer.step(done, target_l0)
+            finite = optimizer.step(done, annealed_l0(kept, done, recipe.sparsity.anneal))
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
-            sparse.project(target_l0, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
 
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
             asked = bool(stop) or stretch_over
-            if accelerator.num_processes > 1:  # every process must see the same clock and the same wish to stop
+            if processes > 1:  # every process must see the same clock and the same wish to stop
                 shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
-                state.seconds, asked = accelerator.reduce(shared, "mean")[0].item(), bool(accelerator.reduce(shared)[1] > 0)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+                state.seconds, wishes = _over_processes(accelerator, shared)
+                asked = wishes > 0
+            target_l0 = annealed_l0(kept, fraction(), recipe.sparsity.anneal)  # so that the last step ends on the target
+            sparse.project(target_l0, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+            sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
             summed += 1
-            now = time.monotonic()
-            if now - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
-                means = {name: float(accelerator.reduce(value, "mean")) / summed for name, value in sums.items()}
-                speed = (state.step - first_step) * per_step / max(1e-9, now - began)
+            if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
+                means = dict(zip(names, _over_processes(accelerator, sums / summed)))
+                speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
                 left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
                 progress = Progress(
                     state.step, steps, state.step * per_step, fraction(), means, sparse.achieved_l0(), speed, left
                 )
                 log.write(progress)
-                sums, summed, last_report = {}, 0, now
+                sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
                 _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
-            if out is not None and accelerator.is_main_process and (asked or now - last_save >= SAVE_SECONDS):
-                _save(out, coupling, optimizer, state)
-                last_save = time.monotonic()
+            if asked or state.seconds - last_save >= SAVE_SECONDS:
+                if out is not None and accelerator.is_main_process:
+                    _save(out, coupling, optimizer, state)
+                last_save = state.seconds
             if asked and fraction() < 1:
                 where = f"; --resume --out {out} goes on" if out else ""
                 raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}", planned=not stop)
-    log.close()
 
 
 def finish(run: Run) -> Coupling:
@@ -287,7 +302,7 @@ def finish(run: Run) -> Coupling:
     coupling = replace(coupling, reference_bt=run.blocks.heldout(REFERENCE_ROWS), path=path)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
-        for file in (out / "training.json", *out.glob("training-*.safetensors")):
+        for file in (out / "training.json", *out.glob("training-*.safetensors"), *out.glob(".training*.writing")):
             file.unlink(missing_ok=True)
     return coupling
 
@@ -315,7 +330,7 @@ class _Optimizer:
         if bridges:
             groups.append({"params": bridges, "peak": numbers.bridge_rate, "sharkfin": False, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
-        names = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
+        names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
         names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
         self.names = names
 
@@ -327,7 +342,7 @@ class _Optimizer:
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
             if not bool(torch.isfinite(norm)):
                 return False
-            torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))
+            torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))  # pyright: ignore[reportPrivateImportUsage]
         warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
         for group in self.adam.param_groups:
             fin = 1 / math.sqrt(l0) if group["sharkfin"] else 1.0
@@ -338,9 +353,7 @@ class _Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of every parameter, by name."""
-        return {
-            f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()
-        }
+        return {f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
@@ -357,12 +370,20 @@ class _Log:
         self.accelerator = accelerator
         self.file = None
         if out is not None and accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
             path = out / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= step]  # what came after the saved state is run again
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8")
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                kept = [line for line in lines if _step_of(line) <= step]  # what came after the saved state is run again
+                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                self.file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise CheckpointError(f"could not write {str(path)!r} ({error.strerror}); name another folder") from None
+        if accelerator.log_with:
+            accelerator.init_trackers("bridge")
+
+    def __enter__(self) -> _Log:
+        return self
 
     def write(self, progress: Progress) -> None:
         values = {**progress.losses, "l0": progress.l0, "tokens_per_second": progress.tokens_per_second}
@@ -371,7 +392,7 @@ class _Log:
             self.file.write(json.dumps({"step": progress.step, "tokens": progress.tokens, **values}) + "\n")
             self.file.flush()
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
         self.accelerator.end_training()
@@ -418,11 +439,20 @@ def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None
         raise RecipeError("device 'cuda' was asked for and torch sees no GPU here; give --device cpu")
     if log_with and out is None:
         raise RecipeError(f"--log-with {log_with} needs a folder to log to; give --out")
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no", log_with=log_with, project_dir=out
-    )
-    if log_with:
-        accelerator.init_trackers("bridge")
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit of this process may have chosen otherwise
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if dtype == "bfloat16" else "no",
+            log_with=log_with,
+            project_dir=out,
+            # a process's rows may enter at some sites and not at others
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:
+        raise RecipeError(f"--log-with {log_with}: {error}") from None
+    if log_with and not accelerator.log_with:
+        raise RecipeError(f"--log-with {log_with} needs the package of that name, which is not installed here")
     return accelerator
 
 
@@ -431,9 +461,16 @@ def _calibrate(coupling: Coupling, tokens_bt: Tensor) -> None:
     coupling.bridges.calibrate(coupling.dense.run(tokens_bt).residuals)
 
 
+def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
+    """The mean over the processes of each value."""
+    means = accelerator.reduce(values, "mean")
+    assert isinstance(means, Tensor)
+    return means.tolist()
+
+
 def _fraction_kept(coupling: Coupling) -> float:
     total = sum(weight.numel() for weight in coupling.sparse.sparse_weights().values())
-    return n_kept(coupling.recipe.sparsity.l0, total, total) / total
+    return kept_fraction(coupling.recipe.sparsity.l0, total)
 
 
 def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
@@ -460,12 +497,16 @@ def _what_to_try(what: str, step: int, out: Path | None) -> str:
 def _save(out: Path, coupling: Coupling, optimizer: _Optimizer, state: _State) -> None:
     tensors = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
-    facts = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
+    facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
+    facts["fingerprint"] = coupling.dense.fingerprint()
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
 
 
 def _restore(out: Path, coupling: Coupling, optimizer: _Optimizer) -> _State:
     tensors, facts = read_folder(out, "training")
+    fingerprint = coupling.dense.fingerprint()
+    if facts.get("fingerprint", fingerprint) != fingerprint:
+        raise CheckpointError(f"the run in {str(out)!r} has another dense model than {coupling.dense.name!r}; give that one")
     for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         try:

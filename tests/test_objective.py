@@ -33,7 +33,15 @@ def kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
 def test_sampled_gradient_is_the_literal_one_in_expectation(dense: DenseModel) -> None:
     """With two transitions off, over many draws; the tolerance is the spread of the draws."""
     coupling = untrained(dense)
-    weights = {"ce": 0.7, "kl": 1.1, "nmse_encoder": 0.4, "nmse_decoder": 0.6, "hybrid_in": 1.3, "hybrid_out": 0.9, "hybrid_both": 0}
+    weights = {
+        "ce": 0.7,
+        "kl": 1.1,
+        "nmse_encoder": 0.4,
+        "nmse_decoder": 0.6,
+        "hybrid_in": 1.3,
+        "hybrid_out": 0.9,
+        "hybrid_both": 0,
+    }
     module = objective(coupling, **weights)
     literal = gradient(module, None)
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +97,9 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
         trace = coupling.sparse.run(tokens, entry)
         left = None
         if leave != STAYS:
-            left = kl(truth.logits_btv, dense.run(tokens, Enter.at(leave, bridges[leave].decode(trace.residuals[leave]))).logits_btv)
+            left = kl(
+                truth.logits_btv, dense.run(tokens, Enter.at(leave, bridges[leave].decode(trace.residuals[leave]))).logits_btv
+            )
         return kl(truth.logits_btv, trace.logits_btv).mean(), None if left is None else left.mean()
 
     rows = [row(index) for index in range(4)]

@@ -12,7 +12,17 @@ import pytest
 from pydantic import ValidationError
 
 from bridge import recipe as module
-from bridge.recipe import Recipe, RecipeError, known_names, n_kept, parse_setting, read_recipe, recipe_values, resolve
+from bridge.recipe import (
+    Recipe,
+    RecipeError,
+    kept_fraction,
+    known_names,
+    n_kept,
+    parse_setting,
+    read_recipe,
+    recipe_values,
+    resolve,
+)
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
@@ -45,7 +55,7 @@ def test_the_least_recipe_is_complete() -> None:
 
 @pytest.mark.parametrize("l0", [0, -1, -0.5])
 def test_an_l0_that_keeps_nothing_is_refused(l0: float) -> None:
-    remedy = "some weights must stay; give the fraction that stays (such as 0.05) or, above 1, their number"
+    remedy = "some weights must stay; give the fraction that stays (such as 0.05) or, from 1 on, their number"
     assert refusal(sparsity={"l0": l0}) == refusal(f"l0={l0}") == f"sparsity.l0 = {l0}: {remedy}"
 
 
@@ -208,15 +218,15 @@ def test_flags_that_do_not_make_a_recipe_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("l0", "count", "total", "kept"),
-    [(0.5, 10, 99, 5), (0.25, 10, 99, 3), (0.01, 10, 99, 1), (1.0, 10, 99, 10), (50, 10, 100, 5), (100, 10, 100, 10)],
+    [(0.5, 10, 99, 5), (0.25, 10, 99, 3), (0.01, 10, 99, 1), (1, 10, 99, 1), (50, 10, 100, 5), (100, 10, 100, 10)],
 )
 def test_how_many_weights_stay(l0: float, count: int, total: int, kept: int) -> None:
-    assert n_kept(l0, count, total) == kept
+    assert n_kept(kept_fraction(l0, total), count) == kept
 
 
 def test_more_weights_than_there_are_cannot_stay() -> None:
     with pytest.raises(RecipeError, match="l0 1000001 is more than the 100 weights there are; give a fraction"):
-        n_kept(1_000_001, 10, 100)
+        kept_fraction(1_000_001, 100)
 
 
 def test_importing_it_imports_nothing_heavy() -> None:

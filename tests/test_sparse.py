@@ -437,17 +437,6 @@ def test_projection_keeps_the_same_share_of_each_matrix(l0: float, dtype: torch.
     assert {"bigram.0", "unembedding.bias", "blocks.0.sinks"} < others.keys()
 
 
-def test_projection_to_a_number_of_weights() -> None:
-    by_number, by_share = build(), build()
-    total = sum(weight.numel() for weight in matrices(by_number).values())
-    by_number.project(500)
-    by_share.project(500 / total)
-    assert all(torch.equal(a, b) for a, b in zip(by_number.parameters(), by_share.parameters(), strict=True))
-    assert abs(by_number.achieved_l0() * total - 500) <= len(matrices(by_number))
-    with pytest.raises(RecipeError, match=f"l0 {total + 1} is more than the {total} weights there are"):
-        build().project(total + 1)
-
-
 def test_projection_to_the_whole_changes_nothing() -> None:
     """L0 anneals from 1, which is the fraction and not one weight."""
     model = build()

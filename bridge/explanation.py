@@ -1,0 +1,429 @@
+"""A prompt -> an Explanation: what the dense model answers, which circuit of the sparse model gives that answer, and the evidence.
+
+    tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
+    means       of every sparse node over the coupling's reference text
+    search      `prune.find_circuit`: candidates, scores, masks, deletions
+    edges       `circuit.draw_edges`; and every node deleted alone from the circuit, for what it does there
+    evidence    `validate.validate`, on the sparse and on the dense model
+
+An Explanation cannot be made without its Faithfulness. Where the two models disagree the circuit is still shown, since one may
+want to know what the sparse model does instead, but the verdict says first that it explains nothing of the dense model.
+
+Shape legend: b batch row, t token, f all nodes of a prompt in one row, k the circuit's nodes, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from bridge import __version__
+from bridge.bridges import Coupling
+from bridge.circuit import COUNTED, Ablations, EdgeKind, Question, corpus_means, draw_edges
+from bridge.prune import Found, find_circuit
+from bridge.recipe import UserError
+from bridge.validate import Faithfulness, Measure, validate
+
+REFERENCE_TOKENS = 8192  # of the reference text, over which means are taken: a second or two
+LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text; the JSON holds all
+
+
+class ExplainError(UserError):
+    """A prompt, target or coupling that cannot be explained, in one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the vocabulary."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A next token and its probability."""
+
+    token: Token
+    probability: float
+
+
+@dataclass(frozen=True)
+class ExplainedNode:
+    """A node of the circuit: its activation in the sparse model, its corpus mean, and what its deletion from the circuit does.
+
+    importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits).
+    """
+
+    id: str
+    name: str
+    layer: int
+    kind: str
+    index: int
+    position: int
+    activation: float
+    mean: float
+    importance: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class ExplainedEdge:
+    """An edge between two nodes, named by their ids; see `circuit` for kinds, weights and effects."""
+
+    source: str
+    target: str
+    kind: EdgeKind
+    weight: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Searched:
+    """How the circuit was found: nodes along the way, whether silenced ones were candidates, whether it ran to its end."""
+
+    active: int
+    candidates: int
+    silenced: bool
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an explanation depends on."""
+
+    dense: str
+    dense_fingerprint: str
+    coupling: str | None
+    l0: float
+    seed: int
+    version: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence for and against."""
+
+    prompt: str
+    tokens: tuple[Token, ...]
+    target: Token
+    contrast: Token
+    dense: tuple[Answer, ...]
+    sparse: tuple[Answer, ...]
+    dense_difference: float
+    sparse_difference: float
+    faithfulness: Faithfulness
+    nodes: tuple[ExplainedNode, ...]
+    edges: tuple[ExplainedEdge, ...]
+    searched: Searched
+    provenance: Provenance
+
+    @property
+    def agree(self) -> bool:
+        """Whether the two models give the same answer."""
+        return self.dense[0].token.id == self.sparse[0].token.id
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of nodes, of edges (nonzero weights between two nodes), of the distinct weights among them, and of other entries."""
+        kinds = Counter(edge.kind for edge in self.edges)
+        counted = [edge for edge in self.edges if edge.kind in COUNTED]
+        distinct = {(edge.source.split("@")[0], edge.target.split("@")[0]) for edge in counted}
+        others = {kind: kinds[kind] for kind in ("embedding", "unembedding", "bigram")}
+        return {"nodes": len(self.nodes), "edges": len(counted), "weights": len(distinct), **others}
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation as plain JSON values, the verdict and counts written out."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values["faithfulness"] |= {"verdict": self.faithfulness.verdict, "reasons": list(self.faithfulness.reasons)}
+        return {**values, "agree": self.agree, "counts": self.counts}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Explanation:
+        """The explanation that `to_json` wrote. Raises ExplainError for anything else."""
+        try:
+            return _READER.validate_python(values)
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
+
+    def __str__(self) -> str:
+        return render_text(self)
+
+
+_READER = TypeAdapter(Explanation)
+
+
+@torch.no_grad()
+def explain(
+    coupling: Coupling,
+    prompt: str,
+    *,
+    target: str | None = None,
+    contrast: str | None = None,
+    seed: int = 0,
+    reference_bt: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Explanation:
+    """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
+
+    reference_bt, tokens over which corpus means are taken, is by default the coupling's own. Raises ExplainError.
+    """
+    say = progress or (lambda _: None)
+    dense, sparse = coupling.dense, coupling.sparse
+    reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
+    if reference_bt is None or not reference_bt.numel():
+        raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
+    tokens_t = _prompt_tokens(coupling, prompt)
+    say("tokens: the dense model's answer")
+    dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
+    question = _question(coupling, tokens_t, dense_v, target, contrast)
+
+    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
+    say(f"means: {used_bt.numel():,} tokens of reference text")
+    ablations = Ablations(sparse, question, corpus_means(sparse, used_bt))
+    found = find_circuit(ablations, seed=seed, progress=say)
+    say("edges")
+    edges = draw_edges(sparse, found.circuit)
+    faithfulness = validate(coupling, ablations, found.circuit, used_bt, seed=seed, progress=say)
+    tokenizer = dense.tokenizer
+    return Explanation(
+        prompt=prompt,
+        tokens=tuple(_token(tokenizer, token) for token in tokens_t.tolist()),
+        target=_token(tokenizer, question.target),
+        contrast=_token(tokenizer, question.contrast),
+        dense=_answers(tokenizer, dense_v),
+        sparse=_answers(tokenizer, ablations.logits_v),
+        dense_difference=float(question.difference(dense_v)),
+        sparse_difference=float(question.difference(ablations.logits_v)),
+        faithfulness=faithfulness,
+        nodes=_explained(ablations, found),
+        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges),
+        searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
+        provenance=_provenance(coupling, used_bt, seed),
+    )
+
+
+def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+    tokenizer = coupling.dense.tokenizer
+    if tokenizer is None:
+        raise ExplainError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
+    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    if not any(token not in tokenizer.all_special_ids for token in ids):
+        raise ExplainError("the prompt is empty; give the text whose next token is to be explained")
+    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
+    if len(ids) > min(limits):
+        raise ExplainError(f"the prompt is {len(ids)} tokens long, and the context is {min(limits)}; give its last part only")
+    return torch.tensor(ids, device=coupling.dense.device)
+
+
+def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
+    given = [
+        None if text is None else _one_token(coupling, text, role) for text, role in ((target, "target"), (contrast, "contrast"))
+    ]
+    if given[0] is None and given[1] == int(dense_v.argmax()):
+        raise ExplainError(
+            f"contrast {contrast!r} is the dense model's own answer; name the target that it is to be compared with"
+        )
+    if given[0] is not None and given[0] == given[1]:
+        raise ExplainError(f"target and contrast are both {target!r}; name two different tokens")
+    first, second = (int(token) for token in dense_v.topk(2).indices)
+    chosen = first if given[0] is None else given[0]
+    against = given[1] if given[1] is not None else (second if chosen == first else first)
+    return Question(tokens_t, chosen, against)
+
+
+def _one_token(coupling: Coupling, text: str, role: str) -> int:
+    tokenizer = coupling.dense.tokenizer
+    assert tokenizer is not None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if len(ids) != 1:
+        pieces = " ".join(_shown(_token(tokenizer, token).text) for token in ids) or "none"
+        remedy = f"; give one, such as {_shown(_token(tokenizer, ids[0]).text)}" if ids else "; give one"
+        raise ExplainError(f"{role} {text!r} is {len(ids)} tokens ({pieces}), and only a single token can be explained{remedy}")
+    if ids[0] == tokenizer.unk_token_id:
+        raise ExplainError(f"{role} {text!r} is not in the dense model's vocabulary; give one of its tokens")
+    return ids[0]
+
+
+def _token(tokenizer: Any, token: int) -> Token:
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space before a first word
+        text = f" {text}"
+    return Token(token, piece if "\ufffd" in text else text)  # a part of a character has no text of its own
+
+
+def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+    best = logits_v.softmax(-1).topk(5)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return tuple(Answer(_token(tokenizer, token), probability) for token, probability in pairs)
+
+
+def _explained(ablations: Ablations, found: Found) -> tuple[ExplainedNode, ...]:
+    circuit, question = found.circuit, found.circuit.explains
+    place_k = found.kept_f.nonzero().flatten()
+    if not len(place_k):
+        return ()
+    whole_1v, without_kv = ablations.logits(found.kept_f[None]), ablations.logits_without(found.kept_f, place_k)
+    rise_k = (ablations.kl(without_kv) - ablations.kl(whole_1v)).tolist()
+    lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
+    value_k, mean_k = ablations.value_f[place_k].tolist(), ablations.mean_f[place_k].tolist()
+    nodes = []
+    for node, value, mean, rise, lost in zip(circuit.nodes, value_k, mean_k, rise_k, lost_k, strict=True):
+        at = node.location
+        nodes.append(
+            ExplainedNode(str(node), node.name, at.layer, at.kind, node.index, node.position or 0, value, mean, rise, lost)
+        )
+    return tuple(nodes)
+
+
+def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
+    digest = hashlib.sha256(used_bt.cpu().to(torch.int32).numpy().tobytes()).hexdigest()
+    source = coupling.recipe.data.source
+    return Provenance(
+        dense=coupling.dense.name,
+        dense_fingerprint=coupling.dense.fingerprint(),
+        coupling=coupling.path,
+        l0=coupling.recipe.sparsity.l0,
+        seed=seed,
+        version=__version__,
+        reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
+    )
+
+
+# -- as text ----------------------------------------------------------------------------------------------------------------
+
+
+def render_text(explanation: Explanation, width: int = 100) -> str:
+    """The explanation for a terminal `width` columns wide: answer, verdict, circuit, evidence, and how to read them."""
+    parts = [
+        _render_answer(explanation),
+        _render_verdict(explanation),
+        _render_circuit(explanation),
+        _render_evidence(explanation),
+    ]
+    lines = [line for part in parts for line in (*part, "")]
+    where = explanation.provenance
+    lines += textwrap.wrap(_HOW_TO_READ, width)
+    made = f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g})"
+    lines += [
+        "",
+        *textwrap.wrap(
+            f"{made}, dense model {where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}", width
+        ),
+    ]
+    return "\n".join(_cut(line, width) for line in lines)
+
+
+_HOW_TO_READ = (
+    "How to read this: D is the logit difference of target and contrast. A node is a channel of the sparse model at one token; "
+    "`value` is its activation there and `mean` its average over text, which replaces it when it is deleted; `effect` is what D "
+    "loses when it alone is deleted from the circuit. An arrow names the strongest inputs of a node, with what D owes to each. "
+    "The sparse model is coupled to the dense one: what holds in it holds for the dense model as far as the last line of the "
+    "evidence goes."
+)
+
+
+def _render_answer(explanation: Explanation) -> list[str]:
+    def listed(answers: tuple[Answer, ...]) -> str:
+        return "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
+
+    asked = f"why {_shown(explanation.target.text)} rather than {_shown(explanation.contrast.text)}"
+    differences = (
+        f"D = {explanation.dense_difference:+.2f} in the dense model, {explanation.sparse_difference:+.2f} in the sparse one"
+    )
+    unusual = explanation.target.id != explanation.dense[0].token.id
+    return [
+        f"prompt    {_shown(explanation.prompt)}  ({len(explanation.tokens)} tokens)",
+        f"dense     {listed(explanation.dense)}",
+        f"sparse    {listed(explanation.sparse)}   {'agrees' if explanation.agree else 'DISAGREES'}",
+        f"question  {asked}{' (not the model' + chr(39) + 's own answer)' if unusual else ''}: {differences}",
+    ]
+
+
+def _render_verdict(explanation: Explanation) -> list[str]:
+    faithfulness = explanation.faithfulness
+    text = f"{faithfulness.verdict.upper()}. {' '.join(faithfulness.reasons)}"
+    return textwrap.wrap(text, 98, initial_indent="VERDICT   ", subsequent_indent=" " * 10)
+
+
+def _render_circuit(explanation: Explanation) -> list[str]:
+    counts, searched = explanation.counts, explanation.searched
+    lines = [
+        f"CIRCUIT   {counts['nodes']:,} nodes out of {searched.active:,} active ones; {counts['edges']:,} edges over "
+        f"{counts['weights']:,} weights" + ("" if searched.complete else "; not all deletions could be tried")
+    ]
+    shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect))[:LISTED_NODES]
+    listed = {node.id for node in shown}
+    inputs: dict[str, list[ExplainedEdge]] = {}
+    for edge in explanation.edges:  # strongest first
+        inputs.setdefault(edge.target, []).append(edge)
+    longest = max((len(node.name) for node in shown), default=0)
+    for position, token in enumerate(explanation.tokens):
+        here = [node for node in explanation.nodes if node.position == position and node.id in listed]
+        if not here:
+            continue
+        lines.append(f"  {position:>3}  {_shown(token.text)}")
+        for node in here:
+            arrows = ", ".join(_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
+            lines.append(
+                f"       {node.name:<{longest}}  value {node.activation:+6.2f}  mean {node.mean:+6.2f}  "
+                f"effect {node.effect:+6.2f}" + (f"  <- {arrows}" if arrows else "")
+            )
+    answer = [edge for edge in explanation.edges if edge.kind in ("unembedding", "bigram")][:8]
+    if answer:
+        lines.append(f"       D  <- {', '.join(_input(edge, len(explanation.tokens) - 1) for edge in answer)}")
+    hidden = len(explanation.nodes) - len(shown)
+    if hidden:
+        lines.append(f"       and {hidden:,} nodes of smaller effect, which --json lists")
+    return lines
+
+
+def _input(edge: ExplainedEdge, position: int) -> str:
+    name, _, at = edge.source.partition("@")
+    return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
+
+
+def _render_evidence(explanation: Explanation) -> list[str]:
+    faithfulness = explanation.faithfulness
+    rows = [("EVIDENCE", "here", "control", "aim", "")] + [_evidence(measure) for measure in faithfulness.measures]
+    sizes = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join([*(f"{cell:<{size}}" for cell, size in zip(row, sizes)), row[4]]).rstrip() for row in rows]
+    if faithfulness.profile_interval is not None:
+        low, high = faithfulness.profile_interval
+        lines.append(
+            f"          of {faithfulness.profile.note}; 95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}"
+        )
+    return lines
+
+
+def _evidence(measure: Measure) -> tuple[str, str, str, str, str]:
+    value = "-" if measure.value is None else f"{measure.value:.3f}"
+    control = "-"
+    if measure.control is not None:
+        control = f"{measure.control.what}: mean {measure.control.mean:.3f}"
+        if measure.control.bar_is != "mean":
+            control += f", {measure.control.bar_is} {measure.control.bar:.3f}"
+    passed = {True: "yes", False: "NO", None: "not measured"}[measure.passed]
+    return f"  {measure.name}", value, control, measure.aim, passed
+
+
+def _shown(text: str) -> str:
+    """Text in quotes, with newlines and the like as escapes, so that spaces can be seen."""
+    return '"' + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) + '"'
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "\u2026"
