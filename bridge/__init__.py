@@ -33,7 +33,20 @@ _HOME = {
     "load_dense": "dense",
 }
 
-__all__ = ["Coupling", "DenseModel", "Evaluation", "Explanation", "Faithfulness", "Progress", "Recipe", "evaluate", "explain", "fit", "load", "load_dense"]  # fmt: skip
+__all__ = [
+    "Coupling",
+    "DenseModel",
+    "Evaluation",
+    "Explanation",
+    "Faithfulness",
+    "Progress",
+    "Recipe",
+    "evaluate",
+    "explain",
+    "fit",
+    "load",
+    "load_dense",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A prompt -> an Explanation: what the dense model answers, which circuit of the sparse model gives that answer, and the evidence.
+"""A prompt -> an Explanation: what the dense model answers, the circuit of the sparse model that answers so, and the evidence.
 
     tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
@@ -34,7 +34,7 @@ from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
 
-REFERENCE_TOKENS = 8192  # of the reference text, over which means are taken: a second or two
+REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text; the JSON holds all
 
 
@@ -113,7 +113,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence for and against."""
+    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence."""
 
     prompt: str
     tokens: tuple[Token, ...]
@@ -136,7 +136,7 @@ class Explanation:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Number of nodes, of edges (nonzero weights between two nodes), of the distinct weights among them, and of other entries."""
+        """Numbers of nodes, of edges (nonzero weights between two nodes), of distinct weights among them, of other entries."""
         kinds = Counter(edge.kind for edge in self.edges)
         counted = [edge for edge in self.edges if edge.kind in COUNTED]
         distinct = {(edge.source.split("@")[0], edge.target.split("@")[0]) for edge in counted}
@@ -308,31 +308,27 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
 
 def render_text(explanation: Explanation, width: int = 100) -> str:
     """The explanation for a terminal `width` columns wide: answer, verdict, circuit, evidence, and how to read them."""
-    parts = [
-        _render_answer(explanation),
-        _render_verdict(explanation),
-        _render_circuit(explanation),
-        _render_evidence(explanation),
-    ]
-    lines = [line for part in parts for line in (*part, "")]
     where = explanation.provenance
-    lines += textwrap.wrap(_HOW_TO_READ, width)
-    made = f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g})"
-    lines += [
-        "",
-        *textwrap.wrap(
-            f"{made}, dense model {where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}", width
-        ),
-    ]
-    return "\n".join(_cut(line, width) for line in lines)
+    made = (
+        f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}), dense model "
+        f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
+    )
+    parts = (
+        _render_answer(explanation),
+        _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
+        _render_circuit(explanation, width),
+        _render_evidence(explanation),
+        textwrap.wrap(_HOW_TO_READ, width),
+        textwrap.wrap(made, width),
+    )
+    return "\n".join(_cut(line, width) for part in parts for line in (*part, "")).rstrip()
 
 
 _HOW_TO_READ = (
-    "How to read this: D is the logit difference of target and contrast. A node is a channel of the sparse model at one token; "
-    "`value` is its activation there and `mean` its average over text, which replaces it when it is deleted; `effect` is what D "
-    "loses when it alone is deleted from the circuit. An arrow names the strongest inputs of a node, with what D owes to each. "
-    "The sparse model is coupled to the dense one: what holds in it holds for the dense model as far as the last line of the "
-    "evidence goes."
+    "How to read this: D is the logit of the target less that of the contrast. A node is a channel of the sparse model at one "
+    "token; value is its activation there (off: silenced by AbsTopK), mean its average over text, which replaces it when it is "
+    "deleted; effect is what D loses when it alone is deleted from the circuit. Inputs are its strongest edges, with what D owes "
+    "to each. What holds in the sparse model holds for the dense one only as far as the last line of the evidence goes."
 )
 
 
@@ -340,54 +336,45 @@ def _render_answer(explanation: Explanation) -> list[str]:
     def listed(answers: tuple[Answer, ...]) -> str:
         return "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
 
-    asked = f"why {_shown(explanation.target.text)} rather than {_shown(explanation.contrast.text)}"
-    differences = (
-        f"D = {explanation.dense_difference:+.2f} in the dense model, {explanation.sparse_difference:+.2f} in the sparse one"
-    )
-    unusual = explanation.target.id != explanation.dense[0].token.id
+    own = "" if explanation.target.id == explanation.dense[0].token.id else ", which is not the dense model's answer"
     return [
         f"prompt    {_shown(explanation.prompt)}  ({len(explanation.tokens)} tokens)",
         f"dense     {listed(explanation.dense)}",
-        f"sparse    {listed(explanation.sparse)}   {'agrees' if explanation.agree else 'DISAGREES'}",
-        f"question  {asked}{' (not the model' + chr(39) + 's own answer)' if unusual else ''}: {differences}",
+        f"sparse    {listed(explanation.sparse)}  {'agrees' if explanation.agree else 'DISAGREES'}",
+        f"question  why {_shown(explanation.target.text)} rather than {_shown(explanation.contrast.text)}{own}",
+        f"          D is {explanation.dense_difference:+.2f} in the dense model, {explanation.sparse_difference:+.2f} in the sparse",
     ]
 
 
-def _render_verdict(explanation: Explanation) -> list[str]:
-    faithfulness = explanation.faithfulness
-    text = f"{faithfulness.verdict.upper()}. {' '.join(faithfulness.reasons)}"
-    return textwrap.wrap(text, 98, initial_indent="VERDICT   ", subsequent_indent=" " * 10)
-
-
-def _render_circuit(explanation: Explanation) -> list[str]:
+def _render_circuit(explanation: Explanation, width: int) -> list[str]:
     counts, searched = explanation.counts, explanation.searched
+    unfinished = "" if searched.complete else "; the search ran out of work, there may be a smaller one"
     lines = [
-        f"CIRCUIT   {counts['nodes']:,} nodes out of {searched.active:,} active ones; {counts['edges']:,} edges over "
-        f"{counts['weights']:,} weights" + ("" if searched.complete else "; not all deletions could be tried")
+        f"CIRCUIT   {counts['nodes']:,} nodes, where {searched.active:,} are active; {counts['edges']:,} edges over "
+        f"{counts['weights']:,} weights{unfinished}"
     ]
     shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect))[:LISTED_NODES]
-    listed = {node.id for node in shown}
     inputs: dict[str, list[ExplainedEdge]] = {}
     for edge in explanation.edges:  # strongest first
-        inputs.setdefault(edge.target, []).append(edge)
+        if abs(edge.effect) >= 0.005:
+            inputs.setdefault(edge.target, []).append(edge)
     longest = max((len(node.name) for node in shown), default=0)
+    if shown:
+        lines.append(f"        {'node':<{longest}}    value     mean   effect   inputs")
     for position, token in enumerate(explanation.tokens):
-        here = [node for node in explanation.nodes if node.position == position and node.id in listed]
-        if not here:
-            continue
-        lines.append(f"  {position:>3}  {_shown(token.text)}")
+        here = [node for node in explanation.nodes if node.position == position and node in shown]
+        lines += [f"  {position:>3}  {_shown(token.text)}"] if here else []
         for node in here:
+            value = f"{node.activation:+.2f}" if node.activation else "off"
             arrows = ", ".join(_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
             lines.append(
-                f"       {node.name:<{longest}}  value {node.activation:+6.2f}  mean {node.mean:+6.2f}  "
-                f"effect {node.effect:+6.2f}" + (f"  <- {arrows}" if arrows else "")
+                f"        {node.name:<{longest}}  {value:>7}  {node.mean:>+7.2f}  {node.effect:>+7.2f}   {arrows}".rstrip()
             )
-    answer = [edge for edge in explanation.edges if edge.kind in ("unembedding", "bigram")][:8]
-    if answer:
-        lines.append(f"       D  <- {', '.join(_input(edge, len(explanation.tokens) - 1) for edge in answer)}")
-    hidden = len(explanation.nodes) - len(shown)
-    if hidden:
-        lines.append(f"       and {hidden:,} nodes of smaller effect, which --json lists")
+    last = len(explanation.tokens) - 1
+    answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
+    lines += _wrap("        D from ", ", ".join(answer[:8]), width)
+    if len(explanation.nodes) > len(shown):
+        lines.append(f"        and {len(explanation.nodes) - len(shown):,} nodes of smaller effect, which the JSON lists")
     return lines
 
 
@@ -398,26 +385,27 @@ def _input(edge: ExplainedEdge, position: int) -> str:
 
 def _render_evidence(explanation: Explanation) -> list[str]:
     faithfulness = explanation.faithfulness
-    rows = [("EVIDENCE", "here", "control", "aim", "")] + [_evidence(measure) for measure in faithfulness.measures]
-    sizes = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join([*(f"{cell:<{size}}" for cell, size in zip(row, sizes)), row[4]]).rstrip() for row in rows]
+    rows = [("EVIDENCE", "here", "control", "aim", "met"), *(_evidence(measure) for measure in faithfulness.measures)]
+    sizes = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows]
     if faithfulness.profile_interval is not None:
         low, high = faithfulness.profile_interval
-        lines.append(
-            f"          of {faithfulness.profile.note}; 95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}"
-        )
+        interval = f"95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}"
+        lines.append(f"    {interval}; {faithfulness.profile.note}")
     return lines
 
 
 def _evidence(measure: Measure) -> tuple[str, str, str, str, str]:
+    control = measure.control
+    beside = "none" if control is None else f"{control.what} {control.mean:.3f}"
+    if control is not None and control.bar_is != "mean":
+        beside += f" ({control.bar_is} {control.bar:.3f})"
     value = "-" if measure.value is None else f"{measure.value:.3f}"
-    control = "-"
-    if measure.control is not None:
-        control = f"{measure.control.what}: mean {measure.control.mean:.3f}"
-        if measure.control.bar_is != "mean":
-            control += f", {measure.control.bar_is} {measure.control.bar:.3f}"
-    passed = {True: "yes", False: "NO", None: "not measured"}[measure.passed]
-    return f"  {measure.name}", value, control, measure.aim, passed
+    return f"  {measure.name}", value, beside, measure.aim, {True: "yes", False: "NO", None: "?"}[measure.passed]
+
+
+def _wrap(head: str, text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def _shown(text: str) -> str:

@@ -60,7 +60,7 @@ class Splice:
 
 
 def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Generator) -> Splice:
-    """Draw a splice for a whole batch: which half begins at the embedding, and sites, each marginally uniform and evenly spread."""
+    """Draw a splice for a whole batch: which half begins at the embedding, and sites, uniform for each row and evenly spread."""
     entering = rows // 2 if losses.hybrid_in or losses.hybrid_both else 0
     enter = torch.full((rows,), EMBEDDING)
     leave = torch.full((rows,), STAYS)

@@ -125,6 +125,10 @@ def prepare(
     )
     recipe = resolve_for(dense, recipe)
     assert recipe.data.context is not None
+    coupling = new_coupling(dense, recipe)
+    kept, minimum = _fraction_kept(coupling), recipe.sparsity.min_per_neuron
+    if minimum:  # what the last projection would refuse is refused now
+        copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     blocks = load_blocks(
         recipe.data.source,
         dense.tokenizer,
@@ -133,10 +137,6 @@ def prepare(
         seed=recipe.seed,
         dense=dense.model,
     )
-    coupling = new_coupling(dense, recipe)
-    kept, minimum = _fraction_kept(coupling), recipe.sparsity.min_per_neuron
-    if minimum:  # what the last projection would refuse is refused now
-        copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     return Run(coupling, blocks, accelerator, out, resume)
 
 

@@ -9,7 +9,8 @@
                     the transported effect in the dense model; beside the same with the nodes' identities permuted
 
 Random circuits have as many nodes at each location as the circuit, as many of them active, drawn from all nodes that can reach
-the answer. Supersets are drawn afresh: they are not those that the search has seen.
+the answer; random deletions likewise, from the nodes outside. Supersets are drawn afresh: they are not those that the search has
+seen.
 
 Transport. Nodes are behind a norm and bridges before one, so a node has no direct image in the dense model. Its deletion is run
 in the sparse model, and what that changes of the residual stream at the next site, x' - x at every position, is mapped through
@@ -157,9 +158,11 @@ class Faithfulness:
         profile = self.profile
         if profile.passed is None:
             return f"Whether the dense model does the same is not known: {profile.note}."
+        assert profile.value is not None and profile.control is not None
+        numbers = f"rank correlation {profile.value:.2f}, {CORRELATION:g} asked, {profile.control.bar:.2f} by chance"
         if profile.passed:
-            return "In the dense model its nodes have effects that rank as in the sparse one."
-        return "In the dense model the effects do not follow: this is evidence about the sparse model only."
+            return f"In the dense model its nodes have effects that rank as in the sparse one ({numbers})."
+        return f"In the dense model the effects do not follow ({numbers}): this is evidence about the sparse model only."
 
 
 @torch.no_grad()
@@ -182,7 +185,7 @@ def validate(
     random_cf = _random_circuits(ablations, kept_f, generator)
     kl_kept, share_kept = _sufficiency(ablations, kept_f, random_cf)
     company_mean, company_worst = _company(ablations, kept_f, random_cf, generator)
-    kl_lost, share_lost = _necessity(ablations, kept_f, random_cf)
+    kl_lost, share_lost = _necessity(ablations, kept_f, generator)
     node_p = _profile_nodes(ablations, kept_f, generator)
     say(f"effect profile: {len(node_p)} nodes, in both models")
     effects = effect_profile(coupling, ablations, node_p, kept_f)
@@ -201,32 +204,36 @@ def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -
         dense_btv, sparse_btv = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt).logits_btv
         corpus.append(_kl(dense_btv, sparse_btv).flatten())
     corpus_n = torch.cat(corpus)
-    what = f"text: {len(corpus_n):,} tokens"
-    control = Control(what, len(corpus_n), float(corpus_n.mean()), float(corpus_n.quantile(0.9)), "90th percentile")
+    control = Control("text", len(corpus_n), float(corpus_n.mean()), float(corpus_n.quantile(0.9)), "90%")
     difference = float(question.difference(dense_v)), float(question.difference(ablations.logits_v))
     note = ""
     if int(dense_v.argmax()) != int(ablations.logits_v.argmax()):
         note = "The sparse model gives another answer than the dense one"
     elif difference[0] * difference[1] <= 0:
         note = "The two models disagree on which of target and contrast is the likelier"
-    return Measure("KL(dense, sparse)", value, control, "the same answer", not note, note)
+    return Measure("KL(dense, sparse)", value, control, "same answer", not note, note)
 
 
-def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Generator) -> Tensor:
-    """kept_cf of random circuits: at each location as many nodes as the circuit has, as many of them active, that can matter."""
-    pool_f = reachable(ablations.sparse, ablations.space).to(kept_f.device) | kept_f
+def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Generator, *, outside: bool = False) -> Tensor:
+    """kept_cf of random circuits: at each location as many nodes as the circuit has, as many of them active, that can matter.
+
+    None of them the circuit's own with `outside`. No circuit at all where there are no nodes, or too few to draw from.
+    """
+    pool_f = reachable(ablations.sparse, ablations.space).to(kept_f.device)
+    pool_f = pool_f & ~kept_f if outside else pool_f | kept_f
     active = ablations.space.split(ablations.value_f != 0)
     kept, pool = ablations.space.split(kept_f), ablations.space.split(pool_f)
-    draws = RANDOM_CIRCUITS if kept_f.any() else 0
-    random_cf = torch.zeros(draws, len(kept_f), dtype=torch.bool, device=kept_f.device)
+    random_cf = torch.zeros(RANDOM_CIRCUITS, len(kept_f), dtype=torch.bool, device=kept_f.device)
     for location, random_ctn in ablations.space.split(random_cf).items():
         for active_tn in (active[location], ~active[location]):
             wanted = int((kept[location] & active_tn).sum())
-            place_n = (pool[location] & active_tn).flatten().nonzero().flatten()
+            place_2n = (pool[location] & active_tn).nonzero()
+            if wanted > len(place_2n):
+                return random_cf[:0]
             for circuit_tn in random_ctn:
-                chosen_n = place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]
-                circuit_tn[chosen_n // circuit_tn.shape[1], chosen_n % circuit_tn.shape[1]] = True
-    return random_cf
+                token_n, index_n = _some(place_2n, wanted, generator).unbind(1)
+                circuit_tn[token_n, index_n] = True
+    return random_cf if kept_f.any() else random_cf[:0]
 
 
 def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tuple[Measure, Measure]:
@@ -236,11 +243,11 @@ def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tup
     small = "" if abs(answer) >= 1 else f"D is {answer:.2f} logits: within {SHARE_OFF:g} of it is enough"
     return (
         _measure(
-            "KL(S, circuit alone)", kl, _control("random circuits", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
+            "KL of the circuit alone", kl, _control("random", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
             kl <= KL_KEPT and kl < min(kl_random, default=0),
         ),
         _measure(
-            "share of D kept", share, _control("random circuits", share_random, _closest_to_1, "best"),
+            "share of D it keeps", share, _control("random", share_random, _closest_to_1, "best"),
             f"{1 - SHARE_OFF:g} to {1 + SHARE_OFF:g}", abs(share - 1) * abs(answer) <= SHARE_OFF * max(abs(answer), 1), small,
         ),
     )  # fmt: skip
@@ -253,35 +260,36 @@ def _company(ablations: Ablations, kept_f: Tensor, random_cf: Tensor, generator:
     kl_random: list[float] = []
     if len(random_cf):
         kl_random = ablations.kl(ablations.logits(company_rf | random_cf[torch.arange(SUPERSETS) % len(random_cf)])).tolist()
-    mean, worst, what = _mean(kl), max(kl), "random circuits in it"
+    mean, worst = _mean(kl), max(kl)
     return (
         _measure(
-            "KL(S, circuit in company), mean", mean, _control(what, kl_random, _mean, "mean"),
+            "KL in random company, mean", mean, _control("random", kl_random, _mean, "mean"),
             f"<= {COMPANY_MEAN:g}, below random", mean <= COMPANY_MEAN and mean < _mean(kl_random),
         ),
         _measure(
-            "KL(S, circuit in company), worst", worst, _control(what, kl_random, max, "worst"), f"<= {COMPANY_WORST:g}",
+            "KL in random company, worst", worst, _control("random", kl_random, max, "worst"), f"<= {COMPANY_WORST:g}",
             worst <= COMPANY_WORST,
         ),
     )  # fmt: skip
 
 
-def _necessity(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tuple[Measure, Measure]:
+def _necessity(ablations: Ablations, kept_f: Tensor, generator: torch.Generator) -> tuple[Measure, Measure]:
+    random_cf = _random_circuits(ablations, kept_f, generator, outside=True)
     logits_rv = ablations.logits(~torch.cat([kept_f[None], random_cf]))
     (kl, *kl_random), (share, *share_random) = ablations.kl(logits_rv).tolist(), _shares(ablations, logits_rv)
     left = "" if share <= 0 else "what is left still prefers the answer"
     return (
         _measure(
-            "KL(S, circuit deleted)", kl, _control("random deletions", kl_random, max, "worst"), "above every random",
+            "KL with the circuit deleted", kl, _control("random", kl_random, max, "worst"), "above random",
             kl > max(kl_random, default=0),
         ),
-        _measure("share of D left", share, _control("random deletions", share_random, min, "lowest"), "<= 0", share <= 0, left),
+        _measure("share of D left without it", share, _control("random", share_random, min, "lowest"), "<= 0", share <= 0, left),
     )  # fmt: skip
 
 
 def _measure(name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "") -> Measure:
     if control is None:
-        return Measure(name, value, None, aim, None, "the circuit has no nodes, so no random circuit is its size")
+        return Measure(name, value, None, aim, None, "there are no other nodes to draw as many from")
     return Measure(name, value, control, aim, passed, note)
 
 
@@ -352,7 +360,7 @@ def effect_profile(coupling: Coupling, ablations: Ablations, node_p: Tensor, kep
 
 def _correlated(effects: tuple[Effect, ...], seed: int) -> tuple[Measure, tuple[float, float] | None, float | None]:
     """The rank correlation of the effects as a measure, its bootstrap interval, and its p-value under the null."""
-    name, aim = "effects in dense, rank correlation", f">= {CORRELATION:g}, above the null"
+    name, aim = "rank correlation in dense", f">= {CORRELATION:g}, above the null"
     sparse_p, dense_p = (np.array([getattr(effect, side) for effect in effects]) for side in ("sparse", "dense"))
     sparse_p, dense_p = (np.where(np.abs(x) < RESOLUTION, 0.0, x) for x in (sparse_p, dense_p))
     site_p = np.array([effect.site for effect in effects])
@@ -369,7 +377,7 @@ def _correlated(effects: tuple[Effect, ...], seed: int) -> tuple[Measure, tuple[
     null = permuted_null(sparse_p, dense_p, site_p, generator)
     bar = float(np.quantile(null, NULL_QUANTILE))
     p_value = float((1 + np.sum(null >= value)) / (1 + len(null)))
-    control = Control("permuted within a site", len(null), float(null.mean()), bar, f"{NULL_QUANTILE:.0%} quantile")
+    control = Control("permuted", len(null), float(null.mean()), bar, f"{NULL_QUANTILE:.0%}")
     pick = generator.integers(len(effects), size=(PERMUTATIONS, len(effects)))
     booted = rank_correlation(sparse_p[pick], dense_p[pick])
     low, high = np.nanquantile(booted, [0.025, 0.975])

@@ -46,6 +46,8 @@ class Middle:
 
 @dataclass(frozen=True)
 class Block:
+    """A block and the point between its sublayers; None where they are parallel."""
+
     module: nn.Module
     middle: Middle | None
 
@@ -130,6 +132,7 @@ def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
 
 
 def forward(model: Any, tokens_bt: Tensor) -> Tensor:
+    """logits_btv of the whole causal LM."""
     return model(input_ids=tokens_bt, use_cache=False, return_dict=True).logits
 
 
@@ -184,6 +187,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 
 
 def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
+    """The blocks with their middle points, of their calls on the probe. Raises DenseModelError at the first that has no site."""
     blocks: list[Block] = []
     site = 0
     for index, call in enumerate(calls):
@@ -259,6 +263,7 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
 
 
 def first_line(error: Exception) -> str:
+    """What a foreign error says, in one line."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 
@@ -271,16 +276,20 @@ def largest(x: Tensor) -> float:
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Any:
+    """The residual among a module's arguments."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 def with_first_tensor(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+    """The arguments with another residual."""
     return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
 
 
 def output_tensor(output: Any) -> Any:
+    """The residual, or what is written to it, in a module's output."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
 def with_output_tensor(output: Any, x: Tensor) -> Any:
+    """The output with another tensor in that place."""
     return (x, *output[1:]) if isinstance(output, tuple) else x

@@ -58,7 +58,7 @@ def make_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Train for --minutes in all, in stretches of --stretch minutes, and write the model when the budget is spent."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/python-dense"))
     parser.add_argument("--minutes", type=float, default=40, help="training time in all")
     parser.add_argument("--stretch", type=float, default=math.inf, help="stop (resumably) after this many minutes")
@@ -78,12 +78,13 @@ def main() -> None:
     print(blocks.description, flush=True)
 
     torch.manual_seed(arguments.seed)
-    end = tokenizer.eos_token_id
+    end = int(tokenizer.convert_tokens_to_ids(END))  # pyright: ignore[reportArgumentType]
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).to(device)
+    model = GPT2LMHeadModel(config)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     step, spent = 0, 0.0
     if (state / "progress.json").exists():

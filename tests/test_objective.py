@@ -90,7 +90,7 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
     terms = objective(coupling)(TOKENS_BT, splice)
     dense, bridges = coupling.dense, coupling.bridges
 
-    def row(index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def row(index: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, enter, leave = TOKENS_BT[index : index + 1], splice.enter[index], splice.leave[index]
         truth = dense.run(tokens)
         entry = None if enter == EMBEDDING else Enter.at(enter, bridges[enter].encode(truth.residuals[enter]))
@@ -106,7 +106,7 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
     expected = {
         "kl": (rows[1][0] + rows[3][0]) / 2,
         "hybrid_in": (rows[0][0] + rows[2][0]) / 2,
-        "hybrid_out": (rows[1][1] + rows[3][1]) / 2,  # pyright: ignore[reportOptionalOperand]
+        "hybrid_out": (rows[1][1] + rows[3][1]) / 2,
         "hybrid_both": rows[2][1],
     }
     for name, value in expected.items():

@@ -82,12 +82,14 @@ def uncut(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_losses_fall_and_every_matrix_ends_at_its_number(dense_folder: Path, text_file: Path) -> None:
-    coupling, reports = fitted(dense_folder, text_file, tokens=150 * ROWS * CONTEXT, settings={"optimizer.rate": 1e-2})
-    for name in ("total", "ce", "kl", "nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"):
+    """Although weights go all the while; what encoders aim at, the sparse residuals, is still moving, so their error may rise."""
+    settings = {"optimizer.rate": 3e-2, "optimizer.bridge_rate": 3e-2}
+    coupling, reports = fitted(dense_folder, text_file, l0=0.2, tokens=150 * ROWS * CONTEXT, settings=settings)
+    for name in ("ce", "kl", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"):
         early, late = (sum(report.losses[name] for report in part) for part in (reports[:20], reports[-20:]))
-        assert late < 0.9 * early, name
+        assert late < (0.95 if name == "ce" else 0.8) * early, name
     for name, weight in coupling.sparse.sparse_weights().items():
-        assert int((weight != 0).sum()) == max(1, math.floor(0.1 * weight.numel() + 0.5)), name
+        assert int((weight != 0).sum()) == max(1, math.floor(0.2 * weight.numel() + 0.5)), name
     last = reports[-1]
     assert (last.step, last.steps, last.tokens, last.fraction, last.seconds_left) == (150, 150, 150 * ROWS * CONTEXT, 1, 0)
     assert last.l0 == coupling.sparse.achieved_l0() and last.tokens_per_second > 0
@@ -407,6 +409,15 @@ def test_a_folder_that_cannot_be_made_is_refused(dense_folder: Path, text_file: 
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be made"):
         prepare(dense_folder, values(text_file), out=tmp_path / "file" / "run", device="cpu")
+
+
+@pytest.mark.slow
+def test_killed_processes_end_where_one_left_alone_does() -> None:
+    """SIGKILL at random moments of the command, writes and imports included; the benchmark does it twenty times."""
+    from benchmarks.kill_resume import kill_and_resume
+
+    expected, trials = kill_and_resume(kills=5, seed=1)
+    assert [(trial.digest, trial.clean) for trial in trials] == [(expected, True)] * 5
 
 
 # -- several processes --------------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""Kill a fit at random moments, resume it each time, and compare what it ends with to a fit that was left alone.
+
+    python tests/benchmarks/kill_resume.py --kills 20
+
+A tiny dense model and a corpus are made in a temporary folder. Each trial fits by `bridge fit` in a process of its own that is
+killed with SIGKILL at a random moment (anywhere from its imports to its last write), then resumed until it is done. Every step is
+saved, so that kills fall into writes too. The digests of the finished couplings must all be one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# The command itself, but for how often it saves: a state per step, a log line per step.
+DRIVER = """
+import sys
+from bridge import training
+from bridge.cli import main
+training.REPORT_SECONDS = training.SAVE_SECONDS = 0.0
+sys.argv = ["bridge", *sys.argv[1:]]
+main()
+"""
+STEPS, ROWS, CONTEXT = 120, 4, 16
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fit that was killed: when, what it had saved by then, and the digest it ended with."""
+
+    seconds: float
+    step: int | None
+    digest: str
+    clean: bool
+
+
+def make_inputs(folder: Path) -> tuple[Path, Path]:
+    """A random GPT-2 with a word-level tokenizer, and a corpus of its words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=40, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(shape).save_pretrained(folder / "dense")
+    words = {"<end>": 0, "<unk>": 1, **{f"w{index}": index for index in range(2, 40)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    fast.save_pretrained(folder / "dense")
+    draw = random.Random(0)
+    lines = [" ".join(f"w{draw.randrange(2, 40)}" for _ in range(50)) for _ in range(200)]
+    (folder / "text").mkdir()
+    for number, line in enumerate(lines):
+        (folder / "text" / f"{number:03}.txt").write_text(line)
+    return folder / "dense", folder / "text"
+
+
+def start(folder: Path, dense: Path, text: Path, out: Path) -> subprocess.Popen[str]:
+    """The fit, or its continuation, in a process of its own."""
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER)
+    command = [
+        sys.executable, str(driver), "fit", str(dense), "--l0", "0.1", "--data", str(text), "--device", "cpu", "--resume",
+        "--tokens", str(STEPS * ROWS * CONTEXT), "--set", f"data.rows={ROWS}", "--set", "sparse.width=64", "--out", str(out),
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a fit that nobody kills."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"a fit failed: {errors}")
+
+
+def outcome(out: Path) -> tuple[str, bool]:
+    """The digest of the coupling's tensors, and whether the folder holds nothing that a fit left alone does not leave."""
+    files = list(out.glob("coupling-*.safetensors"))
+    names = {path.name for path in out.iterdir()}
+    clean = len(files) == 1 and names == {"coupling.json", "README.md", "log.jsonl", files[0].name}
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16], clean
+
+
+def saved_step(out: Path) -> int | None:
+    """The step of the saved state, None where there is none."""
+    import json
+
+    file = out / "training.json"
+    return json.loads(file.read_text())["step"] if file.exists() else None
+
+
+def first_save(out: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a fit has saved for the first time (or has ended)."""
+    while process.poll() is None and not (out / "training.json").exists():
+        time.sleep(0.01)
+
+
+def kill_and_resume(kills: int, seed: int = 0) -> tuple[str, list[Trial]]:
+    """The digest of a fit left alone, and the trials, one per kill."""
+    draw = random.Random(seed)
+    trials: list[Trial] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dense, text = make_inputs(folder)
+        whole = folder / "whole"
+        began = time.monotonic()
+        process = start(folder, dense, text, whole)
+        first_save(whole, process)
+        until_saving = time.monotonic() - began
+        finish(process)
+        while_saving = time.monotonic() - began - until_saving
+        expected, _ = outcome(whole)
+        for number in range(kills):
+            out = folder / f"killed-{number}"
+            began = time.monotonic()
+            process = start(folder, dense, text, out)
+            if number % 5:  # one in five is killed before it first saves, imports included
+                first_save(out, process)
+                time.sleep(draw.uniform(0, while_saving))
+            else:
+                time.sleep(draw.uniform(0, until_saving))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            seconds, step = time.monotonic() - began, saved_step(out) if out.exists() else None
+            if not (out / "coupling.json").exists():  # else it was done before the kill came
+                finish(start(folder, dense, text, out))
+            trials.append(Trial(seconds, step, *outcome(out)))
+    return expected, trials
+
+
+def main() -> None:
+    """Print a table; exit code 1 where a digest differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    expected, trials = kill_and_resume(arguments.kills, arguments.seed)
+    print(f"left alone: {STEPS} steps, coupling {expected}\n\nkilled after  saved step  coupling          same  clean")
+    for trial in trials:
+        step = "none" if trial.step is None else str(trial.step)
+        same = "yes" if trial.digest == expected else "NO"
+        print(f"{trial.seconds:10.2f} s  {step:>10}  {trial.digest}  {same:>4}  {'yes' if trial.clean else 'NO':>5}")
+    good = sum(trial.digest == expected and trial.clean for trial in trials)
+    print(f"\n{good} of {len(trials)} ended with the same weights, bit for bit, and a clean folder")
+    sys.exit(0 if good == len(trials) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The commands as a person meets them: what they print, what they leave on disk, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
+from transformers import BertConfig, BertLMHeadModel
+from typer.testing import CliRunner
+
+from bridge import checkpoint, training
+from bridge.bridges import Coupling
+from bridge.cli import _Watcher, app
+from bridge.dense import load_dense
+from bridge.training import Progress
+
+TINY = ["--set", "sparse.width=32", "--set", "sparse.head_channels=8", "--set", "data.rows=4", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _no_flushing():
+    yield
+    torch.set_flush_denormal(False)
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # a traceback, where a line was promised
+    return result
+
+
+def assert_refused(result: Result, message: str) -> None:
+    """One line on standard error that holds the message, nothing on standard output, exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("bridge: "), result.stderr
+    assert message in result.stderr
+    assert not result.stdout
+
+
+@pytest.fixture(scope="module")
+def fitted(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A folder that `bridge fit` wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("fitted") / "coupling"
+    result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", out, *TINY)
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
+    shape = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertLMHeadModel(shape).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# -- what works ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_light() -> None:
+    """Nothing heavy is imported before a command runs."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from bridge.cli import app
+for arguments in (["--help"], ["fit", "--help"], ["info", "--help"], ["eval", "--help"], ["explain", "--help"]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "Usage" in result.stdout, result.output
+assert not {"torch", "transformers", "accelerate", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_info_prints_every_site(dense_folder: Path) -> None:
+    result = run("info", dense_folder, "--device", "cpu")
+    lines = result.stdout.splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines[: lines.index("")])
+    assert facts["sublayers"] == "4: 2 attn, 2 mlp"
+    assert (facts["width"], facts["vocabulary"], facts["context"], facts["sites"]) == ("16", "40", str(CONTEXT), "5")
+    table = [line.split() for line in lines[lines.index("") + 2 :]]
+    assert [row[:2] for row in table] == [["0", "attn"], ["1", "mlp"], ["2", "attn"], ["3", "mlp"], ["4", "unembed"]]
+    assert all(float(row[2]) <= 1e-4 for row in table)
+
+
+def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], dense_folder: Path) -> None:
+    out, result = fitted
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["dense", "sparse", "data", "memory"]
+    assert "coupled at every site" in lines[1] and "GB needed" in lines[3]
+    progress = next(line for line in lines if line.lstrip().startswith("100%"))
+    for name in ("ce", "kl", "nmse-f", "nmse-g", "in", "out", "both", "L0 0.2", "tok/s", "0:00:00 left"):
+        assert f"  {name}" in progress or f" {name}" in progress, name
+    assert "\r" not in result.stdout and "\033" not in result.stdout  # what is redirected is plain
+    assert lines[-2].startswith(f"wrote {out} (") and lines[-1].startswith(f"next: bridge eval {out}")
+    assert Coupling.from_pretrained(out).dense.name == str(dense_folder)
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 10
+
+
+def test_progress_when_redirected_is_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watch = _Watcher(quiet=False)
+    for second in range(0, 100, 5):
+        clock[0] = float(second)
+        watch(Progress(second, 100, second * 64, second / 100, {"total": 2.0, "ce": 1.25}, 0.5, 64.0, 3723.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # at 0, 30, 60 and 90 seconds
+    assert lines[1].split() == ["30%", "0.00", "M", "tokens", "ce", "1.250", "L0", "0.5000", "64", "tok/s", "1:02:03", "left"]
+
+
+def test_eval_prints_and_saves(fitted: tuple[Path, Result]) -> None:
+    out, _ = fitted
+    result = run("eval", out, "--rows", 8, "--device", "cpu")
+    assert result.exit_code == 0 and "top-1 agreement with dense" in result.stdout and "dead neurons" in result.stdout
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in eval.json")
+
+    values = json.loads((out / "eval.json").read_text(), parse_constant=refuse)
+    reference_bt = Coupling.from_pretrained(out).reference_bt
+    assert reference_bt is not None and values["tokens"] == reference_bt[:8].numel() and len(values["sites"]) == 5
+    assert all(math.isfinite(value) for row in values["sites"] for value in row.values() if isinstance(value, float))
+    sites = [line.split()[:2] for line in result.stdout.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    assert sites == [["0", "attn"], ["1", "mlp"], ["2", "attn"], ["3", "mlp"], ["4", "unembed"]]
+
+
+def test_eval_of_other_text(fitted: tuple[Path, Result], text_file: Path) -> None:
+    out, _ = fitted
+    assert run("eval", out, "--rows", 2, "--data", text_file).exit_code == 0
+    assert json.loads((out / "eval.json").read_text())["tokens"] == 2 * CONTEXT
+
+
+def test_fit_stops_at_the_end_of_a_stretch_and_goes_on(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", out, "--stretch", 0, *TINY)
+    assert first.exit_code == 0 and "stopped at step 1" in first.stderr and f"--resume --out {out} goes on" in first.stderr
+    second = run("fit", "--resume", "--out", out, "--device", "cpu")  # what was fitted is in the folder
+    assert second.exit_code == 0, second.output
+    assert Coupling.from_pretrained(out).recipe.sparsity.l0 == 0.2
+
+
+def test_a_run_that_is_asked_to_stop_exits_with_130(
+    dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    draw = training.draw_splice
+    monkeypatch.setattr(training, "draw_splice", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a))[1])
+    result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 130 and "goes on" in result.stderr
+    assert (tmp_path / "run" / "training.json").is_file()
+
+
+def test_a_run_that_fails_exits_with_1(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = ["--set", "optimizer.rate=1000.0", *TINY]
+    result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 6400, "--out", tmp_path / "run", *settings)
+    assert result.exit_code == 1 and "Try a lower rate" in result.stderr and "\n" not in result.stderr.strip()
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, which must still be empty afterwards."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--l0", "0"], "sparsity.l0 = 0.0: some weights must stay"),
+        (["--l0", "-1"], "sparsity.l0 = -1.0: some weights must stay"),
+        (["--l0", "1e9"], "more than the"),
+        ([], "how sparse is not said; give --l0"),
+        (["--l0", "0.1", "--data", "nowhere.txt"], "data 'nowhere.txt' does not exist"),
+        (["--l0", "0.1", "--set", "sparse.wdth=3"], "--set sparse.wdth is not a number of the recipe"),
+        (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),
+        (["--l0", "0.1", "--recipe", "no.toml"], "recipe 'no.toml' does not exist"),
+        (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not offered"),
+        (["--l0", "0.1", "--dtype", "int8"], "dtype 'int8' is not offered"),
+        (["--l0", "0.1", "--out", "/proc/version/run"], "cannot be made"),
+    ],
+)
+def test_fit_refuses(dense_folder: Path, place: Path, options: list[str], message: str) -> None:
+    assert_refused(run("fit", dense_folder, *TINY[:6], *options), message)
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("command", [["info"], ["fit", "--l0", "0.1"]])
+def test_a_model_that_is_none_is_refused(encoder_folder: Path, place: Path, command: list[str]) -> None:
+    assert_refused(run(*command, "no/such-model"), "model 'no/such-model' is neither a folder here nor")
+    assert_refused(run(*command, "gpt2-nowhere"), "neither a folder here nor")
+    assert_refused(run(*command, encoder_folder), "an encoder, such as BERT?")
+    assert not list(place.iterdir())
+
+
+def test_no_model_at_all_is_refused(place: Path) -> None:
+    assert_refused(run("fit", "--l0", 0.1), "which model is not said")
+    assert_refused(run("fit", "--resume", "--out", "nowhere"), "which model is not said")
+
+
+def test_data_without_text_is_refused(dense_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"label": 3, "score": 0.5}\n' * 10)
+    result = run("fit", dense_folder, "--l0", 0.1, "--data", data, "--out", tmp_path / "run", *TINY)
+    assert_refused(result, "has no text column (found: label, score); name one of text")
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_a_folder_in_use_is_refused(dense_folder: Path, text_file: Path, tmp_path: Path, fitted: tuple[Path, Result]) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    arguments = ["fit", dense_folder, "--l0", 0.1, "--data", text_file, *TINY]
+    assert_refused(run(*arguments, "--out", tmp_path), "exists and is not empty; name a new folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert_refused(run(*arguments, "--out", fitted[0], "--resume"), "is finished; name a new --out")
+
+
+def test_a_full_disk_is_said_in_one_line(
+    dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 64, "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "No space left on device" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def damaged(folder: Path) -> Path:
+    """A coupling in which one bit of a tensor is wrong."""
+    folder.parent.mkdir(exist_ok=True)
+    untrained(load_dense(tiny_gpt2(), tokenizer=tiny_tokenizer())).save_pretrained(folder)
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    return folder
+
+
+def test_a_damaged_coupling_is_refused(tmp_path: Path) -> None:
+    folder = damaged(tmp_path / "coupling")
+    before = sorted(folder.iterdir())
+    assert_refused(run("eval", folder), "is damaged: its content is not what was written")
+    assert_refused(run("explain", "--bridge", folder, "--prompt", "w3 w5"), "is damaged: its content is not what was written")
+    assert_refused(run("eval", tmp_path / "nowhere"), "does not exist")
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "w3 w4", "--target", "w5 w6"], "token"),
+        (["--prompt", "w3 w4", "--contrast", "w5 w6"], "token"),
+        (["--prompt", " ".join(["w3"] * (CONTEXT + 1))], "context"),
+    ],
+)
+def test_explain_refuses(fitted: tuple[Path, Result], place: Path, options: list[str], message: str) -> None:
+    assert_refused(run("explain", "--bridge", fitted[0], "--json", "explanation.json", *options), message)
+    assert not list(place.iterdir())
