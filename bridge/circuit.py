@@ -366,8 +366,8 @@ def _attention_edges(flow: _Flow) -> Iterator[Edge]:
         for nodes_2 in flow.circuit.kept[target].nonzero().split(_ATTENTION_TARGETS):
             for source, slope_rtn in zip(sources, _attention_slopes(flow, sources, nodes_2), strict=True):
                 kind: EdgeKind = "value" if source.kind == "v" else "score"
-                added_rtn = slope_rtn * flow.change[source] * flow.circuit.kept[source]
-                for r, position, index in added_rtn.nonzero().tolist():
+                added_rtn = slope_rtn * flow.change[source]
+                for r, position, index in (slope_rtn * flow.circuit.kept[source]).nonzero().tolist():
                     to_position, to_index = nodes_2[r].tolist()
                     added = float(added_rtn[r, position, index])
                     effect = added * float(flow.slope[target][to_position, to_index])

@@ -229,18 +229,12 @@ def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
 
 
 def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
-    given = [
-        None if text is None else _one_token(coupling, text, role) for text, role in ((target, "target"), (contrast, "contrast"))
-    ]
-    if given[0] is None and given[1] == int(dense_v.argmax()):
-        raise ExplainError(
-            f"contrast {contrast!r} is the dense model's own answer; name the target that it is to be compared with"
-        )
-    if given[0] is not None and given[0] == given[1]:
-        raise ExplainError(f"target and contrast are both {target!r}; name two different tokens")
-    first, second = (int(token) for token in dense_v.topk(2).indices)
-    chosen = first if given[0] is None else given[0]
-    against = given[1] if given[1] is not None else (second if chosen == first else first)
+    first, second = dense_v.topk(2).indices.tolist()
+    chosen = first if target is None else _one_token(coupling, target, "target")
+    against = (second if chosen == first else first) if contrast is None else _one_token(coupling, contrast, "contrast")
+    if chosen == against:
+        whose = "the dense model's own answer" if target is None else f"both {target!r}"
+        raise ExplainError(f"target and contrast are {whose}; name two different tokens")
     return Question(tokens_t, chosen, against)
 
 
@@ -336,13 +330,14 @@ def _render_answer(explanation: Explanation) -> list[str]:
     def listed(answers: tuple[Answer, ...]) -> str:
         return "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
 
+    differences = explanation.dense_difference, explanation.sparse_difference
     own = "" if explanation.target.id == explanation.dense[0].token.id else ", which is not the dense model's answer"
     return [
         f"prompt    {_shown(explanation.prompt)}  ({len(explanation.tokens)} tokens)",
         f"dense     {listed(explanation.dense)}",
         f"sparse    {listed(explanation.sparse)}  {'agrees' if explanation.agree else 'DISAGREES'}",
         f"question  why {_shown(explanation.target.text)} rather than {_shown(explanation.contrast.text)}{own}",
-        f"          D is {explanation.dense_difference:+.2f} in the dense model, {explanation.sparse_difference:+.2f} in the sparse",
+        "          D is {:+.2f} in the dense model, {:+.2f} in the sparse one".format(*differences),
     ]
 
 

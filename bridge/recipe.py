@@ -93,7 +93,10 @@ class Optimizer(_Part):
     """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
 
     rate: float = Field(default=3e-3, gt=0, description="sparse model's peak learning rate, before sharkfin")
-    bridge_rate: float = Field(default=1e-2, gt=0, description="bridges' peak learning rate")
+    bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
+    bridge_bias_rate: float = Field(
+        default=1e-2, gt=0, description="of their biases, which carry means: these drift by more than a matrix entry's size"
+    )
     sharkfin: bool = Field(default=True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
     betas: tuple[_Share, _Share] = (0.9, 0.95)
     eps: float = Field(default=0.1, gt=0)

@@ -20,7 +20,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -208,7 +208,7 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     return trained * 16 + frozen + tokens * per_token
 
 
-def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progress]:
+def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progress, None, None]:
     """Train a coupling in place to the end of its recipe's budget (or of a stretch), yielding Progress every few seconds.
 
     Raises FitError on NaN or divergence, FitStopped after SIGTERM or Ctrl-C; the last good state is then in `out`.
@@ -226,7 +226,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Iterator[Progres
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
-    optimizer = _Optimizer(coupling)
+    optimizer = SharkfinAdamW(coupling)
     state = _State()
     if run.resume and out is not None:
         state = _restore(out, coupling, optimizer)
@@ -313,8 +313,8 @@ class _State:
         self.seconds = seconds
 
 
-class _Optimizer:
-    """AdamW over three groups: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
+class SharkfinAdamW:
+    """AdamW over groups with rates of their own: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
 
     def __init__(self, coupling: Coupling) -> None:
         numbers = coupling.recipe.optimizer
@@ -327,8 +327,9 @@ class _Optimizer:
             {"params": sparse_weights, "peak": numbers.rate, "sharkfin": numbers.sharkfin, "weight_decay": numbers.weight_decay},
             {"params": rest, "peak": numbers.rate, "sharkfin": False, "weight_decay": 0.0},
         ]
-        if bridges:
-            groups.append({"params": bridges, "peak": numbers.bridge_rate, "sharkfin": False, "weight_decay": 0.0})
+        for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
+            if part := [p for p in bridges if p.dim() == dimensions]:
+                groups.append({"params": part, "peak": peak, "sharkfin": False, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
         names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
         names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
@@ -494,7 +495,7 @@ def _what_to_try(what: str, step: int, out: Path | None) -> str:
     )
 
 
-def _save(out: Path, coupling: Coupling, optimizer: _Optimizer, state: _State) -> None:
+def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State) -> None:
     tensors = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
@@ -502,7 +503,7 @@ def _save(out: Path, coupling: Coupling, optimizer: _Optimizer, state: _State) -
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
 
 
-def _restore(out: Path, coupling: Coupling, optimizer: _Optimizer) -> _State:
+def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
     tensors, facts = read_folder(out, "training")
     fingerprint = coupling.dense.fingerprint()
     if facts.get("fingerprint", fingerprint) != fingerprint:

@@ -336,9 +336,8 @@ def effect_profile(coupling: Coupling, ablations: Ablations, node_p: Tensor, kep
     plain = dense.run(ablations.tokens_1t)
     whole_f = torch.ones_like(kept_f)
     effects = []
-    length = ablations.space.n_tokens
-    rows = max(1, min(ablations.rows, 2**26 // (length * dense.vocabulary)))
-    for some_p in node_p.split(rows):
+    rows = max(1, min(ablations.rows, 2**26 // (ablations.space.n_tokens * dense.vocabulary)))
+    for some_p in node_p.split(rows) if len(node_p) else ():
         kept_rf = whole_f.repeat(1 + len(some_p), 1)  # the first row is the model itself, in the same batch: no rounding between
         kept_rf[torch.arange(len(some_p)) + 1, some_p] = False
         trace = ablations.run(kept_rf)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
 from transformers import BertConfig, BertLMHeadModel
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from bridge import checkpoint, training
 from bridge.bridges import Coupling
@@ -130,7 +129,8 @@ def test_eval_prints_and_saves(fitted: tuple[Path, Result]) -> None:
     reference_bt = Coupling.from_pretrained(out).reference_bt
     assert reference_bt is not None and values["tokens"] == reference_bt[:8].numel() and len(values["sites"]) == 5
     assert all(math.isfinite(value) for row in values["sites"] for value in row.values() if isinstance(value, float))
-    sites = [line.split()[:2] for line in result.stdout.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    table = result.stdout.split("\n\n")[1].splitlines()[2:]
+    sites = [line.split()[:2] for line in table]
     assert sites == [["0", "attn"], ["1", "mlp"], ["2", "attn"], ["3", "mlp"], ["4", "unembed"]]
 
 

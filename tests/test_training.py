@@ -23,7 +23,7 @@ import bridge
 from bridge import training
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.recipe import Recipe, RecipeError, recipe_values
+from bridge.recipe import RecipeError, recipe_values
 from bridge.training import FitError, FitStopped, Progress, finish, memory_needed, prepare, train
 
 ROWS, STEPS = 4, 10
@@ -331,7 +331,7 @@ def test_a_run_goes_on_by_its_own_recipe(dense_folder: Path, text_file: Path, tm
     begun(dense_folder, text_file, out)
     for settings, named in (({"seed": 5}, "seed"), ({"sparse.keep": 0.5}, "sparse"), ({"sparsity.l0": 0.2}, "sparsity")):
         with pytest.raises(RecipeError, match=rf"--resume goes on by the recipe in .* differs in {named}$"):
-            prepare(dense_folder, values(text_file, **settings), out=out, resume=True, device="cpu")
+            prepare(dense_folder, values(text_file, TOKENS, **settings), out=out, resume=True, device="cpu")
     run = prepare(dense_folder, values(text_file, tokens=3 * TOKENS // 2), out=out, resume=True, device="cpu")
     assert [progress.step for progress in train(run)] == list(range(3, 16))
 
@@ -401,7 +401,7 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_written(
     dense_folder: Path, text_file: Path, tmp_path: Path, options: dict, settings: dict, message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        prepare(dense_folder, values(text_file, **settings), **{"out": tmp_path / "run", "device": "cpu", **options})
+        prepare(dense_folder, values(text_file, TOKENS, **settings), **{"out": tmp_path / "run", "device": "cpu", **options})
     assert not list(tmp_path.iterdir())
 
 
@@ -436,24 +436,24 @@ def test_two_processes_fit_what_one_does(dense_folder: Path, text_file: Path, tm
     """The same global batch, half of it each: the same losses and weights but for the order of sums."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    arguments = ["fit", str(dense_folder), "--l0", "0.1", "--data", str(text_file), "--tokens", str(TOKENS), "--device", "cpu"]
-    for name, value in SETTINGS.items():
-        arguments += ["--set", f"{name}={value}"]
-    launch = [
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    fitted(dense_folder, text_file, tmp_path / "one")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(driver),
+        "fit", str(dense_folder), "--l0", "0.1", "--data", str(text_file), "--tokens", str(TOKENS), "--device", "cpu",
+        "--out", str(tmp_path / "two"),
     ]  # fmt: skip
+    for name, value in SETTINGS.items():
+        command += ["--set", f"{name}={value}"]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    for name, prefix in (("one", []), ("two", launch)):
-        command = [sys.executable, *prefix, str(driver), *arguments, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
         for name, value in one.items():
             assert name == "tokens_per_second" or two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
     one, two = (bridge.load(tmp_path / name) for name in ("one", "two"))
+    assert one.recipe == two.recipe
     for (name, weight), (_, other) in zip(one.sparse.named_parameters(), two.sparse.named_parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5, msg=name)
-    assert one.recipe == two.recipe and isinstance(one.recipe, Recipe)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +37,10 @@ STEPS, ROWS, CONTEXT = 120, 4, 16
 
 @dataclass(frozen=True)
 class Trial:
-    """One fit that was killed: when, what it had saved by then, and the digest it ended with."""
+    """One fit that was killed: when, the step it had saved by then, and the digest it ended with."""
 
     seconds: float
-    step: int | None
+    saved: str
     digest: str
     clean: bool
 
@@ -93,12 +95,12 @@ def outcome(out: Path) -> tuple[str, bool]:
     return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16], clean
 
 
-def saved_step(out: Path) -> int | None:
-    """The step of the saved state, None where there is none."""
-    import json
-
+def saved(out: Path) -> str:
+    """What a killed fit had saved: a step, nothing, or all of it."""
+    if (out / "coupling.json").exists():
+        return "all"
     file = out / "training.json"
-    return json.loads(file.read_text())["step"] if file.exists() else None
+    return str(json.loads(file.read_text())["step"]) if file.exists() else "none"
 
 
 def first_save(out: Path, process: subprocess.Popen[str]) -> None:
@@ -107,8 +109,8 @@ def first_save(out: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def kill_and_resume(kills: int, seed: int = 0) -> tuple[str, list[Trial]]:
-    """The digest of a fit left alone, and the trials, one per kill."""
+def kill_and_resume(kills: int, seed: int = 0, on_trial: Callable[[Trial], None] = lambda _: None) -> tuple[str, list[Trial]]:
+    """The digest of a fit left alone, and the trials, one per kill; each is shown as soon as it is over."""
     draw = random.Random(seed)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory() as name:
@@ -122,22 +124,30 @@ def kill_and_resume(kills: int, seed: int = 0) -> tuple[str, list[Trial]]:
         finish(process)
         while_saving = time.monotonic() - began - until_saving
         expected, _ = outcome(whole)
-        for number in range(kills):
-            out = folder / f"killed-{number}"
+        while len(trials) < kills:
+            out = Path(tempfile.mkdtemp(dir=folder)) / "run"
             began = time.monotonic()
             process = start(folder, dense, text, out)
-            if number % 5:  # one in five is killed before it first saves, imports included
+            if len(trials) % 5:
                 first_save(out, process)
                 time.sleep(draw.uniform(0, while_saving))
-            else:
+            else:  # one in five is killed before it first saves, imports included
                 time.sleep(draw.uniform(0, until_saving))
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            seconds, step = time.monotonic() - began, saved_step(out) if out.exists() else None
-            if not (out / "coupling.json").exists():  # else it was done before the kill came
+            if process.returncode != -signal.SIGKILL:
+                continue  # it was done before the kill came
+            seconds, step = time.monotonic() - began, saved(out)
+            if step != "all":
                 finish(start(folder, dense, text, out))
             trials.append(Trial(seconds, step, *outcome(out)))
+            on_trial(trials[-1])
     return expected, trials
+
+
+def show(trial: Trial) -> None:
+    """A row of the table."""
+    print(f"{trial.seconds:10.2f} s  {trial.saved:>10}  {trial.digest}  {'yes' if trial.clean else 'NO':>5}", flush=True)
 
 
 def main() -> None:
@@ -146,14 +156,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    expected, trials = kill_and_resume(arguments.kills, arguments.seed)
-    print(f"left alone: {STEPS} steps, coupling {expected}\n\nkilled after  saved step  coupling          same  clean")
-    for trial in trials:
-        step = "none" if trial.step is None else str(trial.step)
-        same = "yes" if trial.digest == expected else "NO"
-        print(f"{trial.seconds:10.2f} s  {step:>10}  {trial.digest}  {same:>4}  {'yes' if trial.clean else 'NO':>5}")
+    print("killed after  saved step  ended with        clean")
+    expected, trials = kill_and_resume(arguments.kills, arguments.seed, on_trial=show)
+    print(f"\nleft alone: {STEPS} steps, {expected}")
     good = sum(trial.digest == expected and trial.clean for trial in trials)
-    print(f"\n{good} of {len(trials)} ended with the same weights, bit for bit, and a clean folder")
+    print(f"{good} of {len(trials)} ended with the same weights, bit for bit, and a clean folder")
     sys.exit(0 if good == len(trials) else 1)
 
 

@@ -1,0 +1,236 @@
+"""Explanations: complete or not made, the same after JSON, readable in a terminal; what cannot be explained is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.bridges import Coupling
+from bridge.dense import DenseModel, load_dense
+from bridge.explanation import ExplainedNode, ExplainError, Explanation, explain, render_text
+from bridge.recipe import UserError
+from bridge.sparse import Location
+from tests.conftest import CONTEXT, tiny_gpt2, untrained
+
+PROMPT = "w5 w9 w12 w5 w30 w2"
+
+
+def agreeing(dense: DenseModel, prompt: str = PROMPT) -> Coupling:
+    """An untrained coupling that gives the dense model's answer to the prompt, by its output bias; with reference text."""
+    coupling = untrained(dense)
+    coupling.sparse.project(0.3)
+    assert dense.tokenizer is not None
+    tokens_1t = torch.tensor([dense.tokenizer(prompt)["input_ids"]])
+    with torch.no_grad():
+        coupling.sparse.unembedding.bias.copy_(2 * dense.run(tokens_1t).logits_btv[0, -1])
+    coupling.sparse.requires_grad_(False)
+    coupling.bridges.requires_grad_(False)
+    reference_bt = torch.randint(2, 40, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(coupling, reference_bt=reference_bt, path="somewhere/coupling")
+
+
+@pytest.fixture(scope="module")
+def coupled(dense: DenseModel) -> Coupling:
+    return agreeing(dense)
+
+
+@pytest.fixture(scope="module")
+def explanation(coupled: Coupling) -> Explanation:
+    return explain(coupled, PROMPT)
+
+
+def test_an_explanation_says_what_it_explains(explanation: Explanation, coupled: Coupling):
+    dense = coupled.dense
+    logits_v = dense.run(torch.tensor([[token.id for token in explanation.tokens]])).logits_btv[0, -1]
+    probability_v = logits_v.softmax(-1)
+    first, second = logits_v.topk(2).indices.tolist()
+    assert [token.text for token in explanation.tokens] == PROMPT.split()
+    assert (explanation.target.id, explanation.contrast.id) == (first, second)
+    assert explanation.dense[0].probability == pytest.approx(float(probability_v[first]))
+    assert len(explanation.dense) == len(explanation.sparse) == 5
+    assert explanation.dense_difference == pytest.approx(float(logits_v[first] - logits_v[second]), abs=1e-5)
+    assert explanation.agree and explanation.faithfulness.agreement.passed
+    where = explanation.provenance
+    assert where.dense_fingerprint == dense.fingerprint() and where.coupling == "somewhere/coupling"
+    assert where.l0 == coupled.recipe.sparsity.l0 and "128 tokens" in where.reference
+
+
+def recorded(coupled: Coupling, tokens_bt: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    assert tokens_bt is not None
+    values: dict[str, torch.Tensor] = {}
+
+    def record(location: Location, x_btn: torch.Tensor) -> torch.Tensor:
+        values[str(location)] = x_btn
+        return x_btn
+
+    coupled.sparse.run(tokens_bt, gate=record)
+    return values
+
+
+def test_nodes_tell_what_their_deletion_does(explanation: Explanation, coupled: Coupling):
+    assert explanation.nodes
+    tokens_1t = torch.tensor([[token.id for token in explanation.tokens]])
+    values, corpus = recorded(coupled, tokens_1t), recorded(coupled, coupled.reference_bt)
+    means = {name: value_btn.mean((0, 1)) for name, value_btn in corpus.items()}
+    values = {name: value_1tn[0] for name, value_1tn in values.items()}
+    for node in explanation.nodes:
+        assert node.activation == pytest.approx(float(values[f"{node.layer}.{node.kind}"][node.position, node.index]), abs=1e-5)
+        assert node.id == f"L{node.layer}.{node.kind}[{node.index}]@{node.position}"
+    # effects and importances of single deletions, from masks built from the node list alone
+    kept = {name: torch.zeros(value.shape, dtype=torch.bool) for name, value in values.items()}
+    for node in explanation.nodes:
+        kept[f"{node.layer}.{node.kind}"][node.position, node.index] = True
+
+    def logits(without: ExplainedNode | None = None) -> torch.Tensor:
+        def gate(location: Location, x_btn: torch.Tensor) -> torch.Tensor:
+            mask = kept[str(location)].clone()
+            if without is not None and str(location) == f"{without.layer}.{without.kind}":
+                mask[without.position, without.index] = False
+            return torch.where(mask, x_btn, means[str(location)])
+
+        return coupled.sparse.run(tokens_1t, gate=gate).logits_btv[0, -1]
+
+    def difference(logits_v: torch.Tensor) -> float:
+        return float(logits_v[explanation.target.id] - logits_v[explanation.contrast.id])
+
+    whole_v = coupled.sparse(tokens_1t)[0, -1].log_softmax(-1)
+
+    def kl(logits_v: torch.Tensor) -> float:
+        return float((whole_v.exp() * (whole_v - logits_v.log_softmax(-1))).sum())
+
+    alone_v = logits()
+    assert explanation.faithfulness.kl_kept.value == pytest.approx(kl(alone_v), abs=1e-5)
+    for node in explanation.nodes[::5]:
+        assert node.mean == pytest.approx(float(means[f"{node.layer}.{node.kind}"][node.index]), abs=1e-5)
+        assert node.effect == pytest.approx(difference(alone_v) - difference(logits(node)), abs=1e-4)
+        assert node.importance == pytest.approx(kl(logits(node)) - kl(alone_v), abs=1e-4)
+
+
+def test_edges_run_between_nodes_that_are_there(explanation: Explanation):
+    ids = {node.id for node in explanation.nodes}
+    last = len(explanation.tokens) - 1
+    for edge in explanation.edges:
+        assert edge.source in ids or edge.source.startswith(("embedding[", "bigram["))
+        assert edge.target in ids or edge.target == f"L2.answer[{explanation.target.id}]@{last}"
+    counts = explanation.counts
+    assert counts["nodes"] == len(ids)
+    assert counts["edges"] == sum(edge.kind in ("weight", "value") for edge in explanation.edges)
+    assert counts["weights"] <= counts["edges"] and counts["bigram"] == 1
+
+
+def test_json_goes_there_and_back_and_holds_no_nan(explanation: Explanation):
+    values = explanation.to_json()
+    text = json.dumps(values, allow_nan=False)
+    assert Explanation.from_json(json.loads(text)) == explanation
+    assert values["faithfulness"]["verdict"] == explanation.faithfulness.verdict
+    assert values["counts"]["nodes"] == len(values["nodes"])
+    with pytest.raises(ExplainError, match="not an explanation"):
+        Explanation.from_json({"prompt": "w5"})
+    without = {key: value for key, value in values.items() if key != "faithfulness"}
+    with pytest.raises(ExplainError, match="not an explanation"):
+        Explanation.from_json(without)
+
+
+def test_an_explanation_without_evidence_cannot_be_built(explanation: Explanation):
+    fields = {field.name: getattr(explanation, field.name) for field in dataclasses.fields(explanation)}
+    del fields["faithfulness"]
+    with pytest.raises(TypeError, match="faithfulness"):
+        Explanation(**fields)
+    with pytest.raises(ValueError, match="nan|NaN|JSON"):
+        dataclasses.replace(explanation, dense_difference=float("nan")).to_json()
+
+
+@pytest.mark.parametrize("width", [72, 100, 120])
+def test_the_text_fits_and_leads_with_answer_and_verdict(explanation: Explanation, width: int):
+    text = render_text(explanation, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].startswith('prompt    "w5 w9')
+    assert f'dense     "{explanation.target.text}"' in lines[1]
+    where = {
+        head: next(i for i, line in enumerate(lines) if line.startswith(head)) for head in ("VERDICT", "CIRCUIT", "EVIDENCE")
+    }
+    assert where["VERDICT"] < where["CIRCUIT"] < where["EVIDENCE"]
+    assert explanation.faithfulness.verdict.upper() in lines[where["VERDICT"]]
+    strongest = max(explanation.nodes, key=lambda node: abs(node.effect))
+    assert any(line.strip().startswith(strongest.name) for line in lines)
+    for measure in explanation.faithfulness.measures:
+        assert any(measure.name in line for line in lines[where["EVIDENCE"] :])
+    assert str(explanation) == render_text(explanation)
+
+
+def test_odd_characters_in_the_prompt_are_shown_as_escapes(explanation: Explanation):
+    odd = dataclasses.replace(explanation, prompt="def f():\n\treturn\u200b x ")
+    assert 'prompt    "def f():\\n\\treturn\\u200b x "' in render_text(odd)
+
+
+def test_models_that_disagree_give_no_explanation(dense: DenseModel, coupled: Coupling):
+    other = explain(coupled, "w30 w31 w4 w8")
+    assert not other.agree
+    assert other.faithfulness.verdict == "no explanation"
+    text = render_text(other)
+    assert "DISAGREES" in text and "VERDICT   NO EXPLANATION. The sparse model gives another answer" in text
+
+
+def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explanation):
+    first, second = explanation.target.text, explanation.contrast.text
+    third = explanation.dense[2].token.text
+    chosen = explain(coupled, PROMPT, target=third)
+    assert (chosen.target.text, chosen.contrast.text) == (third, first)
+    assert chosen.dense_difference < 0 and "which is not the dense model's answer" in render_text(chosen)
+    swapped = explain(coupled, PROMPT, target=second, contrast=third)
+    assert (swapped.target.text, swapped.contrast.text) == (second, third)
+    against = explain(coupled, PROMPT, contrast=third)
+    assert (against.target.text, against.contrast.text) == (first, third)
+
+
+def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation: Explanation):
+    phases: list[str] = []
+    again = explain(coupled, PROMPT, progress=phases.append)
+    assert again == explanation
+    said = [phase.split(":")[0] for phase in phases]
+    for phase in ("tokens", "means", "candidates", "masks", "edges", "agreement", "controls", "effect profile"):
+        assert phase in said
+
+
+def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Explanation):
+    first = explanation.target.text
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": ""}, "the prompt is empty; give the text whose next token is to be explained"),
+        ({"prompt": "<end>"}, "the prompt is empty"),
+        ({"prompt": " ".join(["w5"] * 17)}, "the prompt is 17 tokens long, and the context is 16; give its last part only"),
+        ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens (\"w5\" \"w6\"), and only a single token can be explained"),
+        ({"target": "w5 w6"}, "; give one, such as \"w5\""),
+        ({"contrast": ""}, "contrast '' is 0 tokens (none), and only a single token can be explained; give one"),
+        ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
+        ({"target": "w7", "contrast": "w7"}, "target and contrast are both 'w7'; name two different tokens"),
+        ({"contrast": first}, "target and contrast are the dense model's own answer; name two different tokens"),
+    ]  # fmt: skip
+    for arguments, message in cases:
+        with pytest.raises(ExplainError) as error:
+            explain(coupled, arguments.pop("prompt", PROMPT), **arguments)
+        assert message in str(error.value), arguments
+        assert "\n" not in str(error.value) and isinstance(error.value, UserError)
+
+
+def test_a_coupling_that_cannot_explain_says_why(coupled: Coupling):
+    with pytest.raises(ExplainError, match="holds no reference text to take corpus means over; pass reference_bt"):
+        explain(dataclasses.replace(coupled, reference_bt=None), PROMPT)
+    with pytest.raises(ExplainError, match="no reference text"):
+        explain(coupled, PROMPT, reference_bt=torch.zeros(0, 16, dtype=torch.long))
+    silent = dataclasses.replace(coupled, dense=load_dense(tiny_gpt2()))
+    with pytest.raises(ExplainError, match="'GPT2LMHeadModel' has no tokenizer, so no text can be read; load it with one"):
+        explain(silent, PROMPT)
+
+
+def test_a_saved_coupling_explains_itself(coupled: Coupling, dense: DenseModel, tmp_path: Path, explanation: Explanation):
+    coupled.save_pretrained(tmp_path / "coupling")
+    loaded = Coupling.from_pretrained(tmp_path / "coupling", dense=dense)
+    again = explain(loaded, PROMPT)
+    assert [node.id for node in again.nodes] == [node.id for node in explanation.nodes]
+    assert again.provenance.coupling == str(tmp_path / "coupling")
