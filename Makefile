@@ -22,7 +22,7 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	rm -rf runs/demo
 	$(BIN)/bridge info checkpoints/python-dense
 	@echo
-	$(BIN)/bridge fit checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --width 256 --data stdlib --minutes $(DEMO_MINUTES) --out runs/demo
+	$(BIN)/bridge fit checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --width 256 --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
 	$(BIN)/bridge eval runs/demo --rows 32
 	@echo
 	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'

@@ -21,13 +21,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from bridge import __version__
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, EdgeKind, Question, corpus_means, draw_edges
 from bridge.prune import Found, find_circuit
@@ -292,7 +292,7 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
         coupling=coupling.path,
         l0=coupling.recipe.sparsity.l0,
         seed=seed,
-        version=__version__,
+        version=version("bridge"),
         reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
     )
 

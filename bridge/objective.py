@@ -223,7 +223,8 @@ def _cross_entropy(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:
 def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:
     """NMSE of each row, mean over its tokens."""
     deviation_bt = (target_btx - target_btx.mean(1, keepdim=True)).square().sum(-1)
-    floor_b1 = 1e-3 * deviation_bt.mean(-1, keepdim=True) + 1e-12  # a token at the mean would count without bound
+    # a token at the mean, or a row of one token again and again, would count without bound
+    floor_b1 = 1e-3 * target_btx.square().sum(-1).mean(-1, keepdim=True) + 1e-12
     error_bt = (predicted_btx - target_btx).square().sum(-1)
     return (error_bt / deviation_bt.maximum(floor_b1)).mean(-1)
 

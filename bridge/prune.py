@@ -89,15 +89,15 @@ def find_circuit(
 
     reached_f = reachable(ablations.sparse, ablations.space).to(ablations.value_f.device)
     active_f = (ablations.value_f != 0) & reached_f
-    silenced = float(judge.badness(active_f[None])) > 0.5
+    active_1f = active_f[None]
+    silenced = float(judge.alone(active_1f)) > MISS_BOUND / 2 or float(judge.company(active_1f)) > COMPANY_BOUND / 2
     candidates_f = reached_f if silenced else active_f
     say(f"candidates: {int(candidates_f.sum()):,} of {ablations.space.size:,} nodes")
 
     kept_f = _by_masks(judge, candidates_f, _ranks(candidates_f, _scores(judge, candidates_f).abs()), seed, say)
     kept_f, complete = _deleted(judge, kept_f, say)
 
-    alone, *company = judge.losses(kept_f[None])[0].tolist()
-    losses = {"miss": alone, "company": sum(company) / len(company)}
+    losses = {"miss": float(judge.alone(kept_f[None])), "company": float(judge.company(kept_f[None]))}
     circuit = Circuit(ablations.question, ablations.space.split(kept_f), ablations.means, losses)
     return Found(circuit, kept_f, int(active_f.sum()), int(candidates_f.sum()), silenced, complete)
 
@@ -121,22 +121,25 @@ class _Judge:
         off_r = (self.ablations.question.difference(logits_rv) - self.answer) / max(abs(self.answer), 1)
         return self.ablations.kl(logits_rv) + MISS_BOUND / SHARE**2 * off_r.square()
 
-    def losses(self, kept_cf: Tensor) -> Tensor:
-        """The miss of every circuit alone, and its KL in every company, side by side."""
-        size = 1 + len(self.company_uf)
-        self.left -= len(kept_cf) * size * self.ablations.space.n_tokens
-        losses = []
-        for some_cf in kept_cf.split(max(1, self.ablations.rows // size)):
-            company_cuf = some_cf[:, None] | self.company_uf
-            kept_rf = torch.cat([some_cf[:, None], company_cuf], 1).flatten(0, 1)
-            logits_crv = self.ablations.logits(kept_rf).unflatten(0, (-1, size))
-            losses.append(torch.cat([self.miss(logits_crv[:, :1]), self.ablations.kl(logits_crv[:, 1:])], 1))
-        return torch.cat(losses)
+    def alone(self, kept_cf: Tensor) -> Tensor:
+        """miss_c of every circuit alone."""
+        self.left -= len(kept_cf) * self.ablations.space.n_tokens
+        return self.miss(self.ablations.logits(kept_cf))
 
-    def badness(self, kept_cf: Tensor) -> Tensor:
-        """badness_c, up to 1 for circuits that meet both bounds."""
-        losses = self.losses(kept_cf)
-        return torch.maximum(losses[:, 0] / MISS_BOUND, losses[:, 1:].mean(1) / COMPANY_BOUND)
+    def company(self, kept_cf: Tensor) -> Tensor:
+        """kl_c of every circuit, its mean over the companies."""
+        count = len(self.company_uf)
+        self.left -= len(kept_cf) * count * self.ablations.space.n_tokens
+        some = kept_cf.split(max(1, self.ablations.rows // count))
+        kl = [self.ablations.kl(self.ablations.logits((each[:, None] | self.company_uf).flatten(0, 1))) for each in some]
+        return torch.cat(kl).unflatten(0, (-1, count)).mean(1)
+
+    def first_good(self, kept_cf: Tensor) -> int:
+        """The first of some circuits that meets both bounds; their number where none does."""
+        for place in (self.alone(kept_cf) <= MISS_BOUND).nonzero().flatten().tolist():
+            if float(self.company(kept_cf[place][None])) <= COMPANY_BOUND:
+                return place
+        return len(kept_cf)
 
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """As `Ablations.slopes`."""
@@ -215,15 +218,10 @@ def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed
 def _fewest(judge: _Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:
     """The core and the first few of ranked_k: as few as are found to meet the bounds, which all of them are taken to do."""
 
-    def first_good(sizes: list[int]) -> int:
-        circuits_cf = torch.stack([core_f.index_fill(0, ranked_k[:size], True) for size in sizes])
-        good = (judge.badness(circuits_cf) <= 1).tolist()
-        return good.index(True) if True in good else len(sizes)
-
     low, high = -1, len(ranked_k)  # low does not meet them, high does
     sizes = sorted({round(guess * factor) for factor in FACTORS if guess * factor < high})
     while sizes:
-        first = first_good(sizes)
+        first = judge.first_good(torch.stack([core_f.index_fill(0, ranked_k[:size], True) for size in sizes]))
         low, high = (sizes[first - 1] if first else low), (sizes[first] if first < len(sizes) else high)
         ratio = (high + 1) / (low + 2)
         close = high - low <= max(1, high // 50)

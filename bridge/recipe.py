@@ -83,10 +83,16 @@ class Data(_Part):
 
 
 class Budget(_Part):
-    """When training ends: at the first of the two that is reached; 20 million tokens where neither is said."""
+    """When training ends: at the first of the two that is reached; after 20 million tokens where neither is said."""
 
     tokens: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some(cls, values: Any) -> Any:
+        nothing_said = isinstance(values, dict) and all(value is None for value in values.values())
+        return {"tokens": 20_000_000} if nothing_said else values
 
 
 class Optimizer(_Part):
@@ -138,7 +144,7 @@ class Recipe(_Part):
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity
     data: Data = Data()
-    budget: Budget = Budget(tokens=20_000_000, minutes=None)
+    budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
     losses: Losses = Losses()
     seed: int = Field(default=0, ge=0)
@@ -222,7 +228,7 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
 
 def resolve(values: dict[str, Any]) -> Recipe:
     """Nested values as a Recipe. Raises RecipeError with the first thing that is wrong, in one line."""
-    required: dict[str, Any] = {"sparsity": {}, "budget": {}}  # so that what is missing is named in full
+    required: dict[str, Any] = {"sparsity": {}}  # so that what is missing is named in full
     try:
         return Recipe.model_validate(required | values)
     except ValidationError as error:
