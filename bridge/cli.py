@@ -139,8 +139,16 @@ def eval_(
         coupling = Coupling.from_pretrained(bridge, device=_device(device))
         tokens_bt = coupling.reference_bt
         if data is not None:
-            limit = rows * coupling.context * 60  # one document in 50 is held out
-            tokens_bt = load_blocks(data, coupling.dense.tokenizer, coupling.context, max_tokens=limit, seed=1).heldout_nt.long()
+            limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
+            blocks = load_blocks(
+                data,
+                coupling.dense.tokenizer,
+                coupling.context,
+                max_tokens=limit,
+                seed=coupling.recipe.seed,
+                dense=coupling.dense.model,
+            )
+            tokens_bt = blocks.heldout(rows)
         if tokens_bt is None:
             raise DataError(f"{str(bridge)!r} has no held-out text of its own; give --data")
         result = evaluate(coupling, tokens_bt[:rows])

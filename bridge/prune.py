@@ -54,15 +54,16 @@ SHARE = 0.1  # of D, by which a circuit at the bound may be off
 DENSITIES = (0.3, 0.6, 0.9)
 DRAWS = 2  # of U per density, when a circuit is judged
 ALPHAS = 8
-STEPS, FEWEST_STEPS = 40, 15  # of Adam; fewer for long prompts
-RATE, BETA_1, BETA_2 = 0.07, 0.7, 0.95  # tau lives between -4 and 1: 40 steps can bring any node up or down
+STEPS, FEWEST_STEPS = 30, 15  # of Adam; fewer for long prompts
+RATE, BETA_1, BETA_2 = 0.07, 0.7, 0.95  # tau lives between -4 and 1: the steps can bring any node up or down
 START, SPREAD = 500, 0.15  # nodes above 0 at first; how far a factor e in rank sets two nodes apart
-COMPANY = 5  # sets U per step, of densities evenly spread
+COMPANY = 3  # sets U per step, of densities evenly spread
 ATTEMPTS = 4
-ENOUGH = 50  # nodes; fewer are not put through the masks again
+ENOUGH = 200  # nodes; fewer are not put through the masks again
 FACTORS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # sizes tried around a guess, in one batch
 WAYS = 6
-WORK = 60_000  # tokens of masked copies, a gradient counting three: some seconds on two cores for 4 layers 256 to 384 wide
+WORK = 40_000  # tokens of masked copies, a gradient counting three: some seconds on two cores for 4 layers 256 to 384 wide
+WORK_PER_TOKEN = 500  # and as many per token of the prompt, where that is more
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +82,11 @@ class Found:
 
 
 def find_circuit(
-    ablations: Ablations, *, seed: int = 0, work: int = WORK, progress: Callable[[str], None] | None = None
+    ablations: Ablations, *, seed: int = 0, work: int | None = None, progress: Callable[[str], None] | None = None
 ) -> Found:
-    """The circuit of a prompt, by the search that the module describes."""
+    """The circuit of a prompt, by the search that the module describes, within `work` tokens of masked copies."""
     say = progress or (lambda _: None)
+    work = max(WORK, WORK_PER_TOKEN * ablations.space.n_tokens) if work is None else work
     judge = _Judge(ablations, work, seed)
 
     reached_f = reachable(ablations.sparse, ablations.space).to(ablations.value_f.device)
@@ -217,7 +219,6 @@ def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed
 
 def _fewest(judge: _Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:
     """The core and the first few of ranked_k: as few as are found to meet the bounds, which all of them are taken to do."""
-
     low, high = -1, len(ranked_k)  # low does not meet them, high does
     sizes = sorted({round(guess * factor) for factor in FACTORS if guess * factor < high})
     while sizes:
@@ -236,10 +237,11 @@ def _deleted(judge: _Judge, kept_f: Tensor, say: Callable[[str], None]) -> tuple
         swept_f = kept_f
         missed_f.zero_()
         while len(node_k := (kept_f & ~missed_f).nonzero().flatten()):
-            if judge.left < len(node_k) * judge.ablations.space.n_tokens:
+            cost = len(node_k) * judge.ablations.space.n_tokens // 2  # rows start half-way through the model, on average
+            if judge.left < cost:
                 return kept_f, False
             say(f"deletions: {int(kept_f.sum()):,} nodes, {len(node_k):,} to try")
-            judge.left -= len(node_k) * judge.ablations.space.n_tokens
+            judge.left -= cost
             miss_k = judge.miss(judge.ablations.logits_without(kept_f, node_k))
             missed_f[node_k[miss_k > MISS_BOUND]] = True
             order_k = node_k[miss_k.argsort(descending=True, stable=True)][int((miss_k > MISS_BOUND).sum()) :]
