@@ -404,8 +404,8 @@ def _wrap(head: str, text: str, width: int) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """Text in quotes, with newlines and the like as escapes, so that spaces can be seen."""
-    return '"' + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) + '"'
+    """Text as Python would write it, so that spaces, newlines and quotes can be seen."""
+    return repr(text)
 
 
 def _cut(line: str, width: int) -> str:
