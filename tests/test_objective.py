@@ -95,12 +95,11 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
         truth = dense.run(tokens)
         entry = None if enter == EMBEDDING else Enter.at(enter, bridges[enter].encode(truth.residuals[enter]))
         trace = coupling.sparse.run(tokens, entry)
-        left = None
+        left = torch.tensor(torch.nan)
         if leave != STAYS:
-            left = kl(
-                truth.logits_btv, dense.run(tokens, Enter.at(leave, bridges[leave].decode(trace.residuals[leave]))).logits_btv
-            )
-        return kl(truth.logits_btv, trace.logits_btv).mean(), None if left is None else left.mean()
+            entry = Enter.at(leave, bridges[leave].decode(trace.residuals[leave]))
+            left = kl(truth.logits_btv, dense.run(tokens, entry).logits_btv).mean()
+        return kl(truth.logits_btv, trace.logits_btv).mean(), left
 
     rows = [row(index) for index in range(4)]
     expected = {
