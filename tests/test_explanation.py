@@ -150,8 +150,8 @@ def test_the_text_fits_and_leads_with_answer_and_verdict(explanation: Explanatio
     text = render_text(explanation, width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
-    assert lines[0].startswith('prompt    "w5 w9')
-    assert f'dense     "{explanation.target.text}"' in lines[1]
+    assert lines[0].startswith("prompt    'w5 w9")
+    assert f"dense     '{explanation.target.text}'" in lines[1]
     where = {
         head: next(i for i, line in enumerate(lines) if line.startswith(head)) for head in ("VERDICT", "CIRCUIT", "EVIDENCE")
     }
@@ -166,7 +166,7 @@ def test_the_text_fits_and_leads_with_answer_and_verdict(explanation: Explanatio
 
 def test_odd_characters_in_the_prompt_are_shown_as_escapes(explanation: Explanation):
     odd = dataclasses.replace(explanation, prompt="def f():\n\treturn\u200b x ")
-    assert 'prompt    "def f():\\n\\treturn\\u200b x "' in render_text(odd)
+    assert "prompt    'def f():\\n\\treturn\\u200b x '" in render_text(odd)
 
 
 def test_models_that_disagree_give_no_explanation(dense: DenseModel, coupled: Coupling):
@@ -204,8 +204,8 @@ def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Ex
         ({"prompt": ""}, "the prompt is empty; give the text whose next token is to be explained"),
         ({"prompt": "<end>"}, "the prompt is empty"),
         ({"prompt": " ".join(["w5"] * 17)}, "the prompt is 17 tokens long, and the context is 16; give its last part only"),
-        ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens (\"w5\" \"w6\"), and only a single token can be explained"),
-        ({"target": "w5 w6"}, "; give one, such as \"w5\""),
+        ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens ('w5' 'w6'), and only a single token can be explained"),
+        ({"target": "w5 w6"}, "; give one, such as 'w5'"),
         ({"contrast": ""}, "contrast '' is 0 tokens (none), and only a single token can be explained; give one"),
         ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are both 'w7'; name two different tokens"),
