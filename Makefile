@@ -27,7 +27,7 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	@echo
 	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
 	@echo
-	$(BIN)/bridge explain --prompt 'def read(path, mode="r'
+	$(BIN)/bridge explain --prompt "$$(printf 'def read(self):\n    while True')"
 
 lint: $(READY)
 	$(BIN)/ruff check .

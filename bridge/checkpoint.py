@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,13 @@ def write_folder(
     the earlier pair is then still there, whole.
     """
     path = Path(path)
-    temporary = path / f".{name}.writing"
+    desk = path / f".{name}.writing"  # a folder, because safetensors leaves a file of its own beside its target when killed
+    temporary = desk / "tensors"
     earlier: set[Path] = set()
     file = temporary
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(desk, ignore_errors=True)
+        desk.mkdir(parents=True)
         earlier = set(path.glob(f"{name}-*.safetensors"))
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors would keep everyone else from reading
@@ -68,10 +71,12 @@ def write_folder(
             _write_text(path / text_name, text)
         write_json(path / f"{name}.json", {**facts, "tensors": {"file": file.name, "sha256": digest}})
     except (OSError, SafetensorError) as error:
-        for half in {temporary, file} - earlier:
+        shutil.rmtree(desk, ignore_errors=True)
+        if file not in earlier:
             with contextlib.suppress(OSError):
-                half.unlink()
+                file.unlink()
         raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+    shutil.rmtree(desk, ignore_errors=True)
     for old in earlier - {file}:
         with contextlib.suppress(OSError):
             old.unlink()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -302,8 +303,9 @@ def finish(run: Run) -> Coupling:
     coupling = replace(coupling, reference_bt=run.blocks.heldout(REFERENCE_ROWS), path=path)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
-        for file in (out / "training.json", *out.glob("training-*.safetensors"), *out.glob(".training*.writing")):
+        for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):
             file.unlink(missing_ok=True)
+        shutil.rmtree(out / ".training.writing", ignore_errors=True)  # of a kill
     return coupling
 
 

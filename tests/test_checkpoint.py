@@ -85,7 +85,8 @@ def test_a_failing_first_write_leaves_no_file(tmp_path: Path, monkeypatch: pytes
 
 def test_what_a_kill_left_behind_is_cleared_by_the_next_write(tmp_path: Path) -> None:
     write_folder(tmp_path, "pair", FIRST, {"step": 1})
-    (tmp_path / ".pair.writing").write_bytes(b"half a file")
+    (tmp_path / ".pair.writing").mkdir()
+    (tmp_path / ".pair.writing" / ".tmpPnAWQd").write_bytes(b"half a file, under the name that safetensors gives it")
     (tmp_path / "pair-0123456789ab.safetensors").write_bytes(b"renamed, and killed before the JSON was")
     write_folder(tmp_path, "pair", SECOND, {"step": 2})
     assert_holds(tmp_path, SECOND, {"step": 2})
