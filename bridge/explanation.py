@@ -343,11 +343,12 @@ def _render_answer(explanation: Explanation) -> list[str]:
 
 def _render_circuit(explanation: Explanation, width: int) -> list[str]:
     counts, searched = explanation.counts, explanation.searched
-    unfinished = "" if searched.complete else "; the search ran out of work, there may be a smaller one"
     lines = [
         f"CIRCUIT   {counts['nodes']:,} nodes, where {searched.active:,} are active; {counts['edges']:,} edges over "
-        f"{counts['weights']:,} weights{unfinished}"
+        f"{counts['weights']:,} weights"
     ]
+    if not searched.complete:
+        lines.append("          The search ran out of work: there may be a smaller circuit.")
     shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect))[:LISTED_NODES]
     inputs: dict[str, list[ExplainedEdge]] = {}
     for edge in explanation.edges:  # strongest first
