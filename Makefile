@@ -43,16 +43,18 @@ test-slow: $(READY)  ## What takes minutes: kills and resumes, GPT-2-small's siz
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# From corpus to eval table, on whatever device is there, in stretches that can be cut and continued.
+# From corpus to eval table, on whatever device is there. It may be cut at any time: the same command goes on, and what ships is
+# replaced only when both are done.
+NEW := runs/checkpoints
 checkpoints: $(READY)
-	rm -rf checkpoints/python-dense checkpoints/python-bridge checkpoints/python-dense.state checkpoints/python-bridge.state
-	until [ -f checkpoints/python-dense/config.json ]; do \
-	  $(BIN)/python recipes/python_dense.py --out checkpoints/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
-	until [ -f checkpoints/python-bridge.state/coupling.json ]; do \
-	  $(BIN)/bridge fit checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --dtype bfloat16 --out checkpoints/python-bridge.state \
+	until [ -f $(NEW)/python-dense/config.json ]; do \
+	  $(BIN)/python recipes/python_dense.py --out $(NEW)/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
+	until [ -f $(NEW)/python-bridge/coupling.json ]; do \
+	  $(BIN)/bridge fit $(NEW)/python-dense --recipe $(BRIDGE_RECIPE) --dtype bfloat16 --out $(NEW)/python-bridge \
 	    --resume --stretch 9 || exit 1; done
-	mv checkpoints/python-bridge.state checkpoints/python-bridge
-	$(BIN)/bridge eval checkpoints/python-bridge
+	$(BIN)/bridge eval $(NEW)/python-bridge
+	rm -rf checkpoints/python-dense checkpoints/python-bridge $(NEW)/python-dense.state
+	mv $(NEW)/python-dense $(NEW)/python-bridge checkpoints
 
 clean:
 	rm -rf .venv runs
