@@ -20,7 +20,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -29,13 +28,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.circuit import COUNTED, Ablations, EdgeKind, Question, corpus_means, draw_edges
+from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
 from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
-LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text; the JSON holds all
+DELETED_TOKENS = 8000  # of masked copies, in which nodes are deleted one by one
+MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
+LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text
 
 
 class ExplainError(UserError):
@@ -62,7 +63,8 @@ class Answer:
 class ExplainedNode:
     """A node of the circuit: its activation in the sparse model, its corpus mean, and what its deletion from the circuit does.
 
-    importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits).
+    importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits); in a large
+    circuit both are measured for those nodes alone that matter most to first order, and None for the others.
     """
 
     id: str
@@ -73,8 +75,8 @@ class ExplainedNode:
     position: int
     activation: float
     mean: float
-    importance: float
-    effect: float
+    importance: float | None
+    effect: float | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,21 @@ class ExplainedEdge:
     kind: EdgeKind
     weight: float
     effect: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How large the circuit is: nodes, edges (nonzero weights between two nodes) and the distinct weights among them.
+
+    Embedding, unembedding and bigram entries are no edges, and counted apart.
+    """
+
+    nodes: int
+    edges: int
+    weights: int
+    embedding: int
+    unembedding: int
+    bigram: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,7 @@ class Explanation:
     faithfulness: Faithfulness
     nodes: tuple[ExplainedNode, ...]
     edges: tuple[ExplainedEdge, ...]
+    counts: Counts
     searched: Searched
     provenance: Provenance
 
@@ -134,20 +152,11 @@ class Explanation:
         """Whether the two models give the same answer."""
         return self.dense[0].token.id == self.sparse[0].token.id
 
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Numbers of nodes, of edges (nonzero weights between two nodes), of distinct weights among them, of other entries."""
-        kinds = Counter(edge.kind for edge in self.edges)
-        counted = [edge for edge in self.edges if edge.kind in COUNTED]
-        distinct = {(edge.source.split("@")[0], edge.target.split("@")[0]) for edge in counted}
-        others = {kind: kinds[kind] for kind in ("embedding", "unembedding", "bigram")}
-        return {"nodes": len(self.nodes), "edges": len(counted), "weights": len(distinct), **others}
-
     def to_json(self) -> dict[str, Any]:
-        """The explanation as plain JSON values, the verdict and counts written out."""
+        """The explanation as plain JSON values, the verdict written out."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         values["faithfulness"] |= {"verdict": self.faithfulness.verdict, "reasons": list(self.faithfulness.reasons)}
-        return {**values, "agree": self.agree, "counts": self.counts}
+        return {**values, "agree": self.agree}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
@@ -209,7 +218,8 @@ def explain(
         sparse_difference=float(question.difference(ablations.logits_v)),
         faithfulness=faithfulness,
         nodes=_explained(ablations, found),
-        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges),
+        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges[:MOST_EDGES]),
+        counts=_counts(found, edges),
         searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
         provenance=_provenance(coupling, used_bt, seed),
     )
@@ -266,21 +276,36 @@ def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
 
 
 def _explained(ablations: Ablations, found: Found) -> tuple[ExplainedNode, ...]:
-    circuit, question = found.circuit, found.circuit.explains
-    place_k = found.kept_f.nonzero().flatten()
+    question, kept_f = found.circuit.explains, found.kept_f
+    place_k = kept_f.nonzero().flatten()
     if not len(place_k):
         return ()
-    whole_1v, without_kv = ablations.logits(found.kept_f[None]), ablations.logits_without(found.kept_f, place_k)
+    slope_1f, _ = ablations.slopes(kept_f[None].to(ablations.value_f.dtype), question.difference)
+    most = max(1, 2 * DELETED_TOKENS // ablations.space.n_tokens)  # a deletion runs half of the model, on average
+    measured_k = slope_1f[0, place_k].abs().argsort(descending=True, stable=True)[:most]
+    whole_1v, without_kv = ablations.logits(kept_f[None]), ablations.logits_without(kept_f, place_k[measured_k])
     rise_k = (ablations.kl(without_kv) - ablations.kl(whole_1v)).tolist()
     lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
+    measured = dict(zip(measured_k.tolist(), zip(rise_k, lost_k, strict=True), strict=True))
     value_k, mean_k = ablations.value_f[place_k].tolist(), ablations.mean_f[place_k].tolist()
     nodes = []
-    for node, value, mean, rise, lost in zip(circuit.nodes, value_k, mean_k, rise_k, lost_k, strict=True):
-        at = node.location
+    for k, (node, value, mean) in enumerate(zip(found.circuit.nodes, value_k, mean_k, strict=True)):
+        at, position = node.location, node.position or 0
         nodes.append(
-            ExplainedNode(str(node), node.name, at.layer, at.kind, node.index, node.position or 0, value, mean, rise, lost)
+            ExplainedNode(
+                str(node), node.name, at.layer, at.kind, node.index, position, value, mean, *measured.get(k, (None, None))
+            )
         )
     return tuple(nodes)
+
+
+def _counts(found: Found, edges: tuple[Edge, ...]) -> Counts:
+    kinds = Counter(edge.kind for edge in edges)
+    counted = [edge for edge in edges if edge.kind in COUNTED]
+    ends = ((edge.source, edge.target) for edge in counted)
+    distinct = {(source.location, source.index, target.location, target.index) for source, target in ends}
+    entries = (kinds["embedding"], kinds["unembedding"], kinds["bigram"])
+    return Counts(len(found.circuit.nodes), len(counted), len(distinct), *entries)
 
 
 def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
@@ -344,12 +369,12 @@ def _render_answer(explanation: Explanation) -> list[str]:
 def _render_circuit(explanation: Explanation, width: int) -> list[str]:
     counts, searched = explanation.counts, explanation.searched
     lines = [
-        f"CIRCUIT   {counts['nodes']:,} nodes, where {searched.active:,} are active; {counts['edges']:,} edges over "
-        f"{counts['weights']:,} weights"
+        f"CIRCUIT   {counts.nodes:,} nodes, where {searched.active:,} are active; {counts.edges:,} edges over "
+        f"{counts.weights:,} weights"
     ]
     if not searched.complete:
         lines.append("          The search ran out of work: there may be a smaller circuit.")
-    shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect))[:LISTED_NODES]
+    shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
     inputs: dict[str, list[ExplainedEdge]] = {}
     for edge in explanation.edges:  # strongest first
         if abs(edge.effect) >= 0.005:
@@ -364,7 +389,7 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
             value = f"{node.activation:+.2f}" if node.activation else "off"
             arrows = ", ".join(_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
             lines.append(
-                f"        {node.name:<{longest}}  {value:>7}  {node.mean:>+7.2f}  {node.effect:>+7.2f}   {arrows}".rstrip()
+                f"        {node.name:<{longest}}  {value:>7}  {node.mean:>+7.2f}  {node.effect or 0:>+7.2f}   {arrows}".rstrip()
             )
     last = len(explanation.tokens) - 1
     answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
