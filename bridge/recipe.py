@@ -66,6 +66,12 @@ class Sparsity(_Part):
     min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on either side of each neuron and channel")
     anneal: float = Field(default=0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
 
+    native: Literal["auto", "always", "never"] = Field(
+        default="auto", description="after the anneal train nonzeros alone: where that is measured faster, everywhere, nowhere"
+    )
+    look_every: int = Field(default=20, ge=1, description="steps between dense gradients by which the mask moves, when native")
+    move: float = Field(default=0.1, ge=0, lt=1, description="share of the nonzeros that move at first, when native; falls to 0")
+
     @field_validator("l0")
     @classmethod
     def _positive(cls, l0: float) -> float:

@@ -121,12 +121,19 @@ def run(
     for site in range(len(sublayers) + 1):
         before, now = entered[site], entered[site + 1]
         if now > before:
-            x_btd = torch.cat([x_btd, given_btd[before:now].to(x_btd.dtype)]) if before else given_btd[:now]
+            x_btd = _join(x_btd, given_btd[before:now].to(x_btd.dtype)) if before else given_btd[:now]
         residuals.append(x_btd)
         if site < len(sublayers) and now:
             x_btd = sublayers[site](x_btd)
     logits_btv = unembed(x_btd, tokens_bt)
     return Trace(logits_btv if order_b is None else logits_btv[torch.argsort(order_b)], tuple(residuals), order_b)
+
+
+def _join(x_btd: Tensor, given_btd: Tensor) -> Tensor:
+    """Both one after the other, laid out as x_btd is: torch.cat would store tokens that lie innermost the other way round."""
+    if x_btd.stride(1) == 1 and not x_btd.is_contiguous():
+        return torch.cat([x_btd.transpose(1, 2), given_btd.transpose(1, 2)]).transpose(1, 2)
+    return torch.cat([x_btd, given_btd])
 
 
 def check_sites(enter: Enter, n_sites: int) -> None:

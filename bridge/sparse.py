@@ -10,6 +10,9 @@ K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a g
 query/key channel, so that the fused causal kernel still applies. Where the dense model's blocks are parallel, so are these: both
 halves read the same x.
 
+A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
+place, while it is trained sparsely (`native`). The function computed is the same.
+
 Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. `sparse.gated(gate)` is the same
 weights seen through a gate; recording, mean ablation, masks and steering are gates, and the identity gate is the model itself.
 
@@ -28,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.kernels import abs_top_k, project_, top_k_mask
+from bridge.kernels_cpu import tokens_contiguous
+from bridge.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.recipe import RecipeError, SparseShape, n_kept
 from bridge.residual import Enter, Trace, run
 
@@ -80,6 +85,9 @@ class SparseTransformer(nn.Module):
         elif shape.bigram == "low-rank":
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
+        self.values = nn.ParameterDict()  # of matrices that are trained by their nonzeros, in place of the dense ones
+        self.compact: dict[str, Compact] = {}  # by the name of the matrix
+        self._thresholds: dict[str, float | None] = {}  # of the last projection: where the next one looks first
         if not self.embedding.is_meta:  # on the meta device there are shapes alone
             self._initialise(seed)
 
@@ -108,7 +116,7 @@ class SparseTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.device
+        return self.unembedding.bias.device
 
     def locations(self) -> dict[Location, int]:
         """Every node location in the order of the computation, with its number of nodes."""
@@ -134,6 +142,8 @@ class SparseTransformer(nn.Module):
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
         halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
         sublayers = [partial(halves[part], layer, gate) for layer, _, part in self._parts()]
+        if self.compact and enter is not None:
+            enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
         return run(self._embed, sublayers, self._unembed_last if last_only else self._unembed, tokens_bt, enter)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
@@ -171,26 +181,40 @@ class SparseTransformer(nn.Module):
         return block
 
     def _embed(self, tokens_bt: Tensor) -> Tensor:
-        x_bts = F.embedding(tokens_bt, self.embedding)
+        matrix = self._matrix("embedding", self.embedding)
+        x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
     def _node(self, layer: int, kind: str, gate: Gate, x_btn: Tensor) -> Tensor:
         kept = max(1, round(self.shape.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
+    def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
+        """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
+        matrix = self.compact.get(name)
+        if matrix is not None and weight is not None and matrix.version != weight._version:
+            matrix = self.compact[name] = Compact.of(weight)
+        return matrix
+
+    def _map(self, name: str, linear: nn.Linear, x_btn: Tensor) -> Tensor:
+        matrix = self._matrix(f"{name}.weight", linear.weight)
+        return linear(x_btn) if matrix is None else sparse_linear(x_btn, matrix, linear.bias)
+
     def _attention_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
         r_bts = self._node(layer, "attn_in", gate, _norm(x_bts))
         q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, linear(r_bts)) for kind, linear in (("q", block.q), ("k", block.k), ("v", block.v))
+            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, r_bts))
+            for kind, linear in (("q", block.q), ("k", block.k), ("v", block.v))
         )
-        return self._node(layer, "attn_out", gate, block.o(self._attend(block, q_btn, k_btn, v_btn)))
+        z_btn = self._attend(block, q_btn, k_btn, v_btn)
+        return self._node(layer, "attn_out", gate, self._map(f"blocks.{layer}.o", block.o, z_btn))
 
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
         r_bts = self._node(layer, "mlp_in", gate, _norm(x_bts))
-        a_btn = self._node(layer, "mlp_act", gate, gelu(block.up(r_bts)))
-        return self._node(layer, "mlp_out", gate, block.down(a_btn))
+        a_btn = self._node(layer, "mlp_act", gate, gelu(self._map(f"blocks.{layer}.up", block.up, r_bts)))
+        return self._node(layer, "mlp_out", gate, self._map(f"blocks.{layer}.down", block.down, a_btn))
 
     def _attention(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         return x_bts + self._attention_write(layer, gate, x_bts)
@@ -202,7 +226,7 @@ class SparseTransformer(nn.Module):
         return x_bts + self._attention_write(layer, gate, x_bts) + self._mlp_write(layer, gate, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        logits_btv = self.unembedding(_norm(x_bts))
+        logits_btv = self._map("unembedding", self.unembedding, _norm(x_bts))
         if self.shape.bigram == "full":
             logits_btv = logits_btv + F.embedding(tokens_bt, self.bigram[0])
         elif self.shape.bigram == "low-rank":
@@ -244,12 +268,12 @@ class SparseTransformer(nn.Module):
     # -- sparsity -------------------------------------------------------------------------------------------------------
 
     def sparse_weights(self) -> dict[str, nn.Parameter]:
-        """The matrices that are made sparse: all of them but the bigram table."""
+        """The dense matrices that are made sparse: all of them but the bigram table."""
         return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
 
     def biases(self) -> dict[str, nn.Parameter]:
         """The vectors: biases of the linear maps, and attention sinks."""
-        return {name: p for name, p in self.named_parameters() if p.dim() == 1}
+        return {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
 
     def project(self, fraction: float, *, biases: bool = False, min_per_neuron: int = 0) -> None:
         """Keep of every matrix the fraction (up to 1) of the weights that is largest in magnitude, in place.
@@ -257,27 +281,44 @@ class SparseTransformer(nn.Module):
         With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
         are kept first, within the same number. Raises RecipeError where that number is too small for them.
         """
+        if not self.values:
+            self.compact.clear()  # copies of what changes here
         for name, weight in self.sparse_weights().items():
             kept = n_kept(fraction, weight.numel())
-            protected = _protected(name, weight, min_per_neuron)
-            if protected is None:
-                project_(weight.data, kept)
-            elif (needed := int(protected.sum())) > kept:
+            kept_first = protected(name, weight, min_per_neuron)
+            if kept_first is None:
+                self._thresholds[name] = project_(weight.data, kept, self._thresholds.get(name))
+            elif (needed := int(kept_first.sum())) > kept:
                 raise RecipeError(
                     f"l0 leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}; raise l0 or lower it"
                 )
             else:
-                priority = torch.where(protected, torch.inf, weight.detach().abs())
+                priority = torch.where(kept_first, torch.inf, weight.detach().abs())
                 weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
         if biases:
             for bias in self.biases().values():
                 project_(bias.data, n_kept(fraction, bias.numel()))
 
     def achieved_l0(self) -> float:
-        """Share of the weights of `sparse_weights` that are nonzero."""
-        weights = self.sparse_weights().values()
+        """Share of the weights of the matrices that are made sparse that are nonzero."""
+        weights = [*self.sparse_weights().values(), *self.values.values()]
         nonzero = torch.stack([weight.detach().count_nonzero() for weight in weights]).sum()
-        return int(nonzero) / sum(weight.numel() for weight in weights)
+        return int(nonzero) / self.n_sparse_weights()
+
+    def n_sparse_weights(self) -> int:
+        """How many weights, zero or not, the matrices have that are made sparse."""
+        held = sum(self.compact[name.replace("/", ".")].pattern.count for name in self.values)
+        return held + sum(weight.numel() for weight in self.sparse_weights().values())
+
+    def use_products(self, tokens: int = 1024, dtype: torch.dtype = torch.float32) -> None:
+        """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
+        if self.device.type != "cpu" or self.values:
+            return
+        self.compact.clear()
+        for name, weight in self.sparse_weights().items():
+            density = int(weight.count_nonzero()) / weight.numel()
+            if name != "positions" and worth_it(*weight.shape, round(density, 3), tokens, dtype):
+                self.compact[name] = Compact.of(weight)
 
 
 @dataclass(frozen=True)
@@ -339,10 +380,11 @@ def norm_scale(x_bts: Tensor) -> Tensor:
 
 
 def _norm(x_bts: Tensor) -> Tensor:
-    """RMSNorm without a gain, in float32; under autocast its result is handed on in the type the products compute in."""
+    """RMSNorm without a gain, in float32; under autocast its result is handed on in the type that dense products compute in."""
     r_bts = x_bts * norm_scale(x_bts)
     device = x_bts.device.type
-    return r_bts.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else r_bts
+    wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
+    return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts
 
 
 def _causal_attention(q_bhtc: Tensor, k_bhtc: Tensor, v_bhtc: Tensor, scale: float) -> Tensor:
@@ -355,8 +397,8 @@ def _causal_attention(q_bhtc: Tensor, k_bhtc: Tensor, v_bhtc: Tensor, scale: flo
         return F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale).to(dtype)
 
 
-def _protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
-    """Mask of the `minimum` largest weights on the neuron's side of a matrix (rows read into it, columns are its outputs)."""
+def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
+    """Mask of what min_per_neuron protects in a matrix, None where that is nothing: the `minimum` largest weights on the neuron's side of a matrix (rows read into it, columns are its outputs)."""
     if not minimum:
         return None
     axis = {"up": 1, "q": 1, "k": 1, "v": 1, "down": 0, "o": 0}.get(name.removesuffix(".weight").split(".")[-1])

@@ -2,7 +2,7 @@
 
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
 RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
-L0. Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last
+L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last
 saved state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows
 the clock).
 
@@ -32,12 +32,15 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from bridge import native
 from bridge.bridges import Coupling, new_coupling
 from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
+from bridge.kernels_cpu import reuse_memory
 from bridge.objective import Objective, draw_splice
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
+from bridge.products import Pattern
 from bridge.sparse import SparseTransformer, annealed_l0
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
@@ -224,6 +227,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     share = slice(rows * process // processes, rows * (process + 1) // processes)
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
+    reuse_memory()
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
@@ -249,6 +253,13 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 
     with _asked_to_stop() as stop, _Log(out, accelerator, state.step) as log:
         while (done := fraction()) < 1:
+            if state.native is None and done >= recipe.sparsity.anneal:
+                state.native = _choose(run, kept, per_step)
+                for name in state.native:
+                    optimizer.exchange(name, coupling)
+            moves = bool(state.native) and state.step % recipe.sparsity.look_every == 0
+            if moves:
+                native.look(sparse)
             tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
             splice = counts = None
             if recipe.losses.splice == "sampled" and recipe.losses.coupled:
@@ -261,6 +272,9 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             finite = optimizer.step(done, annealed_l0(kept, done, recipe.sparsity.anneal))
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
+            if moves:
+                share = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
+                native.move(sparse, share, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
@@ -297,6 +311,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 def finish(run: Run) -> Coupling:
     """The trained coupling with its reference text, frozen; saved to the run's folder, if any, in place of the training state."""
     coupling, out = run.coupling, run.out
+    native.release(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
     coupling.bridges.requires_grad_(False).eval()
     path = None if out is None else str(out)
@@ -310,9 +325,10 @@ def finish(run: Run) -> Coupling:
 
 
 class _State:
-    def __init__(self, step: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None) -> None:
         self.step = step
         self.seconds = seconds
+        self.native = native  # the matrices that are trained by their nonzeros, once that is decided
 
 
 class SharkfinAdamW:
@@ -353,6 +369,32 @@ class SharkfinAdamW:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return True
+
+    def exchange(self, name: str, coupling: Coupling, pattern: Pattern | None = None) -> None:
+        """Put the values of a matrix's nonzeros in its place, here and in the model, with its moments there."""
+        old = coupling.sparse.get_parameter(name)
+        new = native.hold(coupling.sparse, name, pattern)
+        index_p = coupling.sparse.compact[name].pattern.index_p
+        for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
+            group[:] = [new if p is old else p for p in group]
+        state = self.adam.state.pop(old, {})
+        if state:
+            self.adam.state[new] = {
+                key: value if value.dim() == 0 else value.reshape(-1)[index_p].clone() for key, value in state.items()
+            }
+        del self.names[old]
+        self.names[new] = f"sparse.values.{native.key(name)}"
+
+    def moments(self) -> native.Moments:
+        """Both moments of every matrix that is held by its nonzeros, by the matrix's name."""
+        prefix = "sparse.values."
+        return {
+            name.removeprefix(prefix).replace("/", "."): {
+                key: value for key, value in self.adam.state.get(p, {}).items() if value.dim()
+            }
+            for p, name in self.names.items()
+            if name.startswith(prefix)
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of every parameter, by name."""
@@ -471,9 +513,19 @@ def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
     return means.tolist()
 
 
+def _choose(run: Run, fraction: float, tokens: int) -> list[str]:
+    """The matrices that are trained by their nonzeros from now on. With several processes none: theirs are averaged densely."""
+    recipe, accelerator = run.coupling.recipe, run.accelerator
+    if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
+        return []
+    if recipe.sparsity.native == "always":
+        return native.all_matrices(run.coupling.sparse)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return native.worthwhile(run.coupling.sparse, fraction, tokens, dtype)
+
+
 def _fraction_kept(coupling: Coupling) -> float:
-    total = sum(weight.numel() for weight in coupling.sparse.sparse_weights().values())
-    return kept_fraction(coupling.recipe.sparsity.l0, total)
+    return kept_fraction(coupling.recipe.sparsity.l0, coupling.sparse.n_sparse_weights())
 
 
 def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
@@ -501,15 +553,21 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts["fingerprint"] = coupling.dense.fingerprint()
+    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native}
+    for name in native.held(coupling.sparse):
+        tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
 
 
 def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
     tensors, facts = read_folder(out, "training")
     fingerprint = coupling.dense.fingerprint()
-    if facts.get("fingerprint", fingerprint) != fingerprint:
+    if facts.get("fingerprint") != fingerprint:
         raise CheckpointError(f"the run in {str(out)!r} has another dense model than {coupling.dense.name!r}; give that one")
+    for name in facts.get("native") or ():
+        weight = coupling.sparse.get_parameter(name)
+        pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
+        optimizer.exchange(name, coupling, pattern)
     for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         try:
@@ -517,4 +575,4 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
     optimizer.restore(tensors)
-    return _State(facts["step"], facts["seconds"])
+    return _State(facts["step"], facts["seconds"], facts.get("native"))

@@ -1,0 +1,511 @@
+"""AbsTopK and the magnitude projection on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
+
+A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32 entries
+to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection. What
+ties in the upper half (a few entries) is decided by the lower half, and what ties there by position, first ones first.
+
+Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
+the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
+
+The projection of a weight matrix wants one threshold for millions of entries: it counts, in one pass, against a bracket around
+the threshold of the last step (or of a sample), collects what lies inside, selects among those, and zeroes in a second pass.
+
+Shape legend: n rows, w width, t tokens, l lanes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.lanes import (
+    LANES,
+    count_lanes,
+    count_row,
+    count_words,
+    equal_lanes,
+    keep_words,
+    lowest_bit,
+    magnitudes16,
+    upper_halves,
+    write_kept,
+)
+
+TOP = 0x7F80  # upper half of infinity, the largest there is
+INFINITE = 0x7F800000
+WIDEST = 32767  # counts of a lane are half words
+CHUNK = 256  # words of a weight matrix counted at a time
+SAMPLE = 1 << 14
+
+
+def in_parallel(task: Callable[[int, int], None], count: int, work: int) -> None:
+    """Run task(start, stop) over `count` items, on as many threads as torch has where `work` (elements) makes it worth it."""
+    threads = max(1, min(torch.get_num_threads(), count, work // 65536))
+    if threads == 1:
+        task(0, count)
+        return
+    edges = [count * i // threads for i in range(threads + 1)]
+    waiting = [_threads().submit(task, start, stop) for start, stop in zip(edges[1:-1], edges[2:], strict=True)]
+    task(edges[0], edges[1])
+    for each in waiting:
+        each.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="bridge-kernels")
+
+
+@cache
+def reuse_memory() -> bool:
+    """Have glibc keep freed memory for the next tensor, where it is glibc that allocates; True where that took effect.
+
+    By default every tensor of some megabytes is mapped afresh, and the page faults take longer than the arithmetic.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    threshold, trim = -3, -1
+    return bool(mallopt(threshold, 1 << 30)) and bool(mallopt(trim, 2**31 - 1))
+
+
+def tokens_contiguous(x: Tensor) -> bool:
+    """Whether x_btn is stored with tokens innermost, as the sparse products store it."""
+    return x.dim() == 3 and x.stride(1) == 1 and x.stride(2) >= x.shape[1] > 1 and x.shape[2] > 1
+
+
+def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16, laid out as x is."""
+    if tokens_contiguous(x):
+        end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
+        stored = x.permute(2, 0, 1).view(1, x.shape[2], -1) if end_to_end else x.transpose(1, 2).contiguous()
+        kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
+        args, (_, width, tokens) = _words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
+        wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
+        in_parallel(lambda start, stop: _top_k_lanes(*args, width, tokens, k, wide, start, stop), tiles, x.numel())
+        if end_to_end:
+            return (kept.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0), mask.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0))
+        return kept.transpose(1, 2), mask.transpose(1, 2)
+    x = x.contiguous()
+    kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
+    args, width = _words(*(tensor.view(-1) for tensor in (x, kept, mask))), x.shape[-1]
+    kernel = _top_k_rows32 if x.dtype == torch.float32 else _top_k_rows16
+    in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
+    return kept, mask
+
+
+def keep_where(mask: Tensor, x: Tensor) -> Tensor:
+    """x where the mask holds, else zero, laid out as the mask is: the backward pass of AbsTopK."""
+    if mask.stride() != x.stride():
+        x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
+    kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
+    words, out, held = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
+    in_parallel(lambda start, stop: _keep_where(words, out, held, start, stop), len(words), len(words))
+    return kept
+
+
+def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
+    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude; returns the threshold.
+
+    `hint`, a threshold that may be near (the last step's), changes the time this takes and nothing else.
+    """
+    bits = weight.detach().view(-1).view(torch.int32).numpy()
+    threshold, room = _threshold(bits, k, hint)
+    if room < 0:
+        flat = weight.detach().view(-1).numpy()
+        limit = np.array([threshold], np.int32).view(np.float32)[0]
+        in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
+    else:
+        _zero_below_ties(bits, threshold, room)
+    return float(np.array([threshold], np.int32).view(np.float32)[0])
+
+
+def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
+    """Bit pattern of the k-th largest magnitude, and how many entries equal to it are kept (-1: all of them)."""
+    size = len(bits)
+    brackets: list[tuple[int, int]] = []
+    if hint is not None and 0 < hint < float("inf"):
+        at = int(np.array([hint], np.float32).view(np.int32)[0])
+        brackets += [(at - (1 << 15), at + (1 << 15)), (at - (1 << 18), at + (1 << 18))]  # within .4 %, within 3 %
+    elif size > 8 * SAMPLE:
+        seen = np.sort(np.minimum(bits[:: size // SAMPLE] & 0x7FFFFFFF, INFINITE))[::-1]
+        middle, margin = k * len(seen) / size, 4 * (k * len(seen) / size) ** 0.5 + 8
+        above, below = int(middle - margin), int(middle + margin)
+        brackets.append((int(seen[min(below, len(seen) - 1)]), int(seen[above]) + 1 if above >= 0 else INFINITE + 1))
+    for low, high in brackets:
+        low, high = max(low, 1), min(high, INFINITE + 1)
+        found = _select(bits, k, low, high)
+        if found is not None:
+            return found
+    return _by_histogram(bits, k)
+
+
+def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | None:
+    """`_threshold` where it lies in [low, high), else None."""
+    parts = max(1, min(torch.get_num_threads(), len(bits) // 65536))
+    edges = [len(bits) * i // parts for i in range(parts + 1)]
+    inside = [np.empty(stop - start, np.int32) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    counts = np.zeros((parts, 2), np.int64)
+
+    def count(start: int, stop: int) -> None:
+        for part in range(start, stop):
+            _collect(bits[edges[part] : edges[part + 1]], low, high, inside[part], counts[part])
+
+    in_parallel(count, parts, len(bits))
+    above = int(counts[:, 1].sum())
+    within = int(counts[:, 0].sum()) - above
+    if not above < k <= above + within:
+        return None
+    found = np.concatenate([each[: c[0] - c[1]] for each, c in zip(inside, counts, strict=True)])
+    rank = within - (k - above)
+    threshold = int(np.partition(found, rank)[rank])
+    larger, equal = int((found > threshold).sum()), int((found == threshold).sum())
+    room = k - above - larger
+    return threshold, -1 if room == equal else room
+
+
+def _words(*tensors: Tensor) -> tuple[Any, ...]:
+    """numpy views as integers of the same size."""
+    types = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.bool: torch.bool}
+    return tuple(tensor.detach().view(types[tensor.dtype]).numpy() for tensor in tensors)
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(nogil=True, cache=True)
+def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -> tuple[int, int, int]:
+    """(u, above, least): the largest u with `least` = count(>= u) at least k, and above = count(>= u + 1) below k.
+
+    Where some count is k exactly the search ends there, with above = k and u + 1 for u.
+    """
+    low, at_low = 0, width
+    high, at_high = TOP + 1, 0
+    step, probe = 8, near
+    while high - low > 1:
+        if not low < probe < high:
+            probe = low + (high - low) // 2
+        count = count_row(half, 0, vectors, probe)
+        if count == k:
+            return probe - 1, k, width
+        if count > k:
+            low, at_low = probe, count
+            probe = probe + step if high == TOP + 1 else low + (high - low) // 2
+        else:
+            high, at_high = probe, count
+            probe = probe - step if low == 0 else low + (high - low) // 2
+        step *= 4
+    return low, at_high, at_low
+
+
+@numba.njit(nogil=True, cache=True)
+def _decide(lower: np.ndarray, count: int, need: int) -> tuple[int, int]:
+    """Of `count` lower halves: the need-th largest, and how many equal to it are kept (-1: all)."""
+    low, high, at_low, at_high = 0, 1 << 16, count, 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        hits = 0
+        for i in range(count):
+            hits += lower[i] >= middle
+        if hits >= need:
+            low, at_low = middle, hits
+        else:
+            high, at_high = middle, hits
+    return low, -1 if at_low == need else need - at_high
+
+
+@numba.njit(nogil=True, cache=True)
+def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, k: int, start: int, stop: int) -> None:
+    vectors = (width + LANES - 1) // LANES
+    half = np.zeros(vectors * LANES, np.int16)
+    lower, limits = np.empty(width, np.int32), np.empty(LANES, np.int32)
+    wanted = np.empty(LANES, np.int16)
+    near = 0
+    for row in range(start * width, stop * width, width):
+        upper_halves(x, row, half, 0, width // LANES)
+        for j in range(width // LANES * LANES, width):
+            half[j] = min(x[row + j] & 0x7FFFFFFF, INFINITE) >> 16
+        u, above, least = _search_row(half, vectors, width, k, near)
+        near = u
+        threshold, room = (u + 1) << 16, -1
+        if above < k and least == k:
+            threshold = u << 16
+        elif above < k:
+            wanted[:] = u
+            count = 0
+            for block in range(vectors):
+                bits = equal_lanes(half, block * LANES, wanted)
+                while bits:
+                    j = block * LANES + lowest_bit(bits)
+                    bits &= bits - 1
+                    if j < width:
+                        lower[count] = min(x[row + j] & 0x7FFFFFFF, INFINITE) & 0xFFFF
+                        count += 1
+            v, room = _decide(lower, count, k - above)
+            threshold = (u << 16) | v
+        done = row
+        if room < 0:
+            limits[:] = threshold
+            while done + LANES <= row + width:
+                write_kept(x, done, limits, kept, mask)
+                done += LANES
+        for j in range(done, row + width):
+            word = min(x[j] & 0x7FFFFFFF, INFINITE)
+            keep = word >= threshold
+            if word == threshold and room >= 0:
+                keep = room > 0
+                room -= keep
+            mask[j] = keep
+            kept[j] = x[j] if keep else 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _top_k_rows16(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, k: int, start: int, stop: int) -> None:
+    vectors = (width + LANES - 1) // LANES
+    half, limits = np.zeros(vectors * LANES, np.int16), np.empty(LANES, np.int16)
+    near = 0
+    for row in range(start * width, stop * width, width):
+        magnitudes16(x, row, half, 0, width // LANES)
+        for j in range(width // LANES * LANES, width):
+            half[j] = min(x[row + j] & 0x7FFF, TOP)
+        u, above, least = _search_row(half, vectors, width, k, near)
+        near = u
+        threshold, room = (u + 1, -1) if above == k else (u, -1) if least == k else (u, k - above)
+        limits[:] = threshold
+        done = row
+        while done + LANES <= row + width:
+            write_kept(x, done, limits, kept, mask)
+            done += LANES
+        for j in range(done, row + width):
+            mask[j] = half[j - row] >= threshold
+            kept[j] = x[j] if mask[j] else 0
+        block = vectors if room < 0 else 0
+        while block < vectors:  # what ties at the threshold: the first `room` stay
+            bits = equal_lanes(half, block * LANES, limits)
+            while bits:
+                j = block * LANES + lowest_bit(bits)
+                bits &= bits - 1
+                if room == 0 and j < width:
+                    mask[row + j], kept[row + j] = False, 0
+                room -= room > 0
+            block += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, stop: int) -> None:
+    done = start
+    while done + LANES <= stop:
+        keep_words(x, done, mask, kept)
+        done += LANES
+    for i in range(done, stop):
+        kept[i] = x[i] if mask[i] else 0
+
+
+# -- lanes --------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(nogil=True, cache=True)
+def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: np.ndarray, least: np.ndarray) -> None:
+    """`_search_row` for every lane: low[l], above[l], least[l]; `low` comes in with the neighbour's."""
+    probe, count = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
+    high = np.empty(LANES, np.int16)
+    step = 8
+    for lane in range(LANES):
+        probe[lane] = max(1, low[lane])
+        low[lane], least[lane] = 0, width
+        high[lane], above[lane] = TOP + 1, 0
+    while True:
+        count_lanes(half, 0, width, probe, count)
+        open_lanes = 0
+        for lane in range(LANES):
+            if high[lane] - low[lane] <= 1:
+                continue
+            if count[lane] == k:  # done: everything from probe on is kept
+                low[lane], high[lane] = probe[lane] - 1, probe[lane]
+                above[lane], least[lane] = k, width
+                continue
+            if count[lane] > k:
+                low[lane], least[lane] = probe[lane], count[lane]
+            else:
+                high[lane], above[lane] = probe[lane], count[lane]
+            if high[lane] == TOP + 1:
+                target = low[lane] + step
+            elif low[lane] == 0:
+                target = high[lane] - step
+            else:
+                target = 0
+            if not low[lane] < target < high[lane]:
+                target = low[lane] + (high[lane] - low[lane]) // 2
+            probe[lane] = target
+            open_lanes += high[lane] - low[lane] > 1
+        step *= 4
+        if not open_lanes:
+            return
+
+
+@numba.njit(nogil=True, cache=True)
+def _top_k_lanes(
+    x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int
+) -> None:
+    per_row = (tokens + LANES - 1) // LANES
+    half = np.zeros(width * LANES, np.int16)
+    low, above, least = np.zeros(LANES, np.int16), np.empty(LANES, np.int16), np.empty(LANES, np.int16)
+    limit, room, narrow = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int16)
+    lower, found = np.empty((LANES, width), np.int32), np.empty(LANES, np.int32)
+    for tile in range(start, stop):
+        b, t = tile // per_row, tile % per_row * LANES
+        lanes = min(LANES, tokens - t)
+        for j in range(width):
+            if lanes == LANES:
+                if wide:
+                    upper_halves(x, (b * width + j) * tokens + t, half, j * LANES, 1)
+                else:
+                    magnitudes16(x, (b * width + j) * tokens + t, half, j * LANES, 1)
+            else:
+                for lane in range(lanes):
+                    word = x[(b * width + j) * tokens + t + lane]
+                    half[j * LANES + lane] = min(word & 0x7FFFFFFF, INFINITE) >> 16 if wide else min(word & 0x7FFF, TOP)
+        _search_lanes(half, width, k, low, above, least)
+        undecided = 0
+        for lane in range(LANES):
+            room[lane], found[lane] = -1, 0
+            limit[lane] = low[lane] + 1
+            if above[lane] < k and least[lane] == k:
+                limit[lane] = low[lane]
+            elif above[lane] < k:
+                limit[lane], room[lane] = low[lane], k - above[lane]
+                undecided += lane < lanes
+        if not wide:
+            for lane in range(LANES):
+                narrow[lane] = limit[lane]
+            for j in range(width):
+                at = (b * width + j) * tokens + t
+                if lanes == LANES:
+                    write_kept(x, at, narrow, kept, mask)
+                else:
+                    for lane in range(lanes):
+                        mask[at + lane] = half[j * LANES + lane] >= narrow[lane]
+                        kept[at + lane] = x[at + lane] if mask[at + lane] else 0
+                bits = equal_lanes(half, j * LANES, narrow) if undecided else 0
+                while bits:
+                    lane = lowest_bit(bits)
+                    bits &= bits - 1
+                    if room[lane] == 0 and lane < lanes:
+                        mask[at + lane], kept[at + lane] = False, 0
+                    room[lane] -= room[lane] > 0
+            continue
+        if undecided:
+            for j in range(width):
+                bits = equal_lanes(half, j * LANES, low)
+                while bits:
+                    lane = lowest_bit(bits)
+                    bits &= bits - 1
+                    if room[lane] >= 0 and lane < lanes:
+                        lower[lane, found[lane]] = min(x[(b * width + j) * tokens + t + lane] & 0x7FFFFFFF, INFINITE) & 0xFFFF
+                        found[lane] += 1
+        ties = False
+        for lane in range(LANES):
+            limit[lane] <<= 16
+            if room[lane] >= 0 and lane < lanes:
+                v, room[lane] = _decide(lower[lane], found[lane], room[lane])
+                limit[lane] |= v
+                ties |= room[lane] >= 0
+        for j in range(width):
+            at = (b * width + j) * tokens + t
+            if lanes == LANES and not ties:
+                write_kept(x, at, limit, kept, mask)
+                continue
+            for lane in range(lanes):
+                word = min(x[at + lane] & 0x7FFFFFFF, INFINITE)
+                keep = word >= limit[lane]
+                if word == limit[lane] and room[lane] >= 0:
+                    keep = room[lane] > 0
+                    room[lane] -= keep
+                mask[at + lane] = keep
+                kept[at + lane] = x[at + lane] if keep else 0
+
+
+# -- whole matrices -----------------------------------------------------------------------------------------------------
+
+
+@numba.njit(nogil=True, cache=True)
+def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: np.ndarray) -> None:
+    """counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
+    found, both = 0, np.zeros(2, np.int64)
+    counts[:] = 0
+    size = bits.shape[0]
+    for at in range(0, size, CHUNK):
+        stop = min(at + CHUNK, size)
+        if stop - at == CHUNK:
+            count_words(bits, at, CHUNK // 16, low, high, both)
+            counts[0] += both[0]
+            counts[1] += both[1]
+            if both[0] == both[1]:
+                continue
+            for j in range(at, stop):
+                word = bits[j] & 0x7FFFFFFF
+                if low <= word:
+                    word = min(word, INFINITE)
+                    if word < high:
+                        inside[found] = word
+                        found += 1
+        else:
+            for j in range(at, stop):
+                word = min(bits[j] & 0x7FFFFFFF, INFINITE)
+                counts[0] += word >= low
+                counts[1] += word >= high
+                if low <= word < high:
+                    inside[found] = word
+                    found += 1
+    if high > INFINITE:  # a NaN counts as infinite, which is below this bound
+        counts[1] = 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
+    """Two passes over the upper and the lower half of every magnitude: no bracket needed."""
+    histogram = np.zeros(1 << 16, np.int64)
+    for j in range(bits.shape[0]):
+        histogram[min(bits[j] & 0x7FFFFFFF, INFINITE) >> 16] += 1
+    room, upper = k, (1 << 16) - 1
+    while histogram[upper] < room:
+        room -= histogram[upper]
+        upper -= 1
+    histogram[:] = 0
+    for j in range(bits.shape[0]):
+        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
+        if magnitude >> 16 == upper:
+            histogram[magnitude & 0xFFFF] += 1
+    lower = (1 << 16) - 1
+    while histogram[lower] < room:
+        room -= histogram[lower]
+        lower -= 1
+    return (upper << 16) | lower, -1 if histogram[lower] == room else room
+
+
+@numba.njit(nogil=True, cache=True)
+def _zero_below(flat: np.ndarray, limit: np.float32) -> None:
+    for j in range(flat.shape[0]):
+        flat[j] = np.float32(0) if abs(flat[j]) < limit else flat[j]
+
+
+@numba.njit(nogil=True, cache=True)
+def _zero_below_ties(bits: np.ndarray, threshold: int, room: int) -> None:
+    for j in range(bits.shape[0]):
+        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
+        if magnitude < threshold:
+            bits[j] = 0
+        elif magnitude == threshold:
+            if room == 0:
+                bits[j] = 0
+            else:
+                room -= 1

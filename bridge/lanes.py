@@ -1,0 +1,288 @@
+"""Vector instructions for the compiled kernels: the inner loops that numba's own vectoriser does not find, written as LLVM IR.
+
+Each is a few instructions on vectors of 32 half words, 16 words or 16 floats, which LLVM maps to whatever the machine has (one
+or two AVX-512 registers, two or four of AVX2, four or eight of NEON), so that nothing needs a compiler where it is used. Arrays
+are C-contiguous, offsets count elements, and no bounds are checked: only `kernels_cpu` and `products_cpu` call these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 32  # half words of a vector: 64 bytes
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats a sparse product accumulates in registers
+
+_I1, _I8, _I16, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_V16, _V32, _VF = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, 16)
+_W32 = ir.VectorType(_I32, 16)
+
+
+def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    zeros = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _constant(vector: Any, value: float) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _load(builder: Any, pointer: Any, vector: Any, step: int = 0) -> Any:
+    at = builder.bitcast(builder.gep(pointer, [ir.Constant(_I64, step * vector.count)]), vector.as_pointer())
+    value = builder.load(at)
+    value.align = vector.element.width // 8 if isinstance(vector.element, ir.IntType) else 4
+    return value
+
+
+def _store(builder: Any, value: Any, pointer: Any, step: int = 0) -> None:
+    at = builder.bitcast(builder.gep(pointer, [ir.Constant(_I64, step * value.type.count)]), value.type.as_pointer())
+    done = builder.store(value, at)
+    done.align = value.type.element.width // 8 if isinstance(value.type.element, ir.IntType) else 4
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any], **flags: Any) -> Any:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+    return builder.call(function, arguments, **flags)
+
+
+def _loop(builder: Any, start: Any, stop: Any) -> Any:
+    return cgutils.for_range_slice(builder, start, stop, ir.Constant(_I64, 1), intp=_I64)
+
+
+def _emit(result: Any, kinds: tuple[Any, ...], body: Callable[[Any, list[Any]], Any]) -> tuple[Any, Any]:
+    """Signature and code generator: arrays among the arguments reach `body` as pointers to their data."""
+    signature = result(*kinds)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values = [
+            context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+            for kind, value in zip(signature.args, arguments, strict=True)
+        ]
+        returned = body(builder, values)
+        return context.get_dummy_value() if returned is None else returned
+
+    return signature, generate
+
+
+@intrinsic
+def upper_halves(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> Any:
+    """out[...] = upper halves of the magnitudes of float32 bit patterns, NaN as infinity: their order, coarsely."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        source, target = builder.gep(values[0], [values[1]]), builder.gep(values[2], [values[3]])
+        with _loop(builder, ir.Constant(_I64, 0), values[4]) as (i, _):
+            offset = [builder.mul(i, ir.Constant(_I64, LANES))]
+            word = builder.and_(_load(builder, builder.gep(source, offset), _V32), _constant(_V32, 0x7FFFFFFF))
+            infinite = _constant(_V32, 0x7F800000)
+            word = builder.select(builder.icmp_signed("<", word, infinite), word, infinite)
+            half = builder.trunc(builder.lshr(word, _constant(_V32, 16)), _V16)
+            _store(builder, half, builder.gep(target, offset))
+
+    return _emit(types.void, (bits, types.int64, out, types.int64, types.int64), body)
+
+
+@intrinsic
+def magnitudes16(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> Any:
+    """out[...] = magnitudes of bfloat16 bit patterns, NaN as infinity."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        source, target = builder.gep(values[0], [values[1]]), builder.gep(values[2], [values[3]])
+        with _loop(builder, ir.Constant(_I64, 0), values[4]) as (i, _):
+            offset = [builder.mul(i, ir.Constant(_I64, LANES))]
+            half = builder.and_(_load(builder, builder.gep(source, offset), _V16), _constant(_V16, 0x7FFF))
+            infinite = _constant(_V16, 0x7F80)
+            half = builder.select(builder.icmp_signed("<", half, infinite), half, infinite)
+            _store(builder, half, builder.gep(target, offset))
+
+    return _emit(types.void, (bits, types.int64, out, types.int64, types.int64), body)
+
+
+@intrinsic
+def count_row(typing: Any, half: Any, at: Any, vectors: Any, threshold: Any) -> Any:
+    """How many of `vectors` * LANES half words are at least the threshold (fewer than 2**15 vectors)."""
+
+    def body(builder: Any, values: list[Any]) -> Any:
+        source = builder.gep(values[0], [values[1]])
+        limit = _splat(builder, builder.trunc(values[3], _I16), _V16)
+        total = cgutils.alloca_once_value(builder, _constant(_V16, 0))
+        builder.store(_constant(_V16, 0), total)
+        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
+            value = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, LANES))]), _V16)
+            hit = builder.sext(builder.icmp_signed(">=", value, limit), _V16)
+            builder.store(builder.sub(builder.load(total), hit), total)
+        wide = builder.sext(builder.load(total), _V32)
+        return builder.sext(_call(builder, "llvm.vector.reduce.add.v32i32", _I32, [wide]), _I64)
+
+    return _emit(types.int64, (half, types.int64, types.int64, types.int64), body)
+
+
+@intrinsic
+def count_lanes(typing: Any, half: Any, at: Any, rows: Any, threshold: Any, count: Any) -> Any:
+    """count[l] = how many of `rows` vectors have in lane l at least threshold[l] (fewer than 2**15 rows)."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        source = builder.gep(values[0], [values[1]])
+        limit = _load(builder, values[3], _V16)
+        total = cgutils.alloca_once_value(builder, _constant(_V16, 0))
+        builder.store(_constant(_V16, 0), total)
+        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
+            value = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, LANES))]), _V16)
+            hit = builder.sext(builder.icmp_signed(">=", value, limit), _V16)
+            builder.store(builder.sub(builder.load(total), hit), total)
+        _store(builder, builder.load(total), values[4])
+
+    return _emit(types.void, (half, types.int64, types.int64, threshold, count), body)
+
+
+@intrinsic
+def equal_lanes(typing: Any, half: Any, at: Any, wanted: Any) -> Any:
+    """Bit l is set where the vector at `at` equals wanted in lane l."""
+
+    def body(builder: Any, values: list[Any]) -> Any:
+        value = _load(builder, builder.gep(values[0], [values[1]]), _V16)
+        equal = builder.icmp_signed("==", value, _load(builder, values[2], _V16))
+        return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), _I64)
+
+    return _emit(types.int64, (half, types.int64, wanted), body)
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """The index of the lowest bit that is set."""
+
+    def body(builder: Any, values: list[Any]) -> Any:
+        return _call(builder, "llvm.cttz.i64", _I64, [values[0], ir.Constant(_I1, 1)])
+
+    return _emit(types.int64, (types.int64,), body)
+
+
+@intrinsic
+def count_words(typing: Any, bits: Any, at: Any, vectors: Any, low: Any, high: Any, counts: Any) -> Any:
+    """counts[0], counts[1] = how many magnitudes of `vectors` * 16 float32 bit patterns are at least low, at least high."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        source = builder.gep(values[0], [values[1]])
+        limits = [_splat(builder, builder.trunc(value, _I32), _W32) for value in values[3:5]]
+        totals = [cgutils.alloca_once_value(builder, _constant(_W32, 0)) for _ in limits]
+        for total in totals:
+            builder.store(_constant(_W32, 0), total)
+        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
+            word = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, 16))]), _W32)
+            word = builder.and_(word, _constant(_W32, 0x7FFFFFFF))
+            for limit, total in zip(limits, totals, strict=True):
+                hit = builder.sext(builder.icmp_signed(">=", word, limit), _W32)
+                builder.store(builder.sub(builder.load(total), hit), total)
+        for step, total in enumerate(totals):
+            summed = builder.sext(_call(builder, "llvm.vector.reduce.add.v16i32", _I32, [builder.load(total)]), _I64)
+            builder.store(summed, builder.gep(values[5], [ir.Constant(_I64, step)]))
+
+    return _emit(types.void, (bits, types.int64, types.int64, types.int64, types.int64, counts), body)
+
+
+@intrinsic
+def write_kept(typing: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: Any) -> Any:
+    """kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
+    least limits[l] (bits), else 0; and the mask.
+    """
+    vector, infinity = (_V16, 0x7F80) if bits.dtype == types.int16 else (_V32, 0x7F800000)
+
+    def body(builder: Any, values: list[Any]) -> None:
+        bits, at, limits, kept, mask = values
+        offset = [at]
+        word = _load(builder, builder.gep(bits, offset), vector)
+        magnitude = builder.and_(word, _constant(vector, 0x7FFF if vector is _V16 else 0x7FFFFFFF))
+        infinite = _constant(vector, infinity)
+        magnitude = builder.select(builder.icmp_signed("<", magnitude, infinite), magnitude, infinite)
+        keep = builder.icmp_signed(">=", magnitude, _load(builder, limits, vector))
+        _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, offset))
+        _store(builder, builder.zext(keep, ir.VectorType(_I8, LANES)), builder.gep(mask, offset))
+
+    return _emit(types.void, (bits, types.int64, limits, kept, mask), body)
+
+
+@intrinsic
+def keep_words(typing: Any, bits: Any, at: Any, mask: Any, kept: Any) -> Any:
+    """kept = 32 words (or half words) where the mask holds, else 0."""
+
+    vector = _V16 if bits.dtype == types.int16 else _V32
+
+    def body(builder: Any, values: list[Any]) -> None:
+        bits, at, mask, kept = values
+        held = _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
+        keep = builder.icmp_unsigned("!=", held, _constant(ir.VectorType(_I8, LANES), 0))
+        word = _load(builder, builder.gep(bits, [at]), vector)
+        _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, [at]))
+
+    return _emit(types.void, (bits, types.int64, mask, kept), body)
+
+
+def _weighted_sum(tokens: int) -> Any:
+    """y[t] = bias + sum over nonzeros p of value[p] * x[index[p], t] for `tokens` tokens, which stay in registers."""
+
+    @intrinsic
+    def weighted_sum(
+        typing: Any, x: Any, x_at: Any, stride: Any, index: Any, value: Any, start: Any, stop: Any, bias: Any, y: Any, y_at: Any
+    ) -> Any:
+        def body(builder: Any, values: list[Any]) -> None:
+            x, x_at, stride, index, value, start, stop, bias, y, y_at = values
+            x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
+            first = _splat(builder, bias, _VF)
+            sums = [cgutils.alloca_once_value(builder, _constant(_VF, 0.0)) for _ in range(tokens // 16)]
+            for each in sums:
+                builder.store(first, each)
+            with _loop(builder, start, stop) as (p, _):
+                row = builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
+                weight = _splat(builder, builder.load(builder.gep(value, [p])), _VF)
+                for step, each in enumerate(sums):
+                    terms = [weight, _load(builder, row, _VF, step), builder.load(each)]
+                    builder.store(_call(builder, "llvm.fma.v16f32", _VF, terms), each)
+            for step, each in enumerate(sums):
+                _store(builder, builder.load(each), y, step)
+
+        i64 = types.int64
+        return _emit(types.void, (x, i64, i64, index, value, i64, i64, types.float32, y, i64), body)
+
+    return weighted_sum
+
+
+def _inner_products(tokens: int) -> Any:
+    """out[p] += sum over `tokens` tokens of x[index[p], t] * y[t], y staying in registers."""
+
+    @intrinsic
+    def inner_products(
+        typing: Any, x: Any, x_at: Any, stride: Any, index: Any, start: Any, stop: Any, y: Any, y_at: Any, out: Any
+    ) -> Any:
+        def body(builder: Any, values: list[Any]) -> None:
+            x, x_at, stride, index, start, stop, y, y_at, out = values
+            x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
+            fixed = [_load(builder, y, _VF, step) for step in range(tokens // 16)]
+            with _loop(builder, start, stop) as (p, _):
+                row = builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
+                sums: list[Any] = [None, None]
+                for step, each in enumerate(fixed):
+                    other, so_far = _load(builder, row, _VF, step), sums[step % 2]
+                    if so_far is None:
+                        sums[step % 2] = builder.fmul(each, other)
+                    else:
+                        sums[step % 2] = _call(builder, "llvm.fma.v16f32", _VF, [each, other, so_far])
+                both = sums[0] if sums[1] is None else builder.fadd(sums[0], sums[1])
+                zero = ir.Constant(_F32, 0.0)
+                total = _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, both], fastmath=("reassoc",))
+                at = builder.gep(out, [p])
+                builder.store(builder.fadd(builder.load(at), total), at)
+
+        i64 = types.int64
+        return _emit(types.void, (x, i64, i64, index, i64, i64, y, i64, out), body)
+
+    return inner_products
+
+
+weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)
+inner_products, inner_products_16 = _inner_products(TOKENS), _inner_products(16)

@@ -1,0 +1,315 @@
+"""Products with matrices that are held by their nonzeros: cost follows the weights that exist (Gao et al. 2025, appendix B).
+
+    y = W x + b          y[i, t] = b[i] + sum over p in row i of  W_p x[column_p, t]
+    dx = W' dy           the same, by columns
+    dW_p                 = sum over t of  dy[row_p, t] x[column_p, t]           at the nonzeros alone
+
+Activations are stored with their tokens innermost (b n t; the logical shape stays b t n), so that a nonzero is one multiply-add
+on whole vectors of tokens, and the sums of 128 tokens stay in registers while a row's nonzeros go by. A batch row's block of n x
+128 floats is what the caches hold meanwhile. Where rows are short they are laid end to end (storage n b t), so that the vectors
+are full.
+
+Only the CPU has these kernels. Elsewhere, and above the density at which they stop paying (`worth_it` measures it), products are
+dense.
+
+Shape legend: b batch row, t token, n inputs, m outputs, p nonzeros, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge.kernels_cpu import in_parallel
+from bridge.lanes import TOKENS, inner_products, inner_products_16, weighted_sum, weighted_sum_16
+
+SHORT = 64  # tokens; shorter rows are laid end to end
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Where the nonzeros of an m x n matrix are, in the order of rows and in that of columns.
+
+    start_m1 and column_p list them by rows; start_n1 and row_p by columns, order_p being each one's place in the order of rows.
+    """
+
+    shape: tuple[int, int]
+    start_m1: Tensor
+    column_p: Tensor
+    start_n1: Tensor
+    row_p: Tensor
+    order_p: Tensor
+
+    @staticmethod
+    def at(index_p: Tensor, shape: tuple[int, int]) -> Pattern:
+        """The pattern of flat, ascending indices into an m x n matrix."""
+        m, n = shape
+        row_p, column_p = index_p // n, index_p % n
+        start_m1, start_n1 = (
+            F.pad(torch.bincount(line_p, minlength=count).cumsum(0), (1, 0)) for line_p, count in ((row_p, m), (column_p, n))
+        )
+        order_p = torch.empty_like(index_p)
+        _by_columns(column_p.numpy(), start_n1.clone().numpy(), order_p.numpy())
+        return Pattern(shape, start_m1, column_p.int(), start_n1, row_p[order_p].int(), order_p)
+
+    @property
+    def count(self) -> int:
+        """Entries of the matrix, zero or not."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def index_p(self) -> Tensor:
+        """Flat, ascending indices of the nonzeros."""
+        row_p = torch.repeat_interleave(torch.arange(self.shape[0]), self.start_m1.diff())
+        return row_p * self.shape[1] + self.column_p
+
+
+class Look:
+    """Collects the dense gradient of one matrix while a backward pass runs: what a moving mask grows by."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.gradient_mn = torch.zeros(shape)
+
+
+@dataclass
+class Compact:
+    """A matrix by its nonzeros: where, and their values; `look`, where set, collects the dense gradient.
+
+    version is that of the dense weight it was packed from.
+    """
+
+    pattern: Pattern
+    value_p: Tensor
+    look: Look | None = None
+    version: int = -1
+
+    @staticmethod
+    def of(weight_mn: Tensor) -> Compact:
+        """The nonzeros of a matrix."""
+        index_p = weight_mn.detach().reshape(-1).nonzero().flatten()
+        shape = (weight_mn.shape[0], weight_mn.shape[1])
+        return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), version=weight_mn._version)
+
+    def dense(self) -> Tensor:
+        """weight_mn."""
+        weight_mn = torch.zeros(self.pattern.shape)
+        weight_mn.view(-1)[self.pattern.index_p] = self.value_p.detach()
+        return weight_mn
+
+
+def tokens_inside(x_btn: Tensor) -> Tensor:
+    """The same activations, stored with their tokens innermost; itself where it is already."""
+    return _stored(x_btn).logical(x_btn.shape)
+
+
+def sparse_linear(x_btn: Tensor, matrix: Compact, bias_m: Tensor | None = None) -> Tensor:
+    """y_btm = x W' + b in float32, differentiable in x, the nonzeros' values and the bias."""
+    return _SparseLinear.apply(x_btn, matrix.value_p, bias_m, matrix)  # type: ignore[no-any-return]
+
+
+def sparse_embedding(tokens_bt: Tensor, matrix: Compact) -> Tensor:
+    """x_btn: the rows of a table that is held by its nonzeros, differentiable in their values."""
+    return _SparseEmbedding.apply(tokens_bt, matrix.value_p, matrix)  # type: ignore[no-any-return]
+
+
+@cache
+def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a sparse product of these sizes, forward and backward, is measured faster here than a dense one in dtype."""
+    if m * n < 1 << 14:
+        return False
+    rows, length = max(1, tokens // 128), min(tokens, 128)
+    generator = torch.Generator().manual_seed(0)
+    weight_mn = torch.rand(m, n, generator=generator)
+    weight_mn = torch.where(weight_mn < density, weight_mn / density, 0)
+    matrix, x_btn = Compact.of(weight_mn), torch.randn(rows, length, n, generator=generator).requires_grad_()
+    matrix.value_p.requires_grad_()
+    weight_mn.requires_grad_()
+    inside_btn = tokens_inside(x_btn.detach()).requires_grad_()
+    times: list[list[float]] = [[], []]
+    for turn in range(4):
+        for contender, seconds in enumerate(times):
+            began = time.perf_counter()
+            with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                y_btm = F.linear(x_btn, weight_mn) if contender else sparse_linear(inside_btn, matrix)
+            y_btm.backward(y_btm.detach())
+            if turn:
+                seconds.append(time.perf_counter() - began)
+    return min(times[0]) < 0.9 * min(times[1])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Activations as the kernels see them: rows of blocks of n x length, contiguous."""
+
+    x_bnt: Tensor
+    end_to_end: bool
+
+    def logical(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """The view whose logical shape is b t n."""
+        b, t, _ = shape
+        if not self.end_to_end:
+            return self.x_bnt.transpose(1, 2)
+        return self.x_bnt.view(-1, b, t).permute(1, 2, 0)
+
+    def empty(self, width: int) -> _Stored:
+        """Room for as many tokens of another width."""
+        return _Stored(torch.empty(self.x_bnt.shape[0], width, self.x_bnt.shape[2]), self.end_to_end)
+
+
+def _stored(x_btn: Tensor) -> _Stored:
+    b, t, n = x_btn.shape
+    x_btn = x_btn.detach().float()
+    if b > 1 and t < SHORT:
+        return _Stored(x_btn.permute(2, 0, 1).contiguous().view(1, n, b * t), True)
+    return _Stored(x_btn.transpose(1, 2).contiguous(), False)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_btn: Tensor, value_p: Tensor, bias_m: Tensor | None, matrix: Compact) -> Tensor:
+        pattern = matrix.pattern
+        x = _stored(x_btn)
+        y = x.empty(pattern.shape[0])
+        bias = torch.zeros(pattern.shape[0]) if bias_m is None else bias_m.detach()
+        _multiply(pattern.start_m1, pattern.column_p, value_p.detach(), bias, x.x_bnt, y.x_bnt)
+        ctx.save_for_backward(x.x_bnt, value_p)
+        ctx.matrix, ctx.pattern, ctx.end_to_end, ctx.with_bias = matrix, pattern, x.end_to_end, bias_m is not None
+        return y.logical(x_btn.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy_btm: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_bnt, value_p = ctx.saved_tensors
+        pattern, shape = ctx.pattern, dy_btm.shape
+        x, dy = _Stored(x_bnt, ctx.end_to_end), _stored(dy_btm)
+        dx_btn = dvalue_p = dbias_m = None
+        if ctx.needs_input_grad[0]:
+            dx = x.empty(pattern.shape[1])
+            by_column_p = value_p.detach()[pattern.order_p]
+            _multiply(pattern.start_n1, pattern.row_p, by_column_p, torch.zeros(pattern.shape[1]), dy.x_bnt, dx.x_bnt)
+            dx_btn = dx.logical(shape)
+        if ctx.needs_input_grad[1]:
+            dvalue_p = torch.zeros_like(value_p)
+            _inner(pattern, x_bnt, dy.x_bnt, dvalue_p)
+        if ctx.needs_input_grad[2]:
+            dbias_m = dy.x_bnt.sum((0, 2))
+        look = ctx.matrix.look
+        if look is not None:
+            for dy_mt, x_nt in zip(dy.x_bnt, x_bnt, strict=True):
+                look.gradient_mn.addmm_(dy_mt, x_nt.T)
+        return dx_btn, dvalue_p, dbias_m, None
+
+
+class _SparseEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_bt: Tensor, value_p: Tensor, matrix: Compact) -> Tensor:
+        pattern = matrix.pattern
+        b, t = tokens_bt.shape
+        x_bnt = torch.zeros(b, pattern.shape[1], t)
+        start_v1, column_p = pattern.start_m1.numpy(), pattern.column_p.numpy()
+        _look_up(start_v1, column_p, value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
+        ctx.save_for_backward(tokens_bt, value_p)
+        ctx.matrix, ctx.pattern = matrix, pattern
+        return x_bnt.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dx_btn: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        tokens_bt, value_p = ctx.saved_tensors
+        pattern = ctx.pattern
+        dvalue_p = torch.zeros_like(value_p)
+        dx_bnt = dx_btn.detach().float().transpose(1, 2)
+        _look_back(pattern.start_m1.numpy(), pattern.column_p.numpy(), dvalue_p.numpy(), tokens_bt.numpy(), dx_bnt.numpy())
+        if ctx.matrix.look is not None:
+            ctx.matrix.look.gradient_mn.index_add_(0, tokens_bt.flatten(), dx_btn.detach().float().flatten(0, 1))
+        return None, dvalue_p, None
+
+
+def _multiply(start: Tensor, index_p: Tensor, value_p: Tensor, bias: Tensor, x_bnt: Tensor, y_bmt: Tensor) -> None:
+    arrays = [tensor.numpy() for tensor in (start, index_p, value_p, bias, x_bnt, y_bmt)]
+    blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
+    work = len(index_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
+    if blocks >= torch.get_num_threads():
+        in_parallel(lambda first, last: _multiply_lines(*arrays, first, last, 0, lines), blocks, work)
+    else:
+        in_parallel(lambda first, last: _multiply_lines(*arrays, 0, blocks, first, last), lines, work)
+
+
+def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) -> None:
+    arrays = [tensor.numpy() for tensor in (pattern.start_m1, pattern.column_p, x_bnt, dy_bmt, dvalue_p)]
+    work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
+    in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
+
+
+@numba.njit(nogil=True, cache=True)
+def _multiply_lines(
+    start: np.ndarray, index: np.ndarray, value: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, first_block: int,
+    last_block: int, first: int, last: int,
+) -> None:  # fmt: skip
+    n, tokens, m = x.shape[1], x.shape[2], y.shape[1]
+    for b in range(first_block, last_block):
+        t = 0
+        while t < tokens:
+            step = TOKENS if t + TOKENS <= tokens else 16 if t + 16 <= tokens else 1
+            for i in range(first, last):
+                x_at, y_at = b * n * tokens + t, (b * m + i) * tokens + t
+                if step == TOKENS:
+                    weighted_sum(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
+                elif step == 16:
+                    weighted_sum_16(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
+                else:
+                    total = bias[i]
+                    for p in range(start[i], start[i + 1]):
+                        total += value[p] * x[b, index[p], t]
+                    y[b, i, t] = total
+            t += step
+
+
+@numba.njit(nogil=True, cache=True)
+def _inner_lines(
+    start: np.ndarray, index: np.ndarray, x: np.ndarray, y: np.ndarray, out: np.ndarray, first: int, last: int
+) -> None:
+    n, tokens, m = x.shape[1], x.shape[2], y.shape[1]
+    for b in range(x.shape[0]):
+        t = 0
+        while t < tokens:
+            step = TOKENS if t + TOKENS <= tokens else 16 if t + 16 <= tokens else 1
+            for i in range(first, last):
+                x_at, y_at = b * n * tokens + t, (b * m + i) * tokens + t
+                if step == TOKENS:
+                    inner_products(x, x_at, tokens, index, start[i], start[i + 1], y, y_at, out)
+                elif step == 16:
+                    inner_products_16(x, x_at, tokens, index, start[i], start[i + 1], y, y_at, out)
+                else:
+                    for p in range(start[i], start[i + 1]):
+                        out[p] += x[b, index[p], t] * y[b, i, t]
+            t += step
+
+
+@numba.njit(nogil=True, cache=True)
+def _by_columns(column: np.ndarray, place: np.ndarray, order: np.ndarray) -> None:
+    for p in range(column.shape[0]):
+        order[place[column[p]]] = p
+        place[column[p]] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _look_up(start: np.ndarray, column: np.ndarray, value: np.ndarray, tokens: np.ndarray, x: np.ndarray) -> None:
+    for b in range(tokens.shape[0]):
+        for t in range(tokens.shape[1]):
+            for p in range(start[tokens[b, t]], start[tokens[b, t] + 1]):
+                x[b, column[p], t] = value[p]
+
+
+@numba.njit(nogil=True, cache=True)
+def _look_back(start: np.ndarray, column: np.ndarray, out: np.ndarray, tokens: np.ndarray, dx: np.ndarray) -> None:
+    for b in range(tokens.shape[0]):
+        for t in range(tokens.shape[1]):
+            for p in range(start[tokens[b, t]], start[tokens[b, t] + 1]):
+                out[p] += dx[b, column[p], t]
