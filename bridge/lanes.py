@@ -284,5 +284,57 @@ def _inner_products(tokens: int) -> Any:
     return inner_products
 
 
+@intrinsic
+def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any, scale: Any) -> Any:
+    """x = exp(x - shift) * scale for `vectors` * 16 floats, in place and within 2 units of the last place; returns their sum."""
+    coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+    def body(builder: Any, values: list[Any]) -> Any:
+        x = builder.gep(values[0], [values[1]])
+        shift, scale = _splat(builder, values[3], _VF), _splat(builder, values[4], _VF)
+        total = cgutils.alloca_once_value(builder, _constant(_VF, 0.0))
+        builder.store(_constant(_VF, 0.0), total)
+        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
+            at = builder.gep(x, [builder.mul(i, ir.Constant(_I64, 16))])
+            y = builder.fsub(_load(builder, at, _VF), shift)
+            lowest = _constant(_VF, -87.0)
+            tiny = builder.fcmp_ordered("<", y, lowest)
+            y = builder.select(tiny, lowest, y)
+            whole = _call(builder, "llvm.rint.v16f32", _VF, [builder.fmul(y, _constant(_VF, 1.44269504088896341))])
+            rest = _call(builder, "llvm.fma.v16f32", _VF, [whole, _constant(_VF, -0.693359375), y])
+            rest = _call(builder, "llvm.fma.v16f32", _VF, [whole, _constant(_VF, 2.12194440e-4), rest])
+            power = _constant(_VF, coefficients[0])
+            for coefficient in coefficients[1:]:
+                power = _call(builder, "llvm.fma.v16f32", _VF, [power, rest, _constant(_VF, coefficient)])
+            square = builder.fmul(rest, rest)
+            power = builder.fadd(_call(builder, "llvm.fma.v16f32", _VF, [power, square, rest]), _constant(_VF, 1.0))
+            exponent = builder.shl(builder.add(builder.fptosi(whole, _W32), _constant(_W32, 127)), _constant(_W32, 23))
+            power = builder.fmul(builder.fmul(power, builder.bitcast(exponent, _VF)), scale)
+            power = builder.select(tiny, _constant(_VF, 0.0), power)
+            _store(builder, power, at)
+            builder.store(builder.fadd(builder.load(total), power), total)
+        zero = ir.Constant(_F32, 0.0)
+        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, builder.load(total)], fastmath=("reassoc",))
+
+    return _emit(types.float32, (x, types.int64, types.int64, types.float32, types.float32), body)
+
+
+@intrinsic
+def add_scaled(typing: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any) -> Any:
+    """y += scale * x for `vectors` * 16 floats."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        y, y_at, scale, x, vectors = values
+        y, scale = builder.gep(y, [y_at]), _splat(builder, scale, _VF)
+        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
+            offset = [builder.mul(i, ir.Constant(_I64, 16))]
+            at = builder.gep(y, offset)
+            terms = [scale, _load(builder, builder.gep(x, offset), _VF), _load(builder, at, _VF)]
+            _store(builder, _call(builder, "llvm.fma.v16f32", _VF, terms), at)
+
+    return _emit(types.void, (y, types.int64, types.float32, x, types.int64), body)
+
+
+weighted_sum_64, inner_products_64 = _weighted_sum(64), _inner_products(64)
 weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)
 inner_products, inner_products_16 = _inner_products(TOKENS), _inner_products(16)

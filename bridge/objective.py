@@ -21,8 +21,9 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from bridge.recipe import Losses
 from bridge.residual import EMBEDDING, Enter
 from bridge.sparse import SparseTransformer
 
+PIECE = 1 << 22  # logits that are looked at in float32 at a time
 STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
 
 
@@ -133,9 +135,9 @@ class Objective(nn.Module):
         x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
 
         sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
-        kl_b = target.divergence(sparse.logits_btv)
+        kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
         terms = {
-            "ce": _cross_entropy(sparse.logits_btv[:plain], tokens_bt[:plain]).sum() / n_plain,
+            "ce": ce_b[:plain].sum() / n_plain,
             "kl": kl_b[:plain].sum() / n_plain,
             "hybrid_in": kl_b[plain:].sum() / n_in,
         }
@@ -185,9 +187,10 @@ class Objective(nn.Module):
         def mean(per_site: list[Tensor]) -> Tensor:
             return torch.stack(per_site).mean()
 
+        kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
         return {
-            "ce": _cross_entropy(sparse.logits_btv, tokens_bt).mean(),
-            "kl": target.divergence(sparse.logits_btv).mean(),
+            "ce": ce_b.mean(),
+            "kl": kl_b.mean(),
             "nmse_encoder": mean([_nmse(encoded[site], sparse.residuals[site].detach()) for site in sites]),
             "nmse_decoder": mean([_nmse(decoded[site], dense.residuals[site]) for site in sites]),
             "hybrid_in": mean(
@@ -203,15 +206,78 @@ class _Target:
     """The dense model's next-token distribution, against which every KL is taken."""
 
     def __init__(self, logits_btv: Tensor) -> None:
-        log_p_btv = logits_btv.float().log_softmax(-1)
-        self.p_btv = log_p_btv.exp()
-        self.entropy_bt = -(self.p_btv * log_p_btv).sum(-1)
+        self.logits_btv = logits_btv
+        self.log_sum_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
+        for b, tokens in _pieces(logits_btv):
+            self.log_sum_bt[b, tokens] = logits_btv[b, tokens].float().logsumexp(-1)
 
     def divergence(self, logits_btv: Tensor, row_b: Tensor | None = None) -> Tensor:
         """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats."""
-        p_btv, entropy_bt = (self.p_btv, self.entropy_bt) if row_b is None else (self.p_btv[row_b], self.entropy_bt[row_b])
-        cross_bt = F.cross_entropy(logits_btv.float().flatten(0, 1), p_btv.flatten(0, 1), reduction="none")
-        return (cross_bt.view_as(entropy_bt) - entropy_bt).mean(-1)
+        kl_bt, _ = _Losses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
+        return kl_bt.mean(-1)
+
+    def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
+        """The same and the next-token cross-entropy, means over each row's tokens."""
+        kl_bt, ce_bt = _Losses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
+        return kl_bt.mean(-1), ce_bt[:, :-1].mean(-1)
+
+
+class _Losses(torch.autograd.Function):
+    """KL to a target and cross-entropy of every token, in float32 but in pieces: nothing of the logits' size is kept but they.
+
+    KL = sum_v p (log p - log q), CE = - log q_next; d KL / d logits = q - p, d CE / d logits = q - onehot(next).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_btv: Tensor, target: _Target, row_b: Tensor | None, tokens_bt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        row_b = torch.arange(len(logits_btv), device=logits_btv.device) if row_b is None else row_b
+        kl_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
+        log_sum_bt, ce_bt = torch.empty_like(kl_bt), torch.zeros_like(kl_bt)
+        next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last one has none: its CE is left out
+        for b, tokens in _pieces(logits_btv):
+            log_q_tv, log_p_tv, p_tv = _logs(logits_btv, target, row_b, b, tokens)
+            log_sum_t = log_q_tv.logsumexp(-1)
+            log_q_tv -= log_sum_t[:, None]
+            log_sum_bt[b, tokens] = log_sum_t
+            kl_bt[b, tokens] = (p_tv * (log_p_tv - log_q_tv)).sum(-1)
+            if next_bt is not None:
+                ce_bt[b, tokens] = -log_q_tv.gather(-1, next_bt[b, tokens, None]).squeeze(-1)
+        ctx.save_for_backward(logits_btv, row_b, log_sum_bt, next_bt)
+        ctx.target = target
+        return kl_bt, ce_bt
+
+    @staticmethod
+    def backward(ctx: Any, dkl_bt: Tensor, dce_bt: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        logits_btv, row_b, log_sum_bt, next_bt = ctx.saved_tensors
+        dlogits_btv = torch.empty_like(logits_btv)
+        for b, tokens in _pieces(logits_btv):
+            q_tv, _, p_tv = _logs(logits_btv, ctx.target, row_b, b, tokens)
+            q_tv.sub_(log_sum_bt[b, tokens, None]).exp_()
+            dkl_t1, dce_t1 = dkl_bt[b, tokens, None], dce_bt[b, tokens, None]
+            d_tv = q_tv.mul_(dkl_t1 + dce_t1 if next_bt is not None else dkl_t1).sub_(p_tv.mul_(dkl_t1))
+            if next_bt is not None:
+                d_tv.scatter_add_(-1, next_bt[b, tokens, None], -dce_t1)
+            dlogits_btv[b, tokens] = d_tv.to(dlogits_btv.dtype)
+        return dlogits_btv, None, None, None
+
+
+def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor, b: int, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one piece: the logits in float32 (a copy), log p and p of the target."""
+    row = int(row_b[b])
+    log_p_tv = target.logits_btv[row, tokens].float() - target.log_sum_bt[row, tokens, None]
+    logits_tv = torch.empty_like(log_p_tv, memory_format=torch.contiguous_format).copy_(logits_btv[b, tokens])
+    return logits_tv, log_p_tv, log_p_tv.exp()
+
+
+def _pieces(logits_btv: Tensor) -> Iterator[tuple[int, slice]]:
+    """Rows, cut into pieces of a few million logits."""
+    rows, length, vocabulary = logits_btv.shape
+    step = max(1, PIECE // vocabulary)
+    for b in range(rows):
+        for start in range(0, length, step):
+            yield b, slice(start, start + step)
 
 
 def _cross_entropy(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:

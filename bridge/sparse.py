@@ -6,8 +6,8 @@
     logits = U norm(x) + b + B[token]                                  bigram table B, dense
 
 K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
-`attend` has a sink per head: a learnt logit in the softmax denominator, carried by a dummy first position and one extra
-query/key channel, so that the fused causal kernel still applies. Where the dense model's blocks are parallel, so are these: both
+`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is `attention`'s own kernel; elsewhere a dummy
+first position and one extra query/key channel carry it, so that the fused causal kernels still apply. Where the dense model's blocks are parallel, so are these: both
 halves read the same x.
 
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bridge.attention import attend
 from bridge.kernels import abs_top_k, project_, top_k_mask
 from bridge.kernels_cpu import tokens_contiguous
 from bridge.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
@@ -248,22 +249,25 @@ class SparseTransformer(nn.Module):
         return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
 
     def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
-        q_bhtc, k_bhtc = (self._heads(x, rotate=True) for x in (q_btn, k_btn))
-        v_bhtc = self._heads(v_btn, rotate=False)
-        channels = self.shape.head_channels
+        channels, sink_h = self.shape.head_channels, block.sinks if self.shape.sinks else None
+        if self.shape.positions == "rotary":
+            q_btn, k_btn = (self._heads(x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
+        if q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16):
+            return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
+        q_bhtc, k_bhtc, v_bhtc = (self._heads(x, rotate=False) for x in (q_btn, k_btn, v_btn))
         scale = 1 / math.sqrt(channels)
-        if not self.shape.sinks:
-            attended = _causal_attention(q_bhtc, k_bhtc, v_bhtc, scale)
-            return attended.transpose(1, 2).flatten(2)
+        if sink_h is None:
+            z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
+            return z_bhtc.transpose(1, 2).flatten(2)
         # A dummy token in front, seen by everyone: value 0, and a key whose only nonzero is the sink logit in an extra channel,
         # where every query has 1. Eight extra channels, because the fused kernels want head widths that are multiples of 8.
         q_bhtc, k_bhtc, v_bhtc = (F.pad(x, (0, 8, 1, 0)) for x in (q_bhtc, k_bhtc, v_bhtc))
         extra_c = torch.zeros(channels + 8, dtype=q_bhtc.dtype, device=q_bhtc.device)
         extra_c[channels] = 1
-        sink_htc = (block.sinks[:, None] / scale).to(k_bhtc.dtype)[:, :, None] * extra_c
+        sink_htc = (sink_h[:, None] / scale).to(k_bhtc.dtype)[:, :, None] * extra_c
         sink_htc = F.pad(sink_htc, (0, 0, 0, k_bhtc.shape[2] - 1))
-        attended = _causal_attention(q_bhtc + extra_c, k_bhtc + sink_htc, v_bhtc, scale)
-        return attended[:, :, 1:, :channels].transpose(1, 2).flatten(2)
+        z_bhtc = F.scaled_dot_product_attention(q_bhtc + extra_c, k_bhtc + sink_htc, v_bhtc, is_causal=True, scale=scale)
+        return z_bhtc[:, :, 1:, :channels].transpose(1, 2).flatten(2)
 
     # -- sparsity -------------------------------------------------------------------------------------------------------
 
@@ -385,16 +389,6 @@ def _norm(x_bts: Tensor) -> Tensor:
     device = x_bts.device.type
     wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
     return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts
-
-
-def _causal_attention(q_bhtc: Tensor, k_bhtc: Tensor, v_bhtc: Tensor, scale: float) -> Tensor:
-    if q_bhtc.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
-    dtype = q_bhtc.dtype
-    with torch.autocast("cpu", enabled=False):  # torch's bfloat16 kernel takes three times as long backward as its float32 one
-        if dtype == torch.bfloat16:
-            q_bhtc, k_bhtc, v_bhtc = q_bhtc.float(), k_bhtc.float(), v_bhtc.float()
-        return F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale).to(dtype)
 
 
 def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:

@@ -1,0 +1,176 @@
+"""Causal attention with a sink per head, fused, on a CPU and with tokens innermost: head h, query i, keys j <= i.
+
+    s_j = q_i . k_j / sqrt(c)        l = log(exp(sink) + sum_j exp(s_j))        p_j = exp(s_j - l)        z_i = sum_j p_j v_j
+
+    D = dz_i . z_i        ds_j = p_j (dz_i . v_j - D)        dsink -= exp(sink - l) D
+    dq_i = sum_j ds_j k_j / sqrt(c)        dk_j += ds_j q_i / sqrt(c)        dv_j += p_j dz_i
+
+Nothing of size t x t is stored: the backward pass makes a query's scores again from l. The keys' channels lie in rows of tokens,
+so that a query's scores are a weighted sum of rows and its output a row of inner products, as in `products`.
+
+Shape legend: b batch row, t token, n channels of all heads, h heads, c channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge.kernels_cpu import in_parallel
+from bridge.lanes import (
+    add_scaled,
+    exponentials,
+    inner_products_16,
+    inner_products_64,
+    weighted_sum_16,
+    weighted_sum_64,
+)
+
+NEVER = -1e30  # the logit of a sink that takes nothing
+
+
+def attend(q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None = None) -> Tensor:
+    """z_btn in float32, stored with tokens innermost; differentiable in q, k, v and the sinks."""
+    sink_h = q_btn.new_full((q_btn.shape[-1] // channels,), NEVER) if sink_h is None else sink_h
+    return _Attention.apply(q_btn, k_btn, v_btn, sink_h, channels)  # type: ignore[no-any-return]
+
+
+def _inside(x_btn: Tensor) -> Tensor:
+    """x_bnt, contiguous, padded to whole vectors of tokens; what is padded comes last and is seen by nobody."""
+    x_bnt = x_btn.detach().float().transpose(1, 2)
+    short = -x_bnt.shape[2] % 16
+    return F.pad(x_bnt, (0, short)).contiguous() if short else x_bnt.contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
+        q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
+        z_bnt, l_bht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0], q_bnt.shape[1] // channels, q_bnt.shape[2])
+        tensors = (q_bnt, k_bnt, v_bnt, sink_h.detach().float(), z_bnt, l_bht)
+        arrays = [tensor.view(-1).numpy() for tensor in tensors]
+        heads, tokens = l_bht.shape[0] * l_bht.shape[1], l_bht.shape[2]
+        in_parallel(lambda start, stop: _forward(*arrays, channels, tokens, start, stop), heads, q_bnt.numel() * tokens)
+        ctx.save_for_backward(*tensors)
+        ctx.channels, ctx.length = channels, q_btn.shape[1]
+        return z_bnt.transpose(1, 2)[:, : q_btn.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, dz_btn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_bht = ctx.saved_tensors
+        dz_bnt = _inside(dz_btn)
+        dq_bnt, dk_bnt, dv_bnt = torch.empty_like(q_bnt), torch.zeros_like(q_bnt), torch.zeros_like(q_bnt)
+        dsink_bh = torch.zeros(l_bht.shape[:2])
+        tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_bht, dz_bnt, dq_bnt, dk_bnt, dv_bnt, dsink_bh)
+        arrays = [tensor.view(-1).numpy() for tensor in tensors]
+        heads, tokens, channels = dsink_bh.numel(), l_bht.shape[2], ctx.channels
+        in_parallel(lambda start, stop: _backward(*arrays, channels, tokens, start, stop), heads, q_bnt.numel() * tokens)
+        d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
+        return (*d_btn, dsink_bh.sum(0), None)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sums(
+    x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, weight: np.ndarray, channels: int, upto: int, y: np.ndarray
+) -> None:
+    """y[j] = sum over channels of weight[c] x[c, j] for j < upto, a multiple of 16."""
+    j = 0
+    while j < upto:
+        if j + 64 <= upto:
+            weighted_sum_64(x, x_at + j, tokens, index, weight, 0, channels, np.float32(0), y, j)
+            j += 64
+        else:
+            weighted_sum_16(x, x_at + j, tokens, index, weight, 0, channels, np.float32(0), y, j)
+            j += 16
+
+
+@numba.njit(nogil=True, cache=True)
+def _dots(x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, channels: int, upto: int, y: np.ndarray, out: np.ndarray) -> None:
+    """out[c] = sum over j < upto of x[c, j] y[j]."""
+    out[:] = 0
+    j = 0
+    while j < upto:
+        if j + 64 <= upto:
+            inner_products_64(x, x_at + j, tokens, index, 0, channels, y, j, out)
+            j += 64
+        else:
+            inner_products_16(x, x_at + j, tokens, index, 0, channels, y, j, out)
+            j += 16
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
+def _largest(score: np.ndarray, upto: int) -> np.float32:
+    largest = score[0]
+    for j in range(upto):
+        largest = max(largest, score[j])
+    return largest
+
+
+@numba.njit(nogil=True, cache=True)
+def _through(ds: np.ndarray, p: np.ndarray, through: np.float32, upto: int) -> None:
+    for j in range(upto):
+        ds[j] = p[j] * (ds[j] - through)
+
+
+@numba.njit(nogil=True, cache=True)
+def _forward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int, tokens: int,
+    start: int, stop: int,
+) -> None:  # fmt: skip
+    score, index = np.empty(tokens, np.float32), np.arange(channels).astype(np.int32)
+    query, out = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    scale = np.float32(1 / math.sqrt(channels))
+    heads = sink.shape[0]
+    for head in range(start, stop):
+        at = head * channels * tokens
+        for i in range(tokens):
+            for c in range(channels):
+                query[c] = q[at + c * tokens + i] * scale
+            upto = (i // 16 + 1) * 16
+            _sums(k, at, tokens, index, query, channels, upto, score)
+            largest = max(sink[head % heads], _largest(score, i + 1))
+            for j in range(i + 1, upto):
+                score[j] = -np.inf
+            total = exponentials(score, 0, upto // 16, largest, np.float32(1)) + math.exp(sink[head % heads] - largest)
+            log_sum[head * tokens + i] = largest + math.log(total)
+            _dots(v, at, tokens, index, channels, upto, score, out)
+            for c in range(channels):
+                z[at + c * tokens + i] = out[c] / np.float32(total)
+
+
+@numba.njit(nogil=True, cache=True)
+def _backward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, dz: np.ndarray,
+    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, tokens: int, start: int, stop: int,
+) -> None:  # fmt: skip
+    p, ds, index = np.empty(tokens, np.float32), np.empty(tokens, np.float32), np.arange(channels).astype(np.int32)
+    query, given, out = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    scale = np.float32(1 / math.sqrt(channels))
+    heads = sink.shape[0]
+    for head in range(start, stop):
+        at = head * channels * tokens
+        for i in range(tokens):
+            through = np.float32(0)
+            for c in range(channels):
+                query[c] = q[at + c * tokens + i] * scale
+                given[c] = dz[at + c * tokens + i]
+                through += given[c] * z[at + c * tokens + i]
+            upto = (i // 16 + 1) * 16
+            _sums(k, at, tokens, index, query, channels, upto, p)
+            for j in range(i + 1, upto):
+                p[j] = -np.inf
+            exponentials(p, 0, upto // 16, log_sum[head * tokens + i], np.float32(1))
+            _sums(v, at, tokens, index, given, channels, upto, ds)
+            _through(ds, p, through, upto)
+            dsink[head] -= math.exp(sink[head % heads] - log_sum[head * tokens + i]) * through
+            _dots(k, at, tokens, index, channels, upto, ds, out)
+            for c in range(channels):
+                dq[at + c * tokens + i] = out[c] * scale
+                add_scaled(dk, at + c * tokens, query[c], ds, upto // 16)
+                add_scaled(dv, at + c * tokens, given[c], p, upto // 16)
