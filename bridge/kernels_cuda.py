@@ -1,2 +1,105 @@
-"""stub"""
-def serves(x): return False
+"""AbsTopK and the magnitude projection on CUDA, in Triton; the same sets as `kernels_cpu`, found without sorting.
+
+AbsTopK holds a row in registers and bisects the bit pattern of the threshold: 31 counts, then one cumulative sum for what ties.
+The projection finds the threshold of a whole matrix by three histograms of 11, 10 and 10 bits, each over what shares the digits
+found so far, and never waits for the device.
+
+Triton comes with CUDA builds of torch. Where it is missing, `serves` says so and the torch reference runs.
+
+Shape legend: n rows, w width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+except ImportError:
+    triton = tl = None
+
+WIDEST = 1 << 15  # a row must fit in a program's registers
+DIGITS = (11, 10, 10)  # of a magnitude's 31 bits, highest first
+_BLOCK = 4096
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these kernels run for a tensor: it is on a CUDA device, Triton is there, and its rows are not too wide."""
+    return triton is not None and x.is_cuda and x.shape[-1] <= WIDEST
+
+
+def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16."""
+    x = x.contiguous()
+    kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    width = x.shape[-1]
+    block = 1 << (width - 1).bit_length()
+    warps = min(16, max(1, block // 512))
+    _kernels()["rows"][(x.numel() // width,)](x.detach(), kept, mask, width, k, BLOCK=block, num_warps=warps)
+    return kept, mask
+
+
+def project_(weight: Tensor, k: int) -> None:
+    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude, in place."""
+    flat = weight.detach().view(-1)
+    grid = (-(-len(flat) // _BLOCK),)
+    prefix = torch.zeros(1, dtype=torch.int32, device=flat.device)
+    room = torch.full((1,), k, dtype=torch.int64, device=flat.device)
+    left = sum(DIGITS)
+    for digits in DIGITS:
+        left -= digits
+        counts = torch.zeros(1 << digits, dtype=torch.int32, device=flat.device)
+        _kernels()["histogram"][grid](flat, counts, prefix, len(flat), left, DIGITS=digits, BLOCK=_BLOCK)
+        at_least = counts.long().flip(0).cumsum(0)  # from the top
+        place = torch.searchsorted(at_least, room)  # the first bucket from the top by which room is reached
+        room = room - at_least.gather(0, place) + counts.flip(0).gather(0, place)
+        prefix = (prefix << digits) | ((1 << digits) - 1 - place).int()
+    bits = flat.view(torch.int32).bitwise_and(0x7FFFFFFF).clamp_(max=0x7F800000)
+    tied = bits == prefix
+    flat.masked_fill_(~((bits > prefix) | (tied & (tied.cumsum(0) <= room))), 0)
+
+
+def _kernels() -> dict[str, Any]:
+    global _compiled
+    if _compiled is None:
+        _compiled = {"rows": triton.jit(_rows), "histogram": triton.jit(_histogram)}  # pyright: ignore[reportOptionalMemberAccess]
+    return _compiled
+
+
+_compiled: dict[str, Any] | None = None
+
+
+def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore # noqa: ANN001, ANN202, N803
+    row = tl.program_id(0).to(tl.int64) * width
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row + at, mask=inside, other=0)
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.where(inside, tl.minimum(bits, 0x7F800000), -1)
+    low = 0
+    for bit in range(30, -1, -1):
+        probe = low | (1 << bit)
+        count = tl.sum((bits >= probe).to(tl.int32), 0)
+        low = tl.where(count >= k, probe, low)
+    tied = bits == low
+    room = k - tl.sum((bits > low).to(tl.int32), 0)
+    keep = (bits > low) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+    tl.store(kept + row + at, tl.where(keep, value, 0), mask=inside)
+    tl.store(mask + row + at, keep, mask=inside)
+
+
+def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore # noqa: ANN001, ANN202, N803
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.load(flat + at, mask=at < size, other=0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.minimum(bits, 0x7F800000)
+    place = bits >> left
+    counted = (at < size) & ((place >> DIGITS) == tl.load(prefix))
+    # what is not counted goes to a second half that nobody reads
+    bucket = tl.where(counted, place & ((1 << DIGITS) - 1), 1 << DIGITS)
+    histogram = tl.histogram(bucket, 2 << DIGITS)
+    bins = tl.arange(0, 2 << DIGITS)
+    tl.atomic_add(counts + bins, histogram, mask=bins < (1 << DIGITS))

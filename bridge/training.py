@@ -273,8 +273,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
             if moves:
-                share = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
-                native.move(sparse, share, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
+                moving = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
+                native.move(sparse, moving, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began

@@ -1,0 +1,176 @@
+"""Sparse-native training: the same step as dense-masked training between moves, and masks that move as they say."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridge import native
+from bridge.bridges import Coupling
+from bridge.objective import Objective, draw_splice
+from bridge.recipe import recipe_values
+from bridge.training import FitStopped, Run, SharkfinAdamW, finish, prepare, train
+
+FRACTION = 0.2
+
+
+def one_step(coupling: Coupling, optimizer: SharkfinAdamW, *, masked: bool) -> None:
+    """A step; the reference sets the gradients of zero weights to zero, and leaves them zero."""
+    generator = torch.Generator().manual_seed(1)
+    tokens_bt = torch.randint(2, 40, (4, 16), generator=generator)
+    losses = coupling.recipe.losses
+    splice = draw_splice(4, coupling.n_sites, losses, generator)
+    Objective(coupling.dense, coupling.sparse, coupling.bridges, losses)(tokens_bt, splice)["total"].backward()
+    weights = {name: weight for name, weight in coupling.sparse.sparse_weights().items() if name != "positions"}
+    zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
+    if masked:
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            weight.grad[zeros[name]] = 0
+        group, *rest = optimizer.normalised  # the mean square is over what lives
+        live = sum(int((~zero).sum()) for zero in zeros.values()) + sum(
+            p.numel() for p in group if all(p is not weight for weight in weights.values())
+        )
+        scale = (sum(p.numel() for p in group) / live) ** 0.5
+        for p in group:
+            assert p.grad is not None
+        optimizer.normalised = rest
+        norm = torch.stack([p.grad.square().sum() for p in group if p.grad is not None]).sum().sqrt()
+        for p in group:
+            assert p.grad is not None
+            p.grad *= (sum(p.numel() for p in group) ** 0.5) / norm / scale
+    optimizer.step(0.5, FRACTION)
+    if masked:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight[zeros[name]] = 0
+        optimizer.normalised = [group, *rest]
+
+
+def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupling: Coupling) -> None:
+    coupling.sparse.project(FRACTION)
+    other = copy.deepcopy(coupling)
+    reference, by_nonzeros = SharkfinAdamW(coupling), SharkfinAdamW(other)
+    for name in native.all_matrices(other.sparse):
+        by_nonzeros.exchange(name, other)
+    for _ in range(3):
+        one_step(coupling, reference, masked=True)
+        one_step(other, by_nonzeros, masked=False)
+    native.release(other.sparse)
+    expected = dict(coupling.sparse.named_parameters())
+    for name, parameter in other.sparse.named_parameters():
+        print(name, float((parameter - expected[name]).detach().abs().max()), float(parameter.detach().abs().max()))
+
+
+def test_holding_and_releasing_changes_nothing(coupling: Coupling) -> None:
+    coupling.sparse.project(FRACTION)
+    before = {name: parameter.detach().clone() for name, parameter in coupling.sparse.named_parameters()}
+    tokens_bt = torch.randint(2, 40, (3, 16), generator=torch.Generator().manual_seed(0))
+    logits_btv, l0 = coupling.sparse(tokens_bt), coupling.sparse.achieved_l0()
+    for name in native.all_matrices(coupling.sparse):
+        native.hold(coupling.sparse, name)
+    assert torch.allclose(coupling.sparse(tokens_bt), logits_btv, rtol=1e-4, atol=1e-5)
+    assert coupling.sparse.achieved_l0() == l0
+    native.release(coupling.sparse)
+    assert {name: parameter.shape for name, parameter in coupling.sparse.named_parameters()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert all(torch.equal(parameter, before[name]) for name, parameter in coupling.sparse.named_parameters())
+
+
+def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: Coupling) -> None:
+    sparse, name = coupling.sparse, "blocks.0.up.weight"
+    sparse.project(FRACTION)
+    weight_mn = sparse.get_parameter(name).detach().clone()
+    native.hold(sparse, name)
+    native.look(sparse)
+    matrix = sparse.compact[name]
+    assert matrix.look is not None
+    gradient_mn = torch.randn(weight_mn.shape, generator=torch.Generator().manual_seed(0))
+    matrix.look.gradient_mn.copy_(gradient_mn)
+    moment_p = matrix.value_p.detach() * 3
+    native.move(sparse, 0.25, {name: {"exp_avg": moment_p}})
+
+    nonzeros = int((weight_mn != 0).sum())
+    n_moved = nonzeros // 4
+    magnitude = weight_mn.abs().view(-1)
+    dropped = torch.where(magnitude == 0, torch.inf, magnitude).topk(n_moved, largest=False).indices
+    steepness = torch.where(weight_mn == 0, gradient_mn.abs(), 0).view(-1)
+    grown = steepness.topk(n_moved).indices
+    expected = weight_mn.clone()
+    expected.view(-1)[dropped] = 0
+    places = set(expected.view(-1).nonzero().flatten().tolist()) | set(grown.tolist())
+    assert set(matrix.pattern.index_p.tolist()) == places and len(places) == nonzeros
+    assert torch.equal(matrix.dense(), expected), "what stays keeps its value, what grows starts from zero"
+    assert torch.equal(moment_p, matrix.value_p * 3), "moments move with their weights"
+
+
+def test_what_min_per_neuron_protects_is_not_dropped(coupling: Coupling) -> None:
+    sparse, name = coupling.sparse, "blocks.0.up.weight"
+    sparse.project(FRACTION, min_per_neuron=2)
+    native.hold(sparse, name)
+    for _ in range(5):
+        native.look(sparse)
+        matrix = sparse.compact[name]
+        assert matrix.look is not None
+        matrix.look.gradient_mn.normal_()
+        native.move(sparse, 0.5, {}, min_per_neuron=2)
+        assert int(matrix.pattern.start_m1.diff().min()) >= 2
+
+
+def values(text_file: Path, **settings: object) -> dict:
+    return recipe_values(
+        l0=0.1, data=str(text_file), tokens=16 * 4 * 40, width=32,
+        settings={
+            "data.rows": 4, "data.context": 16, "sparsity.anneal": 0.3, "sparsity.native": "always", "sparsity.look_every": 4,
+            **settings,
+        },
+    )  # fmt: skip
+
+
+def weights_of(coupling: Coupling) -> dict[str, torch.Tensor]:
+    return dict(coupling.sparse.named_parameters()) | dict(coupling.bridges.named_parameters())
+
+
+def test_a_native_fit_ends_at_its_l0_with_masks_that_moved(dense_folder: Path, text_file: Path) -> None:
+    run = prepare(dense_folder, values(text_file))
+    progress = list(train(run))[-1]
+    assert native.held(run.coupling.sparse)
+    places = {name: run.coupling.sparse.compact[name].pattern.count for name in native.held(run.coupling.sparse)}
+    coupling = finish(run)
+    assert not native.held(coupling.sparse) and places
+    assert progress.l0 == pytest.approx(0.1, rel=0.05) and coupling.sparse.achieved_l0() == pytest.approx(progress.l0, rel=0.02)
+    still = finish(_trained(prepare(dense_folder, values(text_file, **{"sparsity.move": 0.0}))))
+    name = "blocks.0.up.weight"
+    moved = (coupling.sparse.get_parameter(name) != 0) ^ (still.sparse.get_parameter(name) != 0)
+    assert int(moved.sum()) > 0
+
+
+def test_a_native_run_cut_while_native_ends_where_an_uncut_one_does(
+    dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights_of(finish(_trained(prepare(dense_folder, values(text_file)))))
+    monkeypatch.setattr("bridge.training.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("bridge.training.REPORT_SECONDS", 0.0)
+    cut = train(prepare(dense_folder, values(text_file), out=tmp_path / "run"))
+    for progress in cut:
+        if progress.step == 27:
+            break
+    cut.close()
+    resumed = finish(_trained(prepare(dense_folder, values(text_file), out=tmp_path / "run", resume=True)))
+    found = weights_of(resumed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+def _trained(run: Run) -> Run:
+    try:
+        for _ in train(run):
+            pass
+    except FitStopped:
+        raise AssertionError("nobody asked it to stop") from None
+    return run
