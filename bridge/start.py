@@ -3,12 +3,14 @@
 AbsTopK keeps a quarter of a location's values, so a sparse model four times as wide loses nothing of a dense one that is written
 on its first channels. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre), up to constants,
 
-    x[:d] = centred(h) / S,  x[d:] = 0                  encoder and decoder of every bridge; S makes the embedding's RMS 1/2
-    norm(x)[:d] = sqrt(s / d) z                         the sparse norm averages over s channels, of which d are not zero
-    W (g z + b) + c = (W g sqrt(d / s)) norm(x)[:d] + (W b + c)      every map that reads the residual, the unembedding too
-    W a + c -> centred(W a + c) / S                     every map that writes to it; embedding and positions likewise
+    x[:d] = R centred(h) / S,  x[d:] = 0                encoder and decoder of every bridge; S makes the embedding's RMS 1/2
+    norm(x)[:d] = sqrt(s / d) R z                       the sparse norm averages over s channels, of which d are not zero
+    W (g z + b) + c = (W g R^T sqrt(d / s)) norm(x)[:d] + (W b + c)  every map that reads the residual, the unembedding too
+    W a + c -> R centred(W a + c) / S                   every map that writes to it; embedding and positions likewise
 
-What is centred away is read by nobody. The other channels and neurons read by small random weights and write nothing.
+What is centred away is read by nobody. The other channels and neurons read by small random weights and write nothing. R is any
+rotation, as a norm has no gain of its own left: the one in which embedding and unembedding have the largest fourth powers, which
+are nearly sparse there, for these two, thin as they are, lose most when the projection keeps the same fraction of every matrix.
 
 No architecture is known by name. The dense model is run once and every module that multiplies its input by its weight is
 watched: a map whose input is g z + b at a site reads there, one whose output is a sublayer's write writes there, one whose output
@@ -25,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -38,6 +40,7 @@ from bridge.dense import DenseModel
 from bridge.sparse import SparseTransformer, norm_scale
 from bridge.wiring import first_tensor, output_tensor
 
+TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
 ROWS, TOKENS = 4, 64  # of the text, on which maps are found and copies verified
 SAME = 0.01  # largest unexplained share of the variance at which two tensors are called the same, up to constants
 VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
@@ -81,17 +84,17 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
     maps, sample = _watch(dense, tokens_bt[:ROWS, :TOKENS])
     reads = {centred: _reads(maps, sample.residuals, centred) for centred in (True, False)}
     centred = sum(map(len, reads[True])) > sum(map(len, reads[False]))
-    frame = _Frame(dense.width, sparse.width, centred, 1.0)
+    frame = _Frame(torch.eye(dense.width, device=dense.device), sparse.width, centred, 1.0)
     rms = frame.into(residuals[0]).square().mean().sqrt().clamp_min(1e-12).item()
-    frame = _Frame(dense.width, sparse.width, centred, rms / EMBEDDING_RMS)
+    frame = replace(frame, turn_dd=_turn(coupling, frame, reads[centred][-1]), scale=rms / EMBEDDING_RMS)
+    turned = [[replace(read, weight_od=read.weight_od @ frame.turn_dd) for read in here] for here in reads[centred]]
     _copy_bridges(coupling, frame)
     sublayers = tuple(
-        _copy_sublayer(coupling, site, frame, reads[centred][site], maps, sample.residuals)
-        for site in range(len(dense.sublayers))
+        _copy_sublayer(coupling, site, frame, turned[site], maps, sample.residuals) for site in range(len(dense.sublayers))
     )
     return Started(
         _copy_embedding(coupling, frame, tokens_bt, residuals[0]),
-        _copy_unembedding(sparse, frame, reads[centred][-1], sample),
+        _copy_unembedding(sparse, frame, turned[-1], sample),
         True,
         sublayers,
     )
@@ -99,12 +102,16 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the dense residual is in the sparse one."""
+    """Where the dense residual is in the sparse one; turn_dd is R^T."""
 
-    d: int
+    turn_dd: Tensor
     s: int
     centred: bool
     scale: float
+
+    @property
+    def d(self) -> int:
+        return len(self.turn_dd)
 
     @property
     def gain(self) -> float:
@@ -116,7 +123,7 @@ class _Frame:
 
     def into(self, h_xd: Tensor) -> Tensor:
         """The dense residual, or a write to it, on the first d channels of the sparse one."""
-        return self.centre(h_xd) / self.scale
+        return self.centre(h_xd) @ self.turn_dd / self.scale
 
     def place(self, h_xd: Tensor) -> Tensor:
         """x_xs of a dense residual."""
@@ -216,23 +223,46 @@ def _unexplained(guess_tx: Tensor, target_tx: Tensor) -> float:
 # --- what of it is written to the sparse model
 
 
+def _turn(coupling: Coupling, frame: _Frame, reads: Sequence[_Read]) -> Tensor:
+    """The rotation in which embedding and unembedding, their rows of length 1, have the largest sum of fourth powers.
+
+    From the embedding's principal axes, each step goes to the rotation nearest to the gradient.
+    """
+    weights = [_embedding_weight(coupling), *(read.weight_od for read in reads if len(read.bias_o) == coupling.sparse.vocabulary)]
+    unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // TURN_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
+    if not unit:
+        return frame.turn_dd
+    unit_xd = torch.cat(unit)
+    turn_dd = torch.linalg.eigh(unit[0].T @ unit[0]).eigenvectors
+    for _ in range(TURNS):
+        left_dd, _, right_dd = torch.linalg.svd(unit_xd.T @ (unit_xd @ turn_dd).pow(3))
+        turn_dd = left_dd @ right_dd
+    return turn_dd
+
+
+def _embedding_weight(coupling: Coupling) -> Tensor | None:
+    """weight_vd of the dense model's input embeddings, None where they are not a table of the residual's width."""
+    weight = getattr(coupling.dense.model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != (coupling.dense.vocabulary, coupling.dense.width):
+        return None
+    return weight.float()
+
+
 def _copy_bridges(coupling: Coupling, frame: _Frame) -> None:
     """Give every bridge x = centred(h) / S through its constants mu and sigma, and back."""
     placed_sd = frame.place(torch.eye(frame.d, device=coupling.dense.device)).T
     for site in range(coupling.n_sites):
         bridge = coupling.bridges[site]
-        mean_d = frame.into(bridge.mean_d)
         bridge.encoder.weight.copy_(placed_sd * bridge.scale)
-        bridge.encoder.bias.copy_(F.pad(mean_d, (0, frame.s - frame.d)))
+        bridge.encoder.bias.copy_(frame.place(bridge.mean_d))
         bridge.decoder.weight.copy_(placed_sd.T * frame.scale**2 / bridge.scale)
-        bridge.decoder.bias.copy_(-mean_d * frame.scale / bridge.scale)
+        bridge.decoder.bias.copy_(-frame.centre(bridge.mean_d) / bridge.scale)
 
 
 def _copy_embedding(coupling: Coupling, frame: _Frame, tokens_bt: Tensor, h_btd: Tensor) -> bool:
     """The embedding where the residual at site 0 is a multiple of it plus a vector per position."""
-    sparse, table = coupling.sparse, coupling.dense.model.get_input_embeddings()
-    weight_vd = getattr(table, "weight", torch.zeros(0, 0)).float()
-    if weight_vd.shape != (sparse.vocabulary, frame.d):
+    sparse, weight_vd = coupling.sparse, _embedding_weight(coupling)
+    if weight_vd is None:
         return False
     e_btd = weight_vd[tokens_bt]
     deviation_btd = e_btd - e_btd.mean(0)
@@ -282,8 +312,8 @@ def _copy_sublayer(
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     best, chosen = VERIFIED, before
     copies = _attention_copies if kind == "attn" else _mlp_copies
-    mean_d = (x_bts * norm_scale(x_bts))[..., : frame.d].mean((0, 1)) * frame.gain
-    for _ in copies(coupling, block, frame, reads, writers[0], mean_d):
+    z_td = (x_bts * norm_scale(x_bts))[..., : frame.d].flatten(0, 1) * frame.gain
+    for _ in copies(coupling, block, frame, reads, writers[0], z_td):
         with _keeping_all(sparse):
             share = explained()
         if share > best:
@@ -297,7 +327,7 @@ def _copy_sublayer(
     with _keeping_all(sparse):
         for sink in SINKS if kind == "attn" and sparse.shape.sinks else ():
             block.sinks.fill_(sink)
-            if explained() > min(best, EXACT):
+            if explained() > best - (1 - EXACT):
                 break
             block.sinks.fill_(NO_SINK)
     return explained()
@@ -315,7 +345,7 @@ def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
 
 
 def _mlp_copies(
-    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, mean_d: Tensor
+    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, z_td: Tensor
 ) -> Iterator[None]:
     """The MLP, written to the block: as it is, and with a steeper GELU, which is a ReLU."""
     neurons = writer.weight_oi.shape[1]
@@ -328,11 +358,12 @@ def _mlp_copies(
 
 
 def _attention_copies(
-    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, mean_d: Tensor
+    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, z_td: Tensor
 ) -> Iterator[None]:
     """The attention, written to the block with every order that q, k and v may have, scores scaled or not.
 
-    Keys lose their mean, given that of z: it adds as much to all scores of a query, which only the sink would notice.
+    Keys lose their mean: it adds as much to all scores of a query, which only the sink would notice. A head wider than the sparse
+    ones becomes several, which share out its values and have each the same queries and keys, cut down to their width.
     """
     shape = coupling.sparse.shape
     heads = getattr(coupling.dense.model.config.get_text_config(), "num_attention_heads", None)
@@ -340,20 +371,40 @@ def _attention_copies(
     if not isinstance(heads, int) or width % heads:
         return
     channels, own = width // heads, shape.head_channels
-    used = torch.cat([torch.arange(min(own, channels)) + own * head for head in range(heads)])
-    if own < channels or heads * own > frame.s:
+    parts = math.ceil(channels / own)
+    if heads * parts * own > frame.s or (parts > 1 and shape.positions == "rotary"):
         return
+    value_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(heads)])
+    rows = torch.arange(heads * parts * own) if parts > 1 else value_rows
     for q, k, v in _orders(reads, heads, channels):
         if shape.positions != "rotary":
-            k = k[0], -k[0] @ mean_d
+            k = k[0], -k[0] @ z_td.mean(0)
+        if parts > 1:
+            q, k = (_repeated(part, heads * parts, own) for part in _narrowed(q, k, z_td, heads, own))
         for scaled in (1.0, math.sqrt(channels)):  # a few models do not divide scores by the root of the width (GPT-Neo)
-            for linear, (weight_od, bias_o), factor in (
-                (block.q, q, scaled * math.sqrt(own / channels)), (block.k, k, 1.0), (block.v, v, 1.0)
-            ):  # fmt: skip
-                _read_by(linear, used, factor * frame.gain * weight_od, factor * bias_o)
-            _write_by(block.o, used, frame.into(writer.weight_oi.T).T, frame.into(writer.bias_o))
+            factor = scaled * math.sqrt(own / channels)
+            _read_by(block.q, rows, factor * frame.gain * q[0], factor * q[1])
+            _read_by(block.k, rows, frame.gain * k[0], k[1])
+            _read_by(block.v, value_rows, frame.gain * v[0], v[1])
+            _write_by(block.o, value_rows, frame.into(writer.weight_oi.T).T, frame.into(writer.bias_o))
             block.sinks.fill_(NO_SINK)
             yield
+
+
+def _narrowed(
+    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], z_td: Tensor, heads: int, own: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Queries and keys of `own` channels a head whose scores, on the text, are the nearest to the given ones (by SVD)."""
+    q_htc, k_htc = ((z_td @ weight_od.T + bias_o).unflatten(-1, (heads, -1)).transpose(0, 1) for weight_od, bias_o in (q, k))
+    q_hcc, k_hcc = torch.linalg.qr(q_htc).R, torch.linalg.qr(k_htc).R  # scores are (.. Q) R_q R_k^T (.. Q)^T
+    left_hcc, values_hc, right_hcc = torch.linalg.svd(q_hcc @ k_hcc.transpose(-1, -2))
+    root_h1c = values_hc[:, None, :own].sqrt()
+    narrow = []
+    for (weight_od, bias_o), r_hcc, side_hcc in ((q, q_hcc, left_hcc), (k, k_hcc, right_hcc.transpose(-1, -2))):
+        turn_hoc = (torch.linalg.pinv(r_hcc) @ side_hcc[..., :own] * root_h1c).transpose(-1, -2)
+        weight_hcd, bias_hc1 = weight_od.unflatten(0, (heads, -1)), bias_o.unflatten(0, (heads, -1))[..., None]
+        narrow.append(((turn_hoc @ weight_hcd).flatten(0, 1), (turn_hoc @ bias_hc1).flatten()))
+    return narrow[0], narrow[1]
 
 
 def _orders(reads: Sequence[_Read], heads: int, channels: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
