@@ -134,6 +134,21 @@ def test_a_relu_is_nearly_a_steep_gelu() -> None:
     assert all(share is not None and share > 0.95 for share in mlp)
 
 
+@pytest.mark.usefixtures("nothing_unused")
+def test_a_head_wider_than_the_sparse_ones_becomes_several() -> None:
+    """Its values shared out, its queries and keys cut down to half: close where their scores have a rank that small."""
+    model = tiny_gpt2()
+    blocks: Any = model.transformer.h
+    with torch.no_grad():
+        for block in blocks:
+            maps = [*block.attn.c_attn.weight.view(WIDTH, 3, 2, 8).unbind(1), *block.attn.c_attn.bias.view(1, 3, 2, 8).unbind(1)]
+            for part in (*maps[:2], *maps[3:5]):  # queries and keys, not values
+                part[..., 4:] = 0
+    coupling, what = started(model, head_channels=4)
+    assert all(share is not None and share > 0.9999 for share in what.sublayers)
+    assert max(errors(coupling, model)) < 1e-3
+
+
 def llama() -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -237,3 +252,20 @@ def test_a_run_that_goes_on_does_not_start_again(text_file: Path, tmp_path: Path
         pass
     for one, other in zip(finish(whole).sparse.parameters(), finish(rest).sparse.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_residual_is_turned_to_where_the_embedding_is_sparse() -> None:
+    """An embedding of two entries a token, hidden by a rotation that leaves the mean at 0."""
+    generator = torch.Generator().manual_seed(0)
+    ones_d1 = torch.ones(WIDTH, 1)
+    basis_dd = torch.linalg.qr(torch.cat([ones_d1, torch.randn(WIDTH, WIDTH - 1, generator=generator)], 1)).Q[:, 1:]
+    codes_vd = torch.zeros(VOCABULARY, WIDTH - 1)
+    for row in codes_vd:
+        row[torch.randperm(WIDTH - 1, generator=generator)[:2]] = torch.tensor([1.0, -1.0])
+    model = tiny_gpt2()
+    model.transformer.wte.weight.data.copy_(codes_vd @ basis_dd.T)
+    model.transformer.ln_f.weight.data.fill_(1.0)
+    energy_vs = started(model)[0].sparse.embedding.detach().square()
+    assert energy_vs.topk(2).values.sum() > 0.85 * energy_vs.sum()
+    plain_vd = model.transformer.wte.weight.detach().square()
+    assert plain_vd.topk(2).values.sum() < 0.7 * plain_vd.sum()
