@@ -255,6 +255,8 @@ def _describe(run: Run, needed: int) -> None:
     print(
         f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
     )
+    if not run.resume:
+        print(f"start   {run.started or 'random'}")
     print(f"data    {run.blocks.description}")
     print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
     if needed > free and dense.device.type == "cpu":

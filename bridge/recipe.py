@@ -46,6 +46,7 @@ class SparseShape(_Part):
     positions: Literal["none", "learned", "rotary"] = "none"
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
     bigram_rank: int = Field(default=64, ge=1)
+    start: Literal["auto", "random"] = Field(default="auto", description="from the dense model as far as it can be, or random")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:

@@ -141,11 +141,15 @@ class SparseTransformer(nn.Module):
         """
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
-        halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
-        sublayers = [partial(halves[part], layer, gate) for layer, _, part in self._parts()]
+        sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
         return run(self._embed, sublayers, self._unembed_last if last_only else self._unembed, tokens_bt, enter)
+
+    def sublayer(self, site: int, gate: Gate = identity_gate) -> Callable[[Tensor], Tensor]:
+        """The sublayer that reads `site`: x_bts -> x_bts with what it writes added."""
+        halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
+        return next(partial(halves[part], layer, gate) for layer, other, part in self._parts() if other == site)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv of a plain run."""

@@ -42,6 +42,7 @@ from bridge.objective import Objective, draw_splice
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.products import Pattern
 from bridge.sparse import SparseTransformer, annealed_l0
+from bridge.start import Started, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
@@ -79,13 +80,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """A fit that is ready to start, or to go on: what `train` and `finish` take, made by `prepare`."""
+    """A fit that is ready to start, or to go on: what `train` and `finish` take, made by `prepare`.
+
+    started is what a new coupling has from its dense model; None where it is random, or goes on.
+    """
 
     coupling: Coupling
     blocks: Blocks
     accelerator: Accelerator
     out: Path | None
     resume: bool
+    started: Started | None = None
 
 
 def prepare(
@@ -141,7 +146,10 @@ def prepare(
         seed=recipe.seed,
         dense=dense.model,
     )
-    return Run(coupling, blocks, accelerator, out, resume)
+    started = None
+    if recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
+        started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
+    return Run(coupling, blocks, accelerator, out, resume, started)
 
 
 def fit(
@@ -235,7 +243,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     state = _State()
     if run.resume and out is not None:
         state = _restore(out, coupling, optimizer)
-    elif recipe.losses.coupled:
+    elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
         _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds

@@ -94,8 +94,8 @@ def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], de
     out, result = fitted
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["dense", "sparse", "data", "memory"]
-    assert "coupled at every site" in lines[1] and "GB needed" in lines[3]
+    assert [line.split()[0] for line in lines[:5]] == ["dense", "sparse", "start", "data", "memory"]
+    assert "coupled at every site" in lines[1] and "from the dense model" in lines[2] and "GB needed" in lines[4]
     progress = next(line for line in lines if line.lstrip().startswith("100%"))
     for name in ("ce", "kl", "nmse-f", "nmse-g", "in", "out", "both", "L0 0.2", "tok/s", "0:00:00 left"):
         assert f"  {name}" in progress or f" {name}" in progress, name

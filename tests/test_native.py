@@ -51,6 +51,9 @@ def one_step(coupling: Coupling, optimizer: SharkfinAdamW, *, masked: bool) -> N
 
 
 def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupling: Coupling) -> None:
+    coupling.sparse.shape = coupling.sparse.shape.model_copy(update={"keep": 1.0})  # a rounding may change what AbsTopK keeps
+    for site in range(coupling.n_sites):
+        coupling.bridges[site].keep = 1.0
     coupling.sparse.project(FRACTION)
     other = copy.deepcopy(coupling)
     reference, by_nonzeros = SharkfinAdamW(coupling), SharkfinAdamW(other)
@@ -62,7 +65,7 @@ def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupli
     native.release(other.sparse)
     expected = dict(coupling.sparse.named_parameters())
     for name, parameter in other.sparse.named_parameters():
-        print(name, float((parameter - expected[name]).detach().abs().max()), float(parameter.detach().abs().max()))
+        assert torch.allclose(parameter, expected[name], rtol=1e-3, atol=1e-5), name
 
 
 def test_holding_and_releasing_changes_nothing(coupling: Coupling) -> None:

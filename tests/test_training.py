@@ -83,7 +83,7 @@ def uncut(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 def test_losses_fall_and_every_matrix_ends_at_its_number(dense_folder: Path, text_file: Path) -> None:
     """Although weights go all the while; what encoders aim at, the sparse residuals, is still moving, so their error may rise."""
-    settings = {"optimizer.rate": 3e-2, "optimizer.bridge_rate": 3e-2}
+    settings = {"optimizer.rate": 3e-2, "optimizer.bridge_rate": 3e-2, "sparse.start": "random"}
     coupling, reports = fitted(dense_folder, text_file, l0=0.2, tokens=150 * ROWS * CONTEXT, settings=settings)
     for name in ("ce", "kl", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"):
         early, late = (sum(report.losses[name] for report in part) for part in (reports[:20], reports[-20:]))
@@ -152,7 +152,7 @@ def test_the_literal_objective_fits(dense_folder: Path, text_file: Path) -> None
 
 
 def test_every_neuron_keeps_its_minimum(dense_folder: Path, text_file: Path) -> None:
-    coupling, _ = fitted(dense_folder, text_file, settings={"sparsity.min_per_neuron": 2})
+    coupling, _ = fitted(dense_folder, text_file, settings={"sparsity.min_per_neuron": 2, "sparse.start": "random"})
     for name, weight in coupling.sparse.sparse_weights().items():
         if name.endswith(("up.weight", "q.weight", "k.weight", "v.weight")):
             assert int((weight != 0).sum(1).min()) >= 2, name
