@@ -91,7 +91,9 @@ def _sums(
 
 
 @numba.njit(nogil=True, cache=True)
-def _dots(x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, channels: int, upto: int, y: np.ndarray, out: np.ndarray) -> None:
+def _dots(
+    x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, channels: int, upto: int, y: np.ndarray, out: np.ndarray
+) -> None:
     """out[c] = sum over j < upto of x[c, j] y[j]."""
     out[:] = 0
     j = 0

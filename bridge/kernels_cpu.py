@@ -104,7 +104,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_where(mask: Tensor, x: Tensor) -> Tensor:
-    """x where the mask holds, else zero, laid out as the mask is: the backward pass of AbsTopK."""
+    """X where the mask holds, else zero, laid out as the mask is: the backward pass of AbsTopK."""
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
@@ -174,7 +174,7 @@ def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | 
 
 
 def _words(*tensors: Tensor) -> tuple[Any, ...]:
-    """numpy views as integers of the same size."""
+    """Numpy views as integers of the same size."""
     types = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.bool: torch.bool}
     return tuple(tensor.detach().view(types[tensor.dtype]).numpy() for tensor in tensors)
 
@@ -439,7 +439,7 @@ def _top_k_lanes(
 
 @numba.njit(nogil=True, cache=True)
 def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: np.ndarray) -> None:
-    """counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
+    """Counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
     found, both = 0, np.zeros(2, np.int64)
     counts[:] = 0
     size = bits.shape[0]

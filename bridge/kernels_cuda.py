@@ -73,7 +73,7 @@ def _kernels() -> dict[str, Any]:
 _compiled: dict[str, Any] | None = None
 
 
-def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore # noqa: ANN001, ANN202, N803
+def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -92,7 +92,7 @@ def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore # noqa:
     tl.store(mask + row + at, keep, mask=inside)
 
 
-def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore # noqa: ANN001, ANN202, N803
+def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(flat + at, mask=at < size, other=0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.minimum(bits, 0x7F800000)

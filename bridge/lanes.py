@@ -188,7 +188,7 @@ def count_words(typing: Any, bits: Any, at: Any, vectors: Any, low: Any, high: A
 
 @intrinsic
 def write_kept(typing: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: Any) -> Any:
-    """kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
+    """Kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
     least limits[l] (bits), else 0; and the mask.
     """
     vector, infinity = (_V16, 0x7F80) if bits.dtype == types.int16 else (_V32, 0x7F800000)
@@ -209,8 +209,7 @@ def write_kept(typing: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: An
 
 @intrinsic
 def keep_words(typing: Any, bits: Any, at: Any, mask: Any, kept: Any) -> Any:
-    """kept = 32 words (or half words) where the mask holds, else 0."""
-
+    """Kept = 32 words (or half words) where the mask holds, else 0."""
     vector = _V16 if bits.dtype == types.int16 else _V32
 
     def body(builder: Any, values: list[Any]) -> None:
@@ -286,7 +285,7 @@ def _inner_products(tokens: int) -> Any:
 
 @intrinsic
 def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any, scale: Any) -> Any:
-    """x = exp(x - shift) * scale for `vectors` * 16 floats, in place and within 2 units of the last place; returns their sum."""
+    """X = exp(x - shift) * scale for `vectors` * 16 floats, in place and within 2 units of the last place; returns their sum."""
     coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
     def body(builder: Any, values: list[Any]) -> Any:
@@ -321,7 +320,7 @@ def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any, scale: 
 
 @intrinsic
 def add_scaled(typing: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any) -> Any:
-    """y += scale * x for `vectors` * 16 floats."""
+    """Y += scale * x for `vectors` * 16 floats."""
 
     def body(builder: Any, values: list[Any]) -> None:
         y, y_at, scale, x, vectors = values

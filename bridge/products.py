@@ -106,8 +106,11 @@ class Compact:
 
 
 def tokens_inside(x_btn: Tensor) -> Tensor:
-    """The same activations, stored with their tokens innermost; itself where it is already."""
-    return _stored(x_btn).logical(x_btn.shape)
+    """The same activations in float32, stored with their tokens innermost; differentiable."""
+    b, t, _ = x_btn.shape
+    if b > 1 and t < SHORT:
+        return x_btn.float().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return x_btn.float().transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def sparse_linear(x_btn: Tensor, matrix: Compact, bias_m: Tensor | None = None) -> Tensor:
@@ -166,10 +169,10 @@ class _Stored:
 
 def _stored(x_btn: Tensor) -> _Stored:
     b, t, n = x_btn.shape
-    x_btn = x_btn.detach().float()
+    inside_btn = tokens_inside(x_btn.detach())
     if b > 1 and t < SHORT:
-        return _Stored(x_btn.permute(2, 0, 1).contiguous().view(1, n, b * t), True)
-    return _Stored(x_btn.transpose(1, 2).contiguous(), False)
+        return _Stored(inside_btn.permute(2, 0, 1).reshape(1, n, b * t), True)
+    return _Stored(inside_btn.transpose(1, 2), False)
 
 
 class _SparseLinear(torch.autograd.Function):

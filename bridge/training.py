@@ -39,8 +39,8 @@ from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
 from bridge.kernels_cpu import reuse_memory
 from bridge.objective import Objective, draw_splice
-from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.products import Pattern
+from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.sparse import SparseTransformer, annealed_l0
 from bridge.start import Started, start_from_dense
 

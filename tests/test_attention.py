@@ -38,9 +38,7 @@ def test_attention_is_the_literal_one(channels: int, length: int, sinks: bool, s
     towards = torch.randn(2, length, 3 * channels, generator=generator)
     found, expected = attend(q, k, v, channels, sink_h), literal(q, k, v, channels, sink_h)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * size)
-    for a, r in zip(
-        torch.autograd.grad(found, trained, towards), torch.autograd.grad(expected, trained, towards), strict=True
-    ):
+    for a, r in zip(torch.autograd.grad(found, trained, towards), torch.autograd.grad(expected, trained, towards), strict=True):
         assert torch.allclose(a, r, rtol=1e-3, atol=2e-5 * float(r.abs().max()) + 1e-5 * size)
 
 

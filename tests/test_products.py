@@ -97,6 +97,9 @@ def test_tokens_inside_is_another_storage_of_the_same(shape: tuple[int, int, int
     inside_btn = tokens_inside(x_btn)
     assert torch.equal(inside_btn, x_btn)
     assert torch.equal(tokens_inside(inside_btn), x_btn)
+    x_btn.requires_grad_()
+    (gradient,) = torch.autograd.grad((tokens_inside(x_btn) ** 2).sum(), x_btn)
+    assert torch.equal(gradient, 2 * x_btn.detach())
 
 
 def test_a_pattern_lists_rows_and_columns() -> None:
