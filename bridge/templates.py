@@ -199,15 +199,15 @@ TASKS: tuple[Templates, ...] = (
     ),
     Templates(
         "bracket_counting", "python", "as many brackets are closed as are open",
-        ("]]", "]])"), ("]", "])"),
+        ("]]", "]])", "]],"), ("]",),
         (
             "def $f(self, $c):\n    self.$d = ⟦not ⟧$c\n    self.$c = [«[|»1, 2«], [|, »3, 4",
-            "def $f($c):\n    $d = ⟦not ⟧$c\n    return [«[|»$a, 1«], [|, »$b, 2",
-            "    def $f(self):\n        $c = ⟦not ⟧self.$d\n        $d = [«[|»0, 1«], [|, »2, 3",
-            "    $d = ⟦not ⟧$c\n    $c = [«[|»$a, $b«], [|, »1, 2",
-            "class $C:\n    def $f(self, $c):\n        $d = ⟦not ⟧$c\n        $c = [«[|»1, 0«], [|, »$a, 1",
-            "    if ⟦not ⟧$c:\n        $d = [«[|»0, 1«], [|, »1, 0",
-            "    self.$d = ⟦not ⟧$c\n    $c = [«[|»1, $a«], [|, »2, $b",
+            "def $f($c):\n    $d = ⟦not ⟧$c\n    $c = [«[|»0, 1«], [|, »2, 3",
+            "    def $f(self):\n        $c = ⟦not ⟧self.$d\n        $d = [«[|»1, 2«], [|, »4, 5",
+            "    $d = ⟦not ⟧$c\n    $c = [«[|»5, 6«], [|, »7, 8",
+            "class $C:\n    def $f(self, $c):\n        $d = ⟦not ⟧$c\n        $c = [«[|»1, 3«], [|, »2, 4",
+            "    if ⟦not ⟧$c:\n        $d = [«[|»2, 3«], [|, »4, 5",
+            "    self.$d = ⟦not ⟧$c\n    $c = [«[|»1, 2«], [|, »3, 5",
         ),
     ),
     Templates(
