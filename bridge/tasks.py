@@ -395,8 +395,8 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
                 except json.JSONDecodeError as error:
                     raise TaskError(f"{path}, line {number}: not JSON ({error.msg}); write one object per line") from None
         return
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return
@@ -410,8 +410,6 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         raise TaskError(f"{path}{line}: not YAML ({error.problem}); quote texts that have marks in them") from None
     except yaml.YAMLError as error:
         raise TaskError(f"{path}: not YAML ({' '.join(str(error).split())}); remove what is not text") from None
-    finally:
-        loader.dispose()
 
 
 _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "split")

@@ -35,12 +35,12 @@ class Templates:
 _VARIABLES = """
 data path name value key index result text line file code date device header height width image input output layer length mask
 matrix method mode model module names node num obj order other params parent pos position prefix res size source src stack state
-target tensor time token tokens types unit values version video block chunk columns current dimension example extra field final
-first initial parser sequence stride tag total user default end error expr group inputs kernel last outputs config batch base
+target tensor time token tokens types unit values version video block chunk columns dimension example extra field final
+first initial sequence stride tag total user default end error expr group inputs kernel last outputs config batch base
 shape args
 """.split()
 _FUNCTIONS = """
-call check format forward make read run get add build create update load parse find write apply handle convert process compute
+call check format forward make read run build create update load parse find write apply handle convert process compute
 copy match register send fetch save delete insert remove render merge resolve split join validate decode encode transform clean
 select filter setup reset close collect connect extract generate lookup normalize
 """.split()

@@ -47,7 +47,12 @@ def metaspace() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(
+            vocab_size=900, special_tokens=special, initial_alphabet=list(map(chr, range(33, 127))), show_progress=False
+        ),
+    )
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -102,7 +107,7 @@ def test_no_name_is_part_of_a_template() -> None:
     for task in TASKS:
         if task.language == "python":
             plain = " ".join(re.sub(r"\$[A-Za-z]", " ", text) for text in task.texts)
-            fixed = names & set(re.findall(r"[A-Za-z]+", plain.replace("\\n", " "))) - {"get"}
+            fixed = names & set(re.findall(r"[A-Za-z]+", plain.replace("\\n", " ")))
             assert not fixed, f"{task.name}: {fixed}"
 
 
@@ -149,7 +154,7 @@ def check(resolved: Resolved, tokenizer: PreTrainedTokenizerFast) -> int:
                 after: set[Any] = {row[length] for row in continued if row[:length] == tokens and len(row) > length}
                 assert not_b[row] or ids <= after  # a right answer is the prompt's tokens, then one of these
                 # spaces aside, which a decoder may take for marks, they say the prompt, but for marks left to the answer
-                said, asked = ("".join(t.split()) for t in (tokenizer.decode(tokens, skip_special_tokens=True), text))
+                said, asked = ("".join(t.split()) for t in (str(tokenizer.decode(tokens, skip_special_tokens=True)), text))
                 common = min(len(said), len(asked))
                 assert said[:common] == asked[:common] and not re.search(r"\w", asked[common:])
             if not pairs.answer_not_b[row] and not pairs.wrong_not_b[row]:
@@ -185,14 +190,14 @@ def test_spans_are_where_the_names_are(shipped: PreTrainedTokenizerFast) -> None
                 (example.prompt, pairs.prompt_bt, text_span.prompt, span.prompt),
                 (example.counterfactual, pairs.counterfactual_bt, text_span.counterfactual, span.counterfactual),
             ):
-                assert shipped.decode(tokens_bt[row, slice(*where)].tolist()).strip() == text[slice(*at)]
+                assert str(shipped.decode(tokens_bt[row, slice(*where)].tolist())).strip() == text[slice(*at)]
 
 
 def test_a_trailing_quote_or_space_is_left_to_the_answer(shipped: PreTrainedTokenizerFast) -> None:
-    quote = Example("x = {'a'", "x = ['a'", (":",), (",",))  # the tokenizer has "':" and "'," as tokens
+    quote = Example('x = {"a"', 'x = ["a"', (":",), (",",))  # the tokenizer has '":' and '",' as tokens
     pairs = resolve(one(quote), shipped).splits["test"]
-    assert shipped.decode(pairs.prompt_bt[0].tolist()) == "x = {'a"
-    assert shipped.decode(pairs.answer_bk[0].tolist()) == "':" and shipped.decode(pairs.wrong_bk[0].tolist()) == "',"
+    assert shipped.decode(pairs.prompt_bt[0].tolist()) == 'x = {"a'
+    assert shipped.decode(pairs.answer_bk[0].tolist()) == '":' and shipped.decode(pairs.wrong_bk[0].tolist()) == '",'
     space = Example("def f(self, data): return ", "def f(self, path): return ", ("data",), ("path",))
     pairs = resolve(one(space), shipped).splits["test"]
     assert shipped.decode(pairs.prompt_bt[0].tolist()) == "def f(self, data): return"
@@ -202,7 +207,7 @@ def test_a_trailing_quote_or_space_is_left_to_the_answer(shipped: PreTrainedToke
 def test_a_shared_beginning_of_the_answers_is_appended(shipped: PreTrainedTokenizerFast) -> None:
     example = Example("open(path, 'r') as f: f", "open(path, 'w') as f: f", (".read",), (".write",))
     pairs = resolve(one(example), shipped).splits["test"]
-    assert shipped.decode(pairs.prompt_bt[0].tolist()).endswith("f: f.")
+    assert str(shipped.decode(pairs.prompt_bt[0].tolist())).endswith("f: f.")
     assert shipped.decode(pairs.answer_bk[0].tolist()) == "read"
 
 
