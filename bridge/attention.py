@@ -25,6 +25,7 @@ from torch import Tensor
 from bridge.kernels_cpu import in_parallel
 from bridge.lanes import (
     add_scaled,
+    compiled,
     exponentials,
     inner_products_16,
     inner_products_64,
@@ -75,7 +76,7 @@ class _Attention(torch.autograd.Function):
         return (*d_btn, dsink_bh.sum(0), None)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sums(
     x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, weight: np.ndarray, channels: int, upto: int, y: np.ndarray
 ) -> None:
@@ -90,7 +91,7 @@ def _sums(
             j += 16
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _dots(
     x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, channels: int, upto: int, y: np.ndarray, out: np.ndarray
 ) -> None:
@@ -114,13 +115,13 @@ def _largest(score: np.ndarray, upto: int) -> np.float32:
     return largest
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _through(ds: np.ndarray, p: np.ndarray, through: np.float32, upto: int) -> None:
     for j in range(upto):
         ds[j] = p[j] * (ds[j] - through)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _forward(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int, tokens: int,
     start: int, stop: int,
@@ -146,7 +147,7 @@ def _forward(
                 z[at + c * tokens + i] = out[c] / np.float32(total)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _backward(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, dz: np.ndarray,
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, tokens: int, start: int, stop: int,

@@ -1,8 +1,8 @@
 """AbsTopK and the magnitude projection on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
 
-A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32 entries
-to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection. What
-ties in the upper half (a few entries) is decided by the lower half, and what ties there by position, first ones first.
+A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32
+entries to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection.
+What ties in the upper half (a few entries) is decided by the lower half, and what ties there by position, first ones first.
 
 Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
 the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from bridge.lanes import (
     LANES,
+    compiled,
     count_lanes,
     count_row,
     count_words,
@@ -182,7 +182,7 @@ def _words(*tensors: Tensor) -> tuple[Any, ...]:
 # -- rows ---------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -> tuple[int, int, int]:
     """(u, above, least): the largest u with `least` = count(>= u) at least k, and above = count(>= u + 1) below k.
 
@@ -207,7 +207,7 @@ def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -
     return low, at_high, at_low
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _decide(lower: np.ndarray, count: int, need: int) -> tuple[int, int]:
     """Of `count` lower halves: the need-th largest, and how many equal to it are kept (-1: all)."""
     low, high, at_low, at_high = 0, 1 << 16, count, 0
@@ -223,7 +223,7 @@ def _decide(lower: np.ndarray, count: int, need: int) -> tuple[int, int]:
     return low, -1 if at_low == need else need - at_high
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, k: int, start: int, stop: int) -> None:
     vectors = (width + LANES - 1) // LANES
     half = np.zeros(vectors * LANES, np.int16)
@@ -268,7 +268,7 @@ def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
             kept[j] = x[j] if keep else 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _top_k_rows16(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, k: int, start: int, stop: int) -> None:
     vectors = (width + LANES - 1) // LANES
     half, limits = np.zeros(vectors * LANES, np.int16), np.empty(LANES, np.int16)
@@ -300,7 +300,7 @@ def _top_k_rows16(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
             block += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, stop: int) -> None:
     done = start
     while done + LANES <= stop:
@@ -313,7 +313,7 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
 # -- lanes --------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: np.ndarray, least: np.ndarray) -> None:
     """`_search_row` for every lane: low[l], above[l], least[l]; `low` comes in with the neighbour's."""
     probe, count = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
@@ -352,7 +352,7 @@ def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: 
             return
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _top_k_lanes(
     x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int
 ) -> None:
@@ -437,7 +437,7 @@ def _top_k_lanes(
 # -- whole matrices -----------------------------------------------------------------------------------------------------
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: np.ndarray) -> None:
     """Counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
     found, both = 0, np.zeros(2, np.int64)
@@ -470,7 +470,7 @@ def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: 
         counts[1] = 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
     """Two passes over the upper and the lower half of every magnitude: no bracket needed."""
     histogram = np.zeros(1 << 16, np.int64)
@@ -492,13 +492,13 @@ def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
     return (upper << 16) | lower, -1 if histogram[lower] == room else room
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _zero_below(flat: np.ndarray, limit: np.float32) -> None:
     for j in range(flat.shape[0]):
         flat[j] = np.float32(0) if abs(flat[j]) < limit else flat[j]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _zero_below_ties(bits: np.ndarray, threshold: int, room: int) -> None:
     for j in range(bits.shape[0]):
         magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)

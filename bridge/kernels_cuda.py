@@ -11,16 +11,17 @@ Shape legend: n rows, w width.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
+triton: Any = None
+tl: Any = None
+with suppress(ImportError):
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
-except ImportError:
-    triton = tl = None
 
 WIDEST = 1 << 15  # a row must fit in a program's registers
 DIGITS = (11, 10, 10)  # of a magnitude's 31 bits, highest first
@@ -66,7 +67,7 @@ def project_(weight: Tensor, k: int) -> None:
 def _kernels() -> dict[str, Any]:
     global _compiled
     if _compiled is None:
-        _compiled = {"rows": triton.jit(_rows), "histogram": triton.jit(_histogram)}  # pyright: ignore[reportOptionalMemberAccess]
+        _compiled = {"rows": triton.jit(_rows), "histogram": triton.jit(_histogram)}
     return _compiled
 
 

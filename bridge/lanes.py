@@ -11,10 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
+compiled: Any = numba.njit(nogil=True, cache=True)
+intrinsic: Any = _intrinsic  # what it makes is called without the first parameter, which a type checker cannot know
 LANES = 32  # half words of a vector: 64 bytes
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats a sparse product accumulates in registers

@@ -1,9 +1,9 @@
 """Sparse-native training: after the anneal, matrices are trained by their nonzeros alone, and the mask goes on moving.
 
     every step          gradient and AdamW at the nonzeros
-    every `look_every`  the dense gradient G of that step's batch besides; then, in every matrix, the share r of the nonzeros that is
-                        smallest in magnitude is dropped, and as many grow where |G| is largest among the zeros, from 0 and
-                        without momentum;  r falls linearly from `move` to 0 at the end of training
+    every `look_every`  the dense gradient G of that step's batch besides; then, in every matrix, the share r of the nonzeros
+                        that is smallest in magnitude is dropped, and as many grow where |G| is largest among the zeros,
+                        from 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
 
 (Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) The dense-masked way, in which a dense gradient moves every weight at every
 step and a projection keeps the largest, is the reference; which matrices leave it is measured (`products.worth_it`).
@@ -40,10 +40,7 @@ def hold(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -
     """Put the values of a matrix's nonzeros (or of `pattern`) in its place as what is trained; returns them."""
     module, attribute = _place(sparse, name)
     weight = getattr(module, attribute)
-    if pattern is None:
-        matrix = Compact.of(weight)
-    else:
-        matrix = Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
+    matrix = Compact.of(weight) if pattern is None else Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
     parameter = nn.Parameter(matrix.value_p)
     matrix.value_p = parameter
     sparse.compact[name] = matrix

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.kernels_cpu import in_parallel
-from bridge.lanes import TOKENS, inner_products, inner_products_16, weighted_sum, weighted_sum_16
+from bridge.lanes import TOKENS, compiled, inner_products, inner_products_16, weighted_sum, weighted_sum_16
 
 SHORT = 64  # tokens; shorter rows are laid end to end
 
@@ -250,7 +249,7 @@ def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) ->
     in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _multiply_lines(
     start: np.ndarray, index: np.ndarray, value: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, first_block: int,
     last_block: int, first: int, last: int,
@@ -274,7 +273,7 @@ def _multiply_lines(
             t += step
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _inner_lines(
     start: np.ndarray, index: np.ndarray, x: np.ndarray, y: np.ndarray, out: np.ndarray, first: int, last: int
 ) -> None:
@@ -295,14 +294,14 @@ def _inner_lines(
             t += step
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _by_columns(column: np.ndarray, place: np.ndarray, order: np.ndarray) -> None:
     for p in range(column.shape[0]):
         order[place[column[p]]] = p
         place[column[p]] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _look_up(start: np.ndarray, column: np.ndarray, value: np.ndarray, tokens: np.ndarray, x: np.ndarray) -> None:
     for b in range(tokens.shape[0]):
         for t in range(tokens.shape[1]):
@@ -310,7 +309,7 @@ def _look_up(start: np.ndarray, column: np.ndarray, value: np.ndarray, tokens: n
                 x[b, column[p], t] = value[p]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _look_back(start: np.ndarray, column: np.ndarray, out: np.ndarray, tokens: np.ndarray, dx: np.ndarray) -> None:
     for b in range(tokens.shape[0]):
         for t in range(tokens.shape[1]):

@@ -2,9 +2,11 @@
 
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
 RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
-L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last
-saved state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows
-the clock).
+L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`).
+
+Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last saved
+state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the
+clock) and which matrices are trained by their nonzeros is said (`sparsity.native`) or was saved: `auto` measures it.
 
 A run's folder holds `coupling.json` and its tensors once finished, `training.json` and its tensors while under way, and
 `log.jsonl`, a line per report.
@@ -558,7 +560,7 @@ def _what_to_try(what: str, step: int, out: Path | None) -> str:
 
 
 def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State) -> None:
-    tensors = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
+    tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
     facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native}

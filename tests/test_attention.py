@@ -44,8 +44,8 @@ def test_attention_is_the_literal_one(channels: int, length: int, sinks: bool, s
 
 def test_attention_takes_any_layout() -> None:
     x_bnt = torch.randn(3, 2, 32, 40, generator=torch.Generator().manual_seed(0))
-    inside = [x.transpose(1, 2) for x in x_bnt]
-    assert torch.equal(attend(*inside, 16), attend(*(x.contiguous() for x in inside), 16))
+    q, k, v = (x.transpose(1, 2) for x in x_bnt)
+    assert torch.equal(attend(q, k, v, 16), attend(q.contiguous(), k.contiguous(), v.contiguous(), 16))
 
 
 def test_a_query_sees_nothing_later() -> None:

@@ -134,7 +134,7 @@ def values(text_file: Path, **settings: object) -> dict:
     )  # fmt: skip
 
 
-def weights_of(coupling: Coupling) -> dict[str, torch.Tensor]:
+def weights_of(coupling: Coupling) -> dict[str, torch.nn.Parameter]:
     return dict(coupling.sparse.named_parameters()) | dict(coupling.bridges.named_parameters())
 
 
