@@ -17,17 +17,21 @@ matrix, s residual width, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.residual import Enter
 from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks import TokenPairs
 
+ATTENDED = "attended"
+_CORPUS_ROWS = 16
 # which matrix of a block leads from which kind of node to which; "o" reads the values through the attention pattern
 _MATRICES = {
     "q": ("attn_in", "q"), "k": ("attn_in", "k"), "v": ("attn_in", "v"), "o": ("v", "attn_out"),
@@ -94,7 +98,7 @@ class SparseSubject:
     @staticmethod
     def over(sparse: SparseTransformer, corpus_bt: Tensor) -> SparseSubject:
         """The model with its means over a corpus. Raises ValueError for a corpus without tokens."""
-        return SparseSubject(sparse, corpus_means(sparse, corpus_bt))
+        return SparseSubject(sparse, {**corpus_means(sparse, corpus_bt), **attended_means(sparse, corpus_bt)})
 
     @property
     def space(self) -> NodeSpace:
@@ -130,6 +134,24 @@ class SparseSubject:
             for name, (source, target) in _MATRICES.items()
             for weight_ji in [self.sparse.get_parameter(f"blocks.{layer}.{name}.weight").detach()]
         )
+
+
+@torch.no_grad()
+def attended_means(sparse: SparseTransformer, corpus_bt: Tensor) -> dict[Location, Tensor]:
+    """means_n, at (layer, attended), of what attention hands to its output matrix: values under the pattern. No node of its own."""
+    sums: dict[Location, Tensor] = {}
+
+    def add(location: Location, _module: nn.Module, args: tuple[Tensor]) -> None:
+        total_n = args[0].sum((0, 1), dtype=torch.float64 if args[0].device.type != "mps" else None)
+        sums[location] = sums.get(location, 0) + total_n
+
+    with ExitStack() as hooks:
+        for layer in range(len(sparse.blocks)):
+            at = Location(layer, ATTENDED)
+            hooks.enter_context(sparse.get_submodule(f"blocks.{layer}.o").register_forward_pre_hook(partial(add, at)))
+        for rows_bt in corpus_bt.to(sparse.device).split(_CORPUS_ROWS):
+            sparse.run(rows_bt, last_only=True)
+    return {location: (total_n / corpus_bt.numel()).to(sparse.embedding.dtype) for location, total_n in sums.items()}
 
 
 def _ends(weight_ji: Tensor) -> tuple[Tensor, Tensor]:
