@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.circuit import Edge, Node
-from bridge.masks import ROWS, Goal, masked_loss
+from bridge.masks import GIVEN_UP, ROWS, Goal, masked_loss
 from bridge.prune import deleted, fewest
 from bridge.sparse import Location
 from bridge.subject import ATTENDED, Matrix, SparseSubject
@@ -195,5 +195,5 @@ def find_edges(goal: Goal, kept_f: Tensor, progress: Callable[[str], None] | Non
         return FoundEdges((), 0, judge.loss(whole_e), True)
     order_e = judge.slopes(whole_e).abs().argsort(descending=True, stable=True)
     kept_e = fewest(judge, torch.zeros_like(whole_e), order_e, max(1, len(order_e) // 3))
-    kept_e, complete = deleted(judge, kept_e, lambda text: say(text.replace("nodes", "edges")))
+    kept_e, complete = deleted(judge, kept_e, lambda text: say(text.replace("nodes", "edges")), GIVEN_UP)
     return FoundEdges(judge.edges(kept_e), len(whole_e), judge.loss(kept_e), complete)

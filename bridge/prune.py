@@ -270,8 +270,12 @@ def fewest(judge: Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor
     return core_f.index_fill(0, ranked_k[:high], True)
 
 
-def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None]) -> tuple[Tensor, bool]:
-    """The circuit after the deletions, and whether they went on until no node could be spared."""
+def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None], given_up: float = 0.0) -> tuple[Tensor, bool]:
+    """The circuit after the deletions, and whether they went on until no node could be spared.
+
+    Once the bound is met, the next node in the order would have been one too many; given_up is the share of those left that
+    are not tried again together with it, until the next sweep.
+    """
     missed_f, swept_f = torch.zeros_like(kept_f), torch.zeros_like(kept_f)
     while not torch.equal(swept_f, kept_f):
         swept_f = kept_f
@@ -284,7 +288,8 @@ def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None]) -> tuple[T
             missed_f[node_k[miss_k > judge.bound]] = True
             order_k = node_k[miss_k.argsort(descending=True, stable=True)][int((miss_k > judge.bound).sum()) :]
             kept_f = fewest(judge, kept_f.index_fill(0, order_k, False), order_k, len(order_k) // 2)
-            missed_f[order_k[kept_f[order_k]][-1:]] = True  # the next one would have been one too many
+            left_k = order_k[kept_f[order_k]]  # the next one would have been one too many
+            missed_f[left_k[len(left_k) - max(1, round(given_up * len(left_k))) :]] = True
     return kept_f, True
 
 

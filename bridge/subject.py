@@ -187,7 +187,8 @@ def alive(subject: Subject, pairs: TokenPairs, within: float = 1e-6) -> Tensor:
     values = recorded(subject, pairs)
     there_bt = torch.arange(pairs.prompt_bt.shape[1], device=pairs.last_b.device) <= pairs.last_b[:, None]
     moved = {
-        at: (((values[at] - subject.means[at]).abs() > within) & there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes
+        at: (((values[at] - subject.means[at]).abs() > within) & there_bt[..., None]).any((0, 1))[None]
+        for at in subject.space.sizes
     }
     return subject.space.join(moved)
 
