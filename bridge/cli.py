@@ -292,7 +292,7 @@ class _Phases:
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
-        self.last, self.started = -math.inf, time.monotonic()
+        self.last = self.started = time.monotonic()
 
     def __call__(self, text: str) -> None:
         now = time.monotonic()

@@ -114,7 +114,7 @@ def pruned_to(subject: SparseSubject, edges: Iterable[Edge], kept_f: Tensor) -> 
         if (matrix.source, matrix.target) in wanted:
             row_k, column_k = torch.tensor(wanted[matrix.source, matrix.target], device=gone_ji.device).unbind(1)
             gone_ji[row_k, column_k] = False
-        removed[name] = gone_ji.nonzero(as_tuple=True)
+        removed[name] = _places(gone_ji)
     pruned.remove(removed)
     return pruned.subject
 
@@ -129,7 +129,7 @@ class EdgeGoal:
         self.goal = copy.copy(goal)
         self.goal.subject = self.pruned.subject
         kept = goal.subject.space.split(kept_f)
-        self.entries = {name: matrix.inside(kept).nonzero(as_tuple=True) for name, matrix in self.pruned.before.items()}
+        self.entries = {name: _places(matrix.inside(kept)) for name, matrix in self.pruned.before.items()}
         self.sizes = [len(row_k) for row_k, _ in self.entries.values()]
 
     def _parts(self, x_e: Tensor) -> dict[str, Tensor]:
@@ -197,3 +197,9 @@ def find_edges(goal: Goal, kept_f: Tensor, progress: Callable[[str], None] | Non
     kept_e = fewest(judge, torch.zeros_like(whole_e), order_e, max(1, len(order_e) // 3))
     kept_e, complete = deleted(judge, kept_e, lambda text: say(text.replace("nodes", "edges")), GIVEN_UP)
     return FoundEdges(judge.edges(kept_e), len(whole_e), judge.loss(kept_e), complete)
+
+
+def _places(mask_ji: Tensor) -> tuple[Tensor, Tensor]:
+    """(row_k, column_k) of the entries of a mask."""
+    row_k, column_k = mask_ji.nonzero().unbind(1)
+    return row_k, column_k

@@ -14,14 +14,15 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
                 most 500 steps. lambda is steered: it rises while the loss of the last steps is below the bound and falls while it
                 is above, so one descent visits the size weights that several would, and ends at the one that the bound asks for.
                 It stops where neither the size nor the loss has changed in a while.
-3. threshold    The fewest nodes by tau whose loss on the validation split (fixed prompts, fixed U) is within the bound.
+3. threshold    The fewest nodes by tau that are within the bound on the validation split (fixed prompts, fixed U): under the
+                default both the loss above, without lambda, and KL(S, S_C) by itself.
 4. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
 Prompts are put in an order of their own first, so the result does not depend on the one they come in. Work is counted in
 products of a token with a weight, not in seconds, so the same seed finds the same circuit on any day.
 
-Shape legend: b prompt (row), c circuit, f all nodes in one row, k some of them by their place, v vocabulary.
+Shape legend: b prompt (row), c circuit, u alone or in company, f all nodes in one row, k some of them by their place, v vocabulary.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Goal:
         return kl(self.whole_bv if row_b is None else self.whole_bv[row_b], logits_bv)
 
     def loss(self, kept_cf: Tensor) -> Tensor:
-        """loss_c of circuits: alone, or the mean of alone and in company."""
+        """loss_c of circuits: alone, or the mean of alone and in company, where that is more."""
         rows = len(self.pairs)
         self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.weights
         index_b = torch.arange(rows, device=kept_cf.device)
@@ -140,7 +141,8 @@ class Goal:
             if self.terms == 2:
                 kept_rf, row_r = torch.cat([kept_rf, kept_rf | self.company_bf[row_r]]), row_r.repeat(2)
             loss_r = self.measure(self._logits(self.pairs.rows(row_r), kept_rf), row_r)
-            losses.append(loss_r.view(self.terms, -1, rows).mean((0, 2)))
+            loss_uc = loss_r.view(self.terms, -1, rows).mean(2)
+            losses.append(torch.maximum(loss_uc[0], loss_uc.mean(0)))
         return torch.cat(losses)
 
     def first_good(self, kept_cf: Tensor) -> int:
