@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     from bridge.evaluate import Evaluation
+    from bridge.tasks import Example
     from bridge.training import Progress, Run
 
 app = typer.Typer(
@@ -227,6 +229,66 @@ def circuit(
                 print(f"{text}\n", flush=True)
 
 
+@app.command()
+def tasks(
+    names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    dense: Annotated[str | None, typer.Option(help="A dense model alone instead: hub id or folder.")] = None,
+    language: Annotated[str | None, typer.Option(help="Only the tasks in python, or in english.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    seed: Annotated[int, typer.Option(help="Seed of names, templates and splits.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """List the tasks, and how well the dense and the sparse model do on them."""
+    with _one_line_errors():
+        from bridge.tasks import SPLITS, TaskError, load_task, resolve, score, task_names
+
+        if split not in SPLITS:
+            raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
+        if bridge is not None and dense is not None:
+            raise TaskError("--bridge and --dense were both given; a coupling has its own dense model, give one of them")
+        chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
+        chosen = [task for task in chosen if language in (None, task.language)]
+        if not chosen:
+            raise TaskError(f"none of the tasks named is in the language {language!r}; leave out --language")
+        if dense is not None:
+            from bridge.dense import load_dense
+
+            of = load_dense(dense, device=_device(device))
+            models: dict[str, Any] = {"dense": of}
+            context = of.context
+        else:
+            from bridge.bridges import Coupling
+
+            coupling = Coupling.from_pretrained(bridge or _shipped(), device=_device(device))
+            of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
+        print(f"{split} split, both members of every pair scored, by {of.name}\n")
+        columns = "".join(f"{name:>8}" for name in models)
+        print(f"{'task':<27}{columns}{'pairs':>7}{'dropped':>9}  a prompt, and its answer")
+        rows: list[dict[str, Any]] = []
+        for task in chosen:
+            resolved = resolve(task, of.tokenizer, context=context, splits=(split,))
+            pairs = resolved.splits[split]
+            scores = {name: score(model, pairs.to(of.device)) for name, model in models.items()} if len(pairs) else {}
+            rows.append(
+                {
+                    "task": task.name, "language": task.language, "about": task.about, "split": split, "seed": seed,
+                    "pairs": len(pairs), "looked_at": resolved.seen, "drop_rate": resolved.drop_rate,
+                    "dropped": dict(resolved.dropped), "scores": {name: asdict(one) for name, one in scores.items()},
+                }
+            )  # fmt: skip
+            numbers = "".join(f"{scores[name].accuracy:8.2f}" if scores else f"{'-':>8}" for name in models)
+            example = next(iter(pairs.examples or task.examples[split]), None)
+            print(f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {_sample(example, 43 + 8 * len(models))}")
+        solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= 0.9 for row in rows) for name in models}
+        print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
+        if json is not None:
+            from bridge.checkpoint import write_json
+
+            write_json(json, rows)
+
+
 def main() -> NoReturn:
     """Entry point of the `bridge` command."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make every other process on the machine slower
@@ -281,6 +343,16 @@ def _width() -> int:
     import shutil
 
     return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _sample(example: Example | None, taken: int) -> str:
+    """As much of the end of a prompt as fits on a line, and its answer."""
+    if example is None:
+        return ""
+    answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
+    room = max(16, _width() - taken - len(answer) - 5)
+    prompt = repr(example.prompt)
+    return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
 
 
 def _note(phase: str) -> None:

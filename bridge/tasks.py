@@ -9,11 +9,11 @@ answer is read at the first token that tells the two apart, and is a set of toke
 
     D = log sum over answer of exp(logit) - log sum over wrong of exp(logit)     right: D > 0     two-way loss: softplus(-D) nats
 
-How a pair is resolved, whatever the tokenizer: the prompt is tokenized with each spelling after it. Spellings before which its own
-tokens change do not count; where that is all of an answer's, the quotes, spaces and other marks at its end are left to the answers
-until they change no more. The tokens that all spellings share are appended to the prompt, and the next ones are the answer's and
-the wrong answer's. The pair is dropped where these are no two sets, or other ones after the counterfactual, and where the two
-members are not equally long.
+How a pair is resolved, whatever the tokenizer: the prompt is tokenized with each spelling after it. Spellings before which its
+own tokens change do not count; where that is all of an answer's, the quotes, spaces and other marks at its end are left to the
+answers until they change no more. The tokens that all spellings share are appended to the prompt, and the next ones are the
+answer's and the wrong answer's. The pair is dropped where these are no two sets, or other ones after the counterfactual, and
+where the two members are not equally long.
 
 Shape legend: b pair (row), t token, k token ids of an answer, v vocabulary.
 """
@@ -245,9 +245,11 @@ def _generated(templates: Templates, seed: int) -> Task:
     words = _words(seed)
     texts = random.Random(f"{seed} {templates.name}").sample(templates.texts, len(templates.texts))
     held = max(1, round(HELD_OUT * len(texts)))
-    share = {"validation": texts[:held], "test": texts[held : 2 * held], "train": texts[2 * held :]}
-    examples = {split: tuple(_drawn(templates, share[split], words[split], PAIRS[split] * SPARE, seed)) for split in SPLITS}
-    return Task(templates.name, templates.language, templates.about, examples, PAIRS)
+    share: dict[Split, list[str]] = {"validation": texts[:held], "test": texts[held : 2 * held], "train": texts[2 * held :]}
+    pairs: dict[Split, tuple[Example, ...]] = {
+        split: tuple(_drawn(templates, share[split], words[split], SPARE * PAIRS[split], seed)) for split in SPLITS
+    }
+    return Task(templates.name, templates.language, templates.about, pairs, PAIRS)
 
 
 @lru_cache(maxsize=4)
@@ -267,9 +269,9 @@ def _drawn(
 ) -> Iterator[Example]:
     """At most `wanted` different pairs, the templates in turn, either prompt of a pair coming first by chance."""
     generator = random.Random(f"{seed} {templates.name} {texts}")
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for attempt in range(4 * wanted):
-        if len(seen) == wanted:
+        if len(seen) == 2 * wanted:
             return
         text = texts[attempt % len(texts)]
         names = _names(text, templates, words, generator)
@@ -278,8 +280,8 @@ def _drawn(
             _pair(templates, text, re.sub(_FILLER, filled, text), names)
             for filled in (("", r"«\1|»", r"«|\1»") if _FILLER.search(text) else ("",))
         ]
-        if pair.prompt not in seen:
-            seen.add(pair.prompt)
+        if (pair.prompt, pair.counterfactual) not in seen:
+            seen |= {(pair.prompt, pair.counterfactual), (pair.counterfactual, pair.prompt)}
             pair = replace(pair, variants=tuple(variants))
             yield _swapped(pair) if generator.random() < 0.5 else pair
 
@@ -362,7 +364,9 @@ def _users(path: Path, seed: int) -> Task:
         splits.append(split)
     if splits[0] is None:
         splits = _shared_out(path, len(examples), seed)
-    by_split = {split: tuple(e for e, s in zip(examples, splits, strict=True) if s == split) for split in SPLITS}
+    by_split: dict[Split, tuple[Example, ...]] = {
+        split: tuple(example for example, its in zip(examples, splits, strict=True) if its == split) for split in SPLITS
+    }
     about = f"{len(examples)} examples of {path.name}"
     return Task(path.stem, "user", about, by_split, {split: len(some) for split, some in by_split.items()})
 
@@ -391,8 +395,8 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
                 except json.JSONDecodeError as error:
                     raise TaskError(f"{path}, line {number}: not JSON ({error.msg}); write one object per line") from None
         return
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return
@@ -406,8 +410,6 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         raise TaskError(f"{path}{line}: not YAML ({error.problem}); quote texts that have marks in them") from None
     except yaml.YAMLError as error:
         raise TaskError(f"{path}: not YAML ({' '.join(str(error).split())}); remove what is not text") from None
-    finally:
-        loader.dispose()
 
 
 _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "split")
@@ -437,7 +439,8 @@ def _example(values: Any, where: str) -> tuple[Example, Split | None]:
     split = values.get("split")
     if "split" in values and split not in SPLITS:
         raise TaskError(f"{where}: there is no split {_short(split)}; it is one of {', '.join(SPLITS)}")
-    return Example(*prompts, answer, wrong, _difference(*prompts)), split
+    prompt, counterfactual = prompts
+    return Example(prompt, counterfactual, answer, wrong, _difference(prompt, counterfactual)), split
 
 
 def _side(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
@@ -512,13 +515,15 @@ def resolve(
             if len(rows) == task.wanted[split]:
                 break
             seen += 1
+            reason = ""
             for variant in (example, *example.variants):
                 reads = _resolved(variant, tokenizer, context)
                 if not isinstance(reads, str):
                     rows.append((variant, *reads, _token_spans(variant, reads, tokenizer)))
                     break
+                reason = reason or reads
             else:
-                dropped[reads] += 1
+                dropped[reason] += 1
         resolved[split] = _tensors(rows)
     return Resolved(task.name, task.language, resolved, seen, dict(dropped))
 
@@ -530,7 +535,8 @@ def _in_order(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -
         return
     names = {example: [example.prompt[slice(*s.prompt)] for s in example.spans if s.label != "differs"] for example in examples}
     words = list({name for some in names.values() for name in some})
-    tokens = {word: len(ids) for word, ids in zip(words, _encoded([f" {word}" for word in words], tokenizer), strict=True)}
+    plain, spaced = _encoded(words, tokenizer), _encoded([f" {word}" for word in words], tokenizer)
+    tokens = {word: max(len(a), len(b)) for word, a, b in zip(words, plain, spaced, strict=True)}
     by_template: dict[str, list[Example]] = {}
     for example in examples:
         by_template.setdefault(example.template, []).append(example)
@@ -577,24 +583,25 @@ def _movable(prompt: str) -> int:
     return min(len(prompt) - len(re.sub(r"\W+\Z", "", prompt)), _MOVABLE)
 
 
-def _shared(rows: Sequence[Sequence[int]]) -> int:
-    shortest, longest = min(rows), max(rows)
-    return next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), min(len(shortest), len(longest)))
+def _shared(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    low, high = min(rows), max(rows)  # any row lies between these two
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens as the model is given them: with what the tokenizer puts before a text, without what it puts after."""
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.unk_token_id}
-    rows = tokenizer(texts)["input_ids"]
-    return [row[:-1] if row and row[-1] in ends else row for row in rows]  # pyright: ignore
+    ends: list[Any] = [tokenizer.eos_token_id, tokenizer.sep_token_id]
+    rows: Any = tokenizer(texts)["input_ids"]
+    return [row[:-1] if row and row[-1] in ends else row for row in rows]
 
 
 def _token_spans(example: Example, reads: tuple[_Read, _Read], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSpan, ...]:
     """The spans in tokens; none where the tokenizer cannot say what characters its tokens are of."""
     if not tokenizer.is_fast:
         return ()
-    offsets = tokenizer([example.prompt, example.counterfactual], return_offsets_mapping=True)["offset_mapping"]
-    rows = [list(row)[: len(read.tokens)] for row, read in zip(offsets, reads, strict=True)]  # pyright: ignore
+    offsets: Any = tokenizer([example.prompt, example.counterfactual], return_offsets_mapping=True)["offset_mapping"]
+    rows = [row[: len(read.tokens)] for row, read in zip(offsets, reads, strict=True)]
     return tuple(TokenSpan(s.label, _tokens(s.prompt, rows[0]), _tokens(s.counterfactual, rows[1])) for s in example.spans)
 
 

@@ -16,6 +16,7 @@ is not an answer of the other. Where a branch says less than the other, a second
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -34,12 +35,12 @@ class Templates:
 _VARIABLES = """
 data path name value key index result text line file code date device header height width image input output layer length mask
 matrix method mode model module names node num obj order other params parent pos position prefix res size source src stack state
-target tensor time token tokens types unit values version video block chunk columns current dimension example extra field final
-first initial parser sequence stride tag total user default end error expr group inputs kernel last outputs config batch base
+target tensor time token tokens types unit values version video block chunk columns dimension example extra field final
+first initial sequence stride tag total user default end error expr group inputs kernel last outputs config batch base
 shape args
 """.split()
 _FUNCTIONS = """
-call check format forward make read run get add build create update load parse find write apply handle convert process compute
+call check format forward make read run build create update load parse find write apply handle convert process compute
 copy match register send fetch save delete insert remove render merge resolve split join validate decode encode transform clean
 select filter setup reset close collect connect extract generate lookup normalize
 """.split()
@@ -74,14 +75,14 @@ sugar blanket
 """.split()
 _ROLES = "cook nurse guest neighbor leader speaker swimmer runner reader baker host judge coach tailor gardener partner".split()
 
-POOLS: dict[str, list[str]] = {
+POOLS: Mapping[str, Sequence[str]] = {
     "variable": _VARIABLES, "function": _FUNCTIONS, "class": list(dict.fromkeys(_CLASSES)), "woman": _WOMEN, "man": _MEN,
     "place": _PLACES, "thing": _THINGS, "noun": _NOUNS, "event": _EVENTS, "word": _WORDS, "role": _ROLES,
     "year": [f"{year:02}" for year in range(20, 80)], "century": ["11", "12", "13", "14", "15", "16", "17", "18"],
 }  # fmt: skip
 """Names by kind; no word is in two."""
 
-NAMES: dict[str, tuple[str, ...]] = {
+NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys("abcd", ("variable",)), **dict.fromkeys("fg", ("function",)), "C": ("class",),
     **dict.fromkeys("mn", ("woman", "man")), "w": ("woman",), "h": ("man",), "p": ("place",), "o": ("thing",), "s": ("noun",),
     "t": ("noun",), "E": ("event",), "y": ("year",), "e": ("century",), "r": ("role",), **dict.fromkeys("ijklqx", ("word",)),
@@ -153,8 +154,8 @@ TASKS: tuple[Templates, ...] = (
             "class $C(object):\n    def __init__(self, $c, $b, $a):\n        self.$c = $c\n        self.«$a|$b» =",
             "class $C:\n    def __init__(self, $a, $b, $c):\n        self.$c = $c\n        self.«$a|$b» =",
             "class $C:\n    def __init__(self, $c, $a, $b):\n        self.$c = $c\n        self.«$a|$b» =",
-            "class $C:\n    def __init__(self, $c, $d, $b, $a):\n        self.$c = $c\n        self.$d = $d\n        self.«$a|$b» =",
-            "class $C:\n    def __init__(self, $c, $d, $a, $b=None):\n        self.$c = $c\n        self.$d = $d\n        self.«$a|$b» =",
+            "class $C:\n    def __init__(self, $d, $b, $a):\n        self.$d = $d\n        self.«$a|$b» =",
+            "class $C:\n\n    def __init__(self, $c, $a, $b=None):\n        self.$c = $c\n        self.«$a|$b» =",
             "    def __init__(self, $c, $b, $a):\n        super().__init__()\n        self.$c = $c\n        self.«$a|$b» =",
         ),
     ),
@@ -175,13 +176,13 @@ TASKS: tuple[Templates, ...] = (
         "bracket_brace", "python", "a dictionary's key is followed by a colon, a list's element is not",
         (":", ": "), (",", "]", ")"),
         (
-            "$d = «{|[»'$a'«:|,» 1, '$b'«:|,» 2, '$c'",
-            "def $f(self):\n    return «{|[»'$a'«:|,» self.$b, '$c'",
+            "def $f(self):\n    return «{|[»$a«:|,» self.$d, $b«:|,» self.$c, $c",
+            "def $f($a, $b, $c):\n    $d = «{|[»$a«:|,» 1, $b«:|,» 2, $c",
             "    def $f(self):\n        self.$d = «{|[»\"$a\"«:|,» 0, \"$b\"",
-            "def $f($a):\n    $d = «{|[»'$b'«:|,» $a, '$c'",
+            "def $f($a, $d):\n    return «{|[»\"$b\"«:|,» $a, \"$c\"«:|,» $d, \"$d\"",
             "    $d = «{|[»\n        '$a'«:|,» 1,\n        '$b'«:|,» 2,\n        '$c'",
             "    self.$d = «{|[»\n        \"$a\"«:|,» None,\n        \"$b\"",
-            "def $f(self, $d):\n    return «{|[»'$a'«:|,» $d, '$b'«:|,» 0, '$c'",
+            "class $C:\n    def $f(self, $a, $b):\n        $d = «{|[»$a«:|,» 0, $b",
         ),
     ),
     Templates(
@@ -198,15 +199,15 @@ TASKS: tuple[Templates, ...] = (
     ),
     Templates(
         "bracket_counting", "python", "as many brackets are closed as are open",
-        ("]]", "]])", "]],"), ("]", "])", "],", "]\n"),
+        ("]]", "]])", "]],"), ("]",),
         (
-            "$d = [[$a, $b], «[|-»$c",
-            "def $f(self, $a):\n    return [[$a, 1], «[|-»$b",
-            "    def $f(self):\n        self.$d = [[0, 1], «[|-»$a",
-            "def $f($a, $b):\n    $d = $b([[$a, $c], «[|-»$b",
-            "    $d = [[1, 2], [3, 4], «[|-»$a",
-            "import numpy as np\n\n$d = np.array([[$a, 0], «[|-»$b",
-            "    for $d in [[$a, $b], «[|-»$c",
+            "def $f(self, $c):\n    self.$d = ⟦not ⟧$c\n    self.$c = [«[|»1, 2«], [|, »3, 4",
+            "def $f($c):\n    $d = ⟦not ⟧$c\n    $c = [«[|»0, 1«], [|, »2, 3",
+            "    def $f(self):\n        $c = ⟦not ⟧self.$d\n        $d = [«[|»1, 2«], [|, »4, 5",
+            "    $d = ⟦not ⟧$c\n    $c = [«[|»5, 6«], [|, »7, 8",
+            "class $C:\n    def $f(self, $c):\n        $d = ⟦not ⟧$c\n        $c = [«[|»1, 3«], [|, »2, 4",
+            "    if ⟦not ⟧$c:\n        $d = [«[|»2, 3«], [|, »4, 5",
+            "    self.$d = ⟦not ⟧$c\n    $c = [«[|»1, 2«], [|, »3, 5",
         ),
     ),
     Templates(
@@ -255,7 +256,7 @@ TASKS: tuple[Templates, ...] = (
             "def $f(self, $a):\n    «if self.$b and|return self.$b if» $a is None",
             "    def $f(self, $a, $b):\n        «if $b or|return $b if» $a is not None",
             "def $f($a, $b, $c):\n    «if not $b and|$c = $b if» $a is None",
-            "    «if $d or|return $d if» self.$a is None",
+            "    $b = $c.$g()\n    «if not $b and|$d = $b if» $a is not None",
             "class $C:\n    def $f(self, $a, $b):\n        «if $b and|return $b if» self.$a is not None",
             "def $f(self, $a, $b):\n    $d = self.$g()\n    «if not $d and|$b = $d if» $a is None",
         ),
@@ -305,8 +306,8 @@ TASKS: tuple[Templates, ...] = (
             "    def $f(self, $b):\n        self.$c = $b«|()»\n        «if |»$a",
             "def $f($a, $b):\n    if $b:\n        return«| $c»\n    «if |»$a",
             "    $d = self.$c«|()»\n    «if |»$a",
-            "class $C:\n    def $f(self, $a):\n        self.$g($b«|()»)\n        «if |»$a",
-            "    for $b in $c«|()»:\n        «if |»$a",
+            "class $C:\n    def $f(self, $a):\n        self.$b = «|not »$c\n        «if |»$a",
+            "    for $b in «|not »$c:\n        «if |»$a",
         ),
     ),
     Templates(

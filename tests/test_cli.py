@@ -71,7 +71,7 @@ def test_help_is_light() -> None:
 import sys
 from typer.testing import CliRunner
 from bridge.cli import app
-for arguments in (["--help"], ["fit", "--help"], ["info", "--help"], ["eval", "--help"], ["explain", "--help"]):
+for arguments in (["--help"], *([name, "--help"] for name in ("fit", "info", "eval", "explain", "tasks"))):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.stdout, result.output
 assert not {"torch", "transformers", "accelerate", "numpy"} & set(sys.modules)
@@ -138,6 +138,50 @@ def test_eval_of_other_text(fitted: tuple[Path, Result], text_file: Path) -> Non
     out, _ = fitted
     assert run("eval", out, "--rows", 2, "--data", text_file).exit_code == 0
     assert json.loads((out / "eval.json").read_text())["tokens"] == 2 * CONTEXT
+
+
+def own_task(folder: Path) -> Path:
+    """A task in the tiny tokenizer's words."""
+    file = folder / "own.jsonl"
+    pairs = ({"prompt": f"w5 w{n}", "counterfactual": f"w6 w{n}", "answer": " w7", "wrong": " w8"} for n in range(10, 18))
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return file
+
+
+def test_tasks_are_listed_with_what_the_models_do_on_them(fitted: tuple[Path, Result], tmp_path: Path) -> None:
+    out, table = fitted[0], tmp_path / "tasks.json"
+    result = run("tasks", own_task(tmp_path), "for_while", "--bridge", out, "--json", table, "--device", "cpu")
+    assert result.exit_code == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("validation split, both members of every pair scored, by ")
+    assert lines[2].split()[:5] == ["task", "dense", "sparse", "pairs", "dropped"]
+    own, unfit = (line.split() for line in lines[3:5])
+    assert (own[0], own[3], own[4]) == ("own", "2", "0%") and lines[3].endswith("-> ' w7'")
+    assert unfit[:5] == ["for_while", "-", "-", "0", "100%"]  # of a vocabulary of w1 to w38 nothing is left
+    first, second = json.loads(table.read_text())
+    assert [f"{first['scores'][name]['accuracy']:.2f}" for name in ("dense", "sparse")] == own[1:3]
+    assert second["scores"] == {} and second["drop_rate"] == 1 and sum(second["dropped"].values()) == second["looked_at"]
+    solved = sum(score["accuracy"] >= 0.9 for score in [first["scores"]["dense"]])
+    assert lines[-1].split() == ["solved", "at", ".9,", "of", "2", str(solved), *lines[-1].split()[-1:]]
+
+
+def test_tasks_of_a_dense_model_alone(dense_folder: Path, tmp_path: Path) -> None:
+    result = run("tasks", own_task(tmp_path), "--dense", dense_folder, "--split", "train", "--device", "cpu")
+    assert result.exit_code == 0 and result.stdout.splitlines()[2].split()[:4] == ["task", "dense", "pairs", "dropped"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["for_whlie"], "there is no task 'for_whlie'; did you mean 'for_while'?"),
+        (["--language", "latin"], "there are no tasks in the language 'latin'; there are some in python, english"),
+        (["ioi", "--language", "python"], "none of the tasks named is in the language 'python'; leave out --language"),
+        (["--split", "dev"], "there is no split 'dev'; --split is one of train, validation, test"),
+        (["--bridge", "a", "--dense", "b"], "--bridge and --dense were both given"),
+    ],
+)
+def test_tasks_refuses(arguments: list[str], message: str) -> None:
+    assert_refused(run("tasks", *arguments), message)
 
 
 def test_fit_stops_at_the_end_of_a_stretch_and_goes_on(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
