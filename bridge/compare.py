@@ -1,4 +1,4 @@
-"""The circuits of several tasks beside each other: what they share beyond chance, and whether one can be deleted without the rest.
+"""The circuits of several tasks beside each other: what they share beyond chance, and whether one can go without the rest.
 
     overlap         nodes (or edges) that two circuits share, beside what random ones of the same sizes would,
                         expected = |A| |B| / N, and the chance of as many by luck, hypergeometric
@@ -209,7 +209,7 @@ def heat_map(comparison: Comparison) -> str:
             ink = "white" if depth > 0.6 else "black"
             title = "nothing to compare with" if share is None else f"{share:.3f} of the diagonal"
             parts.append(
-                f'<g><title>{escape(names[a])} deleted, {escape(names[b])} measured: {title}</title>'
+                f"<g><title>{escape(names[a])} deleted, {escape(names[b])} measured: {title}</title>"
                 f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" fill="rgb({shade},{shade},255)" stroke="#ccc"/>'
                 f'<text x="{x + _CELL / 2}" y="{y + _CELL / 2 + 4}" text-anchor="middle" fill="{ink}">'
                 f"{comparison.rise[a][b]:+.2f}</text></g>"

@@ -8,8 +8,8 @@ which is the same model with other weights and biases, run as ever. m_i is the m
 weights that read values through the attention pattern, the mean over the corpus of what they read. Weights with an end outside
 the circuit stay: their sources are at their means already, and with none removed this is the circuit of the nodes, exactly.
 
-1. scores      To first order, removing an edge changes the loss by  - d loss / d b_j ... W_ji (a_i - m_i), summed over positions and
-               prompts: the gradients of W and b at the circuit give it for all edges at once.
+1. scores      To first order, removing an edge takes  (d loss / d j) W_ji (a_i - m_i), summed over positions and prompts, from
+               the loss: the gradients of W and b at the circuit give it for all edges at once.
 2. bisection   The fewest edges by the magnitude of their score that keep the loss within the bound, alone and in company.
 3. deletions   Scores again, at what is left; as many of the cheapest together as the bound allows; over and over.
 

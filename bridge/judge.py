@@ -116,7 +116,7 @@ class TaskFaithfulness:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A circuit to be judged: its nodes, and the model that its edges leave; every seed's nodes; edges, also of the dense model."""
+    """A circuit to be judged: its nodes, and what its edges leave of the model; every seed's nodes; edges, also dense ones."""
 
     kept_f: Tensor
     pruned: SparseSubject

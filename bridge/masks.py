@@ -4,7 +4,7 @@ With tau_f a number per node (channels shared over positions), C = {tau > 0} and
 drawn at random, afresh for every prompt and step, the steps make small
 
     superset (default)   KL(S, S_C) / 2 + KL(S, S_(C + U)) / 2 + lambda |C|
-    paper                two-way loss of S_C + lambda |C|                                           (Gao et al. 2025, appendix A.5)
+    paper                two-way loss of S_C + lambda |C|                                     (Gao et al. 2025, appendix A.5)
 
 the KL being of the next token after the prompt. The paper's objective finds circuits that are small and can be wrong: what it
 deletes may cancel, and nothing ties the rest to the model. Under the default the whole model is one of the sets that are tried.
@@ -14,15 +14,18 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
                 most 500 steps. lambda is steered: it rises while the loss of the last steps is below the bound and falls while it
                 is above, so one descent visits the size weights that several would, and ends at the one that the bound asks for.
                 It stops where neither the size nor the loss has changed in a while.
-3. threshold    The fewest nodes by tau that are within the bound on the validation split (fixed prompts, fixed U): under the
-                default both the loss above, without lambda, and KL(S, S_C) by itself.
-4. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
+3. repairs      The prompts of the validation split come from other templates. While the nodes above 0 do not meet the bound
+                there, those that the loss's slope says help most are added, an eighth at a time.
+4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
+                (fixed prompts, fixed U): under the default both the loss above, without lambda, and KL(S, S_C) by itself.
+5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
 Prompts are put in an order of their own first, so the result does not depend on the one they come in. Work is counted in
 products of a token with a weight, not in seconds, so the same seed finds the same circuit on any day.
 
-Shape legend: b prompt (row), c circuit, u alone or in company, f all nodes in one row, k some of them by their place, v vocabulary.
+Shape legend: b prompt (row), c circuit, u alone or in company, f all nodes in one row, k some of them by their place, v
+vocabulary.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ VALIDATION = 32  # prompts that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (1e-7, 1.0)
 SETTLED_STEPS, SETTLED = 30, 0.02
+REPAIRS = 12  # rounds at most
 SHARES = (0.5, 0.5)  # of the work: masks; threshold and deletions
 GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
 _TOKENS = 4096  # in a batch of masked copies
@@ -91,7 +95,7 @@ class FoundNodes:
 
 
 class Goal:
-    """An aim on fixed prompts with fixed random company; what `fewest` and `deleted` ask about circuits, and the work it takes."""
+    """An aim on fixed prompts with fixed random company: what `fewest` and `deleted` ask about circuits, and the work left."""
 
     def __init__(self, subject: Subject, pairs: TokenPairs, aim: Aim, *, seed: int = 0, work: float = float("inf")) -> None:
         """`pairs` are prompts (both members of pairs, where both are to count)."""
@@ -298,23 +302,43 @@ def find_nodes(
     candidates_f = candidates(lessons)
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
     tau_f, steps = candidates_f.to(torch.get_default_dtype()), 0
-    for step, tau_f in learn(lessons, candidates_f, seed=seed, work=lessons.left):
-        steps = step.step
+    for step, now_f in learn(lessons, candidates_f, seed=seed, work=lessons.left):
+        tau_f, steps = now_f, step.step
         say(f"masks: step {steps} of {step.steps}, {step.nodes:,} nodes, loss {step.loss:.3f}")
     above, n = int((tau_f > 0).sum()), int(candidates_f.sum())
-    order_f = ranks(candidates_f, tau_f).argsort()
+    worth_f = _repaired(judge, candidates_f, tau_f, say) if whole <= aim.bound else tau_f
+    order_f = ranks(candidates_f, worth_f).argsort()
     if whole <= aim.bound:
         limit = n if float(judge.loss(candidates_f[None])) <= aim.bound else len(order_f)
     elif float(judge.loss((tau_f > 0)[None])) <= aim.bound:
         limit = above  # the model does not do it, and some of its nodes do
     else:
         raise MaskError(
-            f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); raise --target-loss"
+            f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); "
+            "raise --target-loss"
         )
-    kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(above, 1))
+    kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(int((worth_f > -1.5).sum()), 1))
     say(f"threshold: {int(kept_f.sum()):,} nodes")
     kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)
     return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, steps)
+
+
+def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[str], None]) -> Tensor:
+    """worth_f: tau of the nodes above 0; then, between -1.5 and 0, those added by rounds; the others by tau, below -2."""
+    kept_f, worth_f = tau_f > 0, torch.where(tau_f > 0, tau_f, tau_f - 3)
+    for number in range(REPAIRS):
+        if float(judge.loss(kept_f[None])) <= judge.bound:
+            break
+        slope_f = judge.slopes(kept_f)
+        helps_k = (candidates_f & ~kept_f & (slope_f < 0)).nonzero().flatten()
+        helps_k = helps_k[slope_f[helps_k].argsort(stable=True)][: max(8, int(kept_f.sum()) // 8)]
+        if not len(helps_k):
+            break
+        kept_f = kept_f.index_fill(0, helps_k, True)
+        place_k = torch.arange(len(helps_k), device=helps_k.device) / len(helps_k)
+        worth_f[helps_k] = (-(number + place_k) / REPAIRS).to(worth_f.dtype)
+        say(f"repairs: {int(kept_f.sum()):,} nodes")
+    return worth_f
 
 
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:

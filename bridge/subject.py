@@ -138,7 +138,7 @@ class SparseSubject:
 
 @torch.no_grad()
 def attended_means(sparse: SparseTransformer, corpus_bt: Tensor) -> dict[Location, Tensor]:
-    """means_n, at (layer, attended), of what attention hands to its output matrix: values under the pattern. No node of its own."""
+    """means_n, at (layer, attended), of what attention hands to its output matrix: values under the pattern, no nodes."""
     sums: dict[Location, Tensor] = {}
 
     def add(location: Location, _module: nn.Module, args: tuple[Tensor]) -> None:
@@ -177,20 +177,6 @@ def recorded(subject: Subject, pairs: TokenPairs, gate: Gate = identity_gate) ->
     with torch.no_grad():
         subject.logits(pairs, recording_gate(values, gate))
     return values
-
-
-def alive(subject: Subject, pairs: TokenPairs, within: float = 1e-6) -> Tensor:
-    """Which nodes_f are ever further than `within` from their mean on the prompts; the others change nothing when deleted.
-
-    Up to the reordering that other deletions cause in an AbsTopK: a node that no prompt ever switched on may then be.
-    """
-    values = recorded(subject, pairs)
-    there_bt = torch.arange(pairs.prompt_bt.shape[1], device=pairs.last_b.device) <= pairs.last_b[:, None]
-    moved = {
-        at: (((values[at] - subject.means[at]).abs() > within) & there_bt[..., None]).any((0, 1))[None]
-        for at in subject.space.sizes
-    }
-    return subject.space.join(moved)
 
 
 def edge_count(subject: Subject, kept_f: Tensor) -> int:

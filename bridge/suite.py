@@ -6,7 +6,7 @@ on where it was: a task's folder is complete once its circuit.json is there. Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def run_task(
 
 def run_suite(
     subjects: Subjects, names: Sequence[str], aim: Aim, *, out: Path | None, progress: Say, width: int = 100, **options: Any
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Every task's search, a text for each as it ends, then the comparison's."""
     results: list[TaskResult] = []
     failed = 0
@@ -116,7 +116,7 @@ def _compared(
     sparse = [result.facts.size for result in results]
     sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _dense_size(subjects, options))
     lines = [_table(results), "", _means(sizes)]
-    if solved := [result for result in results if not failed or result.circuit.nodes]:
+    if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
         prompts = {
             result.facts.task: spread(resolved(subjects, result.facts.task).splits["test"].both(), JUDGED) for result in solved
         }
@@ -136,7 +136,9 @@ def _compared(
 
 def _table(results: Sequence[TaskResult]) -> str:
     width = max((len(result.facts.task) for result in results), default=4)
-    lines = [f"{'task':<{width}}  {'nodes':>7} {'edges':>8}  {'dense nodes':>11} {'edges':>9}  {'ratio':>6}  {'loss':>6}  verdict"]
+    lines = [
+        f"{'task':<{width}}  {'nodes':>7} {'edges':>8}  {'dense nodes':>11} {'edges':>9}  {'ratio':>6}  {'loss':>6}  verdict"
+    ]
     for result in results:
         f = result.facts
         nodes, edges = ("-", "-") if f.dense is None else (f"{f.dense.nodes:,}", f"{f.dense.edges:,}")

@@ -1,6 +1,8 @@
-"""The nodes of dense models are found in every family, by their roles and with their values matched; what is not found is refused."""
+"""The nodes of dense models are found in every family, with their values matched; what is not found is refused."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def test_nodes_are_found_and_their_gates_change_nothing(family: str) -> None:
 
 def test_the_matrices_of_gpt2_are_its_own() -> None:
     dense = load_dense(tiny("gpt2"))
-    block = dense.model.transformer.h[0]  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = dense.model
+    block = model.transformer.h[0]
     matrices = {matrix.name: matrix for matrix in DenseSubject(dense, CORPUS).matrices() if matrix.source.layer == 0}
     width = dense.width
     assert {(m.source.kind, m.target.kind) for m in DenseSubject(dense, CORPUS).matrices()} == {
@@ -51,9 +54,7 @@ def test_heads_that_share_values_share_their_nodes() -> None:
     config = dense.model.config
     share = config.num_attention_heads // config.num_key_value_heads
     channels = dense.width // config.num_attention_heads
-    expected = [
-        head // share * channels + channel for head in range(config.num_attention_heads) for channel in range(channels)
-    ]
+    expected = [head // share * channels + channel for head in range(config.num_attention_heads) for channel in range(channels)]
     assert output.source == Location(0, "v_proj") and output.source_i.tolist() == expected
 
 

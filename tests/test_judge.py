@@ -45,7 +45,8 @@ def test_what_was_planted_passes(subject: SparseSubject) -> None:
     faith = judged(subject, planted_f(subject))
     assert faith.verdict == "behavioural" and faith.solved.value == 1
     assert faith.kl_kept.value == pytest.approx(0, abs=0.02) and faith.share_kept.value == pytest.approx(1, abs=0.05)
-    assert faith.accuracy_kept.value == 1 and faith.loss_without.value >= math.log(2) - 1e-3
+    assert faith.accuracy_kept.value == 1 and faith.loss_without.passed
+    assert faith.loss_without.value is not None and faith.loss_without.value >= math.log(2)
     assert faith.minimal.value == 1 and faith.minimal.passed
     assert faith.stable.value == 1 and faith.stable.passed
     assert faith.edges.passed and faith.edges.control is not None and faith.edges.control.bar == 100 / 16

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
-from bridge.bridges import Coupling
 from bridge.dense import DenseModel
 from bridge.masks import Aim, MaskError
 from bridge.task_circuit import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
