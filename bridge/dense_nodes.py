@@ -204,7 +204,7 @@ class DenseSubject:
         return {other for other in others if other != path and not torch.equal(now.taken[other], seen.taken[other])}
 
     def _split(self, paths: Sequence[str], feeds: Mapping[str, set[str]], sequential: bool) -> list[list[str]]:
-        """Sublayers of a block: in sequence the first ends with the map that feeds all later ones; in parallel none feeds another."""
+        """Sublayers of a block: in sequence the first ends with the map that feeds all later ones; parallel ones are apart."""
         if sequential:
             # the first sublayer's writer feeds all of the second; it is the earliest map that feeds every map called after it
             # and is fed by every one called before it

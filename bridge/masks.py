@@ -6,7 +6,9 @@ drawn at random, afresh for every prompt and step, the steps make small
     superset (default)   KL(S, S_C) / 2 + KL(S, S_(C + U)) / 2 + lambda |C|
     paper                two-way loss of S_C + lambda |C|                                     (Gao et al. 2025, appendix A.5)
 
-the KL being of the next token after the prompt. The paper's objective finds circuits that are small and can be wrong: what it
+the KL being of the next token after the prompt. A confident answer's KL hardly notices how confident it is, so the default adds
+to the first a penalty for the share of the mean logit difference D that is lost, half the bound where that is a tenth:
+bound / 2 ((D_C - D) / max(|D|, 1) / .1)^2. The paper's objective finds circuits that are small and can be wrong: what it
 deletes may cancel, and nothing ties the rest to the model. Under the default the whole model is one of the sets that are tried.
 
 1. candidates   Nodes that no prompt switches on, if to leave them out costs no more than a quarter of the bound; else all.
@@ -17,7 +19,7 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
 3. repairs      The prompts of the validation split come from other templates. While the nodes above 0 do not meet the bound
                 there, those that the loss's slope says help most are added, an eighth at a time.
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
-                (fixed prompts, fixed U): under the default both the loss above, without lambda, and KL(S, S_C) by itself.
+                (fixed prompts, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
@@ -38,7 +40,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.prune import deleted, fewest, ranks
+from bridge.prune import SHARE, deleted, fewest, ranks
 from bridge.recipe import UserError
 from bridge.subject import Subject, in_order, masked_gate, recorded
 from bridge.tasks import TokenPairs
@@ -103,12 +105,14 @@ class Goal:
         self.pairs = in_order(pairs).to(subject.device)
         self.whole_bv = self._logits(self.pairs)
         generator = torch.Generator().manual_seed(seed + 7_777_777)
+        self.whole_difference_b = self.pairs.difference(self.whole_bv)
         self.company_bf = random_company(len(pairs), subject.space.size, generator).to(subject.device)
 
     def some(self, row_b: Tensor) -> Goal:
         """The same aim on some of the prompts, with their company."""
         part = copy.copy(self)
         part.pairs, part.whole_bv, part.company_bf = self.pairs.rows(row_b), self.whole_bv[row_b], self.company_bf[row_b]
+        part.whole_difference_b = self.whole_difference_b[row_b]
         return part
 
     @torch.no_grad()
@@ -133,8 +137,17 @@ class Goal:
             return (self.pairs if row_b is None else self.pairs.rows(row_b)).loss(logits_bv)
         return kl(self.whole_bv if row_b is None else self.whole_bv[row_b], logits_bv)
 
+    def off(self, difference_cb: Tensor, whole_b: Tensor) -> Tensor:
+        """off_c: by how much of itself the mean of D is off; below one logit, of a logit."""
+        whole = whole_b.mean()
+        return (difference_cb.mean(-1) - whole) / whole.abs().clamp(min=1)
+
     def loss(self, kept_cf: Tensor) -> Tensor:
-        """loss_c of circuits: alone, or the mean of alone and in company, where that is more."""
+        """loss_c of circuits, in units in which all that is held to the bound may be as large as the bound.
+
+        With the paper's objective the two-way loss; else the largest of the KL alone, the mean of alone and in company, and how
+        far D is off, at the bound where that is a tenth.
+        """
         rows = len(self.pairs)
         self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.weights
         index_b = torch.arange(rows, device=kept_cf.device)
@@ -144,9 +157,14 @@ class Goal:
             row_r = index_b.repeat(len(some_cf))
             if self.terms == 2:
                 kept_rf, row_r = torch.cat([kept_rf, kept_rf | self.company_bf[row_r]]), row_r.repeat(2)
-            loss_r = self.measure(self._logits(self.pairs.rows(row_r), kept_rf), row_r)
-            loss_uc = loss_r.view(self.terms, -1, rows).mean(2)
-            losses.append(torch.maximum(loss_uc[0], loss_uc.mean(0)))
+            logits_rv, alone_r = self._logits(self.pairs.rows(row_r), kept_rf), row_r[: len(some_cf) * rows]
+            loss_uc = self.measure(logits_rv, row_r).view(self.terms, -1, rows).mean(2)
+            loss_c = torch.maximum(loss_uc[0], loss_uc.mean(0))
+            if self.terms == 2:
+                difference_cb = self.pairs.rows(alone_r).difference(logits_rv[: len(alone_r)]).view(-1, rows)
+                off_c = self.off(difference_cb, self.whole_difference_b).abs()
+                loss_c = torch.maximum(loss_c, self.bound * off_c / SHARE)
+            losses.append(loss_c)
         return torch.cat(losses)
 
     def first_good(self, kept_cf: Tensor) -> int:
@@ -201,7 +219,11 @@ def masked_loss(goal: Goal, mask_f: Tensor, row_b: Tensor, company_bf: Tensor) -
         mask_rf = torch.cat([mask_rf, torch.where(company_bf, torch.ones_like(mask_f), mask_f)])
         row_r = row_b.repeat(2)
     logits_rv = goal.subject.logits(goal.pairs.rows(row_r), masked_gate(goal.subject, mask_rf))
-    return goal.measure(logits_rv, row_r).mean()
+    loss = goal.measure(logits_rv, row_r).mean()
+    if goal.terms == 2:
+        difference_b = goal.pairs.rows(row_b).difference(logits_rv[: len(row_b)])
+        loss = loss + goal.bound / 2 * (goal.off(difference_b, goal.whole_difference_b[row_b]) / SHARE).square()
+    return loss
 
 
 def random_company(rows: int, size: int, generator: torch.Generator) -> Tensor:
