@@ -50,7 +50,7 @@ TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt
 STEPS, FEWEST_STEPS = 500, 40
 RATE, TAU, TAU_DEVIATION = 2e-2, 0.1, 0.01
 PROMPTS = 64  # that masks are learnt from
-ROWS = 16  # of them at each step: on a CPU more steps of fewer prompts settle sooner
+ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
 VALIDATION = 32  # prompts that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (1e-7, 1.0)
@@ -259,8 +259,9 @@ def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterat
     generator = torch.Generator().manual_seed(seed)
     tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
     tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
-    rows = min(ROWS, len(goal.pairs))
-    per_step = 3.0 * goal.terms * rows * goal.tokens / len(goal.pairs) * goal.subject.weights
+    per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.weights
+    rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
+    per_step = per_row * rows
     steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
     optimizer = torch.optim.AdamW([tau_f], lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

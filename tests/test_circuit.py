@@ -373,3 +373,19 @@ def test_effects_are_weights_times_what_the_answer_owes_to_the_target():
         if edge.target.location.kind == "mlp_act" and edge.effect != 0 and abs(slope) < 1e-7:
             continue  # on GELU's falling branch, which the inversion does not follow
         assert slope * edge.weight == pytest.approx(edge.effect, rel=1e-4, abs=1e-6)
+
+
+def test_the_circuit_of_a_task_is_at_every_position_and_has_no_question():
+    sparse = model()
+    means = corpus_means(sparse, prompt(CONTEXT)[None])
+    kept = {at: (torch.arange(n) % 5 == 0)[None] for at, n in sparse.locations().items()}
+    circuit = Circuit("quotes", kept, means, {})
+    assert circuit.nodes[0] == Node(Location(0, "attn_in"), 0) and {node.position for node in circuit.nodes} == {None}
+    with pytest.raises(ValueError, match="the circuit of the task 'quotes' has no prompt"):
+        draw_edges(sparse, circuit)
+    at_every_position = {at: kept_1n.expand(6, -1) for at, kept_1n in kept.items()}
+    same = Circuit(Question(prompt(6), 4, 7), at_every_position, means, {})
+    tokens_1t = prompt(6)[None]
+    assert torch.equal(sparse.run(tokens_1t, gate=circuit.gate).logits_btv, sparse.run(tokens_1t, gate=same.gate).logits_btv)
+    with pytest.raises(ValueError, match="not bool of shape"):
+        Circuit("quotes", at_every_position, means, {})
