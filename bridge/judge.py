@@ -11,7 +11,7 @@
     attention     total variation between the patterns of S and S_C, over heads whose values are kept; beside random circuits
 
 S_C is the circuit with its edges, where they were pruned. Random circuits have as many nodes at each location, drawn from those
-that are on for some prompt, and all their edges.
+that are on for some prompt, and all their edges; where a location has too few, the rest comes from other locations.
 
 Verdicts: "unsolved", where the sparse model does not do the task; "refuted", where sufficiency, company or necessity fails;
 "behavioural" where they hold. What the dense model does is another question.
@@ -194,20 +194,28 @@ def _on(goal: Goal) -> Tensor:
 
 
 def _random_circuits(goal: Goal, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
-    """kept_cf: at each location as many nodes as like_f has, drawn from a pool; none where the pool is too small or empty."""
+    """kept_cf: as many nodes as like_f has, drawn from a pool, at each location as many as it has there or as there are.
+
+    What a location lacks is drawn from all others; no circuit where the pool is too small, or like_f empty.
+    """
     space, drawn = goal.subject.space, []
     like, pool = space.split(like_f), space.split(pool_f)
+    if not like_f.any() or int(pool_f.sum()) < int(like_f.sum()):
+        return torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
     for _ in range(RANDOM_CIRCUITS):
         parts = {}
         for location, like_1n in like.items():
             place_k = pool[location][0].nonzero().flatten()
-            wanted = int(like_1n.sum())
-            if wanted > len(place_k):
-                return torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
-            picked_k = place_k[torch.randperm(len(place_k), generator=generator)[:wanted].to(place_k.device)]
+            picked_k = _some(place_k, int(like_1n.sum()), generator)
             parts[location] = torch.zeros_like(like_1n).index_fill_(1, picked_k, True)
-        drawn.append(space.join(parts))
-    return torch.stack(drawn) if like_f.any() else torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
+        kept_f = space.join(parts)
+        lacking = int(like_f.sum()) - int(kept_f.sum())
+        drawn.append(kept_f.index_fill(0, _some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
+    return torch.stack(drawn)
+
+
+def _some(place_k: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    return place_k[torch.randperm(len(place_k), generator=generator)[:wanted].to(place_k.device)]
 
 
 def _sufficiency(
@@ -285,7 +293,7 @@ def _size(judged: Judged) -> Measure:
 def _minimality(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Generator) -> Measure:
     def share(kept_f: Tensor, subject: SparseSubject | None) -> float:
         node_k = kept_f.nonzero().flatten()
-        node_k = node_k[torch.randperm(len(node_k), generator=generator)[:TRIED_NODES].to(node_k.device)]
+        node_k = _some(node_k, TRIED_NODES, generator)
         whole = float(goal.measure(_logits(goal, kept_f, subject)).mean())
         costs = 0
         for node in node_k.tolist():

@@ -56,7 +56,7 @@ TRIED = 8  # of these, when a node is deleted alone
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (1e-7, 1.0)
 SETTLED_STEPS, SETTLED = 30, 0.02
 REPAIRS = 12  # rounds at most
-SHARES = (0.5, 0.5)  # of the work: masks; threshold and deletions
+SHARES = (0.4, 0.6)  # of the work: masks; threshold and deletions
 GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
 _TOKENS = 4096  # in a batch of masked copies
 

@@ -11,7 +11,7 @@ from conftest import VOCABULARY, planted_pairs, planted_sparse
 from torch import Tensor
 
 from bridge.dense import DenseModel
-from bridge.judge import Judged, TaskFaithfulness, expected_overlap, judge
+from bridge.judge import Judged, TaskFaithfulness, _random_circuits, expected_overlap, judge
 from bridge.masks import Aim, Goal, kl
 from bridge.sparse import Location
 from bridge.subject import SparseSubject, masked_gate
@@ -109,3 +109,18 @@ def test_attention_is_compared_where_values_are_kept(dense: DenseModel) -> None:
     kept_f = torch.rand(subject.space.size, generator=torch.Generator().manual_seed(0)) < 0.3
     part = judge(goal, goal, Judged(kept_f, subject, [kept_f], 1, None), score(subject.sparse, planted_pairs(6)), None)
     assert part.attention.value is not None and part.attention.value > 0
+
+
+def test_random_circuits_are_as_large_also_where_a_location_has_too_few(subject: SparseSubject) -> None:
+    goal = Goal(subject, planted_pairs(2), Aim())
+    generator = torch.Generator().manual_seed(0)
+    like_f = planted_f(subject)
+    pool_f = ~like_f
+    for kept_f in (drawn := _random_circuits(goal, like_f, pool_f, generator)):
+        assert int(kept_f.sum()) == 6 and not bool((kept_f & like_f).any())
+        for location, kept_1n in subject.space.split(kept_f).items():
+            assert int(kept_1n.sum()) == int(subject.space.split(like_f)[location].sum())
+    assert len({tuple(kept_f.tolist()) for kept_f in drawn}) == len(drawn) == 10
+    subject.space.split(pool_f)[Location(0, "mlp_in")].fill_(False)
+    assert [int(kept_f.sum()) for kept_f in _random_circuits(goal, like_f, pool_f, generator)] == [6] * 10
+    assert len(_random_circuits(goal, like_f, like_f & False, generator)) == 0
