@@ -170,6 +170,7 @@ def search_task(
         dense_whole=None if dense_found is None else whole_size(subjects.dense),
         dense=dense_size,
         dense_loss=None if dense_found is None else dense_found.loss,
+        dense_complete=None if dense_found is None else dense_found.complete,
         why_not_dense=why_not,
         provenance=_provenance(coupling, seed, work),
         seconds=time.monotonic() - started,

@@ -84,6 +84,7 @@ class TaskFacts:
     dense_whole: Size | None
     dense: Size | None
     dense_loss: float | None
+    dense_complete: bool | None
     why_not_dense: str
     provenance: Mapping[str, str | float | int | None]
     seconds: float
@@ -232,6 +233,7 @@ def render_text(result: TaskResult, width: int = 100) -> str:
             f"DENSE     {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} nodes; {facts.dense.edges:,} of "
             f"{facts.dense_whole.edges:,} edges; loss {facts.dense_loss:.3f}: "
             f"{facts.dense.edges / max(1, facts.size.edges):.1f} times the edges"
+            + ("" if facts.dense_complete else "; its deletions were cut short")
         )
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
