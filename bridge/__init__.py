@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
+    from bridge.masks import Aim
     from bridge.recipe import Recipe
+    from bridge.task_circuit import Subjects, search_task
+    from bridge.task_result import TaskResult
     from bridge.training import Progress, fit
     from bridge.validate import Faithfulness
 
@@ -20,6 +23,7 @@ __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
+    "Aim": "masks",
     "Coupling": "bridges",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
@@ -27,13 +31,17 @@ _HOME = {
     "Faithfulness": "validate",
     "Progress": "training",
     "Recipe": "recipe",
+    "Subjects": "task_circuit",
+    "TaskResult": "task_result",
     "evaluate": "evaluate",
     "explain": "explanation",
     "fit": "training",
     "load_dense": "dense",
+    "search_task": "task_circuit",
 }
 
 __all__ = [
+    "Aim",
     "Coupling",
     "DenseModel",
     "Evaluation",
@@ -41,11 +49,14 @@ __all__ = [
     "Faithfulness",
     "Progress",
     "Recipe",
+    "Subjects",
+    "TaskResult",
     "evaluate",
     "explain",
     "fit",
     "load",
     "load_dense",
+    "search_task",
 ]
 
 

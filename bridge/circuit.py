@@ -82,7 +82,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D."""
+    """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
+
+    Of a task's circuit, whose ends are at every position: weight is the entry W_ji itself, effect the mean over prompts of what
+    W_ji (a_i - m_i) does to the search's loss, to first order; below 0 where the edge helps.
+    """
 
     source: Node
     target: Node
@@ -145,17 +149,20 @@ class NodeSpace:
 class Circuit:
     """The nodes kept for a question: kept_tn (bool) and corpus means_n per location, and the losses that were measured.
 
-    Raises ValueError where a location has no mean, or a mask does not fit the prompt.
+    A circuit of a task, which is named, keeps channels at every position alike: its masks are kept_1n. `edges` are the weights
+    that it was pruned to, None where every weight between kept nodes stays. Raises ValueError where a location has no mean, or
+    a mask does not fit the prompt.
     """
 
-    explains: Question
+    explains: Question | str
     kept: Mapping[Location, Tensor]
     means: Mapping[Location, Tensor]
     losses: Mapping[str, float]
+    edges: tuple[Edge, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_means(self.kept, self.means)
-        length = len(self.explains.tokens_t)
+        length = 1 if isinstance(self.explains, str) else len(self.explains.tokens_t)
         for location, kept_tn in self.kept.items():
             if kept_tn.dtype != torch.bool or kept_tn.shape != (length, len(self.means[location])):
                 wanted = f"bool of shape {(length, len(self.means[location]))}"
@@ -165,10 +172,17 @@ class Circuit:
     def nodes(self) -> tuple[Node, ...]:
         """The kept nodes, in the order of the computation."""
         return tuple(
-            Node(location, index, position)
+            Node(location, index, None if isinstance(self.explains, str) else position)
             for location, kept_tn in self.kept.items()
             for position, index in kept_tn.nonzero().tolist()
         )
+
+    @property
+    def question(self) -> Question:
+        """What is asked of a prompt. Raises ValueError for the circuit of a task, which has no prompt of its own."""
+        if isinstance(self.explains, str):
+            raise ValueError(f"the circuit of the task {self.explains!r} has no prompt; this is about circuits of prompts")
+        return self.explains
 
     @property
     def gate(self) -> Gate:
@@ -328,8 +342,8 @@ def _flow(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
         return value[location]
 
     with torch.enable_grad():
-        trace = sparse.run(circuit.explains.tokens_t.to(sparse.device)[None], gate=probing, last_only=True)
-        answer = circuit.explains.difference(trace.logits_btv[0, -1])
+        trace = sparse.run(circuit.question.tokens_t.to(sparse.device)[None], gate=probing, last_only=True)
+        answer = circuit.question.difference(trace.logits_btv[0, -1])
         slopes = torch.autograd.grad(answer, list(probe.values()))
     value = {location: value_1tn[0].detach() for location, value_1tn in value.items()}
     slope = {location: slope_1tn[0] * (value[location] != 0) for location, slope_1tn in zip(probe, slopes, strict=True)}
@@ -351,7 +365,7 @@ def _weight_edges(flow: _Flow) -> Iterator[Edge]:
     for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
         for kind, name in _READERS[source.kind]:
             target, weight_ji = Location(source.layer, kind), flow.weight(source.layer, name)
-            for position in range(len(flow.circuit.explains.tokens_t)):
+            for position in range(len(flow.circuit.question.tokens_t)):
                 i, j = flow.kept(source, position), flow.kept(target, position)
                 added_ji = weight_ji[j][:, i] * flow.change[source][position, i]
                 effect_ji = added_ji * flow.slope[target][position, j, None]
@@ -399,7 +413,7 @@ def _residual_edges(flow: _Flow) -> Iterator[Edge]:
 
 def _writers(flow: _Flow, site: int, position: int, index: int) -> Iterator[Location]:
     """The embedding, where it has an entry, and the kept writes of a channel that arrive at a site."""
-    if flow.sparse.embedding[flow.circuit.explains.tokens_t[position], index] != 0:
+    if flow.sparse.embedding[flow.circuit.question.tokens_t[position], index] != 0:
         yield EMBEDDING
     for source in flow.locations("attn_out", "mlp_out"):
         if flow.sparse.site(source) < site and flow.circuit.kept[source][position, index]:
@@ -407,7 +421,7 @@ def _writers(flow: _Flow, site: int, position: int, index: int) -> Iterator[Loca
 
 
 def _answer_edges(flow: _Flow) -> Iterator[Edge]:
-    question, sparse, last_site = flow.circuit.explains, flow.sparse, flow.sparse.n_sites - 1
+    question, sparse, last_site = flow.circuit.question, flow.sparse, flow.sparse.n_sites - 1
     last = len(question.tokens_t) - 1
     answer = Node(Location(len(sparse.blocks), "answer"), question.target, last)
     read_s = sparse.unembedding.weight[question.target] - sparse.unembedding.weight[question.contrast]

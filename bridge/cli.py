@@ -185,6 +185,51 @@ def explain(
 
 
 @app.command()
+def circuit(
+    task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language, then compare their circuits.")] = False,
+    language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
+    bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="Bound on the search's loss in nats per prompt.")] = None,
+    objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
+    seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
+    null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
+    dense: Annotated[bool, typer.Option(help="Prune the dense model too.")] = True,
+    work: Annotated[float, typer.Option(help="Bound on the search, as a multiple of the default.", min=0.01)] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Find the circuit of a task in the sparse model, with its evidence, and the dense model's at the same loss beside it."""
+    with _one_line_errors():
+        from bridge.recipe import RecipeError
+
+        if (task is None) == (not all_):
+            raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
+        if null not in (None, "labels", "weights", "shuffled"):
+            raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
+        from bridge.masks import Aim
+
+        aim = Aim(objective, target_loss)  # pyright: ignore[reportArgumentType]
+        from bridge.bridges import Coupling
+        from bridge.suite import run_suite, run_task
+        from bridge.task_circuit import WORK, Subjects
+        from bridge.tasks import task_names
+
+        subjects = Subjects.of(Coupling.from_pretrained(bridge or _shipped(), device=_device(device)))
+        watch = _Phases()
+        options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": dense, "null": null, "work": work * WORK}
+        if task is not None:
+            text = run_task(subjects, task, aim, out=out, progress=watch, width=_width(), **options)
+            watch.end()
+            print(text)
+        else:
+            for text in run_suite(subjects, task_names(language), aim, out=out, progress=watch, width=_width(), **options):
+                watch.end()
+                print(f"{text}\n", flush=True)
+
+
+@app.command()
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
@@ -312,6 +357,32 @@ def _sample(example: Example | None, taken: int) -> str:
 
 def _note(phase: str) -> None:
     print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+
+
+class _Phases:
+    """What a search is at, on standard error: a line with a bar that is rewritten on a terminal, one now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = self.started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        if not self.terminal and now - self.last < 15:
+            return
+        self.last = now
+        words = text.replace(",", "").split()
+        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
+        bar = ""
+        if "step" in words and step.isdigit() and of.isdigit():
+            done = round(16 * int(step) / max(1, int(of)))
+            bar = f"[{'#' * done}{'.' * (16 - done)}] "
+        line = f"{int(now - self.started):>4} s  {bar}{text}"[: _width()]
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _describe(run: Run, needed: int) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from bridge.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.wiring import (
     PROBE_ROWS,
+    Block,
     DenseModelError,
     first_line,
     first_tensor,
@@ -98,6 +99,11 @@ class DenseModel:
     def n_sites(self) -> int:
         """Number of sites: sublayers + 1."""
         return len(self.sublayers) + 1
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, as they were wired."""
+        return self._blocks
 
     @property
     def device(self) -> torch.device:

@@ -276,7 +276,7 @@ def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
 
 
 def _explained(ablations: Ablations, found: Found) -> tuple[ExplainedNode, ...]:
-    question, kept_f = found.circuit.explains, found.kept_f
+    question, kept_f = found.circuit.question, found.kept_f
     place_k = kept_f.nonzero().flatten()
     if not len(place_k):
         return ()

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -98,19 +99,40 @@ def find_circuit(
     candidates_f = reached_f if silenced else active_f
     say(f"candidates: {int(candidates_f.sum()):,} of {ablations.space.size:,} nodes")
 
-    kept_f = _by_masks(judge, candidates_f, _ranks(candidates_f, _scores(judge, candidates_f).abs()), seed, say)
-    kept_f, complete = _deleted(judge, kept_f, say)
+    kept_f = _by_masks(judge, candidates_f, ranks(candidates_f, _scores(judge, candidates_f).abs()), seed, say)
+    kept_f, complete = deleted(judge, kept_f, say)
 
     losses = {"miss": float(judge.alone(kept_f[None])), "company": float(judge.company(kept_f[None]))}
     circuit = Circuit(ablations.question, ablations.space.split(kept_f), ablations.means, losses)
     return Found(circuit, kept_f, int(active_f.sum()), int(candidates_f.sum()), silenced, complete)
 
 
+class Judge(Protocol):
+    """What `fewest` and `deleted` ask about sets of nodes (or of edges): whether they are good, and what each is worth."""
+
+    left: float  # work that may still be done
+    bound: float  # on `without`
+
+    def first_good(self, kept_cf: Tensor) -> int:
+        """The first of some circuits, smaller ones first, that meets the bounds; their number where none does."""
+        ...
+
+    def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """loss_k of the circuit less one node, for each of node_k."""
+        ...
+
+    def cost(self, n: int) -> float:
+        """The work that `without` takes for n nodes."""
+        ...
+
+
 class _Judge:
     """Measures circuits, alone and in company, and counts the tokens that takes."""
 
+    bound = MISS_BOUND
+
     def __init__(self, ablations: Ablations, work: int, seed: int) -> None:
-        self.ablations, self.work, self.left = ablations, work, work
+        self.ablations, self.work, self.left = ablations, work, float(work)
         self.answer = float(ablations.question.difference(ablations.logits_v))
         generator = torch.Generator().manual_seed(seed)
         device = ablations.value_f.device
@@ -145,6 +167,15 @@ class _Judge:
                 return place
         return len(kept_cf)
 
+    def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """miss_k of the circuit less one node, for each of node_k."""
+        self.left -= self.cost(len(node_k))
+        return self.miss(self.ablations.logits_without(kept_f, node_k))
+
+    def cost(self, n: int) -> float:
+        """Tokens of masked copies; rows start half-way through the model, on average."""
+        return n * self.ablations.space.n_tokens // 2
+
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """As `Ablations.slopes`."""
         self.left -= 3 * len(kept_rf) * self.ablations.space.n_tokens
@@ -159,7 +190,7 @@ def _scores(judge: _Judge, candidates_f: Tensor) -> Tensor:
     return torch.where(candidates_f, total_f / ALPHAS, 0)
 
 
-def _ranks(candidates_f: Tensor, worth_f: Tensor) -> Tensor:
+def ranks(candidates_f: Tensor, worth_f: Tensor) -> Tensor:
     """Rank of every node by its worth, the most worthy 0, candidates before all others."""
     order_f = torch.where(candidates_f, worth_f, -torch.inf).argsort(descending=True, stable=True)
     return torch.empty_like(order_f).index_copy_(0, order_f, torch.arange(len(order_f), device=order_f.device))
@@ -173,15 +204,15 @@ def _by_masks(judge: _Judge, kept_f: Tensor, rank_f: Tensor, seed: int, say: Cal
         if attempt and (before < ENOUGH or judge.left < judge.cost_of_masks + judge.work // 4):
             break
         tau_f = _masks(judge, kept_f, rank_f, min(start, before // 2), seed + attempt)
-        above, tau_rank_f = int((tau_f > 0).sum()), _ranks(kept_f, tau_f)
-        fewer_f = _fewest(judge, torch.zeros_like(kept_f), tau_rank_f.argsort()[:before], above)
+        above, tau_rank_f = int((tau_f > 0).sum()), ranks(kept_f, tau_f)
+        fewer_f = fewest(judge, torch.zeros_like(kept_f), tau_rank_f.argsort()[:before], above)
         after = int(fewer_f.sum())
         say(f"masks: {after:,} nodes")
         best_f = fewer_f if after < int(best_f.sum()) else best_f
         if after > 2 * above and 4 * start < before:
             start *= 4  # with so few to begin with, it did not find its way
         elif after < 0.8 * before:
-            kept_f, rank_f, start = fewer_f, _ranks(fewer_f, tau_f), after
+            kept_f, rank_f, start = fewer_f, ranks(fewer_f, tau_f), after
         else:
             break
     return best_f
@@ -226,7 +257,7 @@ def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed
     return tau_f
 
 
-def _fewest(judge: _Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:
+def fewest(judge: Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:
     """The core and the first few of ranked_k: as few as are found to meet the bounds, which all of them are taken to do."""
     low, high = -1, len(ranked_k)  # low does not meet them, high does
     sizes = sorted({round(guess * factor) for factor in FACTORS if guess * factor < high})
@@ -239,23 +270,26 @@ def _fewest(judge: _Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tens
     return core_f.index_fill(0, ranked_k[:high], True)
 
 
-def _deleted(judge: _Judge, kept_f: Tensor, say: Callable[[str], None]) -> tuple[Tensor, bool]:
-    """The circuit after the deletions, and whether they went on until no node could be spared."""
+def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None], given_up: float = 0.0) -> tuple[Tensor, bool]:
+    """The circuit after the deletions, and whether they went on until no node could be spared.
+
+    Once the bound is met, the next node in the order would have been one too many; given_up is the share of those left that
+    are not tried again together with it, until the next sweep.
+    """
     missed_f, swept_f = torch.zeros_like(kept_f), torch.zeros_like(kept_f)
     while not torch.equal(swept_f, kept_f):
         swept_f = kept_f
         missed_f.zero_()
         while len(node_k := (kept_f & ~missed_f).nonzero().flatten()):
-            cost = len(node_k) * judge.ablations.space.n_tokens // 2  # rows start half-way through the model, on average
-            if judge.left < cost:
+            if judge.left < judge.cost(len(node_k)):
                 return kept_f, False
             say(f"deletions: {int(kept_f.sum()):,} nodes, {len(node_k):,} to try")
-            judge.left -= cost
-            miss_k = judge.miss(judge.ablations.logits_without(kept_f, node_k))
-            missed_f[node_k[miss_k > MISS_BOUND]] = True
-            order_k = node_k[miss_k.argsort(descending=True, stable=True)][int((miss_k > MISS_BOUND).sum()) :]
-            kept_f = _fewest(judge, kept_f.index_fill(0, order_k, False), order_k, len(order_k) // 2)
-            missed_f[order_k[kept_f[order_k]][-1:]] = True  # the next one would have been one too many
+            miss_k = judge.without(kept_f, node_k)
+            missed_f[node_k[miss_k > judge.bound]] = True
+            order_k = node_k[miss_k.argsort(descending=True, stable=True)][int((miss_k > judge.bound).sum()) :]
+            kept_f = fewest(judge, kept_f.index_fill(0, order_k, False), order_k, len(order_k) // 2)
+            left_k = order_k[kept_f[order_k]]  # the next one would have been one too many
+            missed_f[left_k[len(left_k) - max(1, round(given_up * len(left_k))) :]] = True
     return kept_f, True
 
 

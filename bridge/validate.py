@@ -242,12 +242,12 @@ def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tup
     answer = _answer(ablations)
     small = "" if abs(answer) >= 1 else f"D is {answer:.2f} logits: within {SHARE_OFF:g} of it is enough"
     return (
-        _measure(
-            "KL of the circuit alone", kl, _control("random", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
+        measured(
+            "KL of the circuit alone", kl, control_of("random", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
             kl <= KL_KEPT and kl < min(kl_random, default=0),
         ),
-        _measure(
-            "share of D it keeps", share, _control("random", share_random, _closest_to_1, "best"),
+        measured(
+            "share of D it keeps", share, control_of("random", share_random, _closest_to_1, "best"),
             f"{1 - SHARE_OFF:g} to {1 + SHARE_OFF:g}", abs(share - 1) * abs(answer) <= SHARE_OFF * max(abs(answer), 1), small,
         ),
     )  # fmt: skip
@@ -260,14 +260,14 @@ def _company(ablations: Ablations, kept_f: Tensor, random_cf: Tensor, generator:
     kl_random: list[float] = []
     if len(random_cf):
         kl_random = ablations.kl(ablations.logits(company_rf | random_cf[torch.arange(SUPERSETS) % len(random_cf)])).tolist()
-    mean, worst = _mean(kl), max(kl)
+    mean, worst = average(kl), max(kl)
     return (
-        _measure(
-            "KL in random company, mean", mean, _control("random", kl_random, _mean, "mean"),
-            f"<= {COMPANY_MEAN:g}, below random", mean <= COMPANY_MEAN and mean < _mean(kl_random),
+        measured(
+            "KL in random company, mean", mean, control_of("random", kl_random, average, "mean"),
+            f"<= {COMPANY_MEAN:g}, below random", mean <= COMPANY_MEAN and mean < average(kl_random),
         ),
-        _measure(
-            "KL in random company, worst", worst, _control("random", kl_random, max, "worst"), f"<= {COMPANY_WORST:g}",
+        measured(
+            "KL in random company, worst", worst, control_of("random", kl_random, max, "worst"), f"<= {COMPANY_WORST:g}",
             worst <= COMPANY_WORST,
         ),
     )  # fmt: skip
@@ -279,25 +279,30 @@ def _necessity(ablations: Ablations, kept_f: Tensor, generator: torch.Generator)
     (kl, *kl_random), (share, *share_random) = ablations.kl(logits_rv).tolist(), _shares(ablations, logits_rv)
     left = "" if share <= 0 else "what is left still prefers the answer"
     return (
-        _measure(
-            "KL with the circuit deleted", kl, _control("random", kl_random, max, "worst"), "above random",
+        measured(
+            "KL with the circuit deleted", kl, control_of("random", kl_random, max, "worst"), "above random",
             kl > max(kl_random, default=0),
         ),
-        _measure("share of D left without it", share, _control("random", share_random, min, "lowest"), "<= 0", share <= 0, left),
+        measured(
+            "share of D left without it", share, control_of("random", share_random, min, "lowest"), "<= 0", share <= 0, left,
+        ),
     )  # fmt: skip
 
 
-def _measure(name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "") -> Measure:
+def measured(name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "") -> Measure:
+    """A measure; one whose control could not be taken has not passed."""
     if control is None:
         return Measure(name, value, None, aim, None, "there are no other nodes to draw as many from")
     return Measure(name, value, control, aim, passed, note)
 
 
-def _control(what: str, draws: list[float], bar: Callable[[list[float]], float], bar_is: str) -> Control | None:
-    return Control(what, len(draws), _mean(draws), bar(draws), bar_is) if draws else None
+def control_of(what: str, draws: list[float], bar: Callable[[list[float]], float], bar_is: str) -> Control | None:
+    """The control of some draws; None where there are none."""
+    return Control(what, len(draws), average(draws), bar(draws), bar_is) if draws else None
 
 
-def _mean(values: list[float]) -> float:
+def average(values: list[float]) -> float:
+    """The mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
 
 

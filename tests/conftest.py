@@ -17,6 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from bridge.bridges import Coupling, new_coupling
 from bridge.dense import DenseModel, load_dense
 from bridge.recipe import resolve
+from bridge.sparse import SparseTransformer
+from bridge.tasks import Example, TokenPairs
 from bridge.training import resolve_for
 
 VOCABULARY = 40
@@ -96,3 +98,47 @@ def untrained(dense: DenseModel, **parts: dict) -> Coupling:
 def coupling(dense: DenseModel) -> Coupling:
     """An untrained coupling to the tiny dense model."""
     return untrained(dense)
+
+
+def planted_pairs(count: int = 8, lengths: tuple[int, ...] = (6,), seed: int = 0) -> TokenPairs:
+    """Pairs whose prompts differ in their last token, 2 or 3, and are answered by 4 or 5."""
+    generator = torch.Generator().manual_seed(seed)
+    last_b = torch.tensor([lengths[row % len(lengths)] - 1 for row in range(count)])
+    prompt_bt = torch.randint(6, VOCABULARY, (count, max(lengths)), generator=generator)
+    prompt_bt[torch.arange(max(lengths)) > last_b[:, None]] = 0
+    row_b = torch.arange(count)
+    counterfactual_bt = prompt_bt.clone()
+    prompt_bt[row_b, last_b], counterfactual_bt[row_b, last_b] = 2, 3
+    no_b = torch.zeros(count, dtype=torch.bool)
+    answer_bk, wrong_bk = torch.full((count, 1), 4), torch.full((count, 1), 5)
+    example = Example("a", "b", ("c",), ("d",))
+    return TokenPairs(prompt_bt, counterfactual_bt, last_b, answer_bk, wrong_bk, no_b, no_b, (example,) * count, ((),) * count)
+
+
+def planted_sparse(dense: DenseModel, *, decoys: int = 0) -> SparseTransformer:
+    """A sparse model that answers `planted_pairs`, and of which it is known how.
+
+    The last token's embedding is channel 0 (of token 2) or 1 (token 3); the first MLP reads each into a neuron of its own
+    (0 and 1), which write channels 2 and 3, and these are unembedded as tokens 4 and 5. Nothing else depends on the prompt but
+    noise in other channels, which nothing that is unembedded reads.
+    """
+    sparse = untrained(dense).sparse.requires_grad_(False)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.zero_()
+        sparse.embedding[:, 8:] = torch.randn(VOCABULARY, sparse.width - 8, generator=generator) * 0.3
+        sparse.embedding[2, 0] = sparse.embedding[3, 1] = 3
+        block = sparse.blocks[0]
+        for name, rows, columns, value in (("up", (0, 1), (0, 1), 2.0), ("down", (2, 3), (0, 1), 2.0)):
+            weight = block.get_parameter(f"{name}.weight")
+            for row, column in zip(rows, columns, strict=True):
+                weight[row, column] = value
+        # decoys: neurons that are on, and write where nothing reads
+        up, down = block.get_parameter("up.weight"), block.get_parameter("down.weight")
+        for decoy in range(decoys):
+            up[8 + decoy, 8 + decoy] = 2.0
+            down[8 + decoy, 8 + decoy] = 0.2
+        sparse.unembedding.weight[4, 2] = sparse.unembedding.weight[5, 3] = 3
+        sparse.unembedding.weight[4, 3] = sparse.unembedding.weight[5, 2] = -3
+    return sparse

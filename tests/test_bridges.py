@@ -332,5 +332,5 @@ def test_importing_the_package_is_light() -> None:
 def test_what_is_exported_is_there() -> None:
     assert bridge.load is Coupling.from_pretrained
     assert bridge.Coupling is Coupling and "load" in bridge.__all__
-    with pytest.raises(AttributeError, match="no attribute 'lode'; it has Coupling"):
+    with pytest.raises(AttributeError, match="no attribute 'lode'; it has Aim, Coupling"):
         bridge.lode  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -123,7 +123,7 @@ def test_means_do_not_depend_on_how_the_corpus_is_cut(monkeypatch: pytest.Monkey
 def test_keeping_every_node_is_the_model_itself_and_keeping_none_uses_the_means():
     sparse = model()
     circuit = random_circuit(sparse)
-    tokens_1t = circuit.explains.tokens_t[None]
+    tokens_1t = circuit.question.tokens_t[None]
     everything = {at: torch.ones_like(kept) for at, kept in circuit.kept.items()}
     assert torch.equal(sparse.run(tokens_1t, gate=ablation_gate(everything, circuit.means)).logits_btv, sparse(tokens_1t))
     torch.testing.assert_close(sparse(tokens_1t), literal(sparse, tokens_1t)[1])
@@ -139,17 +139,17 @@ def test_a_missing_mean_or_a_wrong_mask_is_an_error():
     circuit = random_circuit(sparse)
     fewer = {at: mean for at, mean in circuit.means.items() if at != Location(1, "v")}
     for build in (
-        lambda: Circuit(circuit.explains, circuit.kept, fewer, {}),
+        lambda: Circuit(circuit.question, circuit.kept, fewer, {}),
         lambda: ablation_gate(circuit.kept, fewer),
-        lambda: Ablations(sparse, circuit.explains, fewer),
+        lambda: Ablations(sparse, circuit.question, fewer),
     ):
         with pytest.raises(ValueError, match=r"no corpus mean for 1\.v; take them with corpus_means"):
             build()
     with pytest.raises(ValueError, match=r"no corpus mean for -1\.embedding"):
-        draw_edges(sparse, Circuit(circuit.explains, circuit.kept, {at: circuit.means[at] for at in circuit.kept}, {}))
+        draw_edges(sparse, Circuit(circuit.question, circuit.kept, {at: circuit.means[at] for at in circuit.kept}, {}))
     with pytest.raises(ValueError, match=r"the mask at 0\.attn_in is torch\.bool of shape \(5, 16\)"):
         Circuit(
-            circuit.explains, {**circuit.kept, Location(0, "attn_in"): torch.ones(5, 16, dtype=torch.bool)}, circuit.means, {}
+            circuit.question, {**circuit.kept, Location(0, "attn_in"): torch.ones(5, 16, dtype=torch.bool)}, circuit.means, {}
         )
     with pytest.raises(ValueError, match="two different tokens"):
         Question(prompt(), 3, 3)
@@ -176,8 +176,8 @@ def test_flat_masks_and_nodes_go_there_and_back():
 def test_masked_copies_are_the_gated_model():
     sparse = model()
     circuit = random_circuit(sparse)
-    ablations = Ablations(sparse, circuit.explains, circuit.means)
-    tokens_1t = circuit.explains.tokens_t[None]
+    ablations = Ablations(sparse, circuit.question, circuit.means)
+    tokens_1t = circuit.question.tokens_t[None]
     kept_f = ablations.space.join(circuit.kept)
     expected_v = sparse.run(tokens_1t, gate=circuit.gate).logits_btv[0, -1]
     torch.testing.assert_close(ablations.logits(kept_f[None])[0], expected_v)
@@ -192,7 +192,7 @@ def test_masked_copies_are_the_gated_model():
 def test_rows_that_start_late_are_the_rows_run_whole(kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     sparse = model(kinds)
     circuit = random_circuit(sparse)
-    ablations = Ablations(sparse, circuit.explains, circuit.means)
+    ablations = Ablations(sparse, circuit.question, circuit.means)
     kept_f = ablations.space.join(circuit.kept)
     node_r = kept_f.nonzero().flatten()[::7].flip(0)
     kept_rf = kept_f.repeat(len(node_r), 1)
@@ -204,7 +204,7 @@ def test_rows_that_start_late_are_the_rows_run_whole(kinds: tuple[str, ...], mon
 def test_slopes_are_finite_differences():
     sparse = model()
     circuit = random_circuit(sparse)
-    ablations = Ablations(sparse, circuit.explains, circuit.means)
+    ablations = Ablations(sparse, circuit.question, circuit.means)
     mask_rf = 0.2 + 0.6 * torch.rand(3, ablations.space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slope_rf, loss_r = ablations.slopes(mask_rf, ablations.kl)
     torch.testing.assert_close(loss_r, ablations.kl(ablations.run(mask_rf).logits_btv[:, -1]))
@@ -220,7 +220,7 @@ class Frozen:
 
     def __init__(self, sparse: SparseTransformer, circuit: Circuit) -> None:
         self.sparse, self.circuit = sparse, circuit
-        self.tokens_1t = circuit.explains.tokens_t[None]
+        self.tokens_1t = circuit.question.tokens_t[None]
         self.values: dict[Location, Tensor] = {}
         self.trace = sparse.run(self.tokens_1t, gate=recording_gate(self.values, circuit.gate))
 
@@ -316,7 +316,7 @@ def test_residual_edges_are_what_a_write_adds_to_a_later_read(kinds: tuple[str, 
         rms = (whole.square().mean() + 1e-6).sqrt()
         assert float((whole - changed)[edge.target.index] / rms) == pytest.approx(edge.weight, abs=1e-9)
     for edge in some_edges(edges, "embedding"):
-        token = int(circuit.explains.tokens_t[edge.source.position])
+        token = int(circuit.question.tokens_t[edge.source.position])
         assert sparse.embedding[token, edge.source.index] != 0
         site = sparse.site(edge.target.location)
         rms = (frozen.trace.residuals[site][0, edge.target.position].square().mean() + 1e-6).sqrt()
@@ -328,7 +328,7 @@ def test_edges_into_the_answer_add_up_to_it():
     sparse = model()
     circuit = random_circuit(sparse, density=1.0)
     frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit)
-    question, last = circuit.explains, circuit.explains.tokens_t.shape[0] - 1
+    question, last = circuit.question, circuit.question.tokens_t.shape[0] - 1
     answer = float(question.difference(frozen.trace.logits_btv[0, -1]))
     into = [edge for edge in edges if edge.kind in ("unembedding", "bigram")]
     # what is left is what the final residual would say if all that is written were at its mean
@@ -349,7 +349,7 @@ def test_effects_are_weights_times_what_the_answer_owes_to_the_target():
     circuit = random_circuit(sparse)
     edges = draw_edges(sparse, circuit)
     assert [abs(edge.effect) for edge in edges] == sorted((abs(edge.effect) for edge in edges), reverse=True)
-    tokens_1t = circuit.explains.tokens_t[None]
+    tokens_1t = circuit.question.tokens_t[None]
 
     def answer(target: Node, step: float) -> float:
         def gate(location: Location, x_btn: Tensor) -> Tensor:
@@ -366,10 +366,26 @@ def test_effects_are_weights_times_what_the_answer_owes_to_the_target():
                     x_btn[0, target.position, target.index] += step
             return circuit.gate(location, x_btn)
 
-        return float(circuit.explains.difference(sparse.run(tokens_1t, gate=gate).logits_btv[0, -1]))
+        return float(circuit.question.difference(sparse.run(tokens_1t, gate=gate).logits_btv[0, -1]))
 
     for edge in (*some_edges(edges, "weight", 12), *some_edges(edges, "value", 6), *some_edges(edges, "residual", 6)):
         slope = (answer(edge.target, 1e-6) - answer(edge.target, -1e-6)) / 2e-6
         if edge.target.location.kind == "mlp_act" and edge.effect != 0 and abs(slope) < 1e-7:
             continue  # on GELU's falling branch, which the inversion does not follow
         assert slope * edge.weight == pytest.approx(edge.effect, rel=1e-4, abs=1e-6)
+
+
+def test_the_circuit_of_a_task_is_at_every_position_and_has_no_question():
+    sparse = model()
+    means = corpus_means(sparse, prompt(CONTEXT)[None])
+    kept = {at: (torch.arange(n) % 5 == 0)[None] for at, n in sparse.locations().items()}
+    circuit = Circuit("quotes", kept, means, {})
+    assert circuit.nodes[0] == Node(Location(0, "attn_in"), 0) and {node.position for node in circuit.nodes} == {None}
+    with pytest.raises(ValueError, match="the circuit of the task 'quotes' has no prompt"):
+        draw_edges(sparse, circuit)
+    at_every_position = {at: kept_1n.expand(6, -1) for at, kept_1n in kept.items()}
+    same = Circuit(Question(prompt(6), 4, 7), at_every_position, means, {})
+    tokens_1t = prompt(6)[None]
+    assert torch.equal(sparse.run(tokens_1t, gate=circuit.gate).logits_btv, sparse.run(tokens_1t, gate=same.gate).logits_btv)
+    with pytest.raises(ValueError, match="not bool of shape"):
+        Circuit("quotes", at_every_position, means, {})

@@ -88,7 +88,7 @@ def test_measures_are_their_definitions(coupled: Coupling, ablations: Ablations,
     result = validate(coupled, ablations, circuit, reference_bt)
     tokens_1t = ablations.question.tokens_t[None]
     sparse = coupled.sparse
-    deleted = Circuit(circuit.explains, {at: ~kept for at, kept in circuit.kept.items()}, circuit.means, {})
+    deleted = Circuit(circuit.question, {at: ~kept for at, kept in circuit.kept.items()}, circuit.means, {})
     whole_v, alone_v, less_v = (
         sparse.run(tokens_1t, gate=gate).logits_btv[0, -1] for gate in (lambda _, x: x, circuit.gate, deleted.gate)
     )

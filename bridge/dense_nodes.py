@@ -1,0 +1,288 @@
+"""The nodes of a dense model, found without naming architectures, so that it can be pruned as the sparse one is.
+
+    read      what a sublayer's first linear maps take in, behind the norm                attn_in, mlp_in
+    channels  what attention's first linear maps give: queries, keys and values           named by their modules (q_proj, c_attn)
+    neurons   what the MLP's last linear map takes in, behind the nonlinearity            mlp_act
+    write     what a sublayer's last linear map gives                                     attn_out, mlp_out
+
+They are found on a probe, by intervening:
+
+1. Every linear map (nn.Linear, transformers' Conv1D) of a block that is called once is disturbed in its turn; which others then
+   take in something else says who feeds whom. Within a sublayer the first ones are fed by none and must all read the same, the
+   last one feeds none and must be one.
+2. A sublayer is attention if disturbing early positions of its first maps' outputs changes what its last map takes in later.
+3. At the first position attention has nothing else to attend to, so what the last map takes in there *is* the value: its columns
+   are matched with channels of the first maps by equality. That also tells queries and keys from values in fused maps, and which
+   columns share a value when heads do.
+4. Neurons are columns of the MLP's last map; rows of its first maps belong to neurons in order (twice over in fused gated ones).
+
+A model in which some step finds nothing (mixtures of experts, low-rank attention, recurrent sublayers) is refused.
+
+Gates are hooks on these linear maps for as long as a run lasts. Embedding, unembedding, norms and biases are no edges.
+
+Shape legend: b prompt (row), t token, n nodes of a location, j, i rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bridge.circuit import NodeSpace
+from bridge.dense import DenseModel
+from bridge.sparse import Gate, Location, identity_gate
+from bridge.subject import Matrix
+from bridge.tasks import TokenPairs
+from bridge.wiring import DenseModelError, forward, probe_tokens
+
+_MEAN_ROWS = 8  # of corpus at a time
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What linear maps took in and gave on the probe, and the order in which they were called."""
+
+    taken: Mapping[str, Tensor]
+    given: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sublayer:
+    """The linear maps of a sublayer by module path, first ones and last one."""
+
+    layer: int
+    attention: bool
+    first: tuple[str, ...]
+    last: str
+
+
+class DenseSubject:
+    """A dense model with its nodes found. Raises DenseModelError where its linear maps cannot be."""
+
+    def __init__(self, dense: DenseModel, corpus_bt: Tensor) -> None:
+        self.dense = dense
+        if not corpus_bt.numel():
+            raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
+        self._linear = {path: module for path, module in dense.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        self._before: dict[str, Location] = {}
+        self._after: dict[str, Location] = {}
+        self._sizes: dict[Location, int] = {}
+        self._matrices: list[Matrix] = []
+        with torch.no_grad():
+            self._probe_bt = probe_tokens(dense.model, f"model {dense.name!r}", dense.context)
+            for sublayer in self._sublayers():
+                (self._wire_attention if sublayer.attention else self._wire_mlp)(sublayer)
+            self.means: Mapping[Location, Tensor] = self._means(corpus_bt)
+
+    @property
+    def space(self) -> NodeSpace:
+        """Every node in one row."""
+        return NodeSpace(self._sizes, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        return self.dense.device
+
+    @property
+    def weights(self) -> int:
+        """Entries of the matrices."""
+        return sum(matrix.weight_ji.numel() for matrix in self._matrices)
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix between nodes."""
+        return tuple(self._matrices)
+
+    def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
+        """logits_bv after the prompts, every node through the gate."""
+        return pairs.at_last(self._run(pairs.prompt_bt, gate).float())
+
+    def _run(self, tokens_bt: Tensor, gate: Gate) -> Tensor:
+        done: dict[Location, Tensor] = {}  # a read is gated once, for all that take it in
+
+        def gated(location: Location, x: Tensor) -> Tensor:
+            if location not in done:
+                x_btn = x.reshape(*tokens_bt.shape, x.shape[-1])
+                done[location] = gate(location, x_btn)
+            return done[location].reshape(x.shape)
+
+        def before(location: Location, _module: nn.Module, args: tuple) -> tuple:
+            return (gated(location, args[0]), *args[1:])
+
+        def after(location: Location, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            return gated(location, output)
+
+        with ExitStack() as hooks:
+            for path, location in self._before.items():
+                hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(before, location)))
+            for path, location in self._after.items():
+                hooks.enter_context(self._linear[path].register_forward_hook(partial(after, location)))
+            return self.dense.run(tokens_bt).logits_btv
+
+    def _means(self, corpus_bt: Tensor) -> dict[Location, Tensor]:
+        sums = {location: torch.zeros(n, dtype=torch.float64) for location, n in self._sizes.items()}
+
+        def add(location: Location, x_btn: Tensor) -> Tensor:
+            sums[location] += x_btn.cpu().double().sum((0, 1))
+            return x_btn
+
+        for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
+            self._run(rows_bt, add)
+        return {location: (total_n / corpus_bt.numel()).float().to(self.device) for location, total_n in sums.items()}
+
+    # -- finding the nodes ----------------------------------------------------------------------------------------------
+
+    def _refuse(self, layer: int, what: str) -> DenseModelError:
+        return DenseModelError(
+            f"the linear maps of model {self.dense.name!r} cannot be found: {what} in block {layer}; "
+            "its circuits cannot be compared with the sparse model's (give --no-dense to go on without)"
+        )
+
+    def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
+        """What the linear maps take in and give on the probe, the output of one of them changed."""
+        taken: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {}
+        twice: set[str] = set()
+
+        def watch(path: str, _module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            twice.update({path} & taken.keys())
+            shape = (*self._probe_bt.shape, -1)
+            same_tokens = args[0].numel() // args[0].shape[-1] == self._probe_bt.numel()
+            if not same_tokens:
+                return None
+            taken[path], given[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
+            if path == changed and change is not None:
+                return change(output.reshape(shape)).reshape(output.shape)
+            return None
+
+        with ExitStack() as hooks:
+            for path, module in self._linear.items():
+                hooks.enter_context(module.register_forward_hook(partial(watch, path)))
+            forward(self.dense.model, self._probe_bt)
+        return _Seen(
+            {path: x for path, x in taken.items() if path not in twice},
+            {path: x for path, x in given.items() if path not in twice},
+        )
+
+    def _sublayers(self) -> list[_Sublayer]:
+        seen = self._watch()
+        found: list[_Sublayer] = []
+        for layer, block in enumerate(self.dense.blocks):
+            prefix = next(f"{path}." for path, module in self.dense.model.named_modules() if module is block.module)
+            paths = [path for path in seen.taken if path.startswith(prefix)]
+            every = [path for path in self._linear if path.startswith(prefix)]
+            if not paths or len(paths) != len(every):
+                odd = next((path for path in every if path not in paths), "none")
+                raise self._refuse(layer, f"not every one is called once on every token ({odd.removeprefix(prefix)})")
+            feeds = {path: self._fed(path, paths, seen) for path in paths}
+            here: list[_Sublayer] = []
+            for group in self._split(paths, feeds, block.middle is not None):
+                first = tuple(path for path in group if not any(path in feeds[other] for other in group))
+                last = [path for path in group if path not in first]
+                if len(last) != 1 or not first or any(not torch.equal(seen.taken[path], seen.taken[first[0]]) for path in first):
+                    names = ", ".join(path.removeprefix(prefix) for path in group)
+                    raise self._refuse(layer, f"{names} are not some maps of one read and one map that writes")
+                attention = any(self._mixes(path, last[0], seen) for path in first)
+                here.append(_Sublayer(layer, attention, first, last[0]))
+            if sorted(sublayer.attention for sublayer in here) != [False, True]:
+                kinds = " and ".join("attention" if sublayer.attention else "an MLP" for sublayer in here)
+                raise self._refuse(layer, f"there is {kinds}, not attention and an MLP")
+            found += here
+        return found
+
+    def _fed(self, path: str, others: Sequence[str], seen: _Seen) -> set[str]:
+        """The other maps that take in something else when the output of one is changed."""
+        noise = torch.randn(seen.given[path].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        now = self._watch(path, lambda output: output + (1 + output.std()) * noise.to(output.dtype))
+        return {other for other in others if other != path and not torch.equal(now.taken[other], seen.taken[other])}
+
+    def _split(self, paths: Sequence[str], feeds: Mapping[str, set[str]], sequential: bool) -> list[list[str]]:
+        """Sublayers of a block: in sequence the first ends with the map that feeds all later ones; parallel ones are apart."""
+        if sequential:
+            # the first sublayer's writer feeds all of the second; it is the earliest map that feeds every map called after it
+            # and is fed by every one called before it
+            for place, path in enumerate(paths[:-1]):
+                before, after = paths[:place], paths[place + 1 :]
+                if before and all(path in feeds[other] for other in before) and feeds[path] >= set(after):
+                    return [list(paths[: place + 1]), list(after)]
+            return [list(paths)]
+        groups: list[list[str]] = []
+        for path in paths:
+            near = [group for group in groups if any(path in feeds[other] or other in feeds[path] for other in group)]
+            groups = [group for group in groups if group not in near]
+            groups.append([*(other for group in near for other in group), path])
+        return groups
+
+    def _mixes(self, path: str, last: str, seen: _Seen) -> bool:
+        """Whether early positions of a map's output reach later ones of what the last map takes in."""
+        half = self._probe_bt.shape[1] // 2
+        now = self._watch(path, lambda output: torch.cat([output[:, :half].roll(1, 0) * 2 + 1, output[:, half:]], 1))
+        return not torch.equal(now.taken[last][:, half:], seen.taken[last][:, half:])
+
+    def _location(self, location: Location, size: int) -> Location:
+        if location in self._sizes:
+            raise self._refuse(location.layer, f"there are two places named {location.kind}")
+        self._sizes[location] = size
+        return location
+
+    def _wire_attention(self, sublayer: _Sublayer) -> None:
+        seen, layer = self._watch(), sublayer.layer
+        taken = seen.taken[sublayer.last]
+        read = self._location(Location(layer, "attn_in"), seen.taken[sublayer.first[0]].shape[-1])
+        value_bj = torch.cat([seen.given[path][:, 0] for path in sublayer.first], -1)
+        off_ij = (taken[:, 0].T[:, None] - value_bj.T[None]).abs().amax(-1)
+        off_i, channel_i = off_ij.min(1)
+        if not bool((off_i <= 1e-4 * taken[:, 0].abs().max()).all()):
+            raise self._refuse(layer, f"what {sublayer.last.rsplit('.', 1)[-1]} takes in is not the values that were attended to")
+        offset = 0
+        owners: list[tuple[Location, int]] = []
+        for path in sublayer.first:
+            self._before[path] = read
+            rows = seen.given[path].shape[-1]
+            channels = self._after[path] = self._location(Location(layer, path.rsplit(".", 1)[-1]), rows)
+            owners.append((channels, offset))
+            self._add(path, read, channels)
+            offset += rows
+        write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.given[sublayer.last].shape[-1])
+        weight_ji = _weight(self._linear[sublayer.last])
+        bounds = [start for _, start in owners[1:]] + [offset]
+        for (channels, start), end in zip(owners, bounds, strict=True):
+            here_i = ((channel_i >= start) & (channel_i < end)).nonzero().flatten()
+            if len(here_i):
+                part_ji = weight_ji[:, here_i]
+                target_j = torch.arange(len(weight_ji), device=weight_ji.device)
+                name = f"{layer}.{sublayer.last.rsplit('.', 1)[-1]}"
+                self._matrices.append(Matrix(name, channels, write, part_ji, channel_i[here_i] - start, target_j))
+
+    def _wire_mlp(self, sublayer: _Sublayer) -> None:
+        seen, layer = self._watch(), sublayer.layer
+        read = self._location(Location(layer, "mlp_in"), seen.taken[sublayer.first[0]].shape[-1])
+        neurons = seen.taken[sublayer.last].shape[-1]
+        act = self._before[sublayer.last] = self._location(Location(layer, "mlp_act"), neurons)
+        write = self._after[sublayer.last] = self._location(Location(layer, "mlp_out"), seen.given[sublayer.last].shape[-1])
+        for path in sublayer.first:
+            self._before[path] = read
+            if seen.given[path].shape[-1] % neurons:
+                raise self._refuse(layer, f"{path.rsplit('.', 1)[-1]} does not give one or more values per neuron")
+            self._add(path, read, act)
+        self._add(sublayer.last, act, write)
+
+    def _add(self, path: str, source: Location, target: Location) -> None:
+        weight_ji = _weight(self._linear[path])
+        rows, columns = weight_ji.shape
+        source_i = torch.arange(columns, device=weight_ji.device)
+        target_j = torch.arange(rows, device=weight_ji.device) % self._sizes[target]
+        name = f"{source.layer}.{path.rsplit('.', 1)[-1]}"
+        self._matrices.append(Matrix(name, source, target, weight_ji, source_i, target_j))
+
+
+def _weight(module: Any) -> Tensor:
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight

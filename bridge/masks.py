@@ -1,0 +1,371 @@
+"""Masks for a task: the smallest set of nodes found, of the sparse model or of the dense one, at a bound on the loss.
+
+With tau_f a number per node (channels shared over positions), C = {tau > 0} and U a random set of nodes outside C, of a density
+drawn at random, afresh for every prompt and step, the steps make small
+
+    superset (default)   KL(S, S_C) / 2 + KL(S, S_(C + U)) / 2 + lambda |C|
+    paper                two-way loss of S_C + lambda |C|                                     (Gao et al. 2025, appendix A.5)
+
+the KL being of the next token after the prompt. A confident answer's KL hardly notices how confident it is, so the default adds
+to the first a penalty for the share of the mean logit difference D that is lost, half the bound where that is a tenth:
+bound / 2 ((D_C - D) / max(|D|, 1) / .1)^2. The paper's objective finds circuits that are small and can be wrong: what it
+deletes may cancel, and nothing ties the rest to the model. Under the default the whole model is one of the sets that are tried.
+
+1. candidates   Nodes that no prompt switches on, if to leave them out costs no more than a quarter of the bound; else all.
+2. masks        tau ~ N(.1, .01), clamped to [-1, 1]; Heaviside forward, sigmoid's derivative backward; AdamW, rate 2e-2 to 0, at
+                most 500 steps. lambda is steered: it rises while the loss of the last steps is below the bound and falls while it
+                is above, so one descent visits the size weights that several would, and ends at the one that the bound asks for.
+                It stops where neither the size nor the loss has changed in a while.
+3. repairs      The prompts of the validation split come from other templates. While the nodes above 0 do not meet the bound
+                there, those that the loss's slope says help most are added, an eighth at a time.
+4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
+                (fixed prompts, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
+5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
+                that, the loss's slope; then as many together as the bound allows, over and over.
+
+Prompts are put in an order of their own first, so the result does not depend on the one they come in. Work is counted in
+products of a token with a weight, not in seconds, so the same seed finds the same circuit on any day.
+
+Shape legend: b prompt (row), c circuit, u alone or in company, f all nodes in one row, k some of them by their place, v
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bridge.prune import SHARE, deleted, fewest, ranks
+from bridge.recipe import UserError
+from bridge.subject import Subject, in_order, masked_gate, recorded
+from bridge.tasks import TokenPairs
+
+Objective = Literal["superset", "paper"]
+TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt
+STEPS, FEWEST_STEPS = 500, 40
+RATE, TAU, TAU_DEVIATION = 2e-2, 0.1, 0.01
+PROMPTS = 64  # that masks are learnt from
+ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
+VALIDATION = 32  # prompts that the bound is held to
+TRIED = 8  # of these, when a node is deleted alone
+LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (1e-7, 1.0)
+SETTLED_STEPS, SETTLED = 30, 0.02
+REPAIRS = 12  # rounds at most
+SHARES = (0.4, 0.6)  # of the work: masks; threshold and deletions
+GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
+_TOKENS = 4096  # in a batch of masked copies
+
+
+class MaskError(UserError):
+    """A task whose circuit cannot be searched, in one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a search makes small, and the bound on it in nats per prompt. Raises MaskError for one that cannot be met."""
+
+    objective: Objective = "superset"
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in TARGETS:
+            raise MaskError(f"objective {self.objective!r} is not known; give superset or paper")
+        if self.target is not None and not 0 < self.target < float("inf"):
+            raise MaskError(f"a target loss of {self.target} cannot be aimed at; give a positive number of nats, such as 0.1")
+
+    @property
+    def bound(self) -> float:
+        """The bound, which has a default for each objective."""
+        return TARGETS[self.objective] if self.target is None else self.target
+
+
+@dataclass(frozen=True, eq=False)
+class FoundNodes:
+    """Nodes kept_f, their tau_f, the loss on the validation split; whether deletions ran to their end, and how many steps."""
+
+    kept_f: Tensor
+    tau_f: Tensor
+    loss: float
+    n_candidates: int
+    complete: bool
+    steps: int
+
+
+class Goal:
+    """An aim on fixed prompts with fixed random company: what `fewest` and `deleted` ask about circuits, and the work left."""
+
+    def __init__(self, subject: Subject, pairs: TokenPairs, aim: Aim, *, seed: int = 0, work: float = float("inf")) -> None:
+        """`pairs` are prompts (both members of pairs, where both are to count)."""
+        self.subject, self.aim, self.bound, self.left = subject, aim, aim.bound, work
+        self.pairs = in_order(pairs).to(subject.device)
+        self.whole_bv = self._logits(self.pairs)
+        generator = torch.Generator().manual_seed(seed + 7_777_777)
+        self.whole_difference_b = self.pairs.difference(self.whole_bv)
+        self.company_bf = random_company(len(pairs), subject.space.size, generator).to(subject.device)
+
+    def some(self, row_b: Tensor) -> Goal:
+        """The same aim on some of the prompts, with their company."""
+        part = copy.copy(self)
+        part.pairs, part.whole_bv, part.company_bf = self.pairs.rows(row_b), self.whole_bv[row_b], self.company_bf[row_b]
+        part.whole_difference_b = self.whole_difference_b[row_b]
+        return part
+
+    @torch.no_grad()
+    def _logits(self, pairs: TokenPairs, kept_bf: Tensor | None = None) -> Tensor:
+        if kept_bf is None:
+            return self.subject.logits(pairs)
+        return self.subject.logits(pairs, masked_gate(self.subject, kept_bf))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts, padding included."""
+        return self.pairs.prompt_bt.numel()
+
+    @property
+    def terms(self) -> int:
+        """Masked copies of a prompt that the loss takes: with the circuit alone, and in company."""
+        return 2 if self.aim.objective == "superset" else 1
+
+    def measure(self, logits_bv: Tensor, row_b: Tensor | None = None) -> Tensor:
+        """loss_b of a masked model's logits on the prompts (or on those of row_b): KL to the whole one, or the two-way loss."""
+        if self.aim.objective == "paper":
+            return (self.pairs if row_b is None else self.pairs.rows(row_b)).loss(logits_bv)
+        return kl(self.whole_bv if row_b is None else self.whole_bv[row_b], logits_bv)
+
+    def off(self, difference_cb: Tensor, whole_b: Tensor) -> Tensor:
+        """off_c: by how much of itself the mean of D is off; below one logit, of a logit."""
+        whole = whole_b.mean()
+        return (difference_cb.mean(-1) - whole) / whole.abs().clamp(min=1)
+
+    def loss(self, kept_cf: Tensor) -> Tensor:
+        """loss_c of circuits, in units in which all that is held to the bound may be as large as the bound.
+
+        With the paper's objective the two-way loss; else the largest of the KL alone, the mean of alone and in company, and how
+        far D is off, at the bound where that is a tenth.
+        """
+        rows = len(self.pairs)
+        self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.weights
+        index_b = torch.arange(rows, device=kept_cf.device)
+        losses = []
+        for some_cf in kept_cf.split(max(1, _TOKENS // (self.tokens * self.terms))):
+            kept_rf = some_cf.repeat_interleave(rows, 0)
+            row_r = index_b.repeat(len(some_cf))
+            if self.terms == 2:
+                kept_rf, row_r = torch.cat([kept_rf, kept_rf | self.company_bf[row_r]]), row_r.repeat(2)
+            logits_rv, alone_r = self._logits(self.pairs.rows(row_r), kept_rf), row_r[: len(some_cf) * rows]
+            loss_uc = self.measure(logits_rv, row_r).view(self.terms, -1, rows).mean(2)
+            loss_c = torch.maximum(loss_uc[0], loss_uc.mean(0))
+            if self.terms == 2:
+                difference_cb = self.pairs.rows(alone_r).difference(logits_rv[: len(alone_r)]).view(-1, rows)
+                off_c = self.off(difference_cb, self.whole_difference_b).abs()
+                loss_c = torch.maximum(loss_c, self.bound * off_c / SHARE)
+            losses.append(loss_c)
+        return torch.cat(losses)
+
+    def first_good(self, kept_cf: Tensor) -> int:
+        """The first of some circuits, smaller ones first, that is within the bound where the one before is not; by bisection."""
+        low, high = -1, len(kept_cf)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if float(self.loss(kept_cf[middle][None])) <= self.bound else (middle, high)
+        return high
+
+    def cost(self, n: int) -> float:
+        """The work of `without`: every node deleted alone on a few prompts, or a slope where that would take too much."""
+        return min(self._cost_alone(n), self._cost_slopes())
+
+    def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """loss_k of the circuit less one node, for each of node_k, as far as a few prompts or the loss's slope tell."""
+        whole = float(self.loss(kept_f[None]))
+        if self._cost_alone(len(node_k)) > max(self._cost_slopes(), self.left / 16):
+            return whole - self.slopes(kept_f)[node_k]
+        few = self.some(torch.arange(0, len(self.pairs), max(1, len(self.pairs) // TRIED), device=kept_f.device))
+        rise = []
+        for some_k in node_k.split(max(1, _TOKENS // (few.tokens * self.terms))):
+            kept_cf = kept_f.repeat(len(some_k), 1)
+            kept_cf[torch.arange(len(some_k)), some_k] = False
+            rise.append(few.loss(kept_cf))
+        rise_k = torch.cat(rise) - few.loss(kept_f[None])
+        self.left -= self._cost_alone(len(node_k))
+        return whole + rise_k
+
+    def _cost_alone(self, n: int) -> float:
+        return n * TRIED * self.tokens / len(self.pairs) * self.terms * self.subject.weights
+
+    def _cost_slopes(self) -> float:
+        return 3.0 * self.terms * self.tokens * self.subject.weights
+
+    def slopes(self, kept_f: Tensor) -> Tensor:
+        """slope_f: how the loss changes with every entry of a mask."""
+        self.left -= self._cost_slopes()
+        mask_f = kept_f.to(torch.get_default_dtype()).requires_grad_()
+        with torch.enable_grad():
+            for row_b in torch.arange(len(self.pairs), device=kept_f.device).split(ROWS):
+                loss = masked_loss(self, mask_f, row_b, self.company_bf[row_b])
+                (loss * len(row_b) / len(self.pairs)).backward()
+        assert mask_f.grad is not None
+        return mask_f.grad
+
+
+def masked_loss(goal: Goal, mask_f: Tensor, row_b: Tensor, company_bf: Tensor) -> Tensor:
+    """The mean loss on some prompts of a mask of numbers that gradients flow to, under the company given."""
+    mask_rf, row_r = mask_f.expand(len(row_b), -1), row_b
+    if goal.terms == 2:  # where company has switched a node on, its own mask changes nothing
+        mask_rf = torch.cat([mask_rf, torch.where(company_bf, torch.ones_like(mask_f), mask_f)])
+        row_r = row_b.repeat(2)
+    logits_rv = goal.subject.logits(goal.pairs.rows(row_r), masked_gate(goal.subject, mask_rf))
+    loss = goal.measure(logits_rv, row_r).mean()
+    if goal.terms == 2:
+        difference_b = goal.pairs.rows(row_b).difference(logits_rv[: len(row_b)])
+        loss = loss + goal.bound / 2 * (goal.off(difference_b, goal.whole_difference_b[row_b]) / SHARE).square()
+    return loss
+
+
+def random_company(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """company_bf: for every prompt a random set of nodes, of a density drawn at random."""
+    return torch.rand(rows, size, generator=generator) < torch.rand(rows, 1, generator=generator)
+
+
+def kl(from_bv: Tensor, to_bv: Tensor) -> Tensor:
+    """KL_b of next-token distributions, in nats."""
+    from_bv, to_bv = from_bv.log_softmax(-1), to_bv.log_softmax(-1)
+    return (from_bv.exp() * (from_bv - to_bv)).sum(-1)
+
+
+def heaviside(tau_f: Tensor) -> Tensor:
+    """1 where tau > 0, else 0, exactly; backwards the derivative of the sigmoid."""
+    sigmoid_f = torch.sigmoid(tau_f)
+    return (tau_f > 0).to(tau_f.dtype) + (sigmoid_f - sigmoid_f.detach())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the descent of the masks stands: the step of how many, nodes above 0, the loss of late and lambda."""
+
+    step: int
+    steps: int
+    nodes: int
+    loss: float
+    size_weight: float
+
+
+def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterator[tuple[Step, Tensor]]:
+    """tau_f after each step; `goal` holds the prompts that are learnt from."""
+    generator = torch.Generator().manual_seed(seed)
+    tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
+    tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
+    per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.weights
+    rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
+    per_step = per_row * rows
+    steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
+    optimizer = torch.optim.AdamW([tau_f], lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    size_weight, late, history = LAMBDA, 0.0, []
+    for step in range(steps):
+        row_b = torch.randperm(len(goal.pairs), generator=generator)[:rows].to(tau_f.device)
+        company_bf = random_company(rows, len(tau_f), generator).to(tau_f.device)
+        with torch.enable_grad():
+            mask_f = heaviside(tau_f)
+            loss = masked_loss(goal, mask_f, row_b, company_bf)
+            optimizer.zero_grad()
+            (loss + size_weight * mask_f[candidates_f].sum()).backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            tau_f.clamp_(-1, 1)
+            tau_f[~candidates_f] = -1
+        value = float(loss.detach())
+        late = value if step == 0 else 0.8 * late + 0.2 * value
+        size_weight *= LAMBDA_RISE if late < 0.9 * goal.bound else LAMBDA_FALL
+        size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
+        nodes = int((tau_f > 0).sum())
+        goal.left -= per_step
+        yield Step(step + 1, steps, nodes, late, size_weight), tau_f.detach()
+        history.append(nodes)
+        if step > max(FEWEST_STEPS, 3 * SETTLED_STEPS) and late < goal.bound:
+            now, then = (sum(history[-s:][:SETTLED_STEPS]) / SETTLED_STEPS for s in (SETTLED_STEPS, 2 * SETTLED_STEPS))
+            if abs(now - then) <= SETTLED * then:
+                return
+
+
+def candidates(goal: Goal) -> Tensor:
+    """Nodes_f that some prompt switches on, where leaving out the others costs at most a quarter of the bound; else all."""
+    values = recorded(goal.subject, goal.pairs)
+    there_bt = torch.arange(goal.pairs.prompt_bt.shape[1], device=goal.pairs.last_b.device) <= goal.pairs.last_b[:, None]
+    on = {at: ((values[at] != 0) & there_bt[..., None]).any((0, 1))[None] for at in goal.subject.space.sizes}
+    on_f = goal.subject.space.join(on)
+    everything_f = torch.ones_like(on_f)
+    both = goal.loss(torch.stack([everything_f, on_f]))
+    return on_f if float(both[1] - both[0]) <= goal.bound / 4 else everything_f
+
+
+def find_nodes(
+    subject: Subject,
+    train: TokenPairs,
+    validation: TokenPairs,
+    aim: Aim,
+    *,
+    seed: int = 0,
+    work: float,
+    progress: Callable[[str], None] | None = None,
+) -> FoundNodes:
+    """The nodes of a task, by the search that the module describes; `train` and `validation` are prompts.
+
+    Raises MaskError where neither the whole model nor what the masks have found meets the bound.
+    """
+    say = progress or (lambda _: None)
+    judge = Goal(subject, spread(validation, VALIDATION), aim, work=work * SHARES[1])
+    lessons = Goal(subject, spread(train, PROMPTS), aim, seed=seed + 1, work=work * SHARES[0])
+    whole = float(judge.loss(torch.ones(1, subject.space.size, dtype=torch.bool, device=subject.device)))
+    candidates_f = candidates(lessons)
+    say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
+    tau_f, steps = candidates_f.to(torch.get_default_dtype()), 0
+    for step, now_f in learn(lessons, candidates_f, seed=seed, work=lessons.left):
+        tau_f, steps = now_f, step.step
+        say(f"masks: step {steps} of {step.steps}, {step.nodes:,} nodes, loss {step.loss:.3f}")
+    above, n = int((tau_f > 0).sum()), int(candidates_f.sum())
+    worth_f = _repaired(judge, candidates_f, tau_f, say) if whole <= aim.bound else tau_f
+    order_f = ranks(candidates_f, worth_f).argsort()
+    if whole <= aim.bound:
+        limit = n if float(judge.loss(candidates_f[None])) <= aim.bound else len(order_f)
+    elif float(judge.loss((tau_f > 0)[None])) <= aim.bound:
+        limit = above  # the model does not do it, and some of its nodes do
+    else:
+        raise MaskError(
+            f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); "
+            "raise --target-loss"
+        )
+    kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(int((worth_f > -1.5).sum()), 1))
+    say(f"threshold: {int(kept_f.sum()):,} nodes")
+    kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)
+    return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, steps)
+
+
+def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[str], None]) -> Tensor:
+    """worth_f: tau of the nodes above 0; then, between -1.5 and 0, those added by rounds; the others by tau, below -2."""
+    kept_f, worth_f = tau_f > 0, torch.where(tau_f > 0, tau_f, tau_f - 3)
+    for number in range(REPAIRS):
+        if float(judge.loss(kept_f[None])) <= judge.bound:
+            break
+        slope_f = judge.slopes(kept_f)
+        helps_k = (candidates_f & ~kept_f & (slope_f < 0)).nonzero().flatten()
+        helps_k = helps_k[slope_f[helps_k].argsort(stable=True)][: max(8, int(kept_f.sum()) // 8)]
+        if not len(helps_k):
+            break
+        kept_f = kept_f.index_fill(0, helps_k, True)
+        place_k = torch.arange(len(helps_k), device=helps_k.device) / len(helps_k)
+        worth_f[helps_k] = (-(number + place_k) / REPAIRS).to(worth_f.dtype)
+        say(f"repairs: {int(kept_f.sum()):,} nodes")
+    return worth_f
+
+
+def spread(pairs: TokenPairs, most: int) -> TokenPairs:
+    """At most some prompts, evenly from their own order, so that both answers and all lengths are among them."""
+    ordered = in_order(pairs)
+    row_b = torch.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().long()
+    return ordered.rows(row_b.to(ordered.last_b.device))

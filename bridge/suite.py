@@ -1,0 +1,160 @@
+"""Tasks one after another: each result written as it comes, those there already skipped, all compared at the end.
+
+A folder per task under `out`; beside them `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A run that is killed goes
+on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bridge.checkpoint import read_json, write_json
+from bridge.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
+from bridge.masks import Aim, MaskError, spread
+from bridge.task_circuit import JUDGED, Subjects, UnsolvedError, search_task, whole_size
+from bridge.task_result import NULLS, Size, TaskResult, render_text, save_failure
+from bridge.tasks import Resolved, TaskError, load_task, resolve
+from bridge.wiring import DenseModelError
+
+Say = Callable[[str], None]
+
+
+def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
+    """A task under the coupling's tokenizer. Raises TaskError."""
+    coupling = subjects.coupling
+    if coupling.dense.tokenizer is None:
+        raise TaskError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no task can be read; load it with one")
+    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
+    return resolve(load_task(name, seed=seed), coupling.dense.tokenizer, context=min(limits))
+
+
+def run_task(
+    subjects: Subjects, name: str, aim: Aim, *, out: Path | None, progress: Say, width: int = 100, **options: Any
+) -> str:
+    """One task's search: its text, the result written to `out`. A null that finds nothing has failed, as it must.
+
+    Raises UnsolvedError, MaskError or TaskError.
+    """
+    null = options.get("null")
+    try:
+        result = search_task(subjects, resolved(subjects, name), aim, progress=progress, **options)
+    except MaskError as error:
+        if null is None:
+            raise
+        if out is not None:
+            save_failure(out, name, str(error), whole_size(subjects.sparse), None)
+        return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
+    if out is not None:
+        result.save(out)
+    return render_text(result, width)
+
+
+def run_suite(
+    subjects: Subjects, names: Sequence[str], aim: Aim, *, out: Path | None, progress: Say, width: int = 100, **options: Any
+) -> Generator[str, None, None]:
+    """Every task's search, a text for each as it ends, then the comparison's."""
+    results: list[TaskResult] = []
+    failed = 0
+    for name in names:
+        folder = None if out is None else out / name
+        where = f"{name}: "
+
+        def say(text: str, where: str = where) -> None:
+            progress(f"{where}{text}")
+
+        if folder is not None and (folder / "circuit.json").is_file():
+            facts = read_json(folder / "circuit.json")
+            if "failed" in facts:
+                failed += 1
+                yield f"task      {name}: no circuit, found so before ({facts['failed']})"
+            else:
+                results.append(_same(TaskResult.load(folder), aim, options, folder))
+                yield f"task      {name}: {_line(results[-1])}; there already"
+            continue
+        try:
+            result = search_task(subjects, resolved(subjects, name), aim, progress=say, **options)
+        except (MaskError, TaskError) as error:
+            failed += 1
+            if folder is not None:
+                save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options))
+            yield f"task      {name}: {'unsolved' if isinstance(error, UnsolvedError) else 'no circuit'}: {error}"
+            continue
+        results.append(result)
+        if folder is not None:
+            result.save(folder)
+        yield render_text(result, width)
+    yield _compared(subjects, results, failed, out, progress, options)
+
+
+def _same(result: TaskResult, aim: Aim, options: dict[str, Any], folder: Path) -> TaskResult:
+    facts = result.facts
+    there = (facts.objective, facts.target, facts.null, len(facts.runs))
+    wanted = (aim.objective, aim.bound, options.get("null"), options.get("seeds", 1))
+    if there != wanted:
+        raise MaskError(f"{str(folder)!r} holds the result of another search {there}, not {wanted}; name another --out")
+    return result
+
+
+def _line(result: TaskResult) -> str:
+    return f"{result.facts.size.nodes:,} nodes, {result.facts.size.edges:,} edges, {result.faithfulness.verdict}"
+
+
+def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
+    try:
+        return whole_size(subjects.dense) if options.get("dense", True) else None
+    except DenseModelError:
+        return None
+
+
+def _compared(
+    subjects: Subjects, results: Sequence[TaskResult], failed: int, out: Path | None, progress: Say, options: dict[str, Any]
+) -> str:
+    dense = [result.facts.dense for result in results if result.facts.dense is not None]
+    sparse = [result.facts.size for result in results]
+    sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _dense_size(subjects, options))
+    lines = [_table(results), "", _means(sizes)]
+    if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
+        prompts = {
+            result.facts.task: spread(resolved(subjects, result.facts.task).splits["test"].both(), JUDGED) for result in solved
+        }
+        comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
+        lines += ["", render_comparison(comparison)]
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "comparison.json", {**comparison.to_json(), "sizes": asdict(sizes)})
+            (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
+            (out / "comparison.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if null := options.get("null"):
+        passed = [result.facts.task for result in results if result.passed]
+        verdict = f"PASSES for {', '.join(passed)}: a failure of the method" if passed else "fails for every task, as it must"
+        lines += ["", f"NULL {null}: {NULLS[null]}. It {verdict}."]
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[TaskResult]) -> str:
+    width = max((len(result.facts.task) for result in results), default=4)
+    lines = [
+        f"{'task':<{width}}  {'nodes':>7} {'edges':>8}  {'dense nodes':>11} {'edges':>9}  {'ratio':>6}  {'loss':>6}  verdict"
+    ]
+    for result in results:
+        f = result.facts
+        nodes, edges = ("-", "-") if f.dense is None else (f"{f.dense.nodes:,}", f"{f.dense.edges:,}")
+        ratio = "-" if f.dense is None else f"{f.dense.edges / max(1, f.size.edges):.1f}"
+        lines.append(
+            f"{f.task:<{width}}  {f.size.nodes:>7,} {f.size.edges:>8,}  {nodes:>11} {edges:>9}  {ratio:>6}  {f.loss:>6.3f}  "
+            f"{result.faithfulness.verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _means(sizes: Sizes) -> str:
+    text = (
+        f"geometric mean over {sizes.tasks} tasks, {sizes.failed} of them failed and counted at full size: "
+        f"{sizes.sparse_nodes:,.0f} nodes, {sizes.sparse_edges:,.0f} edges"
+    )
+    if sizes.dense_edges is None:
+        return f"{text}; the dense model was not pruned for all"
+    return f"{text}; dense {sizes.dense_edges:,.0f} edges, {sizes.dense_edges / max(1, sizes.sparse_edges):.1f} times as many"

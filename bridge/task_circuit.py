@@ -1,0 +1,310 @@
+"""A task -> its circuit in the sparse model, the dense model's circuit at the same loss, and what can be said for them.
+
+    gate        two-way accuracy of the sparse model on held-out prompts; what it does not do has no circuit
+    seeds       `masks.find_nodes` for every seed, to three quarters of the bound
+    consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
+                bound, and deletions
+    edges       `edges.find_edges`, to the whole bound
+    dense       `masks.find_nodes` on the dense model, to the whole bound; its edges are all weights between its nodes
+    evidence    `judge.judge`, on the test split
+
+Nulls run through all of this but the gate, and must not pass: `labels` replaces every answer token by one drawn at random,
+`weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out anew.
+
+Shape legend: b pair (row), c seed, f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.circuit import Circuit
+from bridge.dense_nodes import DenseSubject
+from bridge.edges import find_edges, pruned_to
+from bridge.judge import SOLVED, Judged, judge
+from bridge.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, find_nodes, spread
+from bridge.prune import deleted, fewest, ranks
+from bridge.sparse import SparseTransformer
+from bridge.subject import SparseSubject, Subject, edge_count
+from bridge.task_result import Null, SeedRun, Size, TaskFacts, TaskResult
+from bridge.tasks import Resolved, TokenPairs, score
+from bridge.wiring import DenseModelError
+
+WORK = 3.5e12  # products of a token with a weight, per search: a minute or two on two slow cores
+MOST_TOKENS = 1_000_000  # of masked copies, where the model is small
+EDGE_WORK = 0.3  # of that, again, for the edges
+NODE_SHARE = 0.75  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
+REFERENCE_TOKENS = 4096
+JUDGED = 32  # held-out prompts
+
+
+class UnsolvedError(MaskError):
+    """A task that the sparse model does not do, so that it has no circuit; in one line."""
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The two models of a coupling with their means, made once for any number of tasks."""
+
+    coupling: Coupling
+    reference_bt: Tensor
+
+    @staticmethod
+    def of(coupling: Coupling) -> Subjects:
+        """The models over the coupling's own reference text. Raises MaskError where it has none."""
+        reference_bt = coupling.reference_bt
+        if reference_bt is None or not reference_bt.numel():
+            raise MaskError("the coupling holds no reference text to take corpus means over; fit it again")
+        return Subjects(coupling, reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])])
+
+    @cached_property
+    def sparse(self) -> SparseSubject:
+        """The sparse model."""
+        return SparseSubject.over(self.coupling.sparse, self.reference_bt)
+
+    @cached_property
+    def dense(self) -> DenseSubject:
+        """The dense model. Raises DenseModelError where its linear maps cannot be found."""
+        return DenseSubject(self.coupling.dense, self.reference_bt)
+
+
+def whole_size(subject: Subject) -> Size:
+    """Nodes and edges of a whole model."""
+    every_f = torch.ones(subject.space.size, dtype=torch.bool, device=subject.device)
+    return Size(len(every_f), edge_count(subject, every_f))
+
+
+def search_task(
+    subjects: Subjects,
+    task: Resolved,
+    aim: Aim | None = None,
+    *,
+    seeds: int = 1,
+    seed: int = 0,
+    dense: bool = True,
+    null: Null | None = None,
+    work: float = WORK,
+    progress: Callable[[str], None] | None = None,
+) -> TaskResult:
+    """The circuit of a task, by the steps that the module describes.
+
+    Raises UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
+    """
+    say, started = progress or (lambda _: None), time.monotonic()
+    aim = Aim() if aim is None else aim
+    coupling = subjects.coupling
+    subject = subjects.sparse
+    splits = {name: pairs.to(subject.device) for name, pairs in _splits(task).items()}
+    if null == "weights":
+        subject = SparseSubject.over(permuted_weights(subject.sparse, seed), subjects.reference_bt)
+    elif null == "labels":
+        splits = {name: random_labels(pairs, coupling.dense.vocabulary, seed) for name, pairs in splits.items()}
+    elif null == "shuffled":
+        splits = {name: dealt_anew(pairs, seed + place) for place, (name, pairs) in enumerate(splits.items())}
+    say("gate: how well both models do the task")
+    scores, dense_scores = score(subject.sparse, splits["test"]), score(coupling.dense, splits["test"])
+    if scores.accuracy < SOLVED and null is None:
+        raise UnsolvedError(
+            f"the sparse model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense "
+            f"{dense_scores.accuracy:.1%}), so there is no circuit to find; take another task or a better coupling"
+        )
+    train, validation = splits["train"].both(), splits["validation"].both()
+
+    found: list[FoundNodes] = []
+    nodes_aim = Aim(aim.objective, _node_bound(subject, validation, aim))
+    for number in range(seeds):
+        at = f"seed {seed + number}: " if seeds > 1 else ""
+        found.append(
+            find_nodes(
+                subject,
+                train,
+                validation,
+                nodes_aim,
+                seed=seed + number,
+                work=_work(subject, work),
+                progress=lambda text, at=at: say(f"{at}{text}"),
+            )  # fmt: skip
+        )
+    searched = Goal(subject, spread(validation, VALIDATION), aim, work=EDGE_WORK * _work(subject, work))
+    kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, validation, nodes_aim, found, _work(subject, work), say)
+    edges = find_edges(searched, kept_f, say)
+    pruned = pruned_to(subject, edges.edges, kept_f)
+    dense_found, why_not = _dense(subjects, train, validation, aim, seed, work, say) if dense else (None, "not asked for")
+
+    held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
+    dense_size = (
+        None if dense_found is None else Size(int(dense_found.kept_f.sum()), edge_count(subjects.dense, dense_found.kept_f))
+    )
+    judged = Judged(
+        kept_f, pruned, [one.kept_f for one in found], len(edges.edges), None if dense_size is None else dense_size.edges
+    )
+    faithfulness = judge(searched, held_out, judged, scores, dense_scores, seed=seed, progress=say)
+    inclusion = subject.space.split(torch.stack([one.kept_f for one in found]).float().mean(0))
+    losses = {"nodes": float(searched.loss(kept_f[None])), "edges": edges.loss}
+    circuit = Circuit(task.task, subject.space.split(kept_f), subject.means, losses, edges.edges)
+    facts = TaskFacts(
+        task=task.task,
+        language=task.language,
+        drop_rate=task.drop_rate,
+        objective=aim.objective,
+        target=aim.bound,
+        null=null,
+        sparse_scores=scores,
+        dense_scores=dense_scores,
+        runs=tuple(SeedRun(seed + n, int(one.kept_f.sum()), one.loss, one.steps, one.complete) for n, one in enumerate(found)),
+        whole=whole_size(subject),
+        before=Size(int(kept_f.sum()), edges.n_before),
+        size=Size(int(kept_f.sum()), len(edges.edges)),
+        entries=_entries(subject, kept_f, splits["test"].both()),
+        loss=edges.loss,
+        edges_complete=edges.complete,
+        dense_whole=None if dense_found is None else whole_size(subjects.dense),
+        dense=dense_size,
+        dense_loss=None if dense_found is None else dense_found.loss,
+        dense_complete=None if dense_found is None else dense_found.complete,
+        why_not_dense=why_not,
+        provenance=_provenance(coupling, seed, work),
+        seconds=time.monotonic() - started,
+    )
+    return TaskResult(circuit, {at: share_1n[0] for at, share_1n in inclusion.items()}, faithfulness, facts)
+
+
+def _splits(task: Resolved) -> dict[str, TokenPairs]:
+    """The three splits; where the tokenizer has left no validation pairs, every fourth of the training ones."""
+    splits = dict(task.splits)
+    if not len(splits["validation"]) and len(splits["train"]) >= 8:
+        row_b = torch.arange(len(splits["train"]))
+        splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
+    short = next((name for name in ("train", "validation", "test") if not len(splits[name])), None)
+    if short is not None:
+        raise MaskError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
+    return {str(name): pairs for name, pairs in splits.items()}
+
+
+def _node_bound(subject: Subject, validation: TokenPairs, aim: Aim) -> float:
+    """The bound on the nodes' loss; above the whole model's own, where that is not beyond the bound already."""
+    goal = Goal(subject, spread(validation, VALIDATION), aim)
+    own = float(goal.measure(goal.whole_bv).mean())
+    return own + NODE_SHARE * (aim.bound - own) if own < aim.bound else aim.bound
+
+
+def _work(subject: Subject, work: float) -> float:
+    return min(work, MOST_TOKENS * float(subject.weights))
+
+
+def _consensus(
+    subject: Subject, validation: TokenPairs, aim: Aim, found: list[FoundNodes], work: float, say: Callable[[str], None]
+) -> Tensor:
+    """The fewest nodes, those that most seeds kept first, that meet the bound; and deletions."""
+    goal = Goal(subject, spread(validation, VALIDATION), aim, work=work / 4)
+    share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
+    tau_f = torch.stack([one.tau_f for one in found]).mean(0)
+    any_f = share_f > 0
+    order_f = ranks(torch.ones_like(any_f), share_f * 4 + tau_f).argsort()  # tau is between -1 and 1
+    limit = int(any_f.sum()) if float(goal.loss(any_f[None])) <= aim.bound else len(order_f)
+    kept_f = fewest(goal, torch.zeros_like(any_f), order_f[:limit], int((share_f > 0.5).sum()))
+    say(f"consensus: {int(kept_f.sum()):,} nodes of {len(found)} seeds")
+    return deleted(goal, kept_f, say, GIVEN_UP)[0]
+
+
+def _dense(
+    subjects: Subjects, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+) -> tuple[FoundNodes | None, str]:
+    """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
+    try:
+        dense = subjects.dense
+        return find_nodes(
+            dense, train, validation, aim, seed=seed, work=_work(dense, work), progress=lambda text: say(f"dense: {text}")
+        ), ""
+    except (DenseModelError, MaskError) as error:
+        return None, str(error)
+
+
+def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Mapping[str, int]:
+    """Embedding, unembedding and bigram weights that the circuit uses on some prompts."""
+    kept, sparse = subject.space.split(kept_f), subject.sparse
+    width = sparse.width
+    read_s = torch.zeros(width, dtype=torch.bool, device=kept_f.device)
+    written_s = read_s.clone()
+    for location, kept_1n in kept.items():
+        if location.kind in ("attn_in", "mlp_in"):
+            read_s |= kept_1n[0]
+        elif location.kind in ("attn_out", "mlp_out"):
+            written_s |= kept_1n[0]
+    tokens = prompts.prompt_bt.unique()
+    answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()
+    answers = answers[answers >= 0]
+    return {
+        "embedding": int((sparse.embedding[tokens][:, read_s] != 0).sum()),
+        "unembedding": int((sparse.unembedding.weight[answers][:, written_s] != 0).sum()),
+        "bigram": len(answers) * len(prompts.prompt_bt[torch.arange(len(prompts)), prompts.last_b].unique())
+        if sparse.bigram
+        else 0,
+    }
+
+
+def _provenance(coupling: Coupling, seed: int, work: float) -> dict[str, str | float | int | None]:
+    return {
+        "dense": coupling.dense.name,
+        "dense_fingerprint": coupling.dense.fingerprint(),
+        "coupling": coupling.path,
+        "l0": coupling.recipe.sparsity.l0,
+        "seed": seed,
+        "work": work,
+        "version": version("bridge"),
+    }
+
+
+# -- nulls --------------------------------------------------------------------------------------------------------------
+
+
+def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
+    """The pairs with every answer token replaced by one drawn at random, the same one everywhere."""
+    permuted_v = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)).to(pairs.answer_bk.device)
+
+    def nonsense(ids_bk: Tensor) -> Tensor:
+        return torch.where(ids_bk < 0, ids_bk, permuted_v[ids_bk.clamp(min=0)])
+
+    return replace(pairs, answer_bk=nonsense(pairs.answer_bk), wrong_bk=nonsense(pairs.wrong_bk))
+
+
+def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
+    """The pairs with the answers of other pairs, right and wrong exchanged in half of them."""
+    generator = torch.Generator().manual_seed(seed)
+    device = pairs.last_b.device
+    from_b = torch.randperm(len(pairs), generator=generator).to(device)
+    swap_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
+    width = max(pairs.answer_bk.shape[1], pairs.wrong_bk.shape[1])
+    right_bk, wrong_bk = (
+        torch.nn.functional.pad(ids_bk, (0, width - ids_bk.shape[1]), value=-1)[from_b]
+        for ids_bk in (pairs.answer_bk, pairs.wrong_bk)
+    )
+    right_not_b, wrong_not_b = pairs.answer_not_b[from_b], pairs.wrong_not_b[from_b]
+    return replace(
+        pairs,
+        answer_bk=torch.where(swap_b[:, None], wrong_bk, right_bk),
+        wrong_bk=torch.where(swap_b[:, None], right_bk, wrong_bk),
+        answer_not_b=torch.where(swap_b, wrong_not_b, right_not_b),
+        wrong_not_b=torch.where(swap_b, right_not_b, wrong_not_b),
+    )
+
+
+def permuted_weights(sparse: SparseTransformer, seed: int) -> SparseTransformer:
+    """The model with the entries of every matrix in a random order: as many nonzeros, of the same sizes, elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return other

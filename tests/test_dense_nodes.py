@@ -1,0 +1,66 @@
+"""The nodes of dense models are found in every family, with their values matched; what is not found is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_dense import FAMILIES, tiny
+
+from bridge.dense import DenseModel, load_dense
+from bridge.dense_nodes import DenseSubject
+from bridge.sparse import Location
+from bridge.wiring import DenseModelError
+
+CORPUS = torch.randint(2, 30, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_nodes_are_found_and_their_gates_change_nothing(family: str) -> None:
+    dense = load_dense(tiny(family))
+    subject = DenseSubject(dense, CORPUS)
+    kinds = [at.kind for at in subject.space.sizes if at.layer == 0]
+    assert {"attn_in", "attn_out", "mlp_in", "mlp_act", "mlp_out"} <= set(kinds) and len(kinds) in (6, 8)
+    seen: list[Location] = []
+
+    def gate(location: Location, x: torch.Tensor) -> torch.Tensor:
+        seen.append(location)
+        assert x.shape == (*CORPUS.shape, subject.space.sizes[location])
+        return x
+
+    assert torch.equal(subject._run(CORPUS, gate), dense.run(CORPUS).logits_btv)
+    assert sorted(seen) == sorted(subject.space.sizes)  # every location once
+
+
+def test_the_matrices_of_gpt2_are_its_own() -> None:
+    dense = load_dense(tiny("gpt2"))
+    model: Any = dense.model
+    block = model.transformer.h[0]
+    matrices = {matrix.name: matrix for matrix in DenseSubject(dense, CORPUS).matrices() if matrix.source.layer == 0}
+    width = dense.width
+    assert {(m.source.kind, m.target.kind) for m in DenseSubject(dense, CORPUS).matrices()} == {
+        ("attn_in", "c_attn"), ("c_attn", "attn_out"), ("mlp_in", "mlp_act"), ("mlp_act", "mlp_out"),
+    }  # fmt: skip
+    assert torch.equal(matrices["0.c_attn"].weight_ji, block.attn.c_attn.weight.T)
+    output = next(m for m in DenseSubject(dense, CORPUS).matrices() if m.target == Location(0, "attn_out"))
+    assert output.source_i.tolist() == [*range(2 * width, 3 * width)]  # the values come last of the three
+    assert torch.equal(output.weight_ji, block.attn.c_proj.weight.T)
+
+
+def test_heads_that_share_values_share_their_nodes() -> None:
+    dense = load_dense(tiny("llama"))
+    output = next(m for m in DenseSubject(dense, CORPUS).matrices() if m.target == Location(0, "attn_out"))
+    config = dense.model.config
+    share = config.num_attention_heads // config.num_key_value_heads
+    channels = dense.width // config.num_attention_heads
+    expected = [head // share * channels + channel for head in range(config.num_attention_heads) for channel in range(channels)]
+    assert output.source == Location(0, "v_proj") and output.source_i.tolist() == expected
+
+
+def test_a_model_without_such_maps_is_refused_in_one_line(dense: DenseModel) -> None:
+    with pytest.raises(DenseModelError, match="the linear maps of model 'MixtralForCausalLM' cannot be found") as caught:
+        DenseSubject(load_dense(tiny("mixtral")), CORPUS)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="at least one block"):
+        DenseSubject(dense, CORPUS[:0])

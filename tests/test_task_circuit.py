@@ -1,0 +1,97 @@
+"""A task's circuit from the gate to the evidence, on a model of which it is known; and nulls, which fail on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
+
+from bridge.dense import DenseModel
+from bridge.masks import Aim, MaskError
+from bridge.task_circuit import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
+from bridge.tasks import Resolved, TokenPairs
+
+WORK = 3e9
+
+
+def task(**splits: TokenPairs) -> Resolved:
+    pairs = {"train": planted_pairs(32), "validation": planted_pairs(12, seed=1), "test": planted_pairs(12, seed=2), **splits}
+    return Resolved("planted", "toy", pairs, 80, {"ambiguous": 20})  # pyright: ignore[reportArgumentType]
+
+
+def subjects(dense: DenseModel) -> Subjects:
+    corpus_bt = torch.randint(2, VOCABULARY, (12, CONTEXT), generator=torch.Generator().manual_seed(5))
+    coupling = replace(untrained(dense), sparse=planted_sparse(dense, decoys=20), reference_bt=corpus_bt)
+    return Subjects.of(coupling)
+
+
+def test_a_planted_circuit_is_found_and_passes(dense: DenseModel) -> None:
+    said: list[str] = []
+    result = search_task(subjects(dense), task(), Aim(target=0.02), seeds=2, work=WORK, progress=said.append)
+    assert {node.name for node in result.circuit.nodes} == {
+        "L0.mlp_in[0]", "L0.mlp_in[1]", "L0.mlp_act[0]", "L0.mlp_act[1]", "L0.mlp_out[2]", "L0.mlp_out[3]"
+    }  # fmt: skip
+    assert result.circuit.edges is not None and len(result.circuit.edges) == 4
+    assert result.faithfulness.verdict == "behavioural" and result.passed
+    facts = result.facts
+    assert (facts.task, facts.drop_rate, facts.null) == ("planted", 0.25, None) and len(facts.runs) == 2
+    assert facts.size.nodes == 6 and facts.size.edges == 4 and facts.loss <= 0.02
+    assert facts.entries == {"embedding": 2, "unembedding": 4, "bigram": 4}
+    inclusion = torch.cat([share_n for share_n in result.inclusion.values()])
+    assert set(inclusion.tolist()) <= {0.0, 0.5, 1.0} and float(inclusion.max()) == 1
+    # the dense model, pruned in the same run to the same bound; its edges are all weights between kept nodes
+    assert facts.dense is not None and facts.dense_whole is not None and facts.dense_loss is not None
+    assert facts.dense_loss <= 0.02 and 0 < facts.dense.edges <= facts.dense_whole.edges
+    for phase in ("gate", "candidates", "masks: step", "threshold", "consensus", "edges", "dense: masks", "judging"):
+        assert any(phase in text for text in said), phase
+
+
+@pytest.mark.parametrize("null", ["labels", "weights", "shuffled"])
+@pytest.mark.parametrize("objective", ["superset", "paper"])
+def test_nulls_fail(dense: DenseModel, null: str, objective: str) -> None:
+    aim = Aim(objective, 0.05)  # pyright: ignore[reportArgumentType]
+    try:
+        result = search_task(subjects(dense), task(), aim, null=null, dense=False, work=WORK / 4)  # pyright: ignore
+    except MaskError as error:
+        assert "no circuit within the target" in str(error)
+    else:
+        assert result.facts.null == null and not result.passed
+        assert "fails, as it must" in str(result)
+
+
+def test_what_the_sparse_model_does_not_do_has_no_circuit(dense: DenseModel) -> None:
+    coupling = replace(untrained(dense), reference_bt=torch.randint(2, VOCABULARY, (4, CONTEXT)))
+    with pytest.raises(UnsolvedError, match=r"answers \d.*% of planted right and 90% are asked .* take another task") as caught:
+        search_task(Subjects.of(coupling), task())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MaskError, match="no reference text"):
+        Subjects.of(replace(coupling, reference_bt=None))
+
+
+def test_a_split_without_pairs_is_an_error_and_validation_is_made_up_for(dense: DenseModel) -> None:
+    nothing = planted_pairs(2).rows(torch.zeros(0, dtype=torch.long))
+    with pytest.raises(MaskError, match="the task planted has no test pairs"):
+        search_task(subjects(dense), task(test=nothing))
+    result = search_task(subjects(dense), task(validation=nothing), Aim(target=0.02), dense=False, work=WORK / 2)
+    assert result.facts.dense is None and "not pruned: not asked for" in str(result)
+
+
+def test_labels_are_replaced_everywhere_alike_and_names_dealt_out_anew() -> None:
+    pairs = planted_pairs(40)
+    labels = random_labels(pairs, VOCABULARY, 0)
+    assert len(set(labels.answer_bk.flatten().tolist())) == 1 and len(set(labels.wrong_bk.flatten().tolist())) == 1
+    assert {int(labels.answer_bk[0]), int(labels.wrong_bk[0])} != {4, 5}
+    dealt = dealt_anew(pairs, 0)
+    right = (dealt.answer_bk == 4).flatten()
+    assert int(right.sum()) == 20 and torch.equal(dealt.wrong_bk.flatten(), torch.where(right, 5, 4))
+    assert torch.equal(dealt.prompt_bt, pairs.prompt_bt)
+
+
+def test_permuted_weights_are_the_same_weights_elsewhere(dense: DenseModel) -> None:
+    sparse = planted_sparse(dense)
+    other = permuted_weights(sparse, 0)
+    for (name, one), two in zip(sparse.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.flatten().sort().values, two.flatten().sort().values), name
+    assert not torch.equal(sparse.embedding, other.embedding)
