@@ -140,7 +140,7 @@ def _forward(
             largest = max(sink[head % heads], _largest(score, i + 1))
             for j in range(i + 1, upto):
                 score[j] = -np.inf
-            total = exponentials(score, 0, upto // 16, largest, np.float32(1)) + math.exp(sink[head % heads] - largest)
+            total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[head % heads] - largest)
             log_sum[head * tokens + i] = largest + math.log(total)
             _dots(v, at, tokens, index, channels, upto, score, out)
             for c in range(channels):
@@ -168,7 +168,7 @@ def _backward(
             _sums(k, at, tokens, index, query, channels, upto, p)
             for j in range(i + 1, upto):
                 p[j] = -np.inf
-            exponentials(p, 0, upto // 16, log_sum[head * tokens + i], np.float32(1))
+            exponentials(p, 0, upto // 16, log_sum[head * tokens + i])
             _sums(v, at, tokens, index, given, channels, upto, ds)
             _through(ds, p, through, upto)
             dsink[head] -= math.exp(sink[head % heads] - log_sum[head * tokens + i]) * through

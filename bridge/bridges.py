@@ -213,6 +213,7 @@ class Coupling:
         except RuntimeError:
             raise CheckpointError(f"the tensors of {str(folder)!r} do not fit its recipe; fetch or fit it again") from None
         sparse.requires_grad_(False).eval()
+        sparse.use_products()
         bridges.requires_grad_(False).eval()
         reference_bt = tensors.get("reference_bt")
         return Coupling(

@@ -44,8 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridge.kernels import gelu
 from bridge.residual import Enter, Trace
-from bridge.sparse import Gate, Location, SparseTransformer, gelu, norm_scale
+from bridge.sparse import Gate, Location, SparseTransformer, norm_scale
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
 BIGRAM = Location(-1, "bigram")

@@ -1,8 +1,8 @@
-"""AbsTopK and the magnitude projection: each one name; a torch reference, a compiled CPU version, a CUDA version.
+"""AbsTopK, the magnitude projection and GELU: each one name; a torch reference, a compiled CPU version, a CUDA version.
 
-Both keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first, so the
-set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather than
-hidden. The reference runs where there is no other version: for types that are neither float32 nor bfloat16, and elsewhere.
+The first two keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first,
+so the set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather
+than hidden. The reference runs where there is no other version: for types that are neither float32 nor bfloat16, and elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bridge import kernels_cpu, kernels_cuda
@@ -27,6 +28,14 @@ def abs_top_k(x: Tensor, k: int) -> Tensor:
     if k == x.shape[-1]:
         return x
     return _AbsTopK.apply(x, k)  # type: ignore[no-any-return]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, the MLP's nonlinearity; differentiable."""
+    dense_storage = x.is_contiguous() or x.transpose(-1, -2).is_contiguous() or x.movedim(-1, 0).is_contiguous()
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 1 and dense_storage:
+        return _Gelu.apply(x)  # type: ignore[no-any-return]
+    return F.gelu(x, approximate="tanh")
 
 
 def project_(weight: Tensor, k: int, hint: float | None = None) -> float | None:
@@ -55,6 +64,19 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
     tied = magnitude == threshold
     room = k - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1) <= room))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, slope = kernels_cpu.gelu(x)
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return grad * slope
 
 
 class _AbsTopK(torch.autograd.Function):

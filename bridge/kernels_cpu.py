@@ -32,6 +32,7 @@ from bridge.lanes import (
     count_row,
     count_words,
     equal_lanes,
+    gelus,
     keep_words,
     lowest_bit,
     magnitudes16,
@@ -111,6 +112,14 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     words, out, held = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
     in_parallel(lambda start, stop: _keep_where(words, out, held, start, stop), len(words), len(words))
     return kept
+
+
+def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
+    y, slope = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
+    values, out, slopes = (t.as_strided((x.numel(),), (1,)).numpy() for t in (x.detach(), y, slope))
+    in_parallel(lambda start, stop: _gelu(values, out, slopes, start, stop), x.numel(), 4 * x.numel())
+    return y, slope
 
 
 def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
@@ -308,6 +317,19 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
         done += LANES
     for i in range(done, stop):
         kept[i] = x[i] if mask[i] else 0
+
+
+@compiled
+def _gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray, start: int, stop: int) -> None:
+    whole = (stop - start) // 16
+    gelus(x, start, whole, y, slope)
+    rest = stop - start - 16 * whole
+    if rest:
+        last = np.zeros((3, 16), np.float32)
+        last[0, :rest] = x[stop - rest : stop]
+        gelus(last[0], 0, 1, last[1], last[2])
+        y[stop - rest : stop] = last[1, :rest]
+        slope[stop - rest : stop] = last[2, :rest]
 
 
 # -- lanes --------------------------------------------------------------------------------------------------------------

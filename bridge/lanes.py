@@ -286,39 +286,69 @@ def _inner_products(tokens: int) -> Any:
     return inner_products
 
 
+_EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def _exponential(builder: Any, x: Any) -> Any:
+    """Exp of a vector of floats to within 2 units of the last place; 0 below -87, exp(88) above 88."""
+    lowest, highest = _constant(_VF, -87.0), _constant(_VF, 88.0)
+    tiny = builder.fcmp_ordered("<", x, lowest)
+    x = builder.select(tiny, lowest, x)
+    x = builder.select(builder.fcmp_ordered(">", x, highest), highest, x)
+    whole = _call(builder, "llvm.rint.v16f32", _VF, [builder.fmul(x, _constant(_VF, 1.44269504088896341))])
+    rest = _fma(builder, whole, _constant(_VF, -0.693359375), x)
+    rest = _fma(builder, whole, _constant(_VF, 2.12194440e-4), rest)
+    power = _constant(_VF, _EXPONENTIAL[0])
+    for coefficient in _EXPONENTIAL[1:]:
+        power = _fma(builder, power, rest, _constant(_VF, coefficient))
+    power = builder.fadd(_fma(builder, power, builder.fmul(rest, rest), rest), _constant(_VF, 1.0))
+    exponent = builder.shl(builder.add(builder.fptosi(whole, _W32), _constant(_W32, 127)), _constant(_W32, 23))
+    return builder.select(tiny, _constant(_VF, 0.0), builder.fmul(power, builder.bitcast(exponent, _VF)))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "llvm.fma.v16f32", _VF, [a, b, c])
+
+
 @intrinsic
-def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any, scale: Any) -> Any:
-    """X = exp(x - shift) * scale for `vectors` * 16 floats, in place and within 2 units of the last place; returns their sum."""
-    coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any:
+    """X = exp(x - shift) for `vectors` * 16 floats, in place; returns their sum."""
 
     def body(builder: Any, values: list[Any]) -> Any:
-        x = builder.gep(values[0], [values[1]])
-        shift, scale = _splat(builder, values[3], _VF), _splat(builder, values[4], _VF)
+        x, shift = builder.gep(values[0], [values[1]]), _splat(builder, values[3], _VF)
         total = cgutils.alloca_once_value(builder, _constant(_VF, 0.0))
         builder.store(_constant(_VF, 0.0), total)
         with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
             at = builder.gep(x, [builder.mul(i, ir.Constant(_I64, 16))])
-            y = builder.fsub(_load(builder, at, _VF), shift)
-            lowest = _constant(_VF, -87.0)
-            tiny = builder.fcmp_ordered("<", y, lowest)
-            y = builder.select(tiny, lowest, y)
-            whole = _call(builder, "llvm.rint.v16f32", _VF, [builder.fmul(y, _constant(_VF, 1.44269504088896341))])
-            rest = _call(builder, "llvm.fma.v16f32", _VF, [whole, _constant(_VF, -0.693359375), y])
-            rest = _call(builder, "llvm.fma.v16f32", _VF, [whole, _constant(_VF, 2.12194440e-4), rest])
-            power = _constant(_VF, coefficients[0])
-            for coefficient in coefficients[1:]:
-                power = _call(builder, "llvm.fma.v16f32", _VF, [power, rest, _constant(_VF, coefficient)])
-            square = builder.fmul(rest, rest)
-            power = builder.fadd(_call(builder, "llvm.fma.v16f32", _VF, [power, square, rest]), _constant(_VF, 1.0))
-            exponent = builder.shl(builder.add(builder.fptosi(whole, _W32), _constant(_W32, 127)), _constant(_W32, 23))
-            power = builder.fmul(builder.fmul(power, builder.bitcast(exponent, _VF)), scale)
-            power = builder.select(tiny, _constant(_VF, 0.0), power)
+            power = _exponential(builder, builder.fsub(_load(builder, at, _VF), shift))
             _store(builder, power, at)
             builder.store(builder.fadd(builder.load(total), power), total)
         zero = ir.Constant(_F32, 0.0)
         return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, builder.load(total)], fastmath=("reassoc",))
 
-    return _emit(types.float32, (x, types.int64, types.int64, types.float32, types.float32), body)
+    return _emit(types.float32, (x, types.int64, types.int64, types.float32), body)
+
+
+@intrinsic
+def gelus(typing: Any, x: Any, at: Any, vectors: Any, y: Any, slope: Any) -> Any:
+    """Y = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + .044715 x^3), which is x (1 + tanh u) / 2; and slope = dy / dx."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        x, at, vectors, y, slope = values
+        one, root = _constant(_VF, 1.0), 0.7978845608028654
+        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
+            offset = [builder.add(at, builder.mul(i, ir.Constant(_I64, 16)))]
+            value = _load(builder, builder.gep(x, offset), _VF)
+            square = builder.fmul(value, value)
+            inner = _fma(builder, square, _constant(_VF, 2 * root * 0.044715), _constant(_VF, 2 * root))
+            power = _exponential(builder, builder.fneg(builder.fmul(value, inner)))
+            share = builder.fdiv(one, builder.fadd(one, power))
+            steep = _fma(builder, square, _constant(_VF, 6 * root * 0.044715), _constant(_VF, 2 * root))
+            rise = builder.fmul(builder.fmul(share, builder.fsub(one, share)), builder.fmul(value, steep))
+            _store(builder, builder.fmul(value, share), builder.gep(y, offset))
+            _store(builder, builder.fadd(share, rise), builder.gep(slope, offset))
+
+    return _emit(types.void, (x, types.int64, types.int64, y, slope), body)
 
 
 @intrinsic

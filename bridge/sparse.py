@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.attention import attend
-from bridge.kernels import abs_top_k, project_, top_k_mask
+from bridge.kernels import abs_top_k, gelu, project_, top_k_mask
 from bridge.kernels_cpu import tokens_contiguous
 from bridge.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.recipe import RecipeError, SparseShape, n_kept
@@ -318,7 +318,7 @@ class SparseTransformer(nn.Module):
         held = sum(self.compact[name.replace("/", ".")].pattern.count for name in self.values)
         return held + sum(weight.numel() for weight in self.sparse_weights().values())
 
-    def use_products(self, tokens: int = 1024, dtype: torch.dtype = torch.float32) -> None:
+    def use_products(self, tokens: int = 256, dtype: torch.dtype = torch.float32) -> None:
         """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
         if self.device.type != "cpu" or self.values:
             return
@@ -375,11 +375,6 @@ class _Block(nn.Module):
         self.sinks = nn.Parameter(torch.empty(heads))
         self.up = nn.Linear(width, neurons)
         self.down = nn.Linear(neurons, width)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The MLP's nonlinearity."""
-    return F.gelu(x, approximate="tanh")
 
 
 def norm_scale(x_bts: Tensor) -> Tensor:

@@ -323,6 +323,7 @@ def finish(run: Run) -> Coupling:
     coupling, out = run.coupling, run.out
     native.release(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
+    coupling.sparse.use_products()
     coupling.bridges.requires_grad_(False).eval()
     path = None if out is None else str(out)
     coupling = replace(coupling, reference_bt=run.blocks.heldout(REFERENCE_ROWS), path=path)

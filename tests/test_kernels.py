@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels import abs_top_k, project_, top_k_mask
+from bridge.kernels import abs_top_k, gelu, project_, top_k_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40)
@@ -156,3 +156,59 @@ def test_projection_of_a_larger_matrix_in_place(k: int) -> None:
     smallest = before.abs().flatten().sort(descending=True).values[k - 1]
     assert torch.equal(weight, torch.where(before.abs() >= smallest, before, 0))
     assert (weight.count_nonzero(), weight.data_ptr(), weight.requires_grad) == (k, memory, True)
+
+
+# -- tokens innermost, as the sparse products store them ----------------------------------------------------------------
+
+
+@quick
+@given(
+    b=st.integers(1, 3), t=st.sampled_from([2, 9, 31, 32, 33, 64, 100]), n=st.integers(2, 40), share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), rounded=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_abs_top_k_is_the_same_with_tokens_innermost(b, t, n, share, dtype, rounded, seed) -> None:
+    x_btn = torch.randn(b, t, n, generator=torch.Generator().manual_seed(seed))
+    x_btn = (x_btn.round() if rounded else x_btn).to(dtype)  # rounded: ties and zeros everywhere
+    x_btn.view(-1)[seed % x_btn.numel()] = math.nan
+    x_btn.view(-1)[(3 * seed) % x_btn.numel()] = -math.inf
+    k = 1 + round(share * (n - 1))
+    expected = abs_top_k(x_btn, k)
+    given = torch.arange(x_btn.numel(), dtype=dtype).view_as(x_btn)
+    rows = x_btn.clone().requires_grad_()
+    (expected_gradient,) = torch.autograd.grad(abs_top_k(rows, k), rows, given)
+    for inside_btn in (x_btn.transpose(1, 2).contiguous().transpose(1, 2), x_btn.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        inside_btn.requires_grad_()
+        kept_btn = abs_top_k(inside_btn, k)
+        assert same_bits(kept_btn.detach(), expected)
+        (gradient,) = torch.autograd.grad(kept_btn, inside_btn, given)
+        assert torch.equal(gradient, expected_gradient)
+
+
+@quick
+@given(
+    size=st.sampled_from([5, 1000, 300_000]), share=st.floats(0, 1), near=st.sampled_from([0.0, 0.5, 0.999, 1.0, 1.002, 1e30]),
+    rounded=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_a_hint_changes_nothing(size: int, share: float, near: float, rounded: bool, seed: int) -> None:
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    weight = (4 * weight).round() if rounded else weight
+    k = min(size - 1, 1 + round(share * (size - 1)))
+    expected = weight.clone()
+    threshold = project_(expected, k)
+    order = weight.abs().sort(descending=True, stable=True).indices[:k]
+    assert torch.equal(expected, torch.zeros_like(weight).index_copy(0, order, weight[order]))
+    assert threshold is not None
+    hinted = weight.clone()
+    assert project_(hinted, k, threshold * near) == threshold
+    assert torch.equal(hinted, expected)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_gelu_is_torchs(inside: bool) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 600), torch.randn(211)]).view(1, -1).repeat(3, 1)[None]
+    x = (x.transpose(1, 2).contiguous().transpose(1, 2) if inside else x).requires_grad_()
+    expected, given = torch.nn.functional.gelu(x.double(), approximate="tanh"), torch.randn_like(x)
+    assert torch.allclose(gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
+    (found,), (reference,) = torch.autograd.grad(gelu(x), x, given), torch.autograd.grad(expected, x, given.double())
+    assert torch.allclose(found, reference, rtol=1e-5, atol=1e-5)
+    assert gelu(torch.tensor([[math.nan, 0.0]])).isnan().tolist() == [[True, False]]

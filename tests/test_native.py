@@ -12,6 +12,7 @@ from bridge import native
 from bridge.bridges import Coupling
 from bridge.objective import Objective, draw_splice
 from bridge.recipe import recipe_values
+from bridge.residual import Enter
 from bridge.training import FitStopped, Run, SharkfinAdamW, finish, prepare, train
 
 FRACTION = 0.2
@@ -177,3 +178,44 @@ def _trained(run: Run) -> Run:
     except FitStopped:
         raise AssertionError("nobody asked it to stop") from None
     return run
+
+
+# -- inference ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> Coupling:
+    """A sparse coupling that would use sparse products for every matrix."""
+    coupling.sparse.project(FRACTION)
+    coupling.sparse.requires_grad_(False)
+    monkeypatch.setattr("bridge.sparse.worth_it", lambda *_: True)
+    return coupling
+
+
+@pytest.mark.parametrize("rows, length", [(1, 16), (5, 16), (3, 1)])
+def test_a_frozen_model_is_the_same_through_sparse_products(frozen: Coupling, rows: int, length: int) -> None:
+    tokens_bt = torch.randint(2, 40, (rows, length), generator=torch.Generator().manual_seed(0))
+    enter = Enter(torch.arange(rows) % 4 - 1, torch.randn(rows, length, frozen.sparse.width))
+    seen: list[list[torch.Tensor]] = []
+    for _ in range(2):
+        traces = [frozen.sparse.run(tokens_bt), frozen.sparse.run(tokens_bt, enter), frozen.sparse.run(tokens_bt, last_only=True)]
+        seen.append([traces[0].logits_btv, *traces[0].residuals, traces[1].logits_btv, traces[2].logits_btv])
+        frozen.sparse.use_products()
+    assert len(frozen.sparse.compact) == 14  # all but the positions
+    for found, expected in zip(seen[1], seen[0], strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_was_changed_is_seen(frozen: Coupling) -> None:
+    tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    frozen.sparse.use_products()
+    before = frozen.sparse(tokens_bt)
+    with torch.no_grad():
+        frozen.sparse.get_parameter("blocks.0.up.weight").mul_(2)
+    changed = frozen.sparse(tokens_bt)
+    assert not torch.allclose(changed, before)
+    frozen.sparse.compact.clear()
+    assert torch.allclose(frozen.sparse(tokens_bt), changed, rtol=1e-4, atol=1e-5)
+    frozen.sparse.use_products()
+    frozen.sparse.project(FRACTION / 4)
+    assert not frozen.sparse.compact, "a projection packs anew"

@@ -8,7 +8,7 @@ from conftest import CONTEXT, VOCABULARY, untrained
 
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel
-from bridge.objective import STAYS, Objective, Splice, draw_splice
+from bridge.objective import STAYS, Objective, Splice, _Target, draw_splice
 from bridge.recipe import Losses
 from bridge.residual import EMBEDDING, Enter
 
@@ -157,3 +157,26 @@ def test_uncoupled_is_text_alone(coupling: Coupling, monkeypatch: pytest.MonkeyP
     assert set(terms) == {"total", "ce"}
     terms["total"].backward()
     assert all(p.grad is None for p in coupling.bridges.parameters())
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 22])
+@pytest.mark.parametrize("inside", [False, True])
+def test_losses_in_pieces_are_torchs_in_one(piece: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.objective.PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    target_btv, tokens_bt = 3 * torch.randn(3, 5, 11, generator=generator), torch.randint(0, 11, (3, 5), generator=generator)
+    logits_btv = 3 * torch.randn(3, 5, 11, generator=generator)
+    logits_btv = (logits_btv.transpose(1, 2).contiguous().transpose(1, 2) if inside else logits_btv).requires_grad_()
+    weight_b = torch.tensor([0.3, -1.0, 2.0])
+    kl_b, ce_b = _Target(target_btv).losses(logits_btv, tokens_bt)
+    log_q, log_p = logits_btv.log_softmax(-1), target_btv.log_softmax(-1)
+    expected_kl_b = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
+    expected_ce_b = -log_q[:, :-1].gather(-1, tokens_bt[:, 1:, None]).squeeze(-1).mean(-1)
+    assert torch.allclose(kl_b, expected_kl_b, atol=1e-5) and torch.allclose(ce_b, expected_ce_b, atol=1e-5)
+    (found,) = torch.autograd.grad(((kl_b + 0.7 * ce_b) * weight_b).sum(), logits_btv)
+    (expected,) = torch.autograd.grad(((expected_kl_b + 0.7 * expected_ce_b) * weight_b).sum(), logits_btv)
+    assert torch.allclose(found, expected, atol=1e-5)
+    rows = torch.tensor([2, 0])
+    some_b = _Target(target_btv).divergence(logits_btv[:2], rows)
+    again = target_btv[rows].log_softmax(-1)
+    assert torch.allclose(some_b, (again.exp() * (again - log_q[:2])).sum(-1).mean(-1), atol=1e-5)

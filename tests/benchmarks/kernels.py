@@ -2,8 +2,8 @@
 
     python tests/benchmarks/kernels.py [--rounds 5] [--threads 1] [--device cpu]
 
-Contenders take turns in one process; medians in milliseconds, and ratios. "peak" is the rate of torch.matmul in float32 at the same
-sizes, which comes near the machine's multiply-add rate. On a GPU only AbsTopK and the projection have kernels.
+Contenders take turns in one process; medians in milliseconds, and ratios. "peak" is the rate of torch.matmul in float32 at the
+same sizes, which comes near the machine's multiply-add rate. On a GPU only AbsTopK and the projection have kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,6 +48,11 @@ def by_topk(x: Tensor, k: int) -> Tensor:
     return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
 
 
+def both_ways(top_k: Callable[[Tensor, int], Tensor], x: Tensor, k: int, given: Tensor) -> None:
+    """Forward and backward."""
+    torch.autograd.grad(top_k(x, k), x, given)
+
+
 def main() -> None:
     """Print three tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -71,11 +77,11 @@ def main() -> None:
             still, k = x.detach(), width // 4
             found = times(
                 {
-                    "topk": lambda: torch.autograd.grad(by_topk(x, k), x, given),
-                    "ours": lambda: torch.autograd.grad(abs_top_k(x, k), x, given),
-                    "inside": lambda: torch.autograd.grad(abs_top_k(inside, k), inside, given_inside),
-                    "copy": lambda: still.clone(),
-                    "forward": lambda: abs_top_k(still, k),
+                    "topk": partial(both_ways, by_topk, x, k, given),
+                    "ours": partial(both_ways, abs_top_k, x, k, given),
+                    "inside": partial(both_ways, abs_top_k, inside, k, given_inside),
+                    "copy": still.clone,
+                    "forward": partial(abs_top_k, still, k),
                 },
                 rounds,
                 cuda,
@@ -129,10 +135,14 @@ def main() -> None:
             halves = [x.bfloat16() for x in (weight_mn, x_nt, dy_mt)]
 
             def dense(weight_mn: Tensor, x_nt: Tensor, dy_mt: Tensor) -> None:
-                torch.matmul(weight_mn, x_nt), torch.matmul(weight_mn.T, dy_mt), torch.matmul(dy_mt, x_nt.T)
+                torch.matmul(weight_mn, x_nt)
+                torch.matmul(weight_mn.T, dy_mt)
+                torch.matmul(dy_mt, x_nt.T)
 
             def by_csr(csr=csr, csr_t=csr_t, x_nt=x_nt, dy_mt=dy_mt) -> None:  # torch has no weight gradient at the nonzeros
-                torch.matmul(csr, x_nt), torch.matmul(csr_t, dy_mt), torch.matmul(dy_mt, x_nt.T)
+                torch.matmul(csr, x_nt)
+                torch.matmul(csr_t, dy_mt)
+                torch.matmul(dy_mt, x_nt.T)
 
             def sparse(inside_btn=inside_btn, matrix=matrix, given=given_inside_btm) -> None:
                 torch.autograd.grad(sparse_linear(inside_btn, matrix), (inside_btn, matrix.value_p), given)

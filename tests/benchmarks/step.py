@@ -8,7 +8,7 @@ All contenders of a depth take turns in one process, each a whole step: forward,
     sampled    the coupled step, one splice a row, dense-masked
     native     the same, trained by the nonzeros, with a dense look and a move of the mask every 20 steps, whose cost is spread
     literal    the sum over sites, in which every site costs a hybrid pass each way
-    today      the same with torch.topk and a scatter for AbsTopK, torch.topk for the projection, and attention with an additive mask
+    today      the same with torch.topk and a scatter for AbsTopK, torch.topk for the projection, attention with an additive mask
 """
 
 from __future__ import annotations
