@@ -242,7 +242,8 @@ def tasks(
 ) -> None:
     """List the tasks, and how well the dense and the sparse model do on them."""
     with _one_line_errors():
-        from bridge.tasks import SPLITS, TaskError, load_task, resolve, score, task_names
+        from bridge.task_tokens import resolve, score
+        from bridge.tasks import SPLITS, TaskError, load_task, task_names
 
         if split not in SPLITS:
             raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")

@@ -28,7 +28,7 @@ from bridge.circuit import Edge
 from bridge.judge import expected_overlap
 from bridge.subject import SparseSubject, masked_gate
 from bridge.task_result import Size, TaskResult
-from bridge.tasks import TokenPairs
+from bridge.task_tokens import TokenPairs
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task

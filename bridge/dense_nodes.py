@@ -39,7 +39,7 @@ from bridge.circuit import NodeSpace
 from bridge.dense import DenseModel
 from bridge.sparse import Gate, Location, identity_gate
 from bridge.subject import Matrix
-from bridge.tasks import TokenPairs
+from bridge.task_tokens import TokenPairs
 from bridge.wiring import DenseModelError, forward, probe_tokens
 
 _MEAN_ROWS = 8  # of corpus at a time

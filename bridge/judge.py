@@ -33,7 +33,7 @@ from torch import Tensor
 from bridge.masks import Goal, kl, random_company
 from bridge.sparse import Location
 from bridge.subject import SparseSubject, masked_gate, recorded
-from bridge.tasks import Scores
+from bridge.task_tokens import Scores
 from bridge.validate import (
     COMPANY_MEAN,
     COMPANY_WORST,

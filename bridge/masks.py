@@ -43,7 +43,7 @@ from torch import Tensor
 from bridge.prune import SHARE, deleted, fewest, ranks
 from bridge.recipe import UserError
 from bridge.subject import Subject, in_order, masked_gate, recorded
-from bridge.tasks import TokenPairs
+from bridge.task_tokens import TokenPairs
 
 Objective = Literal["superset", "paper"]
 TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt

@@ -16,7 +16,8 @@ from bridge.compare import Sizes, compare, heat_map, mean_sizes, render_comparis
 from bridge.masks import Aim, MaskError, spread
 from bridge.task_circuit import JUDGED, Subjects, UnsolvedError, search_task, whole_size
 from bridge.task_result import NULLS, Size, TaskResult, render_text, save_failure
-from bridge.tasks import Resolved, TaskError, load_task, resolve
+from bridge.task_tokens import Resolved, resolve
+from bridge.tasks import TaskError, load_task
 from bridge.wiring import DenseModelError
 
 Say = Callable[[str], None]

@@ -36,7 +36,7 @@ from bridge.prune import deleted, fewest, ranks
 from bridge.sparse import SparseTransformer
 from bridge.subject import SparseSubject, Subject, edge_count
 from bridge.task_result import Null, SeedRun, Size, TaskFacts, TaskResult
-from bridge.tasks import Resolved, TokenPairs, score
+from bridge.task_tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
 WORK = 3.5e12  # products of a token with a weight, per search: a minute or two on two slow cores

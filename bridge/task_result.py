@@ -25,7 +25,7 @@ from bridge.circuit import Circuit, Edge, Node
 from bridge.judge import TaskFaithfulness
 from bridge.masks import Objective
 from bridge.sparse import Location
-from bridge.tasks import Scores
+from bridge.task_tokens import Scores
 from bridge.validate import Measure
 
 FORMAT = 1

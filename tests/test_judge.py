@@ -15,7 +15,7 @@ from bridge.judge import Judged, TaskFaithfulness, _random_circuits, expected_ov
 from bridge.masks import Aim, Goal, kl
 from bridge.sparse import Location
 from bridge.subject import SparseSubject, masked_gate
-from bridge.tasks import score
+from bridge.task_tokens import score
 
 
 def corpus() -> Tensor:

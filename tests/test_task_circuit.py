@@ -11,7 +11,7 @@ from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrain
 from bridge.dense import DenseModel
 from bridge.masks import Aim, MaskError
 from bridge.task_circuit import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
-from bridge.tasks import Resolved, TokenPairs
+from bridge.task_tokens import Resolved, TokenPairs
 
 WORK = 3e9
 

@@ -17,7 +17,7 @@ from bridge.masks import Aim, Goal
 from bridge.sparse import Location
 from bridge.subject import SparseSubject
 from bridge.task_result import SeedRun, Size, TaskFacts, TaskResult, render_text, save_failure
-from bridge.tasks import score
+from bridge.task_tokens import score
 
 
 def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] = (0, 1)) -> TaskResult:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridge.dense import DenseModel, load_dense
-from bridge.tasks import PAIRS, SPLITS, Example, Resolved, Task, TaskError, load_task, resolve, score, task_names
+from bridge.task_tokens import Resolved, resolve, score
+from bridge.tasks import PAIRS, SPLITS, Example, Task, TaskError, load_task, task_names
 from bridge.templates import POOLS, TASKS
 
 ROOT = Path(__file__).parent.parent
