@@ -73,7 +73,8 @@ def start(folder: Path, dense: Path, text: Path, out: Path) -> subprocess.Popen[
     driver.write_text(DRIVER)
     command = [
         sys.executable, str(driver), "fit", str(dense), "--l0", "0.1", "--data", str(text), "--device", "cpu", "--resume",
-        "--tokens", str(STEPS * ROWS * CONTEXT), "--set", f"data.rows={ROWS}", "--set", "sparse.width=64", "--out", str(out),
+        "--tokens", str(STEPS * ROWS * CONTEXT), "--set", f"data.rows={ROWS}", "--set", "sparse.width=64",
+        "--set", "sparsity.native=always", "--out", str(out),
     ]  # fmt: skip
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
