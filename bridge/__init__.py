@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.bridges import Coupling
+    from bridge.circuits.masks import Aim
+    from bridge.circuits.result import TaskResult
+    from bridge.circuits.search import Subjects, search_task
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
-    from bridge.masks import Aim
     from bridge.recipe import Recipe
-    from bridge.task_circuit import Subjects, search_task
-    from bridge.task_result import TaskResult
     from bridge.training import Progress, fit
     from bridge.validate import Faithfulness
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
-    "Aim": "masks",
+    "Aim": "circuits.masks",
     "Coupling": "bridges",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
@@ -31,13 +31,13 @@ _HOME = {
     "Faithfulness": "validate",
     "Progress": "training",
     "Recipe": "recipe",
-    "Subjects": "task_circuit",
-    "TaskResult": "task_result",
+    "Subjects": "circuits.search",
+    "TaskResult": "circuits.result",
     "evaluate": "evaluate",
     "explain": "explanation",
     "fit": "training",
     "load_dense": "dense",
-    "search_task": "task_circuit",
+    "search_task": "circuits.search",
 }
 
 __all__ = [

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bridge.checkpoint import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
 from bridge.dense import DenseModel, DenseModelError, load_dense
-from bridge.kernels import abs_top_k
+from bridge.kernels.top_k import abs_top_k
 from bridge.recipe import Recipe, resolve
 from bridge.residual import Enter
 from bridge.sparse import SparseTransformer

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels import gelu
+from bridge.kernels.top_k import gelu
 from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, norm_scale
 

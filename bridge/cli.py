@@ -20,7 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     from bridge.evaluate import Evaluation
-    from bridge.tasks import Example
+    from bridge.tasks.pairs import Example
     from bridge.training import Progress, Run
 
 app = typer.Typer(
@@ -208,13 +208,13 @@ def circuit(
             raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
         if null not in (None, "labels", "weights", "shuffled"):
             raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
-        from bridge.masks import Aim
+        from bridge.circuits.masks import Aim
 
         aim = Aim(objective, target_loss)  # pyright: ignore[reportArgumentType]
         from bridge.bridges import Coupling
-        from bridge.suite import run_suite, run_task
-        from bridge.task_circuit import WORK, Subjects
-        from bridge.tasks import task_names
+        from bridge.circuits.search import WORK, Subjects
+        from bridge.circuits.suite import run_suite, run_task
+        from bridge.tasks.pairs import task_names
 
         subjects = Subjects.of(Coupling.from_pretrained(bridge or _shipped(), device=_device(device)))
         watch = _Phases()
@@ -242,8 +242,8 @@ def tasks(
 ) -> None:
     """List the tasks, and how well the dense and the sparse model do on them."""
     with _one_line_errors():
-        from bridge.task_tokens import resolve, score
-        from bridge.tasks import SPLITS, TaskError, load_task, task_names
+        from bridge.tasks.pairs import SPLITS, TaskError, load_task, task_names
+        from bridge.tasks.tokens import resolve, score
 
         if split not in SPLITS:
             raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels import project_
-from bridge.products import Compact, Look, Pattern, worth_it
+from bridge.kernels.products import Compact, Look, Pattern, worth_it
+from bridge.kernels.top_k import project_
 from bridge.sparse import SparseTransformer, protected
 
 Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.attention import attend
-from bridge.kernels import abs_top_k, gelu, project_, top_k_mask
-from bridge.kernels_cpu import tokens_contiguous
-from bridge.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.attention import attend
+from bridge.kernels.cpu import tokens_contiguous
+from bridge.kernels.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.top_k import abs_top_k, gelu, project_, top_k_mask
 from bridge.recipe import RecipeError, SparseShape, n_kept
 from bridge.residual import Enter, Trace, run
 

@@ -39,9 +39,9 @@ from bridge.bridges import Coupling, new_coupling
 from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
-from bridge.kernels_cpu import reuse_memory
+from bridge.kernels.cpu import reuse_memory
+from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
-from bridge.products import Pattern
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.sparse import SparseTransformer, annealed_l0
 from bridge.start import Started, start_from_dense

@@ -18,8 +18,8 @@ from bridge.bridges import Coupling, new_coupling
 from bridge.dense import DenseModel, load_dense
 from bridge.recipe import resolve
 from bridge.sparse import SparseTransformer
-from bridge.task_tokens import TokenPairs
-from bridge.tasks import Example
+from bridge.tasks.pairs import Example
+from bridge.tasks.tokens import TokenPairs
 from bridge.training import resolve_for
 
 VOCABULARY = 40

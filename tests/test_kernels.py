@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels import abs_top_k, gelu, project_, top_k_mask
+from bridge.kernels.top_k import abs_top_k, gelu, project_, top_k_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40)

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 
-from bridge import kernels_cuda
-from bridge.kernels import abs_top_k, project_, top_k_mask
+from bridge.kernels import cuda as kernels_cuda
+from bridge.kernels.top_k import abs_top_k, project_, top_k_mask
 
 CHECK = """
 import torch
-from bridge.kernels import top_k_mask
-from bridge.kernels_cuda import abs_top_k, project_
+from bridge.kernels.top_k import top_k_mask
+from bridge.kernels.cuda import abs_top_k, project_
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for dtype in (torch.float32, torch.bfloat16):
     for width in (1, 5, 64, 100):

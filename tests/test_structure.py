@@ -13,57 +13,65 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bridge"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = PACKAGE.rglob("*.py")
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in FILES if path.parent == PACKAGE or path.stem != "__init__")
 LARGEST_FILE = 16 * 2**20
 
 
 def readme_tree() -> list[str]:
-    """What the README's annotated tree lists below `bridge/`, in its order."""
+    """The files that the README's annotated tree lists below `bridge/`, in its order, as paths within the package."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next((number for number, line in enumerate(lines) if re.match(r"bridge/(\s|$)", line)), None)
     assert start is not None, "README.md has no tree: a block with a line `bridge/` and the package's files below it"
-    names = []
+    names, folder = [], ""
     for line in lines[start + 1 :]:
         if not line.startswith(" "):
             break
-        if re.match(r" {1,4}\S", line):  # further in: a comment that goes on, or a folder's own files
-            names.append(line.split()[0])
+        if match := re.match(r"( {2}| {4})(\S+)(\s|$)", line):  # further in: a comment that goes on
+            indent, name = match.group(1), match.group(2)
+            if len(indent) == 2:
+                folder = name if name.endswith("/") else ""
+            if not name.endswith("/"):
+                names.append(f"{folder}{name}")
     return names
 
 
 def imported(path: Path) -> Iterator[str]:
     """The modules of the package that a file imports, anywhere in it, TYPE_CHECKING included; '' for the package itself."""
+
+    def file_of(dotted: str) -> str:
+        name = f"{dotted.removeprefix('bridge').removeprefix('.').replace('.', '/')}.py"
+        return name if name in MODULES else ""
+
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                package, _, module = alias.name.partition(".")
-                if package == "bridge":
-                    yield module
+                if alias.name.partition(".")[0] == "bridge":
+                    yield file_of(alias.name)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}, line {node.lineno}: write imports in full, from bridge.module"
-            package, _, module = (node.module or "").partition(".")
-            if package == "bridge" and module:
-                yield module
-            elif package == "bridge":
-                yield from (alias.name if alias.name in MODULES else "" for alias in node.names)
+            module = node.module or ""
+            if module.partition(".")[0] == "bridge":
+                whole = file_of(module)
+                yield from [whole] if whole else (file_of(f"{module}.{alias.name}") for alias in node.names)
 
 
 def test_the_readmes_tree_is_the_package() -> None:
     tree = readme_tree()
     assert len(tree) == len(set(tree))
-    assert sorted(name for name in tree if name.endswith(".py")) == [f"{module}.py" for module in MODULES]
+    assert sorted(name for name in tree if name.endswith(".py")) == MODULES
     for name in tree:
         assert (PACKAGE / name).exists(), f"README.md names bridge/{name}, which does not exist"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__.py"])
 def test_a_module_imports_only_from_those_above_it(module: str) -> None:
-    order = [name.removesuffix(".py") for name in readme_tree()]
-    assert module in order, f"bridge/{module}.py is not in the README's tree"
+    order = readme_tree()
+    assert module in order, f"bridge/{module} is not in the README's tree"
     above = order[: order.index(module)]
-    for other in imported(PACKAGE / f"{module}.py"):
-        assert other, f"bridge/{module}.py imports the package as a whole; import from the module that has it"
-        assert other in above, f"bridge/{module}.py imports bridge/{other}.py, which the README's tree lists below it"
+    for other in imported(PACKAGE / module):
+        assert other, f"bridge/{module} imports the package as a whole; import from the module that has it"
+        assert other in above, f"bridge/{module} imports bridge/{other}, which the README's tree lists below it"
 
 
 def heavy_after(code: str) -> str:

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridge.dense import DenseModel, load_dense
-from bridge.task_tokens import Resolved, resolve, score
-from bridge.tasks import PAIRS, SPLITS, Example, Task, TaskError, load_task, task_names
-from bridge.templates import POOLS, TASKS
+from bridge.tasks.pairs import PAIRS, SPLITS, Example, Task, TaskError, load_task, task_names
+from bridge.tasks.templates import POOLS, TASKS
+from bridge.tasks.tokens import Resolved, resolve, score
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "python-dense"

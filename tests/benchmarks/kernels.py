@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from bridge.kernels import abs_top_k, project_
-from bridge.kernels_cpu import reuse_memory
-from bridge.products import Compact, sparse_linear, tokens_inside
+from bridge.kernels.cpu import reuse_memory
+from bridge.kernels.products import Compact, sparse_linear, tokens_inside
+from bridge.kernels.top_k import abs_top_k, project_
 
 TOKENS = 2048
 

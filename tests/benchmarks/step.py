@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bridge import native
 from bridge.bridges import new_coupling
 from bridge.dense import load_dense
-from bridge.kernels_cpu import reuse_memory
+from bridge.kernels.cpu import reuse_memory
 from bridge.objective import Objective, draw_splice
 from bridge.recipe import Losses, resolve
 from bridge.training import SharkfinAdamW, resolve_for

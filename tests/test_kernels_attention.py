@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.attention import attend
+from bridge.kernels.attention import attend
 
 
 def literal(q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None) -> Tensor:

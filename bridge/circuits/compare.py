@@ -25,10 +25,10 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuit import Edge
-from bridge.judge import expected_overlap
-from bridge.subject import SparseSubject, masked_gate
-from bridge.task_result import Size, TaskResult
-from bridge.task_tokens import TokenPairs
+from bridge.circuits.judge import expected_overlap
+from bridge.circuits.result import Size, TaskResult
+from bridge.circuits.subject import SparseSubject, masked_gate
+from bridge.tasks.tokens import TokenPairs
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task

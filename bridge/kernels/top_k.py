@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge import kernels_cpu, kernels_cuda
+from bridge.kernels import cpu as kernels_cpu
+from bridge.kernels import cuda as kernels_cuda
 
 _FAST = (torch.float32, torch.bfloat16)
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels_cpu import in_parallel
-from bridge.lanes import TOKENS, compiled, inner_products, inner_products_16, weighted_sum, weighted_sum_16
+from bridge.kernels.cpu import in_parallel
+from bridge.kernels.lanes import TOKENS, compiled, inner_products, inner_products_16, weighted_sum, weighted_sum_16
 
 SHORT = 64  # tokens; shorter rows are laid end to end
 

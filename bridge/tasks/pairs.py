@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from bridge.recipe import UserError
-from bridge.templates import EARLIER, LATER, NAMES, POOLS, TASKS, Templates
+from bridge.tasks.templates import EARLIER, LATER, NAMES, POOLS, TASKS, Templates
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.products import Compact, Look, Pattern, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.products import Compact, Look, Pattern, sparse_embedding, sparse_linear, tokens_inside, worth_it
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bridge.residual import ResidualModel
-from bridge.tasks import SPLITS, Example, Split, Task, TaskError, swapped
+from bridge.tasks.pairs import SPLITS, Example, Split, Task, TaskError, swapped
 
 _MOVABLE = 8  # marks at the end of a prompt that may be left to the answer
 _LOGITS = 2**26  # at most in a batch that is scored

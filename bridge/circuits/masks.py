@@ -40,10 +40,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bridge.circuits.subject import Subject, in_order, masked_gate, recorded
 from bridge.prune import SHARE, deleted, fewest, ranks
 from bridge.recipe import UserError
-from bridge.subject import Subject, in_order, masked_gate, recorded
-from bridge.task_tokens import TokenPairs
+from bridge.tasks.tokens import TokenPairs
 
 Objective = Literal["superset", "paper"]
 TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt

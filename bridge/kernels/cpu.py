@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.lanes import (
+from bridge.kernels.lanes import (
     LANES,
     compiled,
     count_lanes,

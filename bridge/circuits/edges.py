@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from bridge.circuit import Edge, Node
-from bridge.masks import GIVEN_UP, ROWS, Goal, masked_loss
+from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, masked_loss
+from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject
 from bridge.prune import deleted, fewest
 from bridge.sparse import Location
-from bridge.subject import ATTENDED, Matrix, SparseSubject
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,15 +28,15 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import Circuit
-from bridge.dense_nodes import DenseSubject
-from bridge.edges import find_edges, pruned_to
-from bridge.judge import SOLVED, Judged, judge
-from bridge.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, find_nodes, spread
+from bridge.circuits.dense_nodes import DenseSubject
+from bridge.circuits.edges import find_edges, pruned_to
+from bridge.circuits.judge import SOLVED, Judged, judge
+from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, find_nodes, spread
+from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
+from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.prune import deleted, fewest, ranks
 from bridge.sparse import SparseTransformer
-from bridge.subject import SparseSubject, Subject, edge_count
-from bridge.task_result import Null, SeedRun, Size, TaskFacts, TaskResult
-from bridge.task_tokens import Resolved, TokenPairs, score
+from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
 WORK = 3.5e12  # products of a token with a weight, per search: a minute or two on two slow cores

@@ -8,10 +8,10 @@ from conftest import VOCABULARY, planted_pairs, untrained
 from torch import Tensor
 
 from bridge.circuit import ablation_gate
+from bridge.circuits.dense_nodes import DenseSubject
+from bridge.circuits.subject import ATTENDED, SparseSubject, Subject, edge_count, in_order, masked_gate, recorded
 from bridge.dense import DenseModel
-from bridge.dense_nodes import DenseSubject
 from bridge.sparse import Location
-from bridge.subject import ATTENDED, SparseSubject, Subject, edge_count, in_order, masked_gate, recorded
 
 
 def corpus() -> Tensor:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bridge.checkpoint import read_json, write_json
-from bridge.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
-from bridge.masks import Aim, MaskError, spread
-from bridge.task_circuit import JUDGED, Subjects, UnsolvedError, search_task, whole_size
-from bridge.task_result import NULLS, Size, TaskResult, render_text, save_failure
-from bridge.task_tokens import Resolved, resolve
-from bridge.tasks import TaskError, load_task
+from bridge.circuits.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
+from bridge.circuits.masks import Aim, MaskError, spread
+from bridge.circuits.result import NULLS, Size, TaskResult, render_text, save_failure
+from bridge.circuits.search import JUDGED, Subjects, UnsolvedError, search_task, whole_size
+from bridge.tasks.pairs import TaskError, load_task
+from bridge.tasks.tokens import Resolved, resolve
 from bridge.wiring import DenseModelError
 
 Say = Callable[[str], None]

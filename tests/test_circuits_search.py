@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
+from bridge.circuits.masks import Aim, MaskError
+from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
 from bridge.dense import DenseModel
-from bridge.masks import Aim, MaskError
-from bridge.task_circuit import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
-from bridge.task_tokens import Resolved, TokenPairs
+from bridge.tasks.tokens import Resolved, TokenPairs
 
 WORK = 3e9
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_dense import FAMILIES, tiny
 
+from bridge.circuits.dense_nodes import DenseSubject
 from bridge.dense import DenseModel, load_dense
-from bridge.dense_nodes import DenseSubject
 from bridge.sparse import Location
 from bridge.wiring import DenseModelError
 

@@ -11,12 +11,12 @@ import torch
 from conftest import CONTEXT, VOCABULARY, planted_sparse, untrained
 from test_cli import assert_refused, run
 
-from bridge import suite
+from bridge.circuits import suite
+from bridge.circuits.masks import Aim, MaskError
+from bridge.circuits.result import TaskResult
+from bridge.circuits.search import Subjects
+from bridge.circuits.suite import run_suite
 from bridge.dense import DenseModel, load_dense
-from bridge.masks import Aim, MaskError
-from bridge.suite import run_suite
-from bridge.task_circuit import Subjects
-from bridge.task_result import TaskResult
 
 OPTIONS = {"work": 1e9, "dense": False}
 

@@ -9,13 +9,13 @@ import pytest
 import scipy.stats
 import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
-from test_task_result import planted_result
+from test_circuits_result import planted_result
 
-from bridge.compare import compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.circuits.compare import compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.circuits.judge import expected_overlap
+from bridge.circuits.result import Size
+from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
-from bridge.judge import expected_overlap
-from bridge.subject import SparseSubject, masked_gate
-from bridge.task_result import Size
 
 
 def test_overlap_by_chance_is_hypergeometric() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.residual import Enter
 from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
-from bridge.task_tokens import TokenPairs
+from bridge.tasks.tokens import TokenPairs
 
 ATTENDED = "attended"
 _CORPUS_ROWS = 16

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import NodeSpace
+from bridge.circuits.subject import Matrix
 from bridge.dense import DenseModel
 from bridge.sparse import Gate, Location, identity_gate
-from bridge.subject import Matrix
-from bridge.task_tokens import TokenPairs
+from bridge.tasks.tokens import TokenPairs
 from bridge.wiring import DenseModelError, forward, probe_tokens
 
 _MEAN_ROWS = 8  # of corpus at a time

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bridge.checkpoint import CheckpointError, read_folder, read_json, write_folder, write_json
 from bridge.circuit import Circuit, Edge, Node
-from bridge.judge import TaskFaithfulness
-from bridge.masks import Objective
+from bridge.circuits.judge import TaskFaithfulness
+from bridge.circuits.masks import Objective
 from bridge.sparse import Location
-from bridge.task_tokens import Scores
+from bridge.tasks.tokens import Scores
 from bridge.validate import Measure
 
 FORMAT = 1

@@ -10,11 +10,11 @@ from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
 from bridge.circuit import Edge, Node
+from bridge.circuits.edges import EdgeGoal, Pruned, find_edges, pruned_to
+from bridge.circuits.masks import Aim, Goal
+from bridge.circuits.subject import ATTENDED, SparseSubject, masked_gate
 from bridge.dense import DenseModel
-from bridge.edges import EdgeGoal, Pruned, find_edges, pruned_to
-from bridge.masks import Aim, Goal
 from bridge.sparse import Location
-from bridge.subject import ATTENDED, SparseSubject, masked_gate
 
 
 def corpus() -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
 from torch import Tensor
 
+from bridge.circuits.judge import Judged, TaskFaithfulness, _random_circuits, expected_overlap, judge
+from bridge.circuits.masks import Aim, Goal, kl
+from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
-from bridge.judge import Judged, TaskFaithfulness, _random_circuits, expected_overlap, judge
-from bridge.masks import Aim, Goal, kl
 from bridge.sparse import Location
-from bridge.subject import SparseSubject, masked_gate
-from bridge.task_tokens import score
+from bridge.tasks.tokens import score
 
 
 def corpus() -> Tensor:

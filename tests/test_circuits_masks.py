@@ -7,10 +7,10 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
+from bridge.circuits.masks import Aim, Goal, MaskError, find_nodes, heaviside, kl, learn, masked_loss, spread
+from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
-from bridge.masks import Aim, Goal, MaskError, find_nodes, heaviside, kl, learn, masked_loss, spread
 from bridge.sparse import Location
-from bridge.subject import SparseSubject, masked_gate
 
 WORK = 3e9
 

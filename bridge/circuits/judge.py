@@ -30,10 +30,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.masks import Goal, kl, random_company
+from bridge.circuits.masks import Goal, kl, random_company
+from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
-from bridge.subject import SparseSubject, masked_gate, recorded
-from bridge.task_tokens import Scores
+from bridge.tasks.tokens import Scores
 from bridge.validate import (
     COMPANY_MEAN,
     COMPANY_WORST,

@@ -11,13 +11,13 @@ from conftest import VOCABULARY, planted_pairs, planted_sparse
 
 from bridge.checkpoint import CheckpointError
 from bridge.circuit import Circuit, Edge, Node
+from bridge.circuits.judge import Judged, judge
+from bridge.circuits.masks import Aim, Goal
+from bridge.circuits.result import SeedRun, Size, TaskFacts, TaskResult, render_text, save_failure
+from bridge.circuits.subject import SparseSubject
 from bridge.dense import DenseModel
-from bridge.judge import Judged, judge
-from bridge.masks import Aim, Goal
 from bridge.sparse import Location
-from bridge.subject import SparseSubject
-from bridge.task_result import SeedRun, Size, TaskFacts, TaskResult, render_text, save_failure
-from bridge.task_tokens import score
+from bridge.tasks.tokens import score
 
 
 def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] = (0, 1)) -> TaskResult:

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels_cpu import in_parallel
-from bridge.lanes import (
+from bridge.kernels.cpu import in_parallel
+from bridge.kernels.lanes import (
     add_scaled,
     compiled,
     exponentials,

@@ -1,0 +1,1 @@
+"""Tasks as data: pairs of text, and their tokens under any tokenizer."""
