@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bridge.kernels import cuda as kernels_cuda
+from bridge.kernels import cuda
 from bridge.kernels.top_k import abs_top_k, project_, top_k_mask
 
 CHECK = """
@@ -38,7 +38,7 @@ for each in (weight, weight.round()):
 
 
 def test_without_a_gpu_nothing_is_served() -> None:
-    assert not kernels_cuda.serves(torch.ones(2, 3))
+    assert not cuda.serves(torch.ones(2, 3))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

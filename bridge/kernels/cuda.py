@@ -1,4 +1,4 @@
-"""AbsTopK and the magnitude projection on CUDA, in Triton; the same sets as `kernels_cpu`, found without sorting.
+"""AbsTopK and the magnitude projection on CUDA, in Triton; the same sets as in `cpu`, found without sorting.
 
 AbsTopK holds a row in registers and bisects the bit pattern of the threshold: 31 counts, then one cumulative sum for what ties.
 The projection finds the threshold of a whole matrix by three histograms of 11, 10 and 10 bits, each over what shares the digits

@@ -2,7 +2,7 @@
 
 Each is a few instructions on vectors of 32 half words, 16 words or 16 floats, which LLVM maps to whatever the machine has (one
 or two AVX-512 registers, two or four of AVX2, four or eight of NEON), so that nothing needs a compiler where it is used. Arrays
-are C-contiguous, offsets count elements, and no bounds are checked: only `kernels_cpu` and `products_cpu` call these.
+are C-contiguous, offsets count elements, and no bounds are checked: only the modules beside this one call these.
 """
 
 from __future__ import annotations

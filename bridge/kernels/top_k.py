@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels import cpu as kernels_cpu
-from bridge.kernels import cuda as kernels_cuda
+from bridge.kernels import cpu, cuda
 
 _FAST = (torch.float32, torch.bfloat16)
 
@@ -48,9 +47,9 @@ def project_(weight: Tensor, k: int, hint: float | None = None) -> float | None:
         if k >= weight.numel():
             return None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
-            return kernels_cpu.project_(weight, k, hint)
-        if kernels_cuda.serves(weight) and weight.dtype == torch.float32 and weight.is_contiguous():
-            kernels_cuda.project_(weight, k)
+            return cpu.project_(weight, k, hint)
+        if cuda.serves(weight) and weight.dtype == torch.float32 and weight.is_contiguous():
+            cuda.project_(weight, k)
         else:
             weight.masked_fill_(~top_k_mask(weight.reshape(1, -1), k).view_as(weight), 0)
         return None
@@ -70,7 +69,7 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, slope = kernels_cpu.gelu(x)
+        y, slope = cpu.gelu(x)
         ctx.save_for_backward(slope)
         return y
 
@@ -83,10 +82,10 @@ class _Gelu(torch.autograd.Function):
 class _AbsTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
-        if x.device.type == "cpu" and x.dtype in _FAST and x.shape[-1] <= kernels_cpu.WIDEST:
-            kept, mask = kernels_cpu.abs_top_k(x, k)
-        elif kernels_cuda.serves(x) and x.dtype in _FAST:
-            kept, mask = kernels_cuda.abs_top_k(x, k)
+        if x.device.type == "cpu" and x.dtype in _FAST and x.shape[-1] <= cpu.WIDEST:
+            kept, mask = cpu.abs_top_k(x, k)
+        elif cuda.serves(x) and x.dtype in _FAST:
+            kept, mask = cuda.abs_top_k(x, k)
         else:
             mask = top_k_mask(x, k)
             kept = torch.where(mask, x, 0)
@@ -97,5 +96,5 @@ class _AbsTopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
         if grad.device.type == "cpu" and grad.dtype in _FAST:
-            return kernels_cpu.keep_where(mask, grad), None
+            return cpu.keep_where(mask, grad), None
         return torch.where(mask, grad, 0), None

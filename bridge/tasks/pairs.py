@@ -1,4 +1,4 @@
-"""Tasks as data: contrast pairs of text, by split; their tokens are `task_tokens`.
+"""Tasks as data: contrast pairs of text, by split; their tokens are in `tokens`.
 
     load_task   a built-in task's templates and names, or a user's file -> Task: pairs of text, by split
 
