@@ -20,9 +20,9 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from bridge.evaluate import Evaluation
     import click
 
+    from bridge.evaluate import Evaluation
     from bridge.tasks import Example
     from bridge.training import Progress, Run
 
@@ -240,19 +240,18 @@ class _Several(TyperCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
         spread: list[str] = []
-        option = ""
+        option, values = "", 0
         for word in args:
-            if option and len(spread) > 1 and spread[-2] == option and self._takes(option, word):
-                spread.append(option)
-            elif word.startswith("-"):
-                option = word if word in self.numbers + self.words else ""
-            elif spread[-1:] != [option]:
-                option = ""
+            if word.startswith("-"):
+                option, values = word if word in self.numbers + self.words else "", 0
+            elif option:
+                if values and option in self.numbers and not _is_number(word):
+                    option = ""  # the model
+                elif values:
+                    spread.append(option)
+                values += 1
             spread.append(word)
         return super().parse_args(ctx, spread)
-
-    def _takes(self, option: str, word: str) -> bool:
-        return not word.startswith("-") and (option in self.words or word.replace(".", "", 1).replace("e-", "", 1).isdigit())
 
 
 @app.command(cls=_Several)
@@ -286,14 +285,11 @@ def sweep(
 
         if out is None:
             raise RecipeError("where the sweep goes is not said; give --out FOLDER")
-        from bridge.sweep import plan
-
         settings = dict(parse_setting(text) for text in set_ or [])
         said: dict[str, Any] = {
             "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
             "adapter": adapter, "revision": revision,
         }  # fmt: skip
-        points = plan(l0 or (), width or (), load or (), **said)
         from bridge.masks import Aim
         from bridge.sweep import sweep as run_sweep
         from bridge.task_circuit import WORK
@@ -319,7 +315,8 @@ def sweep(
         watch.end()
         print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
         if frontier.failures:
-            raise RunError(f"{len(frontier.failures)} of {len(points)} points failed; the same command tries them again")
+            of = len(frontier.failures) + len(frontier.points)
+            raise RunError(f"{len(frontier.failures)} of {of} points failed; the same command tries them again")
 
 
 @app.command()
@@ -436,6 +433,14 @@ def _width() -> int:
     import shutil
 
     return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _sample(example: Example | None, taken: int) -> str:

@@ -212,7 +212,7 @@ def _dense_ces(frontier: Frontier) -> list[float]:
 # -- the plot -----------------------------------------------------------------------------------------------------------
 
 _PANEL, _HEIGHT, _GAP = 380, 300, 36  # pixels of a panel's frame, and between two
-_LEFT, _TOP, _BOTTOM, _RIGHT = 74, 74, 62, 22
+_LEFT, _TOP, _BOTTOM, _RIGHT = 74, 74, 84, 22
 _LIGHT = ("#0b62d6", "#c2410c", "#15803d", "#9333ea", "#b45309", "#be185d", "#0e7490", "#57534e")
 _DARK = ("#6cb2ff", "#ff9d5c", "#5ad17f", "#cf9bff", "#f0b429", "#ff86b6", "#4dd0e1", "#c9c4bf")
 
@@ -235,6 +235,8 @@ def scatter(frontier: Frontier) -> str:
         f'<text x="{_LEFT}" y="24" font-size="15" font-weight="600">'
         "Capability against interpretability: left and down is better</text>",
         _legend(widths, colour_of, dense is not None),
+        f'<text class="tick" x="{_LEFT}" y="{side_y - 10}">Labels: L0, the share of the weights that stays; rings: couplings '
+        "that were loaded. A task without a circuit counts at the whole model's size.</text>",
         f'<text class="axis" transform="translate(18,{_TOP + _HEIGHT / 2}) rotate(-90)">'
         "edges of a circuit, geometric mean over tasks</text>",
     ]
@@ -266,13 +268,14 @@ def _style() -> str:
         return "".join(f".frontier .c{place}{{color:{colour}}}" for place, colour in enumerate(palette))
 
     return (
-        "<style>.frontier{color:#1f2328}.frontier text{fill:currentColor}.frontier .paper{fill:#fff}"
+        "<style>.frontier{color:#1f2328;--paper:#fff}.frontier text{fill:currentColor}.frontier .paper{fill:var(--paper)}"
         ".frontier .axis{text-anchor:middle}.frontier .tick{font-size:11px;opacity:.8}"
         ".frontier .grid{stroke:currentColor;opacity:.13}.frontier .frame{fill:none;stroke:currentColor;opacity:.45}"
         ".frontier .dense{stroke:currentColor;stroke-dasharray:5 4;opacity:.7}.frontier .dot{fill:currentColor}"
         ".frontier .loaded{fill:none;stroke:currentColor;stroke-width:2.5}"
+        ".frontier .point text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
         ".frontier .path{fill:none;stroke:currentColor;stroke-width:1.5;opacity:.55}"
-        f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{.frontier{{color:#e6edf3}}.frontier .paper{{fill:#0d1117}}"
+        f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{.frontier{{color:#e6edf3;--paper:#0d1117}}"
         f"{colours(_DARK)}}}</style>"
     )
 
@@ -288,8 +291,6 @@ def _legend(widths: Sequence[int], colour_of: dict[int, int], dense: bool) -> st
     if dense:
         parts.append(f'<line class="dense" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>')
         parts.append(f'<text x="{x + 30}" y="50">dense model</text>')
-        x += 122
-    parts.append(f'<text class="tick" x="{x}" y="50">labels: L0, the share of the weights that stays; rings: loaded</text>')
     return "<g>" + "".join(parts) + "</g>"
 
 

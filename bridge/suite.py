@@ -66,7 +66,7 @@ def run_suite(
     failed = 0
     for name in names:
         folder = None if out is None else out / folder_name(name)
-        where = f"{name}: "
+        where = f"{folder_name(name)}: "
 
         def say(text: str, where: str = where) -> None:
             progress(f"{where}{text}")
