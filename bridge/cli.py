@@ -20,8 +20,6 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    import click
-
     from bridge.evaluate import Evaluation
     from bridge.tasks import Example
     from bridge.training import Progress, Run
@@ -237,7 +235,7 @@ class _Several(TyperCommand):
 
     numbers, words = ("--l0", "--width"), ("--tasks", "--load")
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
         spread: list[str] = []
         option, values = "", 0
