@@ -3,8 +3,9 @@
     capability        cross-entropy of the sparse model on held-out text; beside it CE recovered, mean over sites and directions
     interpretability  geometric mean over tasks of the circuits' edges, a task without a circuit counted at the whole model's
 
-Both are better when smaller, so that in the plot good is left and down; CE recovered runs from right to left for that. The
-dense model itself is the last line: its own cross-entropy, and its own circuits of the same tasks at the same loss.
+A model that does no task is thus as large as its nonzeros between nodes, and the sparser the smaller: how many tasks have a
+circuit stands beside every mean. Both are better when smaller, so that in the plot good is left and down; CE recovered runs
+from right to left for that. The dense model is the last line: its own cross-entropy, its own circuits at the same loss.
 """
 
 from __future__ import annotations
@@ -235,8 +236,8 @@ def scatter(frontier: Frontier) -> str:
         f'<text x="{_LEFT}" y="24" font-size="15" font-weight="600">'
         "Capability against interpretability: left and down is better</text>",
         _legend(widths, colour_of, dense is not None),
-        f'<text class="tick" x="{_LEFT}" y="{side_y - 10}">Labels: L0, the share of the weights that stays; rings: couplings '
-        "that were loaded. A task without a circuit counts at the whole model's size.</text>",
+        f'<text class="tick" x="{_LEFT}" y="{side_y - 10}">Labels: L0 as a share of the weights; '
+        "(a/b): a of b tasks have a circuit, the others count at the whole model's size; rings: loaded.</text>",
         f'<text class="axis" transform="translate(18,{_TOP + _HEIGHT / 2}) rotate(-90)">'
         "edges of a circuit, geometric mean over tasks</text>",
     ]
@@ -322,7 +323,7 @@ class _Frame:
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             if labelled:
-                parts.append(f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{y + 4:.1f}">{tick:,.0f}</text>')
+                parts.append(f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{y + 4:.1f}">{_short(tick)}</text>')
         parts.append(f'<text class="axis" x="{self.left + _PANEL / 2}" y="{bottom + 42}">{escape(title)}</text>')
         return parts
 
@@ -342,6 +343,7 @@ class _Frame:
         """A point with its label, where that covers no other mark; adds the label to the boxes that are taken."""
         x, y = self.x(value), self.y(point.edges)
         label = _share(point.l0) if point.loaded is None else f"{_share(point.l0)} {point.name}"
+        label += "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
         size = 6.4 * len(label)
         title = (
             f"{point.name}: width {point.width}, {point.nonzeros:,} nonzeros, CE {point.ce:.3f}, "
@@ -377,6 +379,14 @@ def _share(l0: float) -> str:
     """1/16 where it is about that, else the number."""
     of = round(1 / l0) if l0 > 0 else 0
     return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"
+
+
+def _short(number: float) -> str:
+    """20k for 20,000, 1M for a million."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

@@ -154,7 +154,7 @@ def test_a_killed_sweep_goes_on_at_every_level(
     assert [p.ce for p in whole.points] == [p.ce for p in result.points]
 
 
-def test_a_fit_under_way_goes_on_where_it_was(described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     said: list[str] = []
@@ -272,9 +272,21 @@ def test_wrong_arguments_are_refused_before_anything_is_written(described: dict[
         assert "\n" not in str(caught.value) and not (tmp_path / "sweep").exists()
 
 
-def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: Path, task_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     common = ("--width", 32, "--tokens", 640, "--data", text_file, "--set", "sparse.head_channels=8", "--set", "data.rows=4")
-    common += ("--target-loss", 0.02, "--work", 0.01, "--rows", 4, "--no-dense", "--device", "cpu", "--tasks", task_file)
+    common += (
+        "--target-loss",
+        0.02,
+        "--work",
+        0.01,
+        "--rows",
+        4,
+        "--no-dense",
+        "--device",
+        "cpu",
+        "--tasks",
+        *described["tasks"],
+    )
     out = tmp_path / "sweep"
     result = run("sweep", "--l0", 0.25, 0.125, dense_folder, *common, "--load", described["load"][0], "--out", out)
     assert result.exit_code == 0, result.output
@@ -340,6 +352,8 @@ def test_the_plot_holds_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {mark.get("data-name"): mark.find(f"{space}circle") for mark in marks[: len(frontier.points)]}
     x = {name: float(circle.get("cx", 0)) for name, circle in first.items() if circle is not None}
     assert sorted(x, key=lambda name: x[str(name)]) == ["w512-l0-0.0625", "a<b&c", "w256-l0-0.0625", "w256-l0-0.0156"]
+    labels = {mark.get("data-name"): label.text for mark in marks if (label := mark.find(f"{space}text")) is not None}
+    assert labels["w512-l0-0.0625"] == "1/16" and labels["w256-l0-0.0156"] == "1/64 (1/2)"  # solved, where not all are
     colours = {(mark.get("class") or "").split()[0] for mark in marks}
     assert colours == {"c0", "c1"}
     text = scatter(frontier)
