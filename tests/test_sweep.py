@@ -368,3 +368,9 @@ def test_the_plot_holds_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
         5e3,
         1e4,
     ]
+
+
+def test_functions_named_like_their_modules_stay_functions() -> None:
+    for name in ("sweep", "evaluate"):
+        home = importlib.import_module(f"bridge.{name}")
+        assert getattr(bridge, name) is getattr(home, name) and callable(getattr(bridge, name))
