@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM = true
 DEMO_MINUTES ?= 2
 DENSE_MINUTES ?= 35
 BRIDGE_RECIPE ?= recipes/python-bridge.toml
+FRONTIER_MINUTES ?= 4
 
-.PHONY: demo test test-slow test-gpu lint checkpoints clean
+.PHONY: demo test test-slow test-gpu lint checkpoints frontier clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +56,13 @@ checkpoints: $(READY)
 	$(BIN)/bridge eval $(NEW)/python-bridge
 	rm -rf checkpoints/python-dense checkpoints/python-bridge $(NEW)/python-dense.state
 	mv $(NEW)/python-dense $(NEW)/python-bridge checkpoints
+
+# The README's figure: two widths, three L0, and what ships. Not run yet at this size; cut, the same command goes on. The tokens are
+# the recipe's, so that all points hold out the same text; the minutes end the fits.
+frontier: $(READY)
+	$(BIN)/bridge sweep checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --width 256 512 --l0 0.0625 0.03125 0.015625 \
+	  --minutes $(FRONTIER_MINUTES) --tokens 12000000 --tasks single_double_quote bracket_counting for_while with_as if_ternary var_if \
+	  --load checkpoints/python-bridge --out runs/frontier
 
 clean:
 	rm -rf .venv runs

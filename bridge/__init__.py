@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
+    from bridge.frontier import Frontier
     from bridge.recipe import Recipe
+    from bridge.sweep import sweep
     from bridge.training import Progress, fit
     from bridge.validate import Faithfulness
 
@@ -29,6 +33,7 @@ _HOME = {
     "Evaluation": "evaluate",
     "Explanation": "explanation",
     "Faithfulness": "validate",
+    "Frontier": "frontier",
     "Progress": "training",
     "Recipe": "recipe",
     "Subjects": "circuits.search",
@@ -38,6 +43,7 @@ _HOME = {
     "fit": "training",
     "load_dense": "dense",
     "search_task": "circuits.search",
+    "sweep": "sweep",
 }
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "Faithfulness",
+    "Frontier",
     "Progress",
     "Recipe",
     "Subjects",
@@ -57,6 +64,7 @@ __all__ = [
     "load",
     "load_dense",
     "search_task",
+    "sweep",
 ]
 
 
@@ -66,3 +74,14 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"bridge.{_HOME[name]}"), name)
     raise AttributeError(f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+class _Package(ModuleType):
+    """A package whose function `evaluate` stays what it is when the module of that name is imported (likewise `sweep`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

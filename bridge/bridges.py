@@ -166,7 +166,7 @@ class Coupling:
 
         Raises CheckpointError where files are missing or damaged, or the dense model is not the one that was coupled.
         """
-        folder = _folder(path)
+        folder = folder_of(path)
         tensors, facts = read_folder(folder, "coupling")
         if facts.get("format") != FORMAT:
             found = facts.get("format")
@@ -270,8 +270,8 @@ A weight-sparse transformer coupled to the dense model `{self.dense.name}` by a 
 """
 
 
-def _folder(path: str | Path) -> Path:
-    """The folder itself, or that of a hub id once fetched."""
+def folder_of(path: str | Path) -> Path:
+    """A coupling's folder itself, or that of a hub id once fetched. Raises CheckpointError where it is neither."""
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
     from huggingface_hub import snapshot_download

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from bridge.evaluate import Evaluation
@@ -229,6 +230,93 @@ def circuit(
                 print(f"{text}\n", flush=True)
 
 
+class _Several(TyperCommand):
+    """A command whose `--l0 .1 .2 --tasks a b` is `--l0 .1 --l0 .2 --tasks a --tasks b`."""
+
+    numbers, words = ("--l0", "--width"), ("--tasks", "--load")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = word if word in self.numbers + self.words else "", 0
+            elif option:
+                if values and option in self.numbers and not _is_number(word):
+                    option = ""  # the model
+                elif values:
+                    spread.append(option)
+                values += 1
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_Several)
+def sweep(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; or the recipe's.")] = None,
+    l0: Annotated[list[float] | None, typer.Option(help="Below 1 fractions of weights that stay, from 1 on numbers.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Residual widths; a fit for each width and L0.")] = None,
+    load: Annotated[list[str] | None, typer.Option(help="Couplings that exist, as further points.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default all in python.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget of each fit in tokens of text.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget of each fit in minutes.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with every other number of the fits.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; what is there already is not done again.")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="Bound on a circuit's loss in nats per prompt.")] = None,
+    objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
+    seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the fits.")] = None,
+    dense: Annotated[bool, typer.Option(help="Search the dense model's own circuits too.")] = True,
+    work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
+    rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the fits: float32, or bfloat16 products.")] = "float32",
+) -> None:
+    """Fit or load couplings over several L0 and widths, and plot capability against the size of circuits; resumable."""
+    with _one_line_errors():
+        from bridge.recipe import RecipeError, RunError, parse_setting
+
+        if out is None:
+            raise RecipeError("where the sweep goes is not said; give --out FOLDER")
+        settings = dict(parse_setting(text) for text in set_ or [])
+        said: dict[str, Any] = {
+            "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
+            "adapter": adapter, "revision": revision,
+        }  # fmt: skip
+        from bridge.circuits.masks import Aim
+        from bridge.circuits.search import WORK
+        from bridge.sweep import sweep as run_sweep
+        from bridge.training import FitStopped
+
+        watch = _Phases()
+
+        def stage(text: str) -> None:
+            watch.end()
+            print(text, flush=True)
+
+        try:
+            frontier = run_sweep(
+                model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
+                aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
+                seeds=seeds, dense=dense, work=work * WORK, rows=rows, device=_device(device), dtype=dtype,
+                on_stage=stage, progress=watch,
+            )  # fmt: skip
+        except FitStopped as stopped:
+            watch.end()
+            print(f"bridge: {str(stopped).partition(';')[0]}; the same command goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
+        watch.end()
+        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
+        if frontier.failures:
+            of = len(frontier.failures) + len(frontier.points)
+            raise RunError(f"{len(frontier.failures)} of {of} points failed; the same command tries them again")
+
+
 @app.command()
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
@@ -344,6 +432,14 @@ def _width() -> int:
     import shutil
 
     return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _sample(example: Example | None, taken: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 
@@ -11,12 +12,12 @@ import torch
 from conftest import CONTEXT, VOCABULARY, untrained
 from torch import Tensor
 
-from bridge import evaluate as module
 from bridge.bridges import Bridges, Coupling
 from bridge.dense import DenseModel
 from bridge.evaluate import Evaluation, evaluate
 from bridge.residual import Enter
 
+module = importlib.import_module("bridge.evaluate")
 TOKENS_BT = torch.randint(0, VOCABULARY, (5, CONTEXT), generator=torch.Generator().manual_seed(11))
 SITES = range(5)
 

@@ -178,6 +178,34 @@ def search_task(
     return TaskResult(circuit, {at: share_1n[0] for at, share_1n in inclusion.items()}, faithfulness, facts)
 
 
+def search_dense(
+    subjects: Subjects,
+    task: Resolved,
+    aim: Aim | None = None,
+    *,
+    seed: int = 0,
+    work: float = WORK,
+    progress: Callable[[str], None] | None = None,
+) -> Size:
+    """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
+
+    Raises UnsolvedError where the dense model does not do the task, MaskError where no circuit is found, DenseModelError where
+    its linear maps cannot be found.
+    """
+    say = progress or (lambda _: None)
+    dense = subjects.dense
+    splits = {name: pairs.to(dense.device) for name, pairs in _splits(task).items()}
+    scores = score(subjects.coupling.dense, splits["test"])
+    if scores.accuracy < SOLVED:
+        raise UnsolvedError(
+            f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
+            "circuit to find; take another task"
+        )
+    train, validation = splits["train"].both(), splits["validation"].both()
+    found = _dense_nodes(dense, train, validation, Aim() if aim is None else aim, seed, work, say)
+    return Size(int(found.kept_f.sum()), edge_count(dense, found.kept_f))
+
+
 def _splits(task: Resolved) -> dict[str, TokenPairs]:
     """The three splits; where the tokenizer has left no validation pairs, every fourth of the training ones."""
     splits = dict(task.splits)
@@ -221,12 +249,17 @@ def _dense(
 ) -> tuple[FoundNodes | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        dense = subjects.dense
-        return find_nodes(
-            dense, train, validation, aim, seed=seed, work=_work(dense, work), progress=lambda text: say(f"dense: {text}")
-        ), ""
+        return _dense_nodes(subjects.dense, train, validation, aim, seed, work, say), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
+
+
+def _dense_nodes(
+    dense: DenseSubject, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+) -> FoundNodes:
+    return find_nodes(
+        dense, train, validation, aim, seed=seed, work=_work(dense, work), progress=lambda text: say(f"dense: {text}")
+    )
 
 
 def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Mapping[str, int]:

@@ -6,7 +6,7 @@ on where it was: a task's folder is complete once its circuit.json is there. Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
         raise TaskError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no task can be read; load it with one")
     limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
     return resolve(load_task(name, seed=seed), coupling.dense.tokenizer, context=min(limits))
+
+
+def folder_name(name: str) -> str:
+    """What a task's folder is called: a built-in task's name, the stem of a file's."""
+    return Path(name).stem
 
 
 def run_task(
@@ -58,10 +63,11 @@ def run_suite(
 ) -> Generator[str, None, None]:
     """Every task's search, a text for each as it ends, then the comparison's."""
     results: list[TaskResult] = []
+    named = {folder_name(name): name for name in names}
     failed = 0
     for name in names:
-        folder = None if out is None else out / name
-        where = f"{name}: "
+        folder = None if out is None else out / folder_name(name)
+        where = f"{folder_name(name)}: "
 
         def say(text: str, where: str = where) -> None:
             progress(f"{where}{text}")
@@ -87,7 +93,7 @@ def run_suite(
         if folder is not None:
             result.save(folder)
         yield render_text(result, width)
-    yield _compared(subjects, results, failed, out, progress, options)
+    yield _compared(subjects, results, named, failed, out, progress, options)
 
 
 def _same(result: TaskResult, aim: Aim, options: dict[str, Any], folder: Path) -> TaskResult:
@@ -111,7 +117,13 @@ def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
 
 
 def _compared(
-    subjects: Subjects, results: Sequence[TaskResult], failed: int, out: Path | None, progress: Say, options: dict[str, Any]
+    subjects: Subjects,
+    results: Sequence[TaskResult],
+    named: Mapping[str, str],
+    failed: int,
+    out: Path | None,
+    progress: Say,
+    options: dict[str, Any],
 ) -> str:
     dense = [result.facts.dense for result in results if result.facts.dense is not None]
     sparse = [result.facts.size for result in results]
@@ -119,7 +131,8 @@ def _compared(
     lines = [_table(results), "", _means(sizes)]
     if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
         prompts = {
-            result.facts.task: spread(resolved(subjects, result.facts.task).splits["test"].both(), JUDGED) for result in solved
+            task: spread(resolved(subjects, named.get(task, task)).splits["test"].both(), JUDGED)
+            for task in (result.facts.task for result in solved)
         }
         comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
         lines += ["", render_comparison(comparison)]

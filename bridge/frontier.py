@@ -1,0 +1,408 @@
+"""Capability against interpretability, over couplings of one dense model: the paper's figure 3, as values, a table and a plot.
+
+    capability        cross-entropy of the sparse model on held-out text; beside it CE recovered, mean over sites and directions
+    interpretability  geometric mean over tasks of the circuits' edges, a task without a circuit counted at the whole model's
+
+A model that does no task is thus as large as its nonzeros between nodes, and the sparser the smaller: how many tasks have a
+circuit stands beside every mean. Both are better when smaller, so that in the plot good is left and down; CE recovered runs
+from right to left for that. The dense model is the last line: its own cross-entropy, its own circuits at the same loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bridge.checkpoint import CheckpointError, read_json, write_json
+from bridge.circuits.compare import geometric_mean
+from bridge.circuits.result import Size
+
+FORMAT = 1
+SAME_TEXT = 1e-3  # nats by which the dense model's cross-entropy may differ between points that saw the same text
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """A task's circuit in one model: its size, or the whole model's where there is none, and then why not."""
+
+    task: str
+    size: Size
+    failed: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One coupling: what it is, what it can do (nats per token; recovered is a mean over sites), and its circuits.
+
+    l0 is the share of the `weights` that stays, nonzeros their number; loaded is where one that was not fitted came from.
+    """
+
+    name: str
+    loaded: str | None
+    width: int
+    l0: float
+    nonzeros: int
+    weights: int
+    ce: float
+    ce_dense: float
+    kl: float
+    recovered_in: float
+    recovered_out: float
+    tasks: tuple[TaskSize, ...]
+
+    @property
+    def recovered(self) -> float:
+        """CE recovered, the mean of both directions."""
+        return (self.recovered_in + self.recovered_out) / 2
+
+    @property
+    def solved(self) -> int:
+        """How many tasks have a circuit."""
+        return sum(not task.failed for task in self.tasks)
+
+    @property
+    def nodes(self) -> float:
+        """Geometric mean of the circuits' nodes, failed tasks at full size."""
+        return geometric_mean([task.size.nodes for task in self.tasks])
+
+    @property
+    def edges(self) -> float:
+        """Geometric mean of the circuits' edges, failed tasks at full size."""
+        return geometric_mean([task.size.edges for task in self.tasks])
+
+
+@dataclass(frozen=True)
+class DensePoint:
+    """The dense model: its cross-entropy on the text of the first point, its own circuits, or why those were not searched."""
+
+    name: str
+    fingerprint: str
+    ce: float
+    tasks: tuple[TaskSize, ...]
+    why_not: str = ""
+
+    @property
+    def solved(self) -> int:
+        """How many tasks have a circuit."""
+        return sum(not task.failed for task in self.tasks)
+
+    @property
+    def edges(self) -> float | None:
+        """Geometric mean of the circuits' edges, failed tasks at full size; None where they were not searched."""
+        return geometric_mean([task.size.edges for task in self.tasks]) if self.tasks else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A point that could not be measured, and why, in one line."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A sweep: its points, those that failed, those not reached yet, the dense model, and how circuits were searched."""
+
+    points: tuple[Point, ...]
+    failures: tuple[Failure, ...]
+    missing: tuple[str, ...]
+    dense: DensePoint | None
+    objective: str
+    target: float
+    seeds: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, what is derived (tasks solved, geometric means) written out."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        for point, its in zip(self.points, values["points"], strict=True):
+            its |= {"recovered": point.recovered, "solved": point.solved, "nodes": point.nodes, "edges": point.edges}
+        if self.dense is not None:
+            values["dense"] |= {"solved": self.dense.solved, "edges": self.dense.edges}
+        return {"format": FORMAT, **values}
+
+    def save(self, path: str | Path) -> None:
+        """Write sweep.json, sweep.txt and frontier.svg to a folder. Raises CheckpointError where that fails."""
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "sweep.txt").write_text(render_frontier(self) + "\n", encoding="utf-8")
+            (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
+            write_json(path / "sweep.json", self.to_json())
+        except OSError as error:
+            raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+
+    @staticmethod
+    def load(path: str | Path) -> Frontier:
+        """The sweep that `save` wrote to a folder. Raises CheckpointError where it is missing or damaged."""
+        file = Path(path) / "sweep.json"
+        if not file.is_file():
+            raise CheckpointError(f"{str(path)!r} holds no sweep.json; name a folder that `bridge sweep` wrote")
+        values = read_json(file)
+        try:
+            if values.get("format") != FORMAT:
+                raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
+            return _FRONTIER.validate_python(values)
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise CheckpointError(f"{str(file)!r} is no sweep that this version reads ({first}); sweep again") from None
+
+    def __str__(self) -> str:
+        return render_frontier(self)
+
+
+_FRONTIER = TypeAdapter(Frontier)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------------
+
+
+def render_frontier(frontier: Frontier) -> str:
+    """The sweep as a person reads it: a line per point, the dense model's, what failed."""
+    header = ("point", "width", "L0", "nonzeros", "CE", "CE recovered", "solved", "nodes", "edges", "dense edges")
+    dense, rows = frontier.dense, [tuple[str, ...](header)]
+    counterpart = "-" if dense is None or dense.edges is None else f"{dense.edges:,.0f}"
+    for p in sorted(frontier.points, key=lambda p: (p.width, -p.l0)):
+        rows.append(
+            (p.name, f"{p.width}", f"{p.l0:.4f}", f"{p.nonzeros:,}", f"{p.ce:.3f}", f"{p.recovered:.3f}",
+             f"{p.solved} of {len(p.tasks)}", f"{p.nodes:,.0f}", f"{p.edges:,.0f}", counterpart)
+        )  # fmt: skip
+    if dense is not None:
+        solved = f"{dense.solved} of {len(dense.tasks)}" if dense.tasks else "-"
+        rows.append(("dense model", "", "", "", f"{dense.ce:.3f}", "1", solved, "", counterpart, counterpart))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    lines += [f"{failure.name.ljust(widths[0])}  FAILED: {failure.why}" for failure in frontier.failures]
+    if frontier.missing:
+        lines.append(f"not measured yet: {', '.join(frontier.missing)}")
+    lines += [
+        "",
+        "CE: sparse model, nats per token of held-out text. Nodes, edges: geometric means over tasks of circuits at a loss of",
+        f"at most {frontier.target:g} ({frontier.objective}), a task without a circuit counted at the whole model's size.",
+    ]
+    if dense is not None and dense.why_not:
+        lines.append(f"The dense model was not pruned: {dense.why_not}")
+    if len(texts := _dense_ces(frontier)) > 1:
+        lines.append(
+            f"The points were evaluated on different text (the dense model's CE is {texts[0]:.3f} to {texts[-1]:.3f}): "
+            "compare CE recovered, not CE."
+        )
+    return "\n".join(lines)
+
+
+def _dense_ces(frontier: Frontier) -> list[float]:
+    """The dense model's cross-entropies on the texts of the points, one for each text, ascending."""
+    found: list[float] = []
+    for ce in sorted(point.ce_dense for point in frontier.points):
+        if not found or ce - found[-1] > SAME_TEXT:
+            found.append(ce)
+    return found
+
+
+# -- the plot -----------------------------------------------------------------------------------------------------------
+
+_PANEL, _HEIGHT, _GAP = 380, 300, 36  # pixels of a panel's frame, and between two
+_LEFT, _TOP, _BOTTOM, _RIGHT = 74, 74, 84, 22
+_LIGHT = ("#0b62d6", "#c2410c", "#15803d", "#9333ea", "#b45309", "#be185d", "#0e7490", "#57534e")
+_DARK = ("#6cb2ff", "#ff9d5c", "#5ad17f", "#cf9bff", "#f0b429", "#ff86b6", "#4dd0e1", "#c9c4bf")
+
+
+def scatter(frontier: Frontier) -> str:
+    """Edges against cross-entropy, and against CE recovered, as a self-contained SVG for light and dark pages."""
+    points, dense = frontier.points, frontier.dense
+    widths = sorted({point.width for point in points})
+    colour_of = {width: place % len(_LIGHT) for place, width in enumerate(widths)}
+    dense_edges = None if dense is None else dense.edges
+    edges = [point.edges for point in points] + ([dense_edges] if dense_edges is not None else [])
+    y_ticks = _log_ticks(edges)
+    side_x, side_y = _LEFT + 2 * _PANEL + _GAP + _RIGHT, _TOP + _HEIGHT + _BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="frontier" viewBox="0 0 {side_x} {side_y}" width="{side_x}" '
+        f'height="{side_y}" role="img" font-family="system-ui, sans-serif" font-size="12">',
+        "<title>Capability against interpretability</title>",
+        _style(),
+        '<rect class="paper" width="100%" height="100%"/>',
+        f'<text x="{_LEFT}" y="24" font-size="15" font-weight="600">'
+        "Capability against interpretability: left and down is better</text>",
+        _legend(widths, colour_of, dense is not None),
+        f'<text class="tick" x="{_LEFT}" y="{side_y - 10}">Labels: L0 as a share of the weights; '
+        "(a/b): a of b tasks have a circuit, the others count at the whole model's size; rings: loaded.</text>",
+        f'<text class="axis" transform="translate(18,{_TOP + _HEIGHT / 2}) rotate(-90)">'
+        "edges of a circuit, geometric mean over tasks</text>",
+    ]
+    panels: tuple[tuple[str, Callable[[Point], float], list[float], bool], ...] = (
+        ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier), False),
+        ("CE recovered, mean over sites and directions", lambda p: p.recovered, [1.0], True),
+    )
+    for place, (title, value, lines, backwards) in enumerate(panels):
+        x_ticks = _ticks([value(point) for point in points] + (lines if dense is not None else []))
+        frame = _Frame(_LEFT + place * (_PANEL + _GAP), x_ticks, y_ticks, backwards)
+        parts += frame.axes(title, labelled=place == 0)
+        if dense is not None:
+            parts += [frame.line(x, dense) for x in lines]
+        for width in widths:
+            fitted = sorted((p for p in points if p.width == width and p.loaded is None), key=lambda p: p.l0)
+            path = " ".join(f"{frame.x(value(p)):.1f},{frame.y(p.edges):.1f}" for p in fitted)
+            if len(fitted) > 1:
+                parts.append(f'<polyline class="c{colour_of[width]} path" points="{path}"/>')
+        boxes = [(frame.x(value(p)) - 6, frame.y(p.edges) - 6, 12.0, 12.0) for p in points]
+        if dense_edges is not None:
+            boxes += [(frame.x(x) - 7, frame.y(dense_edges) - 7, 14.0, 14.0) for x in lines]
+        for point in points:
+            parts.append(frame.mark(point, value(point), colour_of[point.width], boxes))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _style() -> str:
+    def colours(palette: Sequence[str]) -> str:
+        return "".join(f".frontier .c{place}{{color:{colour}}}" for place, colour in enumerate(palette))
+
+    return (
+        "<style>.frontier{color:#1f2328;--paper:#fff}.frontier text{fill:currentColor}.frontier .paper{fill:var(--paper)}"
+        ".frontier .axis{text-anchor:middle}.frontier .tick{font-size:11px;opacity:.8}"
+        ".frontier .grid{stroke:currentColor;opacity:.13}.frontier .frame{fill:none;stroke:currentColor;opacity:.45}"
+        ".frontier .dense{stroke:currentColor;stroke-dasharray:5 4;opacity:.7}.frontier .dot{fill:currentColor}"
+        ".frontier .loaded{fill:none;stroke:currentColor;stroke-width:2.5}"
+        ".frontier .point text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
+        ".frontier .path{fill:none;stroke:currentColor;stroke-width:1.5;opacity:.55}"
+        f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{.frontier{{color:#e6edf3;--paper:#0d1117}}"
+        f"{colours(_DARK)}}}</style>"
+    )
+
+
+def _legend(widths: Sequence[int], colour_of: dict[int, int], dense: bool) -> str:
+    parts, x = [], float(_LEFT)
+    for width in widths:
+        text = f"width {width}"
+        parts.append(
+            f'<circle class="c{colour_of[width]} dot" cx="{x + 5}" cy="46" r="5"/><text x="{x + 16}" y="50">{text}</text>'
+        )
+        x += 34 + 7 * len(text)
+    if dense:
+        parts.append(f'<line class="dense" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>')
+        parts.append(f'<text x="{x + 30}" y="50">dense model</text>')
+    return "<g>" + "".join(parts) + "</g>"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A panel: where it begins, and its axes, y logarithmic, x perhaps from right to left."""
+
+    left: float
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    backwards: bool
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])
+        return self.left + _PANEL * (1 - share if self.backwards else share)
+
+    def y(self, value: float) -> float:
+        low, high = math.log(self.y_ticks[0]), math.log(self.y_ticks[-1])
+        return _TOP + _HEIGHT * (1 - (math.log(max(value, 1)) - low) / (high - low))
+
+    def axes(self, title: str, *, labelled: bool) -> list[str]:
+        bottom, right = _TOP + _HEIGHT, self.left + _PANEL
+        parts = [f'<rect class="frame" x="{self.left}" y="{_TOP}" width="{_PANEL}" height="{_HEIGHT}"/>']
+        for tick in self.x_ticks:
+            x = self.x(tick)
+            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+            parts.append(f'<text class="axis tick" x="{x:.1f}" y="{bottom + 18}">{tick:g}</text>')
+        for tick in self.y_ticks:
+            y = self.y(tick)
+            parts.append(f'<line class="grid" x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            if labelled:
+                parts.append(f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{y + 4:.1f}">{_short(tick)}</text>')
+        parts.append(f'<text class="axis" x="{self.left + _PANEL / 2}" y="{bottom + 42}">{escape(title)}</text>')
+        return parts
+
+    def line(self, value: float, dense: DensePoint) -> str:
+        """The dense model's own: a line at what it can do, and a diamond at its circuits where they were searched."""
+        x, edges = self.x(value), dense.edges
+        text = f"dense model {dense.name}: CE {dense.ce:.3f}"
+        drawn = f'<line class="dense" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _HEIGHT}"/>'
+        if edges is not None:
+            text += f", {edges:,.0f} edges, {dense.solved} of {len(dense.tasks)} tasks solved"
+            y = self.y(edges)
+            drawn += f'<line class="dense" x1="{self.left}" x2="{self.left + _PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            drawn += f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>'
+        return f"<g><title>{escape(text)}</title>{drawn}</g>"
+
+    def mark(self, point: Point, value: float, colour: int, boxes: list[tuple[float, float, float, float]]) -> str:
+        """A point with its label, where that covers no other mark; adds the label to the boxes that are taken."""
+        x, y = self.x(value), self.y(point.edges)
+        label = _share(point.l0) if point.loaded is None else f"{_share(point.l0)} {point.name}"
+        label += "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
+        size = 6.4 * len(label)
+        title = (
+            f"{point.name}: width {point.width}, {point.nonzeros:,} nonzeros, CE {point.ce:.3f}, "
+            f"recovered {point.recovered:.3f}, {point.edges:,.0f} edges, {point.solved} of {len(point.tasks)} tasks solved"
+        )
+        places = [
+            (x + across * (size + 18) / 2 - size / 2, y + down - 7)
+            for down in (0, -14, 14, -28, 28)
+            for across in ((1, -1) if down == 0 else (0, 1, -1))
+        ]
+        inside = [at for at in places if at[0] >= self.left + 2 and at[0] + size <= self.left + _PANEL - 2] or places
+        free = [at for at in inside if not any(_overlap((*at, size, 14.0), box) for box in boxes)]
+        at_x, at_y = (free or inside)[0]
+        boxes.append((at_x, at_y, size, 14.0))
+        kind = "dot" if point.loaded is None else "loaded"
+        return (
+            f'<g class="c{colour} point" data-name="{escape(point.name)}"><title>{escape(title)}</title>'
+            f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<text x="{at_x:.1f}" y="{at_y + 11:.1f}">{escape(label)}</text></g>'
+        )
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return (
+        one[0] < other[0] + other[2]
+        and other[0] < one[0] + one[2]
+        and one[1] < other[1] + other[3]
+        and other[1] < one[1] + one[3]
+    )
+
+
+def _share(l0: float) -> str:
+    """1/16 where it is about that, else the number."""
+    of = round(1 / l0) if l0 > 0 else 0
+    return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"
+
+
+def _short(number: float) -> str:
+    """20k for 20,000, 1M for a million."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """About six round numbers that enclose the values."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    span = max(high - low, 1e-3, 1e-3 * abs(high))
+    step = next(m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5) if m * 10.0**e >= span / 5)
+    first, last = math.floor((low - 0.02 * span) / step), math.ceil((high + 0.02 * span) / step)
+    return [round(place * step, 10) for place in range(first, last + 1)]
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, ... (or 1, 10, ... over many decades) that enclose the values."""
+    low, high = (max(1.0, min(values)), max(1.0, max(values))) if values else (1.0, 10.0)
+    factors = (1, 2, 5) if high / low < 2000 else (1,)
+    every = [m * 10.0**e for e in range(16) for m in factors]
+    first = max((place for place, tick in enumerate(every) if tick <= low / 1.05), default=0)
+    last = next(place for place, tick in enumerate(every) if tick >= high * 1.05)
+    return every[first : last + 1]
