@@ -20,8 +20,10 @@ from test_cli import assert_refused, run
 
 import bridge
 from bridge import frontier as frontier_module
-from bridge import suite, task_circuit, training
+from bridge import training
 from bridge.checkpoint import CheckpointError
+from bridge.circuits import search as task_circuit
+from bridge.circuits import suite
 from bridge.circuits.masks import Aim
 from bridge.circuits.result import Size
 from bridge.dense import load_dense
