@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
     from bridge.masks import Aim
+    from bridge.node_page import NodePage, describe_node
+    from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe
     from bridge.task_circuit import Subjects, search_task
     from bridge.task_result import TaskResult
@@ -29,10 +31,14 @@ _HOME = {
     "Evaluation": "evaluate",
     "Explanation": "explanation",
     "Faithfulness": "validate",
+    "NodeFacts": "nodes",
+    "NodePage": "node_page",
     "Progress": "training",
     "Recipe": "recipe",
     "Subjects": "task_circuit",
     "TaskResult": "task_result",
+    "collect_nodes": "nodes",
+    "describe_node": "node_page",
     "evaluate": "evaluate",
     "explain": "explanation",
     "fit": "training",
@@ -47,10 +53,14 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "Faithfulness",
+    "NodeFacts",
+    "NodePage",
     "Progress",
     "Recipe",
     "Subjects",
     "TaskResult",
+    "collect_nodes",
+    "describe_node",
     "evaluate",
     "explain",
     "fit",

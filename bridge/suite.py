@@ -14,6 +14,7 @@ from typing import Any
 from bridge.checkpoint import read_json, write_json
 from bridge.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
 from bridge.masks import Aim, MaskError, spread
+from bridge.node_page import node_labels
 from bridge.task_circuit import JUDGED, Subjects, UnsolvedError, search_task, whole_size
 from bridge.task_result import NULLS, Size, TaskResult, render_text, save_failure
 from bridge.tasks import Resolved, TaskError, load_task, resolve
@@ -49,7 +50,7 @@ def run_task(
         return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
     if out is not None:
         result.save(out)
-    return render_text(result, width)
+    return render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
 
 
 def run_suite(
@@ -85,7 +86,7 @@ def run_suite(
         results.append(result)
         if folder is not None:
             result.save(folder)
-        yield render_text(result, width)
+        yield render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
     yield _compared(subjects, results, failed, out, progress, options)
 
 
