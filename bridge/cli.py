@@ -241,8 +241,8 @@ def nodes(
         endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
-        from bridge.node_page import describe_node, render_page, render_summary
-        from bridge.nodes import collect_nodes, parse_node, stored_facts
+        from bridge.node_page import describe_node, render_page
+        from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
         from bridge.task_result import TaskResult
 
         name = bridge or _shipped()

@@ -1,8 +1,8 @@
 """Descriptions of nodes by a language model behind an OpenAI-compatible chat endpoint; never called unless the user names one.
 
 The model is shown a node's page, and its answer, one line, is kept in `node-descriptions.json` beside the facts: by node,
-with the model's name and the fingerprint of the sparse weights, so that it is asked once. The key, where one is needed, comes from an
-environment variable of its own, and is sent to that address alone: redirects are not followed.
+with the model's name and the fingerprint of the sparse weights, so that it is asked once. The key, where one is needed, comes
+from an environment variable of its own, and is sent to that address alone: redirects are not followed.
 """
 
 from __future__ import annotations

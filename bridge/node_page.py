@@ -16,7 +16,8 @@ Links are nonzero weights into and out of the node, the strongest first. Without
 channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied.
 
 The summary is made by rule, of the sign whose contexts are stronger in sum: which token most of these contexts have at, before
-and after the position, else what kind of token; then the tokens promoted. It describes what was seen in this text, and is no evidence for anything else.
+and after the position, else what kind of token; then the tokens promoted. It describes what was seen in this text, and is no
+evidence for anything else.
 
 Shape legend: n nodes of a location, s sparse width, d dense width, v vocabulary.
 """
@@ -221,8 +222,9 @@ def _output_embedding(coupling: Coupling) -> Tensor | None:
         weight = getattr(coupling.dense.model.get_output_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
         return None
-    fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == coupling.dense.width
-    return weight.detach()[: coupling.dense.vocabulary] if fits else None
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != coupling.dense.width:
+        return None
+    return weight.detach()[: coupling.dense.vocabulary]
 
 
 def _ends(tokenizer: Any, score_v: Tensor) -> tuple[tuple[TokenScore, ...], tuple[TokenScore, ...]]:
@@ -372,18 +374,6 @@ def render_page(page: NodePage, width: int = 100, description: str | None = None
         told = [f"{link.node} {link.kind if link.weight is None else f'{link.weight:+.2g}'}" for link in links]
         more = [f"and {count - len(links):,} more"] if count > len(links) else []
         lines += _listed(f"{name:<10}", [*told, *more], width)
-    return "\n".join(lines)
-
-
-def render_summary(facts: NodeFacts) -> str:
-    """What was collected, a line per location."""
-    lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]
-    for at in facts.parts:
-        active_n, mean_n = facts.active(at), facts.mean(at)
-        deviation_n = (facts.second_moment(at) - mean_n.square()).clamp_min(0).sqrt()
-        never = int((active_n == 0).sum())
-        middle = f"{float(active_n.median()):>14.1%}  {float(deviation_n.median()):>17.3g}"
-        lines.append(f"{f'L{at.layer}.{at.kind}':<13} {len(active_n):>6} {never:>13}  {middle}")
     return "\n".join(lines)
 
 

@@ -199,7 +199,7 @@ def sparse_fingerprint(sparse: SparseTransformer) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(sparse.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -222,6 +222,18 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
     if index >= sizes[location]:
         raise NodeError(f"{location} has no channel {index}; its channels go from 0 to {sizes[location] - 1}")
     return Node(location, index)
+
+
+def render_summary(facts: NodeFacts) -> str:
+    """What was collected, a line per location."""
+    lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]
+    for at in facts.parts:
+        active_n, mean_n = facts.active(at), facts.mean(at)
+        deviation_n = (facts.second_moment(at) - mean_n.square()).clamp_min(0).sqrt()
+        never = int((active_n == 0).sum())
+        middle = f"{float(active_n.median()):>14.1%}  {float(deviation_n.median()):>17.3g}"
+        lines.append(f"{f'L{at.layer}.{at.kind}':<13} {len(active_n):>6} {never:>13}  {middle}")
+    return "\n".join(lines)
 
 
 # -- the pass ---------------------------------------------------------------------------------------------------------------

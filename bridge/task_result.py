@@ -239,18 +239,8 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
         )
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *_nodes(result, width),
-            *_labelled(result, labels or {}, width),
-            "",
-            *_evidence(faith.measures),
-            "",
-            f"{facts.seconds:.0f} s",
-        ]
-    )
+    nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
+    return "\n".join([*lines, "", *nodes, "", *_evidence(faith.measures), "", f"{facts.seconds:.0f} s"])
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
