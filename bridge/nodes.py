@@ -43,6 +43,7 @@ KEPT = 8
 SAMPLED = 16
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STRETCH_TOKENS = 2048
+_CHANNELS = 256  # looked at together
 _LAST = 2**31 - 1
 _PARTS = ("sum", "square", "active", "high", "low", "sample")
 
@@ -269,36 +270,32 @@ def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFact
     rank_p = torch.empty_like(facts.order_p)
     rank_p[facts.order_p] = torch.arange(len(rank_p))
     rank_p = rank_p.to(sparse.device)[place_p]
-    parts: dict[Location, Mapping[str, Tensor]] = {}
+    # all that stays is laid out beforehand: made between large temporaries, it would leave holes that nothing fits into
+    parts = {at: {part: x.to(sparse.device, copy=True) for part, x in had.items()} for at, had in facts.parts.items()}
 
     def see(location: Location, x_btn: Tensor) -> Tensor:
-        had = {part: tensor.to(x_btn.device) for part, tensor in facts.parts[location].items()}
         x_np = x_btn.detach().flatten(0, 1).float().t().contiguous()
-        double_np = x_np.double()
-        bits_np = x_np.view(torch.int32).long()
-        parts[location] = {
-            "sum": had["sum"] + double_np.sum(1),
-            "square": had["square"] + double_np.square().sum(1),
-            "active": had["active"] + (x_np != 0).sum(1),
-            "high": _best(had["high"], _where(x_np > 0, bits_np << 32 | (_LAST - place_p))),
-            "low": _best(had["low"], _where(x_np < 0, (bits_np & _LAST) << 32 | (_LAST - place_p))),
-            "sample": _best(had["sample"], _where(x_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF))),
-        }
+        for first_n in range(0, len(x_np), _CHANNELS):
+            add({part: x[first_n : first_n + _CHANNELS] for part, x in parts[location].items()}, x_np[first_n:][:_CHANNELS])
         return x_btn
 
+    def add(had: Mapping[str, Tensor], x_np: Tensor) -> None:
+        bits_np = x_np.view(torch.int32).long()
+        had["sum"].add_(x_np.double().sum(1))
+        had["square"].add_(x_np.double().square().sum(1))
+        had["active"].add_((x_np != 0).sum(1))
+        _best(had["high"], torch.where(x_np > 0, bits_np << 32 | (_LAST - place_p), -1))
+        _best(had["low"], torch.where(x_np < 0, (bits_np & _LAST) << 32 | (_LAST - place_p), -1))
+        _best(had["sample"], torch.where(x_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF), -1))
+
     sparse.run(tokens_bt, gate=see, last_only=True)
-    ordered = {location: parts[location] for location in facts.parts}
-    return NodeFacts(facts.fingerprint, facts.seed, facts.tokens_bt, facts.order_p, first + len(tokens_bt), ordered)
+    return NodeFacts(facts.fingerprint, facts.seed, facts.tokens_bt, facts.order_p, first + len(tokens_bt), parts)
 
 
-def _where(there_np: Tensor, key_np: Tensor) -> Tensor:
-    return torch.where(there_np, key_np, -1)
-
-
-def _best(had_nk: Tensor, key_np: Tensor) -> Tensor:
-    """The largest of the keys had and of the new ones, as many as were had."""
+def _best(had_nk: Tensor, key_np: Tensor) -> None:
+    """Put into had_nk the largest of the keys that it has and of the new ones."""
     k = had_nk.shape[1]
-    return torch.cat([had_nk, key_np.topk(min(k, key_np.shape[1])).values], 1).topk(k).values
+    had_nk.copy_(torch.cat([had_nk, key_np.topk(min(k, key_np.shape[1])).values], 1).topk(k).values)
 
 
 def _float(bits_k: Tensor) -> Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, untrained
+from test_explanation import agreeing
+from test_task_result import planted_result
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -19,11 +23,14 @@ from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
 from bridge.circuit import Node, recording_gate
 from bridge.cli import app
-from bridge.dense import DenseModel
+from bridge.dense import DenseModel, load_dense
 from bridge.endpoint import KEY, Descriptions, Endpoint, EndpointError
+from bridge.explanation import Explanation, explain
 from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, token_text, write_of
 from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
 from bridge.sparse import Location
+from bridge.subject import SparseSubject
+from bridge.task_result import render_text
 
 ROWS = 24
 
@@ -83,7 +90,8 @@ def test_extremes_are_those_of_a_full_sort(facts: NodeFacts, pair: Coupling, tex
     for at, x_pn in literal(pair, text_bt).items():
         for index in range(x_pn.shape[1]):
             value_p = x_pn[:, index].tolist()
-            for side, sign in (("high", 1), ("low", -1)):
+            sides: tuple[tuple[Literal["high", "low"], int], ...] = (("high", 1), ("low", -1))
+            for side, sign in sides:
                 order = sorted((p for p, value in enumerate(value_p) if sign * value > 0), key=lambda p: (-sign * value_p[p], p))
                 expected = tuple(Context(value_p[p], *divmod(p, CONTEXT)) for p in order[:KEPT])
                 assert facts.extremes(Node(at, index), side) == expected
@@ -109,12 +117,13 @@ def test_quantiles_are_of_the_first_active_positions_in_the_shuffle(facts: NodeF
 def test_a_killed_pass_goes_on_to_the_same_bits(
     pair: Coupling, text_bt: Tensor, facts: NodeFacts, tmp_path: Path, stop: int
 ) -> None:
-    def kill(_: str) -> None:
-        kill.calls += 1
-        if kill.calls == stop:
+    calls: list[str] = []
+
+    def kill(text: str) -> None:
+        calls.append(text)
+        if len(calls) == stop:
             raise KeyboardInterrupt
 
-    kill.calls = 0
     with pytest.raises(KeyboardInterrupt):
         collect_nodes(pair, text_bt, folder=tmp_path, save_seconds=0, progress=kill)
     assert NodeFacts.load(tmp_path).rows_done == 5 * stop
@@ -199,7 +208,8 @@ def test_tokens_and_direction_are_the_literal_products(pair: Coupling, facts: No
     torch.testing.assert_close(torch.tensor(page.dense.direction), direction_d, rtol=1e-4, atol=1e-5)
     change_d = bridge.decode_change(write_s)
     torch.testing.assert_close(torch.tensor(page.dense.direction), change_d)
-    lens_v = pair.dense.model.get_output_embeddings().weight.detach() @ change_d
+    model: Any = pair.dense.model
+    lens_v = model.get_output_embeddings().weight.detach() @ change_d
     assert (ids(page.dense.promotes), ids(page.dense.demotes)) == ends(lens_v)
 
 
@@ -337,8 +347,9 @@ def test_the_endpoint_is_asked_once_and_its_line_kept(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((500, b""), "HTTP status 500"), ((302, b""), "HTTP status 302"), ((200, b"<html>"), "did not answer as a chat endpoint"),
-        ((200, b"[]"), "did not answer as"), ((200, b'{"choices": []}'), "did not answer as"), (said(None), "empty"), (said(" "), "empty"),
+        ((500, b""), "HTTP status 500"), ((302, b""), "HTTP status 302"), ((200, b"<html>"), "did not answer as a chat"),
+        ((200, b"[]"), "did not answer as"), ((200, b'{"choices": []}'), "did not answer as"), (said(None), "empty"),
+        (said(" "), "empty"),
     ],
 )  # fmt: skip
 def test_an_endpoint_that_fails_is_one_line(endpoint: Endpoint, answer: tuple[int, bytes], message: str) -> None:
@@ -363,9 +374,6 @@ def test_an_endpoint_that_is_not_there_is_one_line() -> None:
 
 @pytest.fixture
 def saved(dense_folder: Path, text_bt: Tensor, tmp_path: Path) -> Path:
-    from bridge.bridges import Coupling
-    from bridge.dense import load_dense
-
     made = untrained(load_dense(dense_folder))
     Coupling(made.dense, made.sparse, made.bridges, made.recipe, text_bt).save_pretrained(tmp_path / "coupling")
     return tmp_path / "coupling"
@@ -388,8 +396,27 @@ def test_the_command_collects_once_and_prints_pages(saved: Path, tmp_path: Path,
     asked = run("--node", "1.mlp_act[37]", "--describe-with", endpoint.url, "--model", "small")
     assert "\ndescribed 'A line.'\n" in asked and asked == run("--node", "1.mlp_act[37]")
     coupling = Coupling.from_pretrained(saved)
+    assert coupling.reference_bt is not None
+    planted_result(SparseSubject.over(coupling.sparse, coupling.reference_bt), "planted").save(tmp_path / "planted")
+    assert run("--circuit", tmp_path / "planted").count("\nwhat      ") == 6
     labels = node_labels(coupling, [Node(Location(1, "mlp_act"), 37, 4), Node(Location(1, "mlp_act"), 37, 5)])
     assert list(labels) == ["L1.mlp_act[37]"]
+
+
+def test_circuits_and_explanations_say_what_their_nodes_do(dense: DenseModel, text_bt: Tensor, tmp_path: Path) -> None:
+    coupling = agreeing(dense)
+    bare = explain(coupling, "w3 w5 w8")
+    assert bare.nodes and all(node.label is None for node in bare.nodes)
+    collect_nodes(coupling, text_bt, folder=tmp_path)
+    told = explain(replace(coupling, path=str(tmp_path)), "w3 w5 w8")
+    assert all(node.label for node in told.nodes) and f"\n            {told.nodes[0].label}"[:90] in str(told)
+    assert Explanation.from_json(told.to_json()) == told
+    result = planted_result(SparseSubject.over(coupling.sparse, text_bt), "planted")
+    labels = node_labels(replace(coupling, path=str(tmp_path)), result.circuit.nodes)
+    name = result.circuit.nodes[0].name
+    text = render_text(result, labels=labels)
+    assert "WHAT THEY DO" in text and f"  {name:<15} {labels[name]}"[:100] in text
+    assert "WHAT THEY DO" not in render_text(result)
 
 
 @pytest.mark.parametrize(
