@@ -130,8 +130,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
     kind, promotes, demotes = _tokens(coupling, node)
     inputs, outputs = (sorted(links, key=_strength) for links in (_inputs(coupling, node), _outputs(coupling, node)))
     label, summary = _summary(coupling, facts, node)
-    excerpts = (facts.extremes(node, "high"), facts.extremes(node, "low"), facts.quantiles(node))
-    high, low, quantiles = (tuple(_excerpt(tokenizer, facts.tokens_bt, c) for c in contexts) for contexts in excerpts)
+    contexts = {"high": facts.extremes(node, "high"), "low": facts.extremes(node, "low"), "quantiles": facts.quantiles(node)}
     return NodePage(
         name=node.name,
         head=index // sparse.shape.head_channels if at.kind in ("q", "k", "v") else None,
@@ -139,9 +138,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
         mean=mean,
         deviation=max(0.0, second - mean * mean) ** 0.5,
         active=float(facts.active(at)[index]),
-        high=high,
-        low=low,
-        quantiles=quantiles,
+        **{name: tuple(_excerpt(tokenizer, facts.tokens_bt, each) for each in found) for name, found in contexts.items()},
         tokens=kind,
         promotes=promotes,
         demotes=demotes,
