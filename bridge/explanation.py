@@ -29,7 +29,8 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
-from bridge.node_page import node_labels, token_text
+from bridge.node_page import node_labels
+from bridge.nodes import token_text
 from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
@@ -292,7 +293,8 @@ def _explained(ablations: Ablations, found: Found, labels: dict[str, str]) -> tu
         at, position = node.location, node.position or 0
         importance, effect = measured.get(k, (None, None))
         where = (str(node), node.name, at.layer, at.kind, node.index, position)
-        nodes.append(ExplainedNode(*where, value, mean, importance, effect, labels.get(node.name)))
+        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{node.name}", labels.get(node.name))
+        nodes.append(ExplainedNode(*where, value, mean, importance, effect, label))
     return tuple(nodes)
 
 

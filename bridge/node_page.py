@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import EMBEDDING, Node
-from bridge.nodes import Context, NodeFacts, stored_facts
+from bridge.nodes import Context, NodeFacts, stored_facts, token_text
 from bridge.sparse import Location
 
 TOKENS = 6  # promoted, demoted or embedded tokens that are listed
@@ -154,23 +154,22 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
 
 @torch.no_grad()
 def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
-    """A few words on every channel, by its name without position, from facts stored beside the coupling; {} without any."""
+    """A few words on every channel, by its name without position, from facts stored beside the coupling; {} without any.
+
+    Those on its positive and its negative values alone are under the name with + or - before it, where it had any.
+    """
     facts = stored_facts(coupling)
     if facts is None:
         return {}
     channels = {Node(node.location, node.index) for node in nodes if node.location in facts.parts}
-    return {node.name: _summary(coupling, facts, node)[0] for node in sorted(channels)}
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """A token as text; a part of a character, which has no text of its own, as the tokenizer writes it; without one, its id."""
-    if tokenizer is None:
-        return f"#{token}"
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space before a first word
-        text = f" {text}"
-    return piece if "\ufffd" in text else text
+    labels: dict[str, str] = {}
+    for node in sorted(channels):
+        labels[node.name] = _summary(coupling, facts, node)[0]
+        if facts.extremes(node, "high"):
+            labels[f"+{node.name}"] = _summary(coupling, facts, node, "high")[0]
+        if facts.extremes(node, "low"):
+            labels[f"-{node.name}"] = _summary(coupling, facts, node, "low")[0]
+    return labels
 
 
 # -- what it writes and reads -------------------------------------------------------------------------------------------------
@@ -281,13 +280,13 @@ def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
 # -- a line on it ---------------------------------------------------------------------------------------------------------------
 
 
-def _summary(coupling: Coupling, facts: NodeFacts, node: Node) -> tuple[str, str]:
-    """(label, summary): what the strongest contexts have in common, and what the node does there; short, and with counts."""
+def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
+    """(label, summary), short and long: what the contexts of a side (default the stronger) share, and what is done there."""
     tokenizer = coupling.dense.tokenizer
     high, low = facts.extremes(node, "high"), facts.extremes(node, "low")
     if not high and not low:
         return "never active", f"never active in {facts.n_tokens:,} tokens"
-    negative = sum(context.value for context in (*high, *low)) < 0
+    negative = side == "low" or (side is None and sum(context.value for context in (*high, *low)) < 0)
     contexts = low if negative else high
     parts, counts = [], []
     for word, offset in (("at ", 0), ("after ", -1), ("before ", 1)):

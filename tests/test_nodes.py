@@ -26,8 +26,8 @@ from bridge.cli import app
 from bridge.dense import DenseModel, load_dense
 from bridge.endpoint import KEY, Descriptions, Endpoint, EndpointError
 from bridge.explanation import Explanation, explain
-from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, token_text, write_of
-from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
+from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_of
+from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts, token_text
 from bridge.sparse import Location
 from bridge.subject import SparseSubject
 from bridge.task_result import render_text
@@ -399,8 +399,11 @@ def test_the_command_collects_once_and_prints_pages(saved: Path, tmp_path: Path,
     assert coupling.reference_bt is not None
     planted_result(SparseSubject.over(coupling.sparse, coupling.reference_bt), "planted").save(tmp_path / "planted")
     assert run("--circuit", tmp_path / "planted").count("\nwhat      ") == 6
-    labels = node_labels(coupling, [Node(Location(1, "mlp_act"), 37, 4), Node(Location(1, "mlp_act"), 37, 5)])
-    assert list(labels) == ["L1.mlp_act[37]"]
+    labels = node_labels(coupling, [Node(Location(1, "attn_in"), 7, 4), Node(Location(1, "attn_in"), 7, 5)])
+    name = "L1.attn_in[7]"
+    assert list(labels) == [name, f"+{name}", f"-{name}"]
+    assert labels[name] == labels[f"-{name}" if labels[name].startswith("negative") else f"+{name}"]
+    assert labels[f"-{name}"].startswith("negative")
 
 
 def test_circuits_and_explanations_say_what_their_nodes_do(dense: DenseModel, text_bt: Tensor, tmp_path: Path) -> None:
