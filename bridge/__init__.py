@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
     from bridge.frontier import Frontier
+    from bridge.node_page import NodePage, describe_node
+    from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe
     from bridge.sweep import sweep
     from bridge.training import Progress, fit
@@ -34,10 +36,14 @@ _HOME = {
     "Explanation": "explanation",
     "Faithfulness": "validate",
     "Frontier": "frontier",
+    "NodeFacts": "nodes",
+    "NodePage": "node_page",
     "Progress": "training",
     "Recipe": "recipe",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
+    "collect_nodes": "nodes",
+    "describe_node": "node_page",
     "evaluate": "evaluate",
     "explain": "explanation",
     "fit": "training",
@@ -54,10 +60,14 @@ __all__ = [
     "Explanation",
     "Faithfulness",
     "Frontier",
+    "NodeFacts",
+    "NodePage",
     "Progress",
     "Recipe",
     "Subjects",
     "TaskResult",
+    "collect_nodes",
+    "describe_node",
     "evaluate",
     "explain",
     "fit",

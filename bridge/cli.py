@@ -20,6 +20,9 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bridge.bridges import Coupling
     from bridge.evaluate import Evaluation
     from bridge.tasks.pairs import Example
     from bridge.training import Progress, Run
@@ -136,25 +139,10 @@ def eval_(
     with _one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
-        from bridge.data import DataError, load_blocks
         from bridge.evaluate import evaluate
 
         coupling = Coupling.from_pretrained(bridge, device=_device(device))
-        tokens_bt = coupling.reference_bt
-        if data is not None:
-            limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
-            blocks = load_blocks(
-                data,
-                coupling.dense.tokenizer,
-                coupling.context,
-                max_tokens=limit,
-                seed=coupling.recipe.seed,
-                dense=coupling.dense.model,
-            )
-            tokens_bt = blocks.heldout(rows)
-        if tokens_bt is None:
-            raise DataError(f"{str(bridge)!r} has no held-out text of its own; give --data")
-        result = evaluate(coupling, tokens_bt[:rows])
+        result = evaluate(coupling, _text(coupling, bridge, data, rows))
         print(_evaluation(result))
         if bridge.is_dir():
             write_json(bridge / "eval.json", result.to_json())
@@ -318,6 +306,61 @@ def sweep(
 
 
 @app.command()
+def nodes(
+    bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="A node, such as 1.mlp_act[37]; repeatable.")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Most rows of text to use; default 256.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep what is collected; default the coupling's.")] = None,
+    describe_with: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint to ask for a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to use there; a key goes in BRIDGE_DESCRIBE_KEY.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the pages as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
+    with _one_line_errors():
+        from bridge.endpoint import Descriptions, Endpoint, EndpointError
+
+        if (describe_with is None) != (model is None):
+            raise EndpointError("--describe-with and --model go together; give both or neither")
+        if describe_with is not None and not node and circuit is None:
+            raise EndpointError("which nodes to describe is not said; give --node NAME or --circuit DIR")
+        endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
+        from bridge.bridges import Coupling
+        from bridge.checkpoint import write_json
+        from bridge.circuits.result import TaskResult
+        from bridge.node_page import describe_node, render_page
+        from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
+
+        name = bridge or _shipped()
+        coupling = Coupling.from_pretrained(name, device=_device(device))
+        sizes = coupling.sparse.locations()
+        chosen = [parse_node(text, sizes) for text in node or []]
+        if circuit is not None:
+            chosen += [parse_node(each.name, sizes) for each in TaskResult.load(circuit).circuit.nodes]
+        folder = out or (Path(name) if Path(name).is_dir() else None)
+        facts = stored_facts(coupling, folder) if data is None and rows is None else None
+        if facts is None:
+            watch = _Phases()
+            facts = collect_nodes(coupling, _text(coupling, name, data, rows or 256), folder=folder, progress=watch)
+            watch.end()
+        kept = Descriptions(folder, facts.fingerprint)
+        pages: list[dict[str, Any]] = []
+        for each in dict.fromkeys(chosen):
+            page = describe_node(coupling, facts, each)
+            told = kept.ask(endpoint, page) if endpoint is not None else kept.text(page.name)
+            pages.append(page.to_json() | {"description": told})
+            print(f"{render_page(page, _width(), told)}\n", flush=True)
+        if not chosen:
+            print(render_summary(facts))
+            print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
+            print(f"next: bridge nodes --bridge {name} --node '0.mlp_act[0]'")
+        if json is not None:
+            write_json(json, pages)
+
+
+@app.command()
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
@@ -417,6 +460,19 @@ def _device(device: str) -> str:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
     return device
+
+
+def _text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
+    """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
+    from bridge.data import DataError, load_blocks
+
+    if data is None:
+        if coupling.reference_bt is None:
+            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
+        return coupling.reference_bt[:rows]
+    limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
+    dense, seed = coupling.dense, coupling.recipe.seed
+    return load_blocks(data, dense.tokenizer, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
 
 
 def _shipped() -> str:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
+from bridge.node_page import node_labels
+from bridge.nodes import token_text
 from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
@@ -64,7 +66,8 @@ class ExplainedNode:
     """A node of the circuit: its activation in the sparse model, its corpus mean, and what its deletion from the circuit does.
 
     importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits); in a large
-    circuit both are measured for those nodes alone that matter most to first order, and None for the others.
+    circuit both are measured for those nodes alone that matter most to first order, and None for the others. label is a few
+    words on the channel, where `bridge nodes` has been run on the coupling.
     """
 
     id: str
@@ -77,6 +80,7 @@ class ExplainedNode:
     mean: float
     importance: float | None
     effect: float | None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ def explain(
         dense_difference=float(question.difference(dense_v)),
         sparse_difference=float(question.difference(ablations.logits_v)),
         faithfulness=faithfulness,
-        nodes=_explained(ablations, found),
+        nodes=_explained(ablations, found, node_labels(coupling, found.circuit.nodes)),
         edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges[:MOST_EDGES]),
         counts=_counts(found, edges),
         searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
@@ -262,11 +266,7 @@ def _one_token(coupling: Coupling, text: str, role: str) -> int:
 
 
 def _token(tokenizer: Any, token: int) -> Token:
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space before a first word
-        text = f" {text}"
-    return Token(token, piece if "\ufffd" in text else text)  # a part of a character has no text of its own
+    return Token(token, token_text(tokenizer, token))
 
 
 def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
@@ -275,7 +275,7 @@ def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(_token(tokenizer, token), probability) for token, probability in pairs)
 
 
-def _explained(ablations: Ablations, found: Found) -> tuple[ExplainedNode, ...]:
+def _explained(ablations: Ablations, found: Found, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:
     question, kept_f = found.circuit.question, found.kept_f
     place_k = kept_f.nonzero().flatten()
     if not len(place_k):
@@ -291,11 +291,10 @@ def _explained(ablations: Ablations, found: Found) -> tuple[ExplainedNode, ...]:
     nodes = []
     for k, (node, value, mean) in enumerate(zip(found.circuit.nodes, value_k, mean_k, strict=True)):
         at, position = node.location, node.position or 0
-        nodes.append(
-            ExplainedNode(
-                str(node), node.name, at.layer, at.kind, node.index, position, value, mean, *measured.get(k, (None, None))
-            )
-        )
+        importance, effect = measured.get(k, (None, None))
+        where = (str(node), node.name, at.layer, at.kind, node.index, position)
+        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{node.name}", labels.get(node.name))
+        nodes.append(ExplainedNode(*where, value, mean, importance, effect, label))
     return tuple(nodes)
 
 
@@ -391,6 +390,7 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
             lines.append(
                 f"        {node.name:<{longest}}  {value:>7}  {node.mean:>+7.2f}  {node.effect or 0:>+7.2f}   {arrows}".rstrip()
             )
+            lines += [f"            {node.label}"] if node.label else []
     last = len(explanation.tokens) - 1
     answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     lines += _wrap("        D from ", ", ".join(answer[:8]), width)

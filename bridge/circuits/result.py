@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ NULLS: dict[Null, str] = {
     "weights": "every matrix of the sparse model with its entries permuted",
     "shuffled": "the names that are right and wrong answers dealt out anew among the prompts",
 }
+LABELLED = 24  # nodes of which the text says what they do
 _EDGE_KINDS = ("weight", "value")
 
 
@@ -205,8 +207,8 @@ def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None
     write_json(path / "circuit.json", {"format": FORMAT, "task": task, "failed": why, **sizes})
 
 
-def render_text(result: TaskResult, width: int = 100) -> str:
-    """The result as a person reads it."""
+def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] | None = None) -> str:
+    """The result as a person reads it; labels are a few words on nodes, by name."""
     facts, faith = result.facts, result.faithfulness
     lines = [
         f"task      {facts.task} ({facts.language}; {facts.sparse_scores.pairs} held-out pairs, {facts.drop_rate:.0%} dropped)",
@@ -237,7 +239,8 @@ def render_text(result: TaskResult, width: int = 100) -> str:
         )
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
-    return "\n".join([*lines, "", *_nodes(result, width), "", *_evidence(faith.measures), "", f"{facts.seconds:.0f} s"])
+    nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
+    return "\n".join([*lines, "", *nodes, "", *_evidence(faith.measures), "", f"{facts.seconds:.0f} s"])
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
@@ -253,6 +256,18 @@ def _nodes(result: TaskResult, width: int) -> list[str]:
         text = f"  {f'L{location.layer}.{location.kind}':<13} {len(names):>4}: {', '.join(names)}"
         lines.append(textwrap.shorten(text.strip(), 2 * width, placeholder=" ...").join(("  ", "")))
     return lines
+
+
+def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list[str]:
+    """The nodes with labels whose edges have the largest effects in sum, and what is said of them."""
+    effect: defaultdict[str, float] = defaultdict(float)
+    for edge in result.circuit.edges or ():
+        for end in (edge.source, edge.target):
+            effect[end.name] += abs(edge.effect)
+    known = [node.name for node in result.circuit.nodes if node.name in labels]
+    told = sorted(known, key=lambda name: -effect[name])[:LABELLED]
+    lines = [f"  {name:<15} {labels[name]}"[:width] for name in told]
+    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if told else []
 
 
 def _evidence(measures: tuple[Measure, ...]) -> list[str]:

@@ -16,6 +16,7 @@ from bridge.circuits.compare import Sizes, compare, heat_map, mean_sizes, render
 from bridge.circuits.masks import Aim, MaskError, spread
 from bridge.circuits.result import NULLS, Size, TaskResult, render_text, save_failure
 from bridge.circuits.search import JUDGED, Subjects, UnsolvedError, search_task, whole_size
+from bridge.node_page import node_labels
 from bridge.tasks.pairs import TaskError, load_task
 from bridge.tasks.tokens import Resolved, resolve
 from bridge.wiring import DenseModelError
@@ -55,7 +56,7 @@ def run_task(
         return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
     if out is not None:
         result.save(out)
-    return render_text(result, width)
+    return render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
 
 
 def run_suite(
@@ -92,7 +93,7 @@ def run_suite(
         results.append(result)
         if folder is not None:
             result.save(folder)
-        yield render_text(result, width)
+        yield render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
     yield _compared(subjects, results, named, failed, out, progress, options)
 
 

@@ -1,6 +1,6 @@
 """The kernels against torch: AbsTopK, the magnitude projection, and sparse products with both gradients.
 
-    python tests/benchmarks/kernels.py [--rounds 5] [--threads 1] [--device cpu]
+    python tests/benchmarks/kernel_times.py [--rounds 5] [--threads 1] [--device cpu]
 
 Contenders take turns in one process; medians in milliseconds, and ratios. "peak" is the rate of torch.matmul in float32 at the
 same sizes, which comes near the machine's multiply-add rate. On a GPU only AbsTopK and the projection have kernels.
