@@ -204,8 +204,8 @@ class _SparseLinear(torch.autograd.Function):
             dbias_m = dy.x_bnt.sum((0, 2))
         look = ctx.matrix.look
         if look is not None:
-            for dy_mt, x_nt in zip(dy.x_bnt, x_bnt, strict=True):
-                look.gradient_mn.addmm_(dy_mt, x_nt.T)
+            dy_mt, x_nt = (inside.permute(1, 0, 2).flatten(1) for inside in (dy.x_bnt, x_bnt))
+            look.gradient_mn.addmm_(dy_mt, x_nt.T)
         return dx_btn, dvalue_p, dbias_m, None
 
 
