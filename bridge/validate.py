@@ -162,6 +162,8 @@ class Faithfulness:
         numbers = f"rank correlation {profile.value:.2f}, {CORRELATION:g} asked, {profile.control.bar:.2f} by chance"
         if profile.passed:
             return f"In the dense model its nodes have effects that rank as in the sparse one ({numbers})."
+        if profile.value > profile.control.bar:
+            return f"In the dense model the effects follow in part ({numbers}): this is weak evidence about it."
         return f"In the dense model the effects do not follow ({numbers}): this is evidence about the sparse model only."
 
 
