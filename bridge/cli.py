@@ -6,26 +6,32 @@ error and exit code 2; a run that had to stop is exit code 1, one that was asked
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+
+from bridge.terminal import (
+    Phases,
+    Several,
+    Watcher,
+    choose_device,
+    evaluation_table,
+    held_out_text,
+    one_line_errors,
+    print_run,
+    sample_prompt,
+    shipped_coupling,
+    show_phase,
+    terminal_width,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bridge.bridges import Coupling
-    from bridge.evaluate import Evaluation
-    from bridge.tasks.pairs import Example
-    from bridge.training import Progress, Run
+    pass
 
 app = typer.Typer(
     help="Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it.",
@@ -44,10 +50,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 @app.command()
 def info(model: Model, adapter: Adapter = None, revision: Revision = None, device: Device = "auto") -> None:
     """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.dense import load_dense
 
-        dense = load_dense(model, adapter=adapter, revision=revision, device=_device(device))
+        dense = load_dense(model, adapter=adapter, revision=revision, device=choose_device(device))
         kinds = list(dense.sublayers)
         parameters = sum(p.numel() for p in dense.model.parameters())
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -90,7 +96,7 @@ def fit(
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
 ) -> None:
     """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.recipe import RecipeError, parse_setting, recipe_values
 
         values = recipe_values(
@@ -110,8 +116,8 @@ def fit(
 
         run = prepare(name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with)
         if run.accelerator.is_main_process:
-            _describe(run, memory_needed(run.coupling.dense, run.coupling.recipe))
-        watch = _Watcher(quiet=not run.accelerator.is_main_process)
+            print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe))
+        watch = Watcher(quiet=not run.accelerator.is_main_process)
         started = time.monotonic()
         try:
             for progress in train(run, stretch_minutes=stretch):
@@ -136,14 +142,14 @@ def eval_(
     device: Device = "auto",
 ) -> None:
     """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.evaluate import evaluate
 
-        coupling = Coupling.from_pretrained(bridge, device=_device(device))
-        result = evaluate(coupling, _text(coupling, bridge, data, rows))
-        print(_evaluation(result))
+        coupling = Coupling.from_pretrained(bridge, device=choose_device(device))
+        result = evaluate(coupling, held_out_text(coupling, bridge, data, rows))
+        print(evaluation_table(result))
         if bridge.is_dir():
             write_json(bridge / "eval.json", result.to_json())
 
@@ -159,16 +165,16 @@ def explain(
     device: Device = "auto",
 ) -> None:
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.explanation import explain as explain_prompt
         from bridge.explanation import render_text
 
-        coupling = Coupling.from_pretrained(bridge or _shipped(), device=_device(device))
-        note = _note if sys.stderr.isatty() else None
+        coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
+        note = show_phase if sys.stderr.isatty() else None
         explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note)
-        print(render_text(explanation, width=_width()))
+        print(render_text(explanation, width=terminal_width()))
         if json is not None:
             write_json(json, explanation.to_json())
 
@@ -190,7 +196,7 @@ def circuit(
     device: Device = "auto",
 ) -> None:
     """Find the circuit of a task in the sparse model, with its evidence, and the dense model's at the same loss beside it."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.recipe import RecipeError
 
         if (task is None) == (not all_):
@@ -205,42 +211,22 @@ def circuit(
         from bridge.circuits.suite import run_suite, run_task
         from bridge.tasks.pairs import task_names
 
-        subjects = Subjects.of(Coupling.from_pretrained(bridge or _shipped(), device=_device(device)))
-        watch = _Phases()
+        subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
+        watch = Phases()
         options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": dense, "null": null, "work": work * WORK}
         if task is not None:
-            text = run_task(subjects, task, aim, out=out, progress=watch, width=_width(), **options)
+            text = run_task(subjects, task, aim, out=out, progress=watch, width=terminal_width(), **options)
             watch.end()
             print(text)
         else:
-            for text in run_suite(subjects, task_names(language), aim, out=out, progress=watch, width=_width(), **options):
+            for text in run_suite(
+                subjects, task_names(language), aim, out=out, progress=watch, width=terminal_width(), **options
+            ):
                 watch.end()
                 print(f"{text}\n", flush=True)
 
 
-class _Several(TyperCommand):
-    """A command whose `--l0 .1 .2 --tasks a b` is `--l0 .1 --l0 .2 --tasks a --tasks b`."""
-
-    numbers, words = ("--l0", "--width"), ("--tasks", "--load")
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
-        spread: list[str] = []
-        option, values = "", 0
-        for word in args:
-            if word.startswith("-"):
-                option, values = word if word in self.numbers + self.words else "", 0
-            elif option:
-                if values and option in self.numbers and not _is_number(word):
-                    option = ""  # the model
-                elif values:
-                    spread.append(option)
-                values += 1
-            spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
-@app.command(cls=_Several)
+@app.command(cls=Several)
 def sweep(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; or the recipe's.")] = None,
     l0: Annotated[list[float] | None, typer.Option(help="Below 1 fractions of weights that stay, from 1 on numbers.")] = None,
@@ -266,7 +252,7 @@ def sweep(
     dtype: Annotated[str, typer.Option(help="Of the fits: float32, or bfloat16 products.")] = "float32",
 ) -> None:
     """Fit or load couplings over several L0 and widths, and plot capability against the size of circuits; resumable."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.recipe import RecipeError, RunError, parse_setting
 
         if out is None:
@@ -281,7 +267,7 @@ def sweep(
         from bridge.sweep import sweep as run_sweep
         from bridge.training import FitStopped
 
-        watch = _Phases()
+        watch = Phases()
 
         def stage(text: str) -> None:
             watch.end()
@@ -291,7 +277,7 @@ def sweep(
             frontier = run_sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
                 aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
-                seeds=seeds, dense=dense, work=work * WORK, rows=rows, device=_device(device), dtype=dtype,
+                seeds=seeds, dense=dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
                 on_stage=stage, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
@@ -319,7 +305,7 @@ def nodes(
     device: Device = "auto",
 ) -> None:
     """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.endpoint import Descriptions, Endpoint, EndpointError
 
         if (describe_with is None) != (model is None):
@@ -333,8 +319,8 @@ def nodes(
         from bridge.node_page import describe_node, render_page
         from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
 
-        name = bridge or _shipped()
-        coupling = Coupling.from_pretrained(name, device=_device(device))
+        name = bridge or shipped_coupling()
+        coupling = Coupling.from_pretrained(name, device=choose_device(device))
         sizes = coupling.sparse.locations()
         chosen = [parse_node(text, sizes) for text in node or []]
         if circuit is not None:
@@ -342,8 +328,8 @@ def nodes(
         folder = out or (Path(name) if Path(name).is_dir() else None)
         facts = stored_facts(coupling, folder) if data is None and rows is None else None
         if facts is None:
-            watch = _Phases()
-            facts = collect_nodes(coupling, _text(coupling, name, data, rows or 256), folder=folder, progress=watch)
+            watch = Phases()
+            facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
             watch.end()
         kept = Descriptions(folder, facts.fingerprint)
         pages: list[dict[str, Any]] = []
@@ -351,7 +337,7 @@ def nodes(
             page = describe_node(coupling, facts, each)
             told = kept.ask(endpoint, page) if endpoint is not None else kept.text(page.name)
             pages.append(page.to_json() | {"description": told})
-            print(f"{render_page(page, _width(), told)}\n", flush=True)
+            print(f"{render_page(page, terminal_width(), told)}\n", flush=True)
         if not chosen:
             print(render_summary(facts))
             print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
@@ -372,7 +358,7 @@ def tasks(
     device: Device = "auto",
 ) -> None:
     """List the tasks, and how well the dense and the sparse model do on them."""
-    with _one_line_errors():
+    with one_line_errors():
         from bridge.tasks.pairs import SPLITS, TaskError, load_task, task_names
         from bridge.tasks.tokens import resolve, score
 
@@ -387,13 +373,13 @@ def tasks(
         if dense is not None:
             from bridge.dense import load_dense
 
-            of = load_dense(dense, device=_device(device))
+            of = load_dense(dense, device=choose_device(device))
             models: dict[str, Any] = {"dense": of}
             context = of.context
         else:
             from bridge.bridges import Coupling
 
-            coupling = Coupling.from_pretrained(bridge or _shipped(), device=_device(device))
+            coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
             of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
         print(f"{split} split, both members of every pair scored, by {of.name}\n")
         columns = "".join(f"{name:>8}" for name in models)
@@ -412,7 +398,9 @@ def tasks(
             )  # fmt: skip
             numbers = "".join(f"{scores[name].accuracy:8.2f}" if scores else f"{'-':>8}" for name in models)
             example = next(iter(pairs.examples or task.examples[split]), None)
-            print(f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {_sample(example, 43 + 8 * len(models))}")
+            print(
+                f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample_prompt(example, 43 + 8 * len(models))}"
+            )
         solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= 0.9 for row in rows) for name in models}
         print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
         if json is not None:
@@ -429,197 +417,6 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     app()
     raise SystemExit(0)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from bridge.recipe import RunError, UserError
-
-    try:
-        yield
-    except (UserError, RunError) as error:
-        _fail(str(error), 2 if isinstance(error, UserError) else 1)
-    except OSError as error:
-        _fail(f"{error.strerror or error} ({error.filename or 'no file named'})", 2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(f"bridge: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _device(device: str) -> str:
-    import torch
-
-    from bridge.recipe import RecipeError
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
-    return device
-
-
-def _text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
-    """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
-    from bridge.data import DataError, load_blocks
-
-    if data is None:
-        if coupling.reference_bt is None:
-            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
-        return coupling.reference_bt[:rows]
-    limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
-    dense, seed = coupling.dense, coupling.recipe.seed
-    return load_blocks(data, dense.tokenizer, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
-
-
-def _shipped() -> str:
-    from bridge.checkpoint import CheckpointError
-
-    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
-    if not folder.is_dir():
-        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
-    return str(folder)
-
-
-def _width() -> int:
-    import shutil
-
-    return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _sample(example: Example | None, taken: int) -> str:
-    """As much of the end of a prompt as fits on a line, and its answer."""
-    if example is None:
-        return ""
-    answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
-    room = max(16, _width() - taken - len(answer) - 5)
-    prompt = repr(example.prompt)
-    return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
-
-
-def _note(phase: str) -> None:
-    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
-
-
-class _Phases:
-    """What a search is at, on standard error: a line with a bar that is rewritten on a terminal, one now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.last = self.started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        if not self.terminal and now - self.last < 15:
-            return
-        self.last = now
-        words = text.replace(",", "").split()
-        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
-        bar = ""
-        if "step" in words and step.isdigit() and of.isdigit():
-            done = round(16 * int(step) / max(1, int(of)))
-            bar = f"[{'#' * done}{'.' * (16 - done)}] "
-        line = f"{int(now - self.started):>4} s  {bar}{text}"[: _width()]
-        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _describe(run: Run, needed: int) -> None:
-    import psutil
-
-    recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
-    weights = sum(weight.numel() for weight in sparse.sparse_weights().values())
-    l0 = recipe.sparsity.l0
-    kept = l0 * weights if l0 < 1 else l0
-    how = "coupled at every site" if recipe.losses.coupled else "uncoupled: trained on text alone"
-    free = psutil.virtual_memory().available
-    print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
-    print(
-        f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
-    )
-    if not run.resume:
-        print(f"start   {run.started or 'random'}")
-    print(f"data    {run.blocks.description}")
-    print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
-    if needed > free and dense.device.type == "cpu":
-        print("        that may not fit; lower --width or --set data.rows=...", flush=True)
-
-
-class _Watcher:
-    """A line a person can watch: rewritten in place on a terminal, one every half minute when redirected."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.terminal = sys.stdout.isatty()
-        self.last = -math.inf
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
-            return
-        self.last = now
-        line = _progress(progress)
-        print(f"\r\033[K{line[: _width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
-
-    def end(self) -> None:
-        if self.terminal and not self.quiet:
-            print()
-
-
-def _progress(progress: Progress) -> str:
-    short = {"nmse_encoder": "nmse-f", "nmse_decoder": "nmse-g", "hybrid_in": "in", "hybrid_out": "out", "hybrid_both": "both"}
-    losses = "  ".join(f"{short.get(name, name)} {value:.3f}" for name, value in progress.losses.items() if name != "total")
-    left = int(progress.seconds_left)
-    clock = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
-    return (
-        f"{progress.fraction:4.0%}  {progress.tokens / 1e6:.2f} M tokens  {losses}  L0 {progress.l0:.4f}  "
-        f"{progress.tokens_per_second:,.0f} tok/s  {clock} left"
-    )
-
-
-def _evaluation(result: Evaluation) -> str:
-    lines = [
-        f"{result.tokens:,} held-out tokens; KL and CE in nats per token",
-        "",
-        "                explained variance             KL to dense      CE recovered",
-        "site  read by   encoder (later)  decoder (later)    in     out      in     out   CE in   CE out  CE mean",
-    ]
-    for row in result.sites:
-        lines.append(
-            f"{row.site:>4}  {row.read_by:<8}  {row.ev_encoder:7.3f} {row.ev_encoder_later:7.3f} {row.ev_decoder:8.3f} "
-            f"{row.ev_decoder_later:7.3f} {row.kl_in:7.3f} {row.kl_out:7.3f} {row.recovered_in:7.3f} {row.recovered_out:7.3f} "
-            f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
-        )
-    dead = result.dead_neurons / result.neurons if result.neurons else 0.0
-    facts: list[tuple[str, Any]] = [
-        ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
-        ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
-        ("CE recovered, mean", f"dense to sparse {result.recovered_in:.3f}, sparse to dense {result.recovered_out:.3f}"),
-        ("explained variance, mean", f"encoder {result.ev_encoder:.3f}, decoder {result.ev_decoder:.3f}"),
-        (
-            "top-1 agreement with dense",
-            f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
-        ),
-        ("nonzero weights", f"{result.l0:.4f} (1/{1 / max(result.l0, 1e-9):.1f})"),
-        ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
-    ]
-    lines += ["", *(f"{name:<27} {value}" for name, value in facts)]
-    lines += ["", "in: dense until the site, encoded, sparse to the end; out: the reverse; later: without the first position."]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bridge.kernels.attention import attend
 from bridge.kernels.cpu import tokens_contiguous
-from bridge.kernels.products import Compact, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.kernels.top_k import abs_top_k, gelu, project_, top_k_mask
 from bridge.recipe import RecipeError, SparseShape, n_kept
 from bridge.residual import Enter, Trace, run
@@ -197,7 +197,11 @@ class SparseTransformer(nn.Module):
     def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
         """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
         matrix = self.compact.get(name)
-        if matrix is not None and weight is not None and matrix.version != weight._version:
+        if matrix is None or weight is None:
+            return matrix
+        if weight.requires_grad:
+            return None  # somebody wants the gradient of the dense one
+        if matrix.source != source_of(weight):
             matrix = self.compact[name] = Compact.of(weight)
         return matrix
 

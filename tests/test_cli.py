@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 from bridge import checkpoint, training
 from bridge.bridges import Coupling
-from bridge.cli import _Watcher, app
+from bridge.cli import app
 from bridge.dense import load_dense
+from bridge.terminal import Watcher
 from bridge.training import Progress
 
 TINY = ["--set", "sparse.width=32", "--set", "sparse.head_channels=8", "--set", "data.rows=4", "--device", "cpu"]
@@ -108,7 +109,7 @@ def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], de
 def test_progress_when_redirected_is_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    watch = _Watcher(quiet=False)
+    watch = Watcher(quiet=False)
     for second in range(0, 100, 5):
         clock[0] = float(second)
         watch(Progress(second, 100, second * 64, second / 100, {"total": 2.0, "ce": 1.25}, 0.5, 64.0, 3723.0))

@@ -219,3 +219,25 @@ def test_a_weight_that_was_changed_is_seen(frozen: Coupling) -> None:
     frozen.sparse.use_products()
     frozen.sparse.project(FRACTION / 4)
     assert not frozen.sparse.compact, "a projection packs anew"
+
+
+def test_a_copy_does_not_see_the_weights_of_the_original(frozen: Coupling) -> None:
+    tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    weight = frozen.sparse.get_parameter("blocks.0.up.weight")
+    with torch.no_grad():
+        for _ in range(3):
+            weight.mul_(1.0)
+    frozen.sparse.use_products()
+    before, other = frozen.sparse(tokens_bt), copy.deepcopy(frozen.sparse)
+    with torch.no_grad():
+        for _ in range(weight._version):  # as often as the original was written to
+            other.get_parameter("blocks.0.up.weight").mul_(1.5)
+    assert not torch.allclose(other(tokens_bt), before)
+
+
+def test_a_dense_gradient_can_be_asked_for(frozen: Coupling) -> None:
+    tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    frozen.sparse.use_products()
+    weight = frozen.sparse.get_parameter("blocks.0.up.weight").requires_grad_()
+    (gradient_mn,) = torch.autograd.grad(frozen.sparse(tokens_bt).square().sum(), weight)
+    assert int(gradient_mn[weight == 0].count_nonzero()) > 0

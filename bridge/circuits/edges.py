@@ -50,6 +50,7 @@ class Pruned:
     def __init__(self, subject: SparseSubject) -> None:
         self.before = {matrix.name: matrix for matrix in subject.matrices()}
         sparse = copy.deepcopy(subject.sparse).requires_grad_(False)
+        sparse.compact.clear()  # its weights change with every set of edges that is tried
         self.subject = SparseSubject(sparse, subject.means)
         self.bias = {name: self._linear(name).bias.detach().clone() for name in self.before}
 

@@ -82,26 +82,31 @@ class Look:
 class Compact:
     """A matrix by its nonzeros: where, and their values; `look`, where set, collects the dense gradient.
 
-    version is that of the dense weight it was packed from.
+    source tells which dense weight it was packed from, and in which state.
     """
 
     pattern: Pattern
     value_p: Tensor
     look: Look | None = None
-    version: int = -1
+    source: tuple[int, int] = (0, -1)
 
     @staticmethod
     def of(weight_mn: Tensor) -> Compact:
         """The nonzeros of a matrix."""
         index_p = weight_mn.detach().reshape(-1).nonzero().flatten()
         shape = (weight_mn.shape[0], weight_mn.shape[1])
-        return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), version=weight_mn._version)
+        return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), source=source_of(weight_mn))
 
     def dense(self) -> Tensor:
         """weight_mn."""
         weight_mn = torch.zeros(self.pattern.shape)
         weight_mn.view(-1)[self.pattern.index_p] = self.value_p.detach()
         return weight_mn
+
+
+def source_of(weight_mn: Tensor) -> tuple[int, int]:
+    """What tells a weight and its state apart from others, as long as it lives: where it is, and how often it was written to."""
+    return weight_mn.data_ptr(), weight_mn._version
 
 
 def tokens_inside(x_btn: Tensor) -> Tensor:

@@ -1,0 +1,249 @@
+"""What the commands share: how they refuse in one line, show progress, and print what they found."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bridge.bridges import Coupling
+    from bridge.evaluate import Evaluation
+    from bridge.tasks.pairs import Example
+    from bridge.training import Progress, Run
+
+
+class Several(TyperCommand):
+    """A command whose `--l0 .1 .2 --tasks a b` is `--l0 .1 --l0 .2 --tasks a --tasks b`."""
+
+    numbers, words = ("--l0", "--width"), ("--tasks", "--load")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = word if word in self.numbers + self.words else "", 0
+            elif option:
+                if values and option in self.numbers and not is_number(word):
+                    option = ""  # the model
+                elif values:
+                    spread.append(option)
+                values += 1
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A context in which what a user can mend ends the command in one line: exit code 2, or 1 for a run that had to stop."""
+    from bridge.recipe import RunError, UserError
+
+    try:
+        yield
+    except (UserError, RunError) as error:
+        refuse(str(error), 2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        refuse(f"{error.strerror or error} ({error.filename or 'no file named'})", 2)
+
+
+def refuse(message: str, code: int) -> NoReturn:
+    """Print one line on standard error and exit."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(f"bridge: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def choose_device(device: str) -> str:
+    """Cpu or cuda for auto, cpu or cuda; raises where that is not to be had."""
+    import torch
+
+    from bridge.recipe import RecipeError
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
+    return device
+
+
+def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
+    """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
+    from bridge.data import DataError, load_blocks
+
+    if data is None:
+        if coupling.reference_bt is None:
+            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
+        return coupling.reference_bt[:rows]
+    limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
+    dense, seed = coupling.dense, coupling.recipe.seed
+    return load_blocks(data, dense.tokenizer, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
+
+
+def shipped_coupling() -> str:
+    """The coupling that ships, or a line that says to name one."""
+    from bridge.checkpoint import CheckpointError
+
+    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
+    if not folder.is_dir():
+        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
+    return str(folder)
+
+
+def terminal_width() -> int:
+    """Columns to print in."""
+    import shutil
+
+    return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def is_number(word: str) -> bool:
+    """Whether a word reads as a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def sample_prompt(example: Example | None, taken: int) -> str:
+    """As much of the end of a prompt as fits on a line, and its answer."""
+    if example is None:
+        return ""
+    answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
+    room = max(16, terminal_width() - taken - len(answer) - 5)
+    prompt = repr(example.prompt)
+    return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
+
+
+def show_phase(phase: str) -> None:
+    """Show what is going on, over what was shown before."""
+    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+
+
+class Phases:
+    """What a search is at, on standard error: a line with a bar that is rewritten on a terminal, one now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = self.started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Show where a search is."""
+        now = time.monotonic()
+        if not self.terminal and now - self.last < 15:
+            return
+        self.last = now
+        words = text.replace(",", "").split()
+        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
+        bar = ""
+        if "step" in words and step.isdigit() and of.isdigit():
+            done = round(16 * int(step) / max(1, int(of)))
+            bar = f"[{'#' * done}{'.' * (16 - done)}] "
+        line = f"{int(now - self.started):>4} s  {bar}{text}"[: terminal_width()]
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def print_run(run: Run, needed: int) -> None:
+    """Print what a fit is about to do."""
+    import psutil
+
+    recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
+    weights = sum(weight.numel() for weight in sparse.sparse_weights().values())
+    l0 = recipe.sparsity.l0
+    kept = l0 * weights if l0 < 1 else l0
+    how = "coupled at every site" if recipe.losses.coupled else "uncoupled: trained on text alone"
+    free = psutil.virtual_memory().available
+    print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
+    print(
+        f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
+    )
+    if not run.resume:
+        print(f"start   {run.started or 'random'}")
+    print(f"data    {run.blocks.description}")
+    print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
+    if needed > free and dense.device.type == "cpu":
+        print("        that may not fit; lower --width or --set data.rows=...", flush=True)
+
+
+class Watcher:
+    """A line a person can watch: rewritten in place on a terminal, one every half minute when redirected."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty()
+        self.last = -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where a fit is."""
+        now = time.monotonic()
+        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
+            return
+        self.last = now
+        line = progress_line(progress)
+        print(f"\r\033[K{line[: terminal_width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.terminal and not self.quiet:
+            print()
+
+
+def progress_line(progress: Progress) -> str:
+    """A fit's progress in a line."""
+    short = {"nmse_encoder": "nmse-f", "nmse_decoder": "nmse-g", "hybrid_in": "in", "hybrid_out": "out", "hybrid_both": "both"}
+    losses = "  ".join(f"{short.get(name, name)} {value:.3f}" for name, value in progress.losses.items() if name != "total")
+    left = int(progress.seconds_left)
+    clock = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+    return (
+        f"{progress.fraction:4.0%}  {progress.tokens / 1e6:.2f} M tokens  {losses}  L0 {progress.l0:.4f}  "
+        f"{progress.tokens_per_second:,.0f} tok/s  {clock} left"
+    )
+
+
+def evaluation_table(result: Evaluation) -> str:
+    """An evaluation as a table."""
+    lines = [
+        f"{result.tokens:,} held-out tokens; KL and CE in nats per token",
+        "",
+        "                explained variance             KL to dense      CE recovered",
+        "site  read by   encoder (later)  decoder (later)    in     out      in     out   CE in   CE out  CE mean",
+    ]
+    for row in result.sites:
+        lines.append(
+            f"{row.site:>4}  {row.read_by:<8}  {row.ev_encoder:7.3f} {row.ev_encoder_later:7.3f} {row.ev_decoder:8.3f} "
+            f"{row.ev_decoder_later:7.3f} {row.kl_in:7.3f} {row.kl_out:7.3f} {row.recovered_in:7.3f} {row.recovered_out:7.3f} "
+            f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
+        )
+    dead = result.dead_neurons / result.neurons if result.neurons else 0.0
+    facts: list[tuple[str, Any]] = [
+        ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
+        ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
+        ("CE recovered, mean", f"dense to sparse {result.recovered_in:.3f}, sparse to dense {result.recovered_out:.3f}"),
+        ("explained variance, mean", f"encoder {result.ev_encoder:.3f}, decoder {result.ev_decoder:.3f}"),
+        (
+            "top-1 agreement with dense",
+            f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
+        ),
+        ("nonzero weights", f"{result.l0:.4f} (1/{1 / max(result.l0, 1e-9):.1f})"),
+        ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
+    ]
+    lines += ["", *(f"{name:<27} {value}" for name, value in facts)]
+    lines += ["", "in: dense until the site, encoded, sparse to the end; out: the reverse; later: without the first position."]
+    return "\n".join(lines)
