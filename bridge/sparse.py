@@ -79,7 +79,7 @@ class SparseTransformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocabulary, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
         self.blocks = nn.ModuleList(_Block(width, width // shape.head_channels, neurons) for _ in range(n_blocks))
-        self.unembedding = nn.Linear(width, vocabulary)
+        self.unembedding = _Linear(width, vocabulary)
         self.bigram: nn.ParameterList = nn.ParameterList()
         if shape.bigram == "full":
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, vocabulary)))
@@ -205,9 +205,9 @@ class SparseTransformer(nn.Module):
             matrix = self.compact[name] = Compact.of(weight)
         return matrix
 
-    def _map(self, name: str, linear: nn.Linear, x_btn: Tensor) -> Tensor:
-        matrix = self._matrix(f"{name}.weight", linear.weight)
-        return linear(x_btn) if matrix is None else sparse_linear(x_btn, matrix, linear.bias)
+    def _map(self, name: str, linear: _Linear, x_btn: Tensor) -> Tensor:
+        linear.matrix = self._matrix(f"{name}.weight", linear.weight)
+        return linear(x_btn)
 
     def _attention_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
@@ -369,16 +369,26 @@ def annealed_l0(l0: float, progress: float, anneal: float) -> float:
     return max(l0, l0 ** min(1.0, progress / anneal))
 
 
+class _Linear(nn.Linear):
+    """A linear map, through its nonzeros where it is given them; a module either way, so that hooks see what it reads."""
+
+    matrix: Compact | None = None
+
+    def forward(self, x_btn: Tensor) -> Tensor:
+        """y_btm."""
+        return super().forward(x_btn) if self.matrix is None else sparse_linear(x_btn, self.matrix, self.bias)
+
+
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, neurons: int) -> None:
         super().__init__()
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.o = nn.Linear(width, width)
+        self.q = _Linear(width, width)
+        self.k = _Linear(width, width)
+        self.v = _Linear(width, width)
+        self.o = _Linear(width, width)
         self.sinks = nn.Parameter(torch.empty(heads))
-        self.up = nn.Linear(width, neurons)
-        self.down = nn.Linear(neurons, width)
+        self.up = _Linear(width, neurons)
+        self.down = _Linear(neurons, width)
 
 
 def norm_scale(x_bts: Tensor) -> Tensor:

@@ -219,22 +219,29 @@ def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -
 def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Generator, *, outside: bool = False) -> Tensor:
     """kept_cf of random circuits: at each location as many nodes as the circuit has, as many of them active, that can matter.
 
-    None of them the circuit's own with `outside`. No circuit at all where there are no nodes, or too few to draw from.
+    None of them the circuit's own with `outside`; where a location then has too few, the rest comes from other locations. No
+    circuit at all where there are no nodes, or too few to draw from.
     """
     pool_f = reachable(ablations.sparse, ablations.space).to(kept_f.device)
     pool_f = pool_f & ~kept_f if outside else pool_f | kept_f
-    active = ablations.space.split(ablations.value_f != 0)
-    kept, pool = ablations.space.split(kept_f), ablations.space.split(pool_f)
+    active_f = ablations.value_f != 0
+    active, kept, pool = (ablations.space.split(x) for x in (active_f, kept_f, pool_f))
     random_cf = torch.zeros(RANDOM_CIRCUITS, len(kept_f), dtype=torch.bool, device=kept_f.device)
+    missing = {True: 0, False: 0}
     for location, random_ctn in ablations.space.split(random_cf).items():
-        for active_tn in (active[location], ~active[location]):
+        for on, active_tn in ((True, active[location]), (False, ~active[location])):
             wanted = int((kept[location] & active_tn).sum())
             place_2n = (pool[location] & active_tn).nonzero()
-            if wanted > len(place_2n):
-                return random_cf[:0]
+            missing[on] += max(0, wanted - len(place_2n))
             for circuit_tn in random_ctn:
-                token_n, index_n = _some(place_2n, wanted, generator).unbind(1)
+                token_n, index_n = _some(place_2n, min(wanted, len(place_2n)), generator).unbind(1)
                 circuit_tn[token_n, index_n] = True
+    for on, count in missing.items():
+        for random_f in random_cf:
+            left_n1 = (pool_f & (active_f == on) & ~random_f).nonzero()
+            if count > len(left_n1):
+                return random_cf[:0]
+            random_f[_some(left_n1, count, generator).flatten()] = True
     return random_cf if kept_f.any() else random_cf[:0]
 
 
