@@ -155,6 +155,24 @@ class SparseTransformer(nn.Module):
         """logits_btv of a plain run."""
         return self.run(tokens_bt).logits_btv
 
+    @torch.no_grad()
+    def generate(self, tokens_bt: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """tokens_bt with `count` more: the likeliest ones, or drawn at a temperature; beyond its context it sees the last tokens.
+
+        Raises ValueError for rows without a token, which leave nothing to go on from.
+        """
+        if not tokens_bt.shape[1]:
+            raise ValueError("there is no token to go on from; give rows of at least one")
+        generator = torch.Generator(tokens_bt.device).manual_seed(seed)
+        for _ in range(count):
+            logits_bv = self.run(tokens_bt[:, -self.context :], last_only=True).logits_btv[:, -1].float()
+            if temperature > 0:
+                next_b1 = torch.multinomial((logits_bv / temperature).softmax(-1), 1, generator=generator)
+            else:
+                next_b1 = logits_bv.argmax(-1, keepdim=True)
+            tokens_bt = torch.cat([tokens_bt, next_b1], 1)
+        return tokens_bt
+
     def gated(self, gate: Gate) -> Gated:
         """The same weights seen through `gate`, again a residual model."""
         return Gated(self, gate)
