@@ -212,13 +212,13 @@ class Coupling:
             bridges.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         except RuntimeError:
             raise CheckpointError(f"the tensors of {str(folder)!r} do not fit its recipe; fetch or fit it again") from None
-        sparse.requires_grad_(False).eval()
+        sparse = sparse.to(dense.device).requires_grad_(False).eval()
         sparse.use_products()
         bridges.requires_grad_(False).eval()
         reference_bt = tensors.get("reference_bt")
         return Coupling(
             dense,
-            sparse.to(dense.device),
+            sparse,
             bridges.to(dense.device),
             recipe,
             None if reference_bt is None else reference_bt.long(),

@@ -217,8 +217,8 @@ class SparseTransformer(nn.Module):
         matrix = self.compact.get(name)
         if matrix is None or weight is None:
             return matrix
-        if weight.requires_grad:
-            return None  # somebody wants the gradient of the dense one
+        if weight.requires_grad or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return None  # somebody wants the gradient of the dense one, or it went where there is no kernel
         if matrix.source != source_of(weight):
             matrix = self.compact[name] = Compact.of(weight)
         return matrix

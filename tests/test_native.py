@@ -255,3 +255,10 @@ def test_generation_goes_on_by_the_models_own_logits(frozen: Coupling) -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="no token to go on from"):
         frozen.sparse.generate(given_bt[:, :0], 1)
+
+
+def test_a_converted_model_goes_back_to_dense_products(frozen: Coupling) -> None:
+    tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = frozen.sparse(tokens_bt)
+    frozen.sparse.use_products()
+    assert torch.allclose(frozen.sparse.double()(tokens_bt).float(), expected, rtol=1e-4, atol=1e-4)
