@@ -25,15 +25,12 @@ Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the opti
 
 def worthwhile(sparse: SparseTransformer, fraction: float, tokens: int, dtype: torch.dtype) -> list[str]:
     """Names of the matrices whose sparse product is measured faster at this density; none where there is no kernel."""
-    if sparse.device.type != "cpu":
-        return []
-    weights = sparse.sparse_weights().items()
-    return [name for name, weight in weights if name != "positions" and worth_it(*weight.shape, fraction, tokens, dtype)]
+    return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, fraction, tokens, dtype)]
 
 
 def all_matrices(sparse: SparseTransformer) -> list[str]:
     """Names of all matrices that can be held by their nonzeros; none where there is no kernel."""
-    return [name for name in sparse.sparse_weights() if name != "positions"] if sparse.device.type == "cpu" else []
+    return list(sparse.packable())
 
 
 def hold(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:

@@ -301,6 +301,11 @@ class SparseTransformer(nn.Module):
         """The dense matrices that are made sparse: all of them but the bigram table."""
         return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
 
+    def packable(self) -> dict[str, nn.Parameter]:
+        """Those of them that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
+        on_cpu = self.device.type == "cpu"
+        return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
+
     def biases(self) -> dict[str, nn.Parameter]:
         """The vectors: biases of the linear maps, and attention sinks."""
         return {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
@@ -342,12 +347,12 @@ class SparseTransformer(nn.Module):
 
     def use_products(self, tokens: int = 256, dtype: torch.dtype = torch.float32) -> None:
         """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
-        if self.device.type != "cpu" or self.values:
+        if self.values:
             return
         self.compact.clear()
-        for name, weight in self.sparse_weights().items():
+        for name, weight in self.packable().items():
             density = int(weight.count_nonzero()) / weight.numel()
-            if name != "positions" and worth_it(*weight.shape, round(density, 3), tokens, dtype):
+            if worth_it(*weight.shape, round(density, 3), tokens, dtype):
                 self.compact[name] = Compact.of(weight)
 
 

@@ -234,14 +234,14 @@ def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Gene
             place_2n = (pool[location] & active_tn).nonzero()
             missing[on] += max(0, wanted - len(place_2n))
             for circuit_tn in random_ctn:
-                token_n, index_n = _some(place_2n, min(wanted, len(place_2n)), generator).unbind(1)
+                token_n, index_n = some(place_2n, min(wanted, len(place_2n)), generator).unbind(1)
                 circuit_tn[token_n, index_n] = True
     for on, count in missing.items():
         for random_f in random_cf:
             left_n1 = (pool_f & (active_f == on) & ~random_f).nonzero()
             if count > len(left_n1):
                 return random_cf[:0]
-            random_f[_some(left_n1, count, generator).flatten()] = True
+            random_f[some(left_n1, count, generator).flatten()] = True
     return random_cf if kept_f.any() else random_cf[:0]
 
 
@@ -269,6 +269,11 @@ def _company(ablations: Ablations, kept_f: Tensor, random_cf: Tensor, generator:
     kl_random: list[float] = []
     if len(random_cf):
         kl_random = ablations.kl(ablations.logits(company_rf | random_cf[torch.arange(SUPERSETS) % len(random_cf)])).tolist()
+    return company_measures(kl, kl_random)
+
+
+def company_measures(kl: list[float], kl_random: list[float]) -> tuple[Measure, Measure]:
+    """Mean and worst KL of a circuit in random company, beside random circuits in the same."""
     mean, worst = average(kl), max(kl)
     return (
         measured(
@@ -331,15 +336,16 @@ def _shares(ablations: Ablations, logits_rv: Tensor) -> list[float]:
 
 def _profile_nodes(ablations: Ablations, kept_f: Tensor, generator: torch.Generator) -> Tensor:
     """node_p: half of them the circuit's, and as many active ones outside, from the same locations where there are enough."""
-    inside_p = _some(kept_f.nonzero().flatten(), PROFILE_NODES // 2, generator)
+    inside_p = some(kept_f.nonzero().flatten(), PROFILE_NODES // 2, generator)
     outside_f = (ablations.value_f != 0) & reachable(ablations.sparse, ablations.space).to(kept_f.device) & ~kept_f
     inside = ablations.space.split(torch.zeros_like(kept_f).index_fill_(0, inside_p, True))
     places = ablations.space.split(torch.where(outside_f, torch.arange(len(kept_f), device=kept_f.device), -1))
-    outside = [_some(place_tn[place_tn >= 0], int(inside[location].sum()), generator) for location, place_tn in places.items()]
+    outside = [some(place_tn[place_tn >= 0], int(inside[location].sum()), generator) for location, place_tn in places.items()]
     return torch.cat([inside_p, *outside])
 
 
-def _some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """As many of the places as are wanted, or as there are, at random."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]
 
 

@@ -35,16 +35,16 @@ from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
 from bridge.validate import (
-    COMPANY_MEAN,
-    COMPANY_WORST,
     KL_KEPT,
     SHARE_OFF,
     SUPERSETS,
     Control,
     Measure,
     average,
+    company_measures,
     control_of,
     measured,
+    some,
 )
 
 SOLVED = 0.9  # accuracy
@@ -206,16 +206,12 @@ def _random_circuits(goal: Goal, like_f: Tensor, pool_f: Tensor, generator: torc
         parts = {}
         for location, like_1n in like.items():
             place_k = pool[location][0].nonzero().flatten()
-            picked_k = _some(place_k, int(like_1n.sum()), generator)
+            picked_k = some(place_k, int(like_1n.sum()), generator)
             parts[location] = torch.zeros_like(like_1n).index_fill_(1, picked_k, True)
         kept_f = space.join(parts)
         lacking = int(like_f.sum()) - int(kept_f.sum())
-        drawn.append(kept_f.index_fill(0, _some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
+        drawn.append(kept_f.index_fill(0, some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
-
-
-def _some(place_k: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    return place_k[torch.randperm(len(place_k), generator=generator)[:wanted].to(place_k.device)]
 
 
 def _sufficiency(
@@ -260,17 +256,7 @@ def _company(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Gen
     values = [float(kl(goal.whole_bv, _logits(goal, judged.kept_f | u_f, judged.pruned)).mean()) for u_f in company_cf]
     pairs = zip(random_cf, company_cf, strict=False)
     controls = [float(kl(goal.whole_bv, _logits(goal, kept_f | u_f)).mean()) for kept_f, u_f in pairs]
-    mean, worst = average(values), max(values)
-    return (
-        measured(
-            "KL in random company, mean", mean, control_of("random", controls, average, "mean"),
-            f"<= {COMPANY_MEAN:g}, below random", mean <= COMPANY_MEAN and mean < average(controls),
-        ),
-        measured(
-            "KL in random company, worst", worst, control_of("random", controls, max, "worst"), f"<= {COMPANY_WORST:g}",
-            worst <= COMPANY_WORST,
-        ),
-    )  # fmt: skip
+    return company_measures(values, controls)
 
 
 def _necessity(goal: Goal, kept_f: Tensor, outside_f: Tensor, generator: torch.Generator) -> Measure:
@@ -293,7 +279,7 @@ def _size(judged: Judged) -> Measure:
 def _minimality(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Generator) -> Measure:
     def share(kept_f: Tensor, subject: SparseSubject | None) -> float:
         node_k = kept_f.nonzero().flatten()
-        node_k = _some(node_k, TRIED_NODES, generator)
+        node_k = some(node_k, TRIED_NODES, generator)
         whole = float(goal.measure(_logits(goal, kept_f, subject)).mean())
         costs = 0
         for node in node_k.tolist():

@@ -35,7 +35,6 @@ from bridge.kernels.lanes import (
     gelus,
     keep_words,
     lowest_bit,
-    magnitudes16,
     upper_halves,
     write_kept,
 )
@@ -283,7 +282,7 @@ def _top_k_rows16(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
     half, limits = np.zeros(vectors * LANES, np.int16), np.empty(LANES, np.int16)
     near = 0
     for row in range(start * width, stop * width, width):
-        magnitudes16(x, row, half, 0, width // LANES)
+        upper_halves(x, row, half, 0, width // LANES)
         for j in range(width // LANES * LANES, width):
             half[j] = min(x[row + j] & 0x7FFF, TOP)
         u, above, least = _search_row(half, vectors, width, k, near)
@@ -388,10 +387,7 @@ def _top_k_lanes(
         lanes = min(LANES, tokens - t)
         for j in range(width):
             if lanes == LANES:
-                if wide:
-                    upper_halves(x, (b * width + j) * tokens + t, half, j * LANES, 1)
-                else:
-                    magnitudes16(x, (b * width + j) * tokens + t, half, j * LANES, 1)
+                upper_halves(x, (b * width + j) * tokens + t, half, j * LANES, 1)
             else:
                 for lane in range(lanes):
                     word = x[(b * width + j) * tokens + t + lane]

@@ -74,34 +74,26 @@ def _emit(result: Any, kinds: tuple[Any, ...], body: Callable[[Any, list[Any]], 
     return signature, generate
 
 
+def _magnitude(builder: Any, pattern: Any) -> Any:
+    """Magnitudes of float32 (words) or bfloat16 (half words) bit patterns, NaN as infinity."""
+    vector = pattern.type
+    sign, infinity = (0x7FFF, 0x7F80) if vector.element == _I16 else (0x7FFFFFFF, 0x7F800000)
+    magnitude, infinite = builder.and_(pattern, _constant(vector, sign)), _constant(vector, infinity)
+    return builder.select(builder.icmp_signed("<", magnitude, infinite), magnitude, infinite)
+
+
 @intrinsic
 def upper_halves(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> Any:
-    """out[...] = upper halves of the magnitudes of float32 bit patterns, NaN as infinity: their order, coarsely."""
+    """out[...] = upper halves of the magnitudes of float bit patterns (all there is of a bfloat16): their order, coarsely."""
+    vector = _V16 if bits.dtype == types.int16 else _V32
 
     def body(builder: Any, values: list[Any]) -> None:
         source, target = builder.gep(values[0], [values[1]]), builder.gep(values[2], [values[3]])
         with _loop(builder, ir.Constant(_I64, 0), values[4]) as (i, _):
             offset = [builder.mul(i, ir.Constant(_I64, LANES))]
-            word = builder.and_(_load(builder, builder.gep(source, offset), _V32), _constant(_V32, 0x7FFFFFFF))
-            infinite = _constant(_V32, 0x7F800000)
-            word = builder.select(builder.icmp_signed("<", word, infinite), word, infinite)
-            half = builder.trunc(builder.lshr(word, _constant(_V32, 16)), _V16)
-            _store(builder, half, builder.gep(target, offset))
-
-    return _emit(types.void, (bits, types.int64, out, types.int64, types.int64), body)
-
-
-@intrinsic
-def magnitudes16(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> Any:
-    """out[...] = magnitudes of bfloat16 bit patterns, NaN as infinity."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        source, target = builder.gep(values[0], [values[1]]), builder.gep(values[2], [values[3]])
-        with _loop(builder, ir.Constant(_I64, 0), values[4]) as (i, _):
-            offset = [builder.mul(i, ir.Constant(_I64, LANES))]
-            half = builder.and_(_load(builder, builder.gep(source, offset), _V16), _constant(_V16, 0x7FFF))
-            infinite = _constant(_V16, 0x7F80)
-            half = builder.select(builder.icmp_signed("<", half, infinite), half, infinite)
+            half = _magnitude(builder, _load(builder, builder.gep(source, offset), vector))
+            if vector is _V32:
+                half = builder.trunc(builder.lshr(half, _constant(_V32, 16)), _V16)
             _store(builder, half, builder.gep(target, offset))
 
     return _emit(types.void, (bits, types.int64, out, types.int64, types.int64), body)
@@ -194,16 +186,13 @@ def write_kept(typing: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: An
     """Kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
     least limits[l] (bits), else 0; and the mask.
     """
-    vector, infinity = (_V16, 0x7F80) if bits.dtype == types.int16 else (_V32, 0x7F800000)
+    vector = _V16 if bits.dtype == types.int16 else _V32
 
     def body(builder: Any, values: list[Any]) -> None:
         bits, at, limits, kept, mask = values
         offset = [at]
         word = _load(builder, builder.gep(bits, offset), vector)
-        magnitude = builder.and_(word, _constant(vector, 0x7FFF if vector is _V16 else 0x7FFFFFFF))
-        infinite = _constant(vector, infinity)
-        magnitude = builder.select(builder.icmp_signed("<", magnitude, infinite), magnitude, infinite)
-        keep = builder.icmp_signed(">=", magnitude, _load(builder, limits, vector))
+        keep = builder.icmp_signed(">=", _magnitude(builder, word), _load(builder, limits, vector))
         _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, offset))
         _store(builder, builder.zext(keep, ir.VectorType(_I8, LANES)), builder.gep(mask, offset))
 

@@ -188,7 +188,7 @@ class _SparseLinear(torch.autograd.Function):
         bias = torch.zeros(pattern.shape[0]) if bias_m is None else bias_m.detach()
         _multiply(pattern.start_m1, pattern.column_p, value_p.detach(), bias, x.x_bnt, y.x_bnt)
         ctx.save_for_backward(x.x_bnt, value_p)
-        ctx.matrix, ctx.pattern, ctx.end_to_end, ctx.with_bias = matrix, pattern, x.end_to_end, bias_m is not None
+        ctx.matrix, ctx.pattern, ctx.end_to_end = matrix, pattern, x.end_to_end
         return y.logical(x_btn.shape)
 
     @staticmethod
