@@ -63,6 +63,10 @@ class Trace:
             raise IndexError(f"a row has no residual at site {site}: it enters the model at a later one")
         return x_btd if position_b is None else x_btd[position_b]
 
+    def rows(self, part: slice) -> Trace:
+        """Some rows of a run in which nobody entered."""
+        return Trace(self.logits_btv[part], tuple(x_btd[part] for x_btd in self.residuals))
+
 
 class ResidualModel(Protocol):
     """What the dense and the sparse model have in common."""

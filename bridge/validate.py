@@ -12,9 +12,7 @@ Random circuits have as many nodes at each location as the circuit, as many of t
 the answer; random deletions likewise, from the nodes outside. Supersets are drawn afresh: they are not those that the search has
 seen.
 
-Transport. Nodes are behind a norm and bridges before one, so a node has no direct image in the dense model. Its deletion is run
-in the sparse model, and what that changes of the residual stream at the next site, x' - x at every position, is mapped through
-the linear part of that site's decoder and added to the dense residual there:
+A node's deletion is carried into the dense model as `transport` says, at the site after its sublayer:
 
     effect in sparse  = D(S) - D(S less i)
     effect in dense   = D(dense) - D(dense from h + g(x') - g(x) on)
@@ -44,7 +42,7 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import Ablations, Circuit
 from bridge.prune import reachable
-from bridge.residual import Enter
+from bridge.transport import Change, run_changed
 
 # The thresholds, from the table of the method's section 4.
 KL_KEPT = 0.1  # nats, for the circuit alone
@@ -363,11 +361,8 @@ def effect_profile(coupling: Coupling, ablations: Ablations, node_p: Tensor, kep
         trace = ablations.run(kept_rf)
         difference_r = question.difference(trace.logits_btv[:, -1])
         site_p = ablations.site_f[some_p.cpu()] + 1
-        entering = []
-        for row, site in enumerate(site_p.tolist(), start=1):
-            change_ts = trace.residuals[site][row] - trace.residuals[site][0]
-            entering.append(plain.residuals[site][0] + coupling.bridges[site].decode_change(change_ts))
-        changed = dense.run(ablations.tokens_1t.expand(len(some_p), -1), Enter(site_p, torch.stack(entering)))
+        change = Change.between(trace.rows(slice(1)), trace.rows(slice(1, None)), site_p)
+        changed = run_changed(coupling, ablations.tokens_1t.expand(len(some_p), -1), plain, site_p, change.decoded(coupling))
         dense_p = question.difference(plain.logits_btv[0, -1].float()) - question.difference(changed.logits_btv[:, -1].float())
         for place, site, sparse_effect, dense_effect in zip(
             some_p.tolist(), site_p.tolist(), (difference_r[0] - difference_r[1:]).tolist(), dense_p.tolist(), strict=True
