@@ -383,13 +383,13 @@ class Gated:
         return self.model.run(tokens_bt, enter, self.gate)
 
 
-def annealed_l0(l0: float, progress: float, anneal: float) -> float:
-    """The fraction kept at `progress` (0 to 1) of training: from 1 to the fraction l0, by equal factors in equal times.
+def annealed_l0(l0: float, progress: float, anneal: float, start: float = 1.0) -> float:
+    """The fraction kept at `progress` (0 to 1) of training: from `start` to the fraction l0, by equal factors in equal times.
 
     By equal factors, because a linear fall (the paper's) halves the weights many times over in its last few steps when l0 is
     small. Reaches l0 at progress = anneal.
     """
-    return max(l0, l0 ** min(1.0, progress / anneal))
+    return max(l0, start * (l0 / start) ** min(1.0, progress / anneal))
 
 
 class _Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""A coupling that starts as the dense model, as far as the sparse architecture can be it.
+"""A coupling that starts as the dense model, as far as the sparse architecture can be it; or as a coupling fitted before.
 
 AbsTopK keeps a quarter of a location's values, so a sparse model four times as wide loses nothing of a dense one that is written
 on its first channels. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre), up to constants,
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel
+from bridge.recipe import RecipeError
 from bridge.sparse import SparseTransformer, norm_scale
 from bridge.wiring import first_tensor, output_tensor
 
@@ -54,15 +55,19 @@ NO_SINK = -30.0
 @dataclass(frozen=True)
 class Started:
     """What was copied from the dense model: embedding, unembedding, bridges, and of each sublayer the share of its write that the
-    copy explains, AbsTopK included (None: random).
+    copy explains, AbsTopK included (None: random); or from another coupling, all of it, whose L0 the anneal then falls from.
     """
 
     embedding: bool
     unembedding: bool
     bridges: bool
     sublayers: tuple[float | None, ...]
+    coupling: str | None = None
+    l0: float = 1.0
 
     def __str__(self) -> str:
+        if self.coupling is not None:
+            return f"the coupling in {self.coupling}, at L0 {self.l0:.4g}"
         parts = [name for name in ("embedding", "unembedding", "bridges") if getattr(self, name)]
         shares = [share for share in self.sublayers if share is not None]
         if shares:
@@ -98,6 +103,24 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
         True,
         sublayers,
     )
+
+
+@torch.no_grad()
+def start_from_coupling(coupling: Coupling, path: str) -> Started:
+    """Give a new coupling the weights of one that was fitted to the same dense model, in place.
+
+    Raises CheckpointError where there is none, RecipeError where it has another shape.
+    """
+    other = Coupling.from_pretrained(path, dense=coupling.dense)
+    mine, theirs = (one.recipe.sparse.model_copy(update={"start": "auto"}) for one in (coupling, other))
+    if (mine, coupling.context) != (theirs, other.context):
+        differ = [name for name, value in theirs.model_dump().items() if getattr(mine, name) != value] or ["data.context"]
+        raise RecipeError(
+            f"sparse.start {path!r} is a coupling of another shape ({', '.join(differ)}); take its numbers, or start as 'auto'"
+        )
+    coupling.sparse.load_state_dict(other.sparse.state_dict())
+    coupling.bridges.load_state_dict(other.bridges.state_dict())
+    return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, min(1.0, other.sparse.achieved_l0()))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
 from bridge.sparse import SparseTransformer, annealed_l0
-from bridge.start import Started, start_from_dense
+from bridge.start import Started, start_from_coupling, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
@@ -84,7 +84,7 @@ class Progress:
 class Run:
     """A fit that is ready to start, or to go on: what `train` and `finish` take, made by `prepare`.
 
-    started is what a new coupling has from its dense model; None where it is random, or goes on.
+    started is what a new coupling has from its dense model or from another coupling; None where it is random, or goes on.
     """
 
     coupling: Coupling
@@ -149,7 +149,9 @@ def prepare(
         dense=dense.model,
     )
     started = None
-    if recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
+    if recipe.sparse.start not in ("auto", "random") and not resume:
+        started = start_from_coupling(coupling, recipe.sparse.start)
+    elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
     return Run(coupling, blocks, accelerator, out, resume, started)
 
@@ -242,7 +244,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
     optimizer = SharkfinAdamW(coupling)
-    state = _State()
+    state = _State(start_l0=1.0 if run.started is None else run.started.l0)
     if run.resume and out is not None:
         state = _restore(out, coupling, optimizer)
     elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
@@ -279,7 +281,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 counts = [count / processes for count in whole.counts()]
             losses = objective(tokens_bt, splice, counts)
             accelerator.backward(losses["total"])
-            finite = optimizer.step(done, annealed_l0(kept, done, recipe.sparsity.anneal))
+            finite = optimizer.step(done, annealed_l0(kept, done, recipe.sparsity.anneal, state.start_l0))
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
             if moves:
@@ -294,7 +296,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
                 state.seconds, wishes = _over_processes(accelerator, shared)
                 asked = wishes > 0
-            target_l0 = annealed_l0(kept, fraction(), recipe.sparsity.anneal)  # so that the last step ends on the target
+            target_l0 = annealed_l0(kept, fraction(), recipe.sparsity.anneal, state.start_l0)  # the last step ends on the target
             sparse.project(target_l0, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
             sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
             summed += 1
@@ -336,10 +338,13 @@ def finish(run: Run) -> Coupling:
 
 
 class _State:
-    def __init__(self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None) -> None:
+    def __init__(
+        self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None, start_l0: float = 1.0
+    ) -> None:
         self.step = step
         self.seconds = seconds
         self.native = native  # the matrices that are trained by their nonzeros, once that is decided
+        self.start_l0 = start_l0  # that the anneal falls from
 
 
 class SharkfinAdamW:
@@ -564,7 +569,7 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native}
+    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native, "start_l0": state.start_l0}
     for name in native.held(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
@@ -586,4 +591,4 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
     optimizer.restore(tensors)
-    return _State(facts["step"], facts["seconds"], facts.get("native"))
+    return _State(facts["step"], facts["seconds"], facts.get("native"), facts.get("start_l0", 1.0))

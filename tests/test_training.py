@@ -111,6 +111,27 @@ def test_a_number_of_weights_is_a_target_too(dense_folder: Path, text_file: Path
     kept = sum(int((w != 0).sum()) for w in coupling.sparse.sparse_weights().values())
     assert abs(kept - 500) <= len(coupling.sparse.sparse_weights())
 
+def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Sparser, from weights that are there: untrained and at the same L0 it is the other one; the anneal falls from its L0."""
+    first, _ = fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
+    settings = {"sparse.start": str(tmp_path / "first"), "sparsity.anneal": 1.0}
+    run = prepare(dense_folder, values(text_file, **settings, **{"sparsity.l0": 0.02}), device="cpu")
+    for one, other in zip(run.coupling.sparse.parameters(), first.sparse.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert run.started is not None and run.started.l0 == first.sparse.achieved_l0()
+    reports = list(train(run))
+    assert all(report.l0 <= first.sparse.achieved_l0() + 1e-3 for report in reports)
+    assert reports[-1].l0 == pytest.approx(0.02, abs=2e-3)
+
+
+def test_another_shape_is_no_start(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    fitted(dense_folder, text_file, tokens=1, out=tmp_path / "first")
+    with pytest.raises(RecipeError, match="another shape .keep."):
+        settings = {"sparse.start": str(tmp_path / "first"), "sparse.keep": 0.5}
+        prepare(dense_folder, values(text_file, **settings), device="cpu")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        prepare(dense_folder, values(text_file, **{"sparse.start": str(tmp_path / "nowhere")}), device="cpu")
+
 
 def test_a_live_model_is_left_as_it_was(text_file: Path) -> None:
     model = tiny_gpt2().train()
