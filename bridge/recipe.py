@@ -46,7 +46,9 @@ class SparseShape(_Part):
     positions: Literal["none", "learned", "rotary"] = "none"
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
     bigram_rank: int = Field(default=64, ge=1)
-    start: str = Field(default="auto", description="auto: from the dense model as far as it can be; random; or a coupling's folder")
+    start: str = Field(
+        default="auto", description="auto: from the dense model as far as it can be; random; or a coupling's folder"
+    )
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:

@@ -338,9 +338,7 @@ def finish(run: Run) -> Coupling:
 
 
 class _State:
-    def __init__(
-        self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None, start_l0: float = 1.0
-    ) -> None:
+    def __init__(self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None, start_l0: float = 1.0) -> None:
         self.step = step
         self.seconds = seconds
         self.native = native  # the matrices that are trained by their nonzeros, once that is decided

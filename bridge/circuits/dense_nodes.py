@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import NodeSpace
-from bridge.circuits.subject import Matrix
+from bridge.circuits.subject import NODE_COST, Matrix
 from bridge.dense import DenseModel
 from bridge.sparse import Gate, Location, identity_gate
 from bridge.tasks.tokens import TokenPairs
@@ -92,9 +92,9 @@ class DenseSubject:
         return self.dense.device
 
     @property
-    def weights(self) -> int:
-        """Entries of the matrices."""
-        return sum(matrix.weight_ji.numel() for matrix in self._matrices)
+    def cost(self) -> int:
+        """Entries of the matrices, and what the nodes cost."""
+        return sum(matrix.weight_ji.numel() for matrix in self._matrices) + NODE_COST * self.space.size
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from bridge.circuit import Edge, Node
 from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, masked_loss
 from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject
+from bridge.kernels.products import Compact, source_of
 from bridge.prune import deleted, fewest
 from bridge.sparse import Location
 
@@ -49,9 +50,8 @@ class Pruned:
 
     def __init__(self, subject: SparseSubject) -> None:
         self.before = {matrix.name: matrix for matrix in subject.matrices()}
-        sparse = copy.deepcopy(subject.sparse).requires_grad_(False)
-        sparse.compact.clear()  # its weights change with every set of edges that is tried
-        self.subject = SparseSubject(sparse, subject.means)
+        self.subject = SparseSubject(copy.deepcopy(subject.sparse).requires_grad_(False), subject.means)
+        self.patterns = {name: matrix.pattern for name, matrix in subject.sparse.compact.items()}
         self.bias = {name: self._linear(name).bias.detach().clone() for name in self.before}
 
     def _linear(self, name: str) -> nn.Linear:
@@ -77,6 +77,13 @@ class Pruned:
                 row_k, column_k = removed[name]
                 linear.bias.index_add_(0, row_k, matrix.weight_ji[row_k, column_k] * self.mean(matrix)[column_k])
                 linear.weight[row_k, column_k] = 0
+            self._repack(f"blocks.{name}.weight", linear.weight)
+
+    def _repack(self, name: str, weight_ji: Tensor) -> None:
+        """The same pattern, with zeros where edges are gone: to find the nonzeros anew would take longer than to run them."""
+        if pattern := self.patterns.get(name):
+            value_p = weight_ji.detach().reshape(-1)[pattern.index_p]
+            self.subject.sparse.compact[name] = Compact(pattern, value_p, source=source_of(weight_ji))
 
     def slopes(self, goal: Goal, kept_f: Tensor, entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """slope_k: how the loss changes with how much each entry is there (1) rather than its mean (0)."""
@@ -158,14 +165,14 @@ class EdgeGoal:
     def slopes(self, kept_e: Tensor) -> Tensor:
         """slope_e of the loss at some of the edges."""
         self._set(kept_e)
-        self.goal.left -= 3 * self.goal.terms * self.goal.tokens * self.goal.subject.weights
+        self.goal.left -= 3 * self.goal.terms * self.goal.tokens * self.goal.subject.cost
         self.left = self.goal.left
         slopes = self.pruned.slopes(self.goal, self.kept_f, self.entries)
         return torch.cat([slopes[name] for name in self.entries])
 
     def cost(self, n: int) -> float:
         """The work of `without`."""
-        return 4.0 * self.goal.terms * self.goal.tokens * self.goal.subject.weights
+        return 4.0 * self.goal.terms * self.goal.tokens * self.goal.subject.cost
 
     def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """loss_k without each of some edges, to first order."""

@@ -260,11 +260,13 @@ def _company(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Gen
 
 
 def _necessity(goal: Goal, kept_f: Tensor, outside_f: Tensor, generator: torch.Generator) -> Measure:
-    random_cf = _random_circuits(goal, kept_f, outside_f, generator)
+    random_cf, note = _random_circuits(goal, kept_f, outside_f, generator), ""
+    if not len(random_cf) and kept_f.any() and outside_f.any():
+        random_cf, note = outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
     loss, *others = [float(goal.pairs.loss(_logits(goal, ~gone_f)).mean()) for gone_f in (kept_f, *random_cf)]
     return measured(
         "two-way loss without it", loss, control_of("random", others, max, "worst"), f">= {CHANCE:.3f}, above random",
-        loss >= CHANCE and loss > max(others, default=math.inf),
+        loss >= CHANCE and loss > max(others, default=math.inf), note,
     )  # fmt: skip
 
 

@@ -16,15 +16,17 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
                 most 500 steps. lambda is steered: it rises while the loss of the last steps is below the bound and falls while it
                 is above, so one descent visits the size weights that several would, and ends at the one that the bound asks for.
                 It stops where neither the size nor the loss has changed in a while.
-3. repairs      The prompts of the validation split come from other templates. While the nodes above 0 do not meet the bound
-                there, those that the loss's slope says help most are added, an eighth at a time.
+                Half of the prompts are of the training split's templates, half of the validation split's, none of them one that
+                holds the bound: circuits learnt from the first alone needed many more nodes for the second.
+3. repairs      While the nodes above 0 do not meet the bound on the validation split, those that the loss's slope says help
+                most are added, an eighth at a time.
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
                 (fixed prompts, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
 Prompts are put in an order of their own first, so the result does not depend on the one they come in. Work is counted in
-products of a token with a weight, not in seconds, so the same seed finds the same circuit on any day.
+products of a token with a weight (`Subject.cost`), not in seconds, so the same seed finds the same circuit on any day.
 
 Shape legend: b prompt (row), c circuit, u alone or in company, f all nodes in one row, k some of them by their place, v
 vocabulary.
@@ -53,7 +55,7 @@ PROMPTS = 64  # that masks are learnt from
 ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
 VALIDATION = 32  # prompts that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
-LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (1e-7, 1.0)
+LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 5e-4, 1.1, 0.92, (2e-6, 1.0)
 SETTLED_STEPS, SETTLED = 30, 0.02
 REPAIRS = 12  # rounds at most
 SHARES = (0.4, 0.6)  # of the work: masks; threshold and deletions
@@ -149,7 +151,7 @@ class Goal:
         far D is off, at the bound where that is a tenth.
         """
         rows = len(self.pairs)
-        self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.weights
+        self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.cost
         index_b = torch.arange(rows, device=kept_cf.device)
         losses = []
         for some_cf in kept_cf.split(max(1, _TOKENS // (self.tokens * self.terms))):
@@ -195,10 +197,10 @@ class Goal:
         return whole + rise_k
 
     def _cost_alone(self, n: int) -> float:
-        return n * TRIED * self.tokens / len(self.pairs) * self.terms * self.subject.weights
+        return n * TRIED * self.tokens / len(self.pairs) * self.terms * self.subject.cost
 
     def _cost_slopes(self) -> float:
-        return 3.0 * self.terms * self.tokens * self.subject.weights
+        return 3.0 * self.terms * self.tokens * self.subject.cost
 
     def slopes(self, kept_f: Tensor) -> Tensor:
         """slope_f: how the loss changes with every entry of a mask."""
@@ -259,7 +261,7 @@ def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterat
     generator = torch.Generator().manual_seed(seed)
     tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
     tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
-    per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.weights
+    per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost
     rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
     per_step = per_row * rows
     steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
@@ -320,7 +322,7 @@ def find_nodes(
     """
     say = progress or (lambda _: None)
     judge = Goal(subject, spread(validation, VALIDATION), aim, work=work * SHARES[1])
-    lessons = Goal(subject, spread(train, PROMPTS), aim, seed=seed + 1, work=work * SHARES[0])
+    lessons = Goal(subject, lessons_of(train, validation), aim, seed=seed + 1, work=work * SHARES[0])
     whole = float(judge.loss(torch.ones(1, subject.space.size, dtype=torch.bool, device=subject.device)))
     candidates_f = candidates(lessons)
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
@@ -364,8 +366,21 @@ def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[s
     return worth_f
 
 
+def lessons_of(train: TokenPairs, validation: TokenPairs) -> TokenPairs:
+    """The prompts that masks are learnt from."""
+    ordered = in_order(validation)
+    held_b = torch.isin(torch.arange(len(ordered)), _evenly(len(ordered), VALIDATION))
+    others = ordered.rows((~held_b).nonzero().flatten().to(ordered.last_b.device))
+    others = spread(others, PROMPTS // 2)
+    mine = spread(train, PROMPTS - len(others))
+    return mine.and_those(others) if len(others) else mine
+
+
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:
     """At most some prompts, evenly from their own order, so that both answers and all lengths are among them."""
     ordered = in_order(pairs)
-    row_b = torch.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().long()
-    return ordered.rows(row_b.to(ordered.last_b.device))
+    return ordered.rows(_evenly(len(ordered), most).to(ordered.last_b.device))
+
+
+def _evenly(count: int, most: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(most, count)).round().long()

@@ -1,7 +1,7 @@
 """A task -> its circuit in the sparse model, the dense model's circuit at the same loss, and what can be said for them.
 
     gate        two-way accuracy of the sparse model on held-out prompts; what it does not do has no circuit
-    seeds       `masks.find_nodes` for every seed, to three quarters of the bound
+    seeds       `masks.find_nodes` for every seed, to a part of the bound
     consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
                 bound, and deletions
     edges       `edges.find_edges`, to the whole bound
@@ -39,10 +39,10 @@ from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-WORK = 3.5e12  # products of a token with a weight, per search: a minute or two on two slow cores
-MOST_TOKENS = 1_000_000  # of masked copies, where the model is small
-EDGE_WORK = 0.3  # of that, again, for the edges
-NODE_SHARE = 0.75  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
+WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
+MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
+EDGE_WORK = 0.5  # of that, again, for the edges
+NODE_SHARE = 0.6  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
 REFERENCE_TOKENS = 4096
 JUDGED = 32  # held-out prompts
 
@@ -226,7 +226,7 @@ def _node_bound(subject: Subject, validation: TokenPairs, aim: Aim) -> float:
 
 
 def _work(subject: Subject, work: float) -> float:
-    return min(work, MOST_TOKENS * float(subject.weights))
+    return min(work, MOST_TOKENS * float(subject.cost))
 
 
 def _consensus(

@@ -106,6 +106,17 @@ class TokenPairs:
         tensors = {name: torch.cat([value, getattr(other, name)]) for name, value in self._tensors().items()}
         return TokenPairs(**tensors, examples=self.examples + other.examples, spans=self.spans + other.spans)
 
+    def and_those(self, others: TokenPairs) -> TokenPairs:
+        """These pairs, then others, padded to one length."""
+        tensors = {}
+        for name, value in self._tensors().items():
+            other = getattr(others, name)
+            if value.dim() == 2:
+                wide, filler = max(value.shape[1], other.shape[1]), -1 if name in ("answer_bk", "wrong_bk") else 0
+                value, other = (F.pad(x, (0, wide - x.shape[1]), value=filler) for x in (value, other))
+            tensors[name] = torch.cat([value, other])
+        return TokenPairs(**tensors, examples=self.examples + others.examples, spans=self.spans + others.spans)
+
     def at_last(self, logits_btv: Tensor) -> Tensor:
         """logits_bv where the answers are read."""
         return logits_btv[torch.arange(len(self), device=logits_btv.device), self.last_b]
