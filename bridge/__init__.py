@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A package whose function `evaluate` stays what it is when the module of that name is imported (likewise `export`, `sweep`)."""
+    """A package whose functions `evaluate`, `export` and `sweep` stay what they are when the modules so named are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

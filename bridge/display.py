@@ -1,7 +1,6 @@
 """Small pieces of HTML for notebooks: self-contained, without scripts, everything escaped, legible on light and dark pages.
 
-A result's `_repr_html_` is a `card` of lines and tables. Text of models and prompts only gets in through `Cell` and `text`, both of
-which escape it.
+A result's `_repr_html_` is a `card` of lines and tables. Whatever is given as words is escaped here; parts are HTML already.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_GOOD, _BAD = "#2a9d5c", "#d1495b"
+_GOOD, _BAD, _OPEN = "#2a7d4f", "#b8374b", "#6b7280"
 _EDGE = "1px solid rgba(128,128,128,.35)"
 
 
@@ -34,9 +33,9 @@ def token(words: str, strength: float) -> str:
     return f'<code style="{style}">{html.escape(repr(words)[1:-1])}</code>'
 
 
-def verdict(words: str, good: bool | None) -> str:
-    """A verdict in its colour; None for neither good nor bad."""
-    colour = {True: _GOOD, False: _BAD, None: "rgba(128,128,128,.9)"}[good]
+def verdict(words: str) -> str:
+    """A verdict in its colour: what fails, what is open, what holds."""
+    colour = _BAD if words in ("refuted", "no explanation", "unsolved") else _OPEN if words == "undecided" else _GOOD
     return f'<b style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px">{html.escape(words)}</b>'
 
 
@@ -56,7 +55,9 @@ def fold(title: str, *parts: str) -> str:
 def card(title: str, *parts: str) -> str:
     """The parts under a title, in a box."""
     inside = "".join(f'<div style="margin:4px 0">{part}</div>' for part in parts)
-    return f'<div style="border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:60em"><b>{html.escape(title)}</b>{inside}</div>'
+    return (
+        f'<div style="border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:60em"><b>{html.escape(title)}</b>{inside}</div>'
+    )
 
 
 def _cell(cell: str | Cell) -> str:
