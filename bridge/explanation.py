@@ -24,7 +24,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from bridge import display
@@ -170,6 +170,7 @@ class Explanation:
         try:
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
+            json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
             return _READER.validate_python(values)
         except ValueError as error:
             first = str(error).splitlines()[0]
@@ -182,7 +183,7 @@ class Explanation:
         return render_html(self)
 
 
-_READER = TypeAdapter(Explanation, config=ConfigDict(allow_inf_nan=False))
+_READER = TypeAdapter(Explanation)
 
 
 @torch.no_grad()
