@@ -144,7 +144,7 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text so that the file is either the earlier one or the new one, whole."""
+    """Write a text so that the file is either the earlier one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
