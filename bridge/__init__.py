@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bridge.frontier import Frontier
     from bridge.node_page import NodePage, describe_node
     from bridge.nodes import NodeFacts, collect_nodes
-    from bridge.recipe import Recipe
+    from bridge.recipe import Recipe, UserError
     from bridge.sweep import sweep
     from bridge.training import Progress
     from bridge.validate import Faithfulness
@@ -42,6 +42,7 @@ _HOME = {
     "Recipe": "recipe",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
+    "UserError": "recipe",
     "collect_nodes": "nodes",
     "describe_node": "node_page",
     "evaluate": "evaluate",
@@ -71,6 +72,7 @@ __all__ = [
     "Recipe",
     "Subjects",
     "TaskResult",
+    "UserError",
     "collect_nodes",
     "describe_node",
     "evaluate",
