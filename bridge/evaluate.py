@@ -73,13 +73,9 @@ class Evaluation:
         return asdict(self)
 
     def _repr_html_(self) -> str:
-        head = ("site", "read by", "KL in", "KL out", "CE recovered in", "out", "explained variance, encoder", "decoder")
-        rows = [
-            (str(s.site), s.read_by, f"{s.kl_in:.3f}", f"{s.kl_out:.3f}", display.Cell(f"{s.recovered_in:.3f}", s.recovered_in),
-             display.Cell(f"{s.recovered_out:.3f}", s.recovered_out), display.Cell(f"{s.ev_encoder:.3f}", s.ev_encoder),
-             display.Cell(f"{s.ev_decoder:.3f}", s.ev_decoder))
-            for s in self.sites
-        ]  # fmt: skip
+        head = ("site", "read by", "KL in", "out", "CE recovered in", "out", "explained variance encoder", "decoder")
+        numbers = ("kl_in", "kl_out", "recovered_in", "recovered_out", "ev_encoder", "ev_decoder")
+        rows = [(str(s.site), s.read_by, *(f"{getattr(s, name):.3f}" for name in numbers)) for s in self.sites]
         told = f"KL of sparse to dense {self.kl_sparse:.3f}; cross-entropy dense {self.ce_dense:.3f}, sparse {self.ce_sparse:.3f}"
         return display.card(f"{self.tokens:,} held-out tokens; nats per token", display.text(told), display.table(head, rows))
 

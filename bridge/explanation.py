@@ -484,6 +484,6 @@ def render_html(explanation: Explanation) -> str:
     )
 
 
-def _answer_row(model: str, answers: tuple[Answer, ...], difference: float) -> tuple[str, display.Cell, str]:
+def _answer_row(model: str, answers: tuple[Answer, ...], difference: float) -> tuple[str, str, str]:
     told = "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
-    return model, display.Cell(told, answers[0].probability), f"{difference:+.2f}"
+    return model, told, f"{difference:+.2f}"

@@ -38,12 +38,12 @@ for measure in explanation.faithfulness.measures:
     beside = "nothing" if measure.control is None else f"{measure.control.what} {measure.control.mean:.3f}"
     print(f"  {measure.name:<30} {value:>8}  beside {beside}; asked: {measure.aim}")
 
-# %% The circuit: channels of the sparse model at tokens of the prompt, and what the answer loses when one of them is deleted.
+# %% The circuit: channels of the sparse model at tokens of the prompt, and what deleting one of them takes from the answer.
 strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))
-print(f"\n{len(explanation.nodes)} nodes; of the largest effect:")
+print(f"\n{len(explanation.nodes)} nodes; the largest effects on D, the logit of the answer less that of the next best:")
 for node in strongest[:8]:
     token = explanation.tokens[node.position].text
-    print(f"  {node.name:<16} at {token!r:<12} {node.activation:+.2f}, without it the answer loses {node.effect or 0:+.2f}")
+    print(f"  {node.name:<16} at {token!r:<12} {node.activation:+.2f}; D owes it {node.effect or 0:+.2f}")
 
 # %% The same as a networkx graph, for what one likes to ask of graphs: which tokens does the answer rest on?
 graph = bridge.to_networkx(explanation)
