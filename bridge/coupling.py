@@ -35,10 +35,14 @@ def _held(make: Callable[P, Bare]) -> Callable[P, Coupling]:
     return made
 
 
+load = _held(Bare.from_pretrained)
+fit = _held(training.fit)
+
+
 class Coupling(Bare):
     """A dense model, the sparse model that explains it, and the bridges between them; with what can be asked of them."""
 
-    from_pretrained = staticmethod(_held(Bare.from_pretrained))
+    from_pretrained = staticmethod(load)
     evaluate = evaluate
     explain = explain
 
@@ -53,7 +57,3 @@ class Coupling(Bare):
         Raises TaskError, UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
         """
         return search_task(self.subjects, resolved(self.subjects, str(task)), aim, **options)
-
-
-load = Coupling.from_pretrained
-fit = _held(training.fit)

@@ -64,6 +64,6 @@ result
 
 # %% Keep it. The JSON is the whole explanation and comes back as it was; other programs draw it from formats of their own.
 out.mkdir(parents=True, exist_ok=True)
-for place, to in ((out / "circuit-tracer", "circuit-tracer"), (out / "explanation.graphml", "graphml")):
-    done = bridge.export(explanation, place, to)
-    print(f"\n{done.file}: {done.nodes} nodes, {done.links} links", *done.next, sep="\n  ")
+drawn = bridge.export(explanation, out / "circuit-tracer", "circuit-tracer")
+print(f"\n{drawn.file}: {drawn.nodes} nodes, {drawn.links} links; to see it:", *drawn.next, sep="\n  ")
+bridge.export(explanation, out / "explanation.graphml", "graphml")

@@ -34,7 +34,7 @@ def documented() -> dict[str, dict[str, str]]:
 
 def inside(annotation: Any) -> list[type]:
     """The dataclasses in an annotation, at any depth."""
-    found = [annotation] if dataclasses.is_dataclass(annotation) else []
+    found: list[type] = [annotation] if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else []
     return found + [each for part in typing.get_args(annotation) for each in inside(part)]
 
 

@@ -366,7 +366,7 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
     low = replace(explanation, nodes=tuple(node for node in explanation.nodes if not node.layer), edges=())
     lost = replace(explanation, edges=(replace(explanation.edges[0], target="L0.mlp_act[3]@99"),))
     strange = replace(explanation, nodes=(replace(explanation.nodes[0], kind="router"),), edges=())
-    neuronpedia = {"to": "neuronpedia", "scan": "gpt2-small"}
+    neuronpedia: dict[str, Any] = {"to": "neuronpedia", "scan": "gpt2-small"}
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
         (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
         *((explanation, {"slug": slug}, f"--slug {slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
