@@ -86,6 +86,8 @@ def export(
 
 def read_explanation(path: str | Path) -> Explanation:
     """The explanation in a JSON file. Raises ExportError or ExplainError where there is none."""
+    if not Path(path).is_file():
+        raise ExportError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
     try:
         return Explanation.from_json(read_json(Path(path)))
     except CheckpointError as error:

@@ -437,7 +437,7 @@ def test_the_command_takes_features_from_the_coupling(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no explanation"),
+        (None, "there is no file"),
         ("{", "holds no explanation"),
         ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain --json` wrote"),
         ("{}", "this is not an explanation that this version of bridge reads (format None, not 1); explain again"),
