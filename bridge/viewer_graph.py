@@ -234,7 +234,7 @@ def _from_prompt(number: int, nodes: list[ExplainedNode], explanation: Explanati
     values = [0.0] * len(explanation.tokens)
     for node in nodes:
         values[node.position] = abs(node.activation)
-    tokens = [token.text for token in explanation.tokens]
+    tokens = [_one_line(token.text) for token in explanation.tokens]
     strongest = int(np.argmax(values))
     example = {"tokens": tokens, "tokens_acts_list": values, "train_token_ind": strongest, "is_repeated_datapoint": False}
     return _feature_json(number, nodes[0].name, {"a prompt that was explained": [example]}, max(values))
@@ -259,11 +259,16 @@ def _from_page(number: int, node: ExplainedNode, page: NodePage) -> dict[str, An
 
 def _example(excerpt: Excerpt) -> dict[str, Any]:
     return {
-        "tokens": [excerpt.before, excerpt.token, excerpt.after],
+        "tokens": [_one_line(text) for text in (excerpt.before, excerpt.token, excerpt.after)],
         "tokens_acts_list": [0.0, abs(excerpt.value), 0.0],
         "train_token_ind": 1,
         "is_repeated_datapoint": False,
     }
+
+
+def _one_line(text: str) -> str:
+    """Text as circuit-tracer shows it on one line."""
+    return text.translate({10: "\u23ce", 9: "\u2192", 13: "\u21b5"})
 
 
 def _feature_json(number: int, name: str, examples: Mapping[str, list[dict[str, Any]]], most: float) -> dict[str, Any]:

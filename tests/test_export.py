@@ -393,6 +393,10 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
         export(explanation, tmp_path / "out", **neuronpedia)
 
 
+def test_examples_are_on_one_line() -> None:
+    assert viewer_graph._one_line("def f():\n\tpass\r") == "def f():\u23ce\u2192pass\u21b5"
+
+
 def test_a_tag_is_only_where_a_browser_would_see_one() -> None:
     assert viewer_graph._plain("a < b <= c <3 <<") == "a < b <= c <3 <<"
     assert viewer_graph._plain("<b </b <!-- <?") == "\uff1cb \uff1c/b \uff1c!-- \uff1c?"
