@@ -8,32 +8,32 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.bridges import Coupling
     from bridge.circuits.masks import Aim
     from bridge.circuits.result import TaskResult
     from bridge.circuits.search import Subjects, search_task
+    from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
+    from bridge.export import Exported, export, node_pages, to_networkx
     from bridge.frontier import Frontier
     from bridge.node_page import NodePage, describe_node
     from bridge.nodes import NodeFacts, collect_nodes
-    from bridge.recipe import Recipe
+    from bridge.recipe import Recipe, UserError
     from bridge.sweep import sweep
-    from bridge.training import Progress, fit
+    from bridge.training import Progress
     from bridge.validate import Faithfulness
-
-    load = Coupling.from_pretrained
 
 __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
     "Aim": "circuits.masks",
-    "Coupling": "bridges",
+    "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
     "Explanation": "explanation",
+    "Exported": "export",
     "Faithfulness": "validate",
     "Frontier": "frontier",
     "NodeFacts": "nodes",
@@ -42,14 +42,19 @@ _HOME = {
     "Recipe": "recipe",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
+    "UserError": "recipe",
     "collect_nodes": "nodes",
     "describe_node": "node_page",
     "evaluate": "evaluate",
     "explain": "explanation",
-    "fit": "training",
+    "export": "export",
+    "fit": "coupling",
+    "load": "coupling",
     "load_dense": "dense",
+    "node_pages": "export",
     "search_task": "circuits.search",
     "sweep": "sweep",
+    "to_networkx": "export",
 }
 
 __all__ = [
@@ -58,6 +63,7 @@ __all__ = [
     "DenseModel",
     "Evaluation",
     "Explanation",
+    "Exported",
     "Faithfulness",
     "Frontier",
     "NodeFacts",
@@ -66,28 +72,30 @@ __all__ = [
     "Recipe",
     "Subjects",
     "TaskResult",
+    "UserError",
     "collect_nodes",
     "describe_node",
     "evaluate",
     "explain",
+    "export",
     "fit",
     "load",
     "load_dense",
+    "node_pages",
     "search_task",
     "sweep",
+    "to_networkx",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module("bridge.bridges").Coupling.from_pretrained
     if name in _HOME:
         return getattr(importlib.import_module(f"bridge.{_HOME[name]}"), name)
     raise AttributeError(f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 class _Package(ModuleType):
-    """A package whose function `evaluate` stays what it is when the module of that name is imported (likewise `sweep`)."""
+    """A package whose functions `evaluate`, `export` and `sweep` stay what they are when the modules so named are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

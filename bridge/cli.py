@@ -180,6 +180,32 @@ def explain(
 
 
 @app.command()
+def export(
+    explanation: Annotated[Path, typer.Argument(help="What `bridge explain --json` wrote.")],
+    to: Annotated[str, typer.Option(help="circuit-tracer, neuronpedia or graphml.")],
+    out: Annotated[Path, typer.Option(help="Where to: a folder for circuit-tracer, a file for the others.")],
+    slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and target.")] = None,
+    scan: Annotated[str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small.")] = None,
+    features_url: Annotated[str | None, typer.Option(help="Where the features for Neuronpedia will be hosted.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="Coupling with `bridge nodes` facts; default the explanation's.")] = None,
+) -> None:
+    """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
+    with one_line_errors():
+        from bridge.export import export as export_to
+        from bridge.export import pages_for, read_explanation
+
+        explained = read_explanation(explanation)
+        pages = pages_for(explained, bridge) if to == "circuit-tracer" or features_url is not None else None
+        done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
+        about = f", {done.features:,} features" if done.features else ""
+        print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
+        if done.features and pages is None:
+            print("features show this prompt alone: run `bridge nodes` on the coupling first for contexts and tokens")
+        for step in done.next:
+            print(f"next: {step}")
+
+
+@app.command()
 def circuit(
     task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language, then compare their circuits.")] = False,

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridge import display
 from bridge.bridges import Coupling
 from bridge.residual import Enter
 from bridge.sparse import Location
@@ -70,6 +71,13 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The evaluation as plain JSON values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        head = ("site", "read by", "KL in", "out", "CE recovered in", "out", "explained variance encoder", "decoder")
+        numbers = ("kl_in", "kl_out", "recovered_in", "recovered_out", "ev_encoder", "ev_decoder")
+        rows = [(str(s.site), s.read_by, *(f"{getattr(s, name):.3f}" for name in numbers)) for s in self.sites]
+        told = f"KL of sparse to dense {self.kl_sparse:.3f}; cross-entropy dense {self.ce_dense:.3f}, sparse {self.ce_sparse:.3f}"
+        return display.card(f"{self.tokens:,} held-out tokens; nats per token", display.text(told), display.table(head, rows))
 
 
 @torch.no_grad()

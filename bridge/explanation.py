@@ -27,6 +27,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from bridge import display
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
 from bridge.node_page import node_labels
@@ -35,6 +36,7 @@ from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
 
+FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 DELETED_TOKENS = 8000  # of masked copies, in which nodes are deleted one by one
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
@@ -157,15 +159,18 @@ class Explanation:
         return self.dense[0].token.id == self.sparse[0].token.id
 
     def to_json(self) -> dict[str, Any]:
-        """The explanation as plain JSON values, the verdict written out."""
+        """The explanation as plain JSON values, the verdict written out: the contract of docs/explanation-json.md."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         values["faithfulness"] |= {"verdict": self.faithfulness.verdict, "reasons": list(self.faithfulness.reasons)}
-        return {**values, "agree": self.agree}
+        return {"format": FORMAT, **values, "agree": self.agree}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
         """The explanation that `to_json` wrote. Raises ExplainError for anything else."""
         try:
+            if values.get("format") != FORMAT:
+                raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
+            json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
             return _READER.validate_python(values)
         except ValueError as error:
             first = str(error).splitlines()[0]
@@ -173,6 +178,9 @@ class Explanation:
 
     def __str__(self) -> str:
         return render_text(self)
+
+    def _repr_html_(self) -> str:
+        return render_html(self)
 
 
 _READER = TypeAdapter(Explanation)
@@ -436,3 +444,46 @@ def _shown(text: str) -> str:
 
 def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "\u2026"
+
+
+# -- in a notebook ------------------------------------------------------------------------------------------------------------
+
+
+def render_html(explanation: Explanation) -> str:
+    """The explanation as a piece of HTML: answer, verdict, what D owes to nodes at each token, nodes, evidence."""
+    faithfulness, counts = explanation.faithfulness, explanation.counts
+    effects = [0.0] * len(explanation.tokens)
+    for node in explanation.nodes:
+        effects[node.position] += abs(node.effect or 0)
+    most = max(effects) or 1.0
+    shaded = "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True))
+    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
+    largest = max((abs(node.effect or 0) for node in strongest), default=0) or 1.0
+    nodes = [
+        (
+            node.name,
+            f"{node.position} {_shown(explanation.tokens[node.position].text)}",
+            f"{node.activation:+.2f}",
+            display.Cell(f"{node.effect or 0:+.2f}", (node.effect or 0) / largest),
+            node.label or "",
+        )
+        for node in strongest
+    ]
+    answers = (
+        _answer_row("dense", explanation.dense, explanation.dense_difference),
+        _answer_row("sparse", explanation.sparse, explanation.sparse_difference),
+    )
+    size = f"circuit: {counts.nodes:,} nodes, {counts.edges:,} edges; the {len(nodes)} of largest effect"
+    return display.card(
+        _render_answer(explanation)[3].removeprefix("question").strip(),
+        shaded,
+        display.table(("", "answers", "D"), answers),
+        f"{display.verdict(faithfulness.verdict)} {display.text(' '.join(faithfulness.reasons))}",
+        display.fold(size, display.table(("node", "at", "value", "effect", ""), nodes)),
+        display.fold("evidence", display.table(("", "here", "control", "aim", "met"), map(_evidence, faithfulness.measures))),
+    )
+
+
+def _answer_row(model: str, answers: tuple[Answer, ...], difference: float) -> tuple[str, str, str]:
+    told = "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
+    return model, told, f"{difference:+.2f}"

@@ -21,6 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from bridge import display
 from bridge.checkpoint import CheckpointError, read_folder, read_json, write_folder, write_json
 from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.judge import TaskFaithfulness
@@ -148,6 +149,18 @@ class TaskResult:
     def __str__(self) -> str:
         return render_text(self)
 
+    def _repr_html_(self) -> str:
+        facts, faith = self.facts, self.faithfulness
+        sizes = f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; loss {facts.loss:.3f} nats"
+        evidence = display.table(("", "here", "control", "aim", "met"), _evidence_rows(faith.measures)[1:])
+        return display.card(
+            f"circuit of {facts.task}",
+            f"{display.verdict(faith.verdict)} {display.text(' '.join(faith.reasons))}",
+            display.text(sizes),
+            display.fold("evidence", evidence),
+            display.fold("everything, as text", display.text(str(self))),
+        )
+
 
 _FACTS = TypeAdapter(TaskFacts)
 
@@ -271,6 +284,12 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
 
 
 def _evidence(measures: tuple[Measure, ...]) -> list[str]:
+    rows = _evidence_rows(measures)
+    widths = [max(len(row[column]) for row in rows if row[1]) for column in range(5)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _evidence_rows(measures: tuple[Measure, ...]) -> list[tuple[str, str, str, str, str]]:
     rows = [("EVIDENCE", "here", "control", "aim", "met")]
     for m in measures:
         control = "none"
@@ -281,8 +300,7 @@ def _evidence(measures: tuple[Measure, ...]) -> list[str]:
         rows.append((f"  {m.name}", "-" if m.value is None else _number(m.value), control, m.aim, met))
         if m.note:
             rows.append((f"    {m.note}", "", "", "", ""))
-    widths = [max(len(row[column]) for row in rows if row[1]) for column in range(5)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return rows
 
 
 def _number(value: float) -> str:

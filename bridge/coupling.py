@@ -1,0 +1,59 @@
+"""The coupling as a person holds it: what the library does with one, as its methods.
+
+`bridges.Coupling` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which is
+the same, and whose methods are the functions that take a coupling first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from bridge import training
+from bridge.bridges import Coupling as Bare
+from bridge.circuits.masks import Aim
+from bridge.circuits.result import TaskResult
+from bridge.circuits.search import Subjects, search_task
+from bridge.circuits.suite import resolved
+from bridge.evaluate import evaluate
+from bridge.explanation import explain
+
+P = ParamSpec("P")
+
+
+def _held(make: Callable[P, Bare]) -> Callable[P, Coupling]:
+    """The same function, giving the coupling that has methods."""
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Coupling:
+        bare = make(*args, **kwargs)
+        return Coupling(**{field.name: getattr(bare, field.name) for field in fields(bare)})
+
+    return made
+
+
+load = _held(Bare.from_pretrained)
+fit = _held(training.fit)
+
+
+class Coupling(Bare):
+    """A dense model, the sparse model that explains it, and the bridges between them; with what can be asked of them."""
+
+    from_pretrained = staticmethod(load)
+    evaluate = evaluate
+    explain = explain
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """Both models with the means of their nodes, taken once for any number of tasks."""
+        return Subjects.of(self)
+
+    def circuit(self, task: str | Path, aim: Aim | None = None, **options: Any) -> TaskResult:
+        """The circuit of a built-in task, or of a .jsonl or .yaml file of examples; options are those of `search_task`.
+
+        Raises TaskError, UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
+        """
+        return search_task(self.subjects, resolved(self.subjects, str(task)), aim, **options)

@@ -1,0 +1,70 @@
+"""Small pieces of HTML for notebooks: self-contained, without scripts, everything escaped, legible on light and dark pages.
+
+A result's `_repr_html_` is a `card` of lines and tables. Whatever is given as words is escaped here; parts are HTML already.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_GOOD, _BAD, _OPEN = "#2a7d4f", "#b8374b", "#6b7280"
+_EDGE = "1px solid rgba(128,128,128,.35)"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: its text, and a number from -1 to 1 drawn behind it as a bar, green above 0 and red below."""
+
+    text: str
+    bar: float = 0.0
+
+
+def text(words: str) -> str:
+    """Escaped text, in which whitespace stays and which no line is too long for."""
+    return f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(words)}</span>'
+
+
+def token(words: str, strength: float) -> str:
+    """A token of a prompt as Python would write it, shaded by a strength from 0 to 1."""
+    shade = f"rgba(42,157,92,{0.6 * min(1.0, max(0.0, strength)):.2f})"
+    style = f"background:{shade};border:{_EDGE};border-radius:3px;padding:0 3px;margin:1px;display:inline-block;white-space:pre"
+    return f'<code style="{style}">{html.escape(repr(words)[1:-1])}</code>'
+
+
+def verdict(words: str) -> str:
+    """A verdict in its colour: what fails, what is open, what holds."""
+    colour = _BAD if words in ("refuted", "no explanation", "unsolved") else _OPEN if words == "undecided" else _GOOD
+    return f'<b style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px">{html.escape(words)}</b>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
+    """A table of escaped cells; of a `Cell` the bar is drawn."""
+    titles = "".join(f'<th style="text-align:left;padding:1px 10px 1px 0">{html.escape(title)}</th>' for title in head)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    style = "border-collapse:collapse;font-size:90%;margin:4px 0"
+    return f'<table style="{style}"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def fold(title: str, *parts: str) -> str:
+    """Parts that are there once one asks for them."""
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def card(title: str, *parts: str) -> str:
+    """The parts under a title, in a box."""
+    inside = "".join(f'<div style="margin:4px 0">{part}</div>' for part in parts)
+    return (
+        f'<div style="border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:60em"><b>{html.escape(title)}</b>{inside}</div>'
+    )
+
+
+def _cell(cell: str | Cell) -> str:
+    words, bar = (cell, 0.0) if isinstance(cell, str) else (cell.text, cell.bar)
+    style = "text-align:left;padding:1px 10px 1px 0;white-space:pre-wrap"
+    if bar:
+        share = f"{100 * min(1.0, abs(bar)):.0f}%"
+        colour = "rgba(42,157,92,.35)" if bar > 0 else "rgba(209,73,91,.35)"
+        style += f";background:linear-gradient(90deg,{colour} {share},transparent {share})"
+    return f'<td style="{style}">{html.escape(words)}</td>'

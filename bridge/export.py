@@ -1,0 +1,252 @@
+"""An explanation -> files that other programs draw: circuit-tracer's front end, Neuronpedia, and whatever reads GraphML.
+
+    circuit-tracer   a folder for its local front end: DIR/SLUG.json, DIR/features/N.json, and DIR/graph-metadata.json, in which
+                     a graph of the same slug is replaced; two rows to a block, attention and MLP
+    neuronpedia      one file to upload, a row to a block; beside it `features/`, if there is a place to host them
+    graphml          the explanation one to one, as a networkx graph: nodes and edges under their own names, with every number
+
+What the first two hold, and which number a link has, is in `viewer_graph`. In GraphML texts are written as JSON writes them,
+because XML has no place for control characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import networkx as nx
+
+from bridge.bridges import Coupling
+from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
+from bridge.explanation import Explanation
+from bridge.node_page import NodePage, describe_node
+from bridge.nodes import parse_node, stored_facts
+from bridge.viewer_graph import ExportError, features_json, graph_json, origin, place
+
+Format = Literal["circuit-tracer", "neuronpedia", "graphml"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SHOWN = 0.8  # cumulative influence up to which nodes are shown at first
+SMALLEST, LARGEST = 1 << 10, 100 << 20  # bytes that Neuronpedia takes
+LOCAL_SCAN = "./data/features"  # where the local front end looks for features, under the address that it serves DIR at
+PORT = 8041  # that `circuit-tracer start-server` serves on unless told otherwise
+_SLUG = re.compile(
+    r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
+)  # the viewers' alphabet; a dot in front would hide the file, or leave DIR
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export left: its main file, how many nodes, links and features, and what a person does next."""
+
+    file: Path
+    nodes: int
+    links: int
+    features: int
+    next: tuple[str, ...]
+
+
+def export(
+    explanation: Explanation,
+    path: str | Path,
+    to: Format = "circuit-tracer",
+    *,
+    slug: str | None = None,
+    scan: str | None = None,
+    features_url: str | None = None,
+    pages: Mapping[str, NodePage] | None = None,
+) -> Exported:
+    """Write an explanation for another program: `path` is a folder for circuit-tracer, a file for the others.
+
+    slug names the graph, by default after prompt and target; scan is Neuronpedia's id of the model, and features_url where
+    `features/` will be hosted, if anywhere; pages, by node name, fill the features (see `node_pages`). Raises ExportError.
+    """
+    path = Path(path)
+    if to not in FORMATS:
+        raise ExportError(f"there is no format {to!r}; --to is one of {', '.join(FORMATS)}")
+    if to != "neuronpedia" and (scan is not None or features_url is not None):
+        raise ExportError(f"--scan and --features-url are Neuronpedia's, and --to is {to}; leave them out")
+    try:
+        if to == "graphml":
+            return _write_graphml(explanation, path)
+        slug = _checked("slug", slug or _slug(explanation))
+        if to == "circuit-tracer":
+            return _write_local(explanation, path, slug, pages or {})
+        if scan is None:
+            raise ExportError("which of Neuronpedia's models the graph is of is not said; give --scan, such as gpt2-small")
+        return _write_neuronpedia(explanation, path, slug, _checked("scan", scan), features_url, pages or {})
+    except OSError as error:
+        raise ExportError(f"could not write {str(path)!r} ({error.strerror or error}); name another place") from None
+
+
+def read_explanation(path: str | Path) -> Explanation:
+    """The explanation in a JSON file. Raises ExportError or ExplainError where there is none."""
+    if not Path(path).is_file():
+        raise ExportError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
+    try:
+        return Explanation.from_json(read_json(Path(path)))
+    except CheckpointError as error:
+        why = str(error).partition(": ")[2].partition(";")[0]
+        raise ExportError(f"{str(path)!r} holds no explanation ({why}); name a file that `bridge explain --json` wrote") from None
+
+
+def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
+    """A page for every channel of the explanation, by its name, from the facts beside the coupling; None without any.
+
+    Raises ExportError for a coupling to another dense model.
+    """
+    if coupling.dense.fingerprint() != explanation.provenance.dense_fingerprint:
+        raise ExportError(
+            f"the explanation is not of {coupling.dense.name!r}, to which {coupling.path!r} is coupled; name its own"
+        )
+    facts = stored_facts(coupling)
+    if facts is None:
+        return None
+    sizes = coupling.sparse.locations()
+    return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in {n.name for n in explanation.nodes}}
+
+
+def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, NodePage] | None:
+    """The pages from a coupling that is named, or from the explanation's own if it is still there; None without facts."""
+    own = explanation.provenance.coupling
+    path = own if path is None and own is not None and (Path(own) / "nodes.json").is_file() else path
+    return None if path is None else node_pages(Coupling.from_pretrained(path), explanation)
+
+
+# -- networkx and GraphML -----------------------------------------------------------------------------------------------------
+
+
+def to_networkx(explanation: Explanation) -> nx.DiGraph:
+    """The explanation as a networkx graph, texts written as JSON does; attributes that are None in it are absent."""
+    graph = nx.DiGraph(
+        prompt=json.dumps(explanation.prompt),
+        target=json.dumps(explanation.target.text),
+        contrast=json.dumps(explanation.contrast.text),
+        dense_difference=explanation.dense_difference,
+        sparse_difference=explanation.sparse_difference,
+        verdict=explanation.faithfulness.verdict,
+    )
+    for node in explanation.nodes:
+        known = {"activation": node.activation, "mean": node.mean, "importance": node.importance, "effect": node.effect}
+        label = {} if node.label is None else {"label": json.dumps(node.label)}
+        graph.add_node(
+            node.id, **place(explanation, node.id), **{k: float(v) for k, v in known.items() if v is not None}, **label
+        )
+    for edge in explanation.edges:
+        for end in (edge.source, edge.target):
+            if end not in graph:
+                graph.add_node(end, **_where(explanation, end))
+        graph.add_edge(edge.source, edge.target, kind=edge.kind, weight=float(edge.weight), effect=float(edge.effect))
+    return graph
+
+
+def _where(explanation: Explanation, name: str) -> dict[str, Any]:
+    found = place(explanation, name)
+    return {**found, "token": json.dumps(explanation.tokens[found["position"]].text)}
+
+
+def _write_graphml(explanation: Explanation, path: Path) -> Exported:
+    graph = to_networkx(explanation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join(nx.generate_graphml(graph)) + "\n")
+    how = f'in Python: networkx.read_graphml("{path}"); or open it in Gephi, Cytoscape or yEd'
+    return Exported(path, len(graph), graph.number_of_edges(), 0, (how,))
+
+
+# -- the graph format of circuit-tracer and Neuronpedia -----------------------------------------------------------------------
+
+
+def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mapping[str, NodePage]) -> Exported:
+    listed = folder / "graph-metadata.json"
+    graphs = _listed(listed) if listed.exists() else []
+    settings = {**origin(explanation), "pruning_settings": {"node_threshold": 1.0}}
+    graph = graph_json(explanation, slug, LOCAL_SCAN, rows=2, extra={"schema_version": 1, "node_threshold": 1.0, **settings})
+    for other in graphs:
+        if other.get("scan") == LOCAL_SCAN and other.get("generation_settings") != settings["generation_settings"]:
+            raise ExportError(
+                f"{str(folder)!r} holds graphs of another coupling ({other.get('slug')!r}), whose features have the same "
+                f"numbers; name another folder"
+            )
+    features = features_json(explanation, pages, rows=2)
+    (folder / "features").mkdir(parents=True, exist_ok=True)
+    for number, feature in features.items():
+        write_json(folder / "features" / f"{number}.json", feature)
+    write_json(folder / f"{slug}.json", graph)
+    write_json(listed, {"graphs": [*(other for other in graphs if other.get("slug") != slug), graph["metadata"]]})
+    query = {"slug": slug, "pruningThreshold": SHOWN, "supernodes": json.dumps(graph["qParams"]["supernodes"])}
+    steps = (
+        f"circuit-tracer start-server --graph_file_dir {folder}",
+        f"http://localhost:{PORT}/index.html?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}",
+    )
+    return Exported(folder / f"{slug}.json", len(graph["nodes"]), len(graph["links"]), len(features), steps)
+
+
+def _write_neuronpedia(
+    explanation: Explanation, file: Path, slug: str, scan: str, features_url: str | None, pages: Mapping[str, NodePage]
+) -> Exported:
+    if all(node.layer == 0 for node in explanation.nodes):
+        raise ExportError("no node is above block 0, and Neuronpedia opens no such graph; export --to circuit-tracer or graphml")
+    extra: dict[str, Any] = {"node_threshold": SHOWN, **origin(explanation)}
+    if features_url is None:
+        extra["schema_version"] = 1
+    elif re.fullmatch(r"https://[^\s<>\"]+", features_url):
+        extra["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
+    else:
+        raise ExportError(f"{features_url!r} is no place that Neuronpedia fetches features from; give an https:// address")
+    graph = graph_json(explanation, slug, scan, rows=1, extra=extra)
+    text = json.dumps(graph, allow_nan=False)
+    if not SMALLEST <= len(text) <= LARGEST:
+        raise ExportError(
+            f"the graph is {len(text):,} bytes, and Neuronpedia takes {SMALLEST:,} to {LARGEST:,}; use --to graphml"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    features = {} if features_url is None else features_json(explanation, pages, rows=1)
+    for number, feature in features.items():
+        (file.parent / "features").mkdir(exist_ok=True)
+        write_json(file.parent / "features" / f"{number}.json", feature)
+    write_text(file, text)
+    hosted = (
+        () if features_url is None else (f"host {file.parent / 'features'} at {features_url}, with CORS open to all origins",)
+    )
+    steps = (
+        *hosted,
+        "check it at https://www.neuronpedia.org/graph/validator, and upload it there",
+        f"https://www.neuronpedia.org/{scan}/graph?slug={slug}",
+    )
+    return Exported(file, len(graph["nodes"]), len(graph["links"]), len(features), steps)
+
+
+def _listed(file: Path) -> list[dict[str, Any]]:
+    try:
+        graphs = read_json(file).get("graphs")
+    except CheckpointError:
+        graphs = None
+    if not isinstance(graphs, list) or not all(isinstance(graph, dict) for graph in graphs):
+        raise ExportError(f"{str(file)!r} is no list of graphs as circuit-tracer writes it; mend it, or name another folder")
+    return graphs
+
+
+def _slug(explanation: Explanation) -> str:
+    """The end of the prompt as far as it can stand in an address, and a digest of what was asked of what."""
+    where = explanation.provenance
+    asked = (
+        explanation.prompt,
+        explanation.target.id,
+        explanation.contrast.id,
+        where.coupling,
+        where.dense_fingerprint,
+        where.seed,
+    )
+    words = re.sub(r"[^A-Za-z0-9]+", "-", explanation.prompt)[-32:].strip("-").lower()
+    return f"{words or 'prompt'}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
+
+
+def _checked(role: str, text: str) -> str:
+    if _SLUG.fullmatch(text) is None or text == "graph-metadata":
+        raise ExportError(f"--{role} {text!r} cannot be one: letters, digits, _ . and -, at most 100, no dot in front; mend it")
+    return text

@@ -1,0 +1,89 @@
+"""The coupling as a person holds it: the same as the bare one, with methods that are the functions; and the example runs."""
+
+# ruff: noqa: F811
+from __future__ import annotations
+
+import os
+import runpy
+from dataclasses import fields
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
+
+import bridge
+from bridge import training
+from bridge.bridges import Coupling as Bare
+from bridge.circuits.masks import Aim
+from bridge.circuits.search import Subjects, search_task
+from bridge.circuits.suite import resolved
+from bridge.coupling import Coupling
+
+EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"
+PROMPT = "w9 w12 w30 w2"
+
+
+@pytest.fixture(scope="module")
+def held(bridge_folder: Path) -> Coupling:
+    return bridge.load(bridge_folder)
+
+
+def test_what_is_loaded_is_the_bare_coupling_with_methods(held: Coupling, bridge_folder: Path) -> None:
+    bare = Bare.from_pretrained(bridge_folder, dense=held.dense)
+    assert isinstance(held, Bare) and bridge.Coupling is Coupling and type(bare) is Bare
+    assert isinstance(Coupling.from_pretrained(bridge_folder), Coupling)
+    for field in fields(Bare):
+        one, other = getattr(held, field.name), getattr(bare, field.name)
+        if isinstance(one, torch.nn.Module) and not isinstance(one, type(held.dense)):
+            assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+        elif not isinstance(one, torch.Tensor):
+            assert one is other or one == other
+
+
+def test_explain_and_evaluate_are_the_functions(held: Coupling) -> None:
+    assert held.explain(PROMPT) == bridge.explain(held, PROMPT)
+    assert held.reference_bt is not None
+    assert held.evaluate(held.reference_bt[:2]) == bridge.evaluate(held, held.reference_bt[:2])
+
+
+def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
+    subjects = Subjects.of(held)
+    expected = search_task(subjects, resolved(subjects, str(task_file)), Aim(target=0.05), dense=False, work=1e9)
+    found = held.circuit(task_file, Aim(target=0.05), dense=False, work=1e9)
+    assert found.circuit.nodes == expected.circuit.nodes and found.faithfulness == expected.faithfulness
+    assert held.subjects is held.subjects
+    with pytest.raises(bridge.UserError, match="no-such-task"):
+        held.circuit("no-such-task")
+
+
+def test_what_is_fitted_has_them_too(dense_folder: Path, text_file: Path) -> None:
+    settings = {"sparse.head_channels": 8, "data.rows": 4}
+    fitted = bridge.fit(dense_folder, l0=0.2, data=str(text_file), tokens=64, width=32, settings=settings, device="cpu")
+    assert isinstance(fitted, Coupling)
+    assert bridge.fit.__doc__ == training.fit.__doc__
+
+
+def test_the_example_runs(
+    bridge_folder: Path,
+    task_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {"BRIDGE": bridge_folder, "PROMPT": PROMPT, "TASK": task_file, "OUT": tmp_path / "out"}.items():
+        monkeypatch.setitem(os.environ, f"EXAMPLE_{name}", str(value))
+    left = runpy.run_path(str(EXAMPLE))
+    said = capsys.readouterr().out
+    assert left["explanation"].faithfulness.verdict.upper() in said
+    assert left["result"].facts.task == "planted" and "planted: " in said
+    assert nx.read_graphml(tmp_path / "out" / "explanation.graphml").number_of_edges() == len(left["explanation"].edges)
+    assert "circuit-tracer start-server" in said
+    for shown in (left["explanation"], left["evaluation"], left["result"]):
+        assert shown._repr_html_().startswith("<div")
+
+
+def test_the_example_is_cells_that_can_be_read() -> None:
+    cells = EXAMPLE.read_text().split("\n# %% ")
+    assert len(cells) > 6 and all(cell.split("\n")[0].rstrip().endswith((".", "?", "`")) for cell in cells[1:])
