@@ -15,12 +15,13 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
 2. masks        tau ~ N(.3, .1), clamped to [-1, 1]; Heaviside forward, sigmoid's derivative backward; AdamW, rate 3e-2 to 0, at
                 most 500 steps. The paper's N(.1, .01) takes all nodes away within a few steps, before any has a gradient.
                 lambda is steered: it rises while the loss of the last steps is below the bound and falls while it is above, so
-                one descent visits the size weights that several would, and ends at the one that the bound asks for. It stops
-                where neither the size nor the loss has changed in a while.
+                one descent visits the size weights that several would, and ends at the one that the bound asks for. Of all the
+                masks on the way, the smallest that is within the bound on the validation split is taken; it stops where there
+                is one, and neither the size nor the loss has changed in a while.
                 Half of the prompts are of the training split's templates, half of the validation split's, none of them one that
                 holds the bound: circuits learnt from the first alone needed many more nodes for the second.
-3. repairs      While the nodes above 0 do not meet the bound on the validation split, those that the loss's slope says help
-                most are added, an eighth at a time.
+3. repairs      Where there is none, and while the nodes above 0 do not meet the bound there, those that the loss's slope
+                says help most are added, as many together as lower it most: each for itself, too many would overshoot.
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
                 (fixed prompts, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
@@ -56,9 +57,11 @@ PROMPTS = 64  # that masks are learnt from
 ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
 VALIDATION = 32  # prompts that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
-LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (2e-6, 1.0)
+LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (1e-5, 1.0)
 SETTLED_STEPS, SETTLED = 30, 0.02
-REPAIRS = 12  # rounds at most
+REPAIRS, REPAIR_SIZES = 12, 8  # rounds at most, and numbers of nodes tried in each: 4, 8, 16 ...
+CHECKED = 10  # steps between looks at the validation split
+LESSON_SHARE = 0.85  # of the bound, which is what masks aim at: new prompts cost a little more
 SHARES = (0.4, 0.6)  # of the work: masks; threshold and deletions
 GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
 _TOKENS = 4096  # in a batch of masked copies
@@ -248,13 +251,14 @@ def heaviside(tau_f: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the descent of the masks stands: the step of how many, nodes above 0, the loss of late and lambda."""
+    """Where the descent of the masks stands: the step of how many, nodes above 0, the loss of late, lambda, whether it moves."""
 
     step: int
     steps: int
     nodes: int
     loss: float
     size_weight: float
+    settled: bool
 
 
 def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterator[tuple[Step, Tensor]]:
@@ -286,14 +290,13 @@ def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterat
         late = value if step == 0 else 0.8 * late + 0.2 * value
         size_weight *= LAMBDA_RISE if late < 0.9 * goal.bound else LAMBDA_FALL
         size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-        nodes = int((tau_f > 0).sum())
+        nodes, settled = int((tau_f > 0).sum()), False
         goal.left -= per_step
-        yield Step(step + 1, steps, nodes, late, size_weight), tau_f.detach()
         history.append(nodes)
         if step > max(FEWEST_STEPS, 3 * SETTLED_STEPS) and late < goal.bound:
             now, then = (sum(history[-s:][:SETTLED_STEPS]) / SETTLED_STEPS for s in (SETTLED_STEPS, 2 * SETTLED_STEPS))
-            if abs(now - then) <= SETTLED * then:
-                return
+            settled = abs(now - then) <= SETTLED * then
+        yield Step(step + 1, steps, nodes, late, size_weight, settled), tau_f.detach()
 
 
 def candidates(goal: Goal) -> Tensor:
@@ -323,27 +326,34 @@ def find_nodes(
     """
     say = progress or (lambda _: None)
     judge = Goal(subject, spread(validation, VALIDATION), aim, work=work * SHARES[1])
-    lessons = Goal(subject, lessons_of(train, validation), aim, seed=seed + 1, work=work * SHARES[0])
+    lesson_aim = Aim(aim.objective, LESSON_SHARE * aim.bound)
+    lessons = Goal(subject, lessons_of(train, validation), lesson_aim, seed=seed + 1, work=work * SHARES[0])
     whole = float(judge.loss(torch.ones(1, subject.space.size, dtype=torch.bool, device=subject.device)))
     candidates_f = candidates(lessons)
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
-    tau_f, steps = candidates_f.to(torch.get_default_dtype()), 0
+    tau_f, steps, fewest_f = candidates_f.to(torch.get_default_dtype()), 0, None
     for step, now_f in learn(lessons, candidates_f, seed=seed, work=lessons.left):
         tau_f, steps = now_f, step.step
         say(f"masks: step {steps} of {step.steps}, {step.nodes:,} nodes, loss {step.loss:.3f}")
-    above, n = int((tau_f > 0).sum()), int(candidates_f.sum())
-    worth_f = _repaired(judge, candidates_f, tau_f, say) if whole <= aim.bound else tau_f
-    order_f = ranks(candidates_f, worth_f).argsort()
-    if whole <= aim.bound:
+        if steps % CHECKED == 0 and step.loss <= 1.5 * judge.bound and (fewest_f is None or step.nodes < (fewest_f > 0).sum()):
+            fewest_f = now_f.clone() if float(judge.loss((now_f > 0)[None])) <= judge.bound else fewest_f
+        if step.settled and fewest_f is not None:
+            break
+    tau_f = tau_f if fewest_f is None else fewest_f
+    worth_f = _repaired(judge, candidates_f, tau_f, say) if whole <= aim.bound else torch.where(tau_f > 0, tau_f, tau_f - 3)
+    order_f, n = ranks(candidates_f, worth_f).argsort(), int(candidates_f.sum())
+    chosen = int((worth_f > -1.5).sum())
+    # The loss need not fall with every node that is added, so where those that were learnt are enough no others are looked at.
+    if float(judge.loss((worth_f > -1.5)[None])) <= aim.bound:
+        limit = chosen
+    elif whole <= aim.bound:
         limit = n if float(judge.loss(candidates_f[None])) <= aim.bound else len(order_f)
-    elif float(judge.loss((tau_f > 0)[None])) <= aim.bound:
-        limit = above  # the model does not do it, and some of its nodes do
     else:
         raise MaskError(
             f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); "
             "raise --target-loss"
         )
-    kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(int((worth_f > -1.5).sum()), 1))
+    kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(chosen, 1))
     say(f"threshold: {int(kept_f.sum()):,} nodes")
     kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)
     return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, steps)
@@ -352,18 +362,25 @@ def find_nodes(
 def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[str], None]) -> Tensor:
     """worth_f: tau of the nodes above 0; then, between -1.5 and 0, those added by rounds; the others by tau, below -2."""
     kept_f, worth_f = tau_f > 0, torch.where(tau_f > 0, tau_f, tau_f - 3)
+    loss = float(judge.loss(kept_f[None]))
     for number in range(REPAIRS):
-        if float(judge.loss(kept_f[None])) <= judge.bound:
+        if loss <= judge.bound:
             break
         slope_f = judge.slopes(kept_f)
         helps_k = (candidates_f & ~kept_f & (slope_f < 0)).nonzero().flatten()
-        helps_k = helps_k[slope_f[helps_k].argsort(stable=True)][: max(8, int(kept_f.sum()) // 8)]
-        if not len(helps_k):
+        helps_k = helps_k[slope_f[helps_k].argsort(stable=True)]
+        sizes = sorted({min(len(helps_k), 4 << power) for power in range(REPAIR_SIZES)} - {0})
+        if not sizes:
             break
+        loss_c = judge.loss(torch.stack([kept_f.index_fill(0, helps_k[:size], True) for size in sizes]))
+        best = int(loss_c.argmin())
+        if float(loss_c[best]) >= loss:
+            break
+        loss, helps_k = float(loss_c[best]), helps_k[: sizes[best]]
         kept_f = kept_f.index_fill(0, helps_k, True)
         place_k = torch.arange(len(helps_k), device=helps_k.device) / len(helps_k)
         worth_f[helps_k] = (-(number + place_k) / REPAIRS).to(worth_f.dtype)
-        say(f"repairs: {int(kept_f.sum()):,} nodes")
+        say(f"repairs: {int(kept_f.sum()):,} nodes, loss {loss:.3f}")
     return worth_f
 
 
