@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from bridge.evaluate import Evaluation, evaluate
     from bridge.explanation import Explanation, explain
     from bridge.frontier import Frontier
+    from bridge.moves import Move
     from bridge.node_page import NodePage, describe_node
     from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe
+    from bridge.steer import Steering, steer
     from bridge.sweep import sweep
     from bridge.training import Progress, fit
     from bridge.validate import Faithfulness
@@ -36,10 +38,12 @@ _HOME = {
     "Explanation": "explanation",
     "Faithfulness": "validate",
     "Frontier": "frontier",
+    "Move": "moves",
     "NodeFacts": "nodes",
     "NodePage": "node_page",
     "Progress": "training",
     "Recipe": "recipe",
+    "Steering": "steer",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
     "collect_nodes": "nodes",
@@ -49,6 +53,7 @@ _HOME = {
     "fit": "training",
     "load_dense": "dense",
     "search_task": "circuits.search",
+    "steer": "steer",
     "sweep": "sweep",
 }
 
@@ -60,10 +65,12 @@ __all__ = [
     "Explanation",
     "Faithfulness",
     "Frontier",
+    "Move",
     "NodeFacts",
     "NodePage",
     "Progress",
     "Recipe",
+    "Steering",
     "Subjects",
     "TaskResult",
     "collect_nodes",
@@ -74,6 +81,7 @@ __all__ = [
     "load",
     "load_dense",
     "search_task",
+    "steer",
     "sweep",
 ]
 
@@ -87,7 +95,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A package whose function `evaluate` stays what it is when the module of that name is imported (likewise `sweep`)."""
+    """A package whose functions stay what they are when the modules of their names (evaluate, steer, sweep) are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
