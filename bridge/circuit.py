@@ -306,7 +306,7 @@ def draw_edges(sparse: SparseTransformer, circuit: Circuit) -> tuple[Edge, ...]:
     Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
     """
     _check_means([EMBEDDING], circuit.means)
-    flow = _flow(sparse, circuit)
+    flow = flow_through(sparse, circuit)
     edges = [*_weight_edges(flow), *_attention_edges(flow), *_residual_edges(flow), *_answer_edges(flow)]
     return tuple(sorted(edges, key=lambda edge: -abs(edge.effect)))
 
@@ -333,7 +333,8 @@ class _Flow:
         return [location for location in self.circuit.kept if location.kind in kinds]
 
 
-def _flow(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
+def flow_through(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
+    """What runs through the circuit alone on its prompt: values, changes from the means, slopes of D."""
     value: dict[Location, Tensor] = {}
     probe: dict[Location, Tensor] = {}
 

@@ -4,6 +4,7 @@
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
     edges       `circuit.draw_edges`; and every node deleted alone from the circuit, for what it does there
+    attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
 
 An Explanation cannot be made without its Faithfulness. Where the two models disagree the circuit is still shown, since one may
@@ -27,6 +28,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from bridge.attention import ExplainedHead, Read, explain_attention
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
 from bridge.node_page import node_labels
@@ -38,7 +40,7 @@ from bridge.validate import Faithfulness, Measure, validate
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 DELETED_TOKENS = 8000  # of masked copies, in which nodes are deleted one by one
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
-LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text
+LISTED_NODES, LISTED_EDGES, LISTED_HEADS = 40, 2, 8  # in the rendered text
 
 
 class ExplainError(UserError):
@@ -147,6 +149,8 @@ class Explanation:
     faithfulness: Faithfulness
     nodes: tuple[ExplainedNode, ...]
     edges: tuple[ExplainedEdge, ...]
+    attention: tuple[ExplainedHead, ...]
+    attention_left_out: int
     counts: Counts
     searched: Searched
     provenance: Provenance
@@ -209,6 +213,7 @@ def explain(
     found = find_circuit(ablations, seed=seed, progress=say)
     say("edges")
     edges = draw_edges(sparse, found.circuit)
+    attention = explain_attention(sparse, found.circuit)
     faithfulness = validate(coupling, ablations, found.circuit, used_bt, seed=seed, progress=say)
     tokenizer = dense.tokenizer
     return Explanation(
@@ -223,6 +228,8 @@ def explain(
         faithfulness=faithfulness,
         nodes=_explained(ablations, found, node_labels(coupling, found.circuit.nodes)),
         edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges[:MOST_EDGES]),
+        attention=attention.heads,
+        attention_left_out=attention.left_out,
         counts=_counts(found, edges),
         searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
         provenance=_provenance(coupling, used_bt, seed),
@@ -339,6 +346,7 @@ def render_text(explanation: Explanation, width: int = 100) -> str:
         _render_answer(explanation),
         _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
         _render_circuit(explanation, width),
+        _render_attention(explanation, width),
         _render_evidence(explanation),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
@@ -406,6 +414,33 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
 def _input(edge: ExplainedEdge, position: int) -> str:
     name, _, at = edge.source.partition("@")
     return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
+
+
+def _render_attention(explanation: Explanation, width: int) -> list[str]:
+    if not explanation.attention:
+        return ["ATTENTION No head of the circuit does anything for D."]
+    left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
+    head = "What D loses when a head's nodes are deleted at a token; by its pattern alone; by its values alone."
+    lines = [
+        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have some effect.", width),
+        "        head         effect  pattern   values   sink   reads",
+    ]
+    for head in explanation.attention[:LISTED_HEADS]:
+        numbers = f"{head.effect:>+7.2f}  {head.pattern_effect:>+7.2f}  {head.value_effect:>+7.2f}  {head.sink:>5.2f}"
+        reads = ", ".join(_read(explanation, read) for read in head.reads[:3] if read.weight >= 0.05)
+        lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
+        for read in head.reads[:1]:
+            why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
+            moved = ", ".join(
+                f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
+            )
+            text = f"@{read.position} by {why or 'no channel'}; moves {moved or 'no node of the circuit'}"
+            lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
+    return lines
+
+
+def _read(explanation: Explanation, read: Read) -> str:
+    return f"{_shown(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
 
 
 def _render_evidence(explanation: Explanation) -> list[str]:

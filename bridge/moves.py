@@ -168,8 +168,8 @@ class _Hold:
 class Steerer:
     """Chosen nodes of a prompt, and what changing them adds to the dense residual of any text that begins with the prompt.
 
-    A later move of a node replaces an earlier one; one at a position goes before one everywhere. Raises SteerError where a position
-    or the site does not exist, a counterfactual is missing or not as long as the prompt, or no chosen node is before the site.
+    A later move of a node replaces an earlier one; one at a position goes before one everywhere. Raises SteerError where a
+    position or the site does not exist, a counterfactual is missing or not as long as the prompt, or no node is before the site.
     """
 
     def __init__(

@@ -215,7 +215,7 @@ def measured(passed: bool | None = True, note: str = "") -> Measure:
 
 def faithfulness(**changes: Measure) -> Faithfulness:
     good = measured()
-    whole = Faithfulness(good, good, good, good, good, good, good, good, (0.1, 0.2), 0.01, ())
+    whole = Faithfulness(good, good, good, good, good, good, good, good, good, (0.1, 0.2), 0.01, ())
     return dataclasses.replace(whole, **changes)
 
 
