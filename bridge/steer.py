@@ -49,7 +49,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a strength is held against: random directions of equal norm, and every node on its counterfactual value (if any)."""
+    """What a strength is held against: random directions of equal norm, and every node on its counterfactual value.
+
+    every_* are None without a counterfactual, and where the chosen nodes are every one.
+    """
 
     strength: float
     random_target: Spread
@@ -173,12 +176,10 @@ def steer(
         logits_kv = torch.cat([logits_kv, logits_at(coupling, tokens_t, plain, changes, above)[0]])
         random_rk2 = torch.cat([random_rk2, _pair_of(logits_at(coupling, tokens_t, plain, random, above), pair)], 1)
     every_k2 = None
-    if other_t is not None:
-        every = changes
-        if not whole:
-            every = Steerer(coupling, tokens_t, every_node(sizes), other_t, site=site).changes(tokens_t[None])
+    if other_t is not None and not whole:
         every_k2 = _pair_of(plain_v[None], pair)
         if above:
+            every = Steerer(coupling, tokens_t, every_node(sizes), other_t, site=site).changes(tokens_t[None])
             every_k2 = torch.cat([every_k2, _pair_of(logits_at(coupling, tokens_t, plain, every, above)[0], pair)])
 
     probability_k2, tokenizer = _pair_of(logits_kv, pair), dense.tokenizer

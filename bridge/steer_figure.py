@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -108,7 +109,8 @@ def render_steering(steering: Steering, width: int = 100) -> str:
         lines.append(f"counterfactual  {steering.counterfactual!r}")
     low, high = min(steering.norms), max(steering.norms)
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
-    lines.append(f"changed         {_changed(steering)}; norm {norms} of the residual's")
+    changed = f"{_changed(steering)}; norm {norms} of the residual's"
+    lines += textwrap.wrap(f"changed         {changed}", width, subsequent_indent=" " * 16)
     for each in steering.moved[: _SHOWN if steering.n_moved > _SHOWN else None]:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
     if steering.n_moved > _SHOWN:
