@@ -27,7 +27,7 @@ an edge is how much the source's deviation from its mean adds to what the target
 Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
 entries are counted by their own names, the others drawn. `effect` is the weight times dD / d target, which makes edges into
 different targets comparable; it is 0 into a target that AbsTopK silences in S_C. How a score splits into pairs of q and k
-channels is not told here.
+channels `attention` tells.
 
 Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a location, f all nodes of a prompt in one row
 (location by location, position by position, channel by channel), s sparse width, v vocabulary.

@@ -47,6 +47,7 @@ from bridge.sparse import Gate, Location
 from bridge.transport import Change, run_changed
 
 MOST_MOVED = 1000  # nodes that a result lists
+MOST_VALUE = 1e6  # that a node may be set to, or moved by
 _MOVE = re.compile(r"(?P<node>[^@=+\-\]]*\[\d+\])(@(?P<position>\d{1,6}))?((?P<how>[=+\-])(?P<amount>.+))?")
 Way = Literal["value", "amount", "counterfactual"]
 
@@ -98,10 +99,10 @@ def parse_move(text: str, sizes: Mapping[Location, int]) -> Move:
         return Move(node)
     try:
         amount = float(match["amount"])
-        if not abs(amount) < 1e6:
+        if not abs(amount) <= MOST_VALUE:
             raise ValueError
     except ValueError:
-        raise SteerError(f"{match['amount']!r} in {text!r} is no number below a million; write =2.5, +1 or -1") from None
+        raise SteerError(f"{match['amount']!r} in {text!r} is no number up to a million; write =2.5, +1 or -1") from None
     return Move(node, value=amount) if match["how"] == "=" else Move(node, amount=-amount if match["how"] == "-" else amount)
 
 

@@ -134,8 +134,8 @@ def steer(
     moves: Sequence[Move | str] | None = None,
     *,
     counterfactual: str | None = None,
-    target: str | None = None,
-    contrast: str | None = None,
+    target: str | int | None = None,
+    contrast: str | int | None = None,
     strengths: Sequence[float] = STRENGTHS,
     site: int | None = None,
     tokens: int = TOKENS,
@@ -144,8 +144,9 @@ def steer(
 ) -> Steering:
     """The dense model's answers with some nodes changed, against the strength; random directions of equal norm beside.
 
-    moves are Move, or text such as "1.mlp_act[37]@4=2.5"; None changes every node to its counterfactual value. At strength 0 and
-    at the largest one `tokens` tokens are generated. Raises SteerError, NodeError or ExplainError.
+    moves are Move, or text such as "1.mlp_act[37]@4=2.5"; None changes every node to its counterfactual value. Target and
+    contrast are tokens, or their ids. At strength 0 and at the largest one `tokens` tokens are generated. Raises SteerError,
+    NodeError or ExplainError.
     """
     strengths = check_strengths(strengths)
     if draws < 1:
@@ -218,12 +219,20 @@ def steer(
 
 
 def _sides(
-    coupling: Coupling, plain_v: Tensor, swapped_v: Tensor | None, target: str | None, contrast: str | None
+    coupling: Coupling, plain_v: Tensor, swapped_v: Tensor | None, target: str | int | None, contrast: str | int | None
 ) -> tuple[int, int]:
     """Ids of target and contrast: as named, else what the dense model answers to the prompt, and to the counterfactual."""
-    first = int(plain_v.argmax()) if target is None else one_token(coupling, target, "target")
+
+    def named(token: str | int, role: str) -> int:
+        if isinstance(token, str):
+            return one_token(coupling, token, role)
+        if not 0 <= token < len(plain_v):
+            raise SteerError(f"{role} {token} is no token; ids go from 0 to {len(plain_v) - 1}")
+        return token
+
+    first = int(plain_v.argmax()) if target is None else named(target, "target")
     if contrast is not None:
-        second = one_token(coupling, contrast, "contrast")
+        second = named(contrast, "contrast")
     else:
         ranked = (plain_v if swapped_v is None else swapped_v).topk(2).indices.tolist()
         second = ranked[1] if ranked[0] == first else ranked[0]

@@ -67,7 +67,7 @@ def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
     parts += [y_title("probability in the dense model"), f'<text class="tick" x="{LEFT}" y="{side_y - 10}">{escape(note)}</text>']
     for place, panel in enumerate(panels):
         frame = Frame(LEFT + place * (PANEL + GAP), (0, 0.2, 0.4, 0.6, 0.8, 1), (0, 0.2, 0.4, 0.6, 0.8, 1))
-        parts += frame.axes(f"strength: the answer {panel.title}", labelled=place == 0)
+        parts += frame.axes(f"probability of {panel.title}, against strength", labelled=place == 0)
         low = list(zip(panel.strengths, [each.low for each in panel.random], strict=True))
         high = list(zip(panel.strengths, [each.high for each in panel.random], strict=True))
         mean = list(zip(panel.strengths, [each.mean for each in panel.random], strict=True))

@@ -138,7 +138,9 @@ def test_what_is_moved_is_the_sum_of_value_edges() -> None:
     edges = [edge for edge in draw_edges(sparse, circuit) if edge.kind == "value"]
     assert edges
     heads = explain_attention(sparse, circuit, most=1000).heads
-    told = {(term.node, head.query): term.effect for head in heads for read in head.reads for term in read.moved}
+    told: dict[tuple[str, int | None], float] = {
+        (term.node, head.query): term.effect for head in heads for read in head.reads for term in read.moved
+    }
     expected: dict[tuple[str, int | None], float] = {}
     for edge in edges:
         key = str(edge.source), edge.target.position

@@ -70,9 +70,9 @@ def test_a_text_names_a_change(coupled: Coupling) -> None:
     [
         ("mlp_act", "'mlp_act' names no change; write a node as in 1.mlp_act[37], then perhaps @4"),
         ("1.mlp_act[7]@x", "names no change"),
-        ("1.mlp_act[7]=much", "'much' in '1.mlp_act[7]=much' is no number below a million; write =2.5, +1 or -1"),
+        ("1.mlp_act[7]=much", "'much' in '1.mlp_act[7]=much' is no number up to a million; write =2.5, +1 or -1"),
         ("1.mlp_act[7]=nan", "'nan' in"),
-        ("1.mlp_act[7]=1e30", "is no number below a million"),
+        ("1.mlp_act[7]=1e30", "is no number up to a million"),
         ("7.mlp_act[7]", "there is no location 7.mlp_act"),
         ("1.mlp_act[700]", "1.mlp_act has no channel 700"),
     ],
@@ -202,7 +202,7 @@ def test_generation(coupled: Coupling) -> None:
     for _ in range(6):
         greedy_t = torch.cat([greedy_t, dense.run(greedy_t[None]).logits_btv[0, -1].argmax()[None]])
     assert steerer.generate(0, 6).tolist() == greedy_t[6:].tolist()
-    own: Any = dense.model.generate(
+    own = cast(Any, dense.model).generate(
         TOKENS_T[None], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones(1, 6)
     )
     assert steerer.generate(0, 6).tolist() == own[0, 6:].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
@@ -84,6 +84,7 @@ def test_target_and_contrast_are_the_answers_to_both_prompts(coupled: Coupling, 
     assert steered.swapped_contrast == pytest.approx(float(logits[1].softmax(-1)[steered.contrast.id]))
     named = steer(coupled, PROMPT, ["0.v[1]=1"], target="w7", contrast="w8", strengths=(1,), tokens=0)
     assert (named.target.text, named.contrast.text) == ("w7", "w8") and named.swapped_target is None
+    assert steer(coupled, PROMPT, ["0.v[1]=1"], target=7, contrast=8, strengths=(1,), tokens=0) == named
     assert named.beside[0].every_target is None and named.curve[-1].text is None
 
 
@@ -128,7 +129,7 @@ def test_without_nodes_every_one_goes_to_the_counterfactual(coupled: Coupling) -
 def test_text_is_written_at_the_ends(coupled: Coupling, steered: Steering) -> None:
     assert [each.text is None for each in steered.curve] == [False, True, False]
     tokens_t = tokens(coupled, PROMPT)
-    own: Any = coupled.dense.model.generate(
+    own = cast(Any, coupled.dense.model).generate(
         tokens_t[None], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones(1, 6)
     )
     assert coupled.dense.tokenizer is not None
@@ -146,6 +147,7 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
         ({"moves": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are the same token; name two different ones"),
         ({"contrast": "w7 w8"}, "contrast 'w7 w8' is 2 tokens"),
+        ({"target": 40}, "target 40 is no token; ids go from 0 to 39"),
         ({"prompt": ""}, "the prompt is empty"),
     ]
     for options, message in cases:

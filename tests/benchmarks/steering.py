@@ -2,10 +2,10 @@
 
     python tests/benchmarks/steering.py [--bridge DIR] [--task NAME ...] [--circuit NAME=DIR ...] [--pairs 16] [--out DIR]
 
-Every pair of the test split counts twice, once from each side. Carried are, at strength 1: the whole residual change through the
-bridge at each site (the ceiling: embeddings included); every node; the circuit's nodes, where a folder that `bridge circuit --out`
-wrote is named; and the K channels that count most on train pairs in the sparse model, to first order (the change of a channel times the
-slope of the log odds). Beside each, random directions of equal norm at the same sites and positions. "share" is the
+Every pair of the test split counts twice, once from each side. Carried are, at strength 1: the whole change of the residual, by
+the bridge at each site (the ceiling: embeddings included); every node; a circuit's nodes, where a folder that `bridge circuit`
+wrote is named; and the K channels that count most on train pairs in the sparse model, to first order: by the change of a channel
+times the slope of the log odds. Beside each, random directions of equal norm at the same sites and positions. "share" is the
 counterfactual's answer among both answers; "reach" is how many of the prompts go from under 5 % to over 50 % while random
 directions stay, in the mean, under 10 %, and how many could: those whose counterfactual itself has over 50 %. With --out an SVG
 per task and contender, the curves being means over prompts.
@@ -180,8 +180,8 @@ def main() -> None:
                 if every_bk is None or every_answer_bk is None:
                     every_bk, every_answer_bk = result.wrong_bk, result.answer_bk
                 panels = [
-                    _panel("of the counterfactual", result.wrong_bk, result.random_wrong_brk, every_bk, wrong_b),
-                    _panel("of the prompt", result.answer_bk, result.random_answer_brk, every_answer_bk, answer_b),
+                    _panel("the counterfactual's answer", result.wrong_bk, result.random_wrong_brk, every_bk, wrong_b),
+                    _panel("the prompt's answer", result.answer_bk, result.random_answer_brk, every_answer_bk, answer_b),
                 ]
                 band = f"band: lowest to highest of {arguments.draws} random directions"
                 note = f"Means over {len(pairs)} prompts of the test split; {band}."
