@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from bridge.explanation import Explanation, explain
     from bridge.export import Exported, export, node_pages, to_networkx
     from bridge.frontier import Frontier
+    from bridge.moves import Move
     from bridge.node_page import NodePage, describe_node
     from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe, UserError
+    from bridge.steer import Steering, steer
     from bridge.sweep import sweep
     from bridge.training import Progress
     from bridge.validate import Faithfulness
@@ -36,10 +38,12 @@ _HOME = {
     "Exported": "export",
     "Faithfulness": "validate",
     "Frontier": "frontier",
+    "Move": "moves",
     "NodeFacts": "nodes",
     "NodePage": "node_page",
     "Progress": "training",
     "Recipe": "recipe",
+    "Steering": "steer",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
     "UserError": "recipe",
@@ -53,6 +57,7 @@ _HOME = {
     "load_dense": "dense",
     "node_pages": "export",
     "search_task": "circuits.search",
+    "steer": "steer",
     "sweep": "sweep",
     "to_networkx": "export",
 }
@@ -66,10 +71,12 @@ __all__ = [
     "Exported",
     "Faithfulness",
     "Frontier",
+    "Move",
     "NodeFacts",
     "NodePage",
     "Progress",
     "Recipe",
+    "Steering",
     "Subjects",
     "TaskResult",
     "UserError",
@@ -83,6 +90,7 @@ __all__ = [
     "load_dense",
     "node_pages",
     "search_task",
+    "steer",
     "sweep",
     "to_networkx",
 ]
@@ -95,7 +103,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A package whose functions `evaluate`, `export` and `sweep` stay what they are when the modules so named are imported."""
+    """A package whose functions stay what they are when modules of their names (evaluate, export, steer, sweep) are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -27,7 +27,7 @@ an edge is how much the source's deviation from its mean adds to what the target
 Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
 entries are counted by their own names, the others drawn. `effect` is the weight times dD / d target, which makes edges into
 different targets comparable; it is 0 into a target that AbsTopK silences in S_C. How a score splits into pairs of q and k
-channels is not told here.
+channels `attention` tells.
 
 Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a location, f all nodes of a prompt in one row
 (location by location, position by position, channel by channel), s sparse width, v vocabulary.
@@ -306,7 +306,7 @@ def draw_edges(sparse: SparseTransformer, circuit: Circuit) -> tuple[Edge, ...]:
     Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
     """
     _check_means([EMBEDDING], circuit.means)
-    flow = _flow(sparse, circuit)
+    flow = flow_through(sparse, circuit)
     edges = [*_weight_edges(flow), *_attention_edges(flow), *_residual_edges(flow), *_answer_edges(flow)]
     return tuple(sorted(edges, key=lambda edge: -abs(edge.effect)))
 
@@ -333,7 +333,8 @@ class _Flow:
         return [location for location in self.circuit.kept if location.kind in kinds]
 
 
-def _flow(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
+def flow_through(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
+    """What runs through the circuit alone on its prompt: values, changes from the means, slopes of D."""
     value: dict[Location, Tensor] = {}
     probe: dict[Location, Tensor] = {}
 

@@ -373,6 +373,50 @@ def nodes(
 
 
 @app.command()
+def steer(
+    prompt: Annotated[str | None, typer.Option(help="The text after which the dense model is steered.")] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="A prompt of as many tokens, whose nodes' values are taken.")] = None,
+    node: Annotated[
+        list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1; repeatable.")
+    ] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
+    explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
+    site: Annotated[int | None, typer.Option(help="Add the whole change at this site; default at each sublayer's own.")] = None,
+    target: Annotated[str | None, typer.Option(help="Follow this token; default the answer to the prompt.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
+    draws: Annotated[int, typer.Option(help="Random directions beside.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
+    bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Change nodes of the sparse model, carry that into the dense one, and see its answers and text change."""
+    with one_line_errors():
+        from bridge.bridges import Coupling
+        from bridge.checkpoint import write_json, write_text
+        from bridge.moves import chosen_moves
+        from bridge.steer import STRENGTHS, check_strengths
+        from bridge.steer import steer as steer_prompt
+        from bridge.steer_figure import render_steering, steering_plot
+
+        check_strengths(strength or STRENGTHS)
+        coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
+        text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
+        steering = steer_prompt(
+            coupling, text, moves, counterfactual=counterfactual, target=target, contrast=contrast,
+            strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
+        )  # fmt: skip
+        print(render_steering(steering, terminal_width()))
+        if svg is not None:
+            write_text(svg, steering_plot(steering))
+        if json is not None:
+            write_json(json, steering.to_json())
+
+
+@app.command()
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,

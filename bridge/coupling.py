@@ -20,6 +20,7 @@ from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.evaluate import evaluate
 from bridge.explanation import explain
+from bridge.steer import steer
 
 P = ParamSpec("P")
 
@@ -45,6 +46,7 @@ class Coupling(Bare):
     from_pretrained = staticmethod(load)
     evaluate = evaluate
     explain = explain
+    steer = steer
 
     @cached_property
     def subjects(self) -> Subjects:

@@ -4,6 +4,7 @@
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
     edges       `circuit.draw_edges`; and every node deleted alone from the circuit, for what it does there
+    attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
 
 An Explanation cannot be made without its Faithfulness. Where the two models disagree the circuit is still shown, since one may
@@ -28,6 +29,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from bridge import display
+from bridge.attention import ExplainedHead, Read, explain_attention
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
 from bridge.node_page import node_labels
@@ -40,7 +42,7 @@ FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field go
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 DELETED_TOKENS = 8000  # of masked copies, in which nodes are deleted one by one
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
-LISTED_NODES, LISTED_EDGES = 40, 2  # in the rendered text
+LISTED_NODES, LISTED_EDGES, LISTED_HEADS = 40, 2, 8  # in the rendered text
 
 
 class ExplainError(UserError):
@@ -149,6 +151,8 @@ class Explanation:
     faithfulness: Faithfulness
     nodes: tuple[ExplainedNode, ...]
     edges: tuple[ExplainedEdge, ...]
+    attention: tuple[ExplainedHead, ...]
+    attention_left_out: int
     counts: Counts
     searched: Searched
     provenance: Provenance
@@ -206,7 +210,7 @@ def explain(
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
-    tokens_t = _prompt_tokens(coupling, prompt)
+    tokens_t = prompt_tokens(coupling, prompt)
     say("tokens: the dense model's answer")
     dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
     question = _question(coupling, tokens_t, dense_v, target, contrast)
@@ -217,27 +221,31 @@ def explain(
     found = find_circuit(ablations, seed=seed, progress=say)
     say("edges")
     edges = draw_edges(sparse, found.circuit)
+    attention = explain_attention(sparse, found.circuit)
     faithfulness = validate(coupling, ablations, found.circuit, used_bt, seed=seed, progress=say)
     tokenizer = dense.tokenizer
     return Explanation(
         prompt=prompt,
-        tokens=tuple(_token(tokenizer, token) for token in tokens_t.tolist()),
-        target=_token(tokenizer, question.target),
-        contrast=_token(tokenizer, question.contrast),
-        dense=_answers(tokenizer, dense_v),
-        sparse=_answers(tokenizer, ablations.logits_v),
+        tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
+        target=token_of(tokenizer, question.target),
+        contrast=token_of(tokenizer, question.contrast),
+        dense=top_answers(tokenizer, dense_v),
+        sparse=top_answers(tokenizer, ablations.logits_v),
         dense_difference=float(question.difference(dense_v)),
         sparse_difference=float(question.difference(ablations.logits_v)),
         faithfulness=faithfulness,
         nodes=_explained(ablations, found, node_labels(coupling, found.circuit.nodes)),
         edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges[:MOST_EDGES]),
+        attention=attention.heads,
+        attention_left_out=attention.left_out,
         counts=_counts(found, edges),
         searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
         provenance=_provenance(coupling, used_bt, seed),
     )
 
 
-def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+    """tokens_t of a prompt under the dense model's tokenizer. Raises ExplainError where it is empty or too long."""
     tokenizer = coupling.dense.tokenizer
     if tokenizer is None:
         raise ExplainError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
@@ -252,35 +260,38 @@ def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
 
 def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
     first, second = dense_v.topk(2).indices.tolist()
-    chosen = first if target is None else _one_token(coupling, target, "target")
-    against = (second if chosen == first else first) if contrast is None else _one_token(coupling, contrast, "contrast")
+    chosen = first if target is None else one_token(coupling, target, "target")
+    against = (second if chosen == first else first) if contrast is None else one_token(coupling, contrast, "contrast")
     if chosen == against:
         whose = "the dense model's own answer" if target is None else f"both {target!r}"
         raise ExplainError(f"target and contrast are {whose}; name two different tokens")
     return Question(tokens_t, chosen, against)
 
 
-def _one_token(coupling: Coupling, text: str, role: str) -> int:
+def one_token(coupling: Coupling, text: str, role: str) -> int:
+    """The id of a text that is a single token; role is what it is called where it is refused. Raises ExplainError."""
     tokenizer = coupling.dense.tokenizer
     assert tokenizer is not None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if len(ids) != 1:
-        pieces = " ".join(_shown(_token(tokenizer, token).text) for token in ids) or "none"
-        remedy = f"; give one, such as {_shown(_token(tokenizer, ids[0]).text)}" if ids else "; give one"
+        pieces = " ".join(_shown(token_of(tokenizer, token).text) for token in ids) or "none"
+        remedy = f"; give one, such as {_shown(token_of(tokenizer, ids[0]).text)}" if ids else "; give one"
         raise ExplainError(f"{role} {text!r} is {len(ids)} tokens ({pieces}), and only a single token can be explained{remedy}")
     if ids[0] == tokenizer.unk_token_id:
         raise ExplainError(f"{role} {text!r} is not in the dense model's vocabulary; give one of its tokens")
     return ids[0]
 
 
-def _token(tokenizer: Any, token: int) -> Token:
+def token_of(tokenizer: Any, token: int) -> Token:
+    """A token with its text."""
     return Token(token, token_text(tokenizer, token))
 
 
-def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+    """The likeliest next tokens, at most 5."""
     best = logits_v.softmax(-1).topk(5)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return tuple(Answer(_token(tokenizer, token), probability) for token, probability in pairs)
+    return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
 
 
 def _explained(ablations: Ablations, found: Found, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:
@@ -343,6 +354,7 @@ def render_text(explanation: Explanation, width: int = 100) -> str:
         _render_answer(explanation),
         _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
         _render_circuit(explanation, width),
+        _render_attention(explanation, width),
         _render_evidence(explanation),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
@@ -410,6 +422,33 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
 def _input(edge: ExplainedEdge, position: int) -> str:
     name, _, at = edge.source.partition("@")
     return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
+
+
+def _render_attention(explanation: Explanation, width: int) -> list[str]:
+    if not explanation.attention:
+        return ["ATTENTION No head of the circuit does anything for D."]
+    left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
+    head = "What D loses when a head's nodes are deleted at a token; by its pattern alone; by its values alone."
+    lines = [
+        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have some effect.", width),
+        "        head         effect  pattern   values   sink   reads",
+    ]
+    for head in explanation.attention[:LISTED_HEADS]:
+        numbers = f"{head.effect:>+7.2f}  {head.pattern_effect:>+7.2f}  {head.value_effect:>+7.2f}  {head.sink:>5.2f}"
+        reads = ", ".join(_read(explanation, read) for read in head.reads[:3] if read.weight >= 0.05)
+        lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
+        for read in head.reads[:1]:
+            why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
+            moved = ", ".join(
+                f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
+            )
+            text = f"@{read.position} by {why or 'no channel'}; moves {moved or 'no node of the circuit'}"
+            lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
+    return lines
+
+
+def _read(explanation: Explanation, read: Read) -> str:
+    return f"{_shown(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
 
 
 def _render_evidence(explanation: Explanation) -> list[str]:

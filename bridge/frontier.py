@@ -11,7 +11,6 @@ from right to left for that. The dense model is the last line: its own cross-ent
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter
 from bridge.checkpoint import CheckpointError, read_json, write_json
 from bridge.circuits.compare import geometric_mean
 from bridge.circuits.result import Size
+from bridge.svg import BOTTOM, COLOURS, GAP, HEIGHT, LEFT, PANEL, RIGHT, TOP, Frame, figure, log_ticks, ticks, y_title
 
 FORMAT = 1
 SAME_TEXT = 1e-3  # nats by which the dense model's cross-entropy may differ between points that saw the same text
@@ -212,42 +212,36 @@ def _dense_ces(frontier: Frontier) -> list[float]:
 
 # -- the plot -----------------------------------------------------------------------------------------------------------
 
-_PANEL, _HEIGHT, _GAP = 380, 300, 36  # pixels of a panel's frame, and between two
-_LEFT, _TOP, _BOTTOM, _RIGHT = 74, 74, 84, 22
-_LIGHT = ("#0b62d6", "#c2410c", "#15803d", "#9333ea", "#b45309", "#be185d", "#0e7490", "#57534e")
-_DARK = ("#6cb2ff", "#ff9d5c", "#5ad17f", "#cf9bff", "#f0b429", "#ff86b6", "#4dd0e1", "#c9c4bf")
+_STYLE = (
+    ".frontier .dense{stroke:currentColor;stroke-dasharray:5 4;opacity:.7}.frontier .dot{fill:currentColor}"
+    ".frontier .loaded{fill:none;stroke:currentColor;stroke-width:2.5}"
+    ".frontier .point text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
+    ".frontier .path{fill:none;stroke:currentColor;stroke-width:1.5;opacity:.55}"
+)
 
 
 def scatter(frontier: Frontier) -> str:
     """Edges against cross-entropy, and against CE recovered, as a self-contained SVG for light and dark pages."""
     points, dense = frontier.points, frontier.dense
     widths = sorted({point.width for point in points})
-    colour_of = {width: place % len(_LIGHT) for place, width in enumerate(widths)}
+    colour_of = {width: place % len(COLOURS) for place, width in enumerate(widths)}
     dense_edges = None if dense is None else dense.edges
     edges = [point.edges for point in points] + ([dense_edges] if dense_edges is not None else [])
-    y_ticks = _log_ticks(edges)
-    side_x, side_y = _LEFT + 2 * _PANEL + _GAP + _RIGHT, _TOP + _HEIGHT + _BOTTOM
+    y_ticks = log_ticks(edges)
+    side_x, side_y = LEFT + 2 * PANEL + GAP + RIGHT, TOP + HEIGHT + BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="frontier" viewBox="0 0 {side_x} {side_y}" width="{side_x}" '
-        f'height="{side_y}" role="img" font-family="system-ui, sans-serif" font-size="12">',
-        "<title>Capability against interpretability</title>",
-        _style(),
-        '<rect class="paper" width="100%" height="100%"/>',
-        f'<text x="{_LEFT}" y="24" font-size="15" font-weight="600">'
-        "Capability against interpretability: left and down is better</text>",
         _legend(widths, colour_of, dense is not None),
-        f'<text class="tick" x="{_LEFT}" y="{side_y - 10}">Labels: L0 as a share of the weights; '
+        f'<text class="tick" x="{LEFT}" y="{side_y - 10}">Labels: L0 as a share of the weights; '
         "(a/b): a of b tasks have a circuit, the others count at the whole model's size; rings: loaded.</text>",
-        f'<text class="axis" transform="translate(18,{_TOP + _HEIGHT / 2}) rotate(-90)">'
-        "edges of a circuit, geometric mean over tasks</text>",
+        y_title("edges of a circuit, geometric mean over tasks"),
     ]
     panels: tuple[tuple[str, Callable[[Point], float], list[float], bool], ...] = (
         ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier), False),
         ("CE recovered, mean over sites and directions", lambda p: p.recovered, [1.0], True),
     )
     for place, (title, value, lines, backwards) in enumerate(panels):
-        x_ticks = _ticks([value(point) for point in points] + (lines if dense is not None else []))
-        frame = _Frame(_LEFT + place * (_PANEL + _GAP), x_ticks, y_ticks, backwards)
+        x_ticks = ticks([value(point) for point in points] + (lines if dense is not None else []))
+        frame = _Frame(LEFT + place * (PANEL + GAP), x_ticks, y_ticks, logarithmic=True, backwards=backwards)
         parts += frame.axes(title, labelled=place == 0)
         if dense is not None:
             parts += [frame.line(x, dense) for x in lines]
@@ -261,28 +255,12 @@ def scatter(frontier: Frontier) -> str:
             boxes += [(frame.x(x) - 7, frame.y(dense_edges) - 7, 14.0, 14.0) for x in lines]
         for point in points:
             parts.append(frame.mark(point, value(point), colour_of[point.width], boxes))
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _style() -> str:
-    def colours(palette: Sequence[str]) -> str:
-        return "".join(f".frontier .c{place}{{color:{colour}}}" for place, colour in enumerate(palette))
-
-    return (
-        "<style>.frontier{color:#1f2328;--paper:#fff}.frontier text{fill:currentColor}.frontier .paper{fill:var(--paper)}"
-        ".frontier .axis{text-anchor:middle}.frontier .tick{font-size:11px;opacity:.8}"
-        ".frontier .grid{stroke:currentColor;opacity:.13}.frontier .frame{fill:none;stroke:currentColor;opacity:.45}"
-        ".frontier .dense{stroke:currentColor;stroke-dasharray:5 4;opacity:.7}.frontier .dot{fill:currentColor}"
-        ".frontier .loaded{fill:none;stroke:currentColor;stroke-width:2.5}"
-        ".frontier .point text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
-        ".frontier .path{fill:none;stroke:currentColor;stroke-width:1.5;opacity:.55}"
-        f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{.frontier{{color:#e6edf3;--paper:#0d1117}}"
-        f"{colours(_DARK)}}}</style>"
-    )
+    heading = "Capability against interpretability: left and down is better"
+    return figure("frontier", "Capability against interpretability", heading, (side_x, side_y), parts, _STYLE)
 
 
 def _legend(widths: Sequence[int], colour_of: dict[int, int], dense: bool) -> str:
-    parts, x = [], float(_LEFT)
+    parts, x = [], float(LEFT)
     for width in widths:
         text = f"width {width}"
         parts.append(
@@ -295,47 +273,18 @@ def _legend(widths: Sequence[int], colour_of: dict[int, int], dense: bool) -> st
     return "<g>" + "".join(parts) + "</g>"
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """A panel: where it begins, and its axes, y logarithmic, x perhaps from right to left."""
-
-    left: float
-    x_ticks: Sequence[float]
-    y_ticks: Sequence[float]
-    backwards: bool
-
-    def x(self, value: float) -> float:
-        share = (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])
-        return self.left + _PANEL * (1 - share if self.backwards else share)
-
-    def y(self, value: float) -> float:
-        low, high = math.log(self.y_ticks[0]), math.log(self.y_ticks[-1])
-        return _TOP + _HEIGHT * (1 - (math.log(max(value, 1)) - low) / (high - low))
-
-    def axes(self, title: str, *, labelled: bool) -> list[str]:
-        bottom, right = _TOP + _HEIGHT, self.left + _PANEL
-        parts = [f'<rect class="frame" x="{self.left}" y="{_TOP}" width="{_PANEL}" height="{_HEIGHT}"/>']
-        for tick in self.x_ticks:
-            x = self.x(tick)
-            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(f'<text class="axis tick" x="{x:.1f}" y="{bottom + 18}">{tick:g}</text>')
-        for tick in self.y_ticks:
-            y = self.y(tick)
-            parts.append(f'<line class="grid" x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            if labelled:
-                parts.append(f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{y + 4:.1f}">{_short(tick)}</text>')
-        parts.append(f'<text class="axis" x="{self.left + _PANEL / 2}" y="{bottom + 42}">{escape(title)}</text>')
-        return parts
+class _Frame(Frame):
+    """A panel of the plot, y logarithmic."""
 
     def line(self, value: float, dense: DensePoint) -> str:
         """The dense model's own: a line at what it can do, and a diamond at its circuits where they were searched."""
         x, edges = self.x(value), dense.edges
         text = f"dense model {dense.name}: CE {dense.ce:.3f}"
-        drawn = f'<line class="dense" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _HEIGHT}"/>'
+        drawn = f'<line class="dense" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
         if edges is not None:
             text += f", {edges:,.0f} edges, {dense.solved} of {len(dense.tasks)} tasks solved"
             y = self.y(edges)
-            drawn += f'<line class="dense" x1="{self.left}" x2="{self.left + _PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            drawn += f'<line class="dense" x1="{self.left}" x2="{self.left + PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>'
             drawn += f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>'
         return f"<g><title>{escape(text)}</title>{drawn}</g>"
 
@@ -354,7 +303,7 @@ class _Frame:
             for down in (0, -14, 14, -28, 28)
             for across in ((1, -1) if down == 0 else (0, 1, -1))
         ]
-        inside = [at for at in places if at[0] >= self.left + 2 and at[0] + size <= self.left + _PANEL - 2] or places
+        inside = [at for at in places if at[0] >= self.left + 2 and at[0] + size <= self.left + PANEL - 2] or places
         free = [at for at in inside if not any(_overlap((*at, size, 14.0), box) for box in boxes)]
         at_x, at_y = (free or inside)[0]
         boxes.append((at_x, at_y, size, 14.0))
@@ -379,30 +328,3 @@ def _share(l0: float) -> str:
     """1/16 where it is about that, else the number."""
     of = round(1 / l0) if l0 > 0 else 0
     return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"
-
-
-def _short(number: float) -> str:
-    """20k for 20,000, 1M for a million."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """About six round numbers that enclose the values."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    span = max(high - low, 1e-3, 1e-3 * abs(high))
-    step = next(m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5) if m * 10.0**e >= span / 5)
-    first, last = math.floor((low - 0.02 * span) / step), math.ceil((high + 0.02 * span) / step)
-    return [round(place * step, 10) for place in range(first, last + 1)]
-
-
-def _log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5, 10, ... (or 1, 10, ... over many decades) that enclose the values."""
-    low, high = (max(1.0, min(values)), max(1.0, max(values))) if values else (1.0, 10.0)
-    factors = (1, 2, 5) if high / low < 2000 else (1,)
-    every = [m * 10.0**e for e in range(16) for m in factors]
-    first = max((place for place, tick in enumerate(every) if tick <= low / 1.05), default=0)
-    last = next(place for place, tick in enumerate(every) if tick >= high * 1.05)
-    return every[first : last + 1]

@@ -179,7 +179,7 @@ class SparseTransformer(nn.Module):
 
     def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
         """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
-        q_bhtc, k_bhtc = (self._heads(x, rotate=True) for x in (q_btn, k_btn))
+        q_bhtc, k_bhtc = (self.heads(x, rotate=True) for x in (q_btn, k_btn))
         score_bhtt = q_bhtc @ k_bhtc.transpose(-1, -2) / math.sqrt(self.shape.head_channels)
         length = score_bhtt.shape[-1]
         future_tt = torch.ones(length, length, dtype=torch.bool, device=score_bhtt.device).triu(1)
@@ -260,7 +260,8 @@ class SparseTransformer(nn.Module):
             logits_btv = logits_btv + F.linear(F.embedding(tokens_bt, self.bigram[1]), self.bigram[0])
         return logits_btv
 
-    def _heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
+    def heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
+        """x_bhtc of q, k or v nodes; with rotate turned by their position, where the model's positions are rotary."""
         x_bhtc = x_btn.unflatten(-1, (-1, self.shape.head_channels)).transpose(1, 2)
         if not rotate or self.shape.positions != "rotary":
             return x_bhtc
@@ -277,10 +278,10 @@ class SparseTransformer(nn.Module):
     def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
         channels, sink_h = self.shape.head_channels, block.sinks if self.shape.sinks else None
         if self.shape.positions == "rotary":
-            q_btn, k_btn = (self._heads(x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
+            q_btn, k_btn = (self.heads(x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
         if q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16):
             return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
-        q_bhtc, k_bhtc, v_bhtc = (self._heads(x, rotate=False) for x in (q_btn, k_btn, v_btn))
+        q_bhtc, k_bhtc, v_bhtc = (self.heads(x, rotate=False) for x in (q_btn, k_btn, v_btn))
         scale = 1 / math.sqrt(channels)
         if sink_h is None:
             z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)

@@ -5,6 +5,8 @@
     sufficiency     KL(S, S_C), and the share D_C / D of the logit difference; beside random circuits
     company         KL(S, S_(C + U)) over random sets U of outside nodes, mean and worst; beside random circuits in that company
     necessity       KL(S, S_(not C)), and the share of D that is left when only C is deleted; beside random deletions
+    attention       total variation between the patterns of S and S_C, over heads whose values are kept, at tokens where what they
+                    write is; beside random circuits
     effect profile  for about 100 nodes, half of them outside: the effect on D of deleting the node in the sparse model, against
                     the transported effect in the dense model; beside the same with the nodes' identities permuted
 
@@ -39,15 +41,18 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from bridge.attention import variation
 from bridge.bridges import Coupling
-from bridge.circuit import Ablations, Circuit
+from bridge.circuit import Ablations, Circuit, ablation_gate, recording_gate
 from bridge.prune import reachable
+from bridge.sparse import Gate, Location
 from bridge.transport import Change, run_changed
 
 # The thresholds, from the table of the method's section 4.
 KL_KEPT = 0.1  # nats, for the circuit alone
 SHARE_OFF = 0.1  # of D; below one logit, of a logit: shares of next to nothing mean nothing
 COMPANY_MEAN, COMPANY_WORST = 0.2, 0.6  # nats
+PATTERN = 0.1  # total variation of attention
 CORRELATION = 0.6  # rank correlation of the effect profile
 NULL_QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
@@ -115,6 +120,7 @@ class Faithfulness:
     company_worst: Measure
     kl_lost: Measure
     share_lost: Measure
+    attention: Measure
     profile: Measure
     profile_interval: tuple[float, float] | None
     profile_p: float | None
@@ -125,7 +131,7 @@ class Faithfulness:
         """All measures, in the order in which they are best read."""
         return (
             self.agreement, self.kl_kept, self.share_kept, self.company_mean, self.company_worst, self.kl_lost, self.share_lost,
-            self.profile,
+            self.attention, self.profile,
         )  # fmt: skip
 
     @property
@@ -186,13 +192,15 @@ def validate(
     kl_kept, share_kept = _sufficiency(ablations, kept_f, random_cf)
     company_mean, company_worst = _company(ablations, kept_f, random_cf, generator)
     kl_lost, share_lost = _necessity(ablations, kept_f, generator)
+    attention = _attention(ablations, kept_f, random_cf)
     node_p = _profile_nodes(ablations, kept_f, generator)
     say(f"effect profile: {len(node_p)} nodes, in both models")
     effects = effect_profile(coupling, ablations, node_p, kept_f)
     profile, interval, p_value = _correlated(effects, seed)
     return Faithfulness(
-        agreement, kl_kept, share_kept, company_mean, company_worst, kl_lost, share_lost, profile, interval, p_value, effects
-    )
+        agreement, kl_kept, share_kept, company_mean, company_worst, kl_lost, share_lost, attention, profile, interval, p_value,
+        effects,
+    )  # fmt: skip
 
 
 def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -> Measure:
@@ -299,6 +307,33 @@ def _necessity(ablations: Ablations, kept_f: Tensor, generator: torch.Generator)
             "share of D left without it", share, control_of("random", share_random, min, "lowest"), "<= 0", share <= 0, left,
         ),
     )  # fmt: skip
+
+
+def _attention(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> Measure:
+    name, aim = "total variation of attention", f"<= {PATTERN:g}"
+    sparse, kept = ablations.sparse, ablations.space.split(kept_f)
+    layers = [at.layer for at in kept if at.kind == "v"]
+    # heads of which the circuit keeps a value, at the tokens where it keeps something of what they write
+    each = [
+        kept[Location(layer, "v")].unflatten(-1, (-1, sparse.shape.head_channels)).any(-1).any(0)[:, None]
+        & kept[Location(layer, "attn_out")].any(-1)
+        for layer in layers
+    ]
+    used_ht = torch.cat(each)
+    if not bool(used_ht.any()):
+        return Measure(name, None, None, aim, None, "no head's values are in the circuit")
+
+    def patterns(rows: int, gate: Gate | None = None) -> Tensor:
+        """pattern_bhtt of the heads of all layers."""
+        values: dict[Location, Tensor] = {}
+        sparse.run(ablations.tokens_1t.expand(rows, -1), gate=recording_gate(values, gate), last_only=True)
+        return torch.cat([sparse.pattern(at, values[Location(at, "q")], values[Location(at, "k")]) for at in layers], 1)
+
+    whole_1htt, off = patterns(1), list[float]()
+    for rows_cf in torch.cat([kept_f[None], random_cf]).split(ablations.rows):
+        gate = ablation_gate(ablations.space.split(rows_cf), ablations.means)
+        off += variation(whole_1htt, patterns(len(rows_cf), gate))[:, used_ht].mean(1).tolist()
+    return measured(name, off[0], control_of("random", off[1:], min, "best"), aim, off[0] <= PATTERN)
 
 
 def measured(name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "") -> Measure:

@@ -136,6 +136,21 @@ def test_edges_run_between_nodes_that_are_there(explanation: Explanation):
     assert counts.weights <= counts.edges and counts.bigram == 1
 
 
+def test_heads_are_told(explanation: Explanation):
+    ids = {node.id for node in explanation.nodes}
+    assert explanation.attention
+    for head in explanation.attention:
+        assert 0 <= head.query < len(explanation.tokens)
+        assert head.effect == pytest.approx(head.pattern_effect + head.value_effect + head.interaction, abs=1e-5)
+        assert sum(read.weight for read in head.reads) + head.sink <= 1 + 1e-5
+        assert all(read.position <= head.query for read in head.reads)
+        assert {term.node for read in head.reads for term in read.moved} <= ids
+    first = explanation.attention[0]
+    assert f"L{first.layer}.head {first.head}@{first.query}" in render_text(explanation)
+    none = dataclasses.replace(explanation, attention=(), attention_left_out=0)
+    assert "No head of the circuit does anything" in render_text(none)
+
+
 def test_json_goes_there_and_back_and_holds_no_nan(explanation: Explanation):
     values = explanation.to_json()
     text = json.dumps(values, allow_nan=False)
@@ -166,9 +181,10 @@ def test_the_text_fits_and_leads_with_answer_and_verdict(explanation: Explanatio
     assert lines[0].startswith("prompt    'w5 w9")
     assert f"dense     '{explanation.target.text}'" in lines[1]
     where = {
-        head: next(i for i, line in enumerate(lines) if line.startswith(head)) for head in ("VERDICT", "CIRCUIT", "EVIDENCE")
+        head: next(i for i, line in enumerate(lines) if line.startswith(head))
+        for head in ("VERDICT", "CIRCUIT", "ATTENTION", "EVIDENCE")
     }
-    assert where["VERDICT"] < where["CIRCUIT"] < where["EVIDENCE"]
+    assert where["VERDICT"] < where["CIRCUIT"] < where["ATTENTION"] < where["EVIDENCE"]
     assert explanation.faithfulness.verdict.upper() in lines[where["VERDICT"]]
     strongest = max(explanation.nodes, key=lambda node: abs(node.effect or 0))
     assert any(line.strip().startswith(strongest.name) for line in lines)

@@ -19,7 +19,6 @@ from test_circuits_suite import bridge_folder, task_file  # noqa: F401  fixtures
 from test_cli import assert_refused, run
 
 import bridge
-from bridge import frontier as frontier_module
 from bridge import training
 from bridge.checkpoint import CheckpointError
 from bridge.circuits import search as task_circuit
@@ -29,6 +28,7 @@ from bridge.circuits.result import Size
 from bridge.dense import load_dense
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
 from bridge.recipe import RecipeError, UserError
+from bridge.svg import log_ticks, ticks
 from bridge.sweep import SweepError, plan
 from bridge.tasks.pairs import TaskError
 
@@ -363,13 +363,7 @@ def test_the_plot_holds_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len([line for line in root.iter(f"{space}line") if line.get("class") == "dense"]) == 1 + 2 * 2
     for some in (replace(frontier, points=(), dense=None), replace(frontier, points=frontier.points[:1], dense=None)):
         ElementTree.fromstring(scatter(some))
-    assert frontier_module._ticks([2.5, 4.2])[0] <= 2.5 and frontier_module._log_ticks([600.0, 8_000.0]) == [
-        500,
-        1e3,
-        2e3,
-        5e3,
-        1e4,
-    ]
+    assert ticks([2.5, 4.2])[0] <= 2.5 and log_ticks([600.0, 8_000.0]) == [500, 1e3, 2e3, 5e3, 1e4]
 
 
 def test_functions_named_like_their_modules_stay_functions() -> None:

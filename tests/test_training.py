@@ -111,6 +111,7 @@ def test_a_number_of_weights_is_a_target_too(dense_folder: Path, text_file: Path
     kept = sum(int((w != 0).sum()) for w in coupling.sparse.sparse_weights().values())
     assert abs(kept - 500) <= len(coupling.sparse.sparse_weights())
 
+
 def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Sparser, from weights that are there: untrained and at the same L0 it is the other one; the anneal falls from its L0."""
     first, _ = fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")

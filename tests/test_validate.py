@@ -83,6 +83,33 @@ def test_random_circuits_have_the_circuits_size_at_every_location(ablations: Abl
     assert len({tuple(circuit_f.tolist()) for circuit_f in random_cf}) == RANDOM_CIRCUITS
 
 
+def test_attention_is_compared_where_the_circuit_uses_it(coupled: Coupling, ablations: Ablations, reference_bt: Tensor):
+    circuit, _ = circuit_of(ablations, 0.1)
+    sparse, found = coupled.sparse, []
+    values = {}
+    for name, gate in (("whole", lambda _, x: x), ("circuit", circuit.gate)):
+
+        def record(location: Location, x_btn: Tensor, name=name, gate=gate) -> Tensor:
+            values[name, location] = gate(location, x_btn)
+            return values[name, location]
+
+        sparse.run(ablations.question.tokens_t[None], gate=record)
+    channels = sparse.shape.head_channels
+    for layer in range(2):
+        q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
+        patterns = [sparse.pattern(layer, values[name, q], values[name, k])[0] for name in ("whole", "circuit")]
+        for head in range(sparse.width // channels):
+            for query in range(LENGTH):
+                if circuit.kept[v][:, head * channels : (head + 1) * channels].any() and circuit.kept[out][query].any():
+                    whole, alone = ([*each[head, query].tolist(), 1 - float(each[head, query].sum())] for each in patterns)
+                    found.append(sum(abs(a - b) for a, b in zip(whole, alone, strict=True)) / 2)
+    measure = validate(coupled, ablations, circuit, reference_bt).attention
+    assert measure.value == pytest.approx(sum(found) / len(found), abs=1e-5) and sum(found) > 1e-3
+    assert measure.control is not None and measure.control.draws == RANDOM_CIRCUITS
+    nothing = Circuit(circuit.question, {at: torch.zeros_like(kept) for at, kept in circuit.kept.items()}, circuit.means, {})
+    assert "no head's values" in validate(coupled, ablations, nothing, reference_bt).attention.note
+
+
 def test_measures_are_their_definitions(coupled: Coupling, ablations: Ablations, reference_bt: Tensor):
     circuit, kept_f = circuit_of(ablations, 0.1)
     result = validate(coupled, ablations, circuit, reference_bt)
@@ -215,7 +242,7 @@ def measured(passed: bool | None = True, note: str = "") -> Measure:
 
 def faithfulness(**changes: Measure) -> Faithfulness:
     good = measured()
-    whole = Faithfulness(good, good, good, good, good, good, good, good, (0.1, 0.2), 0.01, ())
+    whole = Faithfulness(good, good, good, good, good, good, good, good, good, (0.1, 0.2), 0.01, ())
     return dataclasses.replace(whole, **changes)
 
 

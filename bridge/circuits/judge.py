@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bridge.attention import variation
 from bridge.circuits.masks import Goal, kl, random_company
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
@@ -331,8 +332,7 @@ def _attention(goal: Goal, judged: Judged, random_cf: Tensor) -> Measure:
     def off(kept_f: Tensor, subject: SparseSubject) -> float:
         total, count = 0.0, 0
         for before_bhtt, after_bhtt in zip(whole, _patterns(goal, subject, kept_f, heads), strict=True):
-            change_bhtt = after_bhtt - before_bhtt  # what the sink gets changes by the opposite of the rest
-            variation_bht = 0.5 * (change_bhtt.abs().sum(-1) + change_bhtt.sum(-1).abs())
+            variation_bht = variation(before_bhtt, after_bhtt)
             total += float((variation_bht * there_bt[:, None]).sum())
             count += int(there_bt.sum()) * variation_bht.shape[1]
         return total / max(1, count)
