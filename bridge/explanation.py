@@ -229,6 +229,14 @@ def explain(
     )
 
 
+def check_prompt(coupling: Coupling, prompt: str, *, target: str | None = None, contrast: str | None = None) -> None:
+    """Raise ExplainError for a prompt or tokens that `explain` cannot take, without running a model."""
+    _prompt_tokens(coupling, prompt)
+    for role, text in (("target", target), ("contrast", contrast)):
+        if text is not None:
+            _one_token(coupling, text, role)
+
+
 def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
     tokenizer = coupling.dense.tokenizer
     if tokenizer is None:
