@@ -72,7 +72,7 @@ def test_help_is_light() -> None:
 import sys
 from typer.testing import CliRunner
 from bridge.cli import app
-for arguments in (["--help"], *([name, "--help"] for name in ("fit", "info", "eval", "explain", "tasks", "circuit", "sweep"))):
+for arguments in (["--help"], *([name, "--help"] for name in ("fit", "info", "eval", "explain", "tasks", "circuit", "sweep", "serve"))):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.stdout, result.output
 assert not {"torch", "transformers", "accelerate", "numpy"} & set(sys.modules)

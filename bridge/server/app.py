@@ -65,11 +65,16 @@ class NotDoneError(UserError):
 
 
 def create_app(
-    library: Library, rules: Rules, *, jobs: Jobs | None = None, explain: Callable[..., Explanation] = explain
+    library: Library, rules: Rules, *, explain: Callable[..., Explanation] = explain, waiting: int = 8, kept: int = 32
 ) -> FastAPI:
-    """The service over a library, behind the rules; `jobs` with other bounds and another `explain` for tests."""
-    if jobs is None:
-        jobs = Jobs(lambda asked, say: explain_asked(library, asked, say, explain))
+    """The service over a library, behind the rules: at most `waiting` explanations queue, and `kept` are kept when over."""
+
+    def work(asked: Asked, say: Say) -> Mapping[str, Any]:
+        say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
+        coupling = library.load(asked.bridge)
+        return explain(coupling, asked.prompt, target=asked.target, contrast=asked.contrast, progress=say).to_json()
+
+    jobs = Jobs(work, waiting=waiting, kept=kept)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -92,22 +97,15 @@ def create_app(
         responses=refusals(*_ALWAYS),
         dependencies=[Depends(HTTPBearer(auto_error=False))] if rules.token is not None else [],
         generate_unique_id_function=lambda route: route.name,
-        exception_handlers={
-            UserError: _user_error, Refused: _refused, RequestValidationError: _invalid, HTTPException: _http_error
-        },
     )  # fmt: skip
+    handlers = {UserError: _user_error, Refused: _refused, RequestValidationError: _invalid, HTTPException: _http_error}
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
     app.add_middleware(Guard, rules=rules)
     app.state.jobs = jobs
     _reading(app, library)
     _explaining(app, library, jobs)
     return app
-
-
-def explain_asked(library: Library, asked: Asked, say: Say, explain: Callable[..., Explanation]) -> Mapping[str, Any]:
-    """The JSON of the explanation asked for, its coupling loaded first where need be."""
-    say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
-    coupling = library.load(asked.bridge)
-    return explain(coupling, asked.prompt, target=asked.target, contrast=asked.contrast, progress=say).to_json()
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Long work in one thread: explanations one after another, short work between their phases, results kept as far as there is room.
 
     submit    a place in a bounded queue -> Job, queued
-    worker    one thread runs all work on models: dense models run under hooks, so that two runs at once would only wait for one
-              another, and memory is that of one. PyTorch and the kernels release the interpreter, so requests are answered meanwhile.
+    worker    one thread runs all work on models: dense models run under hooks, so two runs at once would only wait for one
+              another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
     phases    a job is told where it is by `say`; there it stops when it was cancelled, and there short work, such as steering,
               is done, so that nobody waits for a whole explanation
     results   JSON, compressed; of the jobs that ended the least recently used are forgotten
@@ -63,7 +63,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """Where an explanation is; phase says what it is at, error why it failed, packed holds its compressed JSON once it is done."""
+    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON once it is done."""
 
     id: str
     asked: Asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -51,10 +52,8 @@ def serve(
             app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
             limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
         )  # fmt: skip
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[bound])
-        except KeyboardInterrupt:
-            pass
     return app.state.jobs.stop(0)
 
 

@@ -46,11 +46,11 @@ class CouplingEntry(BaseModel):
     name: str
     default: bool = Field(description="Whether it is used where none is named.")
     loaded: bool = Field(description="Whether it is in memory.")
-    dense: str | None = Field(None, description="The dense model it explains.")
-    l0: float | None = Field(None, description="Nonzero weights: below 1 a fraction, from 1 on their number.")
-    width: int | None = Field(None, description="Residual width of the sparse model.")
+    dense: str | None = Field(default=None, description="The dense model it explains.")
+    l0: float | None = Field(default=None, description="Nonzero weights: below 1 a fraction, from 1 on their number.")
+    width: int | None = Field(default=None, description="Residual width of the sparse model.")
     sublayers: int | None = None
-    context: int | None = Field(None, description="Most tokens a prompt may have.")
+    context: int | None = Field(default=None, description="Most tokens a prompt may have.")
     vocabulary: int | None = None
     error: str | None = None
 
@@ -83,7 +83,7 @@ class CircuitEntry(BaseModel):
 
     name: str
     task: str | None = None
-    null: str | None = Field(None, description="Set for a search that must fail: labels, weights or shuffled.")
+    null: str | None = Field(default=None, description="Set for a search that must fail: labels, weights or shuffled.")
     verdict: str | None = None
     nodes: int | None = None
     edges: int | None = None
@@ -106,9 +106,13 @@ class Prompted(Asking):
     """A prompt to explain."""
 
     prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT, description="The text whose next token is explained.")
-    bridge: Text | None = Field(None, description="A coupling as /api/couplings names it; the default one where none is given.")
-    target: Text | None = Field(None, description="Explain this token; the dense model's answer where none is given.")
-    contrast: Text | None = Field(None, description="Against this token; the dense model's next choice where none is given.")
+    bridge: Text | None = Field(
+        default=None, description="A coupling as /api/couplings names it; the default one where none is given."
+    )
+    target: Text | None = Field(default=None, description="Explain this token; the dense model's answer where none is given.")
+    contrast: Text | None = Field(
+        default=None, description="Against this token; the dense model's next choice where none is given."
+    )
 
 
 class JobEntry(BaseModel):
@@ -121,7 +125,7 @@ class JobEntry(BaseModel):
     contrast: str | None
     status: Status
     phase: str = Field(description="What it is at, for a person to read.")
-    error: str | None = Field(None, description="Why it failed, in one line.")
+    error: str | None = Field(default=None, description="Why it failed, in one line.")
 
     @staticmethod
     def of(job: Job) -> JobEntry:
@@ -147,7 +151,7 @@ class Steering(Asking):
 
     node: Text = Field(description="A node of the explanation, as its id: L1.mlp_act[37]@5.")
     value: float = Field(ge=-1e6, le=1e6, description="The activation that it is set to in the sparse model.")
-    strength: float = Field(1.0, ge=0, le=1, description="0 leaves the dense model as it is.")
+    strength: float = Field(default=1.0, ge=0, le=1, description="0 leaves the dense model as it is.")
 
 
 class Steered(BaseModel):

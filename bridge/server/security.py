@@ -21,6 +21,7 @@ import ipaddress
 import json
 import logging
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -43,6 +44,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+NONE = "'none'"
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _log = logging.getLogger("bridge.server")
 
@@ -75,8 +77,8 @@ class Rules:
             raise AddressError("an address that other machines reach needs a token; give one, or serve on 127.0.0.1")
         if self.token is not None and not re.fullmatch(TOKEN, self.token):
             raise AddressError(
-                "the token given cannot be used: it needs 16 or more of the letters, digits and - . _ ~ + / =; leave it out for one "
-                "that is drawn"
+                "the token given cannot be used: it takes 16 or more letters, digits and - . _ ~ + / =; give one such as "
+                f"{secrets.token_urlsafe(18)}"
             )
 
     @staticmethod
@@ -104,6 +106,7 @@ class Guard:
         self.app, self.rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -210,7 +213,7 @@ def page_policy(html: str) -> str:
     scripts.feed(html.replace("\r\n", "\n"))
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts.texts)
     return (
-        f"default-src 'none'; script-src {hashes or "'none'"}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        f"default-src 'none'; script-src {hashes or NONE}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
