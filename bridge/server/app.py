@@ -5,7 +5,7 @@
     POST /api/explanations                  202 and an id; GET it until its status is done, DELETE it to cancel
     GET  /api/explanations/{id}/page        the explanation as a page
     POST /api/explanations/{id}/steer       the dense model with a node of the circuit changed
-    GET  PUT /api/labels                    what people call nodes
+    GET, PUT, PATCH /api/labels             what people call nodes
     GET  /openapi.json                      all of it described
 
 Refusals are `{"detail": one line}`: 404 what is not there, 409 what is damaged or not done yet, 422 what breaks a rule, 429 what
@@ -24,11 +24,11 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import StringConstraints
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bridge.checkpoint import CheckpointError
@@ -44,6 +44,7 @@ from bridge.tasks.templates import TASKS
 PAIRS_SHOWN = 8
 STOP_SECONDS = 3.0
 Bridge = Annotated[str | None, Query(max_length=200, description="A coupling as /api/couplings names it; default the first.")]
+Labels = Annotated[dict[Annotated[str, Field(max_length=80)], Annotated[str, Field(max_length=2000)]], Body()]
 _REFUSALS = {
     400: "The request is not HTTP or JSON that can be read.",
     401: "The server's token is missing or wrong.",
@@ -167,16 +168,15 @@ def _reading(app: FastAPI, library: Library) -> None:
     def labels(bridge: Bridge = None) -> dict[str, str]:
         return library.labels(bridge)
 
-    @app.put(
-        "/api/labels",
-        summary="Name nodes of a coupling: the nodes sent, an empty text for no label",
-        responses=refusals(404, 409),
+    @app.put("/api/labels", summary="Keep these labels of a coupling's nodes, and no others", responses=refusals(404, 409))
+    def put_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
+        return library.relabel(bridge, labels, others=False)
+
+    @app.patch(
+        "/api/labels", summary="Set or, by an empty text, drop the labels of these nodes alone", responses=refusals(404, 409)
     )
-    def relabel(
-        changes: dict[Annotated[str, StringConstraints(max_length=80)], Annotated[str, StringConstraints(max_length=2000)]],
-        bridge: Bridge = None,
-    ) -> dict[str, str]:
-        return library.relabel(bridge, changes)
+    def patch_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
+        return library.relabel(bridge, labels, others=True)
 
 
 def _coupling_entry(library: Library, name: str, default: bool) -> schema.CouplingEntry:
@@ -251,7 +251,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=refusals(404, 409),
     )
     def page(id: str) -> HTMLResponse:
-        text = _page(_done(jobs, id))
+        text = _page(library, jobs.get(id).asked.bridge, _done(jobs, id))
         return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
     @app.post(
@@ -293,10 +293,15 @@ def _steering() -> Callable[..., schema.Steered]:
     return run
 
 
-def _page(found: Explanation) -> str:
-    """The explanation as a self-contained page."""
-    title, text = html.escape(repr(found.prompt)), html.escape(render_text(found))
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><pre>{text}</pre>\n'
+def _page(library: Library, bridge: str, found: Explanation) -> str:
+    """The explanation as a self-contained page; as the text that the command prints where this version has no bridge.page."""
+    try:
+        page = import_module("bridge.page")
+    except ImportError:
+        title, text = html.escape(repr(found.prompt)), html.escape(render_text(found))
+        return f'<!doctype html><meta charset="utf-8"><title>{title}</title><pre>{text}</pre>\n'
+    nodes = page.described_nodes(library.load(bridge), found)
+    return page.render_html(page.page_data(found, nodes, library.labels(bridge), served=True))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------
@@ -322,10 +327,13 @@ def _refused(_: Request, error: Exception) -> JSONResponse:
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, int) or first["type"] != "json_invalid")
-    value = "" if first["type"] in ("missing", "json_invalid") else f" {repr(first['input'])[:80]}"
-    rule = first["msg"][:1].lower() + first["msg"][1:]
-    return _refusal(422, f"{where or 'the body'}{value}: {rule}; /openapi.json says what may be sent")
+    if first["type"] == "json_invalid":
+        return _refusal(422, f"the body is no JSON ({first['ctx']['error']}); send a JSON object")
+    if isinstance(first["input"], bytes):
+        return _refusal(422, "the body does not come as JSON; send it with Content-Type: application/json")
+    where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+    value = "" if first["type"] == "missing" else f" {repr(first['input'])[:80]}"
+    return _refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what may be sent")
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:

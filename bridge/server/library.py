@@ -3,8 +3,8 @@
 A request names a coupling or circuit as it is listed, and the name is looked up in that list: no path is ever made from a
 request. What a symbolic link leads to outside of its root is not listed. Names begin with the root's own.
 
-Couplings are loaded by the worker alone; the least recently used one makes room. Labels are `labels.json` in the coupling's
-folder, a text by node, replaced atomically.
+Of the couplings in memory the least recently used one makes room. Labels are `labels.json` in the coupling's folder, a text by
+node, replaced atomically.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Library:
         self.device = device
         self._loaded: OrderedDict[tuple[Path, int], Coupling] = OrderedDict()
         self._lock = threading.Lock()  # of what is loaded
-        self._writing = threading.Lock()  # of labels
+        self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
         if not self.couplings():
             raise LibraryError(f"there is no coupling in {', '.join(map(str, couplings))}; name a folder that `bridge fit` wrote")
 
@@ -74,17 +74,18 @@ class Library:
         return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
 
     def load(self, name: str) -> Coupling:
-        """A coupling, from memory or from its folder; for one thread alone. Raises NotListedError or CheckpointError."""
-        if (there := self.loaded(name)) is not None:
-            return there
-        _, folder = self.coupling(name)
-        key = _version(folder)
-        coupling = Coupling.from_pretrained(folder, device=self.device)
-        with self._lock:
-            self._loaded[key] = coupling
-            while len(self._loaded) > LOADED:
-                self._loaded.popitem(last=False)
-        return coupling
+        """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
+        with self._loading:
+            if (there := self.loaded(name)) is not None:
+                return there
+            _, folder = self.coupling(name)
+            key = _version(folder)
+            coupling = Coupling.from_pretrained(folder, device=self.device)
+            with self._lock:
+                self._loaded[key] = coupling
+                while len(self._loaded) > LOADED:
+                    self._loaded.popitem(last=False)
+            return coupling
 
     def loaded(self, name: str) -> Coupling | None:
         """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
@@ -113,15 +114,15 @@ class Library:
         """The labels of a coupling's nodes. Raises NotListedError, or CheckpointError where the file holds anything else."""
         return _labels(self.coupling(name)[1])
 
-    def relabel(self, name: str | None, changes: Mapping[str, str]) -> dict[str, str]:
-        """Set the labels named, drop those whose text is empty, keep the others; all labels then.
+    def relabel(self, name: str | None, given: Mapping[str, str], *, others: bool) -> dict[str, str]:
+        """Set the labels given, drop those whose text is empty, keep all `others` or none; the labels there are then.
 
         Raises LabelError, NotListedError, or CheckpointError where the file cannot be read or written.
         """
         _, folder = self.coupling(name)
-        checked = {_node_name(node): _label(node, text) for node, text in changes.items()}
+        checked = {_node_name(node): _label(node, text) for node, text in given.items()}
         with self._writing:
-            labels = {node: text for node, text in {**_labels(folder), **checked}.items() if text}
+            labels = {node: text for node, text in {**(_labels(folder) if others else {}), **checked}.items() if text}
             if len(labels) > MOST_LABELS:
                 raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
             try:
