@@ -72,7 +72,8 @@ def test_help_is_light() -> None:
 import sys
 from typer.testing import CliRunner
 from bridge.cli import app
-for arguments in (["--help"], *([name, "--help"] for name in ("fit", "info", "eval", "explain", "tasks", "circuit", "sweep", "serve"))):
+names = ("fit", "info", "eval", "explain", "tasks", "circuit", "sweep", "serve")
+for arguments in (["--help"], *([name, "--help"] for name in names)):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.stdout, result.output
 assert not {"torch", "transformers", "accelerate", "numpy"} & set(sys.modules)
