@@ -37,7 +37,7 @@ def serve(
     if everyone and token is None:
         token = secrets.token_urlsafe(24)
     library = Library(couplings, circuits, device=device)
-    with _bound(host, port) as bound:
+    with bound_socket(host, port) as bound:
         port = bound.getsockname()[1]
         app = create_app(library, Rules.for_address(host, port, token))
         name, _ = library.coupling(None)
@@ -57,8 +57,8 @@ def serve(
     return app.state.jobs.stop(0)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket bound to an address. Raises AddressError."""
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; who connects waits. Raises AddressError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
@@ -67,6 +67,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise AddressError(
