@@ -58,6 +58,7 @@ _REFUSALS = {
     429: "There is no room in the queue.",
     501: "This version of bridge cannot do that yet.",
 }
+_HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 _ALWAYS = (400, 401, 403, 408, 413, 421, 422)
 
 
@@ -127,7 +128,7 @@ def _reading(app: FastAPI, library: Library) -> None:
     jobs: Jobs = app.state.jobs
     index = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
 
-    @app.get("/", response_class=HTMLResponse, summary="A page to ask from")
+    @app.get("/", summary="A page to ask from", response_class=Response, responses=_HTML)
     def home() -> HTMLResponse:
         return HTMLResponse(index, headers={"Content-Security-Policy": page_policy(index)})
 
@@ -247,8 +248,8 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     @app.get(
         "/api/explanations/{id}/page",
         summary="An explanation as a page",
-        response_class=HTMLResponse,
-        responses=refusals(404, 409),
+        response_class=Response,
+        responses=_HTML | refusals(404, 409),
     )
     def page(id: str) -> HTMLResponse:
         text = _page(library, jobs.get(id).asked.bridge, _done(jobs, id))
