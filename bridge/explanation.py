@@ -198,7 +198,7 @@ def explain(
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
-    tokens_t = _prompt_tokens(coupling, prompt)
+    tokens_t = prompt_tokens(coupling, prompt)
     say("tokens: the dense model's answer")
     dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
     question = _question(coupling, tokens_t, dense_v, target, contrast)
@@ -213,11 +213,11 @@ def explain(
     tokenizer = dense.tokenizer
     return Explanation(
         prompt=prompt,
-        tokens=tuple(_token(tokenizer, token) for token in tokens_t.tolist()),
-        target=_token(tokenizer, question.target),
-        contrast=_token(tokenizer, question.contrast),
-        dense=_answers(tokenizer, dense_v),
-        sparse=_answers(tokenizer, ablations.logits_v),
+        tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
+        target=token_of(tokenizer, question.target),
+        contrast=token_of(tokenizer, question.contrast),
+        dense=top_answers(tokenizer, dense_v),
+        sparse=top_answers(tokenizer, ablations.logits_v),
         dense_difference=float(question.difference(dense_v)),
         sparse_difference=float(question.difference(ablations.logits_v)),
         faithfulness=faithfulness,
@@ -229,15 +229,8 @@ def explain(
     )
 
 
-def check_prompt(coupling: Coupling, prompt: str, *, target: str | None = None, contrast: str | None = None) -> None:
-    """Raise ExplainError for a prompt or tokens that `explain` cannot take, without running a model."""
-    _prompt_tokens(coupling, prompt)
-    for role, text in (("target", target), ("contrast", contrast)):
-        if text is not None:
-            _one_token(coupling, text, role)
-
-
-def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+    """tokens_t of a prompt under the dense model's tokenizer. Raises ExplainError where it is empty or too long."""
     tokenizer = coupling.dense.tokenizer
     if tokenizer is None:
         raise ExplainError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
@@ -252,35 +245,38 @@ def _prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
 
 def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
     first, second = dense_v.topk(2).indices.tolist()
-    chosen = first if target is None else _one_token(coupling, target, "target")
-    against = (second if chosen == first else first) if contrast is None else _one_token(coupling, contrast, "contrast")
+    chosen = first if target is None else one_token(coupling, target, "target")
+    against = (second if chosen == first else first) if contrast is None else one_token(coupling, contrast, "contrast")
     if chosen == against:
         whose = "the dense model's own answer" if target is None else f"both {target!r}"
         raise ExplainError(f"target and contrast are {whose}; name two different tokens")
     return Question(tokens_t, chosen, against)
 
 
-def _one_token(coupling: Coupling, text: str, role: str) -> int:
+def one_token(coupling: Coupling, text: str, role: str) -> int:
+    """The id of a text that is a single token; role is what it is called where it is refused. Raises ExplainError."""
     tokenizer = coupling.dense.tokenizer
     assert tokenizer is not None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if len(ids) != 1:
-        pieces = " ".join(_shown(_token(tokenizer, token).text) for token in ids) or "none"
-        remedy = f"; give one, such as {_shown(_token(tokenizer, ids[0]).text)}" if ids else "; give one"
+        pieces = " ".join(_shown(token_of(tokenizer, token).text) for token in ids) or "none"
+        remedy = f"; give one, such as {_shown(token_of(tokenizer, ids[0]).text)}" if ids else "; give one"
         raise ExplainError(f"{role} {text!r} is {len(ids)} tokens ({pieces}), and only a single token can be explained{remedy}")
     if ids[0] == tokenizer.unk_token_id:
         raise ExplainError(f"{role} {text!r} is not in the dense model's vocabulary; give one of its tokens")
     return ids[0]
 
 
-def _token(tokenizer: Any, token: int) -> Token:
+def token_of(tokenizer: Any, token: int) -> Token:
+    """A token with its text."""
     return Token(token, token_text(tokenizer, token))
 
 
-def _answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+    """The likeliest next tokens, at most 5."""
     best = logits_v.softmax(-1).topk(5)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return tuple(Answer(_token(tokenizer, token), probability) for token, probability in pairs)
+    return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
 
 
 def _explained(ablations: Ablations, found: Found, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:

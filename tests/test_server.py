@@ -564,16 +564,12 @@ def test_steering_is_done_between_two_phases_of_what_runs(
     held = Held(explanation)
     threads: list[str] = []
 
-    def steer(coupling: Coupling, prompt: str, moves: dict[str, float], **more: Any) -> SimpleNamespace:
+    def steer(coupling: Coupling, prompt: str, moves: list[str], *, strengths: tuple[float, ...], **_: Any) -> SimpleNamespace:
         threads.append(threading.current_thread().name)
-        assert (coupling.sparse.width, moves) == (32, {node: 1.5})
-        return SimpleNamespace(
-            strength=more["strength"],
-            dense=explanation.dense,
-            probability_target=0.25,
-            probability_contrast=0.5,
-            text=f"{prompt} on",
-        )
+        assert (coupling.sparse.width, moves) == (32, [f"{node}=1.5"])
+        chances = {"probability_target": 0.25, "probability_contrast": 0.5}
+        at = [SimpleNamespace(strength=s, dense=explanation.dense, text=f"{prompt} on", **chances) for s in (0, *strengths)]
+        return SimpleNamespace(curve=at)
 
     monkeypatch.setitem(sys.modules, "bridge.steer", SimpleNamespace(steer=steer))
     node = explanation.nodes[0].id

@@ -31,8 +31,9 @@ from fastapi.security import HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
+from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.explanation import Explanation, check_prompt, explain, render_text
+from bridge.explanation import Explanation, explain, one_token, prompt_tokens, render_text
 from bridge.recipe import UserError
 from bridge.server import schema
 from bridge.server.jobs import Asked, FullError, Jobs, Say, UnknownJobError
@@ -225,7 +226,10 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
         if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
-            check_prompt(coupling, body.prompt, target=body.target, contrast=body.contrast)
+            prompt_tokens(coupling, body.prompt)
+            for role, text in (("target", body.target), ("contrast", body.contrast)):
+                if text is not None:
+                    one_token(coupling, text, role)
         job = jobs.submit(schema.asked_of(body, name))
         response.headers["Location"] = f"/api/explanations/{job.id}"
         return schema.JobEntry.of(job)
@@ -284,12 +288,10 @@ def _steering() -> Callable[..., schema.Steered]:
     except ImportError:
         raise Refused(501, "this version of bridge has no bridge.steer, so nothing can be steered; install a later one") from None
 
-    def run(coupling: Any, found: Explanation, body: schema.Steering) -> schema.Steered:
-        steered = steer(
-            coupling, found.prompt, {body.node: body.value}, strength=body.strength, target=found.target.text,
-            contrast=found.contrast.text,
-        )  # fmt: skip
-        return schema.Steered.model_validate(steered, from_attributes=True)
+    def run(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
+        move, pair = f"{body.node}={body.value!r}", {"target": found.target.text, "contrast": found.contrast.text}
+        curve = steer(coupling, found.prompt, [move], strengths=(body.strength,), **pair).curve
+        return schema.Steered.model_validate(curve[-1], from_attributes=True)
 
     return run
 
