@@ -80,7 +80,7 @@ def test_every_answer_is_as_described(described: Any) -> None:
     assert len(operations) >= 14
     for operation in operations:
 
-        @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
         @given(case=operation.as_strategy())
         def every_case(case: Any) -> None:
             case.call_and_validate(excluded_checks=excluded, headers=HOST)
@@ -98,7 +98,7 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
     def explain_it(*_: Any, progress: Any, **__: Any) -> Explanation:
         for phase in range(5):
             progress(f"phase {phase}")
-            torch.ones(256, 256) @ torch.ones(256, 256)
+            torch.ones(256, 256).matmul(torch.ones(256, 256))
             time.sleep(0.005)
         return explanation
 

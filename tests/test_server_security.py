@@ -93,8 +93,8 @@ def test_without_the_token_nothing_is_said(guarded: TestClient) -> None:
 
 @pytest.mark.parametrize("said", ["", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é" * 24, "null"])
 def test_a_wrong_token_is_none(guarded: TestClient, said: str) -> None:
-    refused(guarded.get("/api/health", headers={"Authorization": f"Bearer {said}".encode()}), 401)
-    refused(guarded.get("/api/health", headers={"Cookie": f"{COOKIE}={said}".encode()}), 401)
+    refused(guarded.get("/api/health", headers=[(b"Authorization", f"Bearer {said}".encode())]), 401)
+    refused(guarded.get("/api/health", headers=[(b"Cookie", f"{COOKIE}={said}".encode())]), 401)
     refused(guarded.get("/api/health", headers={"Authorization": f"Basic {TOKEN}"}), 401)
     refused(guarded.get("/api/health", params={"token": said}), 401)
 
