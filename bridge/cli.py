@@ -479,6 +479,39 @@ def tasks(
             write_json(json, rows)
 
 
+@app.command()
+def serve(
+    bridge: Annotated[
+        list[Path] | None, typer.Option(help="A coupling's folder, or one with couplings below; repeatable; default what ships.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; beyond this machine a token is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any that is free.", min=0, max=65535)] = 8765,
+    circuits: Annotated[Path | None, typer.Option(help="A folder that `bridge circuit --out` wrote to.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="BRIDGE_TOKEN", help="What every request must show; beyond this machine drawn if not given."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Serve explanations over HTTP: a page to ask from, and an API that /openapi.json describes."""
+    with one_line_errors():
+        from bridge.recipe import RecipeError
+
+        try:
+            from bridge.server.run import serve as run_server
+        except ModuleNotFoundError as error:
+            if error.name not in ("fastapi", "starlette", "uvicorn"):
+                raise
+            raise RecipeError(f"{error.name} is not installed, which serving needs; pip install 'bridge[serve]'") from None
+        folders = bridge or [Path(shipped_coupling())]
+        stopped = run_server(
+            folders, host=host, port=port, circuits=circuits, token=token, device=choose_device(device),
+            say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        if not stopped:
+            os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash
+
+
 def main() -> NoReturn:
     """Entry point of the `bridge` command."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make every other process on the machine slower

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,17 @@ def untrained(dense: DenseModel, **parts: dict) -> Coupling:
 def coupling(dense: DenseModel) -> Coupling:
     """An untrained coupling to the tiny dense model."""
     return untrained(dense)
+
+
+@pytest.fixture(scope="session")
+def coupling_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained coupling to the tiny dense model's folder, with reference text, saved as `tiny`."""
+    folder = tmp_path_factory.mktemp("couplings") / "tiny"
+    coupling = untrained(load_dense(str(dense_folder)))
+    coupling.sparse.project(0.3)
+    reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
+    replace(coupling, reference_bt=reference_bt).save_pretrained(folder)
+    return folder
 
 
 def planted_pairs(count: int = 8, lengths: tuple[int, ...] = (6,), seed: int = 0) -> TokenPairs:

@@ -72,7 +72,7 @@ def test_help_is_light() -> None:
 import sys
 from typer.testing import CliRunner
 from bridge.cli import app
-commands = ("fit", "info", "eval", "explain", "steer", "tasks", "circuit", "sweep")
+commands = ("fit", "info", "eval", "explain", "steer", "export", "tasks", "circuit", "sweep", "nodes", "serve")
 for arguments in (["--help"], *([name, "--help"] for name in commands)):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.stdout, result.output

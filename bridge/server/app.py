@@ -1,0 +1,350 @@
+"""The service: routes from requests to the library and the jobs, nothing computed here.
+
+    GET  /                                  a page to ask from
+    GET  /api/health /api/couplings /api/tasks /api/circuits
+    POST /api/explanations                  202 and an id; GET it until its status is done, DELETE it to cancel
+    GET  /api/explanations/{id}/page        the explanation as a page
+    POST /api/explanations/{id}/steer       the dense model with a node of the circuit changed
+    GET, PUT, PATCH /api/labels             what people call nodes
+    GET  /openapi.json                      all of it described
+
+Refusals are `{"detail": one line}`: 404 what is not there, 409 what is damaged or not done yet, 422 what breaks a rule, 429 what
+there is no room for, with Retry-After; those of `security` besides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from importlib import import_module
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from bridge.bridges import Coupling
+from bridge.checkpoint import CheckpointError
+from bridge.explanation import Explanation, explain, one_token, prompt_tokens, render_text
+from bridge.recipe import UserError
+from bridge.server import schema
+from bridge.server.jobs import Asked, FullError, Jobs, Say, UnknownJobError
+from bridge.server.library import Library, NotListedError
+from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
+from bridge.tasks.pairs import load_task, task_names
+from bridge.tasks.templates import TASKS
+
+PAIRS_SHOWN = 8
+STOP_SECONDS = 3.0
+Bridge = Annotated[str | None, Query(max_length=200, description="A coupling as /api/couplings names it; default the first.")]
+Labels = Annotated[dict[Annotated[str, Field(max_length=80)], Annotated[str, Field(max_length=2000)]], Body()]
+_REFUSALS = {
+    400: "The request is not HTTP or JSON that can be read.",
+    401: "The server's token is missing or wrong.",
+    403: "The request comes from another site's page.",
+    404: "What is named is not there.",
+    408: "The body did not come in time.",
+    409: "What is named is damaged, or not done yet.",
+    413: "The body is too large.",
+    421: "The Host header names another machine.",
+    422: "A value breaks a rule.",
+    429: "There is no room in the queue.",
+    501: "This version of bridge cannot do that yet.",
+}
+_HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+_ALWAYS = (400, 401, 403, 408, 413, 421, 422)
+
+
+class NotDoneError(UserError):
+    """An explanation that is not there yet, or never will be."""
+
+
+def create_app(
+    library: Library, rules: Rules, *, explain: Callable[..., Explanation] = explain, waiting: int = 8, kept: int = 32
+) -> FastAPI:
+    """The service over a library, behind the rules: at most `waiting` explanations queue, and `kept` are kept when over."""
+
+    def work(asked: Asked, say: Say) -> Mapping[str, Any]:
+        say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
+        coupling = library.load(asked.bridge)
+        return explain(coupling, asked.prompt, target=asked.target, contrast=asked.contrast, progress=say).to_json()
+
+    jobs = Jobs(work, waiting=waiting, kept=kept)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(jobs.stop, STOP_SECONDS)
+
+    app = FastAPI(
+        title="bridge",
+        summary="Explanations of a dense language model by circuits of a weight-sparse transformer coupled to it.",
+        description=(
+            "Ask for an explanation, then poll it: `POST /api/explanations`, `GET /api/explanations/{id}`. One is worked on at a "
+            "time, the others queue; a full queue answers 429 and says when to come again. Every refusal is `{\"detail\": ...}`: "
+            "one line that names the value, the rule and the remedy."
+        ),
+        version=version("bridge"),
+        docs_url=None,  # its scripts come from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses=refusals(*_ALWAYS),
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if rules.token is not None else [],
+        generate_unique_id_function=lambda route: route.name,
+    )  # fmt: skip
+    handlers = {UserError: _user_error, Refused: _refused, RequestValidationError: _invalid, HTTPException: _http_error}
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    app.add_middleware(Guard, rules=rules)
+    app.state.jobs = jobs
+    _reading(app, library)
+    _explaining(app, library, jobs)
+    return app
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Refusals of those statuses as OpenAPI describes them."""
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"model": schema.Refusal, "description": _REFUSALS[status]} for status in statuses
+    }
+    if 429 in described:
+        seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+        described[429]["headers"] = {"Retry-After": seconds}
+    return described
+
+
+# -- what is there ----------------------------------------------------------------------------------------------------------
+
+
+def _reading(app: FastAPI, library: Library) -> None:
+    jobs: Jobs = app.state.jobs
+    index = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
+
+    @app.get("/", summary="A page to ask from", response_class=Response, responses=_HTML)
+    def home() -> HTMLResponse:
+        return HTMLResponse(index, headers={"Content-Security-Policy": page_policy(index)})
+
+    @app.get("/api/health", summary="Whether the server answers, and what it has to do")
+    async def health() -> schema.Health:
+        statuses = [job.status for job in jobs.all()]
+        queued, running = statuses.count("queued"), statuses.count("running")
+        return schema.Health(version=app.version, queued=queued, running=running, kept=len(statuses) - queued - running)
+
+    @app.get("/api/couplings", summary="The couplings that prompts can be explained with")
+    def couplings() -> list[schema.CouplingEntry]:
+        return [_coupling_entry(library, name, not index) for index, name in enumerate(library.couplings())]
+
+    @app.get("/api/tasks", summary="The built-in tasks")
+    def tasks() -> list[schema.TaskEntry]:
+        return [schema.TaskEntry(name=task.name, language=task.language, about=task.about) for task in TASKS]
+
+    @app.get("/api/tasks/{name}", summary="A built-in task, with prompts to try", responses=refusals(404))
+    def task(name: str) -> schema.TaskDetail:
+        if name not in task_names():
+            raise NotListedError(f"there is no task {name[:80]!r}; GET /api/tasks lists those there are")
+        found = load_task(name)
+        pairs = [
+            schema.TaskPair(prompt=e.prompt, counterfactual=e.counterfactual, answer=list(e.answer), wrong=list(e.wrong))
+            for e in found.examples["validation"][:PAIRS_SHOWN]
+        ]
+        return schema.TaskDetail(name=found.name, language=found.language, about=found.about, pairs=pairs)
+
+    @app.get("/api/circuits", summary="The circuits of tasks that `bridge circuit --out` wrote")
+    def circuits() -> list[schema.CircuitEntry]:
+        return [_circuit_entry(library, name) for name in library.circuits()]
+
+    @app.get("/api/circuits/{name:path}", summary="A task's circuit and its evidence", responses=refusals(404, 409))
+    def circuit(name: str) -> schema.CircuitDetail:
+        return _circuit_detail(library, name)
+
+    @app.get("/api/labels", summary="What people call the nodes of a coupling", responses=refusals(404, 409))
+    def labels(bridge: Bridge = None) -> dict[str, str]:
+        return library.labels(bridge)
+
+    @app.put("/api/labels", summary="Keep these labels of a coupling's nodes, and no others", responses=refusals(404, 409))
+    def put_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
+        return library.relabel(bridge, labels, others=False)
+
+    @app.patch(
+        "/api/labels", summary="Set or, by an empty text, drop the labels of these nodes alone", responses=refusals(404, 409)
+    )
+    def patch_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
+        return library.relabel(bridge, labels, others=True)
+
+
+def _coupling_entry(library: Library, name: str, default: bool) -> schema.CouplingEntry:
+    try:
+        _, folder = library.coupling(name)
+        loaded = library.loaded(name) is not None
+        return schema.CouplingEntry(name=name, default=default, loaded=loaded, **library.facts(folder))
+    except UserError as error:
+        return schema.CouplingEntry(name=name, default=default, loaded=False, error=one_line(str(error)))
+
+
+def _circuit_detail(library: Library, name: str) -> schema.CircuitDetail:
+    values = library.circuit(name)
+    if "failed" in values:
+        raise CheckpointError(f"{name!r} holds no circuit: {values['failed']}")
+    try:
+        return schema.CircuitDetail.model_validate({**values, "name": name})
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{name!r} is no circuit that this version of bridge reads ({first}); search again") from None
+
+
+def _circuit_entry(library: Library, name: str) -> schema.CircuitEntry:
+    try:
+        found = _circuit_detail(library, name)
+    except UserError as error:
+        return schema.CircuitEntry(name=name, error=one_line(str(error)))
+    facts = found.facts
+    return schema.CircuitEntry(
+        name=name, task=facts.task, null=facts.null, verdict=found.verdict, nodes=facts.size.nodes, edges=facts.size.edges
+    )
+
+
+# -- explanations -----------------------------------------------------------------------------------------------------------
+
+
+def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
+    @app.get("/api/explanations", summary="The explanations that were asked for, the latest used last")
+    def explanations() -> list[schema.JobEntry]:
+        return [schema.JobEntry.of(job) for job in jobs.all()]
+
+    @app.post(
+        "/api/explanations", status_code=202, summary="Ask for an explanation of a prompt", responses=refusals(404, 409, 429)
+    )
+    def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
+        name, _ = library.coupling(body.bridge)
+        if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+            prompt_tokens(coupling, body.prompt)
+            for role, text in (("target", body.target), ("contrast", body.contrast)):
+                if text is not None:
+                    one_token(coupling, text, role)
+        job = jobs.submit(schema.asked_of(body, name))
+        response.headers["Location"] = f"/api/explanations/{job.id}"
+        return schema.JobEntry.of(job)
+
+    @app.get(
+        "/api/explanations/{id}", summary="Where an explanation is, and itself once it is done",
+        response_model=schema.ExplanationJob, responses=refusals(404),
+    )  # fmt: skip
+    def explanation(id: str) -> Response:
+        job = jobs.get(id)
+        entry = schema.JobEntry.of(job).model_dump_json().encode()
+        return Response(entry[:-1] + b',"explanation":' + (job.result or b"null") + b"}", media_type="application/json")
+
+    @app.delete(
+        "/api/explanations/{id}", summary="Cancel an explanation; one that runs stops at its next phase", responses=refusals(404)
+    )
+    def cancel(id: str) -> schema.JobEntry:
+        return schema.JobEntry.of(jobs.cancel(id))
+
+    @app.get(
+        "/api/explanations/{id}/page",
+        summary="An explanation as a page",
+        response_class=Response,
+        responses=_HTML | refusals(404, 409),
+    )
+    def page(id: str) -> HTMLResponse:
+        text = _page(library, jobs.get(id).asked.bridge, _done(jobs, id))
+        return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
+
+    @app.post(
+        "/api/explanations/{id}/steer", summary="The dense model with a node of the circuit changed",
+        responses=refusals(404, 409, 429, 501),
+    )  # fmt: skip
+    async def steer(id: str, body: schema.Steering) -> schema.Steered:
+        bridge, found = jobs.get(id).asked.bridge, await asyncio.to_thread(_done, jobs, id)
+        if body.node not in {node.id for node in found.nodes}:
+            raise NotListedError(
+                f"there is no node {body.node!r} in this circuit; name one of its nodes by id, as in L1.mlp_act[37]@5"
+            )
+        run = _steering()
+        return await asyncio.wrap_future(jobs.soon(lambda: run(library.load(bridge), found, body)))
+
+
+def _done(jobs: Jobs, id: str) -> Explanation:
+    """A job's explanation. Raises UnknownJobError or NotDoneError."""
+    job = jobs.get(id)
+    if job.result is None:
+        raise NotDoneError(f"explanation {id!r} is {job.status}; GET it until its status is done")
+    return Explanation.from_json(json.loads(job.result))
+
+
+def _steering() -> Callable[..., schema.Steered]:
+    """Steering by `bridge.steer`, as an answer. Raises Refused where this version has none."""
+    try:
+        steer = import_module("bridge.steer").steer
+    except ImportError:
+        raise Refused(501, "this version of bridge has no bridge.steer, so nothing can be steered; install a later one") from None
+
+    def run(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
+        move, pair = f"{body.node}={body.value!r}", {"target": found.target.text, "contrast": found.contrast.text}
+        curve = steer(coupling, found.prompt, [move], strengths=(body.strength,), **pair).curve
+        return schema.Steered.model_validate(curve[-1], from_attributes=True)
+
+    return run
+
+
+def _page(library: Library, bridge: str, found: Explanation) -> str:
+    """The explanation as a self-contained page; as the text that the command prints where this version has no bridge.page."""
+    try:
+        page = import_module("bridge.page")
+    except ImportError:
+        title, text = html.escape(repr(found.prompt)), html.escape(render_text(found))
+        return f'<!doctype html><meta charset="utf-8"><title>{title}</title><pre>{text}</pre>\n'
+    nodes = page.described_nodes(library.load(bridge), found)
+    return page.render_html(page.page_data(found, nodes, library.labels(bridge), served=True))
+
+
+# -- what was wrong ---------------------------------------------------------------------------------------------------------
+
+
+def _refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": one_line(detail)}, status, dict(headers or {}))
+
+
+def _user_error(_: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, FullError):
+        return _refusal(429, str(error), {"Retry-After": str(error.seconds)})
+    if isinstance(error, (NotListedError, UnknownJobError)):
+        return _refusal(404, str(error))
+    return _refusal(409 if isinstance(error, (CheckpointError, NotDoneError)) else 422, str(error))
+
+
+def _refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refused)
+    return _refusal(error.status, error.detail, error.headers)
+
+
+def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _refusal(422, f"the body is no JSON ({first['ctx']['error']}); send a JSON object")
+    if isinstance(first["input"], bytes):
+        return _refusal(422, "the body does not come as JSON; send it with Content-Type: application/json")
+    where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+    value = "" if first["type"] == "missing" else f" {repr(first['input'])[:80]}"
+    return _refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what may be sent")
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path[:80], request.method
+    details = {
+        404: f"there is nothing at {path!r}; /openapi.json lists what there is",
+        405: f"{method} is not done at {path!r}; /openapi.json lists what is",
+        400: "the body is no JSON that can be read; send a JSON object in UTF-8",
+    }
+    return _refusal(error.status_code, details.get(error.status_code, str(error.detail)), error.headers)

@@ -1,0 +1,253 @@
+"""Long work in one thread: explanations one after another, short work between their phases, results kept as far as there is room.
+
+    submit    a place in a bounded queue -> Job, queued
+    worker    one thread runs all work on models: dense models run under hooks, so two runs at once would only wait for one
+              another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
+    phases    a job is told where it is by `say`; there it stops when it was cancelled, and there short work, such as steering,
+              is done, so that nobody waits for a whole explanation
+    results   JSON, compressed; of the jobs that ended the least recently used are forgotten
+
+A Job is a frozen snapshot: what a request reads does not change under it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+import threading
+import time
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from bridge.recipe import UserError
+
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+Say = Callable[[str], None]
+
+FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
+LONGEST_WAIT = 600  # seconds that a client is ever told to wait
+_log = logging.getLogger("bridge.server")
+
+
+class UnknownJobError(UserError):
+    """A job that is not there, or not there any more."""
+
+
+class FullError(UserError):
+    """No room in the queue; `seconds` is when to come again."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class CancelledError(Exception):
+    """Raised inside a job that is to stop."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be explained: the coupling as it is listed, the prompt, and which tokens; None is the dense model's choice."""
+
+    bridge: str
+    prompt: str
+    target: str | None = None
+    contrast: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON once it is done."""
+
+    id: str
+    asked: Asked
+    status: Status = "queued"
+    phase: str = "waiting"
+    error: str | None = None
+    packed: bytes | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ("done", "failed", "cancelled")
+
+    @property
+    def result(self) -> bytes | None:
+        """The JSON of the result, None before it is done."""
+        return None if self.packed is None else zlib.decompress(self.packed)
+
+
+class Jobs:
+    """A bounded queue of explanations, the thread that works on them, and the results.
+
+    work turns what is asked into JSON values, saying where it is. At most `waiting` jobs queue, at most `short` short pieces of
+    work, and `kept` jobs that are over are remembered.
+    """
+
+    def __init__(
+        self, work: Callable[[Asked, Say], Mapping[str, Any]], *, waiting: int = 8, kept: int = 32, short: int = 32
+    ) -> None:
+        self._work, self._most_waiting, self._most_kept, self._most_short = work, waiting, kept, short
+        self._change = threading.Condition()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._waiting: deque[str] = deque()
+        self._short: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._cancelled: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._seconds = FIRST_GUESS
+
+    # -- for requests: any thread, no waiting -------------------------------------------------------------------------------
+
+    def submit(self, asked: Asked) -> Job:
+        """Queue an explanation. Raises FullError where the queue is full."""
+        with self._change:
+            self._take(len(self._waiting), self._most_waiting, "explanations wait already")
+            job = Job(secrets.token_urlsafe(9), asked)
+            self._jobs[job.id] = job
+            self._waiting.append(job.id)
+            return job
+
+    def soon(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do short work on models between two phases of what is running. Raises FullError where too much of it waits."""
+        with self._change:
+            self._take(len(self._short), self._most_short, "requests wait for the models already")
+            future: Future[Any] = Future()
+            self._short.append((work, future))
+            return future
+
+    def get(self, id: str) -> Job:
+        """A job as it is now. Raises UnknownJobError."""
+        with self._change:
+            if id not in self._jobs:
+                raise UnknownJobError(
+                    f"there is no explanation {id!r}; the last {self._most_kept} that ended are kept, so ask for it again"
+                )
+            self._jobs.move_to_end(id)
+            return self._jobs[id]
+
+    def all(self) -> tuple[Job, ...]:
+        """Every job that is remembered, the least recently used first."""
+        with self._change:
+            return tuple(self._jobs.values())
+
+    def cancel(self, id: str) -> Job:
+        """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is."""
+        job = self.get(id)
+        with self._change:
+            job = self._jobs.get(id, job)
+            if job.status == "queued":
+                self._waiting.remove(id)
+                self._end(id, status="cancelled", phase="cancelled before it began")
+            elif job.status == "running":
+                self._cancelled.add(id)
+                self._set(id, phase="stopping at the next phase")
+            return self._jobs.get(id, job)
+
+    def stop(self, seconds: float) -> bool:
+        """Cancel everything and end the thread; False where it is still at a phase after that many seconds."""
+        with self._change:
+            self._stopping = True
+            for id in tuple(self._waiting):
+                self.cancel(id)
+            while self._short:
+                self._short.popleft()[1].cancel()
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _take(self, there: int, most: int, what: str) -> None:
+        if self._stopping:
+            raise FullError("the server is stopping; start it again", 5)
+        if there >= most:
+            seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds)))
+            raise FullError(f"{there} {what}, and {most} may; come again in {seconds} seconds, or cancel some", seconds)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="bridge-worker", daemon=True)
+            self._thread.start()
+        self._change.notify_all()
+
+    def _set(self, id: str, **values: Any) -> None:
+        self._jobs[id] = replace(self._jobs[id], **values)
+
+    def _end(self, id: str, **values: Any) -> None:
+        self._set(id, **values)
+        self._jobs.move_to_end(id)
+        self._cancelled.discard(id)
+        over = [each for each, job in self._jobs.items() if job.over]
+        for each in over[: max(0, len(over) - self._most_kept)]:
+            del self._jobs[each]
+
+    # -- the worker ---------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._do_short()
+            with self._change:
+                self._change.wait_for(lambda: self._stopping or self._short or self._waiting)
+                if self._stopping:
+                    return
+                if self._short:
+                    continue
+                id = self._waiting.popleft()
+                self._set(id, status="running", phase="starting")
+                asked = self._jobs[id].asked
+            started = time.monotonic()
+            ending = self._ending(id, asked)
+            with self._change:
+                if ending["status"] == "done":
+                    self._seconds = time.monotonic() - started
+                self._end(id, **ending)
+
+    def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
+        """Do the work of a job; what becomes of it."""
+
+        def say(phase: str) -> None:
+            self._stop_if_cancelled(id)
+            with self._change:
+                self._set(id, phase=phase)
+            self._do_short()
+            self._stop_if_cancelled(id)
+
+        try:
+            packed = zlib.compress(json.dumps(self._work(asked, say), allow_nan=False).encode(), level=3)
+            self._stop_if_cancelled(id)
+        except CancelledError:
+            return {"status": "cancelled", "phase": "cancelled"}
+        except UserError as error:
+            return {"status": "failed", "phase": "failed", "error": " ".join(str(error).split())}
+        except Exception as error:
+            _log.exception("explanation %s failed", id)
+            return {"status": "failed", "phase": "failed", "error": _inside(error)}
+        return {"status": "done", "phase": "done", "packed": packed}
+
+    def _stop_if_cancelled(self, id: str) -> None:
+        with self._change:
+            if self._stopping or id in self._cancelled:
+                raise CancelledError
+
+    def _do_short(self) -> None:
+        """Do the short work that is there now."""
+        for _ in range(len(self._short)):
+            with self._change:
+                if not self._short:
+                    return
+                work, future = self._short.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:  # handed to who waits for it
+                future.set_exception(error)
+
+
+def _inside(error: Exception) -> str:
+    """A line on an error that is not the user's: what kind it was, and where more is to be read."""
+    return f"explaining failed inside bridge ({type(error).__name__}); the server's own output says where"

@@ -1,0 +1,216 @@
+"""What is served from disk: couplings and circuits under their roots, tasks, and the labels that people give to nodes.
+
+A request names a coupling or circuit as it is listed, and the name is looked up in that list: no path is ever made from a
+request. What a symbolic link leads to outside of its root is not listed. Names begin with the root's own.
+
+Of the couplings in memory the least recently used one makes room. Labels are `labels.json` in the coupling's folder, a text by
+node, replaced atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge.bridges import Coupling
+from bridge.checkpoint import CheckpointError, read_json, write_json
+from bridge.recipe import UserError, resolve
+
+DEPTH = 3  # of folders below a root
+MOST_LISTED = 500
+LOADED = 2  # couplings in memory
+MOST_LABELS, LONGEST_LABEL = 5000, 300
+LABELS = "labels.json"
+_NODE = re.compile(r"(L\d{1,6}\.)?\w{1,32}\[\d{1,9}\]")
+
+
+class LibraryError(UserError):
+    """Something that cannot be served."""
+
+
+class NotListedError(LibraryError):
+    """A name that is not in the list."""
+
+
+class LabelError(LibraryError):
+    """A label that cannot be kept."""
+
+
+class Library:
+    """The couplings under some folders, the circuits under another, and what is kept in memory of them.
+
+    Raises LibraryError for folders that are none, that hold no coupling, or of which two have the same name.
+    """
+
+    def __init__(self, couplings: Sequence[Path], circuits: Path | None = None, *, device: str = "cpu") -> None:
+        self._roots = [_root(path, "--bridge") for path in couplings]
+        self._circuits = None if circuits is None else _root(circuits, "--circuits")
+        names = [root.name for root in self._roots]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise LibraryError(f"two folders of couplings are called {twice[0]!r}; rename one, or serve them one at a time")
+        self.device = device
+        self._loaded: OrderedDict[tuple[Path, int], Coupling] = OrderedDict()
+        self._lock = threading.Lock()  # of what is loaded
+        self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
+        if not self.couplings():
+            raise LibraryError(f"there is no coupling in {', '.join(map(str, couplings))}; name a folder that `bridge fit` wrote")
+
+    # -- couplings ----------------------------------------------------------------------------------------------------------
+
+    def couplings(self) -> dict[str, Path]:
+        """The folders of couplings by name; the first is taken where none is named."""
+        return {name: folder for root in self._roots for name, folder in _found(root, "coupling.json")}
+
+    def coupling(self, name: str | None) -> tuple[str, Path]:
+        """The name and folder of a coupling, the first one's for None. Raises NotListedError."""
+        listed = self.couplings()
+        return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
+
+    def load(self, name: str) -> Coupling:
+        """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
+        with self._loading:
+            if (there := self.loaded(name)) is not None:
+                return there
+            _, folder = self.coupling(name)
+            key = _version(folder)
+            coupling = Coupling.from_pretrained(folder, device=self.device)
+            with self._lock:
+                self._loaded[key] = coupling
+                while len(self._loaded) > LOADED:
+                    self._loaded.popitem(last=False)
+            return coupling
+
+    def loaded(self, name: str) -> Coupling | None:
+        """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
+        key = _version(self.coupling(name)[1])
+        with self._lock:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+            return self._loaded.get(key)
+
+    @staticmethod
+    def facts(folder: Path) -> dict[str, Any]:
+        """What a coupling's own JSON says of it: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
+        facts = read_json(folder / "coupling.json")
+        try:
+            recipe, dense = resolve(facts["recipe"]), facts["dense"]
+            return {
+                "dense": str(recipe.dense), "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
+                "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
+            }  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder.name!r} is no coupling that this version reads ({error}); fit it again") from None
+
+    # -- labels -------------------------------------------------------------------------------------------------------------
+
+    def labels(self, name: str | None) -> dict[str, str]:
+        """The labels of a coupling's nodes. Raises NotListedError, or CheckpointError where the file holds anything else."""
+        return _labels(self.coupling(name)[1])
+
+    def relabel(self, name: str | None, given: Mapping[str, str], *, others: bool) -> dict[str, str]:
+        """Set the labels given, drop those whose text is empty, keep all `others` or none; the labels there are then.
+
+        Raises LabelError, NotListedError, or CheckpointError where the file cannot be read or written.
+        """
+        _, folder = self.coupling(name)
+        checked = {_node_name(node): _label(node, text) for node, text in given.items()}
+        with self._writing:
+            labels = {node: text for node, text in {**(_labels(folder) if others else {}), **checked}.items() if text}
+            if len(labels) > MOST_LABELS:
+                raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
+            try:
+                write_json(folder / LABELS, dict(sorted(labels.items())))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{LABELS} cannot be written ({error.strerror}); make the coupling's folder writable"
+                ) from None
+        return labels
+
+    # -- circuits -----------------------------------------------------------------------------------------------------------
+
+    def circuits(self) -> dict[str, Path]:
+        """The folders of circuits by name; none where no folder of circuits is served."""
+        return {} if self._circuits is None else dict(_found(self._circuits, "circuit.json"))
+
+    def circuit(self, name: str) -> dict[str, Any]:
+        """What is known of a circuit, as `bridge circuit --out` wrote it. Raises NotListedError or CheckpointError."""
+        return finite_json(_pick(name, self.circuits(), "circuit", "/api/circuits")[1] / "circuit.json")
+
+
+def finite_json(path: Path) -> dict[str, Any]:
+    """A JSON object that can be sent on. Raises CheckpointError for one that holds NaN, infinities or no characters."""
+    values = read_json(path)
+    try:
+        json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        what = f"{'/'.join(path.parts[-2:])!r} is damaged: it holds numbers or text that JSON does not have"
+        raise CheckpointError(f"{what}; make it again") from None
+    return values
+
+
+def _root(path: Path, option: str) -> Path:
+    if not path.is_dir():
+        raise LibraryError(f"{option} {str(path)!r} is not a folder; name one that exists")
+    return path.resolve()
+
+
+def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
+    """Name and folder of what holds such a file, a root itself included, with nothing looked for below one that does."""
+    count = 0
+    for at, below, files in os.walk(root):
+        folder = Path(at)
+        parts = folder.relative_to(root).parts
+        below[:] = sorted(name for name in below if not name.startswith(".") and name.isprintable() and len(parts) < DEPTH)
+        if file in files and (folder / file).resolve().is_relative_to(root):
+            below.clear()
+            yield "/".join((root.name, *parts)), folder
+            count += 1
+            if count == MOST_LISTED:
+                return
+
+
+def _pick(name: str, listed: Mapping[str, Path], what: str, where: str) -> tuple[str, Path]:
+    if name not in listed:
+        raise NotListedError(f"there is no {what} {name[:80]!r} here; GET {where} lists those there are")
+    return name, listed[name]
+
+
+def _version(folder: Path) -> tuple[Path, int]:
+    try:
+        return folder, (folder / "coupling.json").stat().st_mtime_ns
+    except OSError:
+        raise NotListedError(f"the coupling {folder.name!r} is gone; GET /api/couplings lists those there are") from None
+
+
+def _labels(folder: Path) -> dict[str, str]:
+    file = folder / LABELS
+    if not file.exists():
+        return {}
+    if file.resolve().parent != folder:
+        raise CheckpointError(f"{LABELS} is a link out of the coupling's folder; put the file there")
+    values = finite_json(file)
+    if not all(isinstance(text, str) for text in values.values()):
+        raise CheckpointError(f"{LABELS} is damaged: not every label is a text; mend or delete it")
+    return values
+
+
+def _node_name(name: str) -> str:
+    if not _NODE.fullmatch(name):
+        raise LabelError(f"{name[:80]!r} names no node; write layer, kind and channel as in L1.mlp_act[37]")
+    return name
+
+
+def _label(node: str, text: str) -> str:
+    line = " ".join(text.split())
+    if len(line) > LONGEST_LABEL:
+        raise LabelError(f"the label of {node} is {len(line):,} characters long, and {LONGEST_LABEL} are kept; shorten it")
+    if odd := next((character for character in line if unicodedata.category(character) in ("Cc", "Cs")), None):
+        raise LabelError(f"the label of {node} holds {odd!r}, which is no character to be shown; leave it out")
+    return line

@@ -1,0 +1,76 @@
+"""From an address to a running server: the socket is bound first, so that what is printed is what is served."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from bridge.server.app import create_app
+from bridge.server.library import Library
+from bridge.server.security import AddressError, Rules, is_loopback
+
+BACKLOG = 128
+MOST_CONNECTIONS = 512
+
+
+def serve(
+    couplings: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    circuits: Path | None = None,
+    token: str | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Serve until interrupted; whether all work had stopped then. `say` is given the lines that a user needs.
+
+    Port 0 is any that is free. Raises AddressError for an address that cannot be bound, and LibraryError or CheckpointError
+    for folders that cannot be served.
+    """
+    everyone = not is_loopback(host)
+    if everyone and token is None:
+        token = secrets.token_urlsafe(24)
+    library = Library(couplings, circuits, device=device)
+    with bound_socket(host, port) as bound:
+        port = bound.getsockname()[1]
+        app = create_app(library, Rules.for_address(host, port, token))
+        name, _ = library.coupling(None)
+        say(f"loading {name}")
+        library.load(name)  # what is wrong with it is better said now
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        say(f"serving {', '.join(library.couplings())} at http://{shown}:{port}/{f'?token={token}' if token else ''}")
+        if everyone:
+            say("the token crosses the network as it is: serve on 127.0.0.1 behind ssh or TLS where others can listen")
+        say("Ctrl-C to stop")
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
+            limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
+        )  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[bound])
+    return app.state.jobs.stop(0)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; who connects waits. Raises AddressError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise AddressError(f"--host {host!r} is no address of this machine ({error}); give 127.0.0.1, or one that is") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise AddressError(
+            f"--port {port} on {host} cannot be had ({error.strerror}); give another, or 0 for any that is free"
+        ) from None
+    return bound

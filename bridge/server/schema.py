@@ -1,0 +1,169 @@
+"""What is asked and answered, as pydantic models; the OpenAPI description is made of them.
+
+An explanation's own schema is that of `explanation.Explanation`, so that it cannot drift from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bridge.circuits.judge import TaskFaithfulness
+from bridge.circuits.result import TaskFacts
+from bridge.explanation import Answer, Explanation
+from bridge.server.jobs import Asked, Job, Status
+
+LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
+Text = Annotated[str, Field(max_length=200)]
+
+
+class Asking(BaseModel):
+    """A body that is sent here; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    detail: str = Field(description="One line that names the value, the rule and the remedy.")
+
+
+class Health(BaseModel):
+    """That the server answers, and what it has to do."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+    queued: int = Field(description="Explanations that wait.")
+    running: int = Field(description="Explanations under way: 0 or 1.")
+    kept: int = Field(description="Explanations that are over and still remembered.")
+
+
+class CouplingEntry(BaseModel):
+    """A coupling that prompts can be explained with; of one that cannot be read, only the error."""
+
+    name: str
+    default: bool = Field(description="Whether it is used where none is named.")
+    loaded: bool = Field(description="Whether it is in memory.")
+    dense: str | None = Field(default=None, description="The dense model it explains.")
+    l0: float | None = Field(default=None, description="Nonzero weights: below 1 a fraction, from 1 on their number.")
+    width: int | None = Field(default=None, description="Residual width of the sparse model.")
+    sublayers: int | None = None
+    context: int | None = Field(default=None, description="Most tokens a prompt may have.")
+    vocabulary: int | None = None
+    error: str | None = None
+
+
+class TaskEntry(BaseModel):
+    """A built-in task."""
+
+    name: str
+    language: str
+    about: str
+
+
+class TaskPair(BaseModel):
+    """A contrast pair: two prompts, and what is right after the first; the spellings of each answer are alternatives."""
+
+    prompt: str
+    counterfactual: str
+    answer: list[str]
+    wrong: list[str]
+
+
+class TaskDetail(TaskEntry):
+    """A built-in task with some of its pairs."""
+
+    pairs: list[TaskPair]
+
+
+class CircuitEntry(BaseModel):
+    """A task's circuit in a line; of a task without one, and of one that cannot be read, the error."""
+
+    name: str
+    task: str | None = None
+    null: str | None = Field(default=None, description="Set for a search that must fail: labels, weights or shuffled.")
+    verdict: str | None = None
+    nodes: int | None = None
+    edges: int | None = None
+    error: str | None = None
+
+
+class CircuitDetail(BaseModel):
+    """A task's circuit as `bridge circuit --out` wrote it, without masks and means."""
+
+    name: str
+    facts: TaskFacts
+    faithfulness: TaskFaithfulness
+    verdict: str
+    reasons: list[str]
+    nodes: list[str]
+    losses: dict[str, float]
+
+
+class Prompted(Asking):
+    """A prompt to explain."""
+
+    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT, description="The text whose next token is explained.")
+    bridge: Text | None = Field(
+        default=None, description="A coupling as /api/couplings names it; the default one where none is given."
+    )
+    target: Text | None = Field(default=None, description="Explain this token; the dense model's answer where none is given.")
+    contrast: Text | None = Field(
+        default=None, description="Against this token; the dense model's next choice where none is given."
+    )
+
+
+class JobEntry(BaseModel):
+    """An explanation that was asked for, and where it is."""
+
+    id: str
+    bridge: str
+    prompt: str
+    target: str | None
+    contrast: str | None
+    status: Status
+    phase: str = Field(description="What it is at, for a person to read.")
+    error: str | None = Field(default=None, description="Why it failed, in one line.")
+
+    @staticmethod
+    def of(job: Job) -> JobEntry:
+        """A job as it is sent."""
+        asked = job.asked
+        return JobEntry(
+            id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast, status=job.status,
+            phase=job.phase, error=job.error,
+        )  # fmt: skip
+
+
+class ExplanationJob(JobEntry):
+    """An explanation that was asked for; `explanation` is there once its status is done."""
+
+    explanation: Explanation | None = Field(
+        None,
+        description="As `Explanation.to_json` writes it: besides these fields `agree`, and in faithfulness verdict and reasons.",
+    )
+
+
+class Steering(Asking):
+    """A node of the circuit to set, and how strongly the change is carried into the dense model."""
+
+    node: Text = Field(description="A node of the explanation, as its id: L1.mlp_act[37]@5.")
+    value: float = Field(ge=-1e6, le=1e6, description="The activation that it is set to in the sparse model.")
+    strength: float = Field(default=1.0, ge=0, le=1, description="0 leaves the dense model as it is.")
+
+
+class Steered(BaseModel):
+    """What the dense model does when a node is steered."""
+
+    strength: float
+    dense: list[Answer] = Field(description="Its next tokens, the likeliest first.")
+    probability_target: float
+    probability_contrast: float
+    text: str = Field(description="What it goes on to write.")
+
+
+def asked_of(body: Prompted, bridge: str) -> Asked:
+    """What a body asks for, of a coupling that is listed under that name."""
+    return Asked(bridge, body.prompt, body.target, body.contrast)

@@ -1,0 +1,288 @@
+"""Who may ask what, before any route sees it: host, token, origin, size; and what browsers are told about every answer.
+
+    Host      on loopback, only the names of this machine with the port that is served: a page of another site whose name was
+              made to lead here (DNS rebinding) sends its own name
+    token     required where more than this machine can ask: `Authorization: Bearer`, or a cookie that opening the address with
+              `?token=` once sets; compared in constant time
+    Origin    what changes anything must not come from a page of another site (CSRF)
+    body      at most so many bytes, within so many seconds, read before the route runs
+
+Every refusal is JSON, `{"detail": one line}`. An exception that nobody expected is one too, and its traceback is logged. Every
+answer forbids framing, sniffing and whatever its own Content-Security-Policy does not name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bridge.recipe import UserError
+
+COOKIE = "bridge_token"
+TOKEN = r"[A-Za-z0-9._~+/=-]{16,}"
+BODY_SECONDS = 10.0
+SAFE = ("GET", "HEAD", "OPTIONS")
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+NONE = "'none'"
+NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_log = logging.getLogger("bridge.server")
+
+
+class AddressError(UserError):
+    """An address or token that cannot be served with."""
+
+
+class Refused(Exception):
+    """An answer other than what was asked for: status, one line, further headers."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers or {}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is let through. hosts are the values of the Host header that are answered, None for any; token None for none asked.
+
+    Raises AddressError where any host is answered and no token asked.
+    """
+
+    hosts: frozenset[str] | None
+    token: str | None = None
+    most_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.hosts is None and self.token is None:
+            raise AddressError("an address that other machines reach needs a token; give one, or serve on 127.0.0.1")
+        if self.token is not None and not re.fullmatch(TOKEN, self.token):
+            raise AddressError(
+                "the token given cannot be used: it takes 16 or more letters, digits and - . _ ~ + / =; give one such as "
+                f"{secrets.token_urlsafe(18)}"
+            )
+
+    @staticmethod
+    def for_address(host: str, port: int, token: str | None) -> Rules:
+        """The rules for a server bound to an address."""
+        if not is_loopback(host):
+            return Rules(None, token)
+        names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
+        with_port = {f"{name}:{port}" for name in names}
+        return Rules(frozenset(with_port | names if port == 80 else with_port), token)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class Guard:
+    """The application behind the rules, as ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self.app, self.rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": _with_defaults(message["headers"])}
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                receive = await self._whole_body(scope, receive)
+                await self.app(scope, receive, answer)
+            except Refused:
+                raise
+            except Exception:
+                _log.exception("%s %s failed", scope["method"], scope["path"])
+                if started:
+                    raise
+                raise Refused(500, "this failed inside bridge; the server's own output says where") from None
+        except Refused as refused:
+            await _refuse(answer, refused)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise Refused for a request that the rules do not let through."""
+        headers = _headers(scope)
+        hosts = headers.get("host", [])
+        host = hosts[0].lower() if len(hosts) == 1 else ""
+        if self.rules.hosts is not None and host not in self.rules.hosts:
+            known = ", ".join(sorted(self.rules.hosts))
+            raise Refused(421, f"Host {host!r} is not served here; ask for one of {known}")
+        self._check_token(scope, headers)
+        if scope["method"] in SAFE:
+            return
+        origin, site = headers.get("origin", [None])[0], headers.get("sec-fetch-site", ["none"])[0]
+        if (origin is not None and _authority(origin) != host) or site not in ("same-origin", "none"):
+            raise Refused(
+                403, f"Origin {origin!r} is another site's, which may change nothing here; ask from this server's own page"
+            )
+
+    def _check_token(self, scope: Scope, headers: Mapping[str, list[str]]) -> None:
+        token = self.rules.token
+        if token is None:
+            return
+        said = [
+            value.partition(" ")[2].strip() for value in headers.get("authorization", []) if value.lower().startswith("bearer ")
+        ]
+        said += [value for line in headers.get("cookie", []) if (value := _cookie(line)) is not None]
+        if any(_same(value, token) for value in said):
+            return
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        if scope["method"] == "GET" and any(key == "token" and _same(value, token) for key, value in query):
+            rest = urlencode([(key, value) for key, value in query if key != "token"])
+            # the path as it came, less what would make it another site's: // and backslashes at its start
+            path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/\\")
+            cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Lax"
+            raise Refused(
+                303, "the token is kept in a cookie", {"Location": f"{path}?{rest}" if rest else path, "Set-Cookie": cookie}
+            )
+        raise Refused(
+            401,
+            "the server's token is missing or wrong; send it as 'Authorization: Bearer TOKEN', or open /?token=TOKEN once",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+    async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
+        """A receive that gives the body at once, after it has come. Raises Refused for one that is too large or too slow."""
+        most = self.rules.most_bytes
+        too_large = Refused(413, f"the body is larger than the {most:,} bytes that are read; send less")
+        length = _headers(scope).get("content-length", ["0"])[0]
+        if length.isdigit() and int(length[:20]) > most:
+            raise too_large
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise Refused(400, "the body ended early; send it whole")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {BODY_SECONDS:g} seconds; send it faster") from None
+        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        return replay
+
+
+def page_policy(html: str) -> str:
+    """The Content-Security-Policy of a self-contained page: its own inline scripts by their hashes, nothing from elsewhere."""
+    scripts = _Scripts()
+    scripts.feed(html.replace("\r\n", "\n"))
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts.texts)
+    return (
+        f"default-src 'none'; script-src {hashes or NONE}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def one_line(text: str) -> str:
+    """A text as one line that can be sent: what is no character is written as an escape."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+class _Scripts(HTMLParser):
+    """The texts of the inline scripts that a browser would run; JSON is data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "script":
+            self._inside = "json" not in (dict(attrs).get("type") or "")
+            if self._inside:
+                self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.texts[-1] += data
+
+
+def _headers(scope: Scope) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return found
+
+
+def _with_defaults(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    there = {name.lower() for name, _ in headers}
+    wanted = {**HEADERS, "Content-Security-Policy": NOTHING}
+    more = ((name.lower().encode(), value.encode()) for name, value in wanted.items())
+    return [*headers, *(pair for pair in more if pair[0] not in there)]
+
+
+async def _refuse(send: Send, refused: Refused) -> None:
+    body = json.dumps({"detail": one_line(refused.detail)}).encode()
+    named = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refused.headers}
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _authority(origin: str) -> str | None:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return None
+    return parts.netloc.lower() if parts.scheme in ("http", "https") else None
+
+
+def _cookie(line: str) -> str | None:
+    try:
+        morsel = SimpleCookie(line).get(COOKIE)
+    except CookieError:
+        return None
+    return None if morsel is None else morsel.value
+
+
+def _same(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())

@@ -1,0 +1,174 @@
+"""The service under requests made from its own description, and under many at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import schemathesis
+import torch
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CHECKS
+from test_server import Held, ask, client_of, over, until
+
+from bridge.bridges import Coupling
+from bridge.explanation import Explanation, explain
+from bridge.server.app import create_app
+from bridge.server.library import Library
+from bridge.server.run import bound_socket
+from bridge.server.security import Rules
+
+HOST = {"Host": "127.0.0.1:8765"}
+CLIENTS, WAITING, KEPT = 50, 6, 8
+
+
+@pytest.fixture(scope="module")
+def explanation(coupling_folder: Path) -> Explanation:
+    return explain(Coupling.from_pretrained(coupling_folder), "w5 w9 w12 w5")
+
+
+# -- requests made from the description ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def described(coupling_folder: Path, explanation: Explanation) -> Iterator[Any]:
+    """The schema of a service in which one explanation is done and one under way."""
+    held = Held(explanation)
+    with client_of(Library([coupling_folder]), held, waiting=3, kept=4) as client:
+        held.go.set()
+        done = ask(client)
+        over(client, done)
+        held.go.clear()
+        held.begun.clear()
+        running = ask(client)
+        until(held.begun.is_set)
+        schema = schemathesis.openapi.from_asgi("/openapi.json", client.app, headers=HOST)
+        chosen = random.Random(0)
+
+        @schema.hook
+        def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+            """In half of the cases something that there is."""
+            if path_parameters and chosen.random() < 0.5:
+                there = {"id": chosen.choice((done, running)), "name": "for_while"}
+                return {key: there.get(key, value) for key, value in path_parameters.items()}
+            return path_parameters
+
+        yield schema
+        held.go.set()
+
+
+# a body can fit the description and yet name a token that is none; what has been cancelled is still there, as cancelled
+SKIPPED = {"positive_data_acceptance", "use_after_free", "ensure_resource_availability"}
+
+
+def test_every_answer_is_as_described(described: Any) -> None:
+    excluded = [check for name, check in CHECKS._items.items() if name in SKIPPED]
+    operations = [result.ok() for result in described.get_all_operations()]
+    assert len(operations) >= 14
+    for operation in operations:
+
+        @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
+        @given(case=operation.as_strategy())
+        def every_case(case: Any) -> None:
+            case.call_and_validate(excluded_checks=excluded, headers=HOST)
+
+        every_case()
+
+
+# -- many at once -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
+    """A real server on a free port; explanations take a moment of arithmetic, with phases."""
+
+    def explain_it(*_: Any, progress: Any, **__: Any) -> Explanation:
+        for phase in range(5):
+            progress(f"phase {phase}")
+            torch.ones(256, 256).matmul(torch.ones(256, 256))
+            time.sleep(0.005)
+        return explanation
+
+    with bound_socket("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        app = create_app(
+            Library([coupling_folder]), Rules.for_address("127.0.0.1", port, None), explain=explain_it, waiting=WAITING, kept=KEPT
+        )
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join()
+
+
+def fetch(url: str, body: Any = None) -> tuple[int, Any, Message]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), error.headers
+
+
+def test_fifty_at_once(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    statuses: Counter[int] = Counter()
+    largest = 0
+    before = psutil.Process().memory_info().rss
+
+    def one(index: int) -> str:
+        """What a patient client does: ask, come again when there is no room, and wait for the end."""
+        nonlocal largest
+        while True:
+            status, told, headers = fetch(f"{address}/api/explanations", {"prompt": f"w{2 + index % 30}"})
+            statuses[status] += 1
+            if status == 202:
+                break
+            assert status == 429 and int(headers["Retry-After"]) >= 1, told
+            time.sleep(0.05 * random.random())
+        while True:
+            status, job, _ = fetch(f"{address}/api/explanations/{told['id']}")
+            statuses[status] += 1
+            if status == 404:  # done, and others have been since
+                return "forgotten"
+            if job["status"] not in ("queued", "running"):
+                return job["status"]
+            health = fetch(f"{address}/api/health")[1]
+            assert health["queued"] <= WAITING and health["running"] <= 1 and health["kept"] <= KEPT
+            largest = max(largest, health["queued"] + health["running"] + health["kept"])
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        ends = Counter(pool.map(one, range(CLIENTS)))
+    assert sum(ends.values()) == CLIENTS and set(ends) <= {"done", "forgotten"}
+    assert set(statuses) <= {200, 202, 404, 429} and statuses[202] == CLIENTS and statuses[429]
+    assert len(fetch(f"{address}/api/explanations")[1]) == KEPT and largest <= WAITING + 1 + KEPT
+    grown = (psutil.Process().memory_info().rss - before) / 1e6
+    with capsys.disabled():
+        print(f"\n{CLIENTS} clients: {dict(ends)}, {dict(statuses)}, memory {grown:+.0f} MB")
+
+
+def test_others_are_answered_while_one_is_explained(coupling_folder: Path, explanation: Explanation) -> None:
+    held = Held(explanation)
+    with client_of(Library([coupling_folder]), held) as client:
+        ask(client)
+        until(held.begun.is_set)
+        for path in ("/api/health", "/api/couplings", "/api/tasks", "/api/circuits", "/api/labels", "/api/explanations", "/"):
+            assert client.get(path).status_code == 200
+        assert client.get("/api/health").json()["running"] == 1
+        held.go.set()
