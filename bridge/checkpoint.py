@@ -68,7 +68,7 @@ def write_folder(
         file = path / f"{name}-{digest[:12]}.safetensors"
         os.replace(temporary, file)
         for text_name, text in (texts or {}).items():
-            _write_text(path / text_name, text)
+            write_text(path / text_name, text)
         write_json(path / f"{name}.json", {**facts, "tensors": {"file": file.name, "sha256": digest}})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(desk, ignore_errors=True)
@@ -105,7 +105,7 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the earlier one or the new one, whole."""
-    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,7 +143,8 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
     return matrix
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that the file is either the earlier one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("w", encoding="utf-8") as stream:

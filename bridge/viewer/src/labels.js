@@ -1,0 +1,47 @@
+// Labels that a person gives to channels: kept by the server when served, else in this browser, for this coupling alone.
+
+/** `get(name)`, `set(name, text)`, `all()`, and where they are kept in words. */
+export function makeLabels(data, changed) {
+  const where = data.explanation.provenance;
+  const key = `bridge-labels:${where.coupling_fingerprint ?? `${where.dense_fingerprint}:${where.coupling}:${where.l0}`}`;
+  let own = {}, kept = "kept in this browser", storage = null;
+  if (!data.served) {
+    try {
+      storage = window.localStorage;
+      own = clean(JSON.parse(storage.getItem(key) ?? "{}"));
+    } catch {
+      kept = "not kept: this browser stores nothing for files; save the labels as JSON";
+    }
+  } else kept = "kept with the coupling";
+  const base = clean(data.labels ?? {});
+
+  async function set(name, text) {
+    const line = text.replace(/\s+/g, " ").trim().slice(0, 300);
+    if (line === (get(name) ?? "")) return kept;
+    own[name] = line; // an empty one hides what came with the page
+    changed();
+    if (data.served) {
+      const answer = await fetch("/api/labels", { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify(all()) }).catch(() => null);
+      if (!answer?.ok) throw new Error(`the server did not keep it (${answer ? answer.status : "no answer"})`);
+    } else if (storage) {
+      try {
+        storage.setItem(key, JSON.stringify(own));
+      } catch {
+        throw new Error("this browser has no room for it; save the labels as JSON");
+      }
+    }
+    return kept;
+  }
+
+  const get = (name) => (Object.hasOwn(own, name) ? own[name] || null : Object.hasOwn(base, name) ? base[name] : null);
+  const all = () => Object.fromEntries(Object.entries({ ...base, ...own }).filter(([, text]) => text));
+  async function take(labels) {
+    for (const [name, text] of Object.entries(clean(labels))) await set(name, text);
+  }
+  return { get, set, all, take, where: () => kept };
+}
+
+function clean(labels) {
+  if (labels === null || typeof labels !== "object" || Array.isArray(labels)) throw new Error("labels are an object of names and texts");
+  return Object.fromEntries(Object.entries(labels).filter(([, text]) => typeof text === "string"));
+}

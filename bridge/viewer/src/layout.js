@@ -1,0 +1,102 @@
+// Where everything stands: a column for each token, a row for each sublayer's location, nodes packed in cells, edges routed.
+//
+// Edges leave their cell for the gutter beside its column, run there to the target's row, and enter. The route's corners are the
+// control points of a bundled curve (d3's, after Holten 2006), so that edges between the same two cells share a trunk.
+
+import { curveBundle, line } from "d3-shape";
+import { KINDS, outer } from "./model.js";
+
+const STEP = 15, ROW = 21, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
+export const LABELS = 96; // width of the rows' names
+const bundled = line().curve(curveBundle.beta(0.82));
+
+/** Positions of the nodes, columns and rows for a width to fill. */
+export function place(model, nodes, width) {
+  const tokens = model.explanation.tokens;
+  const cells = new Map();
+  for (const node of nodes) {
+    const key = `${node.layer}.${node.kind}|${node.position}`;
+    if (!cells.has(key)) cells.set(key, []);
+    cells.get(key).push(node);
+  }
+  const columns = tokens.map((token) => ({ token, most: 0, across: 1 }));
+  for (const [key, cell] of cells) {
+    const column = columns[Number(key.slice(key.indexOf("|") + 1))];
+    column.most = Math.max(column.most, cell.length);
+  }
+  const free = width - LABELS - 2 * PAD;
+  for (const column of columns) {
+    column.across = Math.max(1, Math.min(14, Math.ceil(Math.sqrt(column.most * 2.2))));
+    column.width = Math.max(NARROW, column.across * STEP + 16);
+  }
+  const spare = free - columns.reduce((sum, column) => sum + column.width, 0);
+  if (spare > 0) columns.forEach((column) => (column.width += Math.min(70, spare / columns.length)));
+  const last = columns[columns.length - 1];
+  if (last) last.width = Math.max(last.width, 150); // the answer's two tokens stand above it
+  let x = PAD;
+  for (const column of columns) Object.assign(column, { x, center: x + column.width / 2 }), (x += column.width);
+  const total = x + PAD;
+
+  // From the top: the answer, the layers downwards, the embedding.
+  const rows = [], layers = [];
+  let y = ANSWER;
+  for (const layer of [...model.layers].reverse()) {
+    const top = y;
+    for (const kind of [...KINDS].reverse()) {
+      const inRow = columns.map((column, position) => cells.get(`${layer}.${kind}|${position}`)?.length ?? 0);
+      if (!inRow.some(Boolean)) continue;
+      const lines = Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across)));
+      const height = Math.max(ROW, lines * STEP + 7);
+      rows.push({ layer, kind, y, height, middle: y + height / 2 });
+      y += height;
+    }
+    if (y === top) y += EMPTY;
+    layers.push({ layer, y: top, height: y - top });
+    y += LAYER_GAP;
+  }
+  const at = new Map();
+  for (const row of rows) {
+    columns.forEach((column, position) => {
+      const cell = cells.get(`${row.layer}.${row.kind}|${position}`) ?? [];
+      const lines = Math.ceil(cell.length / column.across);
+      cell.forEach((node, place) => {
+        const down = Math.floor(place / column.across);
+        const here = down === lines - 1 ? cell.length - down * column.across : column.across;
+        const across = place % column.across;
+        at.set(node.id, {
+          x: column.center + (across - (here - 1) / 2) * STEP, y: row.middle + (down - (lines - 1) / 2) * STEP, column: position, row,
+        });
+      });
+    });
+  }
+  const bottom = y + 4;
+  return { columns, rows, layers, at, width: total, height: bottom, top: { y: 30, for: last?.center - 36, against: last?.center + 36 } };
+}
+
+/** Where an end of an edge is, null if it is not drawn. An embedding stands at its token, the answer at the side it speaks for. */
+export function end(layout, id, effect) {
+  const found = layout.at.get(id);
+  if (found) return found;
+  const what = outer(id);
+  const column = layout.columns[what.position];
+  if (what.kind === "embedding" || what.kind === "bigram") {
+    return column && { x: column.center, y: layout.height, column: what.position, row: { y: layout.height, height: 0 } };
+  }
+  if (what.kind !== "answer") return null;
+  const x = effect >= 0 ? layout.top.for : layout.top.against;
+  return { x, y: layout.top.y + 13, column: layout.columns.length - 1, row: { y: layout.top.y, height: 16 } };
+}
+
+/** The path of an edge between two places. */
+export function route(layout, from, to) {
+  const [source, target] = [layout.columns[from.column], layout.columns[to.column]];
+  const out = from.row.y - 2, into = to.row.y + to.row.height + 3;
+  if (from.column !== to.column) {
+    const right = from.column < to.column;
+    const gutters = [right ? source.x + source.width - 2 : source.x + 2, right ? target.x + 2 : target.x + target.width - 2];
+    return bundled([[from.x, from.y], [from.x, out], [gutters[0], (out + into) / 2], [gutters[1], (out + into) / 2], [to.x, into], [to.x, to.y]]);
+  }
+  if (out - into < ROW) return bundled([[from.x, from.y], [from.x, out], [to.x, into], [to.x, to.y]]);
+  const gutter = (from.x + to.x) / 2 <= source.center ? source.x + 6 : source.x + source.width - 6;
+  return bundled([[from.x, from.y], [from.x, out], [gutter, out - 6], [gutter, into + 6], [to.x, into], [to.x, to.y]]);
+}
