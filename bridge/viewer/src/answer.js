@@ -36,8 +36,8 @@ export function drawAnswers(model, holder) {
   const bar = (name, answer) => h("div", { class: `track ${name}` }, answer && h("i", { style: { width: `${(100 * answer.probability) / most}%` } }), h("span", {}, answer ? percent(answer.probability) : "not among its five"));
   put(holder, h("h2", {}, "Next token"),
     h("div", { class: "pairs" }, shown.map(([answer, other]) => [token(answer.token.text, answer.token.id === explanation.target.id ? "for" : answer.token.id === explanation.contrast.id ? "against" : ""), h("div", {}, bar("dense", answer), bar("sparse", other))])),
-    h("p", { class: "key" }, h("span", { class: "swatch dense" }), "dense model", h("span", { class: "swatch sparse" }), "sparse model, which ", explanation.agree ? "agrees" : h("b", {}, "disagrees")),
-    h("p", { class: "key" }, `D ${signed(explanation.dense_difference)} dense, ${signed(explanation.sparse_difference)} sparse`));
+    h("p", { class: "key" }, h("span", { class: "swatch dense" }), `dense, D ${signed(explanation.dense_difference)}`, h("span", { class: "swatch sparse" }), `sparse, D ${signed(explanation.sparse_difference)}`),
+    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The two models disagree.")));
 }
 
 /** The verdict on a ladder, and the reasons. */

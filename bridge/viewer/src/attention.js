@@ -28,9 +28,10 @@ export function drawAttention(model, sheet, state, { set, choose }) {
   const chooser = h("select", { "aria-label": "Head", onchange: (event) => set({ head: Number(event.target.value), read: null }) }, attention.map((each, other) => h("option", { value: other, selected: other === place }, title(each))));
   const weight = new Map(head.reads.map((read) => [read.position, read.weight]));
   const rest = Math.max(0, 1 - head.sink - head.reads.reduce((sum, read) => sum + read.weight, 0));
-  const prompt = h("div", { class: "attended" }, tokens.slice(0, head.query + 1).map((each, position) => h("button", {
-    type: "button", class: `${position === head.query ? "query" : ""} ${position === state.read ? "open" : ""}`, style: { "--weight": `${Math.round(100 * Math.sqrt(weight.get(position) ?? 0))}%` },
-    title: `${position}: ${percent(weight.get(position) ?? 0)}`, disabled: !weight.has(position), onclick: () => set({ read: position }) }, running(each.text, true))));
+  const prompt = h("div", { class: "attended" }, tokens.slice(0, head.query + 1).map((each, position) => h("span", {
+    role: "button", tabindex: weight.has(position) ? 0 : null, class: `${position === head.query ? "query" : ""} ${position === state.read ? "open" : ""}`, style: { "--weight": `${Math.round(100 * Math.sqrt(weight.get(position) ?? 0))}%` },
+    title: `${position}: ${percent(weight.get(position) ?? 0)}`, "aria-disabled": String(!weight.has(position)),
+    onclick: () => weight.has(position) && set({ read: position }), onkeydown: (event) => event.key === "Enter" && set({ read: position }) }, running(each.text, true))));
   const effects = [["everything it does here", head.effect], ["pattern alone, values frozen", head.pattern_effect], ["values alone, pattern frozen", head.value_effect], ["interaction of the two", head.interaction]];
   const most = Math.max(...effects.map(([, value]) => Math.abs(value)), 1e-9);
   const diverging = (value, scale) => h("span", { class: "diverging" }, h("i", { class: side(value), style: { [value >= 0 ? "left" : "right"]: "50%", width: `${(50 * Math.abs(value)) / scale}%` } }));

@@ -77,7 +77,7 @@ export function number(x, signed = false) {
 }
 
 export const signed = (x) => number(x, true);
-export const percent = (x) => (x >= 0.9995 ? "100 %" : x < 0.0005 ? "< 0.1 %" : `${(100 * x).toFixed(1)} %`);
+export const percent = (x) => (x >= 0.9995 ? "100%" : x < 0.0005 ? "<0.1%" : `${(100 * x).toFixed(1)}%`);
 export const count = (x) => x.toLocaleString("en-US");
 export const side = (x) => (x >= 0 ? "for" : "against");
 

@@ -23,14 +23,16 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   let layout = null, nodes = [], state = null, hovered = null, attention = null;
 
   function draw(next) {
-    const again = !layout || !state || next.level !== state.level || next.all !== state.all || next.width !== state.width;
+    const again = !layout || !state || next.level !== state.level || next.all !== state.all || next.width !== state.width || next.height !== state.height;
     state = next;
     if (again) {
       nodes = drawn(model, state.level, state.all);
-      layout = place(model, nodes, state.width);
+      const right = holder.scrollLeft + holder.clientWidth >= holder.scrollWidth - 4; // a view of the answer stays one
+      layout = place(model, nodes, state.width, state.height - 84);
       drawFrame();
       drawNodes();
       drawEdges();
+      if (right) holder.scrollLeft = holder.scrollWidth;
     }
     focus();
   }
@@ -62,7 +64,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
 
   function drawTokens() {
     const { columns, width } = layout;
-    const upright = columns.some((column) => plain(column.token.text, 9).length * 7.4 > column.width - 4);
+    const upright = columns.some((column) => plain(column.token.text, 9).length * 7.4 > column.width - 2);
     const height = upright ? 78 : 40;
     tokens.setAttribute("width", width), tokens.setAttribute("height", height), tokens.setAttribute("viewBox", `0 0 ${width} ${height}`);
     corner.style.height = `${height}px`;
@@ -194,7 +196,7 @@ export function drawBar(model, bar, state, set) {
   const told = level.whole ? `the whole circuit: ${count(level.count)} nodes` : level.kl === null
     ? `the ${count(level.count)} strongest of ${count(whole)} nodes`
     : `${count(level.count)} of ${count(whole)} nodes`;
-  const facts = level.kl !== null ? `KL ${number(level.kl)}, keeps ${number(level.share)} of D` : level.whole ? null : "by their effect; only the whole circuit was checked";
+  const facts = level.kl !== null ? `KL ${number(level.kl)}, keeps ${number(level.share)} of D` : level.whole ? null : "only the whole was checked";
   const slider = levels.length > 1 && h("label", { class: "levels" }, h("span", {}, "smaller"),
     h("input", { type: "range", id: "level", min: 0, max: levels.length - 1, step: 1, value: state.level, "aria-label": "How much of the circuit is drawn", "aria-valuetext": told,
       oninput: (event) => set({ level: Number(event.target.value) }) }), h("span", {}, "whole"));
@@ -205,13 +207,13 @@ export function drawBar(model, bar, state, set) {
   } else if (state.all && level.nodes.length > 500) {
     more.push(h("p", { class: "note" }, h("button", { type: "button", class: "link", onclick: () => set({ all: false }) }, "Draw the 500 strongest only")));
   }
-  if (!explanation.searched.complete) more.push(h("p", { class: "note" }, "The search ran out of work: there may be a smaller circuit."));
+  if (!explanation.searched.complete) more.push(h("p", { class: "note" }, "The search was cut short: a smaller circuit may exist."));
   const text = h("p", { class: "level-text", id: "level-text" }, h("b", {}, told[0].toUpperCase() + told.slice(1)), facts && h("span", {}, ` · ${facts}`));
   if (input && slider) { // the slider stays the element that is being dragged
     input.value = state.level;
     input.setAttribute("aria-valuetext", told);
     put(bar.querySelector(".bar-text"), text, more);
-  } else put(bar, h("h2", {}, "Circuit"), h("div", { class: "bar-text" }, text, more), slider);
+  } else put(bar, h("h2", {}, "Circuit"), slider, h("div", { class: "bar-text" }, text, more));
 }
 
 /** What colours and sizes mean. */

@@ -4,14 +4,15 @@
 // control points of a bundled curve (d3's, after Holten 2006), so that edges between the same two cells share a trunk.
 
 import { curveBundle, line } from "d3-shape";
+import { plain } from "./dom.js";
 import { KINDS, outer } from "./model.js";
 
-const STEP = 15, ROW = 21, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
+const STEP = 15, ROW = 23, MOST_LINES = 6, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
 export const LABELS = 96; // width of the rows' names
 const bundled = line().curve(curveBundle.beta(0.82));
 
-/** Positions of the nodes, columns and rows for a width to fill. */
-export function place(model, nodes, width) {
+/** Positions of the nodes, columns and rows, for a width and a height to fill. */
+export function place(model, nodes, width, tall) {
   const tokens = model.explanation.tokens;
   const cells = new Map();
   for (const node of nodes) {
@@ -19,34 +20,43 @@ export function place(model, nodes, width) {
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(node);
   }
-  const columns = tokens.map((token) => ({ token, most: 0, across: 1 }));
+  const columns = tokens.map((token) => ({ token, most: 0, least: Math.max(NARROW, Math.min(74, 7.4 * plain(token.text, 9).length + 10)) }));
   for (const [key, cell] of cells) {
     const column = columns[Number(key.slice(key.indexOf("|") + 1))];
     column.most = Math.max(column.most, cell.length);
   }
   const free = width - LABELS - 2 * PAD;
-  for (const column of columns) {
-    column.across = Math.max(1, Math.min(14, Math.ceil(Math.sqrt(column.most * 2.2))));
-    column.width = Math.max(NARROW, column.across * STEP + 16);
-  }
-  const spare = free - columns.reduce((sum, column) => sum + column.width, 0);
-  if (spare > 0) columns.forEach((column) => (column.width += Math.min(70, spare / columns.length)));
+  if (columns.reduce((sum, column) => sum + column.least, 0) > free) columns.forEach((column) => (column.least = NARROW)); // names upright
   const last = columns[columns.length - 1];
-  if (last) last.width = Math.max(last.width, 150); // the answer's two tokens stand above it
+  if (last) last.least = Math.max(last.least, 150); // the answer's two tokens stand above it
+  // As few lines to a cell as the width allows, then what is spare to all.
+  const needed = (column, lines) => Math.max(column.least, Math.ceil(column.most / lines) * STEP + 22);
+  const widthAt = (lines) => columns.reduce((sum, column) => sum + needed(column, lines), 0);
+  let lines = 1;
+  while (lines < MOST_LINES && widthAt(lines) > free) lines += 1;
+  const spare = Math.max(0, free - widthAt(lines));
+  for (const column of columns) {
+    column.across = Math.max(1, Math.ceil(column.most / lines));
+    column.width = needed(column, lines) + Math.min(60, spare / columns.length);
+  }
   let x = PAD;
   for (const column of columns) Object.assign(column, { x, center: x + column.width / 2 }), (x += column.width);
   const total = x + PAD;
 
-  // From the top: the answer, the layers downwards, the embedding.
+  // From the top: the answer, the layers downwards, the embedding; what height is spare is shared by the rows.
   const rows = [], layers = [];
+  const heightOf = (inRow) => Math.max(ROW, Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across))) * STEP + 7);
+  const sizesOf = (layer, kind) => columns.map((column, position) => cells.get(`${layer}.${kind}|${position}`)?.length ?? 0);
+  const used = model.layers.flatMap((layer) => KINDS.map((kind) => sizesOf(layer, kind))).filter((inRow) => inRow.some(Boolean));
+  const least = ANSWER + used.reduce((sum, inRow) => sum + heightOf(inRow), 0) + model.layers.length * (LAYER_GAP + EMPTY);
+  const extra = Math.max(0, Math.min(22, (tall - least) / Math.max(1, used.length)));
   let y = ANSWER;
   for (const layer of [...model.layers].reverse()) {
     const top = y;
     for (const kind of [...KINDS].reverse()) {
-      const inRow = columns.map((column, position) => cells.get(`${layer}.${kind}|${position}`)?.length ?? 0);
+      const inRow = sizesOf(layer, kind);
       if (!inRow.some(Boolean)) continue;
-      const lines = Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across)));
-      const height = Math.max(ROW, lines * STEP + 7);
+      const height = heightOf(inRow) + extra;
       rows.push({ layer, kind, y, height, middle: y + height / 2 });
       y += height;
     }

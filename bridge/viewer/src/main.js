@@ -16,8 +16,8 @@ const TABS = ["evidence", "node", "attention"];
 const $ = (id) => document.getElementById(id);
 
 const model = read(JSON.parse($("data").textContent));
-const plotWidth = () => Math.max(280, $("plot").clientWidth);
-const state = { level: firstLevel(model), all: false, selected: null, found: null, tab: "evidence", head: null, read: null, width: plotWidth() };
+const room = () => ({ width: Math.max(280, $("plot").clientWidth), height: $("plot").clientHeight });
+const state = { level: firstLevel(model), all: false, selected: null, found: null, tab: "evidence", head: null, read: null, width: 0, height: 0 };
 const say = (text) => ($("live").textContent = text);
 const labels = makeLabels(model.data, () => drawSheet());
 const labelOf = (node) => labels.get(node.name) ?? node.label ?? model.pages[node.name]?.label ?? null;
@@ -27,7 +27,7 @@ function set(patch) {
   const before = { ...state };
   Object.assign(state, patch);
   const changed = (...names) => names.some((name) => before[name] !== state[name]);
-  if (changed("level", "all", "selected", "found", "width")) graph.draw({ ...state });
+  if (changed("level", "all", "selected", "found", "width", "height")) graph.draw({ ...state });
   if (changed("level", "all")) drawBar(model, $("bar"), state, set);
   if (changed("selected", "tab", "head", "read")) drawTabs(), drawSheet(changed("selected", "tab", "head"));
   if (changed("tab", "head")) graph.attend(state.tab === "attention" ? model.explanation.attention?.[state.head ?? 0] ?? null : null);
@@ -134,8 +134,9 @@ drawAnswers(model, $("answers"));
 drawVerdict(model, $("verdict"));
 drawBar(model, $("bar"), state, set);
 drawLegend(model, $("legend"));
-graph.draw({ ...state, width: (state.width = plotWidth()) });
+graph.draw({ ...Object.assign(state, room()) });
 graph.toAnswer();
+$("ask").querySelector("pre").scrollTop = 1e6; // the end of the prompt is what is continued
 drawTabs();
 drawSheet();
 makeHelp($("help"));
@@ -145,5 +146,5 @@ $("theme").addEventListener("click", switchTheme);
 $("help-open").addEventListener("click", () => $("help").showModal());
 document.addEventListener("keydown", onKey);
 document.addEventListener("click", (event) => event.target.closest("#save") || ($("save").open = false));
-new ResizeObserver(() => Math.abs(plotWidth() - state.width) > 8 && set({ width: plotWidth() })).observe($("plot"));
+new ResizeObserver(() => (Math.abs(room().width - state.width) > 8 || Math.abs(room().height - state.height) > 24) && set(room())).observe($("plot"));
 document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -78,7 +78,7 @@ function numbers(model, node, page) {
 function heads(model, node, showHead) {
   const found = headsOf(model, node);
   if (!found.length) return null;
-  return h("p", { class: "heads" }, found.slice(0, 6).map((head) => h("button", { type: "button", class: "link", onclick: () => showHead(head) }, `Attention of head ${model.explanation.attention[head].head} at ${model.explanation.attention[head].query}`)));
+  return h("p", { class: "heads" }, found.slice(0, 6).map((head) => h("button", { type: "button", class: "link", onclick: () => showHead(head) }, `What head ${model.explanation.attention[head].head} reads at token ${model.explanation.attention[head].query}`)));
 }
 
 function edges(model, title, list, key, choose, labels) {
