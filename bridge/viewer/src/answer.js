@@ -13,7 +13,7 @@ const MEANING = {
 };
 
 /** The verdict that counts: the card's where there is one. */
-export const verdictOf = (explanation) => explanation.card ?? explanation.faithfulness;
+export const verdictOf = (explanation) => (explanation.card?.verdict ? explanation.card : explanation.faithfulness);
 
 /** The prompt and the question. */
 export function drawAsk(model, holder) {

@@ -13,6 +13,9 @@ const ASKS = {
   "share of D left without it": "Is the preference gone without it?",
   "rank correlation in dense": "Do its effects recur in the dense model?",
 };
+const TESTS = {
+  gate: "Is it done at all?", swap: "1. Counterfactual transport", loop: "2. Circuit in the loop", profile: "3. Effect profile", blind: "4. Blind prediction",
+};
 const ORDER = ["agreement", "kl_kept", "share_kept", "company_mean", "company_worst", "kl_lost", "share_lost", "profile"];
 const W = 344, TOP = 15, H = 42, SIDE = 6;
 
@@ -83,18 +86,31 @@ export function drawEvidence(model, sheet, choose) {
   put(sheet,
     h("section", {}, h("h3", {}, "On this prompt"), h("p", { class: "lead" }, "A dot is the measure, a bar its control from mean to hardest draw, the tinted region the aim."), measuresOf(faithfulness).map(drawMeasure)),
     faithfulness.effects.length > 2 && drawProfile(model, choose),
-    h("section", { id: "card" }, h("h3", {}, "The card: tests on the dense model"),
-      card ? [h("p", { class: "lead" }, h("b", {}, card.verdict[0].toUpperCase() + card.verdict.slice(1)), ". ", card.reasons.join(" ")), card.tests.map(drawMeasure)]
-        : h("p", { class: "empty" }, "No card has been made. What stands above was measured on the sparse model, the last measure excepted. ", h("code", {}, "bridge card"), " runs the tests on the dense model.")),
-    card && drawNulls(card.nulls));
+    h("section", { id: "card" }, h("h3", {}, "The card: tests on the dense model"), card ? drawCard(card)
+      : h("p", { class: "empty" }, "No card has been made. Of the measures above only the last is of the dense model. ", h("code", {}, "bridge card"), " runs the tests on it.")),
+    card && drawNulls(card));
 }
 
-function drawNulls(nulls) {
-  const body = nulls === null || nulls === undefined
-    ? h("p", { class: "empty" }, h("b", {}, "Without nulls. "), "Whether a sparse model that is not coupled would pass the same tests is not known here. ", h("code", {}, "bridge nulls"), " finds out.")
-    : nulls.length ? h("ul", { class: "nulls" }, nulls.map((each) => h("li", {}, h("b", {}, String(each.name ?? each.null ?? each.what ?? "null")), h("span", {}, String(each.verdict ?? (each.passed ? "passed" : "refuted"))), each.note && h("small", {}, String(each.note)), Array.isArray(each.tests) && each.tests.filter((test) => test && test.aim).map(drawMeasure))))
-      : h("p", { class: "empty" }, "The list of nulls is empty.");
-  return h("section", { id: "nulls" }, h("h3", {}, "Nulls, which must fail"), body);
+function drawCard(card) {
+  const groups = new Map();
+  for (const test of card.tests) groups.set(test.test ?? "", [...(groups.get(test.test ?? "") ?? []), test]);
+  return [
+    h("p", { class: "lead" }, card.verdict && h("b", {}, `${card.verdict[0].toUpperCase()}${card.verdict.slice(1)}. `), (card.reasons ?? []).join(" ")),
+    [...groups].map(([test, measures]) => [test && h("h5", {}, TESTS[test] ?? test), measures.map(drawMeasure)]),
+    (card.notes ?? []).map((note) => h("p", { class: "measure-note" }, note)),
+  ];
+}
+
+/** What must not pass, null by null: on how many tasks each test holds. */
+function drawNulls({ nulls, nulls_note }) {
+  const names = Object.keys(TESTS).filter((test) => nulls?.some((each) => each.tasks?.some((task) => test in task.holds)));
+  const row = (each) => h("tr", { class: each.passed ? "bad" : "" }, h("th", { scope: "row", title: each.what }, each.name),
+    names.map((test) => h("td", {}, `${each.tasks.filter((task) => task.holds[test] === true).length}/${each.tasks.length}`)), h("td", { class: "met-word" }, each.passed ? "✗ passes" : "✓ fails"));
+  return h("section", { id: "nulls" }, h("h3", {}, "Nulls, which must fail"),
+    nulls?.length ? [h("p", { class: "lead" }, "On how many tasks a test holds where it should not. A null that passes makes the tests worthless."),
+      h("table", {}, h("thead", {}, h("tr", {}, h("td", {}), names.map((test) => h("th", { scope: "col" }, test)), h("td", {}))), h("tbody", {}, nulls.map(row))),
+      nulls.map((each) => h("p", { class: "measure-note" }, h("b", {}, each.name), ` ${each.what}${each.note ? `; ${each.note}` : ""}`))]
+      : h("p", { class: "empty" }, h("b", {}, "Without nulls. "), nulls_note || "Whether a sparse model that is not coupled would pass the same tests is not known here.", " ", h("code", {}, "bridge nulls"), " finds out."));
 }
 
 /** Effects in the sparse model against those in the dense one, a dot per node. */

@@ -21,7 +21,7 @@ export function makeLabels(data, changed) {
     own[name] = line; // an empty one hides what came with the page
     changed();
     if (data.served) {
-      const answer = await fetch("/api/labels", { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify(all()) }).catch(() => null);
+      const answer = await send({ [name]: line });
       if (!answer?.ok) throw new Error(`the server did not keep it (${answer ? answer.status : "no answer"})`);
     } else if (storage) {
       try {
@@ -31,6 +31,18 @@ export function makeLabels(data, changed) {
       }
     }
     return kept;
+  }
+
+  let listed = null; // the coupling's name on the server
+  async function send(changes) {
+    const id = /\/api\/explanations\/([^/]+)/.exec(location.pathname)?.[1];
+    try {
+      listed ??= id ? (await (await fetch("/api/explanations")).json()).find((job) => job.id === id)?.bridge ?? null : null;
+      const query = listed === null ? "" : `?bridge=${encodeURIComponent(listed)}`;
+      return await fetch(`/api/labels${query}`, { method: "PATCH", headers: { "Content-Type": "application/json" }, body: JSON.stringify(changes) });
+    } catch {
+      return null;
+    }
   }
 
   const get = (name) => (Object.hasOwn(own, name) ? own[name] || null : Object.hasOwn(base, name) ? base[name] : null);

@@ -7,7 +7,7 @@ import { curveBundle, line } from "d3-shape";
 import { plain } from "./dom.js";
 import { KINDS, outer } from "./model.js";
 
-const STEP = 15, ROW = 23, MOST_LINES = 6, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
+const STEP = 15, ROW = 23, MOST_LINES = 4, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
 export const LABELS = 96; // width of the rows' names
 const bundled = line().curve(curveBundle.beta(0.82));
 

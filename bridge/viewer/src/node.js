@@ -8,6 +8,7 @@ import { drawSteer } from "./steer.js";
 
 const W = 344;
 const FIRST = 12; // edges listed each way at first
+const BEFORE = 20, AFTER = 14; // letters of a context, more do not fit
 
 /** Draw the sheet. */
 export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
@@ -104,7 +105,7 @@ export function nodeRow(model, id, effect, choose, labels, edge = null) {
 function onText(page) {
   const most = Math.max(...[...page.high, ...page.low].map((each) => Math.abs(each.value)), 1e-9);
   const contexts = (title, list) => list.length > 0 && h("section", {}, h("h3", {}, title), h("ol", { class: "contexts" }, list.map((each) => h("li", {}, h("b", {}, signed(each.value)),
-    h("span", { class: "context" }, h("bdi", { class: "before" }, running(each.before)), h("mark", { class: side(each.value), style: { "--strength": `${Math.round(100 * Math.abs(each.value) / most)}%` } }, running(each.token)), h("bdi", {}, running(each.after)))))));
+    h("span", { class: "context" }, h("bdi", { class: "before" }, running([...each.before].slice(-BEFORE).join(""))), h("mark", { class: side(each.value), style: { "--strength": `${Math.round(100 * Math.abs(each.value) / most)}%` } }, running(each.token)), h("bdi", {}, running([...each.after].slice(0, AFTER).join(""))))))));
   const chips = (list, name) => h("p", { class: "chips" }, list.length ? list.map((each) => h("span", { class: "chip" }, token(each.text, name), h("small", {}, signed(each.score)))) : h("span", { class: "quiet" }, "none"));
   const words = page.tokens === "embedded" ? ["Embedded by, positively", "Embedded by, negatively"] : ["Promotes", "Demotes"];
   return [
