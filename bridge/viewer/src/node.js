@@ -35,7 +35,7 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
 
 function labelEditor(node, page, labels, say) {
   const automatic = node.label ?? page?.label ?? null;
-  const status = h("span", { class: "kept" }, labels.get(node.name) ? labels.where() : "");
+  const status = h("span", { class: "kept" }, labels.get(node.name) ? labels.where() : automatic ? "by rule; type to give it your own label" : "");
   const input = h("input", {
     class: "label-input", type: "text", maxlength: 300, spellcheck: false, value: labels.get(node.name) ?? "", placeholder: automatic ? plainLabel(automatic) : "Give it a label",
     "aria-label": `Label of ${node.name}`, onkeydown: (event) => event.key === "Enter" && input.blur(),
