@@ -5,7 +5,7 @@ import { h, number, percent, put, running, side, signed, token } from "./dom.js"
 /** The places in `attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
 export function headsOf(model, node) {
   if (!["q", "k", "v", "attn_out"].includes(node.kind)) return [];
-  const head = model.pages[node.name]?.head ?? null;
+  const head = model.pages.get(node.name)?.head ?? null;
   const found = [];
   (model.explanation.attention ?? []).forEach((each, place) => {
     const reads = each.reads.some((read) => read.position === node.position);

@@ -4,7 +4,7 @@
 export function makeLabels(data, changed) {
   const where = data.explanation.provenance;
   const key = `bridge-labels:${where.coupling_fingerprint ?? `${where.dense_fingerprint}:${where.coupling}:${where.l0}`}`;
-  let own = {}, kept = "kept in this browser", storage = null;
+  let own = new Map(), kept = "kept in this browser", storage = null;
   if (!data.served) {
     try {
       storage = window.localStorage;
@@ -18,14 +18,14 @@ export function makeLabels(data, changed) {
   async function set(name, text) {
     const line = text.replace(/\s+/g, " ").trim().slice(0, 300);
     if (line === (get(name) ?? "")) return kept;
-    own[name] = line; // an empty one hides what came with the page
+    own.set(name, line); // an empty one hides what came with the page
     changed();
     if (data.served) {
       const answer = await send({ [name]: line });
       if (!answer?.ok) throw new Error(`the server did not keep it (${answer ? answer.status : "no answer"})`);
     } else if (storage) {
       try {
-        storage.setItem(key, JSON.stringify(own));
+        storage.setItem(key, JSON.stringify(Object.fromEntries(own)));
       } catch {
         throw new Error("this browser has no room for it; save the labels as JSON");
       }
@@ -45,15 +45,15 @@ export function makeLabels(data, changed) {
     }
   }
 
-  const get = (name) => (Object.hasOwn(own, name) ? own[name] || null : Object.hasOwn(base, name) ? base[name] : null);
-  const all = () => Object.fromEntries(Object.entries({ ...base, ...own }).filter(([, text]) => text));
+  const get = (name) => (own.has(name) ? own.get(name) : base.get(name)) || null;
+  const all = () => Object.fromEntries([...new Map([...base, ...own])].filter(([, text]) => text));
   async function take(labels) {
-    for (const [name, text] of Object.entries(clean(labels))) await set(name, text);
+    for (const [name, text] of clean(labels)) await set(name, text);
   }
   return { get, set, all, take, where: () => kept };
 }
 
 function clean(labels) {
   if (labels === null || typeof labels !== "object" || Array.isArray(labels)) throw new Error("labels are an object of names and texts");
-  return Object.fromEntries(Object.entries(labels).filter(([, text]) => typeof text === "string"));
+  return new Map(Object.entries(labels).filter(([, text]) => typeof text === "string"));
 }

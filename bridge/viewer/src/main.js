@@ -20,7 +20,7 @@ const room = () => ({ width: Math.max(280, $("plot").clientWidth), height: $("pl
 const state = { level: firstLevel(model), all: false, selected: null, found: null, tab: "evidence", head: null, read: null, width: 0, height: 0 };
 const say = (text) => ($("live").textContent = text);
 const labels = makeLabels(model.data, () => drawSheet());
-const labelOf = (node) => labels.get(node.name) ?? node.label ?? model.pages[node.name]?.label ?? null;
+const labelOf = (node) => labels.get(node.name) ?? node.label ?? model.pages.get(node.name)?.label ?? null;
 const graph = makeGraph(model, $("plot"), $("tip"), { choose, labelOf });
 
 function set(patch) {

@@ -32,7 +32,7 @@ export function read(data) {
   const layers = [...new Set(nodes.map((node) => node.layer))].sort((a, b) => a - b);
   return {
     data, explanation, nodes, edges, byId, layers,
-    pages: data.nodes ?? {},
+    pages: new Map(Object.entries(data.nodes ?? {})),
     ins: (id) => ins.get(id) ?? [],
     outs: (id) => outs.get(id) ?? [],
     levels: levelsOf(explanation, nodes),

@@ -20,7 +20,7 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
       : h("p", {}, "The circuit has no nodes: nothing was needed beyond the averages over text.")));
     return;
   }
-  const page = model.pages[node.name] ?? null;
+  const page = model.pages.get(node.name) ?? null;
   const here = model.explanation.tokens[node.position].text;
   put(sheet,
     labelEditor(node, page, labels, say),
