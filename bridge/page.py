@@ -3,8 +3,8 @@
     {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text}, "served": bool}
 
 is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
-element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the head
-names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's own.
+element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
+head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
 
 Pages of nodes are there where `bridge nodes` has been run on the coupling, for the nodes that the page draws at first.
 """
@@ -29,6 +29,10 @@ from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in: as many as the viewer draws unasked
+
+
+PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
+SAVED = "give a file that `bridge explain --json` wrote"
 
 
 class PageError(UserError):
@@ -67,7 +71,7 @@ def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, d
 def render_html(data: Mapping[str, Any]) -> str:
     """The page for some `page_data`, whole: no other file is needed to show it."""
     viewer = files("bridge") / "viewer"
-    read = {name: (viewer / name).read_text(encoding="utf-8") for name in ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")}
+    read = {name: (viewer / name).read_text(encoding="utf-8") for name in PARTS}
     script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
     connect = "'self'" if data["served"] else "'none'"
     policy = (
@@ -75,9 +79,10 @@ def render_html(data: Mapping[str, Any]) -> str:
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     prompt = " ".join(data["explanation"]["prompt"].split())
+    title = f"{prompt[-60:]} \u2192 {data['explanation']['target']['text'].strip()}"
     parts = {
         "policy": escape(policy),
-        "title": escape(f"{prompt[-60:]} \u2192 {data['explanation']['target']['text'].strip()}".encode(errors="replace").decode()),
+        "title": escape(title.encode(errors="replace").decode()),
         "style": style,
         "data": embedded_json(data),
         "licences": read["licences.txt"],
@@ -119,11 +124,11 @@ def read_explanation(path: str | Path) -> Explanation:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise PageError(f"could not read {str(path)!r} ({error.strerror}); give a file that `bridge explain --json` wrote") from None
+        raise PageError(f"could not read {str(path)!r} ({error.strerror}); {SAVED}") from None
     except ValueError:
-        raise PageError(f"{str(path)!r} is not JSON; give a file that `bridge explain --json` wrote") from None
+        raise PageError(f"{str(path)!r} is not JSON; {SAVED}") from None
     if not isinstance(values, dict):
-        raise ExplainError(f"{str(path)!r} holds no explanation; give a file that `bridge explain --json` wrote")
+        raise ExplainError(f"{str(path)!r} holds no explanation; {SAVED}")
     return Explanation.from_json(values)
 
 

@@ -6,11 +6,24 @@ import random
 from typing import Any
 
 KINDS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")
-READ_BY = {"attn_in": ("q", "k", "v"), "v": ("attn_out",), "mlp_in": ("mlp_act",), "mlp_act": ("mlp_out",), "attn_out": ("mlp_in",)}
+READ_BY = {
+    "attn_in": ("q", "k", "v"),
+    "v": ("attn_out",),
+    "mlp_in": ("mlp_act",),
+    "mlp_act": ("mlp_out",),
+    "attn_out": ("mlp_in",),
+}
 
 
 def made_up(
-    nodes: int = 20, tokens: int = 9, *, layers: int = 4, levels: int = 3, attention: bool = True, card: bool = True, seed: int = 0
+    nodes: int = 20,
+    tokens: int = 9,
+    *,
+    layers: int = 4,
+    levels: int = 3,
+    attention: bool = True,
+    card: bool = True,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The data of a page: a circuit of so many nodes on a prompt of so many tokens, every text of it harmless."""
     draw = random.Random(seed)
@@ -83,7 +96,9 @@ def _edges(draw: random.Random, nodes: list[dict[str, Any]], tokens: int, layers
     return sorted(found, key=lambda edge: -abs(edge["effect"]))[:5000]
 
 
-def _measure(name: str, value: float | None, mean: float, bar: float, aim: str, passed: bool | None, **more: Any) -> dict[str, Any]:
+def _measure(
+    name: str, value: float | None, mean: float, bar: float, aim: str, passed: bool | None, **more: Any
+) -> dict[str, Any]:
     control = None if value is None else {"what": "random", "draws": 20, "mean": mean, "bar": bar, "bar_is": "best"}
     return {"name": name, "value": value, "control": control, "aim": aim, "passed": passed, "note": "", **more}
 
@@ -128,35 +143,60 @@ def _head(draw: random.Random, layer: int, tokens: int) -> dict[str, Any]:
 def _card() -> dict[str, Any]:
     ceiling = {"what": "all nodes", "draws": 64, "mean": 0.9, "bar": 0.9, "bar_is": "mean"}
     tests = [
-        _measure("share of the full swap", 0.61, 0.01, 0.08, ">= 0.5, above random", True, interval=[0.5, 0.7], ceiling=ceiling, test="swap"),
+        _measure(
+            "share of the full swap",
+            0.61,
+            0.01,
+            0.08,
+            ">= 0.5, above random",
+            True,
+            interval=[0.5, 0.7],
+            ceiling=ceiling,
+            test="swap",
+        ),
         _measure("D kept in the loop", None, 0, 0, ">= 0.8", None, interval=None, ceiling=None, test="loop"),
     ]
-    return {"tests": tests, "nulls": None, "verdict": "representational", "reasons": ["The nodes' changes change the dense answer."]}
+    return {
+        "tests": tests,
+        "nulls": None,
+        "verdict": "representational",
+        "reasons": ["The nodes' changes change the dense answer."],
+    }
 
 
 def _page(draw: random.Random, node: dict[str, Any]) -> dict[str, Any]:
     def context(value: float) -> dict[str, Any]:
-        return {"value": value, "quantile": None, "row": 0, "position": 9, "before": "def f(x):\n    ", "token": "while", "after": " x:"}
+        return {
+            "value": value,
+            "quantile": None,
+            "row": 0,
+            "position": 9,
+            "before": "def f(x):\n    ",
+            "token": "while",
+            "after": " x:",
+        }
 
     token = {"id": 1, "text": " if", "score": 0.4}
     return {
         "name": node["name"], "head": 0 if node["kind"] in "qkv" else None, "n_tokens": 32768, "mean": 0.1, "deviation": 1.2,
-        "active": 0.3, "high": [context(9 - place + draw.random()) for place in range(8)], "low": [context(-3.0)], "quantiles": [],
+        "active": 0.3, "high": [context(9 - place + draw.random()) for place in range(8)], "low": [context(-3.0)],
         "tokens": "promoted", "promotes": [token] * 6, "demotes": [token] * 6,
         "dense": {"site": 1, "read_by": "mlp", "length": 0.2, "promotes": [token] * 6, "demotes": [token] * 6},
-        "inputs": [], "outputs": [], "n_inputs": 0, "n_outputs": 0, "label": node["label"], "summary": f"at 'while' ({node['name']})",
+        "quantiles": [], "inputs": [], "outputs": [], "n_inputs": 0, "n_outputs": 0, "label": node["label"],
+        "summary": f"at 'while' ({node['name']})",
     }  # fmt: skip
 
 
 def hostile_texts(count: int = 500, seed: int = 0) -> list[str]:
     """Strings that would do harm as markup, as script, as JSON, or to the text around them; the first ones known attacks."""
     known = [
-        "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</title><script>alert(1)</script>", "<!--", "-->", "]]>",
-        "<!--<script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>", "\"><b onmouseover=alert(1)>", "' onfocus='alert(1)",
-        "javascript:alert(1)", "${alert(1)}", "`;alert(1)//", "\\u003cscript\\u003e", "&lt;script&gt;", "&#x3C;", "{{data}}", "{{script}}",
-        "\u2028alert(1)", "\u2029", "\u202egnp.exe", "\u2066\u2067", "\x00", "\x1b[31m", "\r\n", "\ud800", "\udfff\ud800", "\ufeff",
-        "e\u0301" * 40, "\U0001f468\u200d\U0001f469\u200d\U0001f467", "__proto__", "constructor", "toString", "", " ", "\u00a0", "a" * 400,
-        "</style><style>*{display:none}</style>", "<base href=//evil>", "<meta http-equiv=refresh content=0>", "<iframe srcdoc=x>",
+        "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</title><script>alert(1)</script>", "<!--", "-->",
+        "]]>", "<!--<script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>", "\"><b onmouseover=alert(1)>",
+        "' onfocus='alert(1)", "javascript:alert(1)", "${alert(1)}", "`;alert(1)//", "\\u003cscript\\u003e", "&lt;script&gt;",
+        "&#x3C;", "{{data}}", "{{script}}", "\u2028alert(1)", "\u2029", "\u202egnp.exe", "\u2066\u2067", "\x00", "\x1b[31m",
+        "\x0d\x0a", "\ud800", "\udfff\ud800", "\ufeff", "e\u0301" * 40, "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "__proto__", "constructor", "toString", "", " ", "\xa0", "a" * 400, "</style><style>*{display:none}</style>",
+        "<base href=//evil>", "<meta http-equiv=refresh content=0>", "<iframe srcdoc=x>",
     ]  # fmt: skip
     draw = random.Random(seed)
     alphabet = "<>&\"'`/\\={}()[]$;:!-abx \n\t\u2028\u202e\u0301\ufffe\U0001f600"

@@ -1,4 +1,4 @@
-"""The page as a file: its data comes out as it went in, no text of it is markup, it needs nothing else, and it is written whole."""
+"""The page as a file: its data comes out as it went in, no text of it is markup, it needs nothing else, it is written whole."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def test_a_hostile_prompt_stays_in_the_title(text: str) -> None:
 
 def test_nothing_is_fetched(html: str) -> None:
     page = Page(html)
-    fetching = [(tag, name, value) for tag, found in page.elements for name, value in found.items() if name in ("src", "href", "action")]
+    fetching = [
+        (tag, name, value) for tag, found in page.elements for name, value in found.items() if name in ("src", "href", "action")
+    ]
     assert fetching == [("a", "href", "#plot")]
     texts = dict(page.texts)
     assert all(url.startswith("data:font/woff2;base64,") for url in re.findall(r"url\(([^)]*)\)", texts["style"]))
@@ -161,7 +163,16 @@ def test_nothing_is_fetched(html: str) -> None:
 @pytest.mark.parametrize("source", sorted((VIEWER / "src").iterdir()), ids=lambda path: path.name)
 def test_no_source_makes_markup_of_text(source: Path) -> None:
     text = source.read_text(encoding="utf-8")
-    for maker in ("innerHTML", "outerHTML", "insertAdjacentHTML", ".html(", "document.write", "DOMParser", "setHTML", "Function("):
+    for maker in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        ".html(",
+        "document.write",
+        "DOMParser",
+        "setHTML",
+        "Function(",
+    ):
         assert maker not in text
     assert len(text.splitlines()) <= 400
 
@@ -185,8 +196,12 @@ def test_no_attribute_runs_anything(html: str) -> None:
 def test_licences_of_all_that_is_bundled_are_in_the_page(html: str) -> None:
     licences = next(text for tag, text in Page(html).texts if tag == "script" and "Permission to use" in text)
     lock = json.loads((VIEWER / "package-lock.json").read_text())["packages"]
-    shipped = {name.removeprefix("node_modules/"): entry["version"] for name, entry in lock.items() if name and not entry.get("dev")}
-    assert {"d3-selection", "d3-scale", "d3-shape", "@fontsource-variable/inter", "@fontsource-variable/jetbrains-mono"} <= set(shipped)
+    shipped = {
+        name.removeprefix("node_modules/"): entry["version"] for name, entry in lock.items() if name and not entry.get("dev")
+    }
+    assert {"d3-selection", "d3-scale", "d3-shape", "@fontsource-variable/inter", "@fontsource-variable/jetbrains-mono"} <= set(
+        shipped
+    )
     for name, version in shipped.items():
         assert f"{name} {version}\n" in licences
     assert "SIL OPEN FONT LICENSE" in licences.upper()
@@ -259,8 +274,14 @@ def test_view_makes_a_page_of_what_was_saved(explained: tuple[Coupling, Explanat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "could not read"), ("{", "is not JSON"), ("[]", "holds no explanation"), ("{}", "this is not an explanation"), ("\xff", "is not JSON")],
-)  # fmt: skip
+    [
+        (None, "could not read"),
+        ("{", "is not JSON"),
+        ("[]", "holds no explanation"),
+        ("{}", "this is not an explanation"),
+        ("\xff", "is not JSON"),
+    ],
+)
 def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None, message: str) -> None:
     saved = tmp_path / "saved.json"
     if content is not None:

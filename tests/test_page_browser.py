@@ -136,7 +136,6 @@ def test_a_node_its_sheet_the_slider_and_a_label_that_is_kept(show: Callable[[di
 def test_hostile_texts_are_text(show: Callable[[dict[str, Any]], Watched]) -> None:
     data = hostile(made_up(620, 120, levels=1))
     page = show(data).page
-    explanation = data["explanation"]
     elements = "script, img, iframe, base, style, object, embed, link, meta"
     assert page.locator(elements).count() == 3 + 1 + 4  # the page's own: scripts, a style, metas
     assert page.locator("h1 .token").first.inner_text() == "<script>alert(1)</script>"
@@ -359,7 +358,13 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
         sent.append((request.method, path, request.post_data_json))
         if len(sent) == 3:
             return route.fulfill(status=422, json={"detail": "strength <b>2</b> is above 1"})
-        steered = {"strength": 1, "dense": data["explanation"]["dense"], "probability_target": 0.02, "probability_contrast": 0.7, "text": "<i>\n"}
+        steered = {
+            "strength": 1,
+            "dense": data["explanation"]["dense"],
+            "probability_target": 0.02,
+            "probability_contrast": 0.7,
+            "text": "<i>\n",
+        }
         return route.fulfill(json=steered if path.endswith("/steer") else {})
 
     context.route("http://bridge.test/**", answer)

@@ -49,7 +49,11 @@ export function pieces(text) {
 
 /** The same as one string, of at most `most` letters. */
 export function plain(text, most = Infinity) {
-  const letters = [...pieces(text).map(([shown]) => shown).join("")];
+  const letters = [
+    ...pieces(text)
+      .map(([shown]) => shown)
+      .join(""),
+  ];
   return letters.length > most ? `${letters.slice(0, most - 1).join("")}…` : letters.join("");
 }
 
@@ -63,7 +67,9 @@ export function token(text, extra = "") {
 export function running(text, breaks = false) {
   return text.split(/( +)/).flatMap((part) => {
     if (/^ *$/.test(part)) return [part];
-    return pieces(part).flatMap(([piece, hidden]) => (hidden ? [h("i", {}, piece), breaks && piece.includes("↵") ? h("br") : ""] : [piece]));
+    return pieces(part).flatMap(([piece, hidden]) =>
+      hidden ? [h("i", {}, piece), breaks && piece.includes("↵") ? h("br") : ""] : [piece],
+    );
   });
 }
 

@@ -7,26 +7,56 @@ const LISTED = 40;
 
 /** Wire the search box; `seek(set or null)` marks what is found in the circuit, `choose(id)` goes there. */
 export function makeFind(model, input, list, { seek, choose, labelOf }) {
-  let found = [], active = -1;
+  let found = [],
+    active = -1;
 
   function search() {
     const words = input.value.toLowerCase().trim().split(/\s+/).filter(Boolean);
     const { tokens } = model.explanation;
     const fits = (node) => {
-      const text = `${node.id} ${node.kind} ${KIND_NAMES[node.kind]} ${labelOf(node) ?? ""} ${node.label ?? ""} ${tokens[node.position].text}`.toLowerCase();
+      const text =
+        `${node.id} ${node.kind} ${KIND_NAMES[node.kind]} ${labelOf(node) ?? ""} ${node.label ?? ""} ${tokens[node.position].text}`.toLowerCase();
       return words.every((word) => text.includes(word));
     };
     found = words.length ? model.nodes.filter(fits) : [];
     active = found.length ? 0 : -1;
     seek(words.length ? new Set(found.map((node) => node.id)) : null);
-    put(list, words.length ? [...found.slice(0, LISTED).map((node, place) => h("li", { role: "option", id: `found-${place}`, onpointerdown: (event) => (event.preventDefault(), take(place)) }, h("code", {}, node.name), token(tokens[node.position].text), h("span", { class: "row-label" }, labelOf(node) ?? ""), h("b", {}, signed(node.shown)))),
-      h("li", { class: "quiet", role: "presentation" }, found.length > LISTED ? `and ${found.length - LISTED} more` : found.length ? "" : "No node has this in its name, label or token.")] : []);
+    put(
+      list,
+      words.length
+        ? [
+            ...found
+              .slice(0, LISTED)
+              .map((node, place) =>
+                h(
+                  "li",
+                  { role: "option", id: `found-${place}`, onpointerdown: (event) => (event.preventDefault(), take(place)) },
+                  h("code", {}, node.name),
+                  token(tokens[node.position].text),
+                  h("span", { class: "row-label" }, labelOf(node) ?? ""),
+                  h("b", {}, signed(node.shown)),
+                ),
+              ),
+            h(
+              "li",
+              { class: "quiet", role: "presentation" },
+              found.length > LISTED
+                ? `and ${found.length - LISTED} more`
+                : found.length
+                  ? ""
+                  : "No node has this in its name, label or token.",
+            ),
+          ]
+        : [],
+    );
     list.hidden = !words.length;
     mark();
   }
 
   function mark() {
-    [...list.querySelectorAll("[role=option]")].forEach((item, place) => item.setAttribute("aria-selected", String(place === active)));
+    [...list.querySelectorAll("[role=option]")].forEach((item, place) =>
+      item.setAttribute("aria-selected", String(place === active)),
+    );
     input.setAttribute("aria-expanded", String(!list.hidden));
     if (active >= 0 && !list.hidden) input.setAttribute("aria-activedescendant", `found-${active}`);
     else input.removeAttribute("aria-activedescendant");

@@ -16,19 +16,35 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   const corner = h("div", { class: "corner", "aria-hidden": "true" });
   const tokens = s("svg", { class: "tokens", "aria-hidden": "true" });
   put(holder, names, plot, corner, tokens);
-  const bands = s("g"), lines = s("g", { class: "edges" }), focusLines = s("g", { class: "edges focus" }), dots = s("g"), answer = s("g");
-  plot.append(bands, lines, focusLines, dots, answer);
+  const bands = s("g"),
+    lines = s("g", { class: "edges" }),
+    focusLines = s("g", { class: "edges focus" }),
+    dots = s("g", { class: "dots" }),
+    front = s("g", { class: "front" }),
+    answer = s("g");
+  plot.append(bands, lines, dots, focusLines, front, answer);
   const radius = scaleSqrt().domain([0, model.strongest]).range([2.4, 8]).clamp(true);
   const thick = scaleSqrt().domain([0, model.strongestEdge]).range([0.35, 5]).clamp(true);
-  let layout = null, nodes = [], state = null, hovered = null, attention = null;
+  let layout = null,
+    nodes = [],
+    state = null,
+    hovered = null,
+    pressed = null,
+    attention = null;
 
   function draw(next) {
-    const again = !layout || !state || next.level !== state.level || next.all !== state.all || next.width !== state.width || next.height !== state.height;
+    const again =
+      !layout ||
+      !state ||
+      next.level !== state.level ||
+      next.all !== state.all ||
+      next.width !== state.width ||
+      next.height !== state.height;
     state = next;
     if (again) {
       nodes = drawn(model, state.level, state.all);
       const right = holder.scrollLeft + holder.clientWidth >= holder.scrollWidth - 4; // a view of the answer stays one
-      layout = place(model, nodes, state.width, state.height - 84);
+      layout = place(model, nodes, state.width, state.height);
       drawFrame();
       drawNodes();
       drawEdges();
@@ -40,53 +56,104 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   function drawFrame() {
     const { width, height, rows, layers, columns } = layout;
     const { explanation } = model;
-    for (const [svg, w, tall] of [[names, LABELS, height], [plot, width, height]]) {
-      svg.setAttribute("width", w), svg.setAttribute("height", tall), svg.setAttribute("viewBox", `0 0 ${w} ${tall}`);
+    for (const [svg, w, tall] of [
+      [names, LABELS, height],
+      [plot, width, height],
+    ]) {
+      (svg.setAttribute("width", w), svg.setAttribute("height", tall), svg.setAttribute("viewBox", `0 0 ${w} ${tall}`));
     }
     put(
       names,
-      layers.map((layer) => s("text", { class: "layer", x: 10, y: layer.y + Math.min(layer.height / 2 + 4, 16) }, `L${layer.layer}`)),
-      rows.map((row) => s("text", { class: "kind", x: LABELS - 8, y: row.middle + 3.5, "text-anchor": "end" }, row.kind, s("title", {}, KIND_NAMES[row.kind]))),
+      layers.map((layer) =>
+        s("text", { class: "layer", x: 10, y: layer.y + Math.min(layer.height / 2 + 4, 16) }, `L${layer.layer}`),
+      ),
+      rows.map((row) =>
+        s(
+          "text",
+          { class: "kind", x: LABELS - 8, y: row.middle + 3.5, "text-anchor": "end" },
+          row.kind,
+          s("title", {}, KIND_NAMES[row.kind]),
+        ),
+      ),
       s("text", { class: "layer", x: 10, y: layout.top.y + 4 }, "answer"),
     );
     put(
       bands,
       layers.map((layer) => s("rect", { class: "band", x: 0, y: layer.y, width, height: layer.height, rx: 4 })),
-      rows.slice(1).filter((row, place) => row.layer === rows[place].layer).map((row) => s("line", { class: "rule", x1: 0, x2: width, y1: row.y, y2: row.y })),
+      rows
+        .slice(1)
+        .filter((row, place) => row.layer === rows[place].layer)
+        .map((row) => s("line", { class: "rule", x1: 0, x2: width, y1: row.y, y2: row.y })),
       columns.map((column) => s("rect", { class: "column", x: column.x, y: 0, width: column.width, height })),
-      columns.slice(1).map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: layout.layers[0]?.y ?? 0, y2: height })),
+      columns
+        .slice(1)
+        .map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: layout.layers[0]?.y ?? 0, y2: height })),
     );
-    const sides = [["for", explanation.target.text, layout.top.for], ["against", explanation.contrast.text, layout.top.against]];
-    put(answer, sides.map(([name, text, x]) => s("g", { class: `side ${name}`, transform: `translate(${x},${layout.top.y})` },
-      s("rect", { x: -33, y: -13, width: 66, height: 26, rx: 13 }), s("text", { y: 4.5, "text-anchor": "middle" }, plain(text, 7)))));
+    const sides = [
+      ["for", explanation.target.text, layout.top.for],
+      ["against", explanation.contrast.text, layout.top.against],
+    ];
+    put(
+      answer,
+      sides.map(([name, text, x]) =>
+        s(
+          "g",
+          { class: `side ${name}`, transform: `translate(${x},${layout.top.y})` },
+          s("rect", { x: -33, y: -13, width: 66, height: 26, rx: 13 }),
+          s("text", { y: 4.5, "text-anchor": "middle" }, plain(text, 7)),
+        ),
+      ),
+    );
     drawTokens();
   }
 
   function drawTokens() {
-    const { columns, width } = layout;
-    const upright = columns.some((column) => plain(column.token.text, 9).length * 7.4 > column.width - 2);
-    const height = upright ? 78 : 40;
-    tokens.setAttribute("width", width), tokens.setAttribute("height", height), tokens.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    const { columns, width, upright, tokensHeight: height } = layout;
+    (tokens.setAttribute("width", width),
+      tokens.setAttribute("height", height),
+      tokens.setAttribute("viewBox", `0 0 ${width} ${height}`));
     corner.style.height = `${height}px`;
     put(corner, h("span", {}, attention ? `L${attention.layer} head ${attention.head} reads` : "tokens"));
     const weight = new Map((attention?.reads ?? []).map((read) => [read.position, read.weight]));
-    put(tokens, columns.map((column, position) => {
-      const label = plain(column.token.text, 9);
-      const text = upright
-        ? s("text", { transform: `translate(${column.center + 4},${height - 6}) rotate(-90)` }, label)
-        : s("text", { x: column.center, y: 23, "text-anchor": "middle" }, label);
-      const size = weight.get(position) ?? 0;
-      return s("g", { class: "word", "data-position": position },
-        s("rect", { class: "cell", x: column.x + 1, y: 1, width: column.width - 2, height: height - 2, rx: 3 }),
-        size > 0.004 && s("rect", { class: "weight", x: column.x + 3, y: height - 2 - (height - 6) * size, width: column.width - 6, height: (height - 6) * size, rx: 2 }),
-        attention?.query === position && s("rect", { class: "query", x: column.x + 2, y: 2, width: column.width - 4, height: height - 4, rx: 3 }),
-        text, s("title", {}, `${position}: ${plain(column.token.text)}${size ? `, attention ${percent(size)}` : ""}`),
-        columns.length > 12 && !upright && s("text", { class: "index", x: column.center, y: 36, "text-anchor": "middle" }, position));
-    }));
+    put(
+      tokens,
+      columns.map((column, position) => {
+        const label = plain(column.token.text, 9);
+        const text = upright
+          ? s("text", { transform: `translate(${column.center + 4},${height - 6}) rotate(-90)` }, label)
+          : s("text", { x: column.center, y: 23, "text-anchor": "middle" }, label);
+        const size = weight.get(position) ?? 0;
+        return s(
+          "g",
+          { class: "word", "data-position": position },
+          s("rect", { class: "cell", x: column.x + 1, y: 1, width: column.width - 2, height: height - 2, rx: 3 }),
+          size > 0.004 &&
+            s("rect", {
+              class: "weight",
+              x: column.x + 3,
+              y: height - 2 - (height - 6) * size,
+              width: column.width - 6,
+              height: (height - 6) * size,
+              rx: 2,
+            }),
+          attention?.query === position &&
+            s("rect", { class: "query", x: column.x + 2, y: 2, width: column.width - 4, height: height - 4, rx: 3 }),
+          text,
+          s("title", {}, `${position}: ${plain(column.token.text)}${size ? `, attention ${percent(size)}` : ""}`),
+          columns.length > 12 &&
+            !upright &&
+            s("text", { class: "index", x: column.center, y: 36, "text-anchor": "middle" }, position),
+        );
+      }),
+    );
   }
 
+  const look = (node) => `${side(node.shown)}${node.measured ? "" : " estimated"}${node.strength < 1e-9 ? " none" : ""}`;
+
   function drawNodes() {
-    const join = select(dots).selectAll("g.node").data(nodes, (node) => node.id);
+    const join = select(dots)
+      .selectAll("g.node")
+      .data(nodes, (node) => node.id);
     join.exit().remove();
     const made = join.enter().append("g").attr("role", "button").attr("tabindex", -1);
     made.append("circle").attr("class", "hit").attr("r", 8);
@@ -97,11 +164,17 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       .on("pointerenter", (event, node) => ((hovered = node.id), showTip(event, node), focus()))
       .on("pointermove", moveTip)
       .on("pointerleave", () => ((hovered = null), (tip.hidden = true), focus()));
-    made.merge(join)
-      .attr("class", (node) => `node ${side(node.shown)}${node.measured ? "" : " estimated"}${node.strength < 1e-9 ? " none" : ""}`)
-      .attr("aria-label", (node) => `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${signed(node.shown)}`)
+    made
+      .merge(join)
+      .attr("class", (node) => `node ${look(node)}`)
+      .attr(
+        "aria-label",
+        (node) =>
+          `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${signed(node.shown)}`,
+      )
       .style("transform", (node) => `translate(${layout.at.get(node.id).x}px, ${layout.at.get(node.id).y}px)`)
-      .select("circle.dot").attr("r", (node) => radius(node.strength));
+      .select("circle.dot")
+      .attr("r", (node) => radius(node.strength));
   }
 
   const ends = (edge) => [end(layout, edge.source, edge.effect), end(layout, edge.target, edge.effect)];
@@ -110,7 +183,10 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const found = [];
     for (const edge of edges) {
       const [from, to] = ends(edge);
-      if (from && to) found.push(s("path", { class: side(edge.effect), d: route(layout, from, to), "stroke-width": thick(edge.size).toFixed(2) }));
+      if (from && to)
+        found.push(
+          s("path", { class: side(edge.effect), d: route(layout, from, to), "stroke-width": thick(edge.size).toFixed(2) }),
+        );
       if (found.length >= most) break;
     }
     put(group, found);
@@ -118,40 +194,65 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
 
   const drawEdges = () => paths(lines, model.edges, DEFAULT_EDGES);
 
-  /** Bring out one node and what it is linked to; the others stand back. */
+  /** Bring out one node and what it is linked to, or what is sought; the others stand back, all at once, and these are drawn again. */
   function focus() {
     const id = hovered ?? state.selected;
     const node = id && layout.at.has(id) ? id : null;
-    const found = state.found;
-    plot.classList.toggle("focused", Boolean(node) || Boolean(found));
-    plot.classList.toggle("seeking", Boolean(found) && !hovered);
     const links = node ? [...model.ins(node), ...model.outs(node)].sort((a, b) => b.size - a.size) : [];
-    const near = new Set(node ? [node, ...links.flatMap((edge) => [edge.source, edge.target])] : []);
+    const sought = hovered ? null : state.found;
+    const near = sought ?? new Set(node ? [node, ...links.flatMap((edge) => [edge.source, edge.target])] : []);
+    plot.classList.toggle("focused", Boolean(node || sought));
     paths(focusLines, links, FOCUS_EDGES);
-    for (const element of dots.children) {
-      const own = element.__data__.id;
-      element.classList.toggle("near", found && !hovered ? found.has(own) : near.has(own));
-      element.classList.toggle("chosen", own === state.selected);
-      element.setAttribute("tabindex", own === state.selected ? 0 : -1);
-      element.setAttribute("aria-pressed", String(own === state.selected));
-    }
+    put(
+      front,
+      [...near]
+        .filter((each) => layout.at.has(each))
+        .map((each) => {
+          const one = model.byId.get(each),
+            { x, y } = layout.at.get(each);
+          return s(
+            "g",
+            { class: look(one), transform: `translate(${x},${y})` },
+            sought && s("circle", { class: "ring", r: 9 }),
+            s("circle", { class: "dot", r: radius(one.strength) }),
+          );
+        }),
+    );
+    press(pressed, false);
+    press((pressed = state.selected), true);
     const place = node ? layout.at.get(node).column : -1;
     bands.querySelectorAll(".column").forEach((column, position) => column.classList.toggle("here", position === place));
   }
 
+  function press(id, on) {
+    const element = id && document.getElementById(`node-${id}`);
+    if (!element) return;
+    element.classList.toggle("chosen", on);
+    element.setAttribute("tabindex", on ? 0 : -1);
+    element.setAttribute("aria-pressed", String(on));
+    if (on) front.append(s("circle", { class: "ring chosen", cx: layout.at.get(id).x, cy: layout.at.get(id).y, r: 10.5 }));
+  }
+
   function showTip(event, node) {
     const text = model.explanation.tokens[node.position].text;
-    put(tip,
+    put(
+      tip,
       h("p", { class: "tip-head" }, h("code", {}, node.name), " at ", token(text)),
       h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
       h("p", { class: "tip-numbers" }, `value ${node.activation ? signed(node.activation) : "off"}, mean ${signed(node.mean)} `),
-      h("p", { class: `tip-effect ${side(node.shown)}` }, node.measured ? `effect on D ${signed(node.effect)}` : `effect on D about ${signed(node.shown)}, not measured`));
+      h(
+        "p",
+        { class: `tip-effect ${side(node.shown)}` },
+        node.measured ? `effect on D ${signed(node.effect)}` : `effect on D about ${signed(node.shown)}, not measured`,
+      ),
+    );
     tip.hidden = false;
     moveTip(event);
   }
 
   function moveTip(event) {
-    const wide = tip.offsetWidth, tall = tip.offsetHeight;
+    const wide = tip.offsetWidth,
+      tall = tip.offsetHeight;
     tip.style.left = `${Math.max(6, Math.min(event.clientX + 16, innerWidth - wide - 8))}px`;
     tip.style.top = `${event.clientY + 18 + tall > innerHeight ? event.clientY - tall - 12 : event.clientY + 18}px`;
   }
@@ -161,11 +262,13 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const from = id && layout.at.get(id);
     if (!from) return nodes[0]?.id ?? null;
     const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
-    let best = null, least = Infinity;
+    let best = null,
+      least = Infinity;
     for (const node of nodes) {
       const to = layout.at.get(node.id);
-      const along = (to.x - from.x) * dx + (to.y - from.y) * dy, across = Math.abs((to.x - from.x) * dy) + Math.abs((to.y - from.y) * dx);
-      if (along > 0.5 && along + 3 * across < least) (least = along + 3 * across), (best = node.id);
+      const along = (to.x - from.x) * dx + (to.y - from.y) * dy,
+        across = Math.abs((to.x - from.x) * dy) + Math.abs((to.y - from.y) * dx);
+      if (along > 0.5 && along + 3 * across < least) ((least = along + 3 * across), (best = node.id));
     }
     return best ?? id;
   }
@@ -173,58 +276,30 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   function reveal(id) {
     const at = layout?.at.get(id);
     if (!at) return;
-    const left = at.x - (holder.clientWidth - LABELS) / 2, top = at.y - (holder.clientHeight - 60) / 2;
-    const seen = at.x > holder.scrollLeft + 20 && at.x < holder.scrollLeft + holder.clientWidth - LABELS - 20 && at.y > holder.scrollTop + 20 && at.y < holder.scrollTop + holder.clientHeight - 90;
-    if (!seen) holder.scrollTo({ left, top, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    const left = at.x - (holder.clientWidth - LABELS) / 2,
+      top = at.y - (holder.clientHeight - 60) / 2;
+    const seen =
+      at.x > holder.scrollLeft + 20 &&
+      at.x < holder.scrollLeft + holder.clientWidth - LABELS - 20 &&
+      at.y > holder.scrollTop + 20 &&
+      at.y < holder.scrollTop + holder.clientHeight - 90;
+    if (!seen)
+      holder.scrollTo({ left, top, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
 
   return {
-    draw, next, reveal, parts: { names, plot, tokens },
+    draw,
+    next,
+    reveal,
+    parts: { names, plot, tokens },
     has: (id) => layout.at.has(id),
     focusNode: (id) => document.getElementById(`node-${id}`)?.focus({ preventScroll: true }),
-    attend(head) { attention = head; drawTokens(); },
-    toAnswer() { holder.scrollLeft = holder.scrollWidth; },
+    attend(head) {
+      attention = head;
+      drawTokens();
+    },
+    toAnswer() {
+      holder.scrollLeft = holder.scrollWidth;
+    },
   };
 }
-
-/** The line above the circuit: how much of it is shown, the levels, and what was left out. */
-export function drawBar(model, bar, state, set) {
-  const { explanation, levels } = model;
-  const level = levels[state.level];
-  const nodes = drawn(model, state.level, state.all);
-  const whole = model.nodes.length;
-  const told = level.whole ? `the whole circuit: ${count(level.count)} nodes` : level.kl === null
-    ? `the ${count(level.count)} strongest of ${count(whole)} nodes`
-    : `${count(level.count)} of ${count(whole)} nodes`;
-  const facts = level.kl !== null ? `KL ${number(level.kl)}, keeps ${number(level.share)} of D` : level.whole ? null : "only the whole was checked";
-  const slider = levels.length > 1 && h("label", { class: "levels" }, h("span", {}, "smaller"),
-    h("input", { type: "range", id: "level", min: 0, max: levels.length - 1, step: 1, value: state.level, "aria-label": "How much of the circuit is drawn", "aria-valuetext": told,
-      oninput: (event) => set({ level: Number(event.target.value) }) }), h("span", {}, "whole"));
-  const input = bar.querySelector("#level");
-  const more = [];
-  if (nodes.length < level.nodes.length) {
-    more.push(h("p", { class: "note" }, `Drawn are the ${count(nodes.length)} strongest. `, h("button", { type: "button", class: "link", onclick: () => set({ all: true }) }, `Draw all ${count(level.nodes.length)}`)));
-  } else if (state.all && level.nodes.length > 500) {
-    more.push(h("p", { class: "note" }, h("button", { type: "button", class: "link", onclick: () => set({ all: false }) }, "Draw the 500 strongest only")));
-  }
-  if (!explanation.searched.complete) more.push(h("p", { class: "note" }, "The search was cut short: a smaller circuit may exist."));
-  const text = h("p", { class: "level-text", id: "level-text" }, h("b", {}, told[0].toUpperCase() + told.slice(1)), facts && h("span", {}, ` · ${facts}`));
-  if (input && slider) { // the slider stays the element that is being dragged
-    input.value = state.level;
-    input.setAttribute("aria-valuetext", told);
-    put(bar.querySelector(".bar-text"), text, more);
-  } else put(bar, h("h2", {}, "Circuit"), slider, h("div", { class: "bar-text" }, text, more));
-}
-
-/** What colours and sizes mean. */
-export function drawLegend(model, legend) {
-  const { target, contrast } = model.explanation;
-  const dot = (name) => s("svg", { width: 12, height: 12, viewBox: "-6 -6 12 12", "aria-hidden": "true" }, s("g", { class: `node ${name}` }, s("circle", { class: "dot", r: 4.6 })));
-  const sizes = s("svg", { width: 34, height: 14, viewBox: "0 -7 34 14", "aria-hidden": "true" }, [[4, 2.4], [13, 4], [26, 6.4]].map(([cx, r]) => s("circle", { class: "size", cx, r })));
-  put(legend,
-    h("span", {}, dot("for"), "towards ", token(target.text)), h("span", {}, dot("against"), "towards ", token(contrast.text)),
-    h("span", {}, sizes, "what D loses without the node"), model.nodes.some((node) => !node.measured) && h("span", {}, dot("for estimated"), "estimated from its edges"),
-    h("span", { class: "quiet" }, "D is the logit of the first less that of the second"));
-}
-
-

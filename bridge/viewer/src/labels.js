@@ -4,7 +4,9 @@
 export function makeLabels(data, changed) {
   const where = data.explanation.provenance;
   const key = `bridge-labels:${where.coupling_fingerprint ?? `${where.dense_fingerprint}:${where.coupling}:${where.l0}`}`;
-  let own = new Map(), kept = "kept in this browser", storage = null;
+  let own = new Map(),
+    kept = "kept in this browser",
+    storage = null;
   if (!data.served) {
     try {
       storage = window.localStorage;
@@ -37,9 +39,13 @@ export function makeLabels(data, changed) {
   async function send(changes) {
     const id = /\/api\/explanations\/([^/]+)/.exec(location.pathname)?.[1];
     try {
-      listed ??= id ? (await (await fetch("/api/explanations")).json()).find((job) => job.id === id)?.bridge ?? null : null;
+      listed ??= id ? ((await (await fetch("/api/explanations")).json()).find((job) => job.id === id)?.bridge ?? null) : null;
       const query = listed === null ? "" : `?bridge=${encodeURIComponent(listed)}`;
-      return await fetch(`/api/labels${query}`, { method: "PATCH", headers: { "Content-Type": "application/json" }, body: JSON.stringify(changes) });
+      return await fetch(`/api/labels${query}`, {
+        method: "PATCH",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(changes),
+      });
     } catch {
       return null;
     }
@@ -54,6 +60,7 @@ export function makeLabels(data, changed) {
 }
 
 function clean(labels) {
-  if (labels === null || typeof labels !== "object" || Array.isArray(labels)) throw new Error("labels are an object of names and texts");
+  if (labels === null || typeof labels !== "object" || Array.isArray(labels))
+    throw new Error("labels are an object of names and texts");
   return new Map(Object.entries(labels).filter(([, text]) => typeof text === "string"));
 }

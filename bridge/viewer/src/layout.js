@@ -7,7 +7,16 @@ import { curveBundle, line } from "d3-shape";
 import { plain } from "./dom.js";
 import { KINDS, outer } from "./model.js";
 
-const STEP = 15, ROW = 23, MOST_LINES = 4, EMPTY = 12, NARROW = 26, PAD = 12, ANSWER = 62, LAYER_GAP = 10;
+const STEP = 15,
+  ROW = 23,
+  MOST_LINES = 4,
+  EMPTY = 12,
+  NARROW = 26,
+  PAD = 12,
+  ANSWER = 62,
+  LAYER_GAP = 10;
+const UPRIGHT = 78,
+  LEVEL = 40; // heights of the tokens' names
 export const LABELS = 96; // width of the rows' names
 const bundled = line().curve(curveBundle.beta(0.82));
 
@@ -20,7 +29,11 @@ export function place(model, nodes, width, tall) {
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(node);
   }
-  const columns = tokens.map((token) => ({ token, most: 0, least: Math.max(NARROW, Math.min(74, 7.4 * plain(token.text, 9).length + 10)) }));
+  const columns = tokens.map((token) => ({
+    token,
+    most: 0,
+    least: Math.max(NARROW, Math.min(74, 7.4 * plain(token.text, 9).length + 10)),
+  }));
   for (const [key, cell] of cells) {
     const column = columns[Number(key.slice(key.indexOf("|") + 1))];
     column.most = Math.max(column.most, cell.length);
@@ -40,16 +53,20 @@ export function place(model, nodes, width, tall) {
     column.width = needed(column, lines) + Math.min(60, spare / columns.length);
   }
   let x = PAD;
-  for (const column of columns) Object.assign(column, { x, center: x + column.width / 2 }), (x += column.width);
+  for (const column of columns) (Object.assign(column, { x, center: x + column.width / 2 }), (x += column.width));
   const total = x + PAD;
 
   // From the top: the answer, the layers downwards, the embedding; what height is spare is shared by the rows.
-  const rows = [], layers = [];
-  const heightOf = (inRow) => Math.max(ROW, Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across))) * STEP + 7);
+  const rows = [],
+    layers = [];
+  const heightOf = (inRow) =>
+    Math.max(ROW, Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across))) * STEP + 7);
   const sizesOf = (layer, kind) => columns.map((column, position) => cells.get(`${layer}.${kind}|${position}`)?.length ?? 0);
-  const used = model.layers.flatMap((layer) => KINDS.map((kind) => sizesOf(layer, kind))).filter((inRow) => inRow.some(Boolean));
-  const least = ANSWER + used.reduce((sum, inRow) => sum + heightOf(inRow), 0) + model.layers.length * (LAYER_GAP + EMPTY);
-  const extra = Math.max(0, Math.min(22, (tall - least) / Math.max(1, used.length)));
+  const used = model.layers.map((layer) => KINDS.map((kind) => sizesOf(layer, kind)).filter((inRow) => inRow.some(Boolean)));
+  const heights = used.map((inLayer) => inLayer.reduce((sum, inRow) => sum + heightOf(inRow), 0) || EMPTY);
+  const upright = columns.some((column) => plain(column.token.text, 9).length * 7.4 > column.width - 2);
+  const least = ANSWER + heights.reduce((sum, height) => sum + height + LAYER_GAP, 0) + 8 + (upright ? UPRIGHT : LEVEL);
+  const extra = Math.max(0, Math.min(22, (tall - least) / Math.max(1, used.flat().length)));
   let y = ANSWER;
   for (const layer of [...model.layers].reverse()) {
     const top = y;
@@ -74,13 +91,26 @@ export function place(model, nodes, width, tall) {
         const here = down === lines - 1 ? cell.length - down * column.across : column.across;
         const across = place % column.across;
         at.set(node.id, {
-          x: column.center + (across - (here - 1) / 2) * STEP, y: row.middle + (down - (lines - 1) / 2) * STEP, column: position, row,
+          x: column.center + (across - (here - 1) / 2) * STEP,
+          y: row.middle + (down - (lines - 1) / 2) * STEP,
+          column: position,
+          row,
         });
       });
     });
   }
   const bottom = y + 4;
-  return { columns, rows, layers, at, width: total, height: bottom, top: { y: 30, for: last?.center - 36, against: last?.center + 36 } };
+  return {
+    columns,
+    rows,
+    layers,
+    at,
+    upright,
+    tokensHeight: upright ? UPRIGHT : LEVEL,
+    width: total,
+    height: bottom,
+    top: { y: 30, for: last?.center - 36, against: last?.center + 36 },
+  };
 }
 
 /** Where an end of an edge is, null if it is not drawn. An embedding stands at its token, the answer at the side it speaks for. */
@@ -100,13 +130,34 @@ export function end(layout, id, effect) {
 /** The path of an edge between two places. */
 export function route(layout, from, to) {
   const [source, target] = [layout.columns[from.column], layout.columns[to.column]];
-  const out = from.row.y - 2, into = to.row.y + to.row.height + 3;
+  const out = from.row.y - 2,
+    into = to.row.y + to.row.height + 3;
   if (from.column !== to.column) {
     const right = from.column < to.column;
     const gutters = [right ? source.x + source.width - 2 : source.x + 2, right ? target.x + 2 : target.x + target.width - 2];
-    return bundled([[from.x, from.y], [from.x, out], [gutters[0], (out + into) / 2], [gutters[1], (out + into) / 2], [to.x, into], [to.x, to.y]]);
+    return bundled([
+      [from.x, from.y],
+      [from.x, out],
+      [gutters[0], (out + into) / 2],
+      [gutters[1], (out + into) / 2],
+      [to.x, into],
+      [to.x, to.y],
+    ]);
   }
-  if (out - into < ROW) return bundled([[from.x, from.y], [from.x, out], [to.x, into], [to.x, to.y]]);
+  if (out - into < ROW)
+    return bundled([
+      [from.x, from.y],
+      [from.x, out],
+      [to.x, into],
+      [to.x, to.y],
+    ]);
   const gutter = (from.x + to.x) / 2 <= source.center ? source.x + 6 : source.x + source.width - 6;
-  return bundled([[from.x, from.y], [from.x, out], [gutter, out - 6], [gutter, into + 6], [to.x, into], [to.x, to.y]]);
+  return bundled([
+    [from.x, from.y],
+    [from.x, out],
+    [gutter, out - 6],
+    [gutter, into + 6],
+    [to.x, into],
+    [to.x, to.y],
+  ]);
 }
