@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT
+from conftest import CONTEXT, untrained
 from explained import hostile, hostile_texts, made_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
+from bridge.dense import DenseModel
 from bridge.explanation import Explanation, explain
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, read_explanation, render_html, write_page
@@ -72,8 +73,9 @@ def html() -> str:
     return render_html(made_up())
 
 
-@pytest.fixture
-def explained(coupling: Coupling) -> tuple[Coupling, Explanation]:
+@pytest.fixture(scope="module")
+def explained(dense: DenseModel) -> tuple[Coupling, Explanation]:
+    coupling = untrained(dense)
     reference_bt = torch.randint(2, 40, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
     coupling.sparse.requires_grad_(False)
     coupling.bridges.requires_grad_(False)
@@ -293,6 +295,7 @@ def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None
 
 def test_explain_writes_a_page(explained: tuple[Coupling, Explanation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coupling, "from_pretrained", staticmethod(lambda *_, **__: explained[0]))
+    monkeypatch.setattr("bridge.explanation.explain", lambda *_, **__: explained[1])
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["explain", "--prompt", PROMPT, "--bridge", "here", "--html", str(page), "--device", "cpu"])
     assert result.exit_code == 0 and result.stdout.endswith(f"\nwrote {page}\n")

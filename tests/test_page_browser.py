@@ -333,7 +333,7 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     name = data["explanation"]["nodes"][1]["name"]
     file.write_text(json.dumps({name: "taken over", "bad": 3}))
     page.locator("#save input").set_input_files(file)
-    page.wait_for_function("document.getElementById('live').textContent.includes('taken over')")
+    page.locator("#live", has_text="Labels taken over").wait_for()
     page.locator("#save summary").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="Labels as JSON").click()
@@ -341,7 +341,7 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     assert json.loads(file.read_text()) == {**data["labels"], name: "taken over"}
     file.write_text("[1]")
     page.locator("#save input").set_input_files(file)
-    page.wait_for_function("document.getElementById('live').textContent.startsWith('These are no labels')")
+    page.locator("#live", has_text="These are no labels").wait_for()
 
 
 def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
@@ -374,7 +374,7 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     drawn.click()
     page.locator(".label-input").fill("mine")
     page.locator(".label-input").press("Enter")
-    page.wait_for_function("document.querySelector('.kept').textContent === 'kept with the coupling'")
+    page.locator(".kept", has_text="kept with the coupling").wait_for()
     button = page.get_by_role("button", name="Steer the dense model")
     button.click()
     page.locator(".steered pre").wait_for()

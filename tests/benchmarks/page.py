@@ -2,9 +2,9 @@
 
     python tests/benchmarks/page.py [--nodes 20 500 3000] [--tokens 100] [--rounds 5]
 
-The circuits are made up, with up to 5,000 edges and the pages of 500 nodes. "interactive" runs from the start of the navigation to
-the end of the page's script, when every control answers; the others from the event to the second frame after it, when the change is
-on the screen. Medians in milliseconds, each round in a new page. The aim is interactive in under 1,000 with 500 nodes.
+The circuits are made up, with up to 5,000 edges and the pages of 500 nodes. "interactive" runs from the start of the navigation
+to the end of the page's script, when every control answers; the others from the event to the second frame after it, when it is
+to be seen. Medians in milliseconds, each round in a new page. The aim is interactive in under 1,000 with 500 nodes.
 """
 
 from __future__ import annotations

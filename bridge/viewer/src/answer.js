@@ -33,11 +33,9 @@ export function drawAsk(model, holder) {
       "h1",
       {},
       own ? "continues with " : "might continue with ",
-      token(explanation.target.text, "for"),
-      first && h("small", {}, percent(first.probability)),
+      h("span", {}, token(explanation.target.text, "for"), first && h("small", {}, percent(first.probability))),
       " rather than ",
-      token(explanation.contrast.text, "against"),
-      second && h("small", {}, percent(second.probability)),
+      h("span", {}, token(explanation.contrast.text, "against"), second && h("small", {}, percent(second.probability))),
     ),
     !own && h("p", { class: "note" }, "The dense model's own answer is ", token(explanation.dense[0].token.text), "."),
   );

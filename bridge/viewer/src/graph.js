@@ -2,7 +2,7 @@
 
 import { select } from "d3-selection";
 import { scaleSqrt } from "d3-scale";
-import { count, h, number, percent, plain, put, s, side, signed, token } from "./dom.js";
+import { h, percent, plain, put, s, side, signed, token } from "./dom.js";
 import { KIND_NAMES, drawn } from "./model.js";
 import { LABELS, end, place, route } from "./layout.js";
 
@@ -172,7 +172,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         (node) =>
           `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${signed(node.shown)}`,
       )
-      .style("transform", (node) => `translate(${layout.at.get(node.id).x}px, ${layout.at.get(node.id).y}px)`)
+      .attr("transform", (node) => `translate(${layout.at.get(node.id).x},${layout.at.get(node.id).y})`)
       .select("circle.dot")
       .attr("r", (node) => radius(node.strength));
   }

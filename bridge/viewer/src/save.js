@@ -49,7 +49,6 @@ function dressed(element) {
   const copy = element.cloneNode(false);
   const looks = getComputedStyle(element);
   for (const name of ["class", "style", "id", "tabindex", "role", "aria-label", "aria-pressed"]) copy.removeAttribute(name);
-  if (looks.transform !== "none" && !element.hasAttribute("transform")) copy.setAttribute("transform", looks.transform);
   if (!["g", "title"].includes(element.localName)) KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
   else if (looks.opacity !== "1") copy.setAttribute("opacity", looks.opacity);
   for (const child of element.childNodes) copy.append(child.nodeType === 1 ? dressed(child) : child.cloneNode());
