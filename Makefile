@@ -13,7 +13,7 @@ START_RECIPE ?= recipes/python-bridge-32.toml
 BRIDGE_RECIPE ?= recipes/python-bridge.toml
 FRONTIER_MINUTES ?= 4
 
-.PHONY: demo test test-slow test-gpu lint checkpoints frontier clean
+.PHONY: demo test test-slow test-gpu lint checkpoints frontier viewer clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,9 @@ frontier: $(READY)
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe $(START_RECIPE) --width 256 512 --l0 0.0625 0.03125 0.015625 \
 	  --minutes $(FRONTIER_MINUTES) --tokens 12000000 --tasks single_double_quote bracket_counting for_while with_as if_ternary var_if \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge --out runs/frontier
+
+viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.
+	cd bridge/viewer && npm ci --no-fund --no-audit && npm run build
 
 clean:
 	rm -rf .venv runs

@@ -161,6 +161,7 @@ def explain(
     target: Annotated[str | None, typer.Option(help="Explain this token; default the dense model's answer.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Against this token; default the dense model's second choice.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -170,13 +171,40 @@ def explain(
         from bridge.checkpoint import write_json
         from bridge.explanation import explain as explain_prompt
         from bridge.explanation import render_text
+        from bridge.page import check_target, described_nodes, page_data, render_html, write_page
 
+        if html is not None:
+            check_target(html)
         coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
         note = show_phase if sys.stderr.isatty() else None
         explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note)
         print(render_text(explanation, width=terminal_width()))
         if json is not None:
             write_json(json, explanation.to_json())
+        if html is not None:
+            write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
+            print(f"\nwrote {html}")
+
+
+@app.command()
+def view(
+    explanation: Annotated[Path, typer.Argument(help="A file that `bridge explain --json` wrote.")],
+    html: Annotated[Path, typer.Option(help="The page to write: one HTML file that needs no other.")],
+    bridge: Annotated[str | None, typer.Option(help="Its coupling, to tell of its nodes what `bridge nodes` collected.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Make a page of an explanation that was saved as JSON."""
+    with one_line_errors():
+        from bridge.page import check_target, described_nodes, page_data, read_explanation, render_html, write_page
+
+        read, nodes = read_explanation(explanation), {}
+        check_target(html)
+        if bridge is not None:
+            from bridge.bridges import Coupling
+
+            nodes = described_nodes(Coupling.from_pretrained(bridge, device=choose_device(device)), read)
+        write_page(html, render_html(page_data(read, nodes)))
+        print(f"wrote {html}")
 
 
 @app.command()

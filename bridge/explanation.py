@@ -33,7 +33,7 @@ from bridge.attention import ExplainedHead, Read, explain_attention
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
 from bridge.node_page import node_labels
-from bridge.nodes import token_text
+from bridge.nodes import sparse_fingerprint, token_text
 from bridge.prune import Found, find_circuit
 from bridge.recipe import UserError
 from bridge.validate import Faithfulness, Measure, validate
@@ -125,7 +125,7 @@ class Searched:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an explanation depends on."""
+    """What an explanation depends on; coupling_fingerprint is that of the sparse weights."""
 
     dense: str
     dense_fingerprint: str
@@ -134,6 +134,7 @@ class Provenance:
     seed: int
     version: str
     reference: str
+    coupling_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,7 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
         seed=seed,
         version=version("bridge"),
         reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
+        coupling_fingerprint=sparse_fingerprint(coupling.sparse),
     )
 
 

@@ -1,0 +1,136 @@
+"""An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
+
+    {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text}, "served": bool}
+
+is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
+element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
+head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
+
+Pages of nodes are there where `bridge nodes` has been run on the coupling, for the nodes that the page draws at first.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bridge.bridges import Coupling
+from bridge.checkpoint import write_text
+from bridge.explanation import ExplainError, Explanation
+from bridge.node_page import describe_node
+from bridge.nodes import parse_node, stored_facts
+from bridge.recipe import UserError
+
+DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in: as many as the viewer draws unasked
+
+
+PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
+SAVED = "give a file that `bridge explain --json` wrote"
+
+
+class PageError(UserError):
+    """A page that cannot be made or written, in one line."""
+
+
+def page_data(
+    explanation: Explanation,
+    nodes: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Mapping[str, str] | None = None,
+    *,
+    served: bool = False,
+) -> dict[str, Any]:
+    """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name."""
+    return {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {}), "served": served}
+
+
+def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, dict[str, Any]]:
+    """Pages of an explanation's strongest nodes by name, from facts stored beside the coupling; {} without any.
+
+    The dense direction's entries are left out, its length is put in: a page draws no vectors.
+    """
+    facts = stored_facts(coupling)
+    if facts is None:
+        return {}
+    sizes, pages = coupling.sparse.locations(), {}
+    for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]:
+        if node.name not in pages:
+            page = describe_node(coupling, facts, parse_node(node.name, sizes)).to_json()
+            if page["dense"] is not None:
+                page["dense"]["length"] = sum(x * x for x in page["dense"].pop("direction")) ** 0.5
+            pages[node.name] = page
+    return pages
+
+
+def render_html(data: Mapping[str, Any]) -> str:
+    """The page for some `page_data`, whole: no other file is needed to show it."""
+    viewer = files("bridge") / "viewer"
+    read = {name: (viewer / name).read_text(encoding="utf-8") for name in PARTS}
+    script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
+    connect = "'self'" if data["served"] else "'none'"
+    policy = (
+        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; font-src data:; img-src blob: data:; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    prompt = " ".join(data["explanation"]["prompt"].split())
+    title = f"{prompt[-60:]} \u2192 {data['explanation']['target']['text'].strip()}"
+    parts = {
+        "policy": escape(policy),
+        "title": escape(title.encode(errors="replace").decode()),
+        "style": style,
+        "data": embedded_json(data),
+        "licences": read["licences.txt"],
+        "script": script,
+    }
+    head, *pieces = read["index.html"].split("{{")
+    filled = [head]
+    for piece in pieces:  # each place once, and nothing that was put in is looked at again
+        name, _, rest = piece.partition("}}")
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def embedded_json(data: Any) -> str:
+    """JSON that may stand in an element of a page, whatever its texts are: ASCII, without `<`, `>` and `&`."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def check_target(path: str | Path) -> Path:
+    """The path as one that a page may be written to. Raises PageError before the work is done rather than after it."""
+    path = Path(path)
+    if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
+        raise PageError(f"--html {str(path)!r} cannot be written; name a file in a folder that exists and is writable")
+    return path
+
+
+def write_page(path: str | Path, html: str) -> None:
+    """Write a page, atomically. Raises PageError where that cannot be done."""
+    path = check_target(path)
+    try:
+        write_text(path, html)
+    except OSError as error:
+        raise PageError(f"could not write {str(path)!r} ({error.strerror}); free space or name another file") from None
+
+
+def read_explanation(path: str | Path) -> Explanation:
+    """The explanation that `bridge explain --json` wrote. Raises PageError or ExplainError for anything else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PageError(f"could not read {str(path)!r} ({error.strerror}); {SAVED}") from None
+    except ValueError:
+        raise PageError(f"{str(path)!r} is not JSON; {SAVED}") from None
+    if not isinstance(values, dict):
+        raise ExplainError(f"{str(path)!r} holds no explanation; {SAVED}")
+    return Explanation.from_json(values)
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

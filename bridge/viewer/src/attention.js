@@ -1,0 +1,203 @@
+// The attention of a head over the prompt: which positions it reads, why by query and key channels, and what it moves.
+
+import { h, number, percent, put, running, side, signed, token } from "./dom.js";
+
+/** The places in `attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
+export function headsOf(model, node) {
+  if (!["q", "k", "v", "attn_out"].includes(node.kind)) return [];
+  const head = model.pages.get(node.name)?.head ?? null;
+  const found = [];
+  (model.explanation.attention ?? []).forEach((each, place) => {
+    const reads = each.reads.some((read) => read.position === node.position);
+    const fits = each.layer === node.layer && (head === null || head === each.head);
+    if (fits && (node.kind === "attn_out" || node.kind === "q" ? each.query === node.position : reads)) found.push(place);
+  });
+  return found;
+}
+
+/** Draw the sheet; `state.head` is the place of the head chosen, `state.read` the position whose terms are shown. */
+export function drawAttention(model, sheet, state, { set, choose }) {
+  const { attention, tokens } = model.explanation;
+  if (!attention?.length) {
+    put(
+      sheet,
+      h(
+        "div",
+        { class: "empty" },
+        h("p", {}, "This explanation holds no attention: which positions its heads read was not taken."),
+      ),
+    );
+    return;
+  }
+  const place = Math.min(state.head ?? 0, attention.length - 1);
+  const head = attention[place];
+  const title = (each) => `Layer ${each.layer}, head ${each.head}, at ${each.query}: effect ${signed(each.effect)}`;
+  const chooser = h(
+    "select",
+    { "aria-label": "Head", onchange: (event) => set({ head: Number(event.target.value), read: null }) },
+    attention.map((each, other) => h("option", { value: other, selected: other === place }, title(each))),
+  );
+  const weight = new Map(head.reads.map((read) => [read.position, read.weight]));
+  const rest = Math.max(0, 1 - head.sink - head.reads.reduce((sum, read) => sum + read.weight, 0));
+  const prompt = h(
+    "div",
+    { class: "attended" },
+    tokens.slice(0, head.query + 1).map((each, position) =>
+      h(
+        "span",
+        {
+          role: "button",
+          tabindex: weight.has(position) ? 0 : null,
+          class: `${position === head.query ? "query" : ""} ${position === state.read ? "open" : ""}`,
+          style: { "--weight": `${Math.round(100 * Math.sqrt(weight.get(position) ?? 0))}%` },
+          title: `${position}: ${percent(weight.get(position) ?? 0)}`,
+          "aria-disabled": String(!weight.has(position)),
+          onclick: () => weight.has(position) && set({ read: position }),
+          onkeydown: (event) => event.key === "Enter" && set({ read: position }),
+        },
+        running(each.text, true),
+      ),
+    ),
+  );
+  const effects = [
+    ["everything it does here", head.effect],
+    ["pattern alone, values frozen", head.pattern_effect],
+    ["values alone, pattern frozen", head.value_effect],
+    ["interaction of the two", head.interaction],
+  ];
+  const most = Math.max(...effects.map(([, value]) => Math.abs(value)), 1e-9);
+  const diverging = (value, scale) =>
+    h(
+      "span",
+      { class: "diverging" },
+      h("i", {
+        class: side(value),
+        style: { [value >= 0 ? "left" : "right"]: "50%", width: `${(50 * Math.abs(value)) / scale}%` },
+      }),
+    );
+  const reads = [...head.reads].sort((a, b) => b.weight - a.weight);
+  const open = head.reads.find((read) => read.position === state.read) ?? reads[0] ?? null;
+  put(
+    sheet,
+    h(
+      "section",
+      {},
+      h("h3", {}, "Head"),
+      chooser,
+      h("p", { class: "lead" }, "Tokens are tinted by how much the outlined one reads of them."),
+      prompt,
+    ),
+    h(
+      "section",
+      {},
+      h("h3", {}, "What it reads"),
+      h(
+        "ul",
+        { class: "reads" },
+        reads
+          .slice(0, 12)
+          .map((read) =>
+            h(
+              "li",
+              {},
+              h(
+                "button",
+                { type: "button", class: `row ${read === open ? "open" : ""}`, onclick: () => set({ read: read.position }) },
+                h("code", {}, read.position),
+                token(tokens[read.position]?.text ?? ""),
+                h("span", { class: "weight" }, h("i", { style: { width: `${100 * read.weight}%` } })),
+                h("b", {}, percent(read.weight)),
+              ),
+            ),
+          ),
+        h(
+          "li",
+          { class: "quiet row" },
+          h("span", {}, "sink"),
+          h("span", { class: "weight" }, h("i", { style: { width: `${100 * head.sink}%` } })),
+          h("b", {}, percent(head.sink)),
+        ),
+        rest > 0.005 &&
+          h(
+            "li",
+            { class: "quiet row" },
+            h("span", {}, "elsewhere"),
+            h("span", { class: "weight" }, h("i", { style: { width: `${100 * rest}%` } })),
+            h("b", {}, percent(rest)),
+          ),
+      ),
+    ),
+    open && terms(model, head, open, choose, diverging),
+    h(
+      "section",
+      {},
+      h("h3", {}, "What D owes to it"),
+      h(
+        "dl",
+        { class: "effects" },
+        effects.map(([name, value]) => [h("dt", {}, name), h("dd", {}, diverging(value, most), h("b", {}, signed(value)))]),
+      ),
+    ),
+  );
+}
+
+function terms(model, head, read, choose, diverging) {
+  const scores = [...read.terms].sort((a, b) => Math.abs(b.product) - Math.abs(a.product)),
+    moved = [...read.moved].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
+  const top = Math.abs(scores[0]?.product ?? 1),
+    far = Math.abs(moved[0]?.effect ?? 1);
+  const known = (node) =>
+    model.byId.has(node) ? node : model.byId.has(`${node}@${read.position}`) ? `${node}@${read.position}` : null;
+  return [
+    h(
+      "section",
+      {},
+      h(
+        "h3",
+        {},
+        "Why it reads ",
+        token(model.explanation.tokens[read.position]?.text ?? ""),
+        h("small", {}, `score ${signed(read.score)}, as query times key`),
+      ),
+      scores.length
+        ? h(
+            "ul",
+            { class: "terms" },
+            scores
+              .slice(0, 10)
+              .map((term) =>
+                h(
+                  "li",
+                  {},
+                  h("code", {}, `channel ${term.channel}`),
+                  h("small", {}, `${number(term.query_value)} × ${number(term.key_value)}`),
+                  diverging(term.product, top),
+                  h("b", {}, signed(term.product)),
+                ),
+              ),
+          )
+        : h("p", { class: "row-text quiet" }, "No terms are listed."),
+    ),
+    h(
+      "section",
+      {},
+      h("h3", {}, "What it moves from there", h("small", {}, "value, what it adds to D")),
+      moved.length
+        ? h(
+            "ul",
+            { class: "terms" },
+            moved.slice(0, 10).map((term) => {
+              const id = known(term.node);
+              const inner = [
+                h("code", {}, term.node),
+                h("small", {}, signed(term.value)),
+                diverging(term.effect, far),
+                h("b", {}, signed(term.effect)),
+              ];
+              return h("li", {}, id ? h("button", { type: "button", class: "row", onclick: () => choose(id) }, inner) : inner);
+            }),
+          )
+        : h("p", { class: "row-text quiet" }, "Nothing of the circuit."),
+    ),
+  ];
+}

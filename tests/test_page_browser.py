@@ -1,0 +1,390 @@
+"""The page in a real browser, as a person uses it; skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from explained import hostile, made_up
+
+from bridge.page import render_html
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is in bridge[dev])")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+
+WIDE = {"width": 1400, "height": 900}
+SERVED = "http://bridge.test/api/explanations/abc/page"
+
+
+class Watched:
+    """A page, and everything that it should not have done: messages on the console, errors, dialogs, requests."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.wrong: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda message: self.wrong.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (self.wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url.partition(":")[0]))
+
+    def open(self, where: str) -> Any:
+        self.page.goto(where)
+        self.ready()
+        return self.page
+
+    def ready(self) -> None:
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport=WIDE, color_scheme="light", reduced_motion="reduce", accept_downloads=True)
+    context.set_default_timeout(20_000)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def show(context: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Watched]]:
+    """Show page data from a file; whatever the page then does wrong fails the test."""
+    shown: list[Watched] = []
+
+    def show(data: dict[str, Any]) -> Watched:
+        file = tmp_path / f"page{len(shown)}.html"
+        file.write_text(render_html(data), encoding="utf-8")
+        shown.append(Watched(context.new_page()))
+        shown[-1].open(file.as_uri())
+        return shown[-1]
+
+    yield show
+    for each in shown:
+        assert each.wrong == []
+        assert set(each.requests) <= {"file", "blob", "data"}
+
+
+def node_at(page: Any, data: dict[str, Any], rank: int = 0) -> tuple[Any, dict[str, Any]]:
+    """A drawn node, the `rank`th by effect, and what the data says of it."""
+    nodes = sorted(data["explanation"]["nodes"], key=lambda node: -abs(node["effect"] or 0))
+    return page.locator(f'[id="node-{nodes[rank]["id"]}"]'), nodes[rank]
+
+
+def test_a_node_its_sheet_the_slider_and_a_label_that_is_kept(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(60)
+    watched = show(data)
+    page = watched.page
+    assert page.locator("#verdict .word").inner_text() == "Representational"
+    assert "continues with" in page.locator("h1").inner_text()
+
+    drawn, node = node_at(page, data)
+    drawn.click()
+    sheet = page.locator("#sheet")
+    assert page.get_by_role("tab", name="Node").get_attribute("aria-selected") == "true"
+    told = sheet.inner_text()
+    assert node["name"] in told and f"{abs(node['effect']):.2f}" in told and f"({node['position']})" in told
+    assert f"at 'while' ({node['name']})" in told  # what it is on text
+    assert "carried to the dense model" in told or "not among those measured" in told
+    assert drawn.get_attribute("aria-pressed") == "true"
+    edge = sheet.locator("section", has_text="Feeds").locator("button.row").first
+    if edge.count():
+        name = edge.locator("code").first.inner_text()
+        edge.click()
+        assert name in page.locator(".who").inner_text()
+        drawn.click()
+
+    levels = [level["nodes"] for level in data["explanation"]["levels"]]
+    slider = page.locator("#level")
+    for place, count in enumerate(levels):
+        slider.fill(str(place))
+        assert page.locator(".plot .node").count() == count
+        assert f"{count} " in page.locator("#level-text").inner_text()
+
+    slider.fill("0")
+    label = page.locator(".label-input")
+    assert label.input_value() == "" and label.get_attribute("placeholder") == node["label"]
+    label.fill("the one that <b>counts</b>")
+    label.press("Enter")
+    assert "kept in this browser" in sheet.inner_text()
+    page.reload()
+    watched.ready()
+    node_at(page, data)[0].click()
+    assert page.locator(".label-input").input_value() == "the one that <b>counts</b>"
+    page.locator("#find").fill("<b>counts")
+    assert node["name"] in page.locator("#found").inner_text()
+
+    other = made_up(60)
+    other["explanation"]["provenance"]["coupling_fingerprint"] = "another"
+    again = show(other).page
+    node_at(again, other)[0].click()
+    assert again.locator(".label-input").input_value() == ""  # the labels are another coupling's
+
+
+def test_hostile_texts_are_text(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = hostile(made_up(620, 120, levels=1))
+    page = show(data).page
+    elements = "script, img, iframe, base, style, object, embed, link, meta"
+    assert page.locator(elements).count() == 3 + 1 + 4  # the page's own: scripts, a style, metas
+    assert page.locator("h1 .token").first.inner_text() == "<script>alert(1)</script>"
+    assert "</script><script>alert(1)</script>" in page.locator(".prompt").inner_text().replace("\n", "")
+    assert "\\u202egnp.exe" in page.locator(".prompt").inner_text()
+    assert page.evaluate("document.dir + getComputedStyle(document.body).direction") == "ltr"
+    page.locator("#level").fill(page.locator("#level").get_attribute("max"))
+    for rank in range(0, 450, 50):
+        node_at(page, data, rank)[0].dispatch_event("click")
+        page.locator(".plot .node").nth(rank).dispatch_event("pointerenter")
+    assert page.locator(elements).count() == 3 + 1 + 4
+    for tab in ("Attention", "Evidence"):
+        page.get_by_role("tab", name=tab).click()
+    page.locator("#find").fill("<script>")
+    assert page.locator("#found [role=option]").count() > 1
+    node_at(page, data, 5)[0].dispatch_event("click")
+    for text in ("<img src=x onerror=alert(1)>", "__proto__", "\u202e\u2066"):
+        page.locator(".label-input").fill(text)
+        page.locator(".label-input").press("Enter")
+    assert page.locator(elements).count() == 3 + 1 + 4
+
+
+def test_a_label_may_have_any_name(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(5)
+    for node, name in zip(data["explanation"]["nodes"], ("__proto__", "constructor", "toString"), strict=False):
+        node["name"] = name
+    page = show(data).page
+    for node in data["explanation"]["nodes"][:3]:
+        page.locator(f'[id="node-{node["id"]}"]').dispatch_event("click")
+        assert page.locator(".label-input").input_value() == ""
+        page.locator(".label-input").fill(f"mine {node['name']}")
+        page.locator(".label-input").press("Enter")
+    page.reload()
+    for node in data["explanation"]["nodes"][:3]:
+        page.locator(f'[id="node-{node["id"]}"]').dispatch_event("click")
+        assert page.locator(".label-input").input_value() == f"mine {node['name']}"
+
+
+def test_everything_is_reached_by_keys(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(60)
+    page = show(data).page
+    strongest = node_at(page, data)[1]
+    page.keyboard.press("ArrowUp")
+    assert strongest["name"] in page.locator(".who").inner_text()
+    seen = set()
+    for key in ("ArrowDown", "ArrowLeft", "ArrowUp", "ArrowRight") * 3:
+        page.keyboard.press(key)
+        seen.add(page.evaluate("document.activeElement.id"))
+    assert len(seen) > 2 and all(name.startswith("node-") for name in seen)
+    assert page.locator("#live").inner_text()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "sheet"
+    page.keyboard.press("l")
+    assert page.evaluate("document.activeElement.className") == "label-input"
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert page.locator(".node.chosen").count() == 0
+    before = page.locator(".plot .node").count()
+    page.keyboard.press("[")
+    assert page.locator(".plot .node").count() < before
+    page.keyboard.press("1")
+    assert "On this prompt" in page.locator("#sheet").inner_text()
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    assert "find a node" in page.locator("#help").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.keyboard.press("/")
+    page.keyboard.type(strongest["name"])
+    page.keyboard.press("Enter")
+    assert strongest["name"] in page.locator(".who").inner_text()
+
+
+def test_what_there_is_not_is_said(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(20, card=False, attention=False, levels=1)
+    data["nodes"] = {}
+    page = show(data).page
+    assert page.locator("#verdict .word").inner_text() == "Behavioural"
+    assert "No card has been made" in page.locator("#sheet").inner_text()
+    page.get_by_role("tab", name="Node").click()
+    assert "Choose a node" in page.locator("#sheet").inner_text()
+    node_at(page, data)[0].click()
+    assert "run bridge nodes" in page.locator("#sheet").inner_text()
+    page.get_by_role("tab", name="Attention").click()
+    assert "holds no attention" in page.locator("#sheet").inner_text()
+    nothing = show(made_up(0, levels=1, attention=False)).page
+    nothing.get_by_role("tab", name="Node").click()
+    assert "The circuit has no nodes" in nothing.locator("#sheet").inner_text()
+
+
+def test_evidence_is_drawn_with_its_controls(show: Callable[[dict[str, Any]], Watched]) -> None:
+    page = show(made_up()).page
+    measures = page.locator(".measure")
+    assert measures.count() == 8 + 2
+    for place, (low, high) in {1: (0, 0.1), 2: (0.9, 1.1)}.items():  # a region where the aim is, the dot within it
+        aim, dot = (measures.nth(place).locator(name).bounding_box() for name in (".aim", "circle.value"))
+        assert aim["x"] <= dot["x"] + dot["width"] / 2 <= aim["x"] + aim["width"], (low, high)
+    missed = measures.nth(6)
+    assert "missed" in missed.inner_text() and missed.locator(".control-band").count() == 1
+    assert measures.nth(8).locator(".ceiling").count() == 1 and measures.nth(8).locator(".interval").count() == 1
+    assert "not known" in measures.nth(9).inner_text()
+    assert "Without nulls" in page.locator("#nulls").inner_text()
+
+
+def test_the_attention_of_a_head(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(30)
+    page = show(data).page
+    page.get_by_role("tab", name="Attention").click()
+    page.locator("select").select_option("2")
+    head = data["explanation"]["attention"][2]
+    assert page.locator(".attended span").count() == len(data["explanation"]["tokens"])
+    assert page.locator(".tokens .weight").count() == sum(read["weight"] > 0.004 for read in head["reads"])
+    page.locator(".reads button").nth(1).click()
+    told = page.locator("#sheet").inner_text()
+    assert "channel 3" in told and "sink" in told and "20.0%" in told and "pattern alone" in told
+    page.get_by_role("tab", name="Evidence").click()
+    assert page.locator(".tokens .weight").count() == 0
+
+
+def test_a_large_circuit_shows_its_strongest_and_says_so(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(1500, 60, levels=1)
+    data["explanation"].pop("levels", None)
+    page = show(data).page
+    slider = page.locator("#level")
+    slider.fill(slider.get_attribute("max"))
+    assert page.locator(".plot .node").count() == 500
+    assert "Drawn are the 500 strongest" in page.locator("#bar").inner_text()
+    hidden = sorted(data["explanation"]["nodes"], key=lambda node: abs(node["effect"]) if node["effect"] is not None else -1)[0]
+    page.get_by_role("button", name="Draw all 1,500").click()
+    assert page.locator(".plot .node").count() == 1500
+    page.get_by_role("button", name="Draw the 500 strongest").click()
+    page.locator("#find").fill(hidden["id"])
+    page.keyboard.press("Enter")
+    assert hidden["name"] in page.locator(".who").inner_text()  # what is found is drawn
+    assert page.locator(".node.chosen").count() == 1
+
+
+def test_themes_and_widths(show: Callable[[dict[str, Any]], Watched]) -> None:
+    watched = show(made_up(40, 100))
+    page = watched.page
+
+    def ground() -> str:
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    light = ground()
+    page.locator("#theme").click()
+    dark = ground()
+    assert dark != light
+    page.reload()
+    watched.ready()
+    assert ground() == dark
+    page.emulate_media(color_scheme="dark")
+    page.evaluate("localStorage.removeItem('bridge-theme')")
+    page.reload()
+    watched.ready()
+    assert ground() == dark
+    for width in (360, 700, 1000, 2000):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("#plot").bounding_box()["width"] > 250
+    plot = page.locator("#plot")
+    assert plot.evaluate("element => element.scrollWidth > element.clientWidth")  # a hundred tokens scroll, their names stay
+    plot.evaluate("element => element.scrollTo(900, 0)")
+    names, box = page.locator("#plot .names").bounding_box(), plot.bounding_box()
+    assert names["x"] == pytest.approx(box["x"], abs=2)
+
+
+def test_the_circuit_is_saved_as_svg_and_as_png(show: Callable[[dict[str, Any]], Watched], tmp_path: Path) -> None:
+    data = made_up(30)
+    page = show(data).page
+
+    def saved(item: str) -> bytes:
+        page.locator("#save summary").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name=item).click()
+        file = tmp_path / download.value.suggested_filename
+        download.value.save_as(file)
+        return file.read_bytes()
+
+    svg = ElementTree.fromstring(saved("Circuit as SVG"))
+    dots = [element for element in svg.iter("{http://www.w3.org/2000/svg}circle") if element.get("fill", "").startswith("rgb(")]
+    assert len(dots) >= page.locator(".plot .node").count()
+    assert not svg.findall(".//*[@class]") and "mlp_out" in "".join(svg.itertext())
+    png = saved("Circuit as PNG")
+    width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))
+    assert png.startswith(b"\x89PNG") and (width, height) == (2 * float(svg.get("width", 0)), 2 * float(svg.get("height", 0)))
+    assert json.loads(saved("Explanation as JSON")) == data["explanation"]
+
+
+def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched], tmp_path: Path) -> None:
+    data = made_up(10)
+    data["labels"] = {data["explanation"]["nodes"][0]["name"]: "came with the page"}
+    page = show(data).page
+    file = tmp_path / "labels.json"
+    name = data["explanation"]["nodes"][1]["name"]
+    file.write_text(json.dumps({name: "taken over", "bad": 3}))
+    page.locator("#save input").set_input_files(file)
+    page.locator("#live", has_text="Labels taken over").wait_for()
+    page.locator("#save summary").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Labels as JSON").click()
+    download.value.save_as(file)
+    assert json.loads(file.read_text()) == {**data["labels"], name: "taken over"}
+    file.write_text("[1]")
+    page.locator("#save input").set_input_files(file)
+    page.locator("#live", has_text="These are no labels").wait_for()
+
+
+def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
+    data = {**made_up(30), "served": True}
+    sent: list[tuple[str, str, Any]] = []
+
+    def answer(route: Any) -> None:
+        request = route.request
+        path = request.url.removeprefix("http://bridge.test")
+        if request.method == "GET" and path.endswith("/page"):
+            return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
+        if request.method == "GET" and path == "/api/explanations":
+            return route.fulfill(json=[{"id": "abc", "bridge": "runs/mine & yours"}])
+        sent.append((request.method, path, request.post_data_json))
+        if len(sent) == 3:
+            return route.fulfill(status=422, json={"detail": "strength <b>2</b> is above 1"})
+        steered = {
+            "strength": 1,
+            "dense": data["explanation"]["dense"],
+            "probability_target": 0.02,
+            "probability_contrast": 0.7,
+            "text": "<i>\n",
+        }
+        return route.fulfill(json=steered if path.endswith("/steer") else {})
+
+    context.route("http://bridge.test/**", answer)
+    watched = Watched(context.new_page())
+    page = watched.open(SERVED)
+    drawn, node = node_at(page, data)
+    drawn.click()
+    page.locator(".label-input").fill("mine")
+    page.locator(".label-input").press("Enter")
+    page.locator(".kept", has_text="kept with the coupling").wait_for()
+    button = page.get_by_role("button", name="Steer the dense model")
+    button.click()
+    page.locator(".steered pre").wait_for()
+    told = page.locator(".steered").inner_text()
+    assert "90.0% → 2.0%" in told and "5.0% → 70.0%" in told and "<i>" in told
+    button.click()
+    page.locator(".problem").wait_for()
+    assert page.locator(".problem").inner_text() == "Not steered: strength <b>2</b> is above 1"
+    assert sent[0] == ("PATCH", "/api/labels?bridge=runs%2Fmine%20%26%20yours", {node["name"]: "mine"})
+    method, path, body = sent[1]
+    assert (method, path) == ("POST", "/api/explanations/abc/steer")
+    assert body["node"] == node["id"] and body["strength"] == 1 and isinstance(body["value"], (int, float))
+    assert [line for line in watched.wrong if "422" not in line] == []  # the browser reports the refusal itself
