@@ -44,7 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels.top_k import gelu
+from bridge.kernels.cpu import tokens_contiguous
+from bridge.kernels.products import tokens_inside
+from bridge.kernels.top_k import choose, gelu
 from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, norm_scale
 
@@ -137,6 +139,15 @@ class NodeSpace:
         """x_rf of x_rtn per location."""
         return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
 
+    def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
+        """(location, which of node_k are there, their places t * n + index) for the locations of some nodes."""
+        start = 0
+        for location, n in self.sizes.items():
+            here_k = ((node_k >= start) & (node_k < start + self.n_tokens * n)).nonzero().flatten()
+            if len(here_k):
+                yield location, here_k, node_k[here_k] - start
+            start += self.n_tokens * n
+
     def node(self, flat: int) -> Node:
         """The node at a place of the row."""
         for location, n in self.sizes.items():
@@ -200,10 +211,15 @@ def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tens
     _check_means(kept, means)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        mask = kept[location]
-        return torch.where(mask if mask.dim() == 2 else mask[: len(x_btn)], x_btn, means[location].to(x_btn.dtype))
+        return choose(_mask_for(kept[location], x_btn), x_btn, means[location])
 
     return gate
+
+
+def _mask_for(kept: Tensor, x_btn: Tensor) -> Tensor:
+    """The rows and positions of kept_tn or kept_rtn that a sublayer computes: of a narrow run the last position alone."""
+    kept = kept[..., -x_btn.shape[1] :, :]
+    return kept if kept.dim() == 2 else kept[: len(x_btn)]
 
 
 def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:
@@ -258,39 +274,65 @@ class Ablations:
         """How many masked copies make a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.space.n_tokens, _ROW_NODES // self.space.size))
 
-    def run(self, kept_rf: Tensor, enter: Enter | None = None) -> Trace:
-        """Run a masked copy for every row, whose masks are bool, or mix mean (0) and value (1); logits of the last position."""
+    def run(self, kept_rf: Tensor, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
+        """Run a masked copy for every row, whose masks are bool, or mix mean (0) and value (1); logits of the last position.
+
+        With narrow, what cannot reach them is not computed (see `SparseTransformer.run`).
+        """
         kept = self.space.split(kept_rf)
 
         def mix(location: Location, x_rtn: Tensor, /) -> Tensor:
-            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept[location])
+            kept_rtn = _mask_for(kept[location], x_rtn)
+            kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
         gate = ablation_gate(kept, self.means) if kept_rf.dtype == torch.bool else mix
-        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), enter, gate, last_only=True)
+        return self._run(len(kept_rf), enter, gate, narrow)
+
+    def _run(self, rows: int, enter: Enter | None, gate: Gate, narrow: bool) -> Trace:
+        return self.sparse.run(self.tokens_1t.expand(rows, -1), enter, gate, last_only=True, narrow=narrow)
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of any number of masks."""
-        return torch.cat([self.run(rows_rf).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
+        return torch.cat([self.run(rows_rf, narrow=True).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
         """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
-        whole = self.run(kept_f[None])
+        whole = self.run(kept_f[None], narrow=True)
         site_r = self.site_f[node_r.cpu()]
         logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
-        for row_r in torch.argsort(site_r, stable=True).split(self.rows):
-            kept_rf = kept_f.repeat(len(row_r), 1)
-            kept_rf[torch.arange(len(row_r)), node_r[row_r]] = False
-            x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
-            logits_rv[row_r] = self.run(kept_rf, Enter(site_r[row_r], x_rts)).logits_btv[:, -1]
+        late_r = site_r >= self.sparse.narrow_from  # there the stream is that of the last position alone
+        for part_r in (late_r.logical_not().nonzero().flatten(), late_r.nonzero().flatten()):
+            in_order_r = part_r[torch.argsort(site_r[part_r], stable=True)]
+            for row_r in in_order_r.split(self.rows) if len(part_r) else ():
+                x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
+                gate = self._deleting(kept_f, node_r[row_r.to(node_r.device)])
+                logits_rv[row_r] = self._run(len(row_r), Enter(site_r[row_r], x_rts), gate, True).logits_btv[:, -1]
         return logits_rv
+
+    def _deleting(self, kept_f: Tensor, node_r: Tensor) -> Gate:
+        """The gate of a mask under which every row loses one node more: what masks of their own would do, which are larger."""
+        keep = ablation_gate(self.space.split(kept_f), self.means)
+        lost = {location: (row_k, place_k) for location, row_k, place_k in self.space.places(node_r)}
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            y_rtn = keep(location, x_rtn)
+            if location in lost:
+                (row_k, place_k), n = lost[location], x_rtn.shape[2]
+                position_k = place_k // n - (self.space.n_tokens - x_rtn.shape[1])
+                row_k, place_k, position_k = (each_k[position_k >= 0] for each_k in (row_k, place_k, position_k))
+                y_rtn[row_k, position_k, place_k % n] = self.means[location][place_k % n].to(y_rtn.dtype)
+            return y_rtn
+
+        return gate
 
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """slope_rf and loss_r: how loss(logits_rv) changes with every entry of masks that mix mean (0) and value (1)."""
         kept_rf = kept_rf.detach().requires_grad_()
         with torch.enable_grad():
-            loss_r = loss(self.run(kept_rf).logits_btv[:, -1])
+            loss_r = loss(self.run(kept_rf, narrow=True).logits_btv[:, -1])
             return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
 
     def kl(self, logits_rv: Tensor) -> Tensor:

@@ -344,9 +344,10 @@ def _choose(
     x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int
 ) -> None:
     for line in range(start, stop):
-        otherwise = other[line % other.shape[0]]
-        for i in range(line * length, (line + 1) * length):
-            kept[i] = x[i] if mask[i] else otherwise
+        otherwise, here = other[line % other.shape[0]], slice(line * length, (line + 1) * length)
+        x_line, mask_line, kept_line = x[here], mask[here], kept[here]
+        for i in range(length):
+            kept_line[i] = x_line[i] if mask_line[i] else otherwise
 
 
 @compiled
