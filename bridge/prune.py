@@ -56,7 +56,8 @@ SHARE = 0.1  # of D, by which a circuit at the bound may be off
 DENSITIES = (0.3, 0.6, 0.9)
 DRAWS = 2  # of U per density, when a circuit is judged
 ALPHAS = 8
-STEPS, FEWEST_STEPS = 60, 15  # of Adam; fewer for long prompts
+STEPS, FEWEST_STEPS = 40, 15  # of Adam; fewer for long prompts
+REPAIRS, REPAIR_STEPS, REPAIR_RATE = 8, 6, 0.5  # more steps, for masks that miss the bounds by a little; rate relative to the first
 RATE, BETA_1, BETA_2 = 0.07, 0.7, 0.95  # tau lives between -4 and 1: the steps can bring any node up or down
 STARTS, START_MISS = (500, 1000, 2000, 4000, 8000, 16000), 0.5  # nodes above 0 at first: the fewest that miss no more
 SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
@@ -226,35 +227,41 @@ def _start(judge: _Judge, kept_f: Tensor, rank_f: Tensor) -> int:
 
 
 def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed: int) -> Tensor:
-    """tau_f after some steps."""
-    tau_f = (SPREAD * ((start + 1) / (rank_f + 1)).log()).clamp(-4, 1)
-    mean_f, square_f = torch.zeros_like(tau_f), torch.zeros_like(tau_f)
+    """tau_f after some steps, and some more while the nodes above 0 do not meet the bounds; below all others no candidates."""
+    node_k = candidates_f.nonzero().flatten()
+    tau_k = (SPREAD * ((start + 1) / (rank_f[node_k] + 1)).log()).clamp(-4, 1)
+    mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
     size_weight = 1e-3  # lambda, in units of the loss; Adam makes only its ratio to the slopes matter
     generator = torch.Generator().manual_seed(seed)
-    offset_r1 = torch.arange(COMPANY, device=tau_f.device)[:, None] / COMPANY
-    weight_r1 = torch.tensor([[0.5], *[[0.5 / COMPANY]] * COMPANY], device=tau_f.device)
+    offset_r1 = torch.arange(COMPANY, device=tau_k.device)[:, None] / COMPANY
+    kept_rf = torch.zeros(1 + COMPANY, len(candidates_f), dtype=torch.bool, device=tau_k.device)
 
     def loss(logits_rv: Tensor) -> Tensor:
         return torch.cat([judge.miss(logits_rv[:1]), judge.ablations.kl(logits_rv[1:])])
 
-    for step in range(judge.steps):
-        kept_f = (tau_f > 0) & candidates_f
-        draw_f, shift = torch.rand(len(tau_f), generator=generator).to(tau_f.device), float(torch.rand((), generator=generator))
+    step, steps, repairs = 0, judge.steps, REPAIRS
+    while step < steps:
+        kept_k = tau_k > 0
+        draw_k, shift = torch.rand(len(tau_k), generator=generator).to(tau_k.device), float(torch.rand((), generator=generator))
         # one draw serves all rows, turned by a different angle for each
-        company_rf = ((draw_f + offset_r1) % 1 < offset_r1 + shift / COMPANY) & ~kept_f
-        company_rf = torch.cat([torch.zeros_like(company_rf[:1]), company_rf])
-        slope_rf, loss_r = judge.slopes((kept_f | company_rf).to(tau_f.dtype), loss)
+        company_rk = ((draw_k + offset_r1) % 1 < offset_r1 + shift / COMPANY) & ~kept_k
+        kept_rf[0, node_k], kept_rf[1:, node_k] = kept_k, kept_k | company_rk
+        slope_rf, loss_r = judge.slopes(kept_rf, loss)
         met = max(float(loss_r[0]) / MISS_BOUND, float(loss_r[1:].mean()) / COMPANY_BOUND) < 0.8
         size_weight = min(max(size_weight * (1.2 if met else 0.7), 1e-6), 3e-2)
-        sigmoid_f = torch.sigmoid(2 * tau_f)
+        sigmoid_k, slope_rk = torch.sigmoid(2 * tau_k), slope_rf[:, node_k]
         # where company has switched a node on, its own mask changes nothing
-        slope_f = torch.where(company_rf, 0, slope_rf * weight_r1).sum(0) * 4 * sigmoid_f * (1 - sigmoid_f) + size_weight
-        mean_f = BETA_1 * mean_f + (1 - BETA_1) * slope_f
-        square_f = BETA_2 * square_f + (1 - BETA_2) * slope_f.square()
-        deviation_f = (square_f / (1 - BETA_2 ** (step + 1))).sqrt() + 1e-8
-        rate = RATE * (1 - step / judge.steps)
-        tau_f = (tau_f - rate * mean_f / (1 - BETA_1 ** (step + 1)) / deviation_f).clamp(-4, 1)
-    return tau_f
+        slope_k = slope_rk[0] / 2 + torch.where(company_rk, 0, slope_rk[1:]).mean(0) / 2
+        slope_k = slope_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
+        mean_k = BETA_1 * mean_k + (1 - BETA_1) * slope_k
+        square_k = BETA_2 * square_k + (1 - BETA_2) * slope_k.square()
+        deviation_k = (square_k / (1 - BETA_2 ** (step + 1))).sqrt() + 1e-8
+        rate = RATE * max(1 - step / judge.steps, REPAIR_RATE if step >= judge.steps else 0)
+        tau_k = (tau_k - rate * mean_k / (1 - BETA_1 ** (step + 1)) / deviation_k).clamp(-4, 1)
+        step += 1
+        if step == steps and repairs and judge.first_good(torch.zeros_like(candidates_f).index_fill_(0, node_k[tau_k > 0], True)[None]):
+            steps, repairs = steps + REPAIR_STEPS, repairs - 1
+    return torch.full((len(candidates_f),), -5.0, device=tau_k.device).index_copy_(0, node_k, tau_k)
 
 
 def fewest(judge: Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:

@@ -117,8 +117,8 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     return kept
 
 
-def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-    """X where the mask holds, else a value per channel; float32, laid out as x is, which must be without gaps."""
+def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
+    """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
     b, t, n = x_btn.shape
     if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
         inside = mask_btn.reshape(b * t, n).t()
@@ -126,12 +126,13 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
     else:
         inside = mask_btn.transpose(1, 2)
         lines, length = b * n, t
-    held = inside.contiguous().view(-1).numpy()
+    held = inside.contiguous().view(-1)
     kept = torch.empty_strided(x_btn.shape, x_btn.stride())
     values, out = (tensor.detach().as_strided((x_btn.numel(),), (1,)).numpy() for tensor in (x_btn, kept))
     others = else_n.detach().contiguous().numpy()
-    in_parallel(lambda start, stop: _choose(values, held, others, out, length, start, stop), lines, x_btn.numel())
-    return kept
+    words = held.numpy()
+    in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
+    return kept, held.as_strided(x_btn.shape, x_btn.stride())
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:

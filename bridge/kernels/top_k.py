@@ -90,14 +90,14 @@ class _Gelu(torch.autograd.Function):
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-        mask_btn = mask.expand(x_btn.shape)
-        ctx.save_for_backward(mask_btn)
-        return cpu.choose(mask_btn, x_btn, else_n.float())
+        kept_btn, held_btn = cpu.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
+        ctx.save_for_backward(held_btn)
+        return kept_btn
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        (mask_btn,) = ctx.saved_tensors
-        return None, torch.where(mask_btn, grad, 0), None
+        (held_btn,) = ctx.saved_tensors
+        return None, cpu.keep_where(held_btn, grad), None
 
 
 class _AbsTopK(torch.autograd.Function):
