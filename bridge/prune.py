@@ -57,6 +57,7 @@ DENSITIES = (0.3, 0.6, 0.9)
 DRAWS = 2  # of U per density, when a circuit is judged
 ALPHAS = 8
 STEPS, FEWEST_STEPS = 40, 15  # of Adam; fewer for long prompts
+CLOSE, GROWTH = 1.4, 1.1  # times the bounds, times the nodes
 REPAIRS, REPAIR_STEPS, REPAIR_RATE = 8, 6, 0.5  # more steps, for masks that miss the bounds by a little; rate relative to the first
 RATE, BETA_1, BETA_2 = 0.07, 0.7, 0.95  # tau lives between -4 and 1: the steps can bring any node up or down
 STARTS, START_MISS = (500, 1000, 2000, 4000, 8000, 16000), 0.5  # nodes above 0 at first: the fewest that miss no more
@@ -168,6 +169,10 @@ class _Judge:
                 return place
         return len(kept_cf)
 
+    def missed(self, kept_f: Tensor) -> float:
+        """What a circuit has of the bound that it is furthest above, or nearest to, as a multiple."""
+        return max(float(self.alone(kept_f[None])) / MISS_BOUND, float(self.company(kept_f[None])) / COMPANY_BOUND)
+
     def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """miss_k of the circuit less one node, for each of node_k."""
         self.left -= self.cost(len(node_k))
@@ -259,8 +264,14 @@ def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed
         rate = RATE * max(1 - step / judge.steps, REPAIR_RATE if step >= judge.steps else 0)
         tau_k = (tau_k - rate * mean_k / (1 - BETA_1 ** (step + 1)) / deviation_k).clamp(-4, 1)
         step += 1
-        if step == steps and repairs and judge.first_good(torch.zeros_like(candidates_f).index_fill_(0, node_k[tau_k > 0], True)[None]):
+        if step < steps or not repairs:
+            continue
+        missed = judge.missed(torch.zeros_like(candidates_f).index_fill_(0, node_k[tau_k > 0], True))
+        if missed > 1:
             steps, repairs = steps + REPAIR_STEPS, repairs - 1
+        if 1 < missed < CLOSE:  # by a little: rather some nodes more than steps alone
+            more = min(len(tau_k), round(GROWTH * int((tau_k > 0).sum())) + 1)
+            tau_k = (tau_k - tau_k.kthvalue(len(tau_k) - more + 1).values.clamp_max(0) + 1e-6).clamp(-4, 1)
     return torch.full((len(candidates_f),), -5.0, device=tau_k.device).index_copy_(0, node_k, tau_k)
 
 
