@@ -251,7 +251,8 @@ class SparseTransformer(nn.Module):
         r_bts = self._node(layer, "attn_in", gate, _norm(x_bts))
         reads = (("q", block.q, r_bts[:, -1:] if last_only else r_bts), ("k", block.k, r_bts), ("v", block.v, r_bts))
         q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, read_bts)) for kind, linear, read_bts in reads
+            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, read_bts))
+            for kind, linear, read_bts in reads
         )
         z_btn = self._attend(block, q_btn, k_btn, v_btn)
         return self._node(layer, "attn_out", gate, self._map(f"blocks.{layer}.o", block.o, z_btn))

@@ -341,9 +341,7 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
 
 
 @compiled
-def _choose(
-    x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int
-) -> None:
+def _choose(x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int) -> None:
     for line in range(start, stop):
         otherwise, here = other[line % other.shape[0]], slice(line * length, (line + 1) * length)
         x_line, mask_line, kept_line = x[here], mask[here], kept[here]
