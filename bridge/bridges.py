@@ -17,11 +17,12 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,14 @@ from torch import Tensor, nn
 
 from bridge.checkpoint import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
 from bridge.dense import DenseModel, DenseModelError, load_dense
+from bridge.kernels.products import source_of
 from bridge.kernels.top_k import abs_top_k
 from bridge.recipe import Recipe, resolve
 from bridge.residual import Enter
 from bridge.sparse import SparseTransformer
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 class Bridge(nn.Module):
@@ -114,6 +117,7 @@ class Coupling:
     recipe: Recipe
     reference_bt: Tensor | None = None
     path: str | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.dense.n_sites == self.sparse.n_sites == len(self.bridges):
@@ -135,6 +139,15 @@ class Coupling:
     def context(self) -> int:
         """Most tokens a prompt may have."""
         return self.sparse.context
+
+    def once(self, what: str, tokens_bt: Tensor, compute: Callable[[], T]) -> T:
+        """What compute() says of some text, kept for as long as weights and text stay the same; one answer for each `what`."""
+        weights = [*self.dense.model.parameters(), *self.sparse.parameters()]
+        text = hashlib.sha256(tokens_bt.detach().cpu().long().numpy().tobytes()).digest()
+        state = (text, tokens_bt.shape, *(source_of(weight) for weight in weights))
+        if what not in self._known or self._known[what][0] != state:
+            self._known[what] = (state, compute())
+        return self._known[what][1]
 
     def dense_to_sparse(self, tokens_bt: Tensor, dense_residuals: Sequence[Tensor], site: int) -> Tensor:
         """logits_btv of the hybrid that is dense until `site` (given its residuals), encoded there, sparse to the end."""

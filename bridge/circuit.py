@@ -38,19 +38,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels.top_k import gelu
+from bridge.kernels.cpu import tokens_contiguous
+from bridge.kernels.products import tokens_inside
+from bridge.kernels.top_k import choose, gelu
 from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, norm_scale
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
 BIGRAM = Location(-1, "bigram")
 EdgeKind = Literal["weight", "value", "score", "residual", "embedding", "unembedding", "bigram"]
+KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
 COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
 # which kinds read a kind through which matrix
 _READERS = {
@@ -137,6 +140,15 @@ class NodeSpace:
         """x_rf of x_rtn per location."""
         return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
 
+    def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
+        """(location, which of node_k are there, their places t * n + index) for the locations of some nodes."""
+        start = 0
+        for location, n in self.sizes.items():
+            here_k = ((node_k >= start) & (node_k < start + self.n_tokens * n)).nonzero().flatten()
+            if len(here_k):
+                yield location, here_k, node_k[here_k] - start
+            start += self.n_tokens * n
+
     def node(self, flat: int) -> Node:
         """The node at a place of the row."""
         for location, n in self.sizes.items():
@@ -200,10 +212,15 @@ def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tens
     _check_means(kept, means)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        mask = kept[location]
-        return torch.where(mask if mask.dim() == 2 else mask[: len(x_btn)], x_btn, means[location].to(x_btn.dtype))
+        return choose(_mask_for(kept[location], x_btn), x_btn, means[location])
 
     return gate
+
+
+def _mask_for(kept: Tensor, x_btn: Tensor) -> Tensor:
+    """The rows and positions of kept_tn or kept_rtn that a sublayer computes: of a narrow run the last position alone."""
+    kept = kept[..., -x_btn.shape[1] :, :]
+    return kept if kept.dim() == 2 else kept[: len(x_btn)]
 
 
 def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:
@@ -258,40 +275,88 @@ class Ablations:
         """How many masked copies make a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.space.n_tokens, _ROW_NODES // self.space.size))
 
-    def run(self, kept_rf: Tensor, enter: Enter | None = None) -> Trace:
-        """Run a masked copy for every row, whose masks are bool, or mix mean (0) and value (1); logits of the last position."""
+    def run(self, kept_rf: Tensor, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
+        """Run a masked copy for every row, whose masks are bool, or mix mean (0) and value (1); logits of the last position.
+
+        With narrow, what cannot reach them is not computed (see `SparseTransformer.run`).
+        """
         kept = self.space.split(kept_rf)
 
         def mix(location: Location, x_rtn: Tensor, /) -> Tensor:
-            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept[location])
+            kept_rtn = _mask_for(kept[location], x_rtn)
+            kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
         gate = ablation_gate(kept, self.means) if kept_rf.dtype == torch.bool else mix
-        return self.sparse.run(self.tokens_1t.expand(len(kept_rf), -1), enter, gate, last_only=True)
+        return self._run(len(kept_rf), enter, gate, narrow)
+
+    def _run(self, rows: int, enter: Enter | None, gate: Gate, narrow: bool) -> Trace:
+        return self.sparse.run(self.tokens_1t.expand(rows, -1), enter, gate, last_only=True, narrow=narrow)
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of any number of masks."""
-        return torch.cat([self.run(rows_rf).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
+        return torch.cat([self.run(rows_rf, narrow=True).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
         """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
-        whole = self.run(kept_f[None])
+        whole = self.run(kept_f[None], narrow=True)
         site_r = self.site_f[node_r.cpu()]
         logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
-        for row_r in torch.argsort(site_r, stable=True).split(self.rows):
-            kept_rf = kept_f.repeat(len(row_r), 1)
-            kept_rf[torch.arange(len(row_r)), node_r[row_r]] = False
-            x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
-            logits_rv[row_r] = self.run(kept_rf, Enter(site_r[row_r], x_rts)).logits_btv[:, -1]
+        late_r = site_r >= self.sparse.narrow_from  # there the stream is that of the last position alone
+        for part_r in (late_r.logical_not().nonzero().flatten(), late_r.nonzero().flatten()):
+            in_order_r = part_r[torch.argsort(site_r[part_r], stable=True)]
+            for row_r in in_order_r.split(self.rows) if len(part_r) else ():
+                x_rts = torch.cat([whole.residuals[site] for site in site_r[row_r].tolist()])
+                gate = self._deleting(kept_f, node_r[row_r.to(node_r.device)])
+                logits_rv[row_r] = self._run(len(row_r), Enter(site_r[row_r], x_rts), gate, True).logits_btv[:, -1]
         return logits_rv
 
+    def _deleting(self, kept_f: Tensor, node_r: Tensor) -> Gate:
+        """The gate of a mask under which every row loses one node more: what masks of their own would do, which are larger."""
+        keep = ablation_gate(self.space.split(kept_f), self.means)
+        lost = {location: (row_k, place_k) for location, row_k, place_k in self.space.places(node_r)}
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            y_rtn = keep(location, x_rtn)
+            if location in lost:
+                (row_k, place_k), n = lost[location], x_rtn.shape[2]
+                position_k = place_k // n - (self.space.n_tokens - x_rtn.shape[1])
+                row_k, place_k, position_k = (each_k[position_k >= 0] for each_k in (row_k, place_k, position_k))
+                y_rtn[row_k, position_k, place_k % n] = self.means[location][place_k % n].to(y_rtn.dtype)
+            return y_rtn
+
+        return gate
+
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """slope_rf and loss_r: how loss(logits_rv) changes with every entry of masks that mix mean (0) and value (1)."""
-        kept_rf = kept_rf.detach().requires_grad_()
+        """slope_rf and loss_r: how loss(logits_rv) changes with every entry of masks that mix mean (0) and value (1).
+
+        Bool masks are such masks too, and their slopes take less time: those of the nodes, times what the mask chooses between.
+        """
+        if kept_rf.dtype != torch.bool:
+            kept_rf = kept_rf.detach().requires_grad_()
+            with torch.enable_grad():
+                loss_r = loss(self.run(kept_rf, narrow=True).logits_btv[:, -1])
+                return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
+        chosen: dict[Location, Tensor] = {}
+        change: dict[Location, Tensor] = {}
+        keep = ablation_gate(self.space.split(kept_rf), self.means)
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            y_rtn = keep(location, x_rtn)
+            chosen[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
+            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
+            return chosen[location]
+
         with torch.enable_grad():
-            loss_r = loss(self.run(kept_rf).logits_btv[:, -1])
-            return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
+            loss_r = loss(self._run(len(kept_rf), None, gate, True).logits_btv[:, -1])
+            slopes = torch.autograd.grad(loss_r.sum(), list(chosen.values()))
+        slope_rf = torch.zeros(kept_rf.shape, dtype=loss_r.dtype, device=loss_r.device)
+        into = self.space.split(slope_rf)
+        for (location, change_rtn), y_slope_rtn in zip(change.items(), slopes, strict=True):
+            into[location][:, -change_rtn.shape[1] :] = y_slope_rtn * change_rtn
+        return slope_rf, loss_r.detach()
 
     def kl(self, logits_rv: Tensor) -> Tensor:
         """KL(S, .) of the next-token distribution at the last position, in nats."""
@@ -299,16 +364,72 @@ class Ablations:
         return (whole_v.exp() * (whole_v - other_rv)).sum(-1)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class EdgeTable:
+    """Edges of one prompt's circuit by columns, in which thousands are counted and ranked before any is made an `Edge`.
+
+    kind_e counts in `KINDS`; source_e3 and target_e3 are (place in `locations`, index, position) of either end.
+    """
+
+    locations: tuple[Location, ...]
+    kind_e: Tensor
+    source_e3: Tensor
+    target_e3: Tensor
+    weight_e: Tensor
+    effect_e: Tensor
+
+    def strongest(self, most: int | None = None) -> tuple[Edge, ...]:
+        """The edges with the largest effects on the answer, largest first; all of them by default."""
+        order_e = self.effect_e.abs().argsort(descending=True, stable=True)[:most]
+        columns = (self.kind_e, self.source_e3, self.target_e3, self.weight_e, self.effect_e)
+        rows = zip(*(column[order_e].tolist() for column in columns), strict=True)
+        return tuple(Edge(self._node(s), self._node(t), KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
+
+    def count(self, *kinds: EdgeKind) -> int:
+        """How many edges are of some kinds."""
+        return int(self._of(kinds).sum())
+
+    def distinct(self, *kinds: EdgeKind) -> int:
+        """How many weights the edges of some kinds have: a weight is one at whatever positions it is used."""
+        (from_e, i_e, _), (to_e, j_e, _) = (ends_e3[self._of(kinds)].unbind(1) for ends_e3 in (self.source_e3, self.target_e3))
+        wide = 1 + max(int(self.source_e3[:, 1].max()), int(self.target_e3[:, 1].max()))
+        return len((((from_e * len(self.locations) + to_e) * wide + i_e) * wide + j_e).unique())
+
+    def _of(self, kinds: Iterable[EdgeKind]) -> Tensor:
+        return torch.isin(self.kind_e, torch.tensor([KINDS.index(kind) for kind in kinds], device=self.kind_e.device))
+
+    def _node(self, end: list[int]) -> Node:
+        return Node(self.locations[end[0]], end[1], end[2])
+
+
 def draw_edges(sparse: SparseTransformer, circuit: Circuit) -> tuple[Edge, ...]:
     """Every edge between the circuit's nodes (see the module's docstring), the largest effects on the answer first.
 
     Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
     """
+    return edge_table(sparse, circuit).strongest()
+
+
+@torch.no_grad()
+def edge_table(sparse: SparseTransformer, circuit: Circuit) -> EdgeTable:
+    """The same edges as a table, in no order."""
     _check_means([EMBEDDING], circuit.means)
     flow = flow_through(sparse, circuit)
-    edges = [*_weight_edges(flow), *_attention_edges(flow), *_residual_edges(flow), *_answer_edges(flow)]
-    return tuple(sorted(edges, key=lambda edge: -abs(edge.effect)))
+    answer = Location(len(sparse.blocks), "answer")
+    locations = (*circuit.kept, EMBEDDING, BIGRAM, answer)
+    place = {location: i for i, location in enumerate(locations)}
+    parts: list[tuple[Tensor, ...]] = []
+    for found in (_weight_edges, _attention_edges, _residual_edges, _answer_edges):
+        for kind, source, source_e2, target, target_e2, weight_e, effect_e in found(flow):
+            if len(weight_e):
+                kind_e = torch.full_like(weight_e, KINDS.index(kind), dtype=torch.long)
+                ends = (F.pad(e2, (1, 0), value=place[at]) for at, e2 in ((source, source_e2), (target, target_e2)))
+                parts.append((kind_e, *ends, weight_e, effect_e))
+    return EdgeTable(locations, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+# (kind, source, (index, position) of each edge there, target, likewise, weight_e, effect_e)
+_Edges = Iterator[tuple[EdgeKind, Location, Tensor, Location, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,31 +484,31 @@ def flow_through(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
     return _Flow(sparse, circuit, value, change, slope, scale)
 
 
-def _weight_edges(flow: _Flow) -> Iterator[Edge]:
+def _weight_edges(flow: _Flow) -> _Edges:
     for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
         for kind, name in _READERS[source.kind]:
             target, weight_ji = Location(source.layer, kind), flow.weight(source.layer, name)
             for position in range(len(flow.circuit.question.tokens_t)):
                 i, j = flow.kept(source, position), flow.kept(target, position)
-                added_ji = weight_ji[j][:, i] * flow.change[source][position, i]
-                effect_ji = added_ji * flow.slope[target][position, j, None]
-                for row, column in weight_ji[j][:, i].nonzero().tolist():
-                    ends = Node(source, int(i[column]), position), Node(target, int(j[row]), position)
-                    yield Edge(*ends, "weight", float(added_ji[row, column]), float(effect_ji[row, column]))
+                kept_ji = weight_ji[j][:, i]
+                row_e, column_e = kept_ji.nonzero().unbind(1)
+                added_e = kept_ji[row_e, column_e] * flow.change[source][position, i[column_e]]
+                ends = (torch.stack([k, torch.full_like(k, position)], 1) for k in (i[column_e], j[row_e]))
+                source_e2, target_e2 = ends
+                yield "weight", source, source_e2, target, target_e2, added_e, added_e * flow.slope[target][position, j[row_e]]
 
 
-def _attention_edges(flow: _Flow) -> Iterator[Edge]:
+def _attention_edges(flow: _Flow) -> _Edges:
     for target in flow.locations("attn_out"):
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
         for nodes_2 in flow.circuit.kept[target].nonzero().split(_ATTENTION_TARGETS):
             for source, slope_rtn in zip(sources, _attention_slopes(flow, sources, nodes_2), strict=True):
                 kind: EdgeKind = "value" if source.kind == "v" else "score"
-                added_rtn = slope_rtn * flow.change[source]
-                for r, position, index in (slope_rtn * flow.circuit.kept[source]).nonzero().tolist():
-                    to_position, to_index = nodes_2[r].tolist()
-                    added = float(added_rtn[r, position, index])
-                    effect = added * float(flow.slope[target][to_position, to_index])
-                    yield Edge(Node(source, index, position), Node(target, to_index, to_position), kind, added, effect)
+                r, position, index = (slope_rtn * flow.circuit.kept[source]).nonzero().unbind(1)
+                added_e = slope_rtn[r, position, index] * flow.change[source][position, index]
+                to_e2 = nodes_2[r]
+                effect_e = added_e * flow.slope[target][to_e2[:, 0], to_e2[:, 1]]
+                yield kind, source, torch.stack([index, position], 1), target, to_e2.flip(1), added_e, effect_e
 
 
 def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> tuple[Tensor, ...]:
@@ -402,39 +523,40 @@ def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> 
         return torch.autograd.grad(out, (q_rtn, k_rtn, v_rtn))
 
 
-def _residual_edges(flow: _Flow) -> Iterator[Edge]:
+def _residual_edges(flow: _Flow) -> _Edges:
     for target in flow.locations("attn_in", "mlp_in"):
-        site = flow.sparse.site(target)
-        for position, index in flow.circuit.kept[target].nonzero().tolist():
-            slope = float(flow.slope[target][position, index])
-            for source in _writers(flow, site, position, index):
-                added = float(flow.change[source][position, index] * flow.scale[site][position])
-                kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
-                yield Edge(Node(source, index, position), Node(target, index, position), kind, added, added * slope)
+        site, kept_tn = flow.sparse.site(target), flow.circuit.kept[target]
+        for source, writes_tn in _writers(flow, site):
+            position, index = (kept_tn & writes_tn).nonzero().unbind(1)
+            added_e = flow.change[source][position, index] * flow.scale[site][position]
+            kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
+            ends_e2 = torch.stack([index, position], 1)
+            yield kind, source, ends_e2, target, ends_e2, added_e, added_e * flow.slope[target][position, index]
 
 
-def _writers(flow: _Flow, site: int, position: int, index: int) -> Iterator[Location]:
-    """The embedding, where it has an entry, and the kept writes of a channel that arrive at a site."""
-    if flow.sparse.embedding[flow.circuit.question.tokens_t[position], index] != 0:
-        yield EMBEDDING
+def _writers(flow: _Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
+    """The embedding, where it has entries, and the kept writes that arrive at a site: which channels_tn each writes."""
+    yield EMBEDDING, flow.sparse.embedding[flow.circuit.question.tokens_t] != 0
     for source in flow.locations("attn_out", "mlp_out"):
-        if flow.sparse.site(source) < site and flow.circuit.kept[source][position, index]:
-            yield source
+        if flow.sparse.site(source) < site:
+            yield source, flow.circuit.kept[source]
 
 
-def _answer_edges(flow: _Flow) -> Iterator[Edge]:
+def _answer_edges(flow: _Flow) -> _Edges:
     question, sparse, last_site = flow.circuit.question, flow.sparse, flow.sparse.n_sites - 1
     last = len(question.tokens_t) - 1
-    answer = Node(Location(len(sparse.blocks), "answer"), question.target, last)
+    answer = Location(len(sparse.blocks), "answer")
     read_s = sparse.unembedding.weight[question.target] - sparse.unembedding.weight[question.contrast]
-    for index in read_s.nonzero().flatten().tolist():
-        for source in _writers(flow, last_site, last, index):
-            added = float(read_s[index] * flow.change[source][last, index] * flow.scale[last_site][last])
-            yield Edge(Node(source, index, last), answer, "unembedding", added, added)
+    for source, writes_tn in _writers(flow, last_site):
+        index = (writes_tn[last] & (read_s != 0)).nonzero().flatten()
+        added_e = read_s[index] * flow.change[source][last, index] * flow.scale[last_site][last]
+        from_e2, to_e2 = (torch.stack([k, torch.full_like(k, last)], 1) for k in (index, torch.full_like(index, question.target)))
+        yield "unembedding", source, from_e2, answer, to_e2, added_e, added_e
     token_11 = question.tokens_t[-1:].to(sparse.device)[None]
     nothing_11s = torch.zeros(1, 1, sparse.width, device=sparse.device, dtype=sparse.embedding.dtype)
-    added = float(question.difference(sparse.run(token_11, Enter.at(last_site, nothing_11s)).logits_btv[0, 0]))
-    yield Edge(Node(BIGRAM, int(question.tokens_t[-1]), last), answer, "bigram", added, added)
+    added_1 = question.difference(sparse.run(token_11, Enter.at(last_site, nothing_11s)).logits_btv[0])
+    from_12, to_12 = (torch.tensor([[k, last]], device=sparse.device) for k in (int(token_11), question.target))
+    yield "bigram", BIGRAM, from_12, answer, to_12, added_1, added_1
 
 
 def _check_means(locations: Iterable[Location], means: Mapping[Location, Tensor]) -> None:

@@ -169,16 +169,22 @@ def explain(
     with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
+        from bridge.explanation import Answered, Drawn, render_answer, render_text
         from bridge.explanation import explain as explain_prompt
-        from bridge.explanation import render_text
         from bridge.page import check_target, described_nodes, page_data, render_html, write_page
 
         if html is not None:
             check_target(html)
         coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
         note = show_phase if sys.stderr.isatty() else None
-        explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note)
-        print(render_text(explanation, width=terminal_width()))
+        width = terminal_width()
+
+        def show(known: Answered | Drawn) -> None:
+            if isinstance(known, Answered):
+                print(f"{render_answer(known, width)}\n", flush=True)
+
+        explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note, stage=show)
+        print(render_text(explanation, width, answer=False))
         if json is not None:
             write_json(json, explanation.to_json())
         if html is not None:

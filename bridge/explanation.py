@@ -3,9 +3,13 @@
     tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
-    edges       `circuit.draw_edges`; and every node deleted alone from the circuit, for what it does there
+    edges       `circuit.edge_table`; and every node deleted alone from the circuit, for what it does there
+    levels      `levels.nested_circuits`: smaller circuits within it
     attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
+
+Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the circuit with the first two
+measures, before the slower evidence.
 
 An Explanation cannot be made without its Faithfulness. Where the two models disagree the circuit is still shown, since one may
 want to know what the sparse model does instead, but the verdict says first that it explains nothing of the dense model.
@@ -18,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -31,7 +34,8 @@ from torch import Tensor
 from bridge import display
 from bridge.attention import ExplainedHead, Read, explain_attention
 from bridge.bridges import Coupling
-from bridge.circuit import COUNTED, Ablations, Edge, EdgeKind, Question, corpus_means, draw_edges
+from bridge.circuit import COUNTED, Ablations, EdgeKind, EdgeTable, Question, corpus_means, edge_table
+from bridge.levels import Level, nested_circuits
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
 from bridge.prune import Found, find_circuit
@@ -40,7 +44,7 @@ from bridge.validate import Faithfulness, Measure, validate
 
 FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
-DELETED_TOKENS = 8000  # of masked copies, in which nodes are deleted one by one
+DELETED_TOKENS = 2000  # of masked copies, in which nodes are deleted one by one
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
 LISTED_NODES, LISTED_EDGES, LISTED_HEADS = 40, 2, 8  # in the rendered text
 
@@ -70,8 +74,9 @@ class ExplainedNode:
     """A node of the circuit: its activation in the sparse model, its corpus mean, and what its deletion from the circuit does.
 
     importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits); in a large
-    circuit both are measured for those nodes alone that matter most to first order, and None for the others. label is a few
-    words on the channel, where `bridge nodes` has been run on the coupling.
+    circuit both are measured for those nodes alone that matter most to first order, and None for the others. level is the first
+    of the explanation's nested circuits that has the node. label is a few words on the channel, where `bridge nodes` has been
+    run on the coupling.
     """
 
     id: str
@@ -84,6 +89,7 @@ class ExplainedNode:
     mean: float
     importance: float | None
     effect: float | None
+    level: int
     label: str | None = None
 
 
@@ -138,6 +144,37 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What is known at once: the question, and both models' answers."""
+
+    prompt: str
+    tokens: tuple[Token, ...]
+    target: Token
+    contrast: Token
+    dense: tuple[Answer, ...]
+    sparse: tuple[Answer, ...]
+    dense_difference: float
+    sparse_difference: float
+
+    @property
+    def agree(self) -> bool:
+        """Whether the two models give the same answer."""
+        return self.dense[0].token.id == self.sparse[0].token.id
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is known before all the evidence is: the circuit, and whether it is sufficient (KL and share of D that it keeps)."""
+
+    nodes: tuple[ExplainedNode, ...]
+    edges: tuple[ExplainedEdge, ...]
+    counts: Counts
+    searched: Searched
+    levels: tuple[Level, ...]
+    sufficiency: tuple[Measure, Measure]
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence."""
 
@@ -156,6 +193,7 @@ class Explanation:
     attention_left_out: int
     counts: Counts
     searched: Searched
+    levels: tuple[Level, ...]
     provenance: Provenance
 
     @property
@@ -201,46 +239,65 @@ def explain(
     seed: int = 0,
     reference_bt: Tensor | None = None,
     progress: Callable[[str], None] | None = None,
+    stage: Callable[[Answered | Drawn], None] | None = None,
 ) -> Explanation:
     """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
 
-    reference_bt, tokens over which corpus means are taken, is by default the coupling's own. Raises ExplainError.
+    reference_bt, tokens over which corpus means are taken, is by default the coupling's own; what is computed from them is kept
+    with the coupling. progress is told the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to
+    end the work. Raises ExplainError.
     """
-    say = progress or (lambda _: None)
+    say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
     dense, sparse = coupling.dense, coupling.sparse
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
     tokens_t = prompt_tokens(coupling, prompt)
-    say("tokens: the dense model's answer")
+    say("tokens: both models' answers")
     dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
+    sparse_v = sparse.run(tokens_t[None], last_only=True).logits_btv[0, -1]
     question = _question(coupling, tokens_t, dense_v, target, contrast)
-
-    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
-    say(f"means: {used_bt.numel():,} tokens of reference text")
-    ablations = Ablations(sparse, question, corpus_means(sparse, used_bt))
-    found = find_circuit(ablations, seed=seed, progress=say)
-    say("edges")
-    edges = draw_edges(sparse, found.circuit)
-    attention = explain_attention(sparse, found.circuit)
-    faithfulness = validate(coupling, ablations, found.circuit, used_bt, seed=seed, progress=say)
     tokenizer = dense.tokenizer
-    return Explanation(
+    answered = Answered(
         prompt=prompt,
         tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
         target=token_of(tokenizer, question.target),
         contrast=token_of(tokenizer, question.contrast),
         dense=top_answers(tokenizer, dense_v),
-        sparse=top_answers(tokenizer, ablations.logits_v),
+        sparse=top_answers(tokenizer, sparse_v),
         dense_difference=float(question.difference(dense_v)),
-        sparse_difference=float(question.difference(ablations.logits_v)),
+        sparse_difference=float(question.difference(sparse_v)),
+    )
+    hand_over(answered)
+
+    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
+    say(f"means: {used_bt.numel():,} tokens of reference text")
+    ablations = Ablations(sparse, question, coupling.once("means", used_bt, lambda: corpus_means(sparse, used_bt)))
+    found = find_circuit(ablations, seed=seed, progress=say)
+    say("edges")
+    edges = edge_table(sparse, found.circuit)
+    levels, level_f = nested_circuits(ablations, found.kept_f)
+    circuit = {
+        "nodes": _explained(ablations, found, level_f, node_labels(coupling, found.circuit.nodes)),
+        "edges": tuple(
+            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest(MOST_EDGES)
+        ),
+        "counts": _counts(found, edges),
+        "searched": Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
+        "levels": levels,
+    }
+    faithfulness = validate(
+        coupling, ablations, found.circuit, used_bt, seed=seed, progress=say,
+        sufficient=lambda *measures: hand_over(Drawn(**circuit, sufficiency=measures)),
+    )  # fmt: skip
+    say("attention")
+    attention = explain_attention(sparse, found.circuit)
+    return Explanation(
+        **vars(answered),
         faithfulness=faithfulness,
-        nodes=_explained(ablations, found, node_labels(coupling, found.circuit.nodes)),
-        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges[:MOST_EDGES]),
+        **circuit,
         attention=attention.heads,
         attention_left_out=attention.left_out,
-        counts=_counts(found, edges),
-        searched=Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
         provenance=_provenance(coupling, used_bt, seed),
     )
 
@@ -295,36 +352,32 @@ def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
 
 
-def _explained(ablations: Ablations, found: Found, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:
+def _explained(ablations: Ablations, found: Found, level_f: Tensor, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:
     question, kept_f = found.circuit.question, found.kept_f
     place_k = kept_f.nonzero().flatten()
     if not len(place_k):
         return ()
-    slope_1f, _ = ablations.slopes(kept_f[None].to(ablations.value_f.dtype), question.difference)
+    slope_1f, _ = ablations.slopes(kept_f[None], question.difference)
     most = max(1, 2 * DELETED_TOKENS // ablations.space.n_tokens)  # a deletion runs half of the model, on average
     measured_k = slope_1f[0, place_k].abs().argsort(descending=True, stable=True)[:most]
     whole_1v, without_kv = ablations.logits(kept_f[None]), ablations.logits_without(kept_f, place_k[measured_k])
     rise_k = (ablations.kl(without_kv) - ablations.kl(whole_1v)).tolist()
     lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
     measured = dict(zip(measured_k.tolist(), zip(rise_k, lost_k, strict=True), strict=True))
-    value_k, mean_k = ablations.value_f[place_k].tolist(), ablations.mean_f[place_k].tolist()
+    columns = (each_f[place_k].tolist() for each_f in (ablations.value_f, ablations.mean_f, level_f))
     nodes = []
-    for k, (node, value, mean) in enumerate(zip(found.circuit.nodes, value_k, mean_k, strict=True)):
+    for k, (node, value, mean, level) in enumerate(zip(found.circuit.nodes, *columns, strict=True)):
         at, position = node.location, node.position or 0
         importance, effect = measured.get(k, (None, None))
         where = (str(node), node.name, at.layer, at.kind, node.index, position)
         label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{node.name}", labels.get(node.name))
-        nodes.append(ExplainedNode(*where, value, mean, importance, effect, label))
+        nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
     return tuple(nodes)
 
 
-def _counts(found: Found, edges: tuple[Edge, ...]) -> Counts:
-    kinds = Counter(edge.kind for edge in edges)
-    counted = [edge for edge in edges if edge.kind in COUNTED]
-    ends = ((edge.source, edge.target) for edge in counted)
-    distinct = {(source.location, source.index, target.location, target.index) for source, target in ends}
-    entries = (kinds["embedding"], kinds["unembedding"], kinds["bigram"])
-    return Counts(len(found.circuit.nodes), len(counted), len(distinct), *entries)
+def _counts(found: Found, edges: EdgeTable) -> Counts:
+    entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
+    return Counts(len(found.circuit.nodes), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries)
 
 
 def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
@@ -345,15 +398,18 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
 # -- as text ----------------------------------------------------------------------------------------------------------------
 
 
-def render_text(explanation: Explanation, width: int = 100) -> str:
-    """The explanation for a terminal `width` columns wide: answer, verdict, circuit, evidence, and how to read them."""
+def render_text(explanation: Explanation, width: int = 100, *, answer: bool = True) -> str:
+    """The explanation for a terminal `width` columns wide: answer, verdict, circuit, evidence, and how to read them.
+
+    Without the answer where that has been shown already (`render_answer`).
+    """
     where = explanation.provenance
     made = (
         f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}), dense model "
         f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
     )
     parts = (
-        _render_answer(explanation),
+        *((_render_answer(explanation),) if answer else ()),
         _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
         _render_circuit(explanation, width),
         _render_attention(explanation, width),
@@ -372,7 +428,12 @@ _HOW_TO_READ = (
 )
 
 
-def _render_answer(explanation: Explanation) -> list[str]:
+def render_answer(answered: Answered, width: int = 100) -> str:
+    """What is known at once, as `render_text` begins."""
+    return "\n".join(_cut(line, width) for line in _render_answer(answered))
+
+
+def _render_answer(explanation: Answered | Explanation) -> list[str]:
     def listed(answers: tuple[Answer, ...]) -> str:
         return "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
 
@@ -395,6 +456,8 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
     ]
     if not searched.complete:
         lines.append("          The search ran out of work: there may be a smaller circuit.")
+    within = ", ".join(f"{level.nodes:,} with KL {level.kl:.2f} and {level.share:.2f} of D" for level in explanation.levels[:-1])
+    lines += _wrap("          ", f"Within it {within}.", width) if within else []
     shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
     inputs: dict[str, list[ExplainedEdge]] = {}
     for edge in explanation.edges:  # strongest first

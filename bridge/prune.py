@@ -56,16 +56,19 @@ SHARE = 0.1  # of D, by which a circuit at the bound may be off
 DENSITIES = (0.3, 0.6, 0.9)
 DRAWS = 2  # of U per density, when a circuit is judged
 ALPHAS = 8
-STEPS, FEWEST_STEPS = 60, 15  # of Adam; fewer for long prompts
+STEPS, FEWEST_STEPS = 40, 15  # of Adam; fewer for long prompts
+CLOSE, GROWTH = 1.4, 1.1  # times the bounds, times the nodes
+REPAIRS, REPAIR_STEPS, REPAIR_RATE = 8, 6, 0.5  # for masks that miss the bounds by a little; the rate relative to the first
 RATE, BETA_1, BETA_2 = 0.07, 0.7, 0.95  # tau lives between -4 and 1: the steps can bring any node up or down
 STARTS, START_MISS = (500, 1000, 2000, 4000, 8000, 16000), 0.5  # nodes above 0 at first: the fewest that miss no more
 SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
 COMPANY = 3  # sets U per step, of densities evenly spread
 ATTEMPTS = 2
+TRIMS = 4
 ENOUGH = 200  # nodes; fewer are not put through the masks again
 FACTORS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # sizes tried around a guess, in one batch
 WAYS = 6
-WORK = 30_000  # tokens of masked copies, a gradient counting three: 5 to 10 s on two slow cores for 4 layers 384 wide
+WORK = 20_000  # tokens of masked copies, a gradient counting three: 2 to 4 s on one core for 4 layers 512 wide
 WORK_PER_TOKEN = 500  # and as many per token of the prompt, where that is more
 
 
@@ -100,6 +103,7 @@ def find_circuit(
     say(f"candidates: {int(candidates_f.sum()):,} of {ablations.space.size:,} nodes")
 
     kept_f = _by_masks(judge, candidates_f, ranks(candidates_f, _scores(judge, candidates_f).abs()), seed, say)
+    kept_f = _trimmed(judge, kept_f, say)
     kept_f, complete = deleted(judge, kept_f, say)
 
     losses = {"miss": float(judge.alone(kept_f[None])), "company": float(judge.company(kept_f[None]))}
@@ -126,21 +130,12 @@ class Judge(Protocol):
         ...
 
 
-class _Judge:
-    """Measures circuits, alone and in company, and counts the tokens that takes."""
+class Alone:
+    """Measures circuits alone against a bound on their miss, and counts the tokens that takes."""
 
-    bound = MISS_BOUND
-
-    def __init__(self, ablations: Ablations, work: int, seed: int) -> None:
-        self.ablations, self.work, self.left = ablations, work, float(work)
+    def __init__(self, ablations: Ablations, bound: float, work: float = float("inf")) -> None:
+        self.ablations, self.bound, self.work, self.left = ablations, bound, work, work
         self.answer = float(ablations.question.difference(ablations.logits_v))
-        generator = torch.Generator().manual_seed(seed)
-        device = ablations.value_f.device
-        draw_uf = torch.rand(DRAWS, ablations.space.size, generator=generator).to(device)
-        self.company_uf = torch.cat([draw_uf < density for density in DENSITIES])
-        length = ablations.space.n_tokens
-        self.steps = max(FEWEST_STEPS, min(STEPS, work // 3 // (3 * (1 + COMPANY) * length)))
-        self.cost_of_masks = 3 * self.steps * (1 + COMPANY) * length
 
     def miss(self, logits_rv: Tensor) -> Tensor:
         """miss_r of circuits alone."""
@@ -151,6 +146,39 @@ class _Judge:
         """miss_c of every circuit alone."""
         self.left -= len(kept_cf) * self.ablations.space.n_tokens
         return self.miss(self.ablations.logits(kept_cf))
+
+    def first_good(self, kept_cf: Tensor) -> int:
+        """The first of some circuits that meets the bound; their number where none does."""
+        good_c = self.alone(kept_cf) <= self.bound
+        return int(good_c.int().argmax()) if bool(good_c.any()) else len(kept_cf)
+
+    def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """miss_k of the circuit less one node, for each of node_k."""
+        self.left -= self.cost(len(node_k))
+        return self.miss(self.ablations.logits_without(kept_f, node_k))
+
+    def cost(self, n: int) -> float:
+        """Tokens of masked copies; rows start half-way through the model, on average."""
+        return n * self.ablations.space.n_tokens // 2
+
+    def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As `Ablations.slopes`."""
+        self.left -= 3 * len(kept_rf) * self.ablations.space.n_tokens
+        return self.ablations.slopes(kept_rf, loss)
+
+
+class _Judge(Alone):
+    """The judge of the search: of circuits alone and in company."""
+
+    def __init__(self, ablations: Ablations, work: int, seed: int) -> None:
+        super().__init__(ablations, MISS_BOUND, work)
+        generator = torch.Generator().manual_seed(seed)
+        device = ablations.value_f.device
+        draw_uf = torch.rand(DRAWS, ablations.space.size, generator=generator).to(device)
+        self.company_uf = torch.cat([draw_uf < density for density in DENSITIES])
+        length = ablations.space.n_tokens
+        self.steps = max(FEWEST_STEPS, min(STEPS, work // 3 // (3 * (1 + COMPANY) * length)))
+        self.cost_of_masks = 3 * self.steps * (1 + COMPANY) * length
 
     def company(self, kept_cf: Tensor) -> Tensor:
         """kl_c of every circuit, its mean over the companies."""
@@ -167,19 +195,9 @@ class _Judge:
                 return place
         return len(kept_cf)
 
-    def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """miss_k of the circuit less one node, for each of node_k."""
-        self.left -= self.cost(len(node_k))
-        return self.miss(self.ablations.logits_without(kept_f, node_k))
-
-    def cost(self, n: int) -> float:
-        """Tokens of masked copies; rows start half-way through the model, on average."""
-        return n * self.ablations.space.n_tokens // 2
-
-    def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """As `Ablations.slopes`."""
-        self.left -= 3 * len(kept_rf) * self.ablations.space.n_tokens
-        return self.ablations.slopes(kept_rf, loss)
+    def missed(self, kept_f: Tensor) -> float:
+        """What a circuit has of the bound that it is furthest above, or nearest to, as a multiple."""
+        return max(float(self.alone(kept_f[None])) / MISS_BOUND, float(self.company(kept_f[None])) / COMPANY_BOUND)
 
 
 def _scores(judge: _Judge, candidates_f: Tensor) -> Tensor:
@@ -226,35 +244,65 @@ def _start(judge: _Judge, kept_f: Tensor, rank_f: Tensor) -> int:
 
 
 def _masks(judge: _Judge, candidates_f: Tensor, rank_f: Tensor, start: int, seed: int) -> Tensor:
-    """tau_f after some steps."""
-    tau_f = (SPREAD * ((start + 1) / (rank_f + 1)).log()).clamp(-4, 1)
-    mean_f, square_f = torch.zeros_like(tau_f), torch.zeros_like(tau_f)
+    """tau_f after some steps, and some more while the nodes above 0 do not meet the bounds; below all others no candidates."""
+    node_k = candidates_f.nonzero().flatten()
+    tau_k = (SPREAD * ((start + 1) / (rank_f[node_k] + 1)).log()).clamp(-4, 1)
+    mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
     size_weight = 1e-3  # lambda, in units of the loss; Adam makes only its ratio to the slopes matter
     generator = torch.Generator().manual_seed(seed)
-    offset_r1 = torch.arange(COMPANY, device=tau_f.device)[:, None] / COMPANY
-    weight_r1 = torch.tensor([[0.5], *[[0.5 / COMPANY]] * COMPANY], device=tau_f.device)
+    offset_r1 = torch.arange(COMPANY, device=tau_k.device)[:, None] / COMPANY
+    kept_rf = torch.zeros(1 + COMPANY, len(candidates_f), dtype=torch.bool, device=tau_k.device)
 
     def loss(logits_rv: Tensor) -> Tensor:
         return torch.cat([judge.miss(logits_rv[:1]), judge.ablations.kl(logits_rv[1:])])
 
-    for step in range(judge.steps):
-        kept_f = (tau_f > 0) & candidates_f
-        draw_f, shift = torch.rand(len(tau_f), generator=generator).to(tau_f.device), float(torch.rand((), generator=generator))
+    step, steps, repairs = 0, judge.steps, REPAIRS
+    while step < steps:
+        kept_k = tau_k > 0
+        draw_k, shift = torch.rand(len(tau_k), generator=generator).to(tau_k.device), float(torch.rand((), generator=generator))
         # one draw serves all rows, turned by a different angle for each
-        company_rf = ((draw_f + offset_r1) % 1 < offset_r1 + shift / COMPANY) & ~kept_f
-        company_rf = torch.cat([torch.zeros_like(company_rf[:1]), company_rf])
-        slope_rf, loss_r = judge.slopes((kept_f | company_rf).to(tau_f.dtype), loss)
+        company_rk = ((draw_k + offset_r1) % 1 < offset_r1 + shift / COMPANY) & ~kept_k
+        kept_rf[0, node_k], kept_rf[1:, node_k] = kept_k, kept_k | company_rk
+        slope_rf, loss_r = judge.slopes(kept_rf, loss)
         met = max(float(loss_r[0]) / MISS_BOUND, float(loss_r[1:].mean()) / COMPANY_BOUND) < 0.8
         size_weight = min(max(size_weight * (1.2 if met else 0.7), 1e-6), 3e-2)
-        sigmoid_f = torch.sigmoid(2 * tau_f)
+        sigmoid_k, slope_rk = torch.sigmoid(2 * tau_k), slope_rf[:, node_k]
         # where company has switched a node on, its own mask changes nothing
-        slope_f = torch.where(company_rf, 0, slope_rf * weight_r1).sum(0) * 4 * sigmoid_f * (1 - sigmoid_f) + size_weight
-        mean_f = BETA_1 * mean_f + (1 - BETA_1) * slope_f
-        square_f = BETA_2 * square_f + (1 - BETA_2) * slope_f.square()
-        deviation_f = (square_f / (1 - BETA_2 ** (step + 1))).sqrt() + 1e-8
-        rate = RATE * (1 - step / judge.steps)
-        tau_f = (tau_f - rate * mean_f / (1 - BETA_1 ** (step + 1)) / deviation_f).clamp(-4, 1)
-    return tau_f
+        slope_k = slope_rk[0] / 2 + torch.where(company_rk, 0, slope_rk[1:]).mean(0) / 2
+        slope_k = slope_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
+        mean_k = BETA_1 * mean_k + (1 - BETA_1) * slope_k
+        square_k = BETA_2 * square_k + (1 - BETA_2) * slope_k.square()
+        deviation_k = (square_k / (1 - BETA_2 ** (step + 1))).sqrt() + 1e-8
+        rate = RATE * max(1 - step / judge.steps, REPAIR_RATE if step >= judge.steps else 0)
+        tau_k = (tau_k - rate * mean_k / (1 - BETA_1 ** (step + 1)) / deviation_k).clamp(-4, 1)
+        step += 1
+        if step < steps or not repairs or judge.left < judge.work // 4:
+            continue
+        missed = judge.missed(torch.zeros_like(candidates_f).index_fill_(0, node_k[tau_k > 0], True))
+        if missed > 1:
+            steps, repairs = steps + REPAIR_STEPS, repairs - 1
+        if 1 < missed < CLOSE:  # by a little: rather some nodes more than steps alone
+            more = min(len(tau_k), round(GROWTH * int((tau_k > 0).sum())) + 1)
+            tau_k = (tau_k - tau_k.kthvalue(len(tau_k) - more + 1).values.clamp_max(0) + 1e-6).clamp(-4, 1)
+    return torch.full((len(candidates_f),), -5.0, device=tau_k.device).index_copy_(0, node_k, tau_k)
+
+
+def _trimmed(judge: _Judge, kept_f: Tensor, say: Callable[[str], None]) -> Tensor:
+    """The circuit without those nodes on which, to first order, least depends: as many at once as the bounds allow."""
+
+    def loss(logits_rv: Tensor) -> Tensor:
+        rows = len(judge.company_uf)
+        return torch.cat([judge.miss(logits_rv[:1]), judge.ablations.kl(logits_rv[1:]) / rows])
+
+    for _ in range(TRIMS):
+        before = int(kept_f.sum())
+        slope_rf, _ = judge.slopes(torch.cat([kept_f[None], kept_f | judge.company_uf]), loss)
+        order_k = ranks(kept_f, slope_rf.sum(0).abs()).argsort()[:before]
+        kept_f = fewest(judge, torch.zeros_like(kept_f), order_k, round(0.8 * before))
+        say(f"trims: {int(kept_f.sum()):,} nodes")
+        if int(kept_f.sum()) > 0.95 * before:
+            break
+    return kept_f
 
 
 def fewest(judge: Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:

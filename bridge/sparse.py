@@ -133,23 +133,42 @@ class SparseTransformer(nn.Module):
         parts = ("attn" if location.kind in ATTENTION_KINDS else "mlp", "parallel")
         return next(site for layer, site, part in self._parts() if layer == location.layer and part in parts)
 
-    def run(self, tokens_bt: Tensor, enter: Enter | None = None, gate: Gate = identity_gate, *, last_only: bool = False) -> Trace:
+    def run(
+        self,
+        tokens_bt: Tensor,
+        enter: Enter | None = None,
+        gate: Gate = identity_gate,
+        *,
+        last_only: bool = False,
+        narrow: bool = False,
+    ) -> Trace:
         """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
 
         With last_only the logits are those of the last position alone (b1v), which spares a search the vocabulary's products.
-        Raises ValueError where the rows are longer than the context of learned positions.
+        With narrow, also, whatever comes after the last keys and values is computed at that position alone: so are the nodes
+        that the gate sees there, and the residuals of the sites from `narrow_from` on, at which rows then enter alike. Raises
+        ValueError where the rows are longer than the context of learned positions.
         """
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
         sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
+        if narrow:
+            last_only = True
+            sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
         return run(self._embed, sublayers, self._unembed_last if last_only else self._unembed, tokens_bt, enter)
 
-    def sublayer(self, site: int, gate: Gate = identity_gate) -> Callable[[Tensor], Tensor]:
-        """The sublayer that reads `site`: x_bts -> x_bts with what it writes added."""
+    @property
+    def narrow_from(self) -> int:
+        """The first site from which on only the last position can change what follows it: behind the last attention."""
+        return 1 + max(site for site, kind in enumerate(self.sublayer_kinds) if kind != "mlp")
+
+    def sublayer(self, site: int, gate: Gate = identity_gate, *, last_only: bool = False) -> Callable[[Tensor], Tensor]:
+        """The sublayer that reads `site`: x_bts -> x_bts with what it writes added; with last_only, x_b1s of the last token."""
         halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
-        return next(partial(halves[part], layer, gate) for layer, other, part in self._parts() if other == site)
+        layer, part = next((layer, part) for layer, other, part in self._parts() if other == site)
+        return partial(halves[part], layer, gate, last_only)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv of a plain run."""
@@ -227,12 +246,13 @@ class SparseTransformer(nn.Module):
         linear.matrix = self._matrix(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
-    def _attention_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+    def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
         r_bts = self._node(layer, "attn_in", gate, _norm(x_bts))
+        reads = (("q", block.q, r_bts[:, -1:] if last_only else r_bts), ("k", block.k, r_bts), ("v", block.v, r_bts))
         q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, r_bts))
-            for kind, linear in (("q", block.q), ("k", block.k), ("v", block.v))
+            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, read_bts))
+            for kind, linear, read_bts in reads
         )
         z_btn = self._attend(block, q_btn, k_btn, v_btn)
         return self._node(layer, "attn_out", gate, self._map(f"blocks.{layer}.o", block.o, z_btn))
@@ -243,14 +263,17 @@ class SparseTransformer(nn.Module):
         a_btn = self._node(layer, "mlp_act", gate, gelu(self._map(f"blocks.{layer}.up", block.up, r_bts)))
         return self._node(layer, "mlp_out", gate, self._map(f"blocks.{layer}.down", block.down, a_btn))
 
-    def _attention(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
-        return x_bts + self._attention_write(layer, gate, x_bts)
+    def _attention(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
+        write_bts = self._attention_write(layer, gate, last_only, x_bts)
+        return (x_bts[:, -1:] if last_only else x_bts) + write_bts
 
-    def _mlp(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
+    def _mlp(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
+        x_bts = x_bts[:, -1:] if last_only else x_bts
         return x_bts + self._mlp_write(layer, gate, x_bts)
 
-    def _parallel(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
-        return x_bts + self._attention_write(layer, gate, x_bts) + self._mlp_write(layer, gate, x_bts)
+    def _parallel(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
+        x_bts, write_bts = x_bts[:, -1:] if last_only else x_bts, self._attention_write(layer, gate, last_only, x_bts)
+        return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
         logits_btv = self._map("unembedding", self.unembedding, _norm(x_bts))
@@ -277,9 +300,14 @@ class SparseTransformer(nn.Module):
 
     def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
         channels, sink_h = self.shape.head_channels, block.sinks if self.shape.sinks else None
+        earlier = k_btn.shape[1] - q_btn.shape[1]
+        fused = q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
+        if earlier and (self.shape.positions == "rotary" or not fused):
+            q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # whose queries are not used
+            return self._attend(block, q_btn, k_btn, v_btn)[:, earlier:]
         if self.shape.positions == "rotary":
             q_btn, k_btn = (self.heads(x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
-        if q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16):
+        if fused:
             return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
         q_bhtc, k_bhtc, v_bhtc = (self.heads(x, rotate=False) for x in (q_btn, k_btn, v_btn))
         scale = 1 / math.sqrt(channels)

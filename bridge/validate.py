@@ -180,16 +180,22 @@ def validate(
     *,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    sufficient: Callable[[Measure, Measure], None] | None = None,
 ) -> Faithfulness:
-    """Every measure of a prompt's circuit. reference_bt is text for the control of the agreement."""
+    """Every measure of a prompt's circuit. reference_bt is text for the control of the agreement.
+
+    sufficient(kl_kept, share_kept) is called once these two are known, which is long before the others are.
+    """
     say = progress or (lambda _: None)
     generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the draws of the search
     kept_f = ablations.space.join(circuit.kept)
-    say("agreement: both models on the prompt and on text")
-    agreement = _agreement(coupling, ablations, reference_bt)
     say(f"controls: {RANDOM_CIRCUITS} random circuits, {SUPERSETS} supersets")
     random_cf = _random_circuits(ablations, kept_f, generator)
     kl_kept, share_kept = _sufficiency(ablations, kept_f, random_cf)
+    if sufficient is not None:
+        sufficient(kl_kept, share_kept)
+    say("agreement: both models on the prompt and on text")
+    agreement = _agreement(coupling, ablations, reference_bt)
     company_mean, company_worst = _company(ablations, kept_f, random_cf, generator)
     kl_lost, share_lost = _necessity(ablations, kept_f, generator)
     attention = _attention(ablations, kept_f, random_cf)
@@ -207,12 +213,8 @@ def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -
     question, device = ablations.question, ablations.tokens_1t.device
     dense_v = coupling.dense.run(ablations.tokens_1t).logits_btv[0, -1].float()
     value = float(_kl(dense_v, ablations.logits_v))
-    corpus = []
-    for rows_bt in reference_bt[:CORPUS_ROWS].to(device).split(2):
-        dense_btv, sparse_btv = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt).logits_btv
-        corpus.append(_kl(dense_btv, sparse_btv).flatten())
-    corpus_n = torch.cat(corpus)
-    control = Control("text", len(corpus_n), float(corpus_n.mean()), float(corpus_n.quantile(0.9)), "90%")
+    text_bt = reference_bt[:CORPUS_ROWS].to(device)
+    control = coupling.once("agreement", text_bt, lambda: _agreement_on(coupling, text_bt))
     difference = float(question.difference(dense_v)), float(question.difference(ablations.logits_v))
     note = ""
     if int(dense_v.argmax()) != int(ablations.logits_v.argmax()):
@@ -220,6 +222,15 @@ def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -
     elif difference[0] * difference[1] <= 0:
         note = "The two models disagree on which of target and contrast is the likelier"
     return Measure("KL(dense, sparse)", value, control, "same answer", not note, note)
+
+
+def _agreement_on(coupling: Coupling, text_bt: Tensor) -> Control:
+    corpus = []
+    for rows_bt in text_bt.split(2):
+        dense_btv, sparse_btv = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt).logits_btv
+        corpus.append(_kl(dense_btv, sparse_btv).flatten())
+    corpus_n = torch.cat(corpus)
+    return Control("text", len(corpus_n), float(corpus_n.mean()), float(corpus_n.quantile(0.9)), "90%")
 
 
 def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Generator, *, outside: bool = False) -> Tensor:

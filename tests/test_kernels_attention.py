@@ -42,6 +42,24 @@ def test_attention_is_the_literal_one(channels: int, length: int, sinks: bool, s
         assert torch.allclose(a, r, rtol=1e-3, atol=2e-5 * float(r.abs().max()) + 1e-5 * size)
 
 
+@pytest.mark.parametrize("rows", [2, 8, 17])
+@pytest.mark.parametrize("length", [1, 9, 40])
+@pytest.mark.parametrize("queries", [1, 3, 9])
+@pytest.mark.parametrize("sinks", [True, False])
+def test_the_last_queries_alone_of_few_rows_or_many(rows: int, length: int, queries: int, sinks: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    queries = min(queries, length)
+    q, k, v = (torch.randn(rows, length, 24, generator=generator) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    sink_h = torch.randn(3, generator=generator).requires_grad_() if sinks else None
+    trained = [*inputs, sink_h] if sink_h is not None else inputs
+    towards = torch.randn(rows, queries, 24, generator=generator)
+    found, expected = attend(q[:, -queries:], k, v, 8, sink_h), literal(q, k, v, 8, sink_h)[:, -queries:]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for a, r in zip(torch.autograd.grad(found, trained, towards), torch.autograd.grad(expected, trained, towards), strict=True):
+        assert torch.allclose(a, r, rtol=1e-3, atol=2e-5 * float(r.abs().max()) + 1e-5)
+
+
 def test_attention_takes_any_layout() -> None:
     x_bnt = torch.randn(3, 2, 32, 40, generator=torch.Generator().manual_seed(0))
     q, k, v = (x.transpose(1, 2) for x in x_bnt)

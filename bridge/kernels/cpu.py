@@ -80,7 +80,11 @@ def reuse_memory() -> bool:
 
 def tokens_contiguous(x: Tensor) -> bool:
     """Whether x_btn is stored with tokens innermost, as the sparse products store it."""
-    return x.dim() == 3 and x.stride(1) == 1 and x.stride(2) >= x.shape[1] > 1 and x.shape[2] > 1
+    if x.dim() != 3 or x.shape[2] <= 1:
+        return False
+    if x.shape[1] == 1:  # rows of one token lie end to end
+        return x.shape[0] > 1 and x.stride(0) == 1 and x.stride(2) >= x.shape[0]
+    return x.stride(1) == 1 and x.stride(2) >= x.shape[1]
 
 
 def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +115,24 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     words, out, held = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
     in_parallel(lambda start, stop: _keep_where(words, out, held, start, stop), len(words), len(words))
     return kept
+
+
+def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
+    """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
+    b, t, n = x_btn.shape
+    if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
+        inside = mask_btn.reshape(b * t, n).t()
+        lines, length = n, b * t
+    else:
+        inside = mask_btn.transpose(1, 2)
+        lines, length = b * n, t
+    held = inside.contiguous().view(-1)
+    kept = torch.empty_strided(x_btn.shape, x_btn.stride())
+    values, out = (tensor.detach().as_strided((x_btn.numel(),), (1,)).numpy() for tensor in (x_btn, kept))
+    others = else_n.detach().contiguous().numpy()
+    words = held.numpy()
+    in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
+    return kept, held.as_strided(x_btn.shape, x_btn.stride())
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,6 +338,15 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
         done += LANES
     for i in range(done, stop):
         kept[i] = x[i] if mask[i] else 0
+
+
+@compiled
+def _choose(x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int) -> None:
+    for line in range(start, stop):
+        otherwise, here = other[line % other.shape[0]], slice(line * length, (line + 1) * length)
+        x_line, mask_line, kept_line = x[here], mask[here], kept[here]
+        for i in range(length):
+            kept_line[i] = x_line[i] if mask_line[i] else otherwise
 
 
 @compiled

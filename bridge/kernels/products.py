@@ -89,6 +89,7 @@ class Compact:
     value_p: Tensor
     look: Look | None = None
     source: tuple[int, int] = (0, -1)
+    _turned: tuple[tuple[int, int], Tensor] | None = None
 
     @staticmethod
     def of(weight_mn: Tensor) -> Compact:
@@ -96,6 +97,16 @@ class Compact:
         index_p = weight_mn.detach().reshape(-1).nonzero().flatten()
         shape = (weight_mn.shape[0], weight_mn.shape[1])
         return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), source=source_of(weight_mn))
+
+    @property
+    def by_column_p(self) -> Tensor:
+        """The values in the order of columns; gathered once where they are not trained."""
+        if self.value_p.requires_grad:
+            return self.value_p.detach()[self.pattern.order_p]
+        state = source_of(self.value_p)
+        if self._turned is None or self._turned[0] != state:
+            self._turned = (state, self.value_p[self.pattern.order_p])
+        return self._turned[1]
 
     def dense(self) -> Tensor:
         """weight_mn."""
@@ -111,9 +122,9 @@ def source_of(weight_mn: Tensor) -> tuple[int, int]:
 
 def tokens_inside(x_btn: Tensor) -> Tensor:
     """The same activations in float32, stored with their tokens innermost; differentiable."""
-    b, t, _ = x_btn.shape
-    if b > 1 and t < SHORT:
-        return x_btn.float().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    b, t, n = x_btn.shape
+    if b > 1 and t < SHORT:  # as a matrix that is turned, for which torch has a blocked copy
+        return x_btn.float().reshape(b * t, n).t().contiguous().view(n, b, t).permute(1, 2, 0)
     return x_btn.float().transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -199,8 +210,7 @@ class _SparseLinear(torch.autograd.Function):
         dx_btn = dvalue_p = dbias_m = None
         if ctx.needs_input_grad[0]:
             dx = x.empty(pattern.shape[1])
-            by_column_p = value_p.detach()[pattern.order_p]
-            _multiply(pattern.start_n1, pattern.row_p, by_column_p, torch.zeros(pattern.shape[1]), dy.x_bnt, dx.x_bnt)
+            _multiply(pattern.start_n1, pattern.row_p, ctx.matrix.by_column_p, torch.zeros(pattern.shape[1]), dy.x_bnt, dx.x_bnt)
             dx_btn = dx.logical(shape)
         if ctx.needs_input_grad[1]:
             dvalue_p = torch.zeros_like(value_p)
@@ -263,7 +273,8 @@ def _multiply_lines(
     for b in range(first_block, last_block):
         t = 0
         while t < tokens:
-            step = TOKENS if t + TOKENS <= tokens else 16 if t + 16 <= tokens else 1
+            step = TOKENS if t + TOKENS <= tokens else 16 if tokens >= 16 else 1
+            t = tokens - 16 if step == 16 and t + 16 > tokens else t  # the last vector repeats some of the one before it
             for i in range(first, last):
                 x_at, y_at = b * n * tokens + t, (b * m + i) * tokens + t
                 if step == TOKENS:

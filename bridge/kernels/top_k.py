@@ -1,4 +1,4 @@
-"""AbsTopK, the magnitude projection and GELU: each one name; a torch reference, a compiled CPU version, a CUDA version.
+"""AbsTopK, the magnitude projection, ablation and GELU: each one name; a torch reference, a compiled CPU version, a CUDA version.
 
 The first two keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first,
 so the set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather
@@ -36,6 +36,14 @@ def gelu(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 1 and dense_storage:
         return _Gelu.apply(x)  # type: ignore[no-any-return]
     return F.gelu(x, approximate="tanh")
+
+
+def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
+    """X_btn where a mask (btn, or tn for all rows) holds, else the channel's own value of else_n; differentiable in x."""
+    without_gaps = x_btn.permute(2, 0, 1).is_contiguous() or x_btn.transpose(1, 2).is_contiguous()
+    if x_btn.device.type == "cpu" and x_btn.dtype == torch.float32 and cpu.tokens_contiguous(x_btn) and without_gaps:
+        return _Choose.apply(mask, x_btn, else_n)  # type: ignore[no-any-return]
+    return torch.where(mask, x_btn, else_n.to(x_btn.dtype))
 
 
 def project_(weight: Tensor, k: int, hint: float | None = None) -> float | None:
@@ -77,6 +85,19 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
         return grad * slope
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
+        kept_btn, held_btn = cpu.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
+        ctx.save_for_backward(held_btn)
+        return kept_btn
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        (held_btn,) = ctx.saved_tensors
+        return None, cpu.keep_where(held_btn, grad), None
 
 
 class _AbsTopK(torch.autograd.Function):

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/serve.py --clients 50 --explanations 2
 
-`bridge serve` runs in a process of its own. The clients ask for a prompt each, at once; all but those that find room are told to come
-again. While the first explanations are worked on, every client goes on asking what there is, and the health of the server is asked
-for on a connection of its own. What is queued beyond `--explanations` is cancelled at the end.
+`bridge serve` runs in a process of its own. The clients ask for a prompt each, at once; all but those that find room are told to
+come again. While the first explanations are worked on, every client goes on asking what there is, and the health of the server is
+asked for on a connection of its own. What is queued beyond `--explanations` is cancelled at the end.
 """
 
 from __future__ import annotations
