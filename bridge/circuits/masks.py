@@ -16,14 +16,13 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
                 most 500 steps. The paper's N(.1, .01) takes all nodes away within a few steps, before any has a gradient.
                 lambda is steered: it rises while the loss of the last steps is below the bound and falls while it is above, so
                 one descent visits the size weights that several would, and ends at the one that the bound asks for. Of all the
-                masks on the way, the smallest that is within the bound on the validation split is taken; it stops where there
-                is one, and neither the size nor the loss has changed in a while.
-                Half of the prompts are of the training split's templates, half of the validation split's, none of them one that
-                holds the bound: circuits learnt from the first alone needed many more nodes for the second.
+                masks on the way, the smallest that is within the bound on other prompts, also of both, is taken; it stops where
+                there is one, and neither the size nor the loss has changed in a while.
+                Masks are learnt from prompts of both splits, since a few templates alone make circuits that fail on others.
 3. repairs      Where there is none, and while the nodes above 0 do not meet the bound there, those that the loss's slope
                 says help most are added, as many together as lower it most: each for itself, too many would overshoot.
-4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on the validation split
-                (fixed prompts, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
+4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on those other prompts
+                (fixed ones, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to a tenth.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
@@ -53,9 +52,8 @@ Objective = Literal["superset", "paper"]
 TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt
 STEPS, FEWEST_STEPS = 500, 40
 RATE, TAU, TAU_DEVIATION = 3e-2, 0.3, 0.1
-PROMPTS = 64  # that masks are learnt from
 ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
-VALIDATION = 32  # prompts that the bound is held to
+VALIDATION = 32  # prompts of either split that masks are learnt from, and as many that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (1e-5, 1.0)
 SETTLED_STEPS, SETTLED = 30, 0.02
@@ -325,9 +323,10 @@ def find_nodes(
     Raises MaskError where neither the whole model nor what the masks have found meets the bound.
     """
     say = progress or (lambda _: None)
-    judge = Goal(subject, spread(validation, VALIDATION), aim, work=work * SHARES[1])
+    lessons_pairs, held_pairs = divided(train, validation)
+    judge = Goal(subject, held_pairs, aim, work=work * SHARES[1])
     lesson_aim = Aim(aim.objective, LESSON_SHARE * aim.bound)
-    lessons = Goal(subject, lessons_of(train, validation), lesson_aim, seed=seed + 1, work=work * SHARES[0])
+    lessons = Goal(subject, lessons_pairs, lesson_aim, seed=seed + 1, work=work * SHARES[0])
     whole = float(judge.loss(torch.ones(1, subject.space.size, dtype=torch.bool, device=subject.device)))
     candidates_f = candidates(lessons)
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
@@ -384,14 +383,20 @@ def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[s
     return worth_f
 
 
-def lessons_of(train: TokenPairs, validation: TokenPairs) -> TokenPairs:
-    """The prompts that masks are learnt from."""
-    ordered = in_order(validation)
-    held_b = torch.isin(torch.arange(len(ordered)), _evenly(len(ordered), VALIDATION))
-    others = ordered.rows((~held_b).nonzero().flatten().to(ordered.last_b.device))
-    others = spread(others, PROMPTS // 2)
-    mine = spread(train, PROMPTS - len(others))
-    return mine.and_those(others) if len(others) else mine
+def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+    """The prompts that masks are learnt from and, where there are enough, others that hold the bound; both of both splits."""
+    parts = [_apart(split, VALIDATION) for split in (train, validation)]
+    return tuple(one.and_those(other) for one, other in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _apart(pairs: TokenPairs, most: int) -> tuple[TokenPairs, TokenPairs]:
+    """At most some prompts, and at most as many that are not among them, while there are any."""
+    ordered = in_order(pairs)
+    held_b = _evenly(len(ordered), most)
+    rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), held_b)]
+    taken_b = rest_b[_evenly(len(rest_b), most)] if len(rest_b) else held_b
+    device = ordered.last_b.device
+    return ordered.rows(taken_b.to(device)), ordered.rows(held_b.to(device))
 
 
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:

@@ -31,7 +31,7 @@ from bridge.circuit import Circuit
 from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.edges import find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
-from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, find_nodes, spread
+from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.prune import deleted, fewest, ranks
@@ -120,7 +120,8 @@ def search_task(
     train, validation = splits["train"].both(), splits["validation"].both()
 
     found: list[FoundNodes] = []
-    nodes_aim = Aim(aim.objective, _node_bound(subject, validation, aim))
+    _, held = divided(train, validation)
+    nodes_aim = Aim(aim.objective, _node_bound(subject, held, aim))
     for number in range(seeds):
         at = f"seed {seed + number}: " if seeds > 1 else ""
         found.append(
@@ -134,9 +135,9 @@ def search_task(
                 progress=lambda text, at=at: say(f"{at}{text}"),
             )  # fmt: skip
         )
-    searched = Goal(subject, spread(validation, VALIDATION), aim, work=EDGE_WORK * _work(subject, work))
-    kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, validation, nodes_aim, found, _work(subject, work), say)
-    edges = find_edges(searched, kept_f, say)
+    searched = Goal(subject, spread(validation, VALIDATION), aim)
+    kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, _work(subject, work), say)
+    edges = find_edges(Goal(subject, held, aim, work=EDGE_WORK * _work(subject, work)), kept_f, say)
     pruned = pruned_to(subject, edges.edges, kept_f)
     dense_found, why_not = _dense(subjects, train, validation, aim, seed, work, say) if dense else (None, "not asked for")
 
@@ -218,9 +219,9 @@ def _splits(task: Resolved) -> dict[str, TokenPairs]:
     return {str(name): pairs for name, pairs in splits.items()}
 
 
-def _node_bound(subject: Subject, validation: TokenPairs, aim: Aim) -> float:
+def _node_bound(subject: Subject, held: TokenPairs, aim: Aim) -> float:
     """The bound on the nodes' loss; above the whole model's own, where that is not beyond the bound already."""
-    goal = Goal(subject, spread(validation, VALIDATION), aim)
+    goal = Goal(subject, held, aim)
     own = float(goal.measure(goal.whole_bv).mean())
     return own + NODE_SHARE * (aim.bound - own) if own < aim.bound else aim.bound
 
@@ -230,10 +231,10 @@ def _work(subject: Subject, work: float) -> float:
 
 
 def _consensus(
-    subject: Subject, validation: TokenPairs, aim: Aim, found: list[FoundNodes], work: float, say: Callable[[str], None]
+    subject: Subject, held: TokenPairs, aim: Aim, found: list[FoundNodes], work: float, say: Callable[[str], None]
 ) -> Tensor:
     """The fewest nodes, those that most seeds kept first, that meet the bound; and deletions."""
-    goal = Goal(subject, spread(validation, VALIDATION), aim, work=work / 4)
+    goal = Goal(subject, held, aim, work=work / 4)
     share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
     tau_f = torch.stack([one.tau_f for one in found]).mean(0)
     any_f = share_f > 0
