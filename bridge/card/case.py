@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from bridge.tasks.tokens import TokenPairs
 from bridge.transport import run_changed
 
 BOOTSTRAPS = 2000
+WRITES = ("attn_out", "mlp_out")
 _LOGITS = 2**25  # at most in a batch
 
 
@@ -94,6 +95,35 @@ class Case:
     def swap_b(self) -> Tensor:
         """What the full swap does to D_b in the dense model: its value on the counterfactual less that on the prompt."""
         return self.pairs.difference(self.dense_swapped.logits_btv[:, 0]) - self.answer_b
+
+    @cached_property
+    def _seen(self) -> tuple[Tensor, dict[Location, Tensor]]:
+        """Which nodes_f are on for a prompt or its counterfactual, and by how much writes_btn differ between the two."""
+        writes: dict[Location, Tensor] = {}
+        on: dict[Location, Tensor] = {}
+
+        def look(sign: int, location: Location, x_btn: Tensor) -> Tensor:
+            here_n = (x_btn != 0).any(1).any(0)
+            on[location] = here_n | on[location] if location in on else here_n
+            if location.kind in WRITES:
+                writes[location] = sign * x_btn + writes.get(location, 0)
+            return x_btn
+
+        for sign, tokens_bt in ((-1, self.pairs.prompt_bt), (1, self.pairs.counterfactual_bt)):
+            self.coupling.sparse.run(tokens_bt, gate=partial(look, sign), last_only=True)
+        there_bt1 = self.there_bt[:, :, None]
+        on_f = self.space.join({at: on_n.expand(self.space.n_tokens, -1) for at, on_n in on.items()})
+        return on_f, {at: write_btn * there_bt1 for at, write_btn in writes.items()}
+
+    @property
+    def on_f(self) -> Tensor:
+        """Which nodes are on for some prompt or counterfactual, at any position."""
+        return self._seen[0]
+
+    @property
+    def written(self) -> Mapping[Location, Tensor]:
+        """By write location: what each node writes on the counterfactual less what it does on the prompt, change_btn."""
+        return self._seen[1]
 
     @cached_property
     def there_bt(self) -> Tensor:

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from bridge.circuit import NodeSpace
 from bridge.circuits.masks import Goal, kl, random_company
-from bridge.circuits.subject import SparseSubject, Subject, masked_gate, recorded
+from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
-from bridge.tasks.tokens import Scores, TokenPairs
+from bridge.tasks.tokens import Scores
 from bridge.validate import (
     KL_KEPT,
     SHARE_OFF,
@@ -140,7 +140,7 @@ def judge(
     """Every measure of a task's circuit, on the prompts of the search where that is said, else on held-out ones."""
     say = progress or (lambda _: None)
     generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the draws of the search
-    on_f = nodes_on(held_out.subject, held_out.pairs)
+    on_f = _on(held_out)
     random_cf = random_circuits(held_out.subject.space, judged.kept_f, on_f | judged.kept_f, generator)
     say(f"judging: {len(random_cf)} random circuits")
     alone_bv = _logits(held_out, judged.kept_f, judged.pruned)
@@ -188,9 +188,10 @@ def _sparse(goal: Goal) -> SparseSubject:
     return goal.subject
 
 
-def nodes_on(subject: Subject, pairs: TokenPairs) -> Tensor:
+def _on(goal: Goal) -> Tensor:
     """Which nodes_f are on for some prompt."""
-    return subject.space.join({at: (x_btn != 0).any((0, 1))[None] for at, x_btn in recorded(subject, pairs).items()})
+    space = goal.subject.space
+    return space.join({at: (x_btn != 0).any((0, 1))[None] for at, x_btn in recorded(goal.subject, goal.pairs).items()})
 
 
 def random_circuits(
