@@ -102,8 +102,10 @@ class Case:
         writes: dict[Location, Tensor] = {}
         on: dict[Location, Tensor] = {}
 
+        there_bt1 = self.there_bt[:, :, None]
+
         def look(sign: int, location: Location, x_btn: Tensor) -> Tensor:
-            here_n = (x_btn != 0).any(1).any(0)
+            here_n = ((x_btn != 0) & there_bt1).any(1).any(0)
             on[location] = here_n | on[location] if location in on else here_n
             if location.kind in WRITES:
                 writes[location] = sign * x_btn + writes.get(location, 0)
@@ -111,7 +113,6 @@ class Case:
 
         for sign, tokens_bt in ((-1, self.pairs.prompt_bt), (1, self.pairs.counterfactual_bt)):
             self.coupling.sparse.run(tokens_bt, gate=partial(look, sign), last_only=True)
-        there_bt1 = self.there_bt[:, :, None]
         on_f = self.space.join({at: on_n.expand(self.space.n_tokens, -1) for at, on_n in on.items()})
         return on_f, {at: write_btn * there_bt1 for at, write_btn in writes.items()}
 

@@ -141,11 +141,13 @@ def _interval(sparse_pb: np.ndarray, dense_pb: np.ndarray, seed: int) -> tuple[f
 
 def _repeats(dense_pb: np.ndarray) -> Control | None:
     """How well the dense effects over half of the prompts rank those over the other half, on average over splits."""
+    if dense_pb.shape[1] < 2:
+        return None
     generator = np.random.default_rng(0)
     halves = []
     for _ in range(20):
         order = generator.permutation(dense_pb.shape[1])
-        first, second = (_resolved(dense_pb[:, half].mean(1)) for half in np.array_split(order, 2) if len(half))
+        first, second = (_resolved(dense_pb[:, half].mean(1)) for half in np.array_split(order, 2))
         if np.ptp(first) and np.ptp(second):
             halves.append(float(rank_correlation(first, second)))
     return Control("dense, halves", len(halves), float(np.mean(halves)), max(halves), "best") if halves else None
