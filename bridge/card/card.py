@@ -70,13 +70,14 @@ class CardMeasure(Measure):
 class NullTask:
     """A null on a task: which tests hold (None: could not be taken), each test's first value, and whether all do.
 
-    why says what there was instead of a card, "" where there was one.
+    accuracy is that of the null's sparse model; why says what there was instead of a card, "" where there was one.
     """
 
     task: str
     holds: Mapping[Test, bool | None]
     values: Mapping[Test, float | None]
     passed: bool
+    accuracy: float | None = None
     why: str = ""
 
 
