@@ -1,18 +1,19 @@
 """Blind prediction: what the circuit alone, in the sparse model, says of the dense model's answers on prompts not seen before.
 
-On stress prompts (`stress`) the logit difference D of S_C, with its edges, stands as a prediction of the dense model's D, as it is:
-nothing is fitted to the dense model. Which answer is right is not told: D is that of the same two answers, in the same order, for
-both members of a pair.
+On stress prompts (`stress`) the logit difference D of S_C, with its edges, stands as a prediction of the dense model's D, as it
+is: nothing is fitted to the dense model. Which answer is right is not told: D is that of the same two answers, in the same order,
+for both members of a pair.
 
-    R^2          1 - sum (D_dense - D_C)^2 / sum (D_dense - mean D_dense)^2, above a bigram's: the interval of the difference is above 0
+    R^2          1 - sum (D_dense - D_C)^2 / sum (D_dense - mean D_dense)^2; above a bigram's, the interval of the difference
+                 being above 0
     correlation  of D_C and D_dense among prompts when D is turned so that the right answer comes first: told, not judged; what is
                  foreseen beyond which answer is given
     signs        share of prompts where both prefer the same answer, at least a bigram's
-    mistakes     of the prompts that the dense model gets wrong, the share that S_C gets wrong, above a half, and above its share of
-                 mistakes where the dense model is right; left out where there are fewer than ten
+    mistakes     of the prompts that the dense model gets wrong, the share that S_C gets wrong, above a half, and above its
+                 share of mistakes where the dense model is right; left out where there are fewer than ten
     ceiling      the whole sparse model in the circuit's place
-    bigram       the dense model's own mean logits over held-out text after the prompt's last token (where that text has none of it,
-                 its logits after the token alone)
+    bigram       the dense model's own mean logits over held-out text after the prompt's last token (where that text has none of
+                 it, its logits after the token alone)
 
 Intervals are over pairs: both members of a pair are drawn together.
 
@@ -37,7 +38,7 @@ from bridge.validate import Control
 FEWEST, FEWEST_MISTAKES = 200, 10
 BIGRAM_ROWS = 128
 R2, SIGNS, MISTAKES = "R^2 on unseen prompts", "answers foreseen", "dense mistakes foreseen"
-AIMS: Mapping[str, str] = {R2: "above bigram, > 0", SIGNS: ">= bigram", MISTAKES: "> 0.5, above false alarms"}
+AIMS: Mapping[str, str] = {R2: "> bigram, > 0", SIGNS: ">= bigram", MISTAKES: "> 0.5, > false alarms"}
 
 
 @torch.no_grad()
@@ -151,7 +152,8 @@ def _explained(
     kinds = ", ".join(f"{point.label} {point.values['R^2']:.2f}" for point in points)
     return CardMeasure(
         R2, value, Control("bigram", 1, bigram, bigram, "it"), AIMS[R2], value > 0 and better is not None and better[0] > 0,
-        f"{dense_b2.size} prompts: {kinds}; correlation where the answer is known {correlation:.2f}", "blind", bounds, Control("all nodes", 1, most, most, "it"), points,
+        f"{dense_b2.size} prompts: {kinds}; correlation where the answer is known {correlation:.2f}", "blind", bounds,
+        Control("all nodes", 1, most, most, "it"), points,
     )  # fmt: skip
 
 

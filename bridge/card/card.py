@@ -7,10 +7,10 @@
     representational    and its nodes' changes, decoded, change the dense model's answer (`swap`)
     mechanistic support and all four tests hold, on held-out pairs of a task; no null passes; seeds agree
 
-The verdict follows from what was measured and cannot be set. What was not measured grants nothing: without nulls, or with one seed
-searched, there is no mechanistic support, and the reasons say so. A null passes where the dense model does the task and all four
-tests hold, whatever is to be said of the sparse model: it is the tests that nulls are to fail. A single test that a null passes
-is no evidence by itself, which is said beside it.
+The verdict follows from what was measured and cannot be set. What was not measured grants nothing: without nulls, or with one
+seed searched, there is no mechanistic support, and the reasons say so. A null passes where the dense model does the task and all
+four tests hold, whatever is to be said of the sparse model: it is the tests that nulls are to fail. A single test that a null
+passes is no evidence by itself, which is said beside it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bridge.bridges import Bridges, Coupling, folder_of
 from bridge.card.assess import held_out, task_card
-from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask
+from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
 from bridge.checkpoint import CheckpointError, read_json, write_json
 from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import MaskError
@@ -210,7 +210,7 @@ class _Lazily:
 
 def null_task(card: Card, accuracy: float) -> NullTask:
     """What is kept of a null's card."""
-    first = {test: next((m.value for m in card.measures(test)), None) for test in TESTS}
+    first: dict[Test, float | None] = {test: next((m.value for m in card.measures(test)), None) for test in TESTS}
     return NullTask(card.about, {test: card.holds(test) for test in TESTS}, first, card.all_hold, accuracy)
 
 
@@ -237,8 +237,9 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
             progress(f"uncoupled: {state.fraction:.0%} of {minutes:g} minutes, CE {state.losses.get('ce', float('nan')):.2f}")
 
         fit(
-            coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=recipe.budget.tokens, minutes=minutes, uncoupled=True,
-            settings=settings, seed=seed + 1, out=folder, resume=folder.exists(), device=str(coupling.dense.device), on_progress=watch,
+            coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=recipe.budget.tokens, minutes=minutes,
+            uncoupled=True, settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
+            device=str(coupling.dense.device), on_progress=watch,
         )  # fmt: skip
     other = Coupling.from_pretrained(folder, dense=coupling.dense)
     if other.recipe.losses.coupled:

@@ -2,11 +2,11 @@
 
 For about 100 nodes, half of them the circuit's and half outside it, from the same locations where there are enough: each alone at
 its corpus mean, at every position, the rest of the sparse model as it is; the change that this makes of the stream at the site
-after its sublayer is decoded and added to the dense residual there (`transport`). Effects are means over held-out prompts, and are
-compared by rank over nodes. The null permutes the nodes within a site, since effects of late sites are larger in both models.
+after its sublayer is decoded and added to the dense residual there (`transport`). Effects are means over held-out prompts, and
+are compared by rank over nodes. The null permutes the nodes within a site, since effects of late sites are larger in both models.
 
-The ceiling is how well the dense model's own effects repeat: those over one half of the prompts, ranked against the other half. The
-interval draws both prompts and nodes anew.
+The ceiling is how well the dense model's own effects repeat: those over one half of the prompts, ranked against the other half.
+The interval draws both prompts and nodes anew.
 
 Shape legend: b prompt (row), p node of the profile, k draw, t token, s sparse width.
 """

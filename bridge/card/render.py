@@ -1,11 +1,11 @@
-"""A card as a person reads it: the verdict, every test with interval, ceiling and control, the nulls; and many cards as a table."""
+"""A card as a person reads it: verdict, every test with interval, ceiling and control, nulls; many cards as a table."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from bridge.card.card import TESTS, TITLES, Card, CardMeasure, NullResult
+from bridge.card.card import TESTS, TITLES, Card, CardMeasure, NullResult, Test
 from bridge.validate import Control
 
 _HOW_TO_READ = (
@@ -33,7 +33,7 @@ def render_card(card: Card, width: int = 110) -> str:
 
 
 def _table(card: Card, width: int) -> list[str]:
-    rows: list[tuple[str, ...]] = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]  # those of one cell are headings and notes, and no columns
     for test in TESTS:
         measures = card.measures(test)
         if not measures:
@@ -44,10 +44,11 @@ def _table(card: Card, width: int) -> list[str]:
             rows += [(f"      {line}",) for line in textwrap.wrap(measure.note, width - 6)]
             rows += [(f"      {line}",) for line in _by_place(measure)]
     sizes = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(_HEAD))]
-    return [
-        "  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=False)).rstrip() if len(row) > 1 else row[0]
-        for row in rows
-    ]
+    return ["  ".join(f"{cell:<{size}}" for cell, size in _sized(row, sizes)).rstrip() for row in rows]
+
+
+def _sized(row: tuple[str, ...], sizes: list[int]) -> Iterable[tuple[str, int]]:
+    return zip(row, sizes if len(row) > 1 else [0], strict=True)
 
 
 def _row(measure: CardMeasure) -> tuple[str, ...]:
@@ -107,11 +108,10 @@ def render_nulls(nulls: Sequence[NullResult], width: int = 110) -> list[str]:
     return lines
 
 
-def _passing(null: NullResult, test: str) -> str:
+def _passing(null: NullResult, test: Test) -> str:
     """On how many tasks it holds, and the mean of its first value."""
-    values = [value for task in null.tasks for name, value in task.values.items() if name == test and value is not None]
-    passing = sum(task.holds.get(test) is True for task in null.tasks)  # pyright: ignore[reportArgumentType]
-    return f"{passing} of {len(null.tasks)}" + (f" ({_number(sum(values) / len(values))})" if values else "")
+    values = [value for task in null.tasks if (value := task.values.get(test)) is not None]
+    return f"{null.passing(test)} of {len(null.tasks)}" + (f" ({_number(sum(values) / len(values))})" if values else "")
 
 
 def render_cards(cards: Sequence[Card]) -> str:

@@ -1,4 +1,4 @@
-"""Cards for many circuits, and the nulls of a coupling: circuits found or searched, cards kept and taken again, texts as they come.
+"""Cards for many circuits, and the nulls of a coupling: circuits found or searched, cards kept and taken again.
 
 A card is kept as card.json beside its circuit, or alone, with a fingerprint of circuit, coupling and seed; one that is there and
 fits is not made again, but shows the nulls that the coupling has now.

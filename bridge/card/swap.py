@@ -105,7 +105,7 @@ class Swap:
 @torch.no_grad()
 def swap_measures(case: Case, seed: int = 0, progress: Callable[[str], None] = lambda _: None) -> tuple[CardMeasure, ...]:
     """The test's measures, a line for each of its controls."""
-    name, aim = "share of the swap carried", f">= {OF_CEILING:g} of the ceiling, above turned"
+    name, aim = "share of the swap carried", f">= {OF_CEILING:g} of ceiling, > turned"
     swap_b = numbers(case.swap_b)
     if not len(swap_b) or abs(swap_b.mean()) < LEAST_SWAP:
         size = f"{swap_b.mean():.3f}" if len(swap_b) else "no pairs"
