@@ -42,6 +42,7 @@ from bridge.training import Progress, fit
 FILE, FORMAT = "nulls.json", 1
 TASKS = 3  # by default: of those the coupling solves
 MINUTES = 10.0
+MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
 WORK_SHARE = 0.2  # of a search's work: it is a null
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out rows is taken
 WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
@@ -232,12 +233,13 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         settings = {
             f"{part}.{key}": value for part, some in values.items() if isinstance(some, dict) for key, value in some.items()
         }
+        tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
         def watch(state: Progress) -> None:
             progress(f"uncoupled: {state.fraction:.0%} of {minutes:g} minutes, CE {state.losses.get('ce', float('nan')):.2f}")
 
         fit(
-            coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=recipe.budget.tokens, minutes=minutes,
+            coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=tokens, minutes=minutes,
             uncoupled=True, settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
             device=str(coupling.dense.device), on_progress=watch,
         )  # fmt: skip
