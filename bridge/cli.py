@@ -272,7 +272,7 @@ def nulls(
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default the first 3 that both models do.")] = None,
     circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; others are searched.")] = None,
     against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
-    minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
     work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     device: Device = "auto",

@@ -1,4 +1,4 @@
-"""A circuit on pairs in both models; and, for the tests of the card, a coupling of which it is known that it is the dense model."""
+"""A circuit on pairs in both models; and, for all tests of the card, a coupling that is known to be the dense model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from bridge import start
 from bridge.bridges import Coupling, new_coupling
 from bridge.card.case import Case, interval, share, share_interval
+from bridge.circuit import recording_gate
 from bridge.circuits.subject import SparseSubject
 from bridge.dense import DenseModel, load_dense
 from bridge.recipe import resolve
@@ -113,12 +114,14 @@ def test_what_is_on_and_written_is_what_the_gates_see(dense: DenseModel) -> None
     case = case_of(untrained(dense))
     sparse, location = case.coupling.sparse, Location(1, "mlp_out")
     for row in (0, len(case.pairs) - 1):
-        length, seen = int(case.pairs.last_b[row]) + 1, []
-        for tokens_bt in (case.pairs.prompt_bt, case.pairs.counterfactual_bt):
-            sparse.run(tokens_bt[row : row + 1, :length], gate=lambda at, x: (seen.append(x) if at == location else None, x)[1])
-        torch.testing.assert_close(case.written[location][row, :length], (seen[1] - seen[0])[0], atol=1e-5, rtol=1e-4)
+        length = int(case.pairs.last_b[row]) + 1
+        here, there = {}, {}
+        for into, tokens_bt in ((here, case.pairs.prompt_bt), (there, case.pairs.counterfactual_bt)):
+            sparse.run(tokens_bt[row : row + 1, :length], gate=recording_gate(into))
+        change_tn = (there[location] - here[location])[0]
+        torch.testing.assert_close(case.written[location][row, :length], change_tn, atol=1e-5, rtol=1e-4)
         assert not case.written[location][row, length:].any()
-        assert ((seen[0][0] != 0).any(0) <= case.space.split(case.on_f)[location][0]).all()
+        assert ((here[location][0] != 0).any(0) <= case.space.split(case.on_f)[location][0]).all()
 
 
 def test_shares_and_their_intervals() -> None:

@@ -1,4 +1,4 @@
-"""Counterfactual transport: its arithmetic is that of a pinned run, a copy of the dense model reaches its ceiling, wrong bridges do not."""
+"""Counterfactual transport: it is what a pinned run says, a copy of the dense model reaches its ceiling, wrong bridges do not."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_copy_of_the_dense_model_reaches_the_dense_patch(copy: Coupling) -> No
         assert point.values["circuit"] == pytest.approx(point.values["dense"], abs=0.02)
     others = measures["against other nodes"]
     assert others.passed is None and others.control is None and "no node outside" in others.note
-    assert first.interval is not None and first.interval[0] <= first.value <= first.interval[1]
+    assert first.interval is not None and first.value is not None and first.interval[0] <= first.value <= first.interval[1]
 
 
 def test_bridges_with_their_channels_shuffled_carry_nothing(copy: Coupling) -> None:

@@ -38,10 +38,12 @@ CardVerdict = Literal["no explanation", "refuted", "undecided", "behavioural", "
 NullName = Literal["uncoupled", "bridges", "weights", "labels"]
 NULLS: Mapping[NullName, str] = {
     "uncoupled": "a sparse model trained on text alone, bridges fitted to it afterwards by ridge regression",
-    "bridges": "the sparse channels of every bridge in a random order",
+    "bridges": "the sparse channels of every bridge in a random order (blind prediction uses no bridge)",
     "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
     "labels": "every answer token replaced by one drawn at random, the same one everywhere",
 }
+
+UNTOUCHED: frozenset[tuple[NullName, Test]] = frozenset({("bridges", "blind")})  # what a test does not use a null leaves as it is
 
 
 class CardError(UserError):
@@ -184,7 +186,8 @@ class Card:
             if null.passed:
                 sentences.append(f"The null {null.name!r} PASSES, which is a failure of the method: these tests prove nothing.")
                 continue
-            alone = [TITLES[test][2:] for test in TESTS[1:] if null.passing(test) and self.holds(test) is True]
+            touched = [test for test in TESTS[1:] if (null.name, test) not in UNTOUCHED]
+            alone = [TITLES[test][2:] for test in touched if null.passing(test) and self.holds(test) is True]
             if alone:
                 sentences.append(f"The null {null.name!r} passes {_listed(alone)} too, so that alone is no evidence.")
         return tuple(sentences)

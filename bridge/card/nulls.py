@@ -41,7 +41,8 @@ from bridge.training import Progress, fit
 
 FILE, FORMAT = "nulls.json", 1
 TASKS = 3  # by default: of those the coupling solves
-MINUTES = 10.0
+MINUTES = 20.0
+RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
 MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
 WORK_SHARE = 0.2  # of a search's work: it is a null
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out rows is taken
@@ -228,11 +229,11 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
     if not (folder / "coupling.json").is_file():
         progress(f"uncoupled: training on text for {minutes:g} minutes")
         recipe = coupling.recipe
-        # its optimizer is left: what serves a start from the dense model does not serve a random one
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {
             f"{part}.{key}": value for part, some in values.items() if isinstance(some, dict) for key, value in some.items()
         }
+        settings["optimizer.rate"] = RATE
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
         def watch(state: Progress) -> None:
