@@ -24,6 +24,7 @@ from bridge.terminal import (
     held_out_text,
     one_line_errors,
     print_run,
+    refuse,
     sample_prompt,
     shipped_coupling,
     show_phase,
@@ -284,6 +285,85 @@ def circuit(
             ):
                 watch.end()
                 print(f"{text}\n", flush=True)
+
+
+@app.command()
+def card(
+    task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Folder of a circuit, or of several, that `bridge circuit` wrote.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language.")] = False,
+    language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
+    bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
+    seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken, where a circuit is searched.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of searches and controls.")] = 0,
+    work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Test a task's circuit on the dense model: four tests with ceilings, controls and intervals; nulls; a verdict."""
+    with one_line_errors():
+        from bridge.recipe import RecipeError
+
+        if (task is not None or circuit is not None) == all_:
+            raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
+        from bridge.bridges import Coupling
+        from bridge.card.suite import run_cards, wanted_cards
+        from bridge.checkpoint import write_json
+        from bridge.circuits.search import WORK, Subjects
+        from bridge.tasks.pairs import task_names
+
+        wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
+        subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
+        watch, cards = Phases(), []
+        for one, text in run_cards(
+            subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
+        ):
+            watch.end()
+            print(f"{text}\n", flush=True)
+            cards += [] if one is None else [one.to_json()]
+        if json is not None:
+            write_json(json, cards if len(wanted) > 1 else cards[0])
+
+
+@app.command(cls=Several)
+def nulls(
+    bridge: Annotated[str, typer.Argument(help="A coupling: a folder, in which nulls.json is kept.")],
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default the first 3 that both models do.")] = None,
+    circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; others are searched.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
+    minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
+    work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Run the nulls of a coupling, which must fail the whole card, and keep them with it; resumable."""
+    with one_line_errors():
+        from bridge.bridges import Coupling
+        from bridge.card.suite import run_nulls
+        from bridge.circuits.search import WORK, Subjects
+        from bridge.tasks.pairs import task_names
+        from bridge.training import FitStopped
+
+        subjects = Subjects.of(Coupling.from_pretrained(bridge, device=choose_device(device)))
+        watch = Phases()
+        try:
+            for text in run_nulls(
+                subjects,
+                names=tasks or task_names(),
+                explicit=tasks is not None,
+                circuits=circuits,
+                against=against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled",
+                minutes=minutes,
+                work=work * WORK,
+                seed=seed,
+                width=terminal_width(),
+                progress=watch,
+            ):
+                watch.end()
+                print(f"{text}", flush=True)
+        except FitStopped as stopped:
+            refuse(f"{stopped}; the same command goes on", 130)
 
 
 @app.command(cls=Several)

@@ -10,7 +10,7 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
 from torch import Tensor
 
-from bridge.circuits.judge import Judged, TaskFaithfulness, _random_circuits, expected_overlap, judge
+from bridge.circuits.judge import Judged, TaskFaithfulness, expected_overlap, judge, random_circuits
 from bridge.circuits.masks import Aim, Goal, kl
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
@@ -116,11 +116,11 @@ def test_random_circuits_are_as_large_also_where_a_location_has_too_few(subject:
     generator = torch.Generator().manual_seed(0)
     like_f = planted_f(subject)
     pool_f = ~like_f
-    for kept_f in (drawn := _random_circuits(goal, like_f, pool_f, generator)):
+    for kept_f in (drawn := random_circuits(goal.subject.space, like_f, pool_f, generator)):
         assert int(kept_f.sum()) == 6 and not bool((kept_f & like_f).any())
         for location, kept_1n in subject.space.split(kept_f).items():
             assert int(kept_1n.sum()) == int(subject.space.split(like_f)[location].sum())
     assert len({tuple(kept_f.tolist()) for kept_f in drawn}) == len(drawn) == 10
     subject.space.split(pool_f)[Location(0, "mlp_in")].fill_(False)
-    assert [int(kept_f.sum()) for kept_f in _random_circuits(goal, like_f, pool_f, generator)] == [6] * 10
-    assert len(_random_circuits(goal, like_f, like_f & False, generator)) == 0
+    assert [int(kept_f.sum()) for kept_f in random_circuits(goal.subject.space, like_f, pool_f, generator)] == [6] * 10
+    assert len(random_circuits(goal.subject.space, like_f, like_f & False, generator)) == 0

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bridge.attention import variation
+from bridge.circuit import NodeSpace
 from bridge.circuits.masks import Goal, kl, random_company
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
@@ -141,7 +142,7 @@ def judge(
     say = progress or (lambda _: None)
     generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the draws of the search
     on_f = _on(held_out)
-    random_cf = _random_circuits(held_out, judged.kept_f, on_f | judged.kept_f, generator)
+    random_cf = random_circuits(held_out.subject.space, judged.kept_f, on_f | judged.kept_f, generator)
     say(f"judging: {len(random_cf)} random circuits")
     alone_bv = _logits(held_out, judged.kept_f, judged.pruned)
     random = [_logits(held_out, kept_f) for kept_f in random_cf]
@@ -194,21 +195,23 @@ def _on(goal: Goal) -> Tensor:
     return space.join({at: (x_btn != 0).any((0, 1))[None] for at, x_btn in recorded(goal.subject, goal.pairs).items()})
 
 
-def _random_circuits(goal: Goal, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
+def random_circuits(
+    space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator, draws: int = RANDOM_CIRCUITS
+) -> Tensor:
     """kept_cf: as many nodes as like_f has, drawn from a pool, at each location as many as it has there or as there are.
 
     What a location lacks is drawn from all others; no circuit where the pool is too small, or like_f empty.
     """
-    space, drawn = goal.subject.space, []
+    drawn = []
     like, pool = space.split(like_f), space.split(pool_f)
     if not like_f.any() or int(pool_f.sum()) < int(like_f.sum()):
         return torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
-    for _ in range(RANDOM_CIRCUITS):
+    for _ in range(draws):
         parts = {}
-        for location, like_1n in like.items():
-            place_k = pool[location][0].nonzero().flatten()
-            picked_k = some(place_k, int(like_1n.sum()), generator)
-            parts[location] = torch.zeros_like(like_1n).index_fill_(1, picked_k, True)
+        for location, like_tn in like.items():
+            place_k = pool[location].flatten().nonzero().flatten()
+            picked_k = some(place_k, int(like_tn.sum()), generator)
+            parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
         kept_f = space.join(parts)
         lacking = int(like_f.sum()) - int(kept_f.sum())
         drawn.append(kept_f.index_fill(0, some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
@@ -261,7 +264,7 @@ def _company(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Gen
 
 
 def _necessity(goal: Goal, kept_f: Tensor, outside_f: Tensor, generator: torch.Generator) -> Measure:
-    random_cf, note = _random_circuits(goal, kept_f, outside_f, generator), ""
+    random_cf, note = random_circuits(goal.subject.space, kept_f, outside_f, generator), ""
     if not len(random_cf) and kept_f.any() and outside_f.any():
         random_cf, note = outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
     loss, *others = [float(goal.pairs.loss(_logits(goal, ~gone_f)).mean()) for gone_f in (kept_f, *random_cf)]

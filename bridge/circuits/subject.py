@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
-from bridge.residual import Enter
+from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
 
@@ -126,7 +126,10 @@ class SparseSubject:
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
-        trace = self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True)
+        return self.last_logits(pairs, self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True))
+
+    def last_logits(self, pairs: TokenPairs, trace: Trace) -> Tensor:
+        """logits_bv after the prompts, of a run of them that was asked for those of the last position alone."""
         if bool((pairs.last_b == pairs.prompt_bt.shape[1] - 1).all()):
             return trace.logits_btv[:, -1]
         # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token

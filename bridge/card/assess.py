@@ -1,0 +1,219 @@
+"""The card of a task's circuit, and of a prompt's: the gate, the four tests, and what is said beside them.
+
+    task     the circuit that `circuits.search` left, on at most 64 pairs of the test split, every second one the other way round;
+             stress prompts made of the same pairs; sufficiency and the agreement of seeds from the search's own evidence
+    prompt   the circuit of an Explanation, on that prompt: transport if a counterfactual of as many tokens is given, the loop,
+             and the effect profile that the explanation holds already. No intervals, no blind prediction: one prompt has neither
+
+Shape legend: b pair (row), n nodes of a location, f all nodes in one row, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.card.blind import blind_measures
+from bridge.card.card import Card, CardError, CardMeasure, NullResult
+from bridge.card.case import Case
+from bridge.card.loop import loop_measures
+from bridge.card.profile import profile_measures
+from bridge.card.stress import stress_pairs
+from bridge.card.swap import swap_measures
+from bridge.circuit import Circuit
+from bridge.circuits.edges import pruned_to
+from bridge.circuits.judge import SOLVED
+from bridge.circuits.result import TaskResult
+from bridge.circuits.search import Subjects
+from bridge.circuits.subject import SparseSubject
+from bridge.tasks.pairs import Example
+from bridge.tasks.tokens import Resolved, TokenPairs, score
+from bridge.validate import Control, Measure
+
+PAIRS = 64
+_ONE_PROMPT = (
+    "One prompt has no intervals over pairs, and says nothing of other prompts: blind prediction takes a task.",
+    "Its effect profile is over this prompt alone; the nulls are run on tasks.",
+)
+
+
+@torch.no_grad()
+def task_card(
+    subjects: Subjects,
+    task: Resolved,
+    result: TaskResult,
+    nulls: tuple[NullResult, ...] | None = None,
+    *,
+    nulls_note: str = "",
+    pairs: TokenPairs | None = None,
+    alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Card:
+    """The card of a task's circuit. `alter` changes the answers of all pairs that it is tested on, for a null.
+
+    Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
+    """
+    say, started = progress or (lambda _: None), time.monotonic()
+    coupling, whole = subjects.coupling, subjects.sparse
+    check_circuit(result, subjects)
+    if coupling.dense.tokenizer is None:
+        raise CardError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
+    chosen = held_out(task) if pairs is None else pairs
+    say("card: the dense model on the task")
+    tested = alter(chosen)
+    circuit = result.circuit
+    case = Case.of(coupling, whole, alone(whole, circuit), circuit.kept, tested)
+    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
+    reference_bt = subjects.reference_bt if coupling.reference_bt is None else coupling.reference_bt
+    stress = stress_pairs(
+        chosen, coupling.dense.tokenizer, reference_bt, min(limits), language=task.language, seed=seed
+    )  # fmt: skip
+    tests = (
+        _gate(coupling, case.pairs),
+        *swap_measures(case, seed, say),
+        *loop_measures(case, seed, say),
+        *profile_measures(case, seed, say),
+        *blind_measures(case, {kind: alter(some) for kind, some in stress.items()}, reference_bt, seed, say),
+    )
+    faith = result.faithfulness
+    notes = (f"{len(case.pairs)} held-out pairs, and {PAIRS} are asked.",) if len(case.pairs) < PAIRS else ()
+    return Card(
+        about=task.task,
+        kind="task",
+        pairs=len(case.pairs),
+        sparse=faith.verdict,
+        stable=faith.stable.passed,
+        tests=tests,
+        nulls=nulls,
+        nulls_note=nulls_note,
+        notes=notes,
+        provenance=_provenance(coupling, seed, len(circuit.nodes)),
+        seconds=time.monotonic() - started,
+    )
+
+
+def held_out(task: Resolved) -> TokenPairs:
+    """At most 64 pairs of a task's test split, every second one the other way round. Raises CardError where there are none."""
+    pairs = task.splits["test"]
+    if not len(pairs):
+        raise CardError(f"the task {task.task} has no test pairs under this tokenizer; take another task, or add examples")
+    row_b = torch.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).round().long()
+    count = len(row_b)
+    place_b = torch.arange(count)
+    return pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + count))
+
+
+def alone(whole: SparseSubject, circuit: Circuit) -> SparseSubject:
+    """The sparse model with the circuit's edges only, where they were pruned."""
+    if circuit.edges is None:
+        return whole
+    pruned = pruned_to(whole, circuit.edges, whole.space.join(circuit.kept).to(whole.device))
+    pruned.sparse.use_products()
+    return pruned
+
+
+def check_circuit(result: TaskResult, subjects: Subjects) -> None:
+    """Raise CardError where a circuit is not one of this coupling: other nodes, or other means of them."""
+    circuit, means = result.circuit, subjects.sparse.means
+    same = {at: kept_1n.shape[-1] for at, kept_1n in circuit.kept.items()} == dict(subjects.sparse.space.sizes) and all(
+        torch.allclose(circuit.means[at].cpu(), means[at].cpu(), rtol=1e-2, atol=1e-2) for at in circuit.kept
+    )
+    if not same:
+        raise CardError(
+            f"the circuit of {circuit.explains} is not of this coupling: its nodes have other means; give --bridge the coupling "
+            "that it was searched in, or search again"
+        )
+
+
+def _gate(coupling: Coupling, pairs: TokenPairs) -> CardMeasure:
+    scores = score(coupling.dense, pairs)
+    return CardMeasure(
+        "accuracy of the dense model", scores.accuracy, Control("chance", 1, 0.5, 0.5, "it"), f">= {SOLVED:g}",
+        scores.accuracy >= SOLVED, test="gate",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def prompt_card(
+    coupling: Coupling,
+    circuit: Circuit,
+    sparse: str,
+    agreement: Measure,
+    profile: Measure,
+    profile_interval: tuple[float, float] | None,
+    counterfactual_t: Tensor | None,
+    *,
+    nulls: tuple[NullResult, ...] | None = None,
+    nulls_note: str = "",
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Card:
+    """The card of a prompt's circuit, from its Faithfulness's verdict, agreement and profile, and what is measured here.
+
+    counterfactual_t are as many tokens as the prompt has, or None. Raises CardError where they are not.
+    """
+    say, started = progress or (lambda _: None), time.monotonic()
+    question = circuit.question
+    tokens_t = question.tokens_t
+    if counterfactual_t is not None and len(counterfactual_t) != len(tokens_t):
+        raise CardError(
+            f"the counterfactual has {len(counterfactual_t)} tokens and the prompt {len(tokens_t)}; give one of equal length"
+        )
+    if counterfactual_t is not None and bool((counterfactual_t.to(tokens_t) == tokens_t).all()):
+        raise CardError("the counterfactual is the prompt itself; change what decides the answer")
+    swapped_t = tokens_t if counterfactual_t is None else counterfactual_t.to(tokens_t)
+    no_b = torch.zeros(1, dtype=torch.bool)
+    pairs = TokenPairs(
+        tokens_t[None].cpu(), swapped_t[None].cpu(), torch.tensor([len(tokens_t) - 1]), torch.tensor([[question.target]]),
+        torch.tensor([[question.contrast]]), no_b, no_b, (Example("", "", ("",), ("",)),), ((),),
+    )  # fmt: skip
+    whole = SparseSubject(coupling.sparse, circuit.means)
+    case = Case.of(coupling, whole, whole, circuit.kept, pairs)
+    without = "no counterfactual was given; give --counterfactual, a prompt of as many tokens"
+    tests = (
+        _from(agreement, "gate"),
+        *(
+            swap_measures(case, seed, say)
+            if counterfactual_t is not None
+            else (CardMeasure("share of the swap carried", None, None, "", None, without, test="swap"),)
+        ),
+        *loop_measures(case, seed, say),
+        replace(_from(profile, "profile"), interval=profile_interval),
+    )
+    return Card(
+        about="the prompt",
+        kind="prompt",
+        pairs=0 if counterfactual_t is None else 1,
+        sparse=sparse,
+        stable=None,
+        tests=tests,
+        nulls=nulls,
+        nulls_note=nulls_note,
+        notes=_ONE_PROMPT,
+        provenance=_provenance(coupling, seed, len(circuit.nodes)),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _from(measure: Measure, test: str) -> CardMeasure:
+    values = {name: getattr(measure, name) for name in ("name", "value", "control", "aim", "passed", "note")}
+    return CardMeasure(**values, test=test)  # pyright: ignore[reportArgumentType]
+
+
+def _provenance(coupling: Coupling, seed: int, nodes: int) -> Mapping[str, str | float | int | None]:
+    return {
+        "dense": coupling.dense.name,
+        "dense_fingerprint": coupling.dense.fingerprint(),
+        "coupling": coupling.path,
+        "l0": coupling.recipe.sparsity.l0,
+        "seed": seed,
+        "nodes": nodes,
+        "version": version("bridge"),
+    }

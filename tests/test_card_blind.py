@@ -1,0 +1,77 @@
+"""Blind prediction: its numbers by hand, a copy of the dense model foresees it, and its bigram is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, planted_pairs
+from test_card_case import answered, case_of, copied, corpus
+
+from bridge.bridges import Coupling
+from bridge.card import blind
+from bridge.card.blind import _explained, _mistakes, bigram_logits, blind_measures
+
+
+@pytest.fixture(scope="module")
+def copy() -> Coupling:
+    return copied()
+
+
+def test_a_copy_foresees_everything(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blind, "FEWEST", 60)
+    pairs = answered(copy.dense, planted_pairs(30, lengths=(5, 7), seed=4))
+    stress = {"old": pairs.rows(torch.arange(10)), "new": pairs.rows(torch.arange(10, 30))}
+    explained, signs, *_ = blind_measures(case_of(copy), stress, corpus())
+    assert explained.value == pytest.approx(1, abs=0.01) and explained.ceiling is not None
+    assert explained.ceiling.mean == pytest.approx(explained.value)
+    assert explained.control is not None and explained.control.what == "bigram"
+    assert explained.passed is (explained.control.mean < 0.99)  # the answer is decided by the last token
+    assert signs.value == pytest.approx(1, abs=0.02) and signs.passed
+    assert [point.label for point in explained.points] == ["old", "new"]
+
+
+def test_too_few_prompts_are_no_test(copy: Coupling) -> None:
+    measures = blind_measures(case_of(copy), {"only": planted_pairs(20)}, corpus())
+    assert all(measure.passed is None and "200" in measure.note for measure in measures)
+
+
+@torch.no_grad()
+def test_the_bigram_is_the_mean_after_a_token_in_text(copy: Coupling) -> None:
+    pairs, text_bt = planted_pairs(3, lengths=(4, 6)), corpus()
+    pairs.prompt_bt[torch.arange(3), pairs.last_b] = torch.tensor([int(text_bt[2, 4]), 1, int(text_bt[2, 4])])
+    found_bv = bigram_logits(copy.dense, pairs, text_bt)
+    total_v, count = torch.zeros(VOCABULARY), 0
+    for row_t in text_bt:
+        for position, token in enumerate(row_t.tolist()):
+            if token == int(text_bt[2, 4]):
+                total_v += copy.dense.run(row_t[None, : position + 1]).logits_btv[0, -1]
+                count += 1
+    assert count and not (text_bt == 1).any()
+    torch.testing.assert_close(found_bv[0], total_v / count, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found_bv[2], found_bv[0])
+    torch.testing.assert_close(found_bv[1], copy.dense.run(torch.tensor([[1]])).logits_btv[0, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_explained_is_of_the_same_answers_for_both_members() -> None:
+    generator = np.random.default_rng(0)
+    dense_b2 = generator.normal(3, 1, size=(120, 2))
+    circuit_b2 = dense_b2 + generator.normal(0, 0.5, size=(120, 2))
+    measure = _explained(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2)), (), 0)
+    y, x = (np.concatenate([z[:, 0], -z[:, 1]]) for z in (dense_b2, circuit_b2))
+    expected = 1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert measure.value == pytest.approx(expected) and measure.passed
+    assert measure.interval is not None and measure.interval[0] < expected < measure.interval[1]
+    worse = _explained(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2, (), 0)
+    assert worse.passed is False
+
+
+def test_mistakes_are_to_be_foreseen_and_not_cried() -> None:
+    generator = np.random.default_rng(0)
+    dense_b2 = np.where(np.arange(200).reshape(100, 2) % 5 == 0, -1.0, 2.0)
+    right = _mistakes(dense_b2, dense_b2 + 0.1 * generator.normal(size=(100, 2)), dense_b2, 0)
+    assert right.value == 1 and right.passed and right.control is not None and right.control.mean == 0
+    blind_to_them = _mistakes(dense_b2, np.ones((100, 2)), dense_b2, 0)
+    assert blind_to_them.value == 0 and blind_to_them.passed is False
+    always = _mistakes(dense_b2, -np.ones((100, 2)), dense_b2, 0)
+    assert always.value == 1 and always.passed is False  # all alarms
