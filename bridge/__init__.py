@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
-    from bridge.explanation import Explanation, explain
+    from bridge.explained import Explanation
+    from bridge.explanation import explain
     from bridge.export import Exported, export, node_pages, to_networkx
     from bridge.frontier import Frontier
     from bridge.moves import Move
@@ -34,7 +35,7 @@ _HOME = {
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
-    "Explanation": "explanation",
+    "Explanation": "explained",
     "Exported": "export",
     "Faithfulness": "validate",
     "Frontier": "frontier",

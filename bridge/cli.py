@@ -170,7 +170,7 @@ def explain(
     with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
-        from bridge.explanation import Answered, Drawn, render_answer, render_text
+        from bridge.explained import Answered, Drawn, render_answer, render_text
         from bridge.explanation import explain as explain_prompt
         from bridge.page import check_target, described_nodes, page_data, render_html, write_page
 

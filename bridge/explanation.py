@@ -11,222 +11,45 @@
 Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the circuit with the first two
 measures, before the slower evidence.
 
-An Explanation cannot be made without its Faithfulness. Where the two models disagree the circuit is still shown, since one may
-want to know what the sparse model does instead, but the verdict says first that it explains nothing of the dense model.
-
 Shape legend: b batch row, t token, f all nodes of a prompt in one row, k the circuit's nodes, v vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from bridge import display
-from bridge.attention import ExplainedHead, Read, explain_attention
+from bridge.attention import explain_attention
 from bridge.bridges import Coupling
-from bridge.circuit import COUNTED, Ablations, EdgeKind, EdgeTable, Question, corpus_means, edge_table
-from bridge.levels import Level, nested_circuits
+from bridge.circuit import COUNTED, Ablations, EdgeTable, Question, corpus_means, edge_table
+from bridge.explained import (
+    Answer,
+    Answered,
+    Counts,
+    Drawn,
+    ExplainedEdge,
+    ExplainedNode,
+    ExplainError,
+    Explanation,
+    Provenance,
+    Searched,
+    Token,
+    quoted,
+)
+from bridge.levels import nested_circuits
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
 from bridge.prune import Found, find_circuit
-from bridge.recipe import UserError
-from bridge.validate import Faithfulness, Measure, validate
+from bridge.validate import validate
 
-FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 DELETED_TOKENS = 2000  # of masked copies, in which nodes are deleted one by one
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
-LISTED_NODES, LISTED_EDGES, LISTED_HEADS = 40, 2, 8  # in the rendered text
-
-
-class ExplainError(UserError):
-    """A prompt, target or coupling that cannot be explained, in one line that says what to change."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of the vocabulary."""
-
-    id: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A next token and its probability."""
-
-    token: Token
-    probability: float
-
-
-@dataclass(frozen=True)
-class ExplainedNode:
-    """A node of the circuit: its activation in the sparse model, its corpus mean, and what its deletion from the circuit does.
-
-    importance is the rise in KL to the whole sparse model (nats), effect the loss of logit difference (logits); in a large
-    circuit both are measured for those nodes alone that matter most to first order, and None for the others. level is the first
-    of the explanation's nested circuits that has the node. label is a few words on the channel, where `bridge nodes` has been
-    run on the coupling.
-    """
-
-    id: str
-    name: str
-    layer: int
-    kind: str
-    index: int
-    position: int
-    activation: float
-    mean: float
-    importance: float | None
-    effect: float | None
-    level: int
-    label: str | None = None
-
-
-@dataclass(frozen=True)
-class ExplainedEdge:
-    """An edge between two nodes, named by their ids; see `circuit` for kinds, weights and effects."""
-
-    source: str
-    target: str
-    kind: EdgeKind
-    weight: float
-    effect: float
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How large the circuit is: nodes, edges (nonzero weights between two nodes) and the distinct weights among them.
-
-    Embedding, unembedding and bigram entries are no edges, and counted apart.
-    """
-
-    nodes: int
-    edges: int
-    weights: int
-    embedding: int
-    unembedding: int
-    bigram: int
-
-
-@dataclass(frozen=True)
-class Searched:
-    """How the circuit was found: nodes along the way, whether silenced ones were candidates, whether it ran to its end."""
-
-    active: int
-    candidates: int
-    silenced: bool
-    complete: bool
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What an explanation depends on; coupling_fingerprint is that of the sparse weights."""
-
-    dense: str
-    dense_fingerprint: str
-    coupling: str | None
-    l0: float
-    seed: int
-    version: str
-    reference: str
-    coupling_fingerprint: str | None = None
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What is known at once: the question, and both models' answers."""
-
-    prompt: str
-    tokens: tuple[Token, ...]
-    target: Token
-    contrast: Token
-    dense: tuple[Answer, ...]
-    sparse: tuple[Answer, ...]
-    dense_difference: float
-    sparse_difference: float
-
-    @property
-    def agree(self) -> bool:
-        """Whether the two models give the same answer."""
-        return self.dense[0].token.id == self.sparse[0].token.id
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What is known before all the evidence is: the circuit, and whether it is sufficient (KL and share of D that it keeps)."""
-
-    nodes: tuple[ExplainedNode, ...]
-    edges: tuple[ExplainedEdge, ...]
-    counts: Counts
-    searched: Searched
-    levels: tuple[Level, ...]
-    sufficiency: tuple[Measure, Measure]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence."""
-
-    prompt: str
-    tokens: tuple[Token, ...]
-    target: Token
-    contrast: Token
-    dense: tuple[Answer, ...]
-    sparse: tuple[Answer, ...]
-    dense_difference: float
-    sparse_difference: float
-    faithfulness: Faithfulness
-    nodes: tuple[ExplainedNode, ...]
-    edges: tuple[ExplainedEdge, ...]
-    attention: tuple[ExplainedHead, ...]
-    attention_left_out: int
-    counts: Counts
-    searched: Searched
-    levels: tuple[Level, ...]
-    provenance: Provenance
-
-    @property
-    def agree(self) -> bool:
-        """Whether the two models give the same answer."""
-        return self.dense[0].token.id == self.sparse[0].token.id
-
-    def to_json(self) -> dict[str, Any]:
-        """The explanation as plain JSON values, the verdict written out: the contract of docs/explanation-json.md."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
-        values["faithfulness"] |= {"verdict": self.faithfulness.verdict, "reasons": list(self.faithfulness.reasons)}
-        return {"format": FORMAT, **values, "agree": self.agree}
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Explanation:
-        """The explanation that `to_json` wrote. Raises ExplainError for anything else."""
-        try:
-            if values.get("format") != FORMAT:
-                raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
-            json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
-            return _READER.validate_python(values)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
-
-    def __str__(self) -> str:
-        return render_text(self)
-
-    def _repr_html_(self) -> str:
-        return render_html(self)
-
-
-_READER = TypeAdapter(Explanation)
 
 
 @torch.no_grad()
@@ -332,8 +155,8 @@ def one_token(coupling: Coupling, text: str, role: str) -> int:
     assert tokenizer is not None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if len(ids) != 1:
-        pieces = " ".join(_shown(token_of(tokenizer, token).text) for token in ids) or "none"
-        remedy = f"; give one, such as {_shown(token_of(tokenizer, ids[0]).text)}" if ids else "; give one"
+        pieces = " ".join(quoted(token_of(tokenizer, token).text) for token in ids) or "none"
+        remedy = f"; give one, such as {quoted(token_of(tokenizer, ids[0]).text)}" if ids else "; give one"
         raise ExplainError(f"{role} {text!r} is {len(ids)} tokens ({pieces}), and only a single token can be explained{remedy}")
     if ids[0] == tokenizer.unk_token_id:
         raise ExplainError(f"{role} {text!r} is not in the dense model's vocabulary; give one of its tokens")
@@ -393,201 +216,3 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
         reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
         coupling_fingerprint=sparse_fingerprint(coupling.sparse),
     )
-
-
-# -- as text ----------------------------------------------------------------------------------------------------------------
-
-
-def render_text(explanation: Explanation, width: int = 100, *, answer: bool = True) -> str:
-    """The explanation for a terminal `width` columns wide: answer, verdict, circuit, evidence, and how to read them.
-
-    Without the answer where that has been shown already (`render_answer`).
-    """
-    where = explanation.provenance
-    made = (
-        f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}), dense model "
-        f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
-    )
-    parts = (
-        *((_render_answer(explanation),) if answer else ()),
-        _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
-        _render_circuit(explanation, width),
-        _render_attention(explanation, width),
-        _render_evidence(explanation),
-        textwrap.wrap(_HOW_TO_READ, width),
-        textwrap.wrap(made, width),
-    )
-    return "\n".join(_cut(line, width) for part in parts for line in (*part, "")).rstrip()
-
-
-_HOW_TO_READ = (
-    "How to read this: D is the logit of the target less that of the contrast. A node is a channel of the sparse model at one "
-    "token; value is its activation there (off: silenced by AbsTopK), mean its average over text, which replaces it when it is "
-    "deleted; effect is what D loses when it alone is deleted from the circuit. Inputs are its strongest edges, with what D owes "
-    "to each. What holds in the sparse model holds for the dense one only as far as the last line of the evidence goes."
-)
-
-
-def render_answer(answered: Answered, width: int = 100) -> str:
-    """What is known at once, as `render_text` begins."""
-    return "\n".join(_cut(line, width) for line in _render_answer(answered))
-
-
-def _render_answer(explanation: Answered | Explanation) -> list[str]:
-    def listed(answers: tuple[Answer, ...]) -> str:
-        return "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
-
-    differences = explanation.dense_difference, explanation.sparse_difference
-    own = "" if explanation.target.id == explanation.dense[0].token.id else ", which is not the dense model's answer"
-    return [
-        f"prompt    {_shown(explanation.prompt)}  ({len(explanation.tokens)} tokens)",
-        f"dense     {listed(explanation.dense)}",
-        f"sparse    {listed(explanation.sparse)}  {'agrees' if explanation.agree else 'DISAGREES'}",
-        f"question  why {_shown(explanation.target.text)} rather than {_shown(explanation.contrast.text)}{own}",
-        "          D is {:+.2f} in the dense model, {:+.2f} in the sparse one".format(*differences),
-    ]
-
-
-def _render_circuit(explanation: Explanation, width: int) -> list[str]:
-    counts, searched = explanation.counts, explanation.searched
-    lines = [
-        f"CIRCUIT   {counts.nodes:,} nodes, where {searched.active:,} are active; {counts.edges:,} edges over "
-        f"{counts.weights:,} weights"
-    ]
-    if not searched.complete:
-        lines.append("          The search ran out of work: there may be a smaller circuit.")
-    within = ", ".join(f"{level.nodes:,} with KL {level.kl:.2f} and {level.share:.2f} of D" for level in explanation.levels[:-1])
-    lines += _wrap("          ", f"Within it {within}.", width) if within else []
-    shown = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
-    inputs: dict[str, list[ExplainedEdge]] = {}
-    for edge in explanation.edges:  # strongest first
-        if abs(edge.effect) >= 0.005:
-            inputs.setdefault(edge.target, []).append(edge)
-    longest = max((len(node.name) for node in shown), default=0)
-    if shown:
-        lines.append(f"        {'node':<{longest}}    value     mean   effect   inputs")
-    for position, token in enumerate(explanation.tokens):
-        here = [node for node in explanation.nodes if node.position == position and node in shown]
-        lines += [f"  {position:>3}  {_shown(token.text)}"] if here else []
-        for node in here:
-            value = f"{node.activation:+.2f}" if node.activation else "off"
-            arrows = ", ".join(_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
-            lines.append(
-                f"        {node.name:<{longest}}  {value:>7}  {node.mean:>+7.2f}  {node.effect or 0:>+7.2f}   {arrows}".rstrip()
-            )
-            lines += [f"            {node.label}"] if node.label else []
-    last = len(explanation.tokens) - 1
-    answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
-    lines += _wrap("        D from ", ", ".join(answer[:8]), width)
-    if len(explanation.nodes) > len(shown):
-        lines.append(f"        and {len(explanation.nodes) - len(shown):,} nodes of smaller effect, which the JSON lists")
-    return lines
-
-
-def _input(edge: ExplainedEdge, position: int) -> str:
-    name, _, at = edge.source.partition("@")
-    return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
-
-
-def _render_attention(explanation: Explanation, width: int) -> list[str]:
-    if not explanation.attention:
-        return ["ATTENTION No head of the circuit does anything for D."]
-    left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
-    head = "What D loses when a head's nodes are deleted at a token; by its pattern alone; by its values alone."
-    lines = [
-        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have some effect.", width),
-        "        head         effect  pattern   values   sink   reads",
-    ]
-    for head in explanation.attention[:LISTED_HEADS]:
-        numbers = f"{head.effect:>+7.2f}  {head.pattern_effect:>+7.2f}  {head.value_effect:>+7.2f}  {head.sink:>5.2f}"
-        reads = ", ".join(_read(explanation, read) for read in head.reads[:3] if read.weight >= 0.05)
-        lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
-        for read in head.reads[:1]:
-            why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
-            moved = ", ".join(
-                f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
-            )
-            text = f"@{read.position} by {why or 'no channel'}; moves {moved or 'no node of the circuit'}"
-            lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
-    return lines
-
-
-def _read(explanation: Explanation, read: Read) -> str:
-    return f"{_shown(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
-
-
-def _render_evidence(explanation: Explanation) -> list[str]:
-    faithfulness = explanation.faithfulness
-    rows = [("EVIDENCE", "here", "control", "aim", "met"), *(_evidence(measure) for measure in faithfulness.measures)]
-    sizes = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows]
-    if faithfulness.profile_interval is not None:
-        low, high = faithfulness.profile_interval
-        interval = f"95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}"
-        lines.append(f"    {interval}; {faithfulness.profile.note}")
-    return lines
-
-
-def _evidence(measure: Measure) -> tuple[str, str, str, str, str]:
-    control = measure.control
-    beside = "none" if control is None else f"{control.what} {control.mean:.3f}"
-    if control is not None and control.bar_is != "mean":
-        beside += f" ({control.bar_is} {control.bar:.3f})"
-    value = "-" if measure.value is None else f"{measure.value:.3f}"
-    return f"  {measure.name}", value, beside, measure.aim, {True: "yes", False: "NO", None: "?"}[measure.passed]
-
-
-def _wrap(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
-
-
-def _shown(text: str) -> str:
-    """Text as Python would write it, so that spaces, newlines and quotes can be seen."""
-    return repr(text)
-
-
-def _cut(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: width - 1] + "\u2026"
-
-
-# -- in a notebook ------------------------------------------------------------------------------------------------------------
-
-
-def render_html(explanation: Explanation) -> str:
-    """The explanation as a piece of HTML: answer, verdict, what D owes to nodes at each token, nodes, evidence."""
-    faithfulness, counts = explanation.faithfulness, explanation.counts
-    effects = [0.0] * len(explanation.tokens)
-    for node in explanation.nodes:
-        effects[node.position] += abs(node.effect or 0)
-    most = max(effects) or 1.0
-    shaded = "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True))
-    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
-    largest = max((abs(node.effect or 0) for node in strongest), default=0) or 1.0
-    nodes = [
-        (
-            node.name,
-            f"{node.position} {_shown(explanation.tokens[node.position].text)}",
-            f"{node.activation:+.2f}",
-            display.Cell(f"{node.effect or 0:+.2f}", (node.effect or 0) / largest),
-            node.label or "",
-        )
-        for node in strongest
-    ]
-    answers = (
-        _answer_row("dense", explanation.dense, explanation.dense_difference),
-        _answer_row("sparse", explanation.sparse, explanation.sparse_difference),
-    )
-    size = f"circuit: {counts.nodes:,} nodes, {counts.edges:,} edges; the {len(nodes)} of largest effect"
-    return display.card(
-        _render_answer(explanation)[3].removeprefix("question").strip(),
-        shaded,
-        display.table(("", "answers", "D"), answers),
-        f"{display.verdict(faithfulness.verdict)} {display.text(' '.join(faithfulness.reasons))}",
-        display.fold(size, display.table(("node", "at", "value", "effect", ""), nodes)),
-        display.fold("evidence", display.table(("", "here", "control", "aim", "met"), map(_evidence, faithfulness.measures))),
-    )
-
-
-def _answer_row(model: str, answers: tuple[Answer, ...], difference: float) -> tuple[str, str, str]:
-    told = "  ".join(f"{_shown(each.token.text)} {each.probability:.1%}" for each in answers[:4])
-    return model, told, f"{difference:+.2f}"

@@ -24,7 +24,7 @@ import networkx as nx
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
-from bridge.explanation import Explanation
+from bridge.explained import Explanation
 from bridge.node_page import NodePage, describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.viewer_graph import ExportError, features_json, graph_json, origin, place

@@ -39,7 +39,7 @@ from bridge.bridges import Coupling
 from bridge.checkpoint import read_json
 from bridge.circuit import Node, recording_gate
 from bridge.circuits.result import TaskResult
-from bridge.explanation import Explanation
+from bridge.explained import Explanation
 from bridge.nodes import parse_node
 from bridge.recipe import UserError
 from bridge.residual import Trace

@@ -23,7 +23,7 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import write_text
-from bridge.explanation import ExplainError, Explanation
+from bridge.explained import ExplainError, Explanation
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.explanation import Answer, Token, one_token, prompt_tokens, token_of, top_answers
+from bridge.explained import Answer, Token
+from bridge.explanation import one_token, prompt_tokens, token_of, top_answers
 from bridge.moves import Move, Moved, Steerer, SteerError, carry, every_node, parse_move
 from bridge.residual import Trace
 

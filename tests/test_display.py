@@ -13,7 +13,8 @@ from test_explanation import PROMPT, agreeing
 from bridge import display
 from bridge.dense import DenseModel
 from bridge.evaluate import evaluate
-from bridge.explanation import Explanation, explain
+from bridge.explained import Explanation
+from bridge.explanation import explain
 
 HOSTILE = "</td></details><script>alert('1')</script><img src=x onerror=alert(1)>\"' &amp; {x}"
 TAGS = {"div", "b", "span", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"}

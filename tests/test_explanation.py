@@ -12,7 +12,8 @@ import torch
 
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explanation import ExplainedNode, ExplainError, Explanation, explain, render_text
+from bridge.explained import ExplainedNode, ExplainError, Explanation, render_text
+from bridge.explanation import explain
 from bridge.recipe import UserError
 from bridge.sparse import Location
 from tests.conftest import CONTEXT, tiny_gpt2, untrained

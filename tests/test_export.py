@@ -21,7 +21,8 @@ from test_explanation import PROMPT, agreeing
 from bridge import viewer_graph
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explanation import Explanation, Token, explain
+from bridge.explained import Explanation, Token
+from bridge.explanation import explain
 from bridge.export import ExportError, export, node_pages, to_networkx
 from bridge.node_page import NodePage
 from bridge.nodes import collect_nodes

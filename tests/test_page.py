@@ -24,7 +24,8 @@ from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import DenseModel
-from bridge.explanation import Explanation, explain
+from bridge.explained import Explanation
+from bridge.explanation import explain
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, read_explanation, render_html, write_page
 

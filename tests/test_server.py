@@ -30,7 +30,8 @@ from bridge.circuits.result import Size, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
 from bridge.dense import DenseModel
-from bridge.explanation import Explanation, explain
+from bridge.explained import Explanation
+from bridge.explanation import explain
 from bridge.recipe import UserError
 from bridge.server.app import create_app
 from bridge.server.library import LONGEST_LABEL, Library

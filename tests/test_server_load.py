@@ -25,7 +25,8 @@ from schemathesis.checks import CHECKS
 from test_server import Held, ask, client_of, over, until
 
 from bridge.bridges import Coupling
-from bridge.explanation import Explanation, explain
+from bridge.explained import Explanation
+from bridge.explanation import explain
 from bridge.server.app import create_app
 from bridge.server.library import Library
 from bridge.server.run import bound_socket

@@ -15,7 +15,8 @@ from test_cli import assert_refused, run
 import bridge
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel
-from bridge.explanation import ExplainError, explain
+from bridge.explained import ExplainError
+from bridge.explanation import explain
 from bridge.moves import Steerer, SteerError, carry, parse_move
 from bridge.nodes import NodeError
 from bridge.steer import Steering, random_like, steer

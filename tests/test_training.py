@@ -116,7 +116,7 @@ def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tm
     """Sparser, from weights that are there: untrained and at the same L0 it is the other one; the anneal falls from its L0."""
     first, _ = fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
     settings = {"sparse.start": str(tmp_path / "first"), "sparsity.anneal": 1.0}
-    run = prepare(dense_folder, values(text_file, **settings, **{"sparsity.l0": 0.02}), device="cpu")
+    run = prepare(dense_folder, values(text_file, TOKENS, **settings, **{"sparsity.l0": 0.02}), device="cpu")
     for one, other in zip(run.coupling.sparse.parameters(), first.sparse.parameters(), strict=True):
         assert torch.equal(one, other)
     assert run.started is not None and run.started.l0 == first.sparse.achieved_l0()
@@ -129,9 +129,9 @@ def test_another_shape_is_no_start(dense_folder: Path, text_file: Path, tmp_path
     fitted(dense_folder, text_file, tokens=1, out=tmp_path / "first")
     with pytest.raises(RecipeError, match="another shape .keep."):
         settings = {"sparse.start": str(tmp_path / "first"), "sparse.keep": 0.5}
-        prepare(dense_folder, values(text_file, **settings), device="cpu")
+        prepare(dense_folder, values(text_file, TOKENS, **settings), device="cpu")
     with pytest.raises(CheckpointError, match="nowhere"):
-        prepare(dense_folder, values(text_file, **{"sparse.start": str(tmp_path / "nowhere")}), device="cpu")
+        prepare(dense_folder, values(text_file, TOKENS, **{"sparse.start": str(tmp_path / "nowhere")}), device="cpu")
 
 
 def test_a_live_model_is_left_as_it_was(text_file: Path) -> None:

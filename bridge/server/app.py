@@ -33,7 +33,8 @@ from starlette.exceptions import HTTPException
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.explanation import Explanation, explain, one_token, prompt_tokens, render_text
+from bridge.explained import Explanation, render_text
+from bridge.explanation import explain, one_token, prompt_tokens
 from bridge.recipe import UserError
 from bridge.server import schema
 from bridge.server.jobs import Asked, FullError, Jobs, Say, UnknownJobError
