@@ -31,7 +31,7 @@ def _held(make: Callable[P, Bare]) -> Callable[P, Coupling]:
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Coupling:
         bare = make(*args, **kwargs)
-        return Coupling(**{field.name: getattr(bare, field.name) for field in fields(bare)})
+        return Coupling(**{field.name: getattr(bare, field.name) for field in fields(bare) if field.init})
 
     return made
 

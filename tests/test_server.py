@@ -37,6 +37,7 @@ from bridge.server.app import create_app
 from bridge.server.library import LONGEST_LABEL, Library
 from bridge.server.schema import LONGEST_PROMPT
 from bridge.server.security import Rules
+from bridge.steer import steer
 
 PROMPT = "w5 w9 w12 w5"
 RULES = Rules.for_address("127.0.0.1", 8765, None)
@@ -545,12 +546,21 @@ def test_the_first_page_runs_its_own_script_and_no_other(client: TestClient) -> 
 STEERING = {"value": 1.5, "strength": 0.5}
 
 
-def test_steering_what_cannot_be_steered(client: TestClient, explanation: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bridge.steer", None)  # a version without it
+def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, explanation: Explanation) -> None:
+    id = ask(client)
+    over(client, id)
+    node = explanation.nodes[0].id
+    told = client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).json()
+    pair = {"target": explanation.target.id, "contrast": explanation.contrast.id}
+    expected = steer(coupled, explanation.prompt, [f"{node}=1.5"], strengths=(0.5,), **pair).curve[-1]
+    assert told["probability_target"] == pytest.approx(expected.probability_target, rel=1e-4)
+    assert told["text"] == expected.text
+
+
+def test_steering_what_cannot_be_steered(client: TestClient, explanation: Explanation) -> None:
     id = ask(client)
     over(client, id)
     where, node = f"/api/explanations/{id}/steer", explanation.nodes[0].id
-    refused(client.post(where, json={"node": node, **STEERING}), 501, "bridge.steer")
     refused(client.post(where, json={"node": "L9.mlp_act[1]@0", **STEERING}), 404, "'L9.mlp_act[1]@0'")
     refused(client.post("/api/explanations/none/steer", json={"node": node, **STEERING}), 404, "'none'")
     for odd in ({"strength": 1.5}, {"strength": -1}, {"value": 1e9}, {"value": "x"}, {"more": 1}):
@@ -565,14 +575,14 @@ def test_steering_is_done_between_two_phases_of_what_runs(
     held = Held(explanation)
     threads: list[str] = []
 
-    def steer(coupling: Coupling, prompt: str, moves: list[str], *, strengths: tuple[float, ...], **_: Any) -> SimpleNamespace:
+    def steered(coupling: Coupling, prompt: str, moves: list[str], *, strengths: tuple[float, ...], **_: Any) -> SimpleNamespace:
         threads.append(threading.current_thread().name)
         assert (coupling.sparse.width, moves) == (32, [f"{node}=1.5"])
         chances = {"probability_target": 0.25, "probability_contrast": 0.5}
         at = [SimpleNamespace(strength=s, dense=explanation.dense, text=f"{prompt} on", **chances) for s in (0, *strengths)]
         return SimpleNamespace(curve=at)
 
-    monkeypatch.setitem(sys.modules, "bridge.steer", SimpleNamespace(steer=steer))
+    monkeypatch.setattr("bridge.server.app.steer", steered)
     node = explanation.nodes[0].id
     with client_of(Library([root]), held) as client:
         held.go.set()

@@ -15,11 +15,9 @@ there is no room for, with Retry-After; those of `security` besides.
 from __future__ import annotations
 
 import asyncio
-import html
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
@@ -33,13 +31,15 @@ from starlette.exceptions import HTTPException
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.explained import Explanation, render_text
+from bridge.explained import Explanation
 from bridge.explanation import explain, one_token, prompt_tokens
+from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema
 from bridge.server.jobs import Asked, FullError, Jobs, Say, UnknownJobError
 from bridge.server.library import Library, NotListedError
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
+from bridge.steer import steer
 from bridge.tasks.pairs import load_task, task_names
 from bridge.tasks.templates import TASKS
 
@@ -58,7 +58,6 @@ _REFUSALS = {
     421: "The Host header names another machine.",
     422: "A value breaks a rule.",
     429: "There is no room in the queue.",
-    501: "This version of bridge cannot do that yet.",
 }
 _HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 _ALWAYS = (400, 401, 403, 408, 413, 421, 422)
@@ -262,16 +261,15 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
 
     @app.post(
         "/api/explanations/{id}/steer", summary="The dense model with a node of the circuit changed",
-        responses=refusals(404, 409, 429, 501),
+        responses=refusals(404, 409, 429),
     )  # fmt: skip
-    async def steer(id: str, body: schema.Steering) -> schema.Steered:
+    async def steered(id: str, body: schema.Steering) -> schema.Steered:
         bridge, found = jobs.get(id).asked.bridge, await asyncio.to_thread(_done, jobs, id)
         if body.node not in {node.id for node in found.nodes}:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit; name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
-        run = _steering()
-        return await asyncio.wrap_future(jobs.soon(lambda: run(library.load(bridge), found, body)))
+        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(bridge), found, body)))
 
 
 def _done(jobs: Jobs, id: str) -> Explanation:
@@ -282,30 +280,19 @@ def _done(jobs: Jobs, id: str) -> Explanation:
     return Explanation.from_json(json.loads(job.result))
 
 
-def _steering() -> Callable[..., schema.Steered]:
-    """Steering by `bridge.steer`, as an answer. Raises Refused where this version has none."""
-    try:
-        steer = import_module("bridge.steer").steer
-    except ImportError:
-        raise Refused(501, "this version of bridge has no bridge.steer, so nothing can be steered; install a later one") from None
-
-    def run(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
-        move, pair = f"{body.node}={body.value!r}", {"target": found.target.text, "contrast": found.contrast.text}
-        curve = steer(coupling, found.prompt, [move], strengths=(body.strength,), **pair).curve
-        return schema.Steered.model_validate(curve[-1], from_attributes=True)
-
-    return run
+def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
+    """The dense model with the node set, at the strength asked for."""
+    curve = steer(
+        coupling, found.prompt, [f"{body.node}={body.value!r}"], strengths=(body.strength,), draws=1,
+        target=found.target.id, contrast=found.contrast.id,
+    ).curve  # fmt: skip
+    return schema.Steered.model_validate(curve[-1], from_attributes=True)
 
 
 def _page(library: Library, bridge: str, found: Explanation) -> str:
-    """The explanation as a self-contained page; as the text that the command prints where this version has no bridge.page."""
-    try:
-        page = import_module("bridge.page")
-    except ImportError:
-        title, text = html.escape(repr(found.prompt)), html.escape(render_text(found))
-        return f'<!doctype html><meta charset="utf-8"><title>{title}</title><pre>{text}</pre>\n'
-    nodes = page.described_nodes(library.load(bridge), found)
-    return page.render_html(page.page_data(found, nodes, library.labels(bridge), served=True))
+    """The explanation as a self-contained page that may ask this server."""
+    nodes = described_nodes(library.load(bridge), found)
+    return render_html(page_data(found, nodes, library.labels(bridge), served=True))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------
