@@ -551,8 +551,9 @@ def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, 
     over(client, id)
     node = explanation.nodes[0].id
     told = client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).json()
-    pair = {"target": explanation.target.id, "contrast": explanation.contrast.id}
-    expected = steer(coupled, explanation.prompt, [f"{node}=1.5"], strengths=(0.5,), **pair).curve[-1]
+    sides = explanation.target.id, explanation.contrast.id
+    moves, at = [f"{node}=1.5"], (0.5,)
+    expected = steer(coupled, explanation.prompt, moves, strengths=at, target=sides[0], contrast=sides[1]).curve[-1]
     assert told["probability_target"] == pytest.approx(expected.probability_target, rel=1e-4)
     assert told["text"] == expected.text
 
