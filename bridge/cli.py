@@ -196,7 +196,8 @@ def view(
 ) -> None:
     """Make a page of an explanation that was saved as JSON."""
     with one_line_errors():
-        from bridge.page import check_target, described_nodes, page_data, read_explanation, render_html, write_page
+        from bridge.explained import read_explanation
+        from bridge.page import check_target, described_nodes, page_data, render_html, write_page
 
         read, nodes = read_explanation(explanation), {}
         check_target(html)
@@ -220,8 +221,9 @@ def export(
 ) -> None:
     """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
     with one_line_errors():
+        from bridge.explained import read_explanation
         from bridge.export import export as export_to
-        from bridge.export import pages_for, read_explanation
+        from bridge.export import pages_for
 
         explained = read_explanation(explanation)
         pages = pages_for(explained, bridge) if to == "circuit-tracer" or features_url is not None else None

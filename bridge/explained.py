@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bridge import display
 from bridge.attention import ExplainedHead, Read
+from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
 from bridge.levels import Level
 from bridge.recipe import UserError
@@ -150,17 +152,9 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Answered):
     """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence."""
 
-    prompt: str
-    tokens: tuple[Token, ...]
-    target: Token
-    contrast: Token
-    dense: tuple[Answer, ...]
-    sparse: tuple[Answer, ...]
-    dense_difference: float
-    sparse_difference: float
     faithfulness: Faithfulness
     nodes: tuple[ExplainedNode, ...]
     edges: tuple[ExplainedEdge, ...]
@@ -170,11 +164,6 @@ class Explanation:
     searched: Searched
     levels: tuple[Level, ...]
     provenance: Provenance
-
-    @property
-    def agree(self) -> bool:
-        """Whether the two models give the same answer."""
-        return self.dense[0].token.id == self.sparse[0].token.id
 
     def to_json(self) -> dict[str, Any]:
         """The explanation as plain JSON values, the verdict written out: the contract of docs/explanation-json.md."""
@@ -202,6 +191,19 @@ class Explanation:
 
 
 _READER = TypeAdapter(Explanation)
+
+
+def read_explanation(path: str | Path) -> Explanation:
+    """The explanation in a JSON file. Raises ExplainError where there is none."""
+    if not Path(path).is_file():
+        raise ExplainError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
+    try:
+        return Explanation.from_json(read_json(Path(path)))
+    except CheckpointError as error:
+        why = str(error).partition(": ")[2].partition(";")[0]
+        raise ExplainError(
+            f"{str(path)!r} holds no explanation ({why}); name a file that `bridge explain --json` wrote"
+        ) from None
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def render_answer(answered: Answered, width: int = 100) -> str:
     return "\n".join(_cut(line, width) for line in _render_answer(answered))
 
 
-def _render_answer(explanation: Answered | Explanation) -> list[str]:
+def _render_answer(explanation: Answered) -> list[str]:
     def listed(answers: tuple[Answer, ...]) -> str:
         return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:4])
 

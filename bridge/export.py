@@ -84,17 +84,6 @@ def export(
         raise ExportError(f"could not write {str(path)!r} ({error.strerror or error}); name another place") from None
 
 
-def read_explanation(path: str | Path) -> Explanation:
-    """The explanation in a JSON file. Raises ExportError or ExplainError where there is none."""
-    if not Path(path).is_file():
-        raise ExportError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
-    try:
-        return Explanation.from_json(read_json(Path(path)))
-    except CheckpointError as error:
-        why = str(error).partition(": ")[2].partition(";")[0]
-        raise ExportError(f"{str(path)!r} holds no explanation ({why}); name a file that `bridge explain --json` wrote") from None
-
-
 def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
     """A page for every channel of the explanation, by its name, from the facts beside the coupling; None without any.
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import write_text
-from bridge.explained import ExplainError, Explanation
+from bridge.explained import Explanation
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
@@ -32,7 +32,6 @@ DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put i
 
 
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
-SAVED = "give a file that `bridge explain --json` wrote"
 
 
 class PageError(UserError):
@@ -117,19 +116,6 @@ def write_page(path: str | Path, html: str) -> None:
         write_text(path, html)
     except OSError as error:
         raise PageError(f"could not write {str(path)!r} ({error.strerror}); free space or name another file") from None
-
-
-def read_explanation(path: str | Path) -> Explanation:
-    """The explanation that `bridge explain --json` wrote. Raises PageError or ExplainError for anything else."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PageError(f"could not read {str(path)!r} ({error.strerror}); {SAVED}") from None
-    except ValueError:
-        raise PageError(f"{str(path)!r} is not JSON; {SAVED}") from None
-    if not isinstance(values, dict):
-        raise ExplainError(f"{str(path)!r} holds no explanation; {SAVED}")
-    return Explanation.from_json(values)
 
 
 def _digest(text: str) -> str:

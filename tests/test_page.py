@@ -24,10 +24,10 @@ from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import DenseModel
-from bridge.explained import Explanation
+from bridge.explained import Explanation, read_explanation
 from bridge.explanation import explain
 from bridge.nodes import collect_nodes
-from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, read_explanation, render_html, write_page
+from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
 
 VIEWER = Path(__file__).parent.parent / "bridge" / "viewer"
 PROMPT = "w5 w9 w12 w5 w30 w2"
@@ -278,11 +278,11 @@ def test_view_makes_a_page_of_what_was_saved(explained: tuple[Coupling, Explanat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "could not read"),
-        ("{", "is not JSON"),
+        (None, "there is no file"),
+        ("{", "holds no explanation"),
         ("[]", "holds no explanation"),
         ("{}", "this is not an explanation"),
-        ("\xff", "is not JSON"),
+        ("\xff", "holds no explanation"),
     ],
 )
 def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None, message: str) -> None:
