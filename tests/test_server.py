@@ -524,6 +524,8 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_a_hostile_prompt_is_text_on_the_page(root: Path, explanation: Explanation, hostile: str) -> None:
+    hostile = f"w5 {hostile}"  # a word that the vocabulary has: what has none is refused, once the coupling is loaded
+
     def explain_it(coupling: Coupling, prompt: str, **_: Any) -> Explanation:
         return replace(explanation, prompt=prompt)
 
