@@ -20,10 +20,12 @@ notices. The phases, as the log names them:
 3. masks        tau_i starts from the rank, above 0 for the fewest that get the answer about right. Some steps of Adam on
                     miss(C) / 2 + mean_U KL(S, S_(C + U)) / 2 + lambda |C|,     C = {tau > 0},
                 Heaviside forward, sigmoid's derivative backward, a fresh U of every density at each step; lambda rises while
-                the bounds are met and falls while they are not. Then the fewest nodes by tau that meet the bounds. Once more on
-                the nodes that are left, if that shed a fifth; or with 4 times as many to begin with, where far more than those
-                above 0 were needed.
-4. deletions    Every kept node is deleted alone; those that are not missed are deleted together, as many as the bounds allow,
+                the bounds are met and falls while they are not. Where C does not meet them in the end, some steps more, with a
+                few nodes more if it is near. Then the fewest nodes by tau that meet the bounds. Once more on the nodes that are
+                left, if that shed a fifth; or with 4 times as many to begin with, where far more than those above 0 were needed.
+4. trims        The nodes on which the objective depends least steeply are deleted, as many at once as the bounds allow, until
+                that is but a few.
+5. deletions    Every kept node is deleted alone; those that are not missed are deleted together, as many as the bounds allow,
                 and the others are tried again, over and over until no node can be spared.
 
 Ranking and bisecting by score alone, which the method proposes for prompts, stops short in models whose nodes interact: on six

@@ -333,3 +333,20 @@ def test_what_is_exported_is_there() -> None:
     assert issubclass(bridge.Coupling, Coupling) and bridge.Coupling.from_pretrained is bridge.load and "load" in bridge.__all__
     with pytest.raises(AttributeError, match="no attribute 'lode'; it has Aim, Coupling"):
         bridge.lode  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_was_computed_once_is_kept_until_weights_or_text_change(coupling: Coupling):
+    text_bt, computed = torch.arange(8).view(2, 4), []
+
+    def ask(text_bt: torch.Tensor, what: str = "sum") -> int:
+        return coupling.once(what, text_bt, lambda: computed.append(what) or len(computed))
+
+    assert ask(text_bt) == ask(text_bt.clone()) == 1
+    assert ask(text_bt, "other") == 2 and ask(text_bt) == 1
+    assert ask(text_bt + 1) == 3 and ask(text_bt.view(4, 2) + 1) == 4
+    with torch.no_grad():
+        coupling.sparse.unembedding.bias.add_(1)
+    assert ask(text_bt.view(4, 2) + 1) == 5
+    with pytest.raises(ZeroDivisionError):
+        coupling.once("never", text_bt, lambda: 1 // 0)
+    assert ask(text_bt, "never") == 6

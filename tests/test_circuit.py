@@ -21,8 +21,10 @@ from bridge.circuit import (
     ablation_gate,
     corpus_means,
     draw_edges,
+    edge_table,
     recording_gate,
 )
+from bridge.kernels.products import Compact
 from bridge.recipe import SparseShape
 from bridge.sparse import Location, SparseTransformer
 
@@ -213,6 +215,67 @@ def test_slopes_are_finite_differences():
         step[1, flat] = 1e-6
         up, down = (ablations.kl(ablations.run(mask_rf + sign * step).logits_btv[:, -1])[1] for sign in (1, -1))
         assert float((up - down) / 2e-6) == pytest.approx(float(slope_rf[1, flat]), rel=1e-3, abs=1e-7)
+
+
+def single(kinds: tuple[str, ...], **shape) -> SparseTransformer:
+    """The model in float32, all of its matrices by their nonzeros, as one that was loaded."""
+    sparse = model(kinds, **shape).float()
+    sparse.compact = {name: Compact.of(weight) for name, weight in sparse.packable().items()}
+    return sparse
+
+
+@pytest.mark.parametrize("kinds", [SEQUENTIAL, PARALLEL, ("attn", "mlp", "mlp"), ("mlp", "attn")])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_what_cannot_reach_the_answer_need_not_be_computed(kinds: tuple[str, ...], positions: str, rows: int):
+    sparse = single(kinds, positions=positions)
+    means = corpus_means(sparse, torch.stack([prompt(CONTEXT, seed) for seed in range(8)]))
+    ablations = Ablations(sparse, Question(prompt(), 4, 7), means)
+    generator = torch.Generator().manual_seed(1)
+    kept_rf = torch.rand(rows, ablations.space.size, generator=generator) < 0.7
+    whole = [sparse.run(ablations.tokens_1t, gate=ablation_gate(ablations.space.split(kept_f), means)) for kept_f in kept_rf]
+    expected_rv = torch.cat([trace.logits_btv[:, -1] for trace in whole])
+    torch.testing.assert_close(ablations.logits(kept_rf), expected_rv, rtol=1e-4, atol=1e-4)
+    narrow = ablations.run(kept_rf, narrow=True)
+    for site, x_rts in enumerate(narrow.residuals):
+        expected_rts = torch.cat([trace.residuals[site] for trace in whole])
+        expected_rts = expected_rts[:, -1:] if site >= sparse.narrow_from else expected_rts
+        torch.testing.assert_close(x_rts, expected_rts, rtol=1e-4, atol=1e-4)
+    node_k = kept_rf[0].nonzero().flatten()[::5]
+    less_kf = kept_rf[0].repeat(len(node_k), 1)
+    less_kf[torch.arange(len(node_k)), node_k] = False
+    expected_kv = torch.cat([ablations.run(less_f[None]).logits_btv[:, -1] for less_f in less_kf])
+    torch.testing.assert_close(ablations.logits_without(kept_rf[0], node_k), expected_kv, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [SEQUENTIAL, PARALLEL])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_slopes_of_bool_masks_are_those_of_masks_that_mix(kinds: tuple[str, ...], rows: int):
+    for sparse in (model(kinds), single(kinds)):
+        means = corpus_means(sparse, torch.stack([prompt(CONTEXT, seed) for seed in range(8)]))
+        ablations = Ablations(sparse, Question(prompt(), 4, 7), means)
+        kept_rf = torch.rand(rows, ablations.space.size, generator=torch.Generator().manual_seed(1)) < 0.7
+        (slope_rf, loss_r), (expected_rf, expected_r) = (
+            ablations.slopes(each, ablations.kl) for each in (kept_rf, kept_rf.to(type_of(sparse)))
+        )
+        torch.testing.assert_close(loss_r, expected_r, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(slope_rf, expected_rf, rtol=1e-3, atol=1e-4)
+        assert bool((slope_rf != 0).any(1).all())
+
+
+def type_of(sparse: SparseTransformer) -> torch.dtype:
+    """The type that the model computes in."""
+    return sparse.unembedding.bias.dtype
+
+
+def test_a_weight_is_one_wherever_it_is_used():
+    sparse = model()
+    circuit = random_circuit(sparse)
+    table, edges = edge_table(sparse, circuit), draw_edges(sparse, circuit)
+    assert table.strongest(5) == edges[:5] and len(table.weight_e) == len(edges)
+    assert table.count(*COUNTED) == sum(edge.kind in COUNTED for edge in edges)
+    ends = {(e.source.location, e.source.index, e.target.location, e.target.index) for e in edges if e.kind in COUNTED}
+    assert table.distinct(*COUNTED) == len(ends) < table.count(*COUNTED)
 
 
 class Frozen:

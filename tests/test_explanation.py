@@ -12,7 +12,7 @@ import torch
 
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explained import ExplainedNode, ExplainError, Explanation, render_text
+from bridge.explained import Answered, Drawn, ExplainedNode, ExplainError, Explanation, render_answer, render_text
 from bridge.explanation import explain
 from bridge.recipe import UserError
 from bridge.sparse import Location
@@ -264,3 +264,47 @@ def test_a_saved_coupling_explains_itself(coupled: Coupling, dense: DenseModel, 
     again = explain(loaded, PROMPT)
     assert [node.id for node in again.nodes] == [node.id for node in explanation.nodes]
     assert again.provenance.coupling == str(tmp_path / "coupling")
+
+
+def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: Coupling, explanation: Explanation):
+    stages: list[Answered | Drawn] = []
+    whole = explain(coupled, PROMPT, stage=stages.append)
+    assert whole == explanation
+    answered, drawn = stages
+    assert isinstance(answered, Answered) and isinstance(drawn, Drawn)
+    for early in (answered, drawn):
+        for field in dataclasses.fields(early):
+            if field.name != "sufficiency":
+                assert getattr(early, field.name) == getattr(whole, field.name), field.name
+    assert drawn.sufficiency == (whole.faithfulness.kl_kept, whole.faithfulness.share_kept)
+    assert f"{render_answer(answered)}\n\n{render_text(whole, answer=False)}" == render_text(whole)
+
+
+def test_work_that_is_ended_leaves_nothing_behind(dense: DenseModel, explanation: Explanation):
+    class EndedError(Exception):
+        pass
+
+    def raise_at(phase: str):
+        def heard(said: str) -> None:
+            if said.startswith(phase):
+                raise EndedError
+
+        return heard
+
+    def end(known: Answered | Drawn) -> None:
+        if isinstance(known, Drawn):
+            raise EndedError
+
+    fresh = agreeing(dense)
+    for phase in ("means", "masks", "agreement", "effect profile"):
+        with pytest.raises(EndedError):
+            explain(fresh, PROMPT, progress=raise_at(phase))
+    with pytest.raises(EndedError):
+        explain(fresh, PROMPT, stage=end)
+    assert explain(fresh, PROMPT) == explanation
+
+
+def test_levels_go_from_few_nodes_to_all(explanation: Explanation):
+    assert explanation.levels[-1].nodes == len(explanation.nodes)
+    for number, level in enumerate(explanation.levels):
+        assert sum(node.level <= number for node in explanation.nodes) == level.nodes

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels.top_k import abs_top_k, gelu, project_, top_k_mask
+from bridge.kernels.products import tokens_inside
+from bridge.kernels.top_k import abs_top_k, choose, gelu, project_, top_k_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40)
@@ -212,3 +213,17 @@ def test_gelu_is_torchs(inside: bool) -> None:
     (found,), (reference,) = torch.autograd.grad(gelu(x), x, given), torch.autograd.grad(expected, x, given.double())
     assert torch.allclose(found, reference, rtol=1e-5, atol=1e-5)
     assert gelu(torch.tensor([[math.nan, 0.0]])).isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 9, 4), (3, 70, 5), (6, 1, 8), (1, 1, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("stored", ["inside", "outside"])
+def test_a_choice_is_torch_s_own(shape: tuple[int, int, int], shared: bool, stored: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_btn, else_n = torch.randn(shape, generator=generator), torch.randn(shape[2], generator=generator)
+    mask = torch.rand(shape[1:] if shared else shape, generator=generator) < 0.5
+    x_btn = (tokens_inside(x_btn) if stored == "inside" else x_btn).requires_grad_()
+    found, expected = choose(mask, x_btn, else_n), torch.where(mask, x_btn, else_n)
+    assert torch.equal(found, expected)
+    given_btn = torch.randn(shape, generator=generator)
+    assert torch.equal(*(torch.autograd.grad(each, x_btn, given_btn)[0] for each in (found, expected)))
