@@ -31,7 +31,10 @@ def stored_nulls(coupling: Coupling) -> tuple[tuple[NullResult, ...] | None, str
     """The nulls kept with a coupling; or None, and why there are none in a few words."""
     if coupling.path is None:
         return None, "the coupling is in no folder, so that no nulls are kept with it"
-    file = folder_of(coupling.path) / FILE
+    try:
+        file = folder_of(coupling.path) / FILE
+    except CheckpointError:
+        return None, f"{coupling.path!r}, in which they would be kept, is not to be had"
     how = f"`bridge nulls {coupling.path}` runs them"
     if not file.is_file():
         return None, f"they were not run; {how}"
