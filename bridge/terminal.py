@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from bridge.evaluate import Evaluation
     from bridge.tasks.pairs import Example
     from bridge.training import Progress, Run
+
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 class Several(TyperCommand):

@@ -32,6 +32,12 @@ def _one_core() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _denormals() -> None:
+    """Training flushes them, for the whole process; other libraries count on them."""
+    torch.set_flush_denormal(False)
+
+
 def tiny_gpt2(seed: int = 0, layers: int = 2, width: int = 16) -> GPT2LMHeadModel:
     """A random GPT-2 whose parameters are all far from their initial zeros and ones."""
     torch.manual_seed(seed)
