@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge.card.card import Card
     from bridge.circuits.masks import Aim
     from bridge.circuits.result import TaskResult
     from bridge.circuits.search import Subjects, search_task
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
     "Aim": "circuits.masks",
+    "Card": "card.card",
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
@@ -65,6 +67,7 @@ _HOME = {
 
 __all__ = [
     "Aim",
+    "Card",
     "Coupling",
     "DenseModel",
     "Evaluation",

@@ -157,6 +157,10 @@ def explain(
     contrast: Annotated[str | None, typer.Option(help="Against this token; default the dense model's second choice.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also test the circuit on the dense model.")] = False,
+    counterfactual: Annotated[
+        str | None, typer.Option(help="For the card: as many tokens, another answer. Means --card.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -178,7 +182,10 @@ def explain(
             if isinstance(known, Answered):
                 print(f"{render_answer(known, width)}\n", flush=True)
 
-        explanation = explain_prompt(coupling, prompt, target=target, contrast=contrast, seed=seed, progress=note, stage=show)
+        explanation = explain_prompt(
+            coupling, prompt, target=target, contrast=contrast, card=card or counterfactual is not None,
+            counterfactual=counterfactual, seed=seed, progress=note, stage=show,
+        )  # fmt: skip
         print(render_text(explanation, width, answer=False))
         if json is not None:
             write_json(json, explanation.to_json())

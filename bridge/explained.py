@@ -16,6 +16,8 @@ from pydantic import TypeAdapter
 
 from bridge import display
 from bridge.attention import ExplainedHead, Read
+from bridge.card.card import Card
+from bridge.card.render import render_card
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
 from bridge.levels import Level
@@ -153,7 +155,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Explanation(Answered):
-    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence."""
+    """Why the dense model answers as it does, as far as a circuit of the sparse model tells, with the evidence.
+
+    card holds further tests on the dense model, where they were asked for.
+    """
 
     faithfulness: Faithfulness
     nodes: tuple[ExplainedNode, ...]
@@ -164,12 +169,14 @@ class Explanation(Answered):
     searched: Searched
     levels: tuple[Level, ...]
     provenance: Provenance
+    card: Card | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The explanation as plain JSON values, the verdict written out: the contract of docs/explanation-json.md."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         values["faithfulness"] |= {"verdict": self.faithfulness.verdict, "reasons": list(self.faithfulness.reasons)}
-        return {"format": FORMAT, **values, "agree": self.agree}
+        card = None if self.card is None else self.card.to_json()
+        return {"format": FORMAT, **values, "card": card, "agree": self.agree}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
@@ -225,6 +232,7 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
         _render_circuit(explanation, width),
         _render_attention(explanation, width),
         _render_evidence(explanation),
+        *(() if explanation.card is None else (render_card(explanation.card, width).split("\n"),)),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
     )

@@ -7,6 +7,7 @@
     levels      `levels.nested_circuits`: smaller circuits within it
     attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
+    card        on demand `card.assess.prompt_card`: further tests on the dense model
 
 Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the circuit with the first two
 measures, before the slower evidence.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from bridge.attention import explain_attention
 from bridge.bridges import Coupling
+from bridge.card.assess import counterfactual_tokens, prompt_card
 from bridge.circuit import COUNTED, Ablations, EdgeTable, Question, corpus_means, edge_table
 from bridge.explained import (
     Answer,
@@ -59,6 +61,8 @@ def explain(
     *,
     target: str | None = None,
     contrast: str | None = None,
+    card: bool = False,
+    counterfactual: str | None = None,
     seed: int = 0,
     reference_bt: Tensor | None = None,
     progress: Callable[[str], None] | None = None,
@@ -66,9 +70,11 @@ def explain(
 ) -> Explanation:
     """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
 
-    reference_bt, tokens over which corpus means are taken, is by default the coupling's own; what is computed from them is kept
-    with the coupling. progress is told the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to
-    end the work. Raises ExplainError.
+    With `card` the circuit is also tested on the dense model; counterfactual is a prompt of as many tokens whose answer is
+    another, which the first of these tests needs. reference_bt, tokens over which corpus means are taken, is by default the
+    coupling's own; what is computed from them is kept with the coupling. progress is told the phases, stage what is known so
+    far: an Answered, then a Drawn. Either may raise to end the work. Raises ExplainError, or CardError for a counterfactual
+    that cannot be used.
     """
     say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
     dense, sparse = coupling.dense, coupling.sparse
@@ -76,6 +82,7 @@ def explain(
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
     tokens_t = prompt_tokens(coupling, prompt)
+    swapped_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     say("tokens: both models' answers")
     dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
     sparse_v = sparse.run(tokens_t[None], last_only=True).logits_btv[0, -1]
@@ -115,6 +122,7 @@ def explain(
     )  # fmt: skip
     say("attention")
     attention = explain_attention(sparse, found.circuit)
+    tested = prompt_card(coupling, found.circuit, faithfulness, swapped_t, seed=seed, progress=say) if card else None
     return Explanation(
         **vars(answered),
         faithfulness=faithfulness,
@@ -122,6 +130,7 @@ def explain(
         attention=attention.heads,
         attention_left_out=attention.left_out,
         provenance=_provenance(coupling, used_bt, seed),
+        card=tested,
     )
 
 

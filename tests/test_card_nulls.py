@@ -17,7 +17,8 @@ from test_cli import assert_refused, run
 from bridge.bridges import Coupling
 from bridge.card import nulls as nulls_module
 from bridge.card.card import NULLS, CardError
-from bridge.card.nulls import Nulls, fingerprint, ridge, ridge_bridges, shuffled_bridges, stored_nulls, uncoupled
+from bridge.card.kept import fingerprint, stored_nulls
+from bridge.card.nulls import Nulls, ridge, ridge_bridges, shuffled_bridges, uncoupled
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved

@@ -22,6 +22,7 @@ from bridge.bridges import Coupling
 from bridge.card.blind import blind_measures
 from bridge.card.card import Card, CardError, CardMeasure, NullResult
 from bridge.card.case import Case
+from bridge.card.kept import stored_nulls
 from bridge.card.loop import loop_measures
 from bridge.card.profile import profile_measures
 from bridge.card.stress import stress_pairs
@@ -34,7 +35,7 @@ from bridge.circuits.search import Subjects
 from bridge.circuits.subject import SparseSubject
 from bridge.tasks.pairs import Example
 from bridge.tasks.tokens import Resolved, TokenPairs, score
-from bridge.validate import Control, Measure
+from bridge.validate import Control, Faithfulness, Measure
 
 PAIRS = 64
 _ONE_PROMPT = (
@@ -144,30 +145,19 @@ def _gate(coupling: Coupling, pairs: TokenPairs) -> CardMeasure:
 def prompt_card(
     coupling: Coupling,
     circuit: Circuit,
-    sparse: str,
-    agreement: Measure,
-    profile: Measure,
-    profile_interval: tuple[float, float] | None,
+    faithfulness: Faithfulness,
     counterfactual_t: Tensor | None,
     *,
-    nulls: tuple[NullResult, ...] | None = None,
-    nulls_note: str = "",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Card:
-    """The card of a prompt's circuit, from its Faithfulness's verdict, agreement and profile, and what is measured here.
+    """The card of a prompt's circuit, from its Faithfulness and what is measured here, with the coupling's nulls.
 
-    counterfactual_t are as many tokens as the prompt has, or None. Raises CardError where they are not.
+    counterfactual_t are as many tokens as the prompt has, or None (`counterfactual_tokens`).
     """
     say, started = progress or (lambda _: None), time.monotonic()
     question = circuit.question
     tokens_t = question.tokens_t
-    if counterfactual_t is not None and len(counterfactual_t) != len(tokens_t):
-        raise CardError(
-            f"the counterfactual has {len(counterfactual_t)} tokens and the prompt {len(tokens_t)}; give one of equal length"
-        )
-    if counterfactual_t is not None and bool((counterfactual_t.to(tokens_t) == tokens_t).all()):
-        raise CardError("the counterfactual is the prompt itself; change what decides the answer")
     swapped_t = tokens_t if counterfactual_t is None else counterfactual_t.to(tokens_t)
     no_b = torch.zeros(1, dtype=torch.bool)
     pairs = TokenPairs(
@@ -175,23 +165,24 @@ def prompt_card(
         torch.tensor([[question.contrast]]), no_b, no_b, (Example("", "", ("",), ("",)),), ((),),
     )  # fmt: skip
     whole = SparseSubject(coupling.sparse, circuit.means)
+    nulls, nulls_note = stored_nulls(coupling)
     case = Case.of(coupling, whole, whole, circuit.kept, pairs)
     without = "no counterfactual was given; give --counterfactual, a prompt of as many tokens"
     tests = (
-        _from(agreement, "gate"),
+        _from(faithfulness.agreement, "gate"),
         *(
             swap_measures(case, seed, say)
             if counterfactual_t is not None
             else (CardMeasure("share of the swap carried", None, None, "", None, without, test="swap"),)
         ),
         *loop_measures(case, seed, say),
-        replace(_from(profile, "profile"), interval=profile_interval),
+        replace(_from(faithfulness.profile, "profile"), interval=faithfulness.profile_interval),
     )
     return Card(
-        about="the prompt",
+        about=f"{len(tokens_t)} tokens",
         kind="prompt",
         pairs=0 if counterfactual_t is None else 1,
-        sparse=sparse,
+        sparse=faithfulness.verdict,
         stable=None,
         tests=tests,
         nulls=nulls,
@@ -200,6 +191,16 @@ def prompt_card(
         provenance=_provenance(coupling, seed, len(circuit.nodes)),
         seconds=time.monotonic() - started,
     )
+
+
+def counterfactual_tokens(swapped_t: Tensor, tokens_t: Tensor) -> Tensor:
+    """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises CardError."""
+    if len(swapped_t) != len(tokens_t):
+        counts = f"{len(swapped_t)} tokens and the prompt {len(tokens_t)}"
+        raise CardError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
+    if torch.equal(swapped_t.to(tokens_t), tokens_t):
+        raise CardError("the counterfactual is the prompt itself; change what decides the answer")
+    return swapped_t
 
 
 def _from(measure: Measure, test: str) -> CardMeasure:

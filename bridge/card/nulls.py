@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from bridge.bridges import Bridges, Coupling, folder_of
 from bridge.card.assess import held_out, task_card
 from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
-from bridge.checkpoint import CheckpointError, read_json, write_json
+from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored
+from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import MaskError
 from bridge.circuits.result import TaskResult
@@ -39,7 +39,6 @@ from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labe
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
 
-FILE, FORMAT = "nulls.json", 1
 TASKS = 3  # by default: of those the coupling solves
 MINUTES = 20.0
 RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
@@ -49,43 +48,6 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out 
 WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The nulls of a coupling as far as they were run, and what they depend on."""
-
-    format: int
-    fingerprint: Mapping[str, str | int | float | None]
-    nulls: tuple[NullResult, ...]
-
-
-_READER = TypeAdapter(Stored)
-
-
-def stored_nulls(coupling: Coupling) -> tuple[tuple[NullResult, ...] | None, str]:
-    """The nulls kept with a coupling; or None, and why there are none in a few words."""
-    if coupling.path is None:
-        return None, "the coupling is in no folder, so that no nulls are kept with it"
-    file = folder_of(coupling.path) / FILE
-    how = f"`bridge nulls {coupling.path}` runs them"
-    if not file.is_file():
-        return None, f"they were not run; {how}"
-    try:
-        stored = _READER.validate_python(read_json(file))
-    except (CheckpointError, ValueError):
-        return None, f"{FILE} cannot be read; remove it, and {how}"
-    if stored.format != FORMAT or stored.fingerprint.get("coupling") != fingerprint(coupling):
-        return None, f"those kept are of another coupling; {how}"
-    return stored.nulls, ""
-
-
-def fingerprint(coupling: Coupling) -> str:
-    """What tells one coupling from another: the digest of its tensors and of the dense model's weights."""
-    if coupling.path is None:
-        raise CardError("the coupling is in no folder; save it first, nulls are kept with it")
-    facts = read_json(folder_of(coupling.path) / "coupling.json")
-    return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +95,9 @@ class Nulls:
         file = self._folder / FILE
         if not file.is_file():
             return {}
-        try:
-            stored = _READER.validate_python(read_json(file))
-        except (CheckpointError, ValueError):
-            raise CardError(f"{str(file)!r} cannot be read; remove it, and run the nulls again") from None
+        stored = read_stored(file)
+        if stored is None:
+            raise CardError(f"{str(file)!r} cannot be read; remove it, and run the nulls again")
         same = stored.format == FORMAT and dict(stored.fingerprint) == self._settings
         return {null.name: null for null in stored.nulls} if same else {}
 

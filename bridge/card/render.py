@@ -13,7 +13,7 @@ _HOW_TO_READ = (
     "logit of the right answer less that of the wrong one. Ceiling is what all nodes of the sparse model reach in the circuit's "
     "place: what is missing there the coupling has lost, not the circuit. What a null passes too is no evidence by itself."
 )
-_HEAD = ("ON THE DENSE MODEL", "here", "95%", "ceiling", "control", "aim", "met")
+_HEAD = ("ON THE DENSE MODEL", "here", "met", "95%", "ceiling", "control", "aim")
 
 
 def render_card(card: Card, width: int = 110) -> str:
@@ -52,11 +52,11 @@ def _sized(row: tuple[str, ...], sizes: list[int]) -> Iterable[tuple[str, int]]:
 
 
 def _row(measure: CardMeasure) -> tuple[str, ...]:
-    bounds = "" if measure.interval is None else f"{_number(measure.interval[0])} to {_number(measure.interval[1])}"
+    bounds = "" if measure.interval is None else f"{measure.interval[0]:.2f} to {measure.interval[1]:.2f}"
     ceiling = "" if measure.ceiling is None else _number(measure.ceiling.mean)
     value = "-" if measure.value is None else _number(measure.value)
     met = {True: "yes", False: "NO", None: "?"}[measure.passed]
-    return f"    {measure.name}", value, bounds, ceiling, _control(measure.control), measure.aim, met
+    return f"    {measure.name}", value, met, bounds, ceiling, _control(measure.control), measure.aim
 
 
 def _control(control: Control | None) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bridge.card.assess import task_card
 from bridge.card.card import NULLS, Card, CardError
-from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, fingerprint, solved_tasks, stored_nulls
+from bridge.card.kept import fingerprint, stored_nulls
+from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.card.render import render_card, render_cards, render_nulls
 from bridge.checkpoint import CheckpointError, read_json, write_json
 from bridge.circuits.masks import MaskError
