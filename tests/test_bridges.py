@@ -107,6 +107,7 @@ def test_a_new_bridge_gives_back_what_it_is_given(dense_width: int, sparse_width
 
 
 def test_calibration_makes_residuals_standard_apart_from_the_first_position() -> None:
+    torch.manual_seed(0)  # unseeded, rounding exceeded the tolerance now and then
     bridges = Bridges(2, 5, 16, 0.25)
     offset, size = torch.tensor([1.0, -2.0, 0.0, 30.0, 4.0]), torch.tensor([0.1, 1.0, 3.0, 2.0, 0.5])
     residuals = [offset + size * torch.randn(4, 50, 5), 1000 * torch.randn(4, 50, 5)]
