@@ -88,7 +88,8 @@ def test_the_edges_that_were_planted_are_found(dense: DenseModel) -> None:
     kept = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in subject.space.sizes.items()}
     for kind, indices in (("mlp_in", (0, 1, 8)), ("mlp_act", (0, 1, 8)), ("mlp_out", (2, 3, 8))):
         kept[Location(0, kind)][0, list(indices)] = True  # with a decoy
-    found = find_edges(Goal(subject, planted_pairs(16).both(), Aim(target=0.01), work=1e12), subject.space.join(kept))
+    goal = Goal(subject, planted_pairs(16).both(), Aim(target=0.01), work=1e12)
+    found = find_edges(goal, Goal(subject, planted_pairs(32, seed=1).both(), goal.aim), subject.space.join(kept))
     assert found.n_before == 6 and found.complete and found.loss <= 0.01
     ends = {(str(edge.source), str(edge.target)) for edge in found.edges}
     assert ends == {

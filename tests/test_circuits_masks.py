@@ -7,7 +7,7 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
-from bridge.circuits.masks import Aim, Goal, MaskError, find_nodes, heaviside, kl, learn, masked_loss, spread
+from bridge.circuits.masks import Aim, Goal, MaskError, NodeLessons, drawn, find_nodes, kl, masked_loss, spread
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.sparse import Location
@@ -35,16 +35,6 @@ def wanted(subject: SparseSubject) -> set[str]:
 
 def names(subject: SparseSubject, kept_f: Tensor) -> set[str]:
     return {subject.space.node(place).name for place in kept_f.nonzero().flatten().tolist()}
-
-
-def test_the_step_is_exact_and_its_gradient_the_sigmoids() -> None:
-    tau_f = torch.linspace(-1, 1, 41).requires_grad_()
-    step_f = heaviside(tau_f)
-    assert torch.equal(step_f.detach(), (tau_f > 0).float())
-    (step_f * torch.arange(41.0)).sum().backward()
-    sigmoid_f = torch.sigmoid(tau_f.detach())
-    assert tau_f.grad is not None
-    torch.testing.assert_close(tau_f.grad, torch.arange(41.0) * sigmoid_f * (1 - sigmoid_f))
 
 
 def test_a_masks_gradient_is_what_the_loss_says_of_value_minus_mean(random: SparseSubject) -> None:
@@ -140,14 +130,17 @@ def test_the_order_of_the_prompts_changes_nothing(random: SparseSubject) -> None
     assert len(spread(train, 5)) == 5 and len(spread(train, 500)) == len(train)
 
 
-def test_masks_stay_clamped_and_leave_out_what_is_no_candidate(random: SparseSubject) -> None:
+def test_a_descents_lessons_are_the_loss_and_its_slope_in_random_company(random: SparseSubject) -> None:
     goal = Goal(random, planted_pairs(), Aim())
-    candidates_f = torch.arange(random.space.size) % 3 != 0
-    for number, (step, tau_f) in enumerate(learn(goal, candidates_f, seed=0, work=0)):
-        assert step.step == number + 1 and step.nodes == int((tau_f > 0).sum())
-        assert float(tau_f.abs().max()) <= 1 and bool((tau_f[~candidates_f] == -1).all())
-        if number == 5:
-            break
+    kept_f = torch.rand(random.space.size, generator=torch.Generator().manual_seed(0)) < 0.6
+    loss, slope_f = NodeLessons(goal, 0).slopes_at(kept_f, torch.Generator().manual_seed(1))
+    row_b, company_bf = drawn(goal, NodeLessons(goal, 0).rows, torch.Generator().manual_seed(1))
+    mask_f = kept_f.float().requires_grad_()
+    with torch.enable_grad():
+        literal = masked_loss(goal, mask_f, row_b, company_bf)
+        literal.backward()
+    assert loss == float(literal.detach()) and mask_f.grad is not None
+    assert torch.equal(slope_f, mask_f.grad) and len(set(company_bf.float().mean(1).tolist())) > 1
 
 
 def test_an_aim_that_cannot_be_met_is_refused(random: SparseSubject) -> None:

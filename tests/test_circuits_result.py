@@ -38,7 +38,7 @@ def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] =
         task=task, language="toy", drop_rate=0.25, objective="superset", target=0.1, null=None, sparse_scores=scores,
         dense_scores=scores, runs=(SeedRun(0, size.nodes, 0.01, 80, True),), whole=Size(subject.space.size, 5000), before=size,
         size=size, entries={"embedding": 2, "unembedding": 4, "bigram": 0}, loss=1 / 3, edges_complete=True,
-        dense_whole=Size(100, 10_000), dense=Size(50, 1000), dense_loss=0.1,
+        dense_whole=Size(100, 10_000), dense_before=Size(50, 2000), dense=Size(50, 1000), dense_loss=0.1,
         dense_complete=True, why_not_dense="", provenance={"dense": "tiny"},
         seconds=1.5,
     )  # fmt: skip

@@ -25,6 +25,7 @@ Shape legend: b prompt (row), t token, n nodes of a location, j, i rows and colu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import NodeSpace
-from bridge.circuits.subject import NODE_COST, Matrix
+from bridge.circuits.subject import ATTENDED, NODE_COST, Matrix
 from bridge.dense import DenseModel
 from bridge.sparse import Gate, Location, identity_gate
 from bridge.tasks.tokens import TokenPairs
@@ -75,6 +76,7 @@ class DenseSubject:
         self._after: dict[str, Location] = {}
         self._sizes: dict[Location, int] = {}
         self._matrices: list[Matrix] = []
+        self._writers: dict[Location, str] = {}  # of attention, by what they read
         with torch.no_grad():
             self._probe_bt = probe_tokens(dense.model, f"model {dense.name!r}", dense.context)
             for sublayer in self._sublayers():
@@ -99,6 +101,19 @@ class DenseSubject:
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
         return tuple(self._matrices)
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear map at a path."""
+        return self._linear[path]
+
+    def copied(self) -> DenseSubject:
+        """The same model with weights of its own, which may be changed; every linear map between nodes has a bias."""
+        other = copy.deepcopy(self)
+        for matrix in other._matrices:
+            module = other._linear[matrix.path]
+            if module.bias is None:
+                module.bias = nn.Parameter(matrix.weight_ji.new_zeros(len(matrix.weight_ji)), requires_grad=False)
+        return other
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
@@ -133,9 +148,20 @@ class DenseSubject:
             sums[location] += x_btn.cpu().double().sum((0, 1))
             return x_btn
 
-        for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
-            self._run(rows_bt, add)
+        sums |= {at: torch.zeros(self._width_in(path), dtype=torch.float64) for at, path in self._writers.items()}
+
+        def add_read(location: Location, _module: nn.Module, args: tuple) -> None:
+            add(location, args[0].reshape(-1, 1, args[0].shape[-1]))
+
+        with ExitStack() as hooks:
+            for location, path in self._writers.items():
+                hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(add_read, location)))
+            for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
+                self._run(rows_bt, add)
         return {location: (total_n / corpus_bt.numel()).float().to(self.device) for location, total_n in sums.items()}
+
+    def _width_in(self, path: str) -> int:
+        return _weight(self._linear[path]).shape[1]
 
     # -- finding the nodes ----------------------------------------------------------------------------------------------
 
@@ -251,6 +277,7 @@ class DenseSubject:
             self._add(path, read, channels)
             offset += rows
         write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.given[sublayer.last].shape[-1])
+        self._writers[Location(layer, ATTENDED)] = sublayer.last
         weight_ji = _weight(self._linear[sublayer.last])
         bounds = [start for _, start in owners[1:]] + [offset]
         for (channels, start), end in zip(owners, bounds, strict=True):
@@ -259,7 +286,8 @@ class DenseSubject:
                 part_ji = weight_ji[:, here_i]
                 target_j = torch.arange(len(weight_ji), device=weight_ji.device)
                 name = f"{layer}.{sublayer.last.rsplit('.', 1)[-1]}"
-                self._matrices.append(Matrix(name, channels, write, part_ji, channel_i[here_i] - start, target_j))
+                source_i = channel_i[here_i] - start
+                self._matrices.append(Matrix(name, channels, write, part_ji, source_i, target_j, sublayer.last, here_i))
 
     def _wire_mlp(self, sublayer: _Sublayer) -> None:
         seen, layer = self._watch(), sublayer.layer
@@ -277,10 +305,10 @@ class DenseSubject:
     def _add(self, path: str, source: Location, target: Location) -> None:
         weight_ji = _weight(self._linear[path])
         rows, columns = weight_ji.shape
-        source_i = torch.arange(columns, device=weight_ji.device)
+        column_i = torch.arange(columns, device=weight_ji.device)
         target_j = torch.arange(rows, device=weight_ji.device) % self._sizes[target]
         name = f"{source.layer}.{path.rsplit('.', 1)[-1]}"
-        self._matrices.append(Matrix(name, source, target, weight_ji, source_i, target_j))
+        self._matrices.append(Matrix(name, source, target, weight_ji, column_i, target_j, path, column_i))
 
 
 def _weight(module: Any) -> Tensor:

@@ -5,13 +5,15 @@ A weight W_ji from node i to node j that is removed carries its mean in place of
     W_ji a_i  ->  W_ji m_i,            so        W_ji <- 0,   b_j <- b_j + W_ji m_i
 
 which is the same model with other weights and biases, run as ever. m_i is the mean that stands in for the node itself; for the
-weights that read values through the attention pattern, the mean over the corpus of what they read. Weights with an end outside
+weights that read values through the attention pattern, the mean over the corpus of what they read. The dense model's edges are
+pruned in the same way, between its own nodes. Weights with an end outside
 the circuit stay: their sources are at their means already, and with none removed this is the circuit of the nodes, exactly.
 
 1. scores      To first order, removing an edge takes  (d loss / d j) W_ji (a_i - m_i), summed over positions and prompts, from
-               the loss: the gradients of W and b at the circuit give it for all edges at once.
-2. bisection   The fewest edges by the magnitude of their score that keep the loss within the bound, alone and in company.
-3. deletions   Scores again, at what is left; as many of the cheapest together as the bound allows; over and over.
+               the loss: the gradients of W and b give it for all edges at once, for those that are removed as well.
+2. masks       The descent of `descent.descend` with these slopes, on the prompts that the nodes were learnt from.
+3. threshold   The fewest edges by tau that keep the loss within the bound on other prompts, alone and in company.
+4. deletions   Scores again, at what is left; as many of the cheapest together as the bound allows; over and over.
 
 Embedding, unembedding and bigram entries are no edges, and neither is a residual write that a later sublayer reads.
 
@@ -23,17 +25,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import Edge, Node
-from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, masked_loss
-from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject
+from bridge.circuits.descent import descend
+from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, drawn, masked_loss
+from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject, Subject
 from bridge.kernels.products import Compact, source_of
 from bridge.prune import deleted, fewest
 from bridge.sparse import Location
 
+STEPS, FEWEST_STEPS = 300, 30
+DESCENT_SHARE = 0.6  # of the work
 
 @dataclass(frozen=True, eq=False)
 class FoundEdges:
@@ -45,69 +52,110 @@ class FoundEdges:
     complete: bool
 
 
+Entries = tuple[Tensor, Tensor]  # (row_k, column_k) of a matrix
+
+
 class Pruned:
-    """A sparse model of which single weights carry their mean; `subject` is what is left of it, changed in place."""
+    """A model of which single weights carry their mean; `subject` is what is left of it, changed in place."""
 
-    def __init__(self, subject: SparseSubject) -> None:
+    def __init__(self, subject: Subject) -> None:
         self.before = {matrix.name: matrix for matrix in subject.matrices()}
-        self.subject = SparseSubject(copy.deepcopy(subject.sparse).requires_grad_(False), subject.means)
-        self.patterns = {name: matrix.pattern for name, matrix in subject.sparse.compact.items()}
+        self.subject = subject.copied()
         self.bias = {name: self._linear(name).bias.detach().clone() for name in self.before}
+        self.all_inputs = {name for name, matrix in self.before.items() if matrix.input_i.tolist() == [*range(self._inputs(name))]}
+        # where the model is run through its nonzeros, their places; to find them anew would take longer than to run them
+        compact = subject.sparse.compact if isinstance(subject, SparseSubject) else {}
+        self.patterns = {name: compact[key].pattern for name in self.before if (key := _key(self.before[name])) in compact}
 
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.subject.sparse.get_submodule(f"blocks.{name}")
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def _linear(self, name: str) -> Any:
+        return self.subject.linear(self.before[name].path)
+
+    def _inputs(self, name: str) -> int:
+        return _weight(self._linear(name)).shape[1]
 
     def mean(self, matrix: Matrix) -> Tensor:
         """mean_i of what each column reads. Raises ValueError where there is none."""
-        at = Location(matrix.source.layer, ATTENDED) if matrix.source.kind == "v" else matrix.source
+        attended = matrix.target.kind == "attn_out"
+        at = Location(matrix.source.layer, ATTENDED) if attended else matrix.source
         if at not in self.subject.means:
-            raise ValueError(f"no corpus mean for {at}; take them with SparseSubject.over (zero is not a mean)")
-        return self.subject.means[at]
+            raise ValueError(f"no corpus mean for {at}; take them over the corpus with the subject (zero is not a mean)")
+        return self.subject.means[at][matrix.input_i if attended else matrix.source_i]
 
     @torch.no_grad()
-    def remove(self, removed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def remove(self, removed: Mapping[str, Entries]) -> None:
         """Remove the entries (row_k, column_k) of each matrix, and put back all others."""
         for name, matrix in self.before.items():
-            linear = self._linear(name)
-            linear.weight.copy_(matrix.weight_ji)
-            linear.bias.copy_(self.bias[name])
+            self._linear(name).bias.copy_(self.bias[name])
+        for name, matrix in self.before.items():
+            linear, weight_ji = self._linear(name), _weight(self._linear(name))
+            if name in self.all_inputs:
+                weight_ji.copy_(matrix.weight_ji)
+            else:
+                weight_ji[:, matrix.input_i] = matrix.weight_ji
             if name in removed and len(removed[name][0]):
                 row_k, column_k = removed[name]
                 linear.bias.index_add_(0, row_k, matrix.weight_ji[row_k, column_k] * self.mean(matrix)[column_k])
-                linear.weight[row_k, column_k] = 0
-            self._repack(f"blocks.{name}.weight", linear.weight)
+                weight_ji[row_k, matrix.input_i[column_k]] = 0
+            if (pattern := self.patterns.get(name)) is not None:
+                value_p = weight_ji.reshape(-1)[pattern.index_p]
+                assert isinstance(self.subject, SparseSubject)
+                self.subject.sparse.compact[_key(matrix)] = Compact(pattern, value_p, source=source_of(linear.weight))
 
-    def _repack(self, name: str, weight_ji: Tensor) -> None:
-        """The same pattern, with zeros where edges are gone: to find the nonzeros anew would take longer than to run them."""
-        if pattern := self.patterns.get(name):
-            value_p = weight_ji.detach().reshape(-1)[pattern.index_p]
-            self.subject.sparse.compact[name] = Compact(pattern, value_p, source=source_of(weight_ji))
+    def slopes(
+        self, goal: Goal, kept_f: Tensor, entries: Mapping[str, Entries], parts: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """(loss, slope_k): how the loss changes with how much each entry is there (1) rather than its mean (0).
 
-    def slopes(self, goal: Goal, kept_f: Tensor, entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """slope_k: how the loss changes with how much each entry is there (1) rather than its mean (0)."""
-        linears = {name: self._linear(name) for name in entries}
-        parameters = [parameter for linear in linears.values() for parameter in (linear.weight, linear.bias)]
-        mask_f = kept_f.to(parameters[0].dtype)
-        for parameter in parameters:
+        The loss is the mean over the prompts row_b of all parts, each with its company_bf.
+        """
+        parts, total = tuple(parts), 0.0
+        rows = sum(len(row_b) for row_b, _ in parts)
+        mask_f = kept_f.to(torch.get_default_dtype())
+        weights = {name: self._values(name) for name in entries}
+        biases = {name: self._linear(name).bias for name in entries}
+        wanted = [*weights.values(), *biases.values()]
+        for parameter in wanted:
             parameter.requires_grad_()
         try:
             with torch.enable_grad():
-                for row_b in torch.arange(len(goal.pairs), device=kept_f.device).split(ROWS):
-                    loss = masked_loss(goal, mask_f, row_b, goal.company_bf[row_b])
-                    (loss * len(row_b) / len(goal.pairs)).backward()
+                for row_b, company_bf in parts:
+                    loss = masked_loss(goal, mask_f, row_b, company_bf) * len(row_b) / rows
+                    loss.backward()
+                    total += float(loss.detach())
             slopes = {}
             for name, (row_k, column_k) in entries.items():
-                linear, matrix = linears[name], self.before[name]
-                assert linear.weight.grad is not None and linear.bias.grad is not None
-                slope_k = linear.weight.grad[row_k, column_k] - linear.bias.grad[row_k] * self.mean(matrix)[column_k]
-                slopes[name] = slope_k * matrix.weight_ji[row_k, column_k]
-            return slopes
+                matrix, gradient, bias = self.before[name], weights[name].grad, biases[name].grad
+                assert gradient is not None and bias is not None
+                gradient_k = self._at(name, gradient, row_k, column_k)
+                slopes[name] = (gradient_k - bias[row_k] * self.mean(matrix)[column_k]) * matrix.weight_ji[row_k, column_k]
+            return total, slopes
         finally:
-            for parameter in parameters:
+            for parameter in wanted:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    def _values(self, name: str) -> Tensor:
+        """What holds a matrix's weights: its nonzeros' values, or all of the linear map's."""
+        if name not in self.patterns:
+            return self._linear(name).weight
+        assert isinstance(self.subject, SparseSubject)
+        return self.subject.sparse.compact[_key(self.before[name])].value_p
+
+    def _at(self, name: str, gradient: Tensor, row_k: Tensor, column_k: Tensor) -> Tensor:
+        """Of the gradient of `_values` those at some entries."""
+        if (pattern := self.patterns.get(name)) is not None:
+            return gradient[torch.searchsorted(pattern.index_p, row_k * pattern.shape[1] + column_k)]
+        gradient_ji = gradient.T if isinstance(self._linear(name), Conv1D) else gradient
+        return gradient_ji[row_k, self.before[name].input_i[column_k]]
+
+
+def _key(matrix: Matrix) -> str:
+    return f"{matrix.path}.weight"
+
+
+def _weight(linear: Any) -> Tensor:
+    """weight_ji of a linear map, as a view that may be written to."""
+    return linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
 
 
 def pruned_to(subject: SparseSubject, edges: Iterable[Edge], kept_f: Tensor) -> SparseSubject:
@@ -124,6 +172,7 @@ def pruned_to(subject: SparseSubject, edges: Iterable[Edge], kept_f: Tensor) -> 
             gone_ji[row_k, column_k] = False
         removed[name] = _places(gone_ji)
     pruned.remove(removed)
+    assert isinstance(pruned.subject, SparseSubject)
     return pruned.subject
 
 
@@ -131,7 +180,6 @@ class EdgeGoal:
     """What `fewest` and `deleted` ask about sets of edges of a circuit."""
 
     def __init__(self, goal: Goal, kept_f: Tensor) -> None:
-        assert isinstance(goal.subject, SparseSubject)
         self.kept_f, self.bound, self.left = kept_f, goal.bound, goal.left
         self.pruned = Pruned(goal.subject)
         self.goal = copy.copy(goal)
@@ -143,13 +191,14 @@ class EdgeGoal:
     def _parts(self, x_e: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.entries, x_e.split(self.sizes), strict=True))
 
-    def _set(self, kept_e: Tensor) -> None:
+    def set_to(self, kept_e: Tensor) -> None:
+        """Let the model have some of the edges."""
         parts = self._parts(kept_e)
         self.pruned.remove({name: (rows[~parts[name]], columns[~parts[name]]) for name, (rows, columns) in self.entries.items()})
 
     def loss(self, kept_e: Tensor) -> float:
         """The loss of the circuit with some of its edges."""
-        self._set(kept_e)
+        self.set_to(kept_e)
         value = float(self.goal.loss(self.kept_f[None]))
         self.left = self.goal.left
         return value
@@ -164,11 +213,16 @@ class EdgeGoal:
 
     def slopes(self, kept_e: Tensor) -> Tensor:
         """slope_e of the loss at some of the edges."""
-        self._set(kept_e)
+        self.set_to(kept_e)
         self.goal.left -= 3 * self.goal.terms * self.goal.tokens * self.goal.subject.cost
         self.left = self.goal.left
-        slopes = self.pruned.slopes(self.goal, self.kept_f, self.entries)
-        return torch.cat([slopes[name] for name in self.entries])
+        rows = torch.arange(len(self.goal.pairs), device=kept_e.device).split(ROWS)
+        return self.slopes_on(self.goal, ((row_b, self.goal.company_bf[row_b]) for row_b in rows))[1]
+
+    def slopes_on(self, goal: Goal, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
+        """(loss, slope_e) on some prompts row_b of a goal, in company_bf, at the edges that the model has."""
+        loss, slopes = self.pruned.slopes(goal, self.kept_f, self.entries, parts)
+        return loss, torch.cat([slopes[name] for name in self.entries])
 
     def cost(self, n: int) -> float:
         """The work of `without`."""
@@ -184,25 +238,56 @@ class EdgeGoal:
         found = []
         for name, (row_k, column_k) in self.entries.items():
             matrix = self.pruned.before[name]
-            kind = "value" if matrix.source.kind == "v" else "weight"
-            for row, column, effect in zip(
-                row_k[parts[name]].tolist(), column_k[parts[name]].tolist(), slopes[name][parts[name]].tolist(), strict=True
-            ):
-                ends = Node(matrix.source, column), Node(matrix.target, row)
-                found.append(Edge(*ends, kind, float(matrix.weight_ji[row, column]), effect))
+            kind = "value" if matrix.target.kind == "attn_out" else "weight"
+            kept_k = parts[name]
+            row_k, column_k = row_k[kept_k], column_k[kept_k]
+            for source, target, weight, effect in zip(
+                matrix.source_i[column_k].tolist(), matrix.target_j[row_k].tolist(), matrix.weight_ji[row_k, column_k].tolist(),
+                slopes[name][kept_k].tolist(), strict=True,
+            ):  # fmt: skip
+                found.append(Edge(Node(matrix.source, source), Node(matrix.target, target), kind, weight, effect))
         return tuple(sorted(found, key=lambda edge: (-abs(edge.effect), edge.source.location, edge.source.index)))
 
 
-def find_edges(goal: Goal, kept_f: Tensor, progress: Callable[[str], None] | None = None) -> FoundEdges:
-    """The edges of a task's circuit, by the search that the module describes, within the goal's work."""
+class EdgeLessons:
+    """Edges, to a descent: the loss of a mask on some of a goal's prompts, in company of its own at every step."""
+
+    def __init__(self, judge: EdgeGoal, goal: Goal, work: float) -> None:
+        self.judge, self.goal = judge, copy.copy(goal)
+        self.goal.subject = judge.pruned.subject
+        self.rows = min(ROWS, len(goal.pairs))
+        per_step = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost * self.rows
+        self.steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
+
+    def slopes_at(self, kept_f: Tensor, generator: torch.Generator) -> tuple[float, Tensor]:
+        """(loss, slope_e) at a mask."""
+        self.judge.set_to(kept_f)
+        return self.judge.slopes_on(self.goal, [drawn(self.goal, self.rows, generator)])
+
+
+def find_edges(
+    goal: Goal, lessons: Goal, kept_f: Tensor, *, seed: int = 0, progress: Callable[[str], None] | None = None
+) -> FoundEdges:
+    """The edges of a task's circuit, by the search that the module describes, within the goal's work.
+
+    Masks are learnt from the prompts of `lessons` and held to those of `goal`.
+    """
     say = progress or (lambda _: None)
     judge = EdgeGoal(goal, kept_f)
     whole_e = torch.ones(sum(judge.sizes), dtype=torch.bool, device=kept_f.device)
     say(f"edges: {len(whole_e):,} weights between nodes")
     if not len(whole_e):
         return FoundEdges((), 0, judge.loss(whole_e), True)
-    order_e = judge.slopes(whole_e).abs().argsort(descending=True, stable=True)
-    kept_e = fewest(judge, torch.zeros_like(whole_e), order_e, max(1, len(order_e) // 3))
+    learning = EdgeLessons(judge, lessons, DESCENT_SHARE * goal.left)
+    learnt = descend(
+        learning, judge.loss, whole_e, goal.bound, learning.steps, seed=seed,
+        watch=lambda step, tau_e, loss: say(
+            f"edges: step {step} of {learning.steps}, {int((tau_e > 0).sum()):,} edges, loss {loss:.3f}"
+        ),
+    )  # fmt: skip
+    judge.goal.left = judge.left = (1 - DESCENT_SHARE) * goal.left
+    order_e, above = learnt.tau_f.argsort(descending=True, stable=True), int((learnt.tau_f > 0).sum())
+    kept_e = fewest(judge, torch.zeros_like(whole_e), order_e[:above] if learnt.met else order_e, max(1, above))
     kept_e, complete = deleted(judge, kept_e, lambda text: say(text.replace("nodes", "edges")), GIVEN_UP)
     return FoundEdges(judge.edges(kept_e), len(whole_e), judge.loss(kept_e), complete)
 

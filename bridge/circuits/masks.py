@@ -12,13 +12,8 @@ bound / 2 ((D_C - D) / max(|D|, 1) / .1)^2. The paper's objective finds circuits
 deletes may cancel, and nothing ties the rest to the model. Under the default the whole model is one of the sets that are tried.
 
 1. candidates   Nodes that no prompt switches on, if to leave them out costs no more than a quarter of the bound; else all.
-2. masks        tau ~ N(.3, .1), clamped to [-1, 1]; Heaviside forward, sigmoid's derivative backward; AdamW, rate 3e-2 to 0, at
-                most 500 steps. The paper's N(.1, .01) takes all nodes away within a few steps, before any has a gradient.
-                lambda is steered: it rises while the loss of the last steps is below the bound and falls while it is above, so
-                one descent visits the size weights that several would, and ends at the one that the bound asks for. Of all the
-                masks on the way, the smallest that is within the bound on other prompts, also of both, is taken; it stops where
-                there is one, and neither the size nor the loss has changed in a while.
-                Masks are learnt from prompts of both splits, since a few templates alone make circuits that fail on others.
+2. masks        The descent of `descent.descend`, of at most 500 steps. It learns from prompts of both splits and is held to
+                others of both, since a few templates alone make circuits that fail on others.
 3. repairs      Where there is none, and while the nodes above 0 do not meet the bound there, those that the loss's slope
                 says help most are added, as many together as lower it most: each for itself, too many would overshoot.
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on those other prompts
@@ -36,13 +31,14 @@ vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bridge.circuits.descent import descend
 from bridge.circuits.subject import Subject, in_order, masked_gate, recorded
 from bridge.prune import SHARE, deleted, fewest, ranks
 from bridge.recipe import UserError
@@ -51,16 +47,12 @@ from bridge.tasks.tokens import TokenPairs
 Objective = Literal["superset", "paper"]
 TARGETS: dict[str, float] = {"superset": 0.1, "paper": 0.15}  # nats per prompt
 STEPS, FEWEST_STEPS = 500, 40
-RATE, TAU, TAU_DEVIATION = 3e-2, 0.3, 0.1
-ROWS, FEWEST_ROWS = 16, 4  # of them at each step: on a CPU more steps of fewer prompts settle sooner
-VALIDATION = 32  # prompts of either split that masks are learnt from, and as many that the bound is held to
+ROWS, FEWEST_ROWS = 16, 4  # of the prompts at each step: on a CPU more steps of fewer prompts settle sooner
+LESSONS = 256  # prompts of either split that masks are learnt from
+VALIDATION = 32  # others of either split, that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
-LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (1e-5, 1.0)
-SETTLED_STEPS, SETTLED = 30, 0.02
 REPAIRS, REPAIR_SIZES = 12, 8  # rounds at most, and numbers of nodes tried in each: 4, 8, 16 ...
-CHECKED = 10  # steps between looks at the validation split
-LESSON_SHARE = 0.85  # of the bound, which is what masks aim at: new prompts cost a little more
-SHARES = (0.4, 0.6)  # of the work: masks; threshold and deletions
+SHARES = (0.6, 0.4)  # of the work: masks; threshold and deletions
 GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
 _TOKENS = 4096  # in a batch of masked copies
 
@@ -241,60 +233,31 @@ def kl(from_bv: Tensor, to_bv: Tensor) -> Tensor:
     return (from_bv.exp() * (from_bv - to_bv)).sum(-1)
 
 
-def heaviside(tau_f: Tensor) -> Tensor:
-    """1 where tau > 0, else 0, exactly; backwards the derivative of the sigmoid."""
-    sigmoid_f = torch.sigmoid(tau_f)
-    return (tau_f > 0).to(tau_f.dtype) + (sigmoid_f - sigmoid_f.detach())
+class NodeLessons:
+    """Nodes, to a descent: the loss of a mask on some of a goal's prompts, in company of its own at every step."""
 
+    def __init__(self, goal: Goal, work: float) -> None:
+        self.goal = goal
+        per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost
+        self.rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
+        self.steps = max(FEWEST_STEPS, min(STEPS, int(work / (per_row * self.rows))))
 
-@dataclass(frozen=True)
-class Step:
-    """Where the descent of the masks stands: the step of how many, nodes above 0, the loss of late, lambda, whether it moves."""
-
-    step: int
-    steps: int
-    nodes: int
-    loss: float
-    size_weight: float
-    settled: bool
-
-
-def learn(goal: Goal, candidates_f: Tensor, *, seed: int, work: float) -> Iterator[tuple[Step, Tensor]]:
-    """tau_f after each step; `goal` holds the prompts that are learnt from."""
-    generator = torch.Generator().manual_seed(seed)
-    tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
-    tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
-    per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost
-    rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
-    per_step = per_row * rows
-    steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
-    optimizer = torch.optim.AdamW([tau_f], lr=RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    size_weight, late, history = LAMBDA, 0.0, []
-    for step in range(steps):
-        row_b = torch.randperm(len(goal.pairs), generator=generator)[:rows].to(tau_f.device)
-        company_bf = random_company(rows, len(tau_f), generator).to(tau_f.device)
+    def slopes_at(self, kept_f: Tensor, generator: torch.Generator) -> tuple[float, Tensor]:
+        """(loss, slope_f) at a mask."""
+        row_b, company_bf = drawn(self.goal, self.rows, generator)
+        mask_f = kept_f.to(torch.get_default_dtype()).requires_grad_()
         with torch.enable_grad():
-            mask_f = heaviside(tau_f)
-            loss = masked_loss(goal, mask_f, row_b, company_bf)
-            optimizer.zero_grad()
-            (loss + size_weight * mask_f[candidates_f].sum()).backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            tau_f.clamp_(-1, 1)
-            tau_f[~candidates_f] = -1
-        value = float(loss.detach())
-        late = value if step == 0 else 0.8 * late + 0.2 * value
-        size_weight *= LAMBDA_RISE if late < 0.9 * goal.bound else LAMBDA_FALL
-        size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-        nodes, settled = int((tau_f > 0).sum()), False
-        goal.left -= per_step
-        history.append(nodes)
-        if step > max(FEWEST_STEPS, 3 * SETTLED_STEPS) and late < goal.bound:
-            now, then = (sum(history[-s:][:SETTLED_STEPS]) / SETTLED_STEPS for s in (SETTLED_STEPS, 2 * SETTLED_STEPS))
-            settled = abs(now - then) <= SETTLED * then
-        yield Step(step + 1, steps, nodes, late, size_weight, settled), tau_f.detach()
+            loss = masked_loss(self.goal, mask_f, row_b, company_bf)
+            loss.backward()
+        assert mask_f.grad is not None
+        return float(loss.detach()), mask_f.grad
+
+
+def drawn(goal: Goal, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(row_b, company_bf): some of a goal's prompts, and random company for each."""
+    row_b = torch.randperm(len(goal.pairs), generator=generator)[:rows]
+    company_bf = random_company(rows, goal.subject.space.size, generator)
+    return row_b.to(goal.subject.device), company_bf.to(goal.subject.device)
 
 
 def candidates(goal: Goal) -> Tensor:
@@ -325,20 +288,18 @@ def find_nodes(
     say = progress or (lambda _: None)
     lessons_pairs, held_pairs = divided(train, validation)
     judge = Goal(subject, held_pairs, aim, work=work * SHARES[1])
-    lesson_aim = Aim(aim.objective, LESSON_SHARE * aim.bound)
-    lessons = Goal(subject, lessons_pairs, lesson_aim, seed=seed + 1, work=work * SHARES[0])
+    lessons = NodeLessons(Goal(subject, lessons_pairs, aim, seed=seed + 1), work * SHARES[0])
     whole = float(judge.loss(torch.ones(1, subject.space.size, dtype=torch.bool, device=subject.device)))
-    candidates_f = candidates(lessons)
+    candidates_f = candidates(judge)
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
-    tau_f, steps, fewest_f = candidates_f.to(torch.get_default_dtype()), 0, None
-    for step, now_f in learn(lessons, candidates_f, seed=seed, work=lessons.left):
-        tau_f, steps = now_f, step.step
-        say(f"masks: step {steps} of {step.steps}, {step.nodes:,} nodes, loss {step.loss:.3f}")
-        if steps % CHECKED == 0 and step.loss <= 1.5 * judge.bound and (fewest_f is None or step.nodes < (fewest_f > 0).sum()):
-            fewest_f = now_f.clone() if float(judge.loss((now_f > 0)[None])) <= judge.bound else fewest_f
-        if step.settled and fewest_f is not None:
-            break
-    tau_f = tau_f if fewest_f is None else fewest_f
+    left = judge.left
+    learnt = descend(
+        lessons, lambda kept_f: float(judge.loss(kept_f[None])), candidates_f, aim.bound, lessons.steps, seed=seed,
+        watch=lambda step, tau_f, loss: say(
+            f"masks: step {step} of {lessons.steps}, {int((tau_f > 0).sum()):,} nodes, loss {loss:.3f}"
+        ),
+    )  # fmt: skip
+    judge.left, tau_f = left, learnt.tau_f
     worth_f = _repaired(judge, candidates_f, tau_f, say) if whole <= aim.bound else torch.where(tau_f > 0, tau_f, tau_f - 3)
     order_f, n = ranks(candidates_f, worth_f).argsort(), int(candidates_f.sum())
     chosen = int((worth_f > -1.5).sum())
@@ -355,7 +316,7 @@ def find_nodes(
     kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(chosen, 1))
     say(f"threshold: {int(kept_f.sum()):,} nodes")
     kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)
-    return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, steps)
+    return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, learnt.steps)
 
 
 def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[str], None]) -> Tensor:
@@ -385,16 +346,16 @@ def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[s
 
 def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
     """The prompts that masks are learnt from and, where there are enough, others that hold the bound; both of both splits."""
-    parts = [_apart(split, VALIDATION) for split in (train, validation)]
+    parts = [_apart(split) for split in (train, validation)]
     return tuple(one.and_those(other) for one, other in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
-def _apart(pairs: TokenPairs, most: int) -> tuple[TokenPairs, TokenPairs]:
-    """At most some prompts, and at most as many that are not among them, while there are any."""
+def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+    """Prompts to learn from and others, evenly from all; the same where there is one."""
     ordered = in_order(pairs)
-    held_b = _evenly(len(ordered), most)
+    held_b = _evenly(len(ordered), min(VALIDATION, (len(ordered) + 1) // 2))
     rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), held_b)]
-    taken_b = rest_b[_evenly(len(rest_b), most)] if len(rest_b) else held_b
+    taken_b = rest_b[_evenly(len(rest_b), LESSONS)] if len(rest_b) else held_b
     device = ordered.last_b.device
     return ordered.rows(taken_b.to(device)), ordered.rows(held_b.to(device))
 

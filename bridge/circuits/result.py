@@ -65,8 +65,8 @@ class TaskFacts:
     """A task's circuit in numbers.
 
     whole and dense_whole are the sizes of the models, before what the nodes alone left, size the circuit's; entries counts
-    embedding, unembedding and bigram weights that it reads, which are no edges; dense is the dense model's circuit at the same
-    bound, None where that was not searched. The losses are those of the search, per prompt, in nats.
+    embedding, unembedding and bigram weights that it reads, which are no edges; dense_before and dense are the same of the dense
+    model's circuit at the same bound, None where that was not searched. The losses are those of the search, per prompt, in nats.
     """
 
     task: str
@@ -85,6 +85,7 @@ class TaskFacts:
     loss: float
     edges_complete: bool
     dense_whole: Size | None
+    dense_before: Size | None
     dense: Size | None
     dense_loss: float | None
     dense_complete: bool | None
@@ -243,13 +244,14 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     lines += ["", f"CIRCUIT   {facts.size.nodes:,} of {facts.whole.nodes:,} nodes; {edges}; loss {facts.loss:.3f}"]
     entries = ", ".join(f"{count:,} {name}" for name, count in facts.entries.items())
     lines.append(f"          beside the edges: {entries} entries")
-    if facts.dense is not None and facts.dense_whole is not None and facts.dense_loss is not None:
-        lines.append(
-            f"DENSE     {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} nodes; {facts.dense.edges:,} of "
-            f"{facts.dense_whole.edges:,} edges; loss {facts.dense_loss:.3f}: "
-            f"{facts.dense.edges / max(1, facts.size.edges):.1f} times the edges"
-            + ("" if facts.dense_complete else "; its deletions were cut short")
-        )
+    if facts.dense is not None and facts.dense_before is not None and facts.dense_whole is not None:
+        lines += [
+            f"DENSE     {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} nodes; {facts.dense.edges:,} edges (of "
+            f"{facts.dense_before.edges:,} between its nodes); loss {facts.dense_loss:.3f}"
+            + ("" if facts.dense_complete else "; deletions cut short"),
+            f"          {facts.dense.edges / max(1, facts.size.edges):.1f} times the edges, "
+            f"{facts.dense_before.edges / max(1, facts.before.edges):.1f} times those between the nodes",
+        ]
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
     nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]

@@ -5,7 +5,7 @@
     consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
                 bound, and deletions
     edges       `edges.find_edges`, to the whole bound
-    dense       `masks.find_nodes` on the dense model, to the whole bound; its edges are all weights between its nodes
+    dense       the nodes and edges of the dense model, to the same bounds by the same search
     evidence    `judge.judge`, on the test split
 
 Nulls run through all of this but the gate, and must not pass: `labels` replaces every answer token by one drawn at random,
@@ -29,7 +29,7 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import Circuit
 from bridge.circuits.dense_nodes import DenseSubject
-from bridge.circuits.edges import find_edges, pruned_to
+from bridge.circuits.edges import FoundEdges, find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
 from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
@@ -40,8 +40,8 @@ from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
-MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
-EDGE_WORK = 0.5  # of that, again, for the edges
+MOST_TOKENS = 1_600_000  # of masked copies, where the model is small
+EDGE_WORK = 0.4  # of that, again, for the edges
 NODE_SHARE = 0.75  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
 REFERENCE_TOKENS = 4096
 JUDGED = 32  # held-out prompts
@@ -121,7 +121,7 @@ def search_task(
     train, validation = splits["train"].both(), splits["validation"].both()
 
     found: list[FoundNodes] = []
-    _, held = divided(train, validation)
+    lessons, held = divided(train, validation)
     nodes_aim = Aim(aim.objective, _node_bound(subject, held, aim))
     for number in range(seeds):
         at = f"seed {seed + number}: " if seeds > 1 else ""
@@ -138,16 +138,13 @@ def search_task(
         )
     searched = Goal(subject, spread(validation, VALIDATION), aim)
     kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, _work(subject, work), say)
-    edges = find_edges(Goal(subject, held, aim, work=EDGE_WORK * _work(subject, work)), kept_f, say)
+    edges = _edges(subject, lessons, held, aim, kept_f, seed, work, say)
     pruned = pruned_to(subject, edges.edges, kept_f)
-    dense_found, why_not = _dense(subjects, train, validation, aim, seed, work, say) if dense else (None, "not asked for")
+    other, why_not = _dense(subjects, train, validation, aim, seed, work, say) if dense else (None, "not asked for")
 
     held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
-    dense_size = (
-        None if dense_found is None else Size(int(dense_found.kept_f.sum()), edge_count(subjects.dense, dense_found.kept_f))
-    )
     judged = Judged(
-        kept_f, pruned, [one.kept_f for one in found], len(edges.edges), None if dense_size is None else dense_size.edges
+        kept_f, pruned, [one.kept_f for one in found], len(edges.edges), None if other is None else len(other.edges.edges)
     )
     faithfulness = judge(searched, held_out, judged, scores, dense_scores, seed=seed, progress=say)
     inclusion = subject.space.split(torch.stack([one.kept_f for one in found]).float().mean(0))
@@ -169,10 +166,11 @@ def search_task(
         entries=_entries(subject, kept_f, splits["test"].both()),
         loss=edges.loss,
         edges_complete=edges.complete,
-        dense_whole=None if dense_found is None else whole_size(subjects.dense),
-        dense=dense_size,
-        dense_loss=None if dense_found is None else dense_found.loss,
-        dense_complete=None if dense_found is None else dense_found.complete,
+        dense_whole=None if other is None else whole_size(subjects.dense),
+        dense_before=None if other is None else other.before,
+        dense=None if other is None else other.size,
+        dense_loss=None if other is None else other.edges.loss,
+        dense_complete=None if other is None else other.nodes.complete and other.edges.complete,
         why_not_dense=why_not,
         provenance=_provenance(coupling, seed, work),
         seconds=time.monotonic() - started,
@@ -204,8 +202,7 @@ def search_dense(
             "circuit to find; take another task"
         )
     train, validation = splits["train"].both(), splits["validation"].both()
-    found = _dense_nodes(dense, train, validation, Aim() if aim is None else aim, seed, work, say)
-    return Size(int(found.kept_f.sum()), edge_count(dense, found.kept_f))
+    return _dense_circuit(dense, train, validation, Aim() if aim is None else aim, seed, work, say).size
 
 
 def _splits(task: Resolved) -> dict[str, TokenPairs]:
@@ -246,22 +243,48 @@ def _consensus(
     return deleted(goal, kept_f, say, GIVEN_UP)[0]
 
 
+def _edges(
+    subject: Subject, lessons: TokenPairs, held: TokenPairs, aim: Aim, kept_f: Tensor, seed: int, work: float,
+    say: Callable[[str], None],
+) -> FoundEdges:  # fmt: skip
+    goal = Goal(subject, held, aim, work=EDGE_WORK * _work(subject, work))
+    return find_edges(goal, Goal(subject, lessons, aim, seed=seed + 1), kept_f, seed=seed, progress=say)
+
+
+@dataclass(frozen=True)
+class _DenseCircuit:
+    nodes: FoundNodes
+    edges: FoundEdges
+
+    @property
+    def before(self) -> Size:
+        return Size(int(self.nodes.kept_f.sum()), self.edges.n_before)
+
+    @property
+    def size(self) -> Size:
+        return Size(int(self.nodes.kept_f.sum()), len(self.edges.edges))
+
+
 def _dense(
     subjects: Subjects, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
-) -> tuple[FoundNodes | None, str]:
+) -> tuple[_DenseCircuit | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        return _dense_nodes(subjects.dense, train, validation, aim, seed, work, say), ""
+        return _dense_circuit(subjects.dense, train, validation, aim, seed, work, say), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
 
 
-def _dense_nodes(
+def _dense_circuit(
     dense: DenseSubject, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
-) -> FoundNodes:
-    return find_nodes(
-        dense, train, validation, aim, seed=seed, work=_work(dense, work), progress=lambda text: say(f"dense: {text}")
-    )
+) -> _DenseCircuit:
+    def say_dense(text: str) -> None:
+        say(f"dense: {text}")
+
+    lessons, held = divided(train, validation)
+    nodes_aim = Aim(aim.objective, _node_bound(dense, held, aim))
+    nodes = find_nodes(dense, train, validation, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
+    return _DenseCircuit(nodes, _edges(dense, lessons, held, aim, nodes.kept_f, seed, work, say_dense))
 
 
 def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Mapping[str, int]:

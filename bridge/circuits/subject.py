@@ -16,6 +16,7 @@ matrix, s residual width, v vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -45,7 +46,10 @@ NONZERO_COST = 8
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix weight_ji between nodes: the location and node of every column (source_i) and of every row (target_j)."""
+    """A matrix weight_ji between nodes: the location and node of every column (source_i) and of every row (target_j).
+
+    It is held by the linear map at `path`, of whose inputs input_i are its columns.
+    """
 
     name: str
     source: Location
@@ -53,6 +57,8 @@ class Matrix:
     weight_ji: Tensor
     source_i: Tensor
     target_j: Tensor
+    path: str
+    input_i: Tensor
 
     def inside(self, kept: Mapping[Location, Tensor]) -> Tensor:
         """Which entries_ji are edges between nodes of the masks kept_1n."""
@@ -89,6 +95,14 @@ class Subject(Protocol):
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
+        ...
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear map at a path."""
+        ...
+
+    def copied(self) -> Subject:
+        """The same model with weights of its own, which may be changed; every linear map between nodes has a bias."""
         ...
 
 
@@ -141,11 +155,23 @@ class SparseSubject:
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
         return tuple(
-            Matrix(f"{layer}.{name}", Location(layer, source), Location(layer, target), weight_ji, *_ends(weight_ji))
+            Matrix(
+                f"{layer}.{name}", Location(layer, source), Location(layer, target), weight_ji, column_i, row_j,
+                f"blocks.{layer}.{name}", column_i,
+            )
             for layer in range(len(self.sparse.blocks))
             for name, (source, target) in _MATRICES.items()
             for weight_ji in [self.sparse.get_parameter(f"blocks.{layer}.{name}.weight").detach()]
-        )
+            for row_j, column_i in [(torch.arange(n, device=weight_ji.device) for n in weight_ji.shape)]
+        )  # fmt: skip
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear map at a path."""
+        return self.sparse.get_submodule(path)
+
+    def copied(self) -> SparseSubject:
+        """The same model with weights of its own, which may be changed."""
+        return SparseSubject(copy.deepcopy(self.sparse).requires_grad_(False), self.means)
 
 
 @torch.no_grad()
@@ -164,11 +190,6 @@ def attended_means(sparse: SparseTransformer, corpus_bt: Tensor) -> dict[Locatio
         for rows_bt in corpus_bt.to(sparse.device).split(_CORPUS_ROWS):
             sparse.run(rows_bt, last_only=True)
     return {location: (total_n / corpus_bt.numel()).to(sparse.embedding.dtype) for location, total_n in sums.items()}
-
-
-def _ends(weight_ji: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = weight_ji.shape
-    return torch.arange(columns, device=weight_ji.device), torch.arange(rows, device=weight_ji.device)
 
 
 def masked_gate(subject: Subject, kept_f: Tensor) -> Gate:
