@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import planted_pairs
 from test_dense import FAMILIES, tiny
 
 from bridge.circuits.dense_nodes import DenseSubject
+from bridge.circuits.edges import EdgeGoal, Pruned, find_edges
+from bridge.circuits.masks import Aim, Goal
+from bridge.circuits.subject import ATTENDED
 from bridge.dense import DenseModel, load_dense
 from bridge.sparse import Location
 from bridge.wiring import DenseModelError
@@ -42,7 +46,7 @@ def test_the_matrices_of_gpt2_are_its_own() -> None:
     assert {(m.source.kind, m.target.kind) for m in DenseSubject(dense, CORPUS).matrices()} == {
         ("attn_in", "c_attn"), ("c_attn", "attn_out"), ("mlp_in", "mlp_act"), ("mlp_act", "mlp_out"),
     }  # fmt: skip
-    assert torch.equal(matrices["0.c_attn"].weight_ji, block.attn.c_attn.weight.T)
+    assert torch.equal(matrices["0.attn_in.c_attn"].weight_ji, block.attn.c_attn.weight.T)
     output = next(m for m in DenseSubject(dense, CORPUS).matrices() if m.target == Location(0, "attn_out"))
     assert output.source_i.tolist() == [*range(2 * width, 3 * width)]  # the values come last of the three
     assert torch.equal(output.weight_ji, block.attn.c_proj.weight.T)
@@ -64,3 +68,43 @@ def test_a_model_without_such_maps_is_refused_in_one_line(dense: DenseModel) -> 
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="at least one block"):
         DenseSubject(dense, CORPUS[:0])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_removed_edge_is_no_weight_and_its_mean_in_the_bias(kind: str) -> None:
+    dense = load_dense(tiny(kind))
+    before_btv = dense.run(CORPUS).logits_btv
+    subject = DenseSubject(dense, CORPUS)
+    pruned = Pruned(subject)
+    for matrix in subject.matrices():
+        pruned.remove({})
+        assert torch.equal(pruned.subject._run(CORPUS, lambda _, x: x), before_btv)
+        row, column = 3, 2
+        pruned.remove({matrix.name: (torch.tensor([row]), torch.tensor([column]))})
+        mean = subject.means[Location(matrix.source.layer, ATTENDED) if matrix.target.kind == "attn_out" else matrix.source]
+        place = matrix.input_i[column]
+
+        def without(module: Any, args: tuple, output: Any, matrix=matrix, mean=mean, place=place) -> Any:
+            taken = args[0][..., place] - mean[place if matrix.target.kind == "attn_out" else matrix.source_i[column]]
+            changed = output.clone()
+            changed[..., row] -= matrix.weight_ji[row, column] * taken
+            return changed
+
+        handle = subject.linear(matrix.path).register_forward_hook(without)
+        literal_btv = dense.run(CORPUS).logits_btv
+        handle.remove()
+        torch.testing.assert_close(pruned.subject._run(CORPUS, lambda _, x: x), literal_btv, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(literal_btv, before_btv), matrix.name
+    assert torch.equal(dense.run(CORPUS).logits_btv, before_btv)
+
+
+def test_the_dense_models_edges_are_pruned_to_a_bound() -> None:
+    dense = load_dense(tiny("gpt2"))
+    subject = DenseSubject(dense, CORPUS)
+    goal = Goal(subject, planted_pairs(8).both(), Aim(target=0.02), work=1e9)
+    every_f = torch.ones(subject.space.size, dtype=torch.bool)
+    found = find_edges(goal, goal, every_f)
+    assert found.loss <= 0.02 and 0 < len(found.edges) < found.n_before
+    with torch.no_grad():
+        before = EdgeGoal(goal, every_f)
+        assert before.loss(torch.ones(found.n_before, dtype=torch.bool)) == pytest.approx(0, abs=1e-6)

@@ -285,7 +285,7 @@ class DenseSubject:
             if len(here_i):
                 part_ji = weight_ji[:, here_i]
                 target_j = torch.arange(len(weight_ji), device=weight_ji.device)
-                name = f"{layer}.{sublayer.last.rsplit('.', 1)[-1]}"
+                name = f"{layer}.{channels.kind}.{sublayer.last.rsplit('.', 1)[-1]}"
                 source_i = channel_i[here_i] - start
                 self._matrices.append(Matrix(name, channels, write, part_ji, source_i, target_j, sublayer.last, here_i))
 
@@ -307,7 +307,7 @@ class DenseSubject:
         rows, columns = weight_ji.shape
         column_i = torch.arange(columns, device=weight_ji.device)
         target_j = torch.arange(rows, device=weight_ji.device) % self._sizes[target]
-        name = f"{source.layer}.{path.rsplit('.', 1)[-1]}"
+        name = f"{source.layer}.{source.kind}.{path.rsplit('.', 1)[-1]}"
         self._matrices.append(Matrix(name, source, target, weight_ji, column_i, target_j, path, column_i))
 
 

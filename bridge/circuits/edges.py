@@ -40,7 +40,7 @@ from bridge.prune import deleted, fewest
 from bridge.sparse import Location
 
 STEPS, FEWEST_STEPS = 300, 30
-DESCENT_SHARE = 0.6  # of the work
+DESCENT_SHARE = 0.8  # of the work
 
 @dataclass(frozen=True, eq=False)
 class FoundEdges:

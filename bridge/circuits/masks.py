@@ -52,7 +52,7 @@ LESSONS = 256  # prompts of either split that masks are learnt from
 VALIDATION = 32  # others of either split, that the bound is held to
 TRIED = 8  # of these, when a node is deleted alone
 REPAIRS, REPAIR_SIZES = 12, 8  # rounds at most, and numbers of nodes tried in each: 4, 8, 16 ...
-SHARES = (0.6, 0.4)  # of the work: masks; threshold and deletions
+SHARES = (0.7, 0.2)  # of the work: masks; threshold and deletions
 GIVEN_UP = 0.25  # of the nodes that a sweep has left, each time that no more could go
 _TOKENS = 4096  # in a batch of masked copies
 
