@@ -35,7 +35,7 @@ RAISED = 0.25  # of the rate, by which tau is raised where lambda can fall no fu
 AIMS, AIM_FALL, AIM_RISE = (0.2, 0.85), 0.85, 1.05  # as a share of the bound
 CHECKED = 10  # steps between questions to the other prompts
 WORTH_ASKING = 1.5  # times the bound
-SETTLED_STEPS, SETTLED, SLACK = 30, 0.02, 0.6
+PATIENCE, SHRANK = 80, 0.98  # steps without an accepted mask that is at least so much smaller
 
 
 class Lessons(Protocol):
@@ -67,7 +67,7 @@ def descend(
 ) -> Descended:
     """Masks over the candidates by the descent that the module describes; held(kept_f) is the loss on other prompts.
 
-    It ends early where a mask has been accepted, and neither size nor loss has changed in a while. `watch` is told the step,
+    It ends early where no smaller mask has been accepted for a while. `watch` is told the step,
     tau_f and the loss of late.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +76,7 @@ def descend(
     optimizer = torch.optim.AdamW([tau_f], lr=RATE, betas=BETAS, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     size_weight, late, aim, best_f = LAMBDA, 0.0, AIMS[1] * bound, None
-    sizes: list[int] = []
+    fewest, shrank = len(candidates_f) + 1, 0
     for step in range(1, steps + 1):
         value, slope_f = lessons.slopes_at(tau_f.detach() > 0, generator)
         sigmoid_f = torch.sigmoid(tau_f.detach())
@@ -91,19 +91,17 @@ def descend(
             tau_f.clamp_(-1, 1)
             tau_f[~candidates_f] = -1
         kept_f = tau_f.detach() > 0
-        sizes.append(int(kept_f.sum()))
         if watch:
             watch(step, tau_f.detach(), late)
         if (step % CHECKED == 0 or step == steps) and late <= WORTH_ASKING * bound:
             met = held(kept_f) <= bound
             if met or late <= aim:
                 aim = min(max(aim * (AIM_RISE if met else AIM_FALL), AIMS[0] * bound), AIMS[1] * bound)
-            if met and (best_f is None or sizes[-1] < int((best_f > 0).sum())):
-                best_f = tau_f.detach().clone()
+            if met and int(kept_f.sum()) < fewest:
+                shrank = step if int(kept_f.sum()) < SHRANK * fewest else shrank
+                best_f, fewest = tau_f.detach().clone(), int(kept_f.sum())
         size_weight *= LAMBDA_RISE if late < 0.9 * aim else LAMBDA_FALL
         size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-        if best_f is not None and len(sizes) > 4 * SETTLED_STEPS and SLACK * aim < late < aim:
-            now, then = (sum(sizes[-s:][:SETTLED_STEPS]) / SETTLED_STEPS for s in (SETTLED_STEPS, 2 * SETTLED_STEPS))
-            if abs(now - then) <= SETTLED * then:
-                return Descended(best_f, True, step)
+        if best_f is not None and step - shrank >= PATIENCE:
+            return Descended(best_f, True, step)
     return Descended(tau_f.detach() if best_f is None else best_f, best_f is not None, steps)

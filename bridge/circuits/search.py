@@ -40,7 +40,7 @@ from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
-MOST_TOKENS = 1_600_000  # of masked copies, where the model is small
+MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
 EDGE_WORK = 0.5  # of that, again, for the edges
 NODE_SHARE = 0.75  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
 REFERENCE_TOKENS = 4096
