@@ -76,10 +76,11 @@ def test_a_removed_edge_is_no_weight_and_its_mean_in_the_bias(kind: str) -> None
     before_btv = dense.run(CORPUS).logits_btv
     subject = DenseSubject(dense, CORPUS)
     pruned = Pruned(subject)
+    assert isinstance(pruned.subject, DenseSubject)
+    row, column = 3, 2
     for matrix in subject.matrices():
         pruned.remove({})
         assert torch.equal(pruned.subject._run(CORPUS, lambda _, x: x), before_btv)
-        row, column = 3, 2
         pruned.remove({matrix.name: (torch.tensor([row]), torch.tensor([column]))})
         mean = subject.means[Location(matrix.source.layer, ATTENDED) if matrix.target.kind == "attn_out" else matrix.source]
         place = matrix.input_i[column]
@@ -106,5 +107,5 @@ def test_the_dense_models_edges_are_pruned_to_a_bound() -> None:
     found = find_edges(goal, goal, every_f)
     assert found.loss <= 0.02 and 0 < len(found.edges) < found.n_before
     with torch.no_grad():
-        before = EdgeGoal(goal, every_f)
-        assert before.loss(torch.ones(found.n_before, dtype=torch.bool)) == pytest.approx(0, abs=1e-6)
+        every = EdgeGoal(goal, every_f)
+        assert every.loss(torch.ones(found.n_before, dtype=torch.bool)) == pytest.approx(0, abs=1e-6)

@@ -14,6 +14,7 @@ from bridge.circuits.edges import EdgeGoal, Pruned, find_edges, pruned_to
 from bridge.circuits.masks import Aim, Goal
 from bridge.circuits.subject import ATTENDED, SparseSubject, masked_gate
 from bridge.dense import DenseModel
+from bridge.kernels.products import Compact
 from bridge.sparse import Location
 
 
@@ -39,6 +40,7 @@ def test_removing_an_edge_is_no_weight_and_its_mean_in_the_bias(random: SparseSu
         linear.bias[row] += linear.weight[row, column] * random.means[at][column]  # pyright: ignore
         linear.weight[row, column] = 0  # pyright: ignore
     pruned = Pruned(random)
+    assert isinstance(pruned.subject, SparseSubject)
     pruned.remove({name: (torch.tensor([row]), torch.tensor([column]))})
     tokens_bt = planted_pairs().prompt_bt
     assert torch.equal(pruned.subject.sparse(tokens_bt), literal(tokens_bt))
@@ -47,11 +49,24 @@ def test_removing_an_edge_is_no_weight_and_its_mean_in_the_bias(random: SparseSu
     assert torch.equal(pruned.subject.sparse(tokens_bt), random.sparse(tokens_bt))
 
 
+def test_slopes_are_the_same_where_the_model_runs_through_its_nonzeros(random: SparseSubject) -> None:
+    goal = Goal(random, planted_pairs(), Aim())
+    kept_f = torch.rand(random.space.size, generator=torch.Generator().manual_seed(0)) < 0.8
+    some_e = torch.rand(EdgeGoal(goal, kept_f).n_edges, generator=torch.Generator().manual_seed(1)) < 0.7
+    dense_e = EdgeGoal(goal, kept_f).slopes(some_e)
+    for name, weight in random.sparse.packable().items():
+        random.sparse.compact[name] = Compact.of(weight)
+    judge = EdgeGoal(goal, kept_f)
+    assert judge.pruned.patterns
+    torch.testing.assert_close(judge.slopes(some_e), dense_e, atol=1e-5, rtol=1e-3)
+    assert bool((dense_e[~some_e] != 0).any())  # those that are removed have one as well
+
+
 def test_all_edges_kept_is_the_circuit_of_the_nodes(random: SparseSubject) -> None:
     goal = Goal(random, planted_pairs(), Aim())
     kept_f = torch.rand(random.space.size, generator=torch.Generator().manual_seed(0)) < 0.7
     judge = EdgeGoal(goal, kept_f)
-    every_e = torch.ones(sum(judge.sizes), dtype=torch.bool)
+    every_e = torch.ones(judge.n_edges, dtype=torch.bool)
     assert judge.loss(every_e) == float(goal.loss(kept_f[None]))
     pruned = pruned_to(random, judge.edges(every_e), kept_f)
     gate = masked_gate(random, kept_f)
@@ -65,12 +80,12 @@ def test_an_edges_score_is_the_slope_of_the_loss(random: SparseSubject) -> None:
         goal = Goal(random, planted_pairs(), Aim("paper"))
         kept_f = torch.rand(random.space.size, generator=torch.Generator().manual_seed(0)) < 0.8
         judge = EdgeGoal(goal, kept_f)
-        slopes = dict(zip(judge.entries, judge.slopes(torch.ones(sum(judge.sizes), dtype=torch.bool)).split(judge.sizes)))
+        slopes = dict(zip(judge.entries, judge.slopes(torch.ones(judge.n_edges, dtype=torch.bool)).split(judge.sizes)))
         step = 1e-3
         for name in ("0.q", "0.o", "1.up", "1.down"):
             place = int(slopes[name].abs().argmax())
             row, column = (x[place] for x in judge.entries[name])
-            matrix, linear = judge.pruned.before[name], judge.pruned.subject.sparse.get_submodule(f"blocks.{name}")
+            matrix, linear = judge.pruned.before[name], judge.pruned.subject.linear(f"blocks.{name}")
             losses = []
             for part in (step, -step):
                 judge.pruned.remove({})

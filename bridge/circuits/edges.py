@@ -42,6 +42,7 @@ from bridge.sparse import Location
 STEPS, FEWEST_STEPS = 300, 30
 DESCENT_SHARE = 0.8  # of the work
 
+
 @dataclass(frozen=True, eq=False)
 class FoundEdges:
     """The edges that are left of how many there were, the loss with them, and whether deletions ran to their end."""
@@ -62,7 +63,9 @@ class Pruned:
         self.before = {matrix.name: matrix for matrix in subject.matrices()}
         self.subject = subject.copied()
         self.bias = {name: self._linear(name).bias.detach().clone() for name in self.before}
-        self.all_inputs = {name for name, matrix in self.before.items() if matrix.input_i.tolist() == [*range(self._inputs(name))]}
+        self.all_inputs = {
+            name for name, matrix in self.before.items() if matrix.input_i.tolist() == [*range(self._inputs(name))]
+        }
         # where the model is run through its nonzeros, their places; to find them anew would take longer than to run them
         compact = subject.sparse.compact if isinstance(subject, SparseSubject) else {}
         self.patterns = {name: compact[key].pattern for name in self.before if (key := _key(self.before[name])) in compact}
@@ -84,7 +87,7 @@ class Pruned:
     @torch.no_grad()
     def remove(self, removed: Mapping[str, Entries]) -> None:
         """Remove the entries (row_k, column_k) of each matrix, and put back all others."""
-        for name, matrix in self.before.items():
+        for name in self.before:  # first, since several matrices may be columns of one map
             self._linear(name).bias.copy_(self.bias[name])
         for name, matrix in self.before.items():
             linear, weight_ji = self._linear(name), _weight(self._linear(name))
@@ -188,6 +191,11 @@ class EdgeGoal:
         self.entries = {name: _places(matrix.inside(kept)) for name, matrix in self.pruned.before.items()}
         self.sizes = [len(row_k) for row_k, _ in self.entries.values()]
 
+    @property
+    def n_edges(self) -> int:
+        """How many edges there are to choose from."""
+        return sum(self.sizes)
+
     def _parts(self, x_e: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.entries, x_e.split(self.sizes), strict=True))
 
@@ -274,7 +282,7 @@ def find_edges(
     """
     say = progress or (lambda _: None)
     judge = EdgeGoal(goal, kept_f)
-    whole_e = torch.ones(sum(judge.sizes), dtype=torch.bool, device=kept_f.device)
+    whole_e = torch.ones(judge.n_edges, dtype=torch.bool, device=kept_f.device)
     say(f"edges: {len(whole_e):,} weights between nodes")
     if not len(whole_e):
         return FoundEdges((), 0, judge.loss(whole_e), True)
