@@ -9,8 +9,8 @@ from bridge.card.card import TESTS, TITLES, Card, CardMeasure, NullResult, Test
 from bridge.validate import Control
 
 _HOW_TO_READ = (
-    "How to read this: everything but the first line is about the dense model, on prompts that the search has not seen. D is the "
-    "logit of the right answer less that of the wrong one. Ceiling is what all nodes of the sparse model reach in the circuit's "
+    "How to read this: everything but the first line is about the dense model. D is the logit of the right answer (the target) "
+    "less that of the wrong one (the contrast). Ceiling is what all nodes of the sparse model reach in the circuit's "
     "place: what is missing there the coupling has lost, not the circuit. What a null passes too is no evidence by itself."
 )
 _HEAD = ("ON THE DENSE MODEL", "here", "met", "95%", "ceiling", "control", "aim")
