@@ -8,8 +8,9 @@ runs, one after another, whatever `--out` does not hold yet (it may be killed an
     bridge circuit --task T --objective paper --no-dense --out OUT/paper/T
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T        for the first of the tasks
 
-and prints four tables: the circuits, the overlap of seeds, the two objectives beside each other, and the nulls. `--print` only
-prints what is there. Disentanglement is `bridge circuit --all --seeds N --out OUT/superset`, which takes these circuits.
+and prints five tables: the circuits, the overlap of seeds, the two objectives beside each other, the nulls, and what the circuits
+share and do to one another when deleted, with the heat map in OUT/cross_ablation.svg (as `bridge circuit --all` ends, which asks for
+the same number of seeds everywhere). `--print` searches nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge.checkpoint import read_json
-from bridge.circuits.result import NULLS
+from bridge.bridges import Coupling
+from bridge.checkpoint import read_json, write_json, write_text
+from bridge.circuits.compare import compare, heat_map, render_comparison
+from bridge.circuits.masks import spread
+from bridge.circuits.result import NULLS, TaskResult
+from bridge.circuits.search import JUDGED, Subjects
+from bridge.circuits.suite import resolved
 
 TASKS = (
     "while_return_true", "var_if", "with_as", "else_elif", "if_equals", "lambda_func", "single_double_quote", "fstring_brace",
@@ -130,6 +136,18 @@ def nulls(out: Path, tasks: Sequence[str]) -> str:
     return table(("null", "task", "", "found", "misses"), rows)
 
 
+def disentangled(options: argparse.Namespace, tasks: Sequence[str]) -> str:
+    """Every circuit deleted, every task measured; and what the circuits share."""
+    coupling = Coupling.from_pretrained(options.bridge)
+    subjects = Subjects.of(coupling)
+    results = [TaskResult.load(options.out / "superset" / task) for task in tasks]
+    prompts = {task: spread(resolved(subjects, task).splits["test"].both(), JUDGED) for task in tasks}
+    comparison = compare(subjects.sparse, results, prompts)
+    write_text(options.out / "cross_ablation.svg", heat_map(comparison))
+    write_json(options.out / "comparison.json", comparison.to_json())
+    return render_comparison(comparison)
+
+
 def main() -> None:
     """Search what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,6 +169,7 @@ def main() -> None:
     superset = {task: one for task in tasks if (one := read(out / "superset" / task)) is not None and "failed" not in one}
     paper = {task: one for task in tasks if (one := read(out / "paper" / task)) is not None and "failed" not in one}
     print(circuits(superset), overlaps(superset), objectives(superset, paper), nulls(out, tasks), sep="\n")
+    print(disentangled(options, list(superset)))
 
 
 if __name__ == "__main__":
