@@ -8,9 +8,9 @@ runs, one after another, whatever `--out` does not hold yet (it may be killed an
     bridge circuit --task T --objective paper --no-dense --out OUT/paper/T
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T        for the first of the tasks
 
-and prints five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to one
-another when deleted, with the heat map in OUT/cross_ablation.svg (as `bridge circuit --all` ends, which asks for the same number of
-seeds everywhere). `--print` searches nothing.
+and prints five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to
+one another when deleted, with the heat map in OUT/cross_ablation.svg (as `bridge circuit --all` ends, which asks for the same
+number of seeds everywhere). `--print` searches nothing.
 """
 
 from __future__ import annotations
