@@ -75,8 +75,8 @@ class Coupling(Bare):
         """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
 
         The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
-        `seeds` and within `work`. Raises TaskError, MaskError where no circuit is found, CheckpointError, or CardError where it is
-        not this task's or not this coupling's.
+        `seeds` and within `work`. Raises TaskError, MaskError where none is found, CheckpointError, or CardError where it is not
+        this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)

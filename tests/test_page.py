@@ -90,9 +90,12 @@ def explained(dense: DenseModel) -> tuple[Coupling, Explanation]:
 def test_a_page_holds_the_explanation(explained: tuple[Coupling, Explanation]) -> None:
     _, explanation = explained
     values = data_of(render_html(page_data(explanation, labels={"L0.v[1]": "mine"})))
-    assert set(values) == {"explanation", "nodes", "labels", "served"}
+    assert set(values) == {"explanation", "nodes", "labels", "served", "job", "pending"}
     assert Explanation.from_json(values["explanation"]) == explanation
     assert values["labels"] == {"L0.v[1]": "mine"} and values["nodes"] == {} and values["served"] is False
+    assert (values["job"], values["pending"]) == (None, False)
+    served = data_of(render_html(page_data(explanation, job="abc", pending=True)))
+    assert (served["served"], served["job"], served["pending"]) == (True, "abc", True)
 
 
 def test_pages_of_nodes_are_those_of_the_strongest(explained: tuple[Coupling, Explanation], tmp_path: Path) -> None:

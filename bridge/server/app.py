@@ -263,7 +263,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
 
     @app.delete(
         "/api/explanations/{id}",
-        summary="Cancel an explanation; one that runs stops at its next phase, and one that is readable stays so without its card",
+        summary="Cancel an explanation; one that runs stops at its next phase, a readable one stays so without its card",
         responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
