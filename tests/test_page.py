@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import DenseModel
-from bridge.explained import Explanation, read_explanation
+from bridge.explained import Answered, Explanation, read_explanation
 from bridge.explanation import explain
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
@@ -299,8 +299,16 @@ def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None
 
 def test_explain_writes_a_page(explained: tuple[Coupling, Explanation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coupling, "from_pretrained", staticmethod(lambda *_, **__: explained[0]))
-    monkeypatch.setattr("bridge.explanation.explain", lambda *_, **__: explained[1])
+    early = Answered(**{field.name: getattr(explained[1], field.name) for field in dataclasses.fields(Answered)})
+
+    def staged(*_: Any, stage: Callable[[Answered], None], **__: Any) -> Explanation:
+        stage(early)
+        stage(explained[1])
+        return explained[1]
+
+    monkeypatch.setattr("bridge.explanation.explain", staged)
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["explain", "--prompt", PROMPT, "--bridge", "here", "--html", str(page), "--device", "cpu"])
     assert result.exit_code == 0 and result.stdout.endswith(f"\nwrote {page}\n")
+    assert result.stdout.count("question  why") == 1  # the answer is said once, though the whole holds it too
     assert data_of(page.read_text(encoding="utf-8"))["explanation"] == explained[1].to_json()

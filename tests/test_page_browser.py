@@ -470,7 +470,7 @@ def test_the_card_comes_into_the_page_that_is_open(context: Any, computing: tupl
     [
         ({"json": {"status": "failed", "error": "no <b>room</b>", "explanation": None}}, "The card failed: no <b>room</b>"),
         ({"json": {"status": "cancelled", "explanation": {"card": None}}}, "The card was cancelled"),
-        ({"json": {"status": "done", "explanation": {"card": None}}}, "No card has been made"),
+        ({"json": {"status": "done", "explanation": {"card": None}}}, "No card has been made"),  # none was asked for
         ({"status": 404, "json": {"detail": "there is no explanation 'abc'"}}, "will not come: there is no explanation 'abc'"),
         (None, "The server does not answer any more"),
     ],
@@ -484,7 +484,7 @@ def test_a_card_that_does_not_come_is_a_line(context: Any, answer: dict[str, Any
             return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
         asked.append(route.request.url)
         if len(asked) == 1:
-            running = {"status": "running", "phase": "transport: 100 rotations", "explanation": {"card": None}}
+            running = {"status": "running", "phase": "transport: 100 rotations", "explanation": None}
             return route.fulfill(json=running)
         return route.abort() if answer is None else route.fulfill(**answer)
 
@@ -493,7 +493,7 @@ def test_a_card_that_does_not_come_is_a_line(context: Any, answer: dict[str, Any
     card = page.locator("#card")
     card.filter(has_text="The card is being computed: transport: 100 rotations").wait_for()
     card.filter(has_text=line).wait_for()
-    assert set(asked) == {"http://bridge.test/api/explanations/abc"} and page.locator("#card b").count() == 0
+    assert set(asked) == {"http://bridge.test/api/explanations/abc?brief=true"} and page.locator("#card b").count() == 0
     count = len(asked)
     page.wait_for_timeout(1200)
     assert len(asked) == count == (6 if answer is None else 2)

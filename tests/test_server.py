@@ -286,8 +286,8 @@ def test_stopping_cancels_everything(root: Path, explanation: Explanation) -> No
 def readable(client: TestClient, held: Carded, **more: Any) -> str:
     """An explanation that was asked for with a card and is there without one."""
     id = ask(client, card=True, **more)
-    until(lambda: client.get(f"/api/explanations/{id}").json()["readable"])
-    assert held.begun.wait(PATIENCE)
+    until(lambda: client.get(f"/api/explanations/{id}").json()["phase"] == "held")
+    assert held.begun.is_set() and client.get(f"/api/explanations/{id}").json()["readable"]
     return id
 
 
@@ -307,6 +307,7 @@ def test_an_explanation_is_read_while_its_card_is_computed(root: Path, explanati
         assert (job["status"], job["phase"], job["card"], job["counterfactual"]) == ("running", "held", True, OTHER)
         assert job["explanation"]["card"] is None and Explanation.from_json(job["explanation"]).nodes == explanation.nodes
         assert client.get("/api/explanations").json()[0]["readable"]
+        assert client.get(f"/api/explanations/{id}", params={"brief": True}).json() == job | {"explanation": None}
         assert pending(client, id)
         node = explanation.nodes[0].id
         assert client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).status_code == 200

@@ -50,6 +50,7 @@ from bridge.tasks.templates import TASKS
 PAIRS_SHOWN = 8
 STOP_SECONDS = 3.0
 Bridge = Annotated[str | None, Query(max_length=200, description="A coupling as /api/couplings names it; default the first.")]
+Brief = Annotated[bool, Query(description="Leave the explanation out, which can be megabytes: for who only asks where it is.")]
 Labels = Annotated[dict[Annotated[str, Field(max_length=80)], Annotated[str, Field(max_length=2000)]], Body()]
 _REFUSALS = {
     400: "The request is not HTTP or JSON that can be read.",
@@ -256,10 +257,11 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         "/api/explanations/{id}", summary="Where an explanation is, and itself once it is readable",
         response_model=schema.ExplanationJob, responses=refusals(404),
     )  # fmt: skip
-    def explanation(id: str) -> Response:
+    def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
         entry = schema.JobEntry.of(job).model_dump_json().encode()
-        return Response(entry[:-1] + b',"explanation":' + (job.result or b"null") + b"}", media_type="application/json")
+        result = (None if brief else job.result) or b"null"
+        return Response(entry[:-1] + b',"explanation":' + result + b"}", media_type="application/json")
 
     @app.delete(
         "/api/explanations/{id}",

@@ -13,10 +13,11 @@ export async function awaitCard(data, tell, come) {
   if (id === null || !data.pending) return;
   const computed = (phase) => tell(`The card is being computed: ${phase}`);
   computed("starting");
-  for (let missed = 0; missed < MISSES; ) {
+  for (let missed = 0, brief = true; missed < MISSES; ) {
     let answer, told;
     try {
-      answer = await fetch(`/api/explanations/${encodeURIComponent(id)}`, { signal: AbortSignal.timeout(PATIENCE) });
+      const where = `/api/explanations/${encodeURIComponent(id)}${brief ? "?brief=true" : ""}`;
+      answer = await fetch(where, { signal: AbortSignal.timeout(PATIENCE) });
       told = await answer.json();
     } catch {
       missed += 1;
@@ -25,10 +26,11 @@ export async function awaitCard(data, tell, come) {
     }
     missed = 0;
     if (!answer.ok) return tell(`The card will not come: ${told.detail ?? `the server answered ${answer.status}`}`);
-    if (told.explanation?.card) return come(told.explanation.card);
     if (told.status === "failed") return tell(`The card failed: ${told.error}`);
     if (told.status === "cancelled") return tell("The card was cancelled. What is shown here does not depend on it.");
-    if (told.status === "done") return tell(null); // none was asked for after all
+    if (told.explanation) return told.explanation.card ? come(told.explanation.card) : tell(null);
+    brief = told.status !== "done"; // the whole of it is asked for once
+    if (!brief) continue;
     computed(told.phase);
     await new Promise((next) => setTimeout(next, EVERY));
   }
