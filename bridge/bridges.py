@@ -21,6 +21,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,6 +140,17 @@ class Coupling:
     def context(self) -> int:
         """Most tokens a prompt may have."""
         return self.sparse.context
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a result that is kept says of where it came from: both models, and the version that made it."""
+        return {
+            "dense": self.dense.name,
+            "dense_fingerprint": self.dense.fingerprint(),
+            "coupling": self.path,
+            "l0": self.recipe.sparsity.l0,
+            "version": version("bridge"),
+        }
 
     def once(self, what: str, tokens_bt: Tensor, compute: Callable[[], T]) -> T:
         """What compute() says of some text, kept for as long as weights and text stay the same; one answer for each `what`."""

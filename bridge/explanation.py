@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -220,12 +219,8 @@ def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
     digest = hashlib.sha256(used_bt.cpu().to(torch.int32).numpy().tobytes()).hexdigest()
     source = coupling.recipe.data.source
     return Provenance(
-        dense=coupling.dense.name,
-        dense_fingerprint=coupling.dense.fingerprint(),
-        coupling=coupling.path,
-        l0=coupling.recipe.sparsity.l0,
+        **coupling.provenance,
         seed=seed,
-        version=version("bridge"),
         reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
         coupling_fingerprint=sparse_fingerprint(coupling.sparse),
     )

@@ -36,10 +36,9 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.checkpoint import read_json
 from bridge.circuit import Node, recording_gate
 from bridge.circuits.result import TaskResult
-from bridge.explained import Explanation
+from bridge.explained import read_explanation
 from bridge.nodes import parse_node
 from bridge.recipe import UserError
 from bridge.residual import Trace
@@ -113,10 +112,7 @@ def circuit_moves(path: str | Path, sizes: Mapping[Location, int]) -> list[Move]
 
 def explanation_moves(path: str | Path, sizes: Mapping[Location, int]) -> tuple[str, list[Move]]:
     """The prompt of an explanation that was written as JSON, and its nodes, to their counterfactual values. Raises UserError."""
-    file = Path(path)
-    if not file.is_file():
-        raise SteerError(f"there is no explanation at {str(path)!r}; name a file that `bridge explain --json` wrote")
-    explanation = Explanation.from_json(read_json(file))
+    explanation = read_explanation(path)
     return explanation.prompt, [parse_move(node.id, sizes) for node in explanation.nodes]
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
 from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner, Result
@@ -22,12 +21,6 @@ from bridge.terminal import Watcher
 from bridge.training import Progress
 
 TINY = ["--set", "sparse.width=32", "--set", "sparse.head_channels=8", "--set", "data.rows=4", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _no_flushing():
-    yield
-    torch.set_flush_denormal(False)
 
 
 def run(*arguments: object) -> Result:

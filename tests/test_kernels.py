@@ -20,12 +20,6 @@ SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-
 quick = settings(deadline=None, max_examples=150, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _denormals() -> None:
-    """Another test of the same process may have had them flushed, as training does."""
-    torch.set_flush_denormal(False)
-
-
 @st.composite
 def matrices(draw: st.DrawFn) -> Tensor:
     """Few rows of few values, most of them from a short list, so that ties, zeros, infinities and NaN are common."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from bridge.bridges import Bridges, Coupling
 from bridge.circuit import Node
 from bridge.dense import DenseModel
+from bridge.explained import ExplainError
 from bridge.moves import Move, Steerer, SteerError, carry, chosen_moves, every_node, parse_move
 from bridge.nodes import NodeError
 from bridge.residual import Enter
@@ -236,5 +237,5 @@ def test_what_cannot_be_steered_is_one_line(coupled: Coupling) -> None:
         Move(Node(Location(0, "v"), 1), value=1.0, amount=1.0)
     with pytest.raises(SteerError, match="which prompt is not said"):
         chosen_moves(coupled, None, [], None, None)
-    with pytest.raises(SteerError, match="there is no explanation at 'nowhere.json'; name a file that"):
+    with pytest.raises(ExplainError, match="there is no file 'nowhere.json'; name one that"):
         chosen_moves(coupled, "w3", [], None, Path("nowhere.json"))

@@ -212,7 +212,7 @@ def test_the_command(folder: Path, coupled: Coupling, tmp_path: Path) -> None:
         (["--node", "0.v[1]"], "none is given; give one, or write =1 or +1"),
         ([], "nothing is to be changed"),
         (["--circuit", "nowhere"], "'nowhere' does not exist"),
-        (["--explanation", "nowhere.json"], "there is no explanation at 'nowhere.json'"),
+        (["--explanation", "nowhere.json"], "there is no file 'nowhere.json'"),
         (["--node", "0.v[1]=1", "--site", "0"], "no chosen node is before site 0"),
         (["--node", "0.v[1]=1", "--svg", "no/where/plot.svg"], "No such file or directory"),
     ],

@@ -7,13 +7,12 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
 from test_circuits_suite import bridge_folder, task_file  # noqa: F401  fixtures
 from test_cli import assert_refused, run
@@ -35,12 +34,6 @@ from bridge.tasks.pairs import TaskError
 module = importlib.import_module("bridge.sweep")
 SETTINGS = {"sparse.head_channels": 8, "data.rows": 4}
 STEPS = 10
-
-
-@pytest.fixture(autouse=True)
-def _no_flushing() -> Iterator[None]:
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

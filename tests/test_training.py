@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,9 @@ SETTINGS: dict[str, Any] = {"sparse.width": 32, "sparse.head_channels": 8, "data
 
 
 @pytest.fixture(autouse=True)
-def _every_step_is_reported_and_saved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _every_step_is_reported_and_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    yield
-    torch.set_flush_denormal(False)
 
 
 def values(text_file: Path, tokens: int = TOKENS, **settings: Any) -> dict[str, Any]:

@@ -11,9 +11,8 @@ Shape legend: b pair (row), n nodes of a location, f all nodes in one row, v voc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ def task_card(
         nulls=nulls,
         nulls_note=nulls_note,
         notes=notes,
-        provenance=_provenance(coupling, seed, len(circuit.nodes)),
+        provenance={**coupling.provenance, "seed": seed, "nodes": len(circuit.nodes)},
         seconds=time.monotonic() - started,
     )
 
@@ -188,7 +187,7 @@ def prompt_card(
         nulls=nulls,
         nulls_note=nulls_note,
         notes=_ONE_PROMPT,
-        provenance=_provenance(coupling, seed, len(circuit.nodes)),
+        provenance={**coupling.provenance, "seed": seed, "nodes": len(circuit.nodes)},
         seconds=time.monotonic() - started,
     )
 
@@ -206,15 +205,3 @@ def counterfactual_tokens(swapped_t: Tensor, tokens_t: Tensor) -> Tensor:
 def _from(measure: Measure, test: str) -> CardMeasure:
     values = {name: getattr(measure, name) for name in ("name", "value", "control", "aim", "passed", "note")}
     return CardMeasure(**values, test=test)  # pyright: ignore[reportArgumentType]
-
-
-def _provenance(coupling: Coupling, seed: int, nodes: int) -> Mapping[str, str | float | int | None]:
-    return {
-        "dense": coupling.dense.name,
-        "dense_fingerprint": coupling.dense.fingerprint(),
-        "coupling": coupling.path,
-        "l0": coupling.recipe.sparsity.l0,
-        "seed": seed,
-        "nodes": nodes,
-        "version": version("bridge"),
-    }

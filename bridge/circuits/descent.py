@@ -67,7 +67,7 @@ def descend(
 ) -> Descended:
     """Masks over the candidates by the descent that the module describes; held(kept_f) is the loss on other prompts.
 
-    It ends early where no smaller mask has been accepted for a while. `watch` is told the step,
+    From half of the steps on it ends where no smaller mask has been accepted for a while. `watch` is told the step,
     tau_f and the loss of late.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +102,6 @@ def descend(
                 best_f, fewest = tau_f.detach().clone(), int(kept_f.sum())
         size_weight *= LAMBDA_RISE if late < 0.9 * aim else LAMBDA_FALL
         size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-        if best_f is not None and step - shrank >= PATIENCE:
+        if best_f is not None and step - shrank >= PATIENCE and 2 * step >= steps:
             return Descended(best_f, True, step)
     return Descended(tau_f.detach() if best_f is None else best_f, best_f is not None, steps)

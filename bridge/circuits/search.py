@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -172,7 +171,7 @@ def search_task(
         dense_loss=None if other is None else other.edges.loss,
         dense_complete=None if other is None else other.nodes.complete and other.edges.complete,
         why_not_dense=why_not,
-        provenance=_provenance(coupling, seed, work),
+        provenance={**coupling.provenance, "seed": seed, "work": work},
         seconds=time.monotonic() - started,
     )
     return TaskResult(circuit, {at: share_1n[0] for at, share_1n in inclusion.items()}, faithfulness, facts)
@@ -307,18 +306,6 @@ def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Map
         "bigram": len(answers) * len(prompts.prompt_bt[torch.arange(len(prompts)), prompts.last_b].unique())
         if sparse.bigram
         else 0,
-    }
-
-
-def _provenance(coupling: Coupling, seed: int, work: float) -> dict[str, str | float | int | None]:
-    return {
-        "dense": coupling.dense.name,
-        "dense_fingerprint": coupling.dense.fingerprint(),
-        "coupling": coupling.path,
-        "l0": coupling.recipe.sparsity.l0,
-        "seed": seed,
-        "work": work,
-        "version": version("bridge"),
     }
 
 
