@@ -168,7 +168,7 @@ def explain(
     with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
-        from bridge.explained import Answered, Drawn, render_answer, render_text
+        from bridge.explained import Answered, Drawn, Explanation, render_answer, render_text
         from bridge.explanation import explain as explain_prompt
         from bridge.page import check_target, described_nodes, page_data, render_html, write_page
 
@@ -178,8 +178,8 @@ def explain(
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
-        def show(known: Answered | Drawn) -> None:
-            if isinstance(known, Answered):
+        def show(known: Answered | Drawn | Explanation) -> None:
+            if isinstance(known, Answered) and not isinstance(known, Explanation):
                 print(f"{render_answer(known, width)}\n", flush=True)
 
         explanation = explain_prompt(

@@ -14,9 +14,11 @@ from typing import Any, ParamSpec
 
 from bridge import training
 from bridge.bridges import Coupling as Bare
+from bridge.card.card import Card
+from bridge.card.suite import Wanted, run_cards
 from bridge.circuits.masks import Aim
 from bridge.circuits.result import TaskResult
-from bridge.circuits.search import Subjects, search_task
+from bridge.circuits.search import WORK, Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.evaluate import evaluate
 from bridge.explanation import explain
@@ -59,3 +61,26 @@ class Coupling(Bare):
         Raises TaskError, UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
         """
         return search_task(self.subjects, resolved(self.subjects, str(task)), aim, **options)
+
+    def card(
+        self,
+        task: str | Path,
+        circuit: TaskResult | str | Path | None = None,
+        *,
+        seeds: int = 1,
+        seed: int = 0,
+        work: float = WORK,
+        progress: Callable[[str], None] | None = None,
+    ) -> Card:
+        """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
+
+        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
+        `seeds` and within `work`. Raises TaskError, MaskError where none is found, CheckpointError, or CardError where it is not
+        this task's or not this coupling's.
+        """
+        found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
+        wanted = Wanted(str(task), found, None)
+        say = progress or (lambda _: None)
+        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, work=work, progress=say))
+        assert card is not None  # of a single one, what is wrong is raised
+        return card

@@ -9,8 +9,8 @@
     evidence    `validate.validate`, on the sparse and on the dense model
     card        on demand `card.assess.prompt_card`: further tests on the dense model
 
-Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the circuit with the first two
-measures, before the slower evidence.
+Who waits is told before all is known: `explain` hands over an Answered at once, a Drawn, the circuit with the first two
+measures, before the slower evidence, and, where a card is asked for, the Explanation without it before it is computed.
 
 Shape legend: b batch row, t token, f all nodes of a prompt in one row, k the circuit's nodes, v vocabulary.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,15 +66,15 @@ def explain(
     seed: int = 0,
     reference_bt: Tensor | None = None,
     progress: Callable[[str], None] | None = None,
-    stage: Callable[[Answered | Drawn], None] | None = None,
+    stage: Callable[[Answered | Drawn | Explanation], None] | None = None,
 ) -> Explanation:
     """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
 
     With `card` the circuit is also tested on the dense model; counterfactual is a prompt of as many tokens whose answer is
     another, which the first of these tests needs. reference_bt, tokens over which corpus means are taken, is by default the
     coupling's own; what is computed from them is kept with the coupling. progress is told the phases, stage what is known so
-    far: an Answered, then a Drawn. Either may raise to end the work. Raises ExplainError, or CardError for a counterfactual
-    that cannot be used.
+    far: an Answered, then a Drawn, then, with `card`, the whole Explanation (itself an Answered) but for the card. Either may
+    raise to end the work. Raises ExplainError, or CardError for a counterfactual that cannot be used.
     """
     say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
     dense, sparse = coupling.dense, coupling.sparse
@@ -121,16 +122,19 @@ def explain(
     )  # fmt: skip
     say("attention")
     attention = explain_attention(sparse, found.circuit)
-    tested = prompt_card(coupling, found.circuit, faithfulness, swapped_t, seed=seed, progress=say) if card else None
-    return Explanation(
+    explanation = Explanation(
         **vars(answered),
         faithfulness=faithfulness,
         **circuit,
         attention=attention.heads,
         attention_left_out=attention.left_out,
         provenance=_provenance(coupling, used_bt, seed),
-        card=tested,
     )
+    if not card:
+        return explanation
+    hand_over(explanation)
+    tested = prompt_card(coupling, found.circuit, faithfulness, swapped_t, seed=seed, progress=say)
+    return replace(explanation, card=tested)
 
 
 def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:

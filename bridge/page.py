@@ -1,6 +1,7 @@
 """An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
 
-    {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text}, "served": bool}
+    {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text},
+     "served": bool, "job": the explanation's id on the server or null, "pending": whether its card was being computed}
 
 is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
 element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
@@ -43,10 +44,15 @@ def page_data(
     nodes: Mapping[str, Mapping[str, Any]] | None = None,
     labels: Mapping[str, str] | None = None,
     *,
-    served: bool = False,
+    job: str | None = None,
+    pending: bool = False,
 ) -> dict[str, Any]:
-    """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name."""
-    return {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {}), "served": served}
+    """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name.
+
+    job is the explanation's id where a server shows it, pending whether that is still at its card.
+    """
+    values = {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {})}
+    return {**values, "served": job is not None, "job": job, "pending": pending}
 
 
 def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, dict[str, Any]]:

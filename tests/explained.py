@@ -58,7 +58,7 @@ def made_up(
     explanation["attention"] = [_head(draw, layer, tokens) for layer in range(layers)] if attention else []
     explanation["card"] = _card() if card else None
     pages = {node["name"]: _page(draw, node) for node in listed[:500]}
-    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False}
+    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None, "pending": False}
 
 
 def _answer(token: int, text: str, probability: float) -> dict[str, Any]:

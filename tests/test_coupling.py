@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import runpy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import networkx as nx
@@ -16,6 +16,7 @@ from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixture
 import bridge
 from bridge import training
 from bridge.bridges import Coupling as Bare
+from bridge.card.suite import Wanted, run_cards
 from bridge.circuits.masks import Aim
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved
@@ -56,6 +57,22 @@ def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
     assert held.subjects is held.subjects
     with pytest.raises(bridge.UserError, match="no-such-task"):
         held.circuit("no-such-task")
+
+
+def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: Path) -> None:
+    found = held.circuit(task_file, dense=False, work=1e9)
+    found.save(tmp_path / "planted")
+    (expected, _) = next(run_cards(held.subjects, [Wanted(str(task_file), tmp_path / "planted", None)], progress=lambda _: None))
+    said: list[str] = []
+    kept, fresh = held.card(task_file, tmp_path / "planted", progress=said.append), held.card(task_file, found)
+    assert expected is not None and said
+    for card in (kept, fresh):
+        assert (card.tests, card.nulls_note, card.verdict) == (expected.tests, expected.nulls_note, expected.verdict)
+    assert kept.provenance == expected.provenance
+    other = replace(found, facts=replace(found.facts, task="another"))
+    with pytest.raises(bridge.UserError, match="the circuit is of the task another, not planted"):
+        held.card(task_file, other)
+    assert held.card(task_file, work=1e7).kind == "task"  # searched
 
 
 def test_what_is_fitted_has_them_too(dense_folder: Path, text_file: Path) -> None:

@@ -280,6 +280,13 @@ def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: Coupling,
     assert f"{render_answer(answered)}\n\n{render_text(whole, answer=False)}" == render_text(whole)
 
 
+def test_the_whole_is_handed_over_before_its_card(coupled: Coupling, explanation: Explanation):
+    stages: list[Answered | Drawn] = []
+    carded = explain(coupled, PROMPT, card=True, stage=stages.append)
+    assert [type(known) for known in stages] == [Answered, Drawn, Explanation]
+    assert carded.card is not None and stages[2] == explanation == dataclasses.replace(carded, card=None)
+
+
 def test_work_that_is_ended_leaves_nothing_behind(dense: DenseModel, explanation: Explanation):
     class EndedError(Exception):
         pass

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import DenseModel
-from bridge.explained import Explanation, read_explanation
+from bridge.explained import Answered, Explanation, read_explanation
 from bridge.explanation import explain
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
@@ -90,9 +90,12 @@ def explained(dense: DenseModel) -> tuple[Coupling, Explanation]:
 def test_a_page_holds_the_explanation(explained: tuple[Coupling, Explanation]) -> None:
     _, explanation = explained
     values = data_of(render_html(page_data(explanation, labels={"L0.v[1]": "mine"})))
-    assert set(values) == {"explanation", "nodes", "labels", "served"}
+    assert set(values) == {"explanation", "nodes", "labels", "served", "job", "pending"}
     assert Explanation.from_json(values["explanation"]) == explanation
     assert values["labels"] == {"L0.v[1]": "mine"} and values["nodes"] == {} and values["served"] is False
+    assert (values["job"], values["pending"]) == (None, False)
+    served = data_of(render_html(page_data(explanation, job="abc", pending=True)))
+    assert (served["served"], served["job"], served["pending"]) == (True, "abc", True)
 
 
 def test_pages_of_nodes_are_those_of_the_strongest(explained: tuple[Coupling, Explanation], tmp_path: Path) -> None:
@@ -296,8 +299,16 @@ def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None
 
 def test_explain_writes_a_page(explained: tuple[Coupling, Explanation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coupling, "from_pretrained", staticmethod(lambda *_, **__: explained[0]))
-    monkeypatch.setattr("bridge.explanation.explain", lambda *_, **__: explained[1])
+    early = Answered(**{field.name: getattr(explained[1], field.name) for field in dataclasses.fields(Answered)})
+
+    def staged(*_: Any, stage: Callable[[Answered], None], **__: Any) -> Explanation:
+        stage(early)
+        stage(explained[1])
+        return explained[1]
+
+    monkeypatch.setattr("bridge.explanation.explain", staged)
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["explain", "--prompt", PROMPT, "--bridge", "here", "--html", str(page), "--device", "cpu"])
     assert result.exit_code == 0 and result.stdout.endswith(f"\nwrote {page}\n")
+    assert result.stdout.count("question  why") == 1  # the answer is said once, though the whole holds it too
     assert data_of(page.read_text(encoding="utf-8"))["explanation"] == explained[1].to_json()

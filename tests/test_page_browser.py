@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 from explained import hostile, made_up
+from test_server import OTHER, PATIENCE, PROMPT, Carded, until
 
+from bridge.bridges import Coupling
+from bridge.explanation import explain
 from bridge.page import render_html
+from bridge.server.app import create_app
+from bridge.server.library import Library
+from bridge.server.run import bound_socket
+from bridge.server.security import Rules
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is in bridge[dev])")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -345,7 +353,7 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
 
 
 def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
-    data = {**made_up(30), "served": True}
+    data = {**made_up(30), "served": True, "job": "abc"}
     sent: list[tuple[str, str, Any]] = []
 
     def answer(route: Any) -> None:
@@ -388,3 +396,110 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     assert (method, path) == ("POST", "/api/explanations/abc/steer")
     assert body["node"] == node["id"] and body["strength"] == 1 and isinstance(body["value"], (int, float))
     assert [line for line in watched.wrong if "422" not in line] == []  # the browser reports the refusal itself
+
+
+# -- the card, which comes into a page that is open -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computing(coupling_folder: Path) -> Iterator[tuple[str, Carded]]:
+    """The address of a real server, and what holds up the cards that it is asked for."""
+    import uvicorn
+
+    held = Carded(explain(Coupling.from_pretrained(coupling_folder), PROMPT, card=True, counterfactual=OTHER))
+    with bound_socket("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        app = create_app(Library([coupling_folder]), Rules.for_address("127.0.0.1", port, None), explain=held)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}/", held
+        held.go.set()
+        server.should_exit = True
+        thread.join(PATIENCE)
+
+
+def test_the_card_comes_into_the_page_that_is_open(context: Any, computing: tuple[str, Carded]) -> None:
+    address, held = computing
+    watched = Watched(context.new_page())
+    page = watched.page
+    page.goto(address)
+    page.locator("#bridge option").wait_for(state="attached")
+    page.locator("#prompt").fill(PROMPT)
+    assert not page.locator("#card").is_checked()
+    page.locator("#counterfactual").fill(OTHER)
+    assert page.locator("#card").is_checked()  # that is what it is for
+    page.get_by_role("button", name="Explain").click()
+    page.wait_for_url("**/api/explanations/*/page")  # opened as soon as it is there, and the card is not
+    watched.ready()
+    page.locator("#card", has_text="The card is being computed: held").wait_for()
+    assert page.locator("#nulls").count() == 0
+    before = page.locator("#verdict").inner_text()
+
+    page.locator(".plot .node").first.click()
+    chosen = page.locator(".node.chosen").get_attribute("id")
+    page.locator(".label-input").fill("half a lab")
+    levels = page.locator("#level")
+    place = levels.get_attribute("max") if levels.count() else None
+    if place is not None:
+        levels.fill(place)
+    page.evaluate("window.still = true")
+    assert held.explanation.card is not None
+    held.go.set()
+    page.locator("#live", has_text=f"The card is there: {held.explanation.card.verdict}").wait_for(state="attached")
+    assert page.evaluate("window.still")  # the same page
+    assert page.locator(".node.chosen").get_attribute("id") == chosen
+    assert page.locator(".label-input").input_value() == "half a lab"
+    assert place is None or levels.input_value() == place
+    assert page.get_by_role("tab", name="Node").get_attribute("aria-selected") == "true"
+    assert page.locator("#verdict").inner_text() != before
+    page.get_by_role("tab", name="Evidence").click()
+    assert "1. Counterfactual transport" in page.locator("#card").inner_text()
+    assert "being computed" not in page.locator("#sheet").inner_text() and page.locator("#nulls").count() == 1
+    asked = len(watched.requests)
+    page.wait_for_timeout(1500)
+    assert len(watched.requests) == asked  # nothing is asked any more
+    page.get_by_role("link", name="Ask another").click()
+    page.locator("#jobs a", has_text="open").wait_for()
+    assert page.url == address and watched.wrong == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ({"json": {"status": "failed", "error": "no <b>room</b>", "explanation": None}}, "The card failed: no <b>room</b>"),
+        ({"json": {"status": "cancelled", "explanation": {"card": None}}}, "The card was cancelled"),
+        ({"json": {"status": "done", "explanation": {"card": None}}}, "No card has been made"),  # none was asked for
+        ({"status": 404, "json": {"detail": "there is no explanation 'abc'"}}, "will not come: there is no explanation 'abc'"),
+        (None, "The server does not answer any more"),
+    ],
+)
+def test_a_card_that_does_not_come_is_a_line(context: Any, answer: dict[str, Any] | None, line: str) -> None:
+    data = {**made_up(10, card=False), "served": True, "job": "abc", "pending": True}
+    asked = []
+
+    def route(route: Any) -> None:
+        if route.request.url == SERVED:
+            return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            running = {"status": "running", "phase": "transport: 100 rotations", "explanation": None}
+            return route.fulfill(json=running)
+        return route.abort() if answer is None else route.fulfill(**answer)
+
+    context.route("http://bridge.test/**", route)
+    page = Watched(context.new_page()).open(SERVED)
+    card = page.locator("#card")
+    card.filter(has_text="The card is being computed: transport: 100 rotations").wait_for()
+    card.filter(has_text=line).wait_for()
+    assert set(asked) == {"http://bridge.test/api/explanations/abc?brief=true"} and page.locator("#card b").count() == 0
+    count = len(asked)
+    page.wait_for_timeout(1200)
+    assert len(asked) == count == (6 if answer is None else 2)
+
+
+def test_a_page_saved_while_its_card_was_computed_asks_nothing(show: Callable[[dict[str, Any]], Watched]) -> None:
+    page = show({**made_up(10, card=False), "served": True, "job": "abc", "pending": True}).page
+    assert "No card has been made" in page.locator("#card").inner_text()
+    assert page.get_by_role("link", name="Ask another").count() == 0

@@ -40,7 +40,9 @@ from bridge.server.security import Rules
 from bridge.steer import steer
 
 PROMPT = "w5 w9 w12 w5"
+OTHER = "w5 w9 w12 w7"
 RULES = Rules.for_address("127.0.0.1", 8765, None)
+STEERING = {"value": 1.5, "strength": 0.5}
 PATIENCE = 60.0  # seconds after which a test gives up
 
 
@@ -52,6 +54,11 @@ def coupled(coupling_folder: Path) -> Coupling:
 @pytest.fixture(scope="module")
 def explanation(coupled: Coupling) -> Explanation:
     return explain(coupled, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def carded(coupled: Coupling) -> Explanation:
+    return explain(coupled, PROMPT, card=True, counterfactual=OTHER)
 
 
 @pytest.fixture
@@ -91,6 +98,15 @@ class Held:
             progress("held")
             assert time.monotonic() - started < PATIENCE
         return replace(self.explanation, prompt=prompt)
+
+
+class Carded(Held):
+    """The same of an explanation that it has at once, and whose card it is at."""
+
+    def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
+        assert more["card"] and self.explanation.card is not None
+        more["stage"](replace(self.explanation, prompt=prompt, card=None))
+        return super().__call__(coupling, prompt, progress=progress)
 
 
 def ask(client: TestClient, prompt: str = PROMPT, **more: Any) -> str:
@@ -150,13 +166,9 @@ def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> No
         told = values["explanation"]
         assert (told["target"]["text"], told["contrast"]["text"]) == ("w7", "w8")
         expected = explain(coupled, PROMPT, target="w7", contrast="w8").to_json()
-        for one in (told, expected):
-            one["provenance"].pop("coupling")  # the folder it was loaded from
+        expected["provenance"] |= {"coupling": "models/deep/tiny", "dense": "tiny"}  # and not the folders they were loaded from
         assert told == json.loads(json.dumps(expected))
-        assert (
-            Explanation.from_json(values["explanation"] | {"provenance": told["provenance"] | {"coupling": None}}).agree
-            == told["agree"]
-        )
+        assert Explanation.from_json(told).agree == told["agree"]
         assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "edges" in said
         assert client.get("/api/couplings").json()[0]["loaded"]
 
@@ -268,6 +280,86 @@ def test_stopping_cancels_everything(root: Path, explanation: Explanation) -> No
     assert jobs.stop(0)
 
 
+# -- the card, which comes later ----------------------------------------------------------------------------------------
+
+
+def readable(client: TestClient, held: Carded, **more: Any) -> str:
+    """An explanation that was asked for with a card and is there without one."""
+    id = ask(client, card=True, **more)
+    until(lambda: client.get(f"/api/explanations/{id}").json()["phase"] == "held")
+    assert held.begun.is_set() and client.get(f"/api/explanations/{id}").json()["readable"]
+    return id
+
+
+def pending(client: TestClient, id: str) -> bool:
+    """What the page of an explanation says of its card."""
+    answer = client.get(f"/api/explanations/{id}/page")
+    assert answer.status_code == 200, answer.text
+    assert f'"served":true,"job":"{id}","pending":' in answer.text
+    return f'"job":"{id}","pending":true' in answer.text
+
+
+def test_an_explanation_is_read_while_its_card_is_computed(root: Path, explanation: Explanation, carded: Explanation) -> None:
+    held = Carded(carded)
+    with client_of(Library([root]), held) as client:
+        id = readable(client, held, counterfactual=OTHER)
+        job = client.get(f"/api/explanations/{id}").json()
+        assert (job["status"], job["phase"], job["card"], job["counterfactual"]) == ("running", "held", True, OTHER)
+        assert job["explanation"]["card"] is None and Explanation.from_json(job["explanation"]).nodes == explanation.nodes
+        assert client.get("/api/explanations").json()[0]["readable"]
+        assert client.get(f"/api/explanations/{id}", params={"brief": True}).json() == job | {"explanation": None}
+        assert pending(client, id)
+        node = explanation.nodes[0].id
+        assert client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).status_code == 200
+        held.go.set()
+        done = over(client, id)
+        assert (done["status"], done["readable"]) == ("done", True)
+        assert carded.card is not None and done["explanation"]["card"]["verdict"] == carded.card.verdict
+        assert done["explanation"] == job["explanation"] | {"card": done["explanation"]["card"]}
+        assert not pending(client, id)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_what_was_there_before_the_card_stays(root: Path, carded: Explanation, end: str) -> None:
+    held = Carded(carded)
+    with client_of(Library([root]), held) as client:
+        id = readable(client, held)
+        if end == "cancelled":
+            client.delete(f"/api/explanations/{id}")
+        else:
+            held.explanation = replace(carded, dense_difference=math.nan)  # which JSON has not
+            held.go.set()
+        job = over(client, id)
+        assert (job["status"], job["readable"]) == (end, True)
+        assert job["explanation"]["card"] is None and Explanation.from_json(job["explanation"]).nodes == carded.nodes
+        assert not pending(client, id)
+
+
+def test_a_prompts_card_is_that_of_the_library_and_says_nothing_of_this_machine(root: Path, carded: Explanation) -> None:
+    with client_of(Library([root])) as client:
+        id = ask(client, card=True, counterfactual=OTHER)
+        assert over(client, id)["status"] == "done"
+        told = over(client, id)["explanation"]
+        assert carded.card is not None and [test["value"] for test in told["card"]["tests"]] == [
+            test.value for test in carded.card.tests
+        ]
+        assert told["provenance"]["coupling"] == told["card"]["provenance"]["coupling"] == "models/deep/tiny"
+        for text in (client.get(f"/api/explanations/{id}").text, client.get(f"/api/explanations/{id}/page").text):
+            assert "models/deep/tiny" in text
+            for place in (str(root.parent), carded.provenance.dense, str(carded.provenance.coupling)):
+                assert Path(place).is_absolute() and place not in text
+
+
+def test_text_that_was_read_from_a_file_is_named_without_its_folder(root: Path, explanation: Explanation) -> None:
+    file = root / "deep" / "tiny" / "coupling.json"
+    values = json.loads(file.read_text())
+    values["recipe"]["data"]["source"] = "stdlib+/home/me/secret/code"
+    file.write_text(json.dumps(values))
+    with client_of(Library([root])) as client:
+        text = client.get(f"/api/explanations/{over(client, ask(client))['id']}").text
+        assert "(stdlib+code)" in text and "secret" not in text
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +373,12 @@ def test_stopping_cancels_everything(root: Path, explanation: Explanation) -> No
         ({"prompt": "   "}, ["empty"]),
         ({"prompt": PROMPT, "target": "w5 w6"}, ["target 'w5 w6' is 2 tokens"]),
         ({"prompt": PROMPT, "contrast": "nowhere"}, ["contrast 'nowhere'", "vocabulary"]),
+        ({"prompt": PROMPT, "card": True, "counterfactual": "w5"}, ["has 1 tokens and the prompt 4", "equal length"]),
+        ({"prompt": PROMPT, "card": True, "counterfactual": PROMPT}, ["the prompt itself"]),
+        ({"prompt": PROMPT, "card": True, "counterfactual": ""}, ["counterfactual ''", "at least 1"]),
+        ({"prompt": PROMPT, "card": True, "counterfactual": "w5 " * LONGEST_PROMPT}, ["counterfactual", "at most"]),
+        ({"prompt": PROMPT, "counterfactual": OTHER}, ["not asked for", "card: true"]),
+        ({"prompt": PROMPT, "card": "perhaps"}, ["card 'perhaps'", "boolean"]),
         ({"prompt": PROMPT, "targt": "w5"}, ["targt", "not permitted"]),
         ({"prompt": 5}, ["prompt 5", "string"]),
         ([PROMPT], ["the body"]),
@@ -296,6 +394,13 @@ def test_a_prompt_too_long_for_a_coupling_not_yet_loaded_fails_in_the_same_words
     with client_of(Library([root])) as client:
         values = over(client, ask(client, "w5 " * (CONTEXT + 1)))
         assert values["status"] == "failed" and f"context is {CONTEXT}" in values["error"]
+
+
+def test_a_counterfactual_is_checked_before_the_coupling_is_loaded_or_after(root: Path) -> None:
+    with client_of(Library([root])) as client:
+        refused(client.post("/api/explanations", json={"prompt": PROMPT, "counterfactual": OTHER}), 422, "not asked for")
+        values = over(client, ask(client, card=True, counterfactual="w5"))
+        assert values["status"] == "failed" and "equal length" in values["error"] and not values["readable"]
 
 
 @pytest.mark.parametrize(
@@ -543,9 +648,6 @@ def test_the_first_page_runs_its_own_script_and_no_other(client: TestClient) -> 
     answer = client.get("/")
     assert Elements(answer.text).tags.count("script") == 1 and "http" not in answer.text.replace("http-equiv", "")
     assert "script-src 'sha256-" in answer.headers["content-security-policy"]
-
-
-STEERING = {"value": 1.5, "strength": 0.5}
 
 
 def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, explanation: Explanation) -> None:

@@ -28,10 +28,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A card to be made: the task by name or file, the folder of its circuit (None: to be searched), and of the card."""
+    """A card to be made: the task by name or file, its circuit or the folder of it (None: to be searched), the card's folder."""
 
     task: str
-    circuit: Path | None
+    circuit: Path | TaskResult | None
     out: Path | None
 
 
@@ -116,20 +116,21 @@ def _circuit(
     subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, work: float, say: Say
 ) -> tuple[TaskResult, str]:
     """A circuit from its folder, or searched and kept; and what tells it from others."""
-    folder = one.circuit
-    if folder is None:
-        result = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, work=work, progress=say)
-        if one.out is None:
-            return result, ""
-        result.save(one.out)
-        folder = one.out
-    result = TaskResult.load(folder)
+    found = one.circuit
+    if found is None:
+        found = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, work=work, progress=say)
+        if one.out is not None:
+            found.save(one.out)
+            found = one.out
+    folder = None if isinstance(found, TaskResult) else found
+    result = found if isinstance(found, TaskResult) else TaskResult.load(found)
+    which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
     if result.facts.task != task.task:
-        raise CardError(
-            f"the circuit in {str(folder)!r} is of the task {result.facts.task}, not {task.task}; give that as --task"
-        )
+        raise CardError(f"{which} is of the task {result.facts.task}, not {task.task}; give that as --task")
     if result.facts.null is not None:
-        raise CardError(f"the circuit in {str(folder)!r} is a null's ({result.facts.null}); name one that was searched without")
+        raise CardError(f"{which} is a null's ({result.facts.null}); name one that was searched without")
+    if folder is None:
+        return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
     return result, f"{read_json(folder / 'circuit.json')['tensors']['sha256'][:16]} {coupling}".strip()
 

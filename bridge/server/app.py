@@ -3,7 +3,7 @@
     GET  /                                  a page to ask from
     GET  /api/health /api/couplings /api/tasks /api/circuits
     POST /api/explanations                  202 and an id; GET it until its status is done, DELETE it to cancel
-    GET  /api/explanations/{id}/page        the explanation as a page
+    GET  /api/explanations/{id}/page        the explanation as a page; its card comes into it while it is open
     POST /api/explanations/{id}/steer       the dense model with a node of the circuit changed
     GET, PUT, PATCH /api/labels             what people call nodes
     GET  /openapi.json                      all of it described
@@ -18,8 +18,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Query, Request, Response
@@ -30,13 +32,15 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bridge.bridges import Coupling
+from bridge.card.assess import counterfactual_tokens
+from bridge.card.card import CardError
 from bridge.checkpoint import CheckpointError
 from bridge.explained import Explanation
 from bridge.explanation import explain, one_token, prompt_tokens
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema
-from bridge.server.jobs import Asked, FullError, Jobs, Say, UnknownJobError
+from bridge.server.jobs import Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
 from bridge.server.library import Library, NotListedError
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.steer import steer
@@ -46,6 +50,7 @@ from bridge.tasks.templates import TASKS
 PAIRS_SHOWN = 8
 STOP_SECONDS = 3.0
 Bridge = Annotated[str | None, Query(max_length=200, description="A coupling as /api/couplings names it; default the first.")]
+Brief = Annotated[bool, Query(description="Leave the explanation out, which can be megabytes: for who only asks where it is.")]
 Labels = Annotated[dict[Annotated[str, Field(max_length=80)], Annotated[str, Field(max_length=2000)]], Body()]
 _REFUSALS = {
     400: "The request is not HTTP or JSON that can be read.",
@@ -72,10 +77,19 @@ def create_app(
 ) -> FastAPI:
     """The service over a library, behind the rules: at most `waiting` explanations queue, and `kept` are kept when over."""
 
-    def work(asked: Asked, say: Say) -> Mapping[str, Any]:
+    def work(asked: Asked, say: Say, publish: Publish) -> Mapping[str, Any]:
         say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
         coupling = library.load(asked.bridge)
-        return explain(coupling, asked.prompt, target=asked.target, contrast=asked.contrast, progress=say).to_json()
+
+        def stage(known: object) -> None:
+            if isinstance(known, Explanation):
+                publish(_as_listed(known, coupling, asked.bridge).to_json())
+
+        explanation = explain(
+            coupling, asked.prompt, target=asked.target, contrast=asked.contrast, card=asked.card,
+            counterfactual=asked.counterfactual, progress=say, stage=stage,
+        )  # fmt: skip
+        return _as_listed(explanation, coupling, asked.bridge).to_json()
 
     jobs = Jobs(work, waiting=waiting, kept=kept)
 
@@ -89,8 +103,9 @@ def create_app(
         summary="Explanations of a dense language model by circuits of a weight-sparse transformer coupled to it.",
         description=(
             "Ask for an explanation, then poll it: `POST /api/explanations`, `GET /api/explanations/{id}`. One is worked on at a "
-            "time, the others queue; a full queue answers 429 and says when to come again. Every refusal is `{\"detail\": ...}`: "
-            "one line that names the value, the rule and the remedy."
+            "time, the others queue; a full queue answers 429 and says when to come again. With `card` the explanation is "
+            "`readable` while its card is still computed. Every refusal is `{\"detail\": ...}`: one line that names the value, "
+            "the rule and the remedy."
         ),
         version=version("bridge"),
         docs_url=None,  # its scripts come from a CDN
@@ -225,8 +240,12 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
+        if body.counterfactual is not None and not body.card:
+            raise CardError("a counterfactual is for the card, which is not asked for; send card: true with it, or leave it out")
         if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
-            prompt_tokens(coupling, body.prompt)
+            tokens_t = prompt_tokens(coupling, body.prompt)
+            if body.counterfactual is not None:
+                counterfactual_tokens(prompt_tokens(coupling, body.counterfactual), tokens_t)
             for role, text in (("target", body.target), ("contrast", body.contrast)):
                 if text is not None:
                     one_token(coupling, text, role)
@@ -235,16 +254,19 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         return schema.JobEntry.of(job)
 
     @app.get(
-        "/api/explanations/{id}", summary="Where an explanation is, and itself once it is done",
+        "/api/explanations/{id}", summary="Where an explanation is, and itself once it is readable",
         response_model=schema.ExplanationJob, responses=refusals(404),
     )  # fmt: skip
-    def explanation(id: str) -> Response:
+    def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
         entry = schema.JobEntry.of(job).model_dump_json().encode()
-        return Response(entry[:-1] + b',"explanation":' + (job.result or b"null") + b"}", media_type="application/json")
+        result = (None if brief else job.result) or b"null"
+        return Response(entry[:-1] + b',"explanation":' + result + b"}", media_type="application/json")
 
     @app.delete(
-        "/api/explanations/{id}", summary="Cancel an explanation; one that runs stops at its next phase", responses=refusals(404)
+        "/api/explanations/{id}",
+        summary="Cancel an explanation; one that runs stops at its next phase, a readable one stays so without its card",
+        responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
         return schema.JobEntry.of(jobs.cancel(id))
@@ -256,7 +278,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=_HTML | refusals(404, 409),
     )
     def page(id: str) -> HTMLResponse:
-        text = _page(library, jobs.get(id).asked.bridge, _done(jobs, id))
+        text = _page(library, *_readable(jobs, id))
         return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
     @app.post(
@@ -264,20 +286,39 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=refusals(404, 409, 429),
     )  # fmt: skip
     async def steered(id: str, body: schema.Steering) -> schema.Steered:
-        bridge, found = jobs.get(id).asked.bridge, await asyncio.to_thread(_done, jobs, id)
+        job, found = await asyncio.to_thread(_readable, jobs, id)
         if body.node not in {node.id for node in found.nodes}:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit; name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
-        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(bridge), found, body)))
+        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.asked.bridge), found, body)))
 
 
-def _done(jobs: Jobs, id: str) -> Explanation:
-    """A job's explanation. Raises UnknownJobError or NotDoneError."""
+def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
+    """A job and its explanation, which may still be without its card. Raises UnknownJobError or NotDoneError."""
     job = jobs.get(id)
     if job.result is None:
         raise NotDoneError(f"explanation {id!r} is {job.status}; GET it until its status is done")
-    return Explanation.from_json(json.loads(job.result))
+    return job, Explanation.from_json(json.loads(job.result))
+
+
+def _as_listed(explanation: Explanation, coupling: Coupling, name: str) -> Explanation:
+    """The explanation with its coupling named as it is listed, and with nothing of where this machine keeps its files."""
+    source = str(coupling.recipe.data.source)
+    made = explanation.provenance
+    made = replace(
+        made, coupling=name, dense=_without_folder(made.dense), reference=made.reference.replace(source, _without_folder(source))
+    )
+    card = explanation.card
+    if card is not None:
+        provenance = {**card.provenance, "coupling": name, "dense": made.dense}
+        card = replace(card, provenance=provenance, nulls_note=card.nulls_note.replace(coupling.path or name, name))
+    return replace(explanation, provenance=made, card=card)
+
+
+def _without_folder(name: str) -> str:
+    """The last parts of the absolute paths in a name, or in several joined by +; any other, such as a hub id, as it is."""
+    return "+".join(Path(part).name if Path(part).is_absolute() else part for part in name.split("+"))
 
 
 def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
@@ -289,10 +330,11 @@ def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> s
     return schema.Steered.model_validate(curve[-1], from_attributes=True)
 
 
-def _page(library: Library, bridge: str, found: Explanation) -> str:
-    """The explanation as a self-contained page that may ask this server."""
+def _page(library: Library, job: Job, found: Explanation) -> str:
+    """The explanation as a self-contained page that may ask this server, for its card too where that is still computed."""
+    bridge = job.asked.bridge
     nodes = described_nodes(library.load(bridge), found)
-    return render_html(page_data(found, nodes, library.labels(bridge), served=True))
+    return render_html(page_data(found, nodes, library.labels(bridge), job=job.id, pending=not job.over))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
               another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
     phases    a job is told where it is by `say`; there it stops when it was cancelled, and there short work, such as steering,
               is done, so that nobody waits for a whole explanation
-    results   JSON, compressed; of the jobs that ended the least recently used are forgotten
+    results   JSON, compressed; of the jobs that ended the least recently used are forgotten. Work may `publish` what it has
+              before it is done, which stays readable if it is cancelled or fails after that
 
 A Job is a frozen snapshot: what a request reads does not change under it.
 """
@@ -29,6 +30,7 @@ from bridge.recipe import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 Say = Callable[[str], None]
+Publish = Callable[[Mapping[str, Any]], None]
 
 FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
 LONGEST_WAIT = 600  # seconds that a client is ever told to wait
@@ -53,17 +55,22 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be explained: the coupling as it is listed, the prompt, and which tokens; None is the dense model's choice."""
+    """What is to be explained: the coupling as it is listed, the prompt, and which tokens; None is the dense model's choice.
+
+    With `card` the circuit is tested on the dense model too, on the counterfactual where there is one.
+    """
 
     bridge: str
     prompt: str
     target: str | None = None
     contrast: str | None = None
+    counterfactual: str | None = None
+    card: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON once it is done."""
+    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON as far as known."""
 
     id: str
     asked: Asked
@@ -79,19 +86,19 @@ class Job:
 
     @property
     def result(self) -> bytes | None:
-        """The JSON of the result, None before it is done."""
+        """The JSON of the result, or of what was published of it; None before that."""
         return None if self.packed is None else zlib.decompress(self.packed)
 
 
 class Jobs:
     """A bounded queue of explanations, the thread that works on them, and the results.
 
-    work turns what is asked into JSON values, saying where it is. At most `waiting` jobs queue, at most `short` short pieces of
-    work, and `kept` jobs that are over are remembered.
+    work turns what is asked into JSON values, saying where it is, and may publish some before it returns. At most `waiting` jobs
+    queue, at most `short` short pieces of work, and `kept` jobs that are over are remembered.
     """
 
     def __init__(
-        self, work: Callable[[Asked, Say], Mapping[str, Any]], *, waiting: int = 8, kept: int = 32, short: int = 32
+        self, work: Callable[[Asked, Say, Publish], Mapping[str, Any]], *, waiting: int = 8, kept: int = 32, short: int = 32
     ) -> None:
         self._work, self._most_waiting, self._most_kept, self._most_short = work, waiting, kept, short
         self._change = threading.Condition()
@@ -138,7 +145,10 @@ class Jobs:
             return tuple(self._jobs.values())
 
     def cancel(self, id: str) -> Job:
-        """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is."""
+        """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is.
+
+        What one has published stays: an explanation whose card was cancelled is one without a card.
+        """
         job = self.get(id)
         with self._change:
             job = self._jobs.get(id, job)
@@ -216,8 +226,14 @@ class Jobs:
             self._do_short()
             self._stop_if_cancelled(id)
 
+        def publish(values: Mapping[str, Any]) -> None:
+            self._stop_if_cancelled(id)
+            packed = _packed(values)
+            with self._change:
+                self._set(id, packed=packed)
+
         try:
-            packed = zlib.compress(json.dumps(self._work(asked, say), allow_nan=False).encode(), level=3)
+            packed = _packed(self._work(asked, say, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -246,6 +262,10 @@ class Jobs:
                 future.set_result(work())
             except BaseException as error:  # handed to who waits for it
                 future.set_exception(error)
+
+
+def _packed(values: Mapping[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(values, allow_nan=False).encode(), level=3)
 
 
 def _inside(error: Exception) -> str:

@@ -113,6 +113,12 @@ class Prompted(Asking):
     contrast: Text | None = Field(
         default=None, description="Against this token; the dense model's next choice where none is given."
     )
+    card: bool = Field(
+        default=False, description="Also test the circuit on the dense model; the explanation is there before the card is."
+    )
+    counterfactual: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)] | None = Field(
+        default=None, description="For the card: a prompt of as many tokens with another answer, for its first test."
+    )
 
 
 class JobEntry(BaseModel):
@@ -123,22 +129,31 @@ class JobEntry(BaseModel):
     prompt: str
     target: str | None
     contrast: str | None
+    counterfactual: str | None
+    card: bool = Field(description="Whether the circuit is also tested on the dense model.")
     status: Status
     phase: str = Field(description="What it is at, for a person to read.")
     error: str | None = Field(default=None, description="Why it failed, in one line.")
+    readable: bool = Field(
+        description="Whether the explanation is there: once it is done, with `card` before that, while the card is computed."
+    )
 
     @staticmethod
     def of(job: Job) -> JobEntry:
         """A job as it is sent."""
         asked = job.asked
         return JobEntry(
-            id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast, status=job.status,
-            phase=job.phase, error=job.error,
+            id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
+            counterfactual=asked.counterfactual, card=asked.card, status=job.status, phase=job.phase, error=job.error,
+            readable=job.packed is not None,
         )  # fmt: skip
 
 
 class ExplanationJob(JobEntry):
-    """An explanation that was asked for; `explanation` is there once its status is done."""
+    """An explanation that was asked for, and itself once it is readable.
+
+    With a card it is there, its `card` null, while the status is still running; it stays so where the card is cancelled or fails.
+    """
 
     explanation: Explanation | None = Field(
         None,
@@ -166,4 +181,4 @@ class Steered(BaseModel):
 
 def asked_of(body: Prompted, bridge: str) -> Asked:
     """What a body asks for, of a coupling that is listed under that name."""
-    return Asked(bridge, body.prompt, body.target, body.contrast)
+    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual, body.card)

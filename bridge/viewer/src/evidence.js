@@ -137,10 +137,9 @@ function axis(measure) {
   );
 }
 
-/** Everything that was measured, the card, and the nulls. */
-export function drawEvidence(model, sheet, choose) {
-  const { explanation } = model;
-  const { faithfulness, card } = explanation;
+/** Everything that was measured, the card, and the nulls; `awaited` says where a card is that is still to come. */
+export function drawEvidence(model, sheet, choose, awaited) {
+  const { faithfulness } = model.explanation;
   put(
     sheet,
     h(
@@ -151,19 +150,31 @@ export function drawEvidence(model, sheet, choose) {
       measuresOf(faithfulness).map(drawMeasure),
     ),
     faithfulness.effects.length > 2 && drawProfile(model, choose),
+    h("div", { id: "tests" }),
+  );
+  drawTests(model, sheet.querySelector("#tests"), awaited);
+}
+
+/** The card and the nulls, or where the card is. */
+export function drawTests(model, holder, awaited) {
+  const { card } = model.explanation;
+  put(
+    holder,
     h(
       "section",
       { id: "card" },
       h("h3", {}, "The card: tests on the dense model"),
       card
         ? drawCard(card)
-        : h(
-            "p",
-            { class: "empty" },
-            "No card has been made. Of the measures above only the last is of the dense model. ",
-            h("code", {}, "bridge card"),
-            " runs the tests on it.",
-          ),
+        : awaited
+          ? h("p", { class: "empty awaited" }, awaited)
+          : h(
+              "p",
+              { class: "empty" },
+              "No card has been made. Of the measures above only the last is of the dense model. ",
+              h("code", {}, "bridge card"),
+              " runs the tests on it.",
+            ),
     ),
     card && drawNulls(card),
   );

@@ -1,5 +1,7 @@
 // Labels that a person gives to channels: kept by the server when served, else in this browser, for this coupling alone.
 
+import { jobOf } from "./job.js";
+
 /** `get(name)`, `set(name, text)`, `all()`, and where they are kept in words. */
 export function makeLabels(data, changed) {
   const where = data.explanation.provenance;
@@ -37,7 +39,7 @@ export function makeLabels(data, changed) {
 
   let listed = null; // the coupling's name on the server
   async function send(changes) {
-    const id = /\/api\/explanations\/([^/]+)/.exec(location.pathname)?.[1];
+    const id = jobOf(data);
     try {
       listed ??= id ? ((await (await fetch("/api/explanations")).json()).find((job) => job.id === id)?.bridge ?? null) : null;
       const query = listed === null ? "" : `?bridge=${encodeURIComponent(listed)}`;

@@ -4,10 +4,11 @@ import { drawAnswers, drawAsk, drawMade, drawVerdict } from "./answer.js";
 import { drawAttention } from "./attention.js";
 import { drawBar, drawLegend } from "./bar.js";
 import { h, plain, put, signed } from "./dom.js";
-import { drawEvidence } from "./evidence.js";
+import { drawEvidence, drawTests } from "./evidence.js";
 import { makeFind } from "./find.js";
 import { makeGraph } from "./graph.js";
 import { makeHelp } from "./help.js";
+import { awaitCard, jobOf } from "./job.js";
 import { makeLabels } from "./labels.js";
 import { MOST_NODES, firstLevel, read } from "./model.js";
 import { drawNode } from "./node.js";
@@ -26,6 +27,7 @@ const state = {
   tab: "evidence",
   head: null,
   read: null,
+  awaited: null, // where the card is, while it is still to come
   width: 0,
   height: 0,
 };
@@ -41,8 +43,17 @@ function set(patch) {
   if (changed("level", "all", "selected", "found", "width", "height")) graph.draw({ ...state });
   if (changed("level", "all")) drawBar(model, $("bar"), state, set);
   if (changed("selected", "tab", "head", "read")) (drawTabs(), drawSheet(changed("selected", "tab", "head")));
+  if (changed("awaited") && $("tests")) drawTests(model, $("tests"), state.awaited); // the rest of the sheet stays as it is
   if (changed("tab", "head"))
     graph.attend(state.tab === "attention" ? (model.explanation.attention?.[state.head ?? 0] ?? null) : null);
+}
+
+/** The card has come: what it says is put where it belongs, and nothing else changes. */
+function takeCard(card) {
+  model.explanation.card = card;
+  drawVerdict(model, $("verdict"));
+  set({ awaited: null });
+  say(`The card is there: ${card.verdict}`);
 }
 
 /** Choose a node, from anywhere; where it is not drawn, more of the circuit is. */
@@ -98,7 +109,7 @@ function drawSheet(fresh = false) {
     document.activeElement.classList.contains("label-input")
   )
     return;
-  if (state.tab === "evidence") drawEvidence(model, sheet, choose);
+  if (state.tab === "evidence") drawEvidence(model, sheet, choose, state.awaited);
   else if (state.tab === "node")
     drawNode(model, sheet, state.selected, {
       choose,
@@ -169,6 +180,7 @@ function onKey(event) {
 }
 
 startTheme();
+if (jobOf(model.data) !== null) $("save").before(h("a", { href: "/", id: "again" }, "Ask another"));
 drawMade(model, $("models"), $("made"));
 drawAsk(model, $("ask"));
 drawAnswers(model, $("answers"));
@@ -190,4 +202,5 @@ document.addEventListener("click", (event) => event.target.closest("#save") || (
 new ResizeObserver(
   () => (Math.abs(room().width - state.width) > 8 || Math.abs(room().height - state.height) > 24) && set(room()),
 ).observe($("plot"));
+awaitCard(model.data, (awaited) => set({ awaited }), takeCard);
 document.documentElement.dataset.ready = String(Math.round(performance.now()));

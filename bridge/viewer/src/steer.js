@@ -1,10 +1,11 @@
 // Steering from the page, when it is served: a node is set to a value, the change carried into the dense model at a strength.
 
 import { h, number, percent, put, running, token } from "./dom.js";
+import { jobOf } from "./job.js";
 
 /** The controls for a node. */
 export function drawSteer(model, node) {
-  const id = /\/api\/explanations\/([^/]+)/.exec(location.pathname)?.[1];
+  const id = jobOf(model.data);
   if (!id) return null;
   const { explanation } = model;
   const most = Math.max(1, 3 * Math.abs(node.activation), 3 * Math.abs(node.mean));
