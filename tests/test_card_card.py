@@ -69,6 +69,8 @@ def test_nulls_and_seeds_are_needed() -> None:
     assert "NOT KNOWN: they were not run" in render_card(unknown)
     some = replace(GOOD, nulls=ALL_FAIL[:2])
     assert some.verdict == "representational" and "'labels' was not run" in some.reasons[1]
+    weak = replace(GOOD, nulls=(replace(ALL_FAIL[0], note="it does none of these tasks"), *ALL_FAIL[1:]))
+    assert weak.verdict == "representational" and "'uncoupled' is too weak to show anything" in weak.reasons[1]
     one_seed, other_seeds = replace(GOOD, stable=None), replace(GOOD, stable=False)
     assert one_seed.verdict == other_seeds.verdict == "representational"
     assert "one seed was searched" in one_seed.reasons[1] and "no more than by chance" in other_seeds.reasons[1]

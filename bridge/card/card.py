@@ -85,7 +85,10 @@ class NullTask:
 
 @dataclass(frozen=True)
 class NullResult:
-    """A null on some tasks; it passes where it does on any of them, and must not. note says what weakens it."""
+    """A null on some tasks; it passes where it does on any of them, and must not.
+
+    note says what weakens it: that it fails is then no evidence.
+    """
 
     name: NullName
     what: str
@@ -161,6 +164,7 @@ class Card:
             missing.append("the nulls were not run")
         else:
             missing += [f"the null {null.name!r} passes" for null in self.nulls if null.passed]
+            missing += [f"the null {null.name!r} is too weak to show anything" for null in self.nulls if null.note]
             missing += [f"the null {name!r} was not run" for name in NULLS if name not in {null.name for null in self.nulls}]
         if self.stable is None:
             missing.append("one seed was searched, so that seeds agree is not known")
