@@ -402,14 +402,15 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
 
 
 @pytest.fixture
-def computing(coupling_folder: Path) -> Iterator[tuple[str, Carded]]:
+def computing(coupling_folder: Path, tmp_path: Path) -> Iterator[tuple[str, Carded]]:
     """The address of a real server, and what holds up the cards that it is asked for."""
     import uvicorn
 
-    held = Carded(explain(Coupling.from_pretrained(coupling_folder), PROMPT, card=True, counterfactual=OTHER))
+    folder = Path(shutil.copytree(coupling_folder, tmp_path / coupling_folder.name))  # it keeps labels there
+    held = Carded(explain(Coupling.from_pretrained(folder), PROMPT, card=True, counterfactual=OTHER))
     with bound_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-        app = create_app(Library([coupling_folder]), Rules.for_address("127.0.0.1", port, None), explain=held)
+        app = create_app(Library([folder]), Rules.for_address("127.0.0.1", port, None), explain=held)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

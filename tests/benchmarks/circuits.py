@@ -65,6 +65,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def value(found: dict[str, Any], name: str) -> str:
     """A measure, bold where it misses its aim."""
     measure = found["faithfulness"][name]
+    if measure["value"] is None:
+        return "-"
     text = f"{measure['value']:.2f}".replace("0.", ".", 1) if abs(measure["value"]) < 1 else f"{measure['value']:.2f}"
     return f"**{text}**" if measure["passed"] is False else text
 
