@@ -6,8 +6,8 @@ A weight W_ji from node i to node j that is removed carries its mean in place of
 
 which is the same model with other weights and biases, run as ever. m_i is the mean that stands in for the node itself; for the
 weights that read values through the attention pattern, the mean over the corpus of what they read. The dense model's edges are
-pruned in the same way, between its own nodes. Weights with an end outside
-the circuit stay: their sources are at their means already, and with none removed this is the circuit of the nodes, exactly.
+pruned in the same way, between its own nodes. Weights with an end outside the circuit stay: their sources are at their means
+already, and with none removed this is the circuit of the nodes, exactly.
 
 1. scores      To first order, removing an edge takes  (d loss / d j) W_ji (a_i - m_i), summed over positions and prompts, from
                the loss: the gradients of W and b give it for all edges at once, for those that are removed as well.
@@ -23,7 +23,7 @@ Shape legend: e edges in one row, c circuit, k some edges by their place, f all 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import Edge, Node
 from bridge.circuits.descent import descend
-from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, drawn, masked_loss
+from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, backward, drawn
 from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject, Subject
 from bridge.kernels.products import Compact, source_of
 from bridge.prune import deleted, fewest
@@ -105,14 +105,12 @@ class Pruned:
                 self.subject.sparse.compact[_key(matrix)] = Compact(pattern, value_p, source=source_of(linear.weight))
 
     def slopes(
-        self, goal: Goal, kept_f: Tensor, entries: Mapping[str, Entries], parts: Iterable[tuple[Tensor, Tensor]]
+        self, goal: Goal, kept_f: Tensor, entries: Mapping[str, Entries], parts: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[float, dict[str, Tensor]]:
         """(loss, slope_k): how the loss changes with how much each entry is there (1) rather than its mean (0).
 
         The loss is the mean over the prompts row_b of all parts, each with its company_bf.
         """
-        parts, total = tuple(parts), 0.0
-        rows = sum(len(row_b) for row_b, _ in parts)
         mask_f = kept_f.to(torch.get_default_dtype())
         weights = {name: self._values(name) for name in entries}
         biases = {name: self._linear(name).bias for name in entries}
@@ -120,18 +118,14 @@ class Pruned:
         for parameter in wanted:
             parameter.requires_grad_()
         try:
-            with torch.enable_grad():
-                for row_b, company_bf in parts:
-                    loss = masked_loss(goal, mask_f, row_b, company_bf) * len(row_b) / rows
-                    loss.backward()
-                    total += float(loss.detach())
+            loss = backward(goal, mask_f, parts)
             slopes = {}
             for name, (row_k, column_k) in entries.items():
                 matrix, gradient, bias = self.before[name], weights[name].grad, biases[name].grad
                 assert gradient is not None and bias is not None
                 gradient_k = self._at(name, gradient, row_k, column_k)
                 slopes[name] = (gradient_k - bias[row_k] * self.mean(matrix)[column_k]) * matrix.weight_ji[row_k, column_k]
-            return total, slopes
+            return loss, slopes
         finally:
             for parameter in wanted:
                 parameter.requires_grad_(False)
@@ -222,12 +216,12 @@ class EdgeGoal:
     def slopes(self, kept_e: Tensor) -> Tensor:
         """slope_e of the loss at some of the edges."""
         self.set_to(kept_e)
-        self.goal.left -= 3 * self.goal.terms * self.goal.tokens * self.goal.subject.cost
+        self.goal.left -= self.goal.cost_of_slopes
         self.left = self.goal.left
         rows = torch.arange(len(self.goal.pairs), device=kept_e.device).split(ROWS)
-        return self.slopes_on(self.goal, ((row_b, self.goal.company_bf[row_b]) for row_b in rows))[1]
+        return self.slopes_on(self.goal, [(row_b, self.goal.company_bf[row_b]) for row_b in rows])[1]
 
-    def slopes_on(self, goal: Goal, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
+    def slopes_on(self, goal: Goal, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
         """(loss, slope_e) on some prompts row_b of a goal, in company_bf, at the edges that the model has."""
         loss, slopes = self.pruned.slopes(goal, self.kept_f, self.entries, parts)
         return loss, torch.cat([slopes[name] for name in self.entries])
@@ -264,7 +258,7 @@ class EdgeLessons:
         self.judge, self.goal = judge, copy.copy(goal)
         self.goal.subject = judge.pruned.subject
         self.rows = min(ROWS, len(goal.pairs))
-        per_step = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost * self.rows
+        per_step = goal.cost_of_slopes / len(goal.pairs) * self.rows
         self.steps = max(FEWEST_STEPS, min(STEPS, int(work / per_step)))
 
     def slopes_at(self, kept_f: Tensor, generator: torch.Generator) -> tuple[float, Tensor]:

@@ -31,7 +31,7 @@ vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,12 +173,12 @@ class Goal:
 
     def cost(self, n: int) -> float:
         """The work of `without`: every node deleted alone on a few prompts, or a slope where that would take too much."""
-        return min(self._cost_alone(n), self._cost_slopes())
+        return min(self._cost_alone(n), self.cost_of_slopes)
 
     def without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """loss_k of the circuit less one node, for each of node_k, as far as a few prompts or the loss's slope tell."""
         whole = float(self.loss(kept_f[None]))
-        if self._cost_alone(len(node_k)) > max(self._cost_slopes(), self.left / 16):
+        if self._cost_alone(len(node_k)) > max(self.cost_of_slopes, self.left / 16):
             return whole - self.slopes(kept_f)[node_k]
         few = self.some(torch.arange(0, len(self.pairs), max(1, len(self.pairs) // TRIED), device=kept_f.device))
         rise = []
@@ -193,19 +193,16 @@ class Goal:
     def _cost_alone(self, n: int) -> float:
         return n * TRIED * self.tokens / len(self.pairs) * self.terms * self.subject.cost
 
-    def _cost_slopes(self) -> float:
+    @property
+    def cost_of_slopes(self) -> float:
+        """The work of a gradient on all prompts."""
         return 3.0 * self.terms * self.tokens * self.subject.cost
 
     def slopes(self, kept_f: Tensor) -> Tensor:
         """slope_f: how the loss changes with every entry of a mask."""
-        self.left -= self._cost_slopes()
-        mask_f = kept_f.to(torch.get_default_dtype()).requires_grad_()
-        with torch.enable_grad():
-            for row_b in torch.arange(len(self.pairs), device=kept_f.device).split(ROWS):
-                loss = masked_loss(self, mask_f, row_b, self.company_bf[row_b])
-                (loss * len(row_b) / len(self.pairs)).backward()
-        assert mask_f.grad is not None
-        return mask_f.grad
+        self.left -= self.cost_of_slopes
+        rows = torch.arange(len(self.pairs), device=kept_f.device).split(ROWS)
+        return slopes_on(self, kept_f, [(row_b, self.company_bf[row_b]) for row_b in rows])[1]
 
 
 def masked_loss(goal: Goal, mask_f: Tensor, row_b: Tensor, company_bf: Tensor) -> Tensor:
@@ -220,6 +217,25 @@ def masked_loss(goal: Goal, mask_f: Tensor, row_b: Tensor, company_bf: Tensor) -
         difference_b = goal.pairs.rows(row_b).difference(logits_rv[: len(row_b)])
         loss = loss + goal.bound / 2 * (goal.off(difference_b, goal.whole_difference_b[row_b]) / SHARE).square()
     return loss
+
+
+def backward(goal: Goal, mask_f: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The mean masked loss over the prompts row_b of all parts, each with its company_bf; its gradients are added up."""
+    rows, total = sum(len(row_b) for row_b, _ in parts), 0.0
+    with torch.enable_grad():
+        for row_b, company_bf in parts:
+            loss = masked_loss(goal, mask_f, row_b, company_bf) * (len(row_b) / rows)
+            loss.backward()
+            total += float(loss.detach())
+    return total
+
+
+def slopes_on(goal: Goal, kept_f: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
+    """(loss, slope_f) of a mask on some prompts in some company: how the loss changes with every entry."""
+    mask_f = kept_f.to(torch.get_default_dtype()).requires_grad_()
+    loss = backward(goal, mask_f, parts)
+    assert mask_f.grad is not None
+    return loss, mask_f.grad
 
 
 def random_company(rows: int, size: int, generator: torch.Generator) -> Tensor:
@@ -238,19 +254,13 @@ class NodeLessons:
 
     def __init__(self, goal: Goal, work: float) -> None:
         self.goal = goal
-        per_row = 3.0 * goal.terms * goal.tokens / len(goal.pairs) * goal.subject.cost
+        per_row = goal.cost_of_slopes / len(goal.pairs)
         self.rows = min(max(FEWEST_ROWS, int(work / FEWEST_STEPS / per_row)), ROWS, len(goal.pairs))
         self.steps = max(FEWEST_STEPS, min(STEPS, int(work / (per_row * self.rows))))
 
     def slopes_at(self, kept_f: Tensor, generator: torch.Generator) -> tuple[float, Tensor]:
         """(loss, slope_f) at a mask."""
-        row_b, company_bf = drawn(self.goal, self.rows, generator)
-        mask_f = kept_f.to(torch.get_default_dtype()).requires_grad_()
-        with torch.enable_grad():
-            loss = masked_loss(self.goal, mask_f, row_b, company_bf)
-            loss.backward()
-        assert mask_f.grad is not None
-        return float(loss.detach()), mask_f.grad
+        return slopes_on(self.goal, kept_f, [drawn(self.goal, self.rows, generator)])
 
 
 def drawn(goal: Goal, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

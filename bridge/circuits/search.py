@@ -121,7 +121,7 @@ def search_task(
 
     found: list[FoundNodes] = []
     lessons, held = divided(train, validation)
-    nodes_aim = Aim(aim.objective, _node_bound(subject, held, aim))
+    nodes_aim = _nodes_aim(subject, held, aim)
     for number in range(seeds):
         at = f"seed {seed + number}: " if seeds > 1 else ""
         found.append(
@@ -216,11 +216,11 @@ def _splits(task: Resolved) -> dict[str, TokenPairs]:
     return {str(name): pairs for name, pairs in splits.items()}
 
 
-def _node_bound(subject: Subject, held: TokenPairs, aim: Aim) -> float:
-    """The bound on the nodes' loss; above the whole model's own, where that is not beyond the bound already."""
+def _nodes_aim(subject: Subject, held: TokenPairs, aim: Aim) -> Aim:
+    """The aim of the nodes; its bound is above the whole model's own loss, where that is not beyond the bound already."""
     goal = Goal(subject, held, aim)
     own = float(goal.measure(goal.whole_bv).mean())
-    return own + NODE_SHARE * (aim.bound - own) if own < aim.bound else aim.bound
+    return Aim(aim.objective, own + NODE_SHARE * (aim.bound - own) if own < aim.bound else aim.bound)
 
 
 def _work(subject: Subject, work: float) -> float:
@@ -281,7 +281,7 @@ def _dense_circuit(
         say(f"dense: {text}")
 
     lessons, held = divided(train, validation)
-    nodes_aim = Aim(aim.objective, _node_bound(dense, held, aim))
+    nodes_aim = _nodes_aim(dense, held, aim)
     nodes = find_nodes(dense, train, validation, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
     return _DenseCircuit(nodes, _edges(dense, lessons, held, aim, nodes.kept_f, seed, work, say_dense))
 
