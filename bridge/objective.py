@@ -97,15 +97,24 @@ class Objective(nn.Module):
         over processes is the mean over the batch.
         """
         losses = self.losses
-        if not losses.coupled and not losses.kl:
-            logits_btv = self.sparse(tokens_bt)
-            terms = {"ce": _cross_entropy(logits_btv, tokens_bt).mean()}
+        if not losses.coupled:
+            terms = self._uncoupled(tokens_bt)
         elif splice is None:
             terms = self._literal(tokens_bt)
         else:
             terms = self._sampled(tokens_bt, splice, counts or splice.counts())
         terms = {name: term for name, term in terms.items() if getattr(losses, name)}
         return {"total": sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(())), **terms}
+
+    def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
+        """What needs no bridge: text, and the dense model's answers where they are asked for."""
+        logits_btv = self.sparse(tokens_bt)
+        if not self.losses.kl:
+            return {"ce": _cross_entropy(logits_btv, tokens_bt).mean()}
+        with torch.no_grad():
+            target = _Target(self.dense.run(tokens_bt).logits_btv)
+        kl_b, ce_b = target.losses(logits_btv, tokens_bt)
+        return {"ce": ce_b.mean(), "kl": kl_b.mean()}
 
     def _sampled(self, tokens_bt: Tensor, splice: Splice, counts: Sequence[float]) -> dict[str, Tensor]:
         losses, sites = self.losses, range(self.dense.n_sites)

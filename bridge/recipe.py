@@ -137,11 +137,14 @@ class Losses(_Part):
         terms = (self.nmse_encoder, self.nmse_decoder, self.hybrid_in, self.hybrid_out, self.hybrid_both)
         return any(term > 0 for term in terms)
 
+    def without_bridges(self) -> Losses:
+        """Text and the dense model's answers, and nothing inside either model."""
+        bridged = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both")
+        return self.model_copy(update=dict.fromkeys(bridged, 0.0))
+
     def uncoupled(self) -> Losses:
         """The paper's interpretable-by-construction setting: text alone, no dense model."""
-        return Losses(
-            ce=self.ce or 1.0, kl=0, nmse_encoder=0, nmse_decoder=0, hybrid_in=0, hybrid_out=0, hybrid_both=0, splice=self.splice
-        )
+        return self.without_bridges().model_copy(update={"ce": self.ce or 1.0, "kl": 0.0})
 
 
 class Recipe(_Part):

@@ -172,7 +172,8 @@ def print_run(run: Run, needed: int) -> None:
     weights = sum(weight.numel() for weight in sparse.sparse_weights().values())
     l0 = recipe.sparsity.l0
     kept = l0 * weights if l0 < 1 else l0
-    how = "coupled at every site" if recipe.losses.coupled else "uncoupled: trained on text alone"
+    alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
+    how = "coupled at every site" if recipe.losses.coupled else alone
     free = psutil.virtual_memory().available
     print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
     print(

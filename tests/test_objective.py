@@ -59,6 +59,17 @@ def test_sampled_gradient_is_the_literal_one_in_expectation(dense: DenseModel) -
     assert ((draws.mean(0) - wrong @ probes) / error).abs().max() > 4
 
 
+def test_without_bridges_the_dense_models_answers_are_learnt_in_one_pass(coupling: Coupling) -> None:
+    """KL and CE as the literal objective has them, and no term that a bridge has part in."""
+    alone = Losses().without_bridges()
+    assert not alone.coupled and alone.kl == 1
+    terms = Objective(coupling.dense, coupling.sparse, coupling.bridges, alone)(TOKENS_BT, None)
+    literal = objective(coupling)(TOKENS_BT, None)
+    assert set(terms) == {"total", "ce", "kl"}
+    torch.testing.assert_close(terms["kl"], literal["kl"])
+    torch.testing.assert_close(terms["total"], literal["ce"] + literal["kl"])
+
+
 def test_literal_terms_are_the_sums_of_the_paper(coupling: Coupling) -> None:
     terms = objective(coupling)(TOKENS_BT, None)
     dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)

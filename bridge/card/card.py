@@ -37,7 +37,7 @@ TITLES: Mapping[Test, str] = {
 CardVerdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]
 NullName = Literal["uncoupled", "bridges", "weights", "labels"]
 NULLS: Mapping[NullName, str] = {
-    "uncoupled": "a sparse model trained on text alone, bridges fitted to it afterwards by ridge regression",
+    "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (blind prediction uses no bridge)",
     "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
     "labels": "every answer token replaced by one drawn at random, the same one everywhere",

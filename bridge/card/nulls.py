@@ -1,7 +1,9 @@
 """Nulls for the whole card: couplings that must fail it, run once per coupling on a few tasks, and kept in its folder.
 
-    uncoupled   a sparse model of the same shape, trained on text alone (`fit --uncoupled`); bridges fitted afterwards by ridge
-                regression on the coupling's reference text; circuits searched in it as ever
+    uncoupled   a sparse model of the same shape from a random start, with at least 1/16 of its weights, trained on text and on
+                the dense model's answers but on nothing inside it; bridges fitted afterwards by ridge regression on the
+                coupling's reference text; circuits searched in it as ever. That it has more weights, and answers to learn from,
+                makes it the harder null
     bridges     the coupling with the sparse channels of every bridge in a random order, another at every site (residual streams
                 share their channels over sites, so that only to exchange sites would change little); its own circuits
     weights     the entries of every matrix of the sparse model permuted; ridge bridges; circuits searched in it
@@ -36,12 +38,14 @@ from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import MaskError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
+from bridge.recipe import Losses
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
 
 TASKS = 3  # by default: of those the coupling solves
 MINUTES = 20.0
 RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
+L0 = 1 / 16  # the least: from a random start, a model as sparse as some couplings learns no task in hours
 MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
 WORK_SHARE = 0.2  # of a search's work: it is a null
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out rows is taken
@@ -183,18 +187,22 @@ def _note(name: NullName, found: Sequence[NullTask]) -> str:
 
 
 def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: Say) -> Coupling:
-    """A sparse model of the coupling's shape that was trained on text alone: that of a folder, or fitted there, resumably.
+    """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
 
     Raises CardError where the folder holds a model of another shape, or one that was coupled.
     """
     if not (folder / "coupling.json").is_file():
-        progress(f"uncoupled: training on text for {minutes:g} minutes")
+        progress(f"uncoupled: training without bridges for {minutes:g} minutes")
         recipe = coupling.recipe
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {
             f"{part}.{key}": value for part, some in values.items() if isinstance(some, dict) for key, value in some.items()
         }
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
+        losses = Losses().without_bridges().model_dump(exclude={"splice"})
+        settings |= {f"losses.{term}": weight for term, weight in losses.items()}
+        if recipe.sparsity.l0 < L0:
+            settings["sparsity.l0"] = L0
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
         def watch(state: Progress) -> None:
@@ -202,7 +210,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
 
         fit(
             coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=tokens, minutes=minutes,
-            uncoupled=True, settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
+            settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
             device=str(coupling.dense.device), on_progress=watch,
         )  # fmt: skip
     other = Coupling.from_pretrained(folder, dense=coupling.dense)
