@@ -127,8 +127,8 @@ def search_task(
         found.append(
             find_nodes(
                 subject,
-                train,
-                validation,
+                lessons,
+                held,
                 nodes_aim,
                 seed=seed + number,
                 work=_work(subject, work),
@@ -139,7 +139,7 @@ def search_task(
     kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, _work(subject, work), say)
     edges = _edges(subject, lessons, held, aim, kept_f, seed, work, say)
     pruned = pruned_to(subject, edges.edges, kept_f)
-    other, why_not = _dense(subjects, train, validation, aim, seed, work, say) if dense else (None, "not asked for")
+    other, why_not = _dense(subjects, lessons, held, aim, seed, work, say) if dense else (None, "not asked for")
 
     held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
     judged = Judged(
@@ -200,8 +200,9 @@ def search_dense(
             f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
             "circuit to find; take another task"
         )
-    train, validation = splits["train"].both(), splits["validation"].both()
-    return _dense_circuit(dense, train, validation, Aim() if aim is None else aim, seed, work, say).size
+    aim = Aim() if aim is None else aim
+    lessons, held = divided(splits["train"].both(), splits["validation"].both())
+    return _dense_circuit(dense, lessons, held, aim, seed, work, say).size
 
 
 def _splits(task: Resolved) -> dict[str, TokenPairs]:
@@ -265,24 +266,23 @@ class _DenseCircuit:
 
 
 def _dense(
-    subjects: Subjects, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+    subjects: Subjects, lessons: TokenPairs, held: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
 ) -> tuple[_DenseCircuit | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        return _dense_circuit(subjects.dense, train, validation, aim, seed, work, say), ""
+        return _dense_circuit(subjects.dense, lessons, held, aim, seed, work, say), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
 
 
 def _dense_circuit(
-    dense: DenseSubject, train: TokenPairs, validation: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+    dense: DenseSubject, lessons: TokenPairs, held: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
 ) -> _DenseCircuit:
     def say_dense(text: str) -> None:
         say(f"dense: {text}")
 
-    lessons, held = divided(train, validation)
     nodes_aim = _nodes_aim(dense, held, aim)
-    nodes = find_nodes(dense, train, validation, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
+    nodes = find_nodes(dense, lessons, held, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
     return _DenseCircuit(nodes, _edges(dense, lessons, held, aim, nodes.kept_f, seed, work, say_dense))
 
 
