@@ -7,7 +7,7 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
-from bridge.circuits.masks import Aim, Goal, MaskError, NodeLessons, drawn, find_nodes, kl, masked_loss, spread
+from bridge.circuits.masks import Aim, Goal, MaskError, NodeLessons, divided, drawn, find_nodes, kl, masked_loss, spread
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.sparse import Location
@@ -111,7 +111,7 @@ def test_deleting_a_node_alone_costs_what_it_costs(planted: SparseSubject) -> No
 def test_what_was_planted_is_found(planted: SparseSubject, objective: str) -> None:
     train, validation = planted_pairs(32).both(), planted_pairs(16, seed=1).both()
     aim = Aim(objective, 0.05)  # pyright: ignore[reportArgumentType]
-    found = find_nodes(planted, train, validation, aim, work=WORK)
+    found = find_nodes(planted, *divided(train, validation), aim, work=WORK)
     assert found.loss <= aim.bound and found.complete
     kept = names(planted, found.kept_f)
     if objective == "superset":
@@ -124,8 +124,8 @@ def test_the_order_of_the_prompts_changes_nothing(random: SparseSubject) -> None
     train, validation = planted_pairs(12, (4, 6)).both(), planted_pairs(8, (5,), seed=1).both()
     generator = torch.Generator().manual_seed(3)
     shuffled = [pairs.rows(torch.randperm(len(pairs), generator=generator)) for pairs in (train, validation)]
-    one = find_nodes(random, train, validation, Aim(target=0.05), work=WORK / 4)
-    other = find_nodes(random, shuffled[0], shuffled[1], Aim(target=0.05), work=WORK / 4)
+    one = find_nodes(random, *divided(train, validation), Aim(target=0.05), work=WORK / 4)
+    other = find_nodes(random, *divided(*shuffled), Aim(target=0.05), work=WORK / 4)
     assert torch.equal(one.kept_f, other.kept_f) and torch.equal(one.tau_f, other.tau_f) and one.loss == other.loss
     assert len(spread(train, 5)) == 5 and len(spread(train, 500)) == len(train)
 
