@@ -69,7 +69,7 @@ def test_company_hides_a_nodes_own_mask(random: SparseSubject) -> None:
         off = (goal.pairs.difference(logits_bv).mean() - goal.pairs.difference(goal.whole_bv).mean()) / max(
             1.0, abs(float(goal.pairs.difference(goal.whole_bv).mean()))
         )
-        (kl(goal.whole_bv, logits_bv).mean() / 2 + 0.1 / 2 * (off / 0.1) ** 2).backward()
+        (kl(goal.whole_bv, logits_bv).mean() / 2 + goal.bound / 2 * (off / 0.1) ** 2).backward()
     assert in_company is not None and mask_f.grad is not None
     torch.testing.assert_close(in_company, mask_f.grad, atol=1e-6, rtol=1e-4)
 
