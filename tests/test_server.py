@@ -26,6 +26,7 @@ from test_circuits_result import planted_result
 from typer.testing import CliRunner
 
 from bridge.bridges import Coupling
+from bridge.checkpoint import CheckpointError
 from bridge.circuits.result import Size, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
@@ -450,8 +451,23 @@ def test_couplings_under_the_roots_are_listed_and_nothing_else(
         assert tiny["error"] is None and "damaged" in listed["models/broken"]["error"]
         values = over(client, ask(client, bridge="models/broken"))
         assert values["status"] == "failed" and "damaged" in values["error"]
+        for told in (values["error"], *(str(one) for one in listed.values())):
+            assert str(tmp_path.parent) not in told and "/models/" not in told  # nowhere where things lie
         for name in ("models/elsewhere", "models/linked", "models/deep/../deep/tiny", str(coupling_folder), "models", ""):
             refused(client.get("/api/labels", params={"bridge": name}), 404, name)
+
+
+def test_what_cannot_be_loaded_is_told_without_its_folders(root: Path) -> None:
+    library = Library([root])
+    name, folder = library.coupling(None)
+    facts = json.loads((folder / "coupling.json").read_text())
+    facts["dense"]["name"] = facts["recipe"]["dense"] = "/srv/secret models/dense"
+    facts["dense"]["beside"] = "../../secret models/dense"
+    (folder / "coupling.json").write_text(json.dumps(facts))
+    assert library.facts(folder)["dense"] == "dense"
+    with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
+        library.load(name)
+    assert "secret" not in str(caught.value) and str(root) not in str(caught.value) and "dense" in str(caught.value)
 
 
 def test_a_coupling_that_was_fitted_again_is_loaded_again(root: Path) -> None:

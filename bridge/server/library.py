@@ -28,6 +28,7 @@ MOST_LISTED = 500
 LOADED = 2  # couplings in memory
 MOST_LABELS, LONGEST_LABEL = 5000, 300
 LABELS = "labels.json"
+_QUOTED_FOLDERS = re.compile(r"""(?<!\w)(['"])[^'"\n]*[/\\](?=[^'"/\\\n]+\1(?!\w))""")
 _NODE = re.compile(r"(L\d{1,6}\.)?\w{1,32}\[\d{1,9}\]")
 
 
@@ -80,7 +81,10 @@ class Library:
                 return there
             _, folder = self.coupling(name)
             key = _version(folder)
-            coupling = Coupling.from_pretrained(folder, device=self.device)
+            try:
+                coupling = Coupling.from_pretrained(folder, device=self.device)
+            except UserError as error:
+                raise CheckpointError(f"{name!r} cannot be loaded: {_without_folders(str(error))}") from None
             with self._lock:
                 self._loaded[key] = coupling
                 while len(self._loaded) > LOADED:
@@ -98,15 +102,19 @@ class Library:
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
         """What a coupling's own JSON says of it: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
-        facts = read_json(folder / "coupling.json")
+        try:
+            facts = read_json(folder / "coupling.json")
+        except CheckpointError as error:
+            raise CheckpointError(_without_folders(str(error))) from None
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
             return {
-                "dense": str(recipe.dense), "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
+                "dense": Path(recipe.dense).name if dense.get("beside") else recipe.dense, "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
                 "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
             }  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder.name!r} is no coupling that this version reads ({error}); fit it again") from None
+            why = _without_folders(str(error))
+            raise CheckpointError(f"{folder.name!r} is no coupling that this version reads ({why}); fit it again") from None
 
     # -- labels -------------------------------------------------------------------------------------------------------------
 
@@ -187,6 +195,11 @@ def _version(folder: Path) -> tuple[Path, int]:
         return folder, (folder / "coupling.json").stat().st_mtime_ns
     except OSError:
         raise NotListedError(f"the coupling {folder.name!r} is gone; GET /api/couplings lists those there are") from None
+
+
+def _without_folders(text: str) -> str:
+    """A message with the last part only of every path that it quotes: where things lie is not for those who ask."""
+    return _QUOTED_FOLDERS.sub(r"\1", text)
 
 
 def _labels(folder: Path) -> dict[str, str]:
