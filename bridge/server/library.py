@@ -109,7 +109,8 @@ class Library:
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
             return {
-                "dense": Path(recipe.dense).name if dense.get("beside") else recipe.dense, "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
+                "dense": Path(recipe.dense).name if dense.get("beside") else recipe.dense,
+                "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
                 "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
             }  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
