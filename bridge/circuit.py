@@ -35,6 +35,7 @@ Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -380,7 +381,13 @@ class EdgeTable:
 
     def strongest(self, most: int | None = None) -> tuple[Edge, ...]:
         """The edges with the largest effects on the answer, largest first; all of them by default."""
-        order_e = self.effect_e.abs().argsort(descending=True, stable=True)[:most]
+        size_e = self.effect_e.abs()
+        if most is not None and most < len(size_e):  # of millions, to find a few is faster than to sort all
+            least = size_e.topk(most).values[-1]
+            few_k = (size_e >= least).nonzero().flatten()
+            order_e = few_k[size_e[few_k].argsort(descending=True, stable=True)][:most]
+        else:
+            order_e = size_e.argsort(descending=True, stable=True)
         columns = (self.kind_e, self.source_e3, self.target_e3, self.weight_e, self.effect_e)
         rows = zip(*(column[order_e].tolist() for column in columns), strict=True)
         return tuple(Edge(self._node(s), self._node(t), KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
@@ -391,9 +398,27 @@ class EdgeTable:
 
     def distinct(self, *kinds: EdgeKind) -> int:
         """How many weights the edges of some kinds have: a weight is one at whatever positions it is used."""
-        (from_e, i_e, _), (to_e, j_e, _) = (ends_e3[self._of(kinds)].unbind(1) for ends_e3 in (self.source_e3, self.target_e3))
-        wide = 1 + max(int(self.source_e3[:, 1].max()), int(self.target_e3[:, 1].max()))
-        return len((((from_e * len(self.locations) + to_e) * wide + i_e) * wide + j_e).unique())
+        runs: dict[tuple[int, int], list[slice]] = {}
+        for kind, pair, run in self._runs():
+            if KINDS[kind] in kinds:
+                runs.setdefault(pair, []).append(run)
+        total = 0
+        for run_r in runs.values():
+            ends = [(self.source_e3[run, 1], self.target_e3[run, 1]) for run in run_r]
+            wide_i, wide_j = (1 + max(int(pair[side].max()) for pair in ends) for side in (0, 1))
+            used_ij = torch.zeros(wide_i, wide_j, dtype=torch.bool, device=self.kind_e.device)
+            for i_k, j_k in ends:
+                used_ij[i_k, j_k] = True
+            total += int(used_ij.sum())
+        return total
+
+    def _runs(self) -> Iterator[tuple[int, tuple[int, int], slice]]:
+        """(kind, places of source and target, where) of edges in a row that share them, as the table was made."""
+        from_e, to_e = self.source_e3[:, 0], self.target_e3[:, 0]
+        new_e = (from_e.diff() != 0) | (to_e.diff() != 0) | (self.kind_e.diff() != 0)
+        starts = [0, *(new_e.nonzero().flatten() + 1).tolist()]
+        for start, stop in zip(starts, [*starts[1:], len(from_e)], strict=True):
+            yield int(self.kind_e[start]), (int(from_e[start]), int(to_e[start])), slice(start, stop)
 
     def _of(self, kinds: Iterable[EdgeKind]) -> Tensor:
         return torch.isin(self.kind_e, torch.tensor([KINDS.index(kind) for kind in kinds], device=self.kind_e.device))
@@ -512,15 +537,26 @@ def _attention_edges(flow: _Flow) -> _Edges:
 
 
 def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> tuple[Tensor, ...]:
-    """slope_rtn = d target / d node for q, k and v nodes, a row for each of the attn_out nodes (position, index)."""
-    layer, channels = sources[0].layer, flow.sparse.shape.head_channels
-    to_r, write_rn = nodes_2[:, 0], flow.weight(layer, "o")[nodes_2[:, 1]]
-    with torch.enable_grad():
-        q_rtn, k_rtn, v_rtn = (flow.value[s].expand(len(to_r), -1, -1).clone().requires_grad_() for s in sources)
-        pattern_rht = flow.sparse.pattern(layer, q_rtn, k_rtn)[torch.arange(len(to_r)), :, to_r]
-        v_rthc, write_rhc = v_rtn.unflatten(-1, (-1, channels)), write_rn.unflatten(-1, (-1, channels))
-        out = torch.einsum("rht,rthc,rhc->", pattern_rht, v_rthc, write_rhc)
-        return torch.autograd.grad(out, (q_rtn, k_rtn, v_rtn))
+    """slope_rtn = d target / d node for q, k and v nodes, a row for each of the attn_out nodes (position, index).
+
+    With target = sum_hs p_hs u_hs, p the pattern at its position and u_hs = v_hs . w_h what a head's value there would write,
+    d target / d score_hs = p_hs (u_hs - sum_s' p_hs' u_hs'), the sink's u being 0.
+    """
+    sparse, layer, channels = flow.sparse, sources[0].layer, flow.sparse.shape.head_channels
+    to_r, rows = nodes_2[:, 0], torch.arange(len(nodes_2), device=nodes_2.device)
+    write_rhc = flow.weight(layer, "o")[nodes_2[:, 1]].unflatten(-1, (-1, channels))
+    q_1tn, k_1tn, v_1tn = (flow.value[source][None] for source in sources)
+    pattern_rhs = sparse.pattern(layer, q_1tn, k_1tn)[0].transpose(0, 1)[to_r]
+    q_htc, k_hsc = sparse.heads(q_1tn, rotate=True)[0], sparse.heads(k_1tn, rotate=True)[0]
+    v_hsc = sparse.heads(v_1tn, rotate=False)[0]
+    u_rhs = torch.einsum("hsc,rhc->rhs", v_hsc, write_rhc)
+    score_rhs = pattern_rhs * (u_rhs - (pattern_rhs * u_rhs).sum(-1, keepdim=True)) / math.sqrt(channels)
+    slope_q_rhtc = torch.zeros(len(to_r), *q_htc.shape, dtype=q_htc.dtype, device=q_htc.device)
+    slope_q_rhtc[rows, :, to_r] = torch.einsum("rhs,hsc->rhc", score_rhs, k_hsc)
+    slope_k_rhsc = torch.einsum("rhs,rhc->rhsc", score_rhs, q_htc.transpose(0, 1)[to_r])
+    slope_v_rhsc = torch.einsum("rhs,rhc->rhsc", pattern_rhs, write_rhc)
+    slope_q_rtn, slope_k_rtn = sparse.nodes(slope_q_rhtc, rotated=True), sparse.nodes(slope_k_rhsc, rotated=True)
+    return slope_q_rtn, slope_k_rtn, sparse.nodes(slope_v_rhsc, rotated=False)
 
 
 def _residual_edges(flow: _Flow) -> _Edges:

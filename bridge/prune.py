@@ -70,7 +70,7 @@ TRIMS = 4
 ENOUGH = 200  # nodes; fewer are not put through the masks again
 FACTORS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # sizes tried around a guess, in one batch
 WAYS = 6
-WORK = 20_000  # tokens of masked copies, a gradient counting three: 2 to 4 s on one core for 4 layers 512 wide
+WORK = 14_000  # tokens of masked copies, a gradient counting three: 2 to 3 s on one core for 4 layers 512 wide
 WORK_PER_TOKEN = 500  # and as many per token of the prompt, where that is more
 
 

@@ -286,12 +286,19 @@ class SparseTransformer(nn.Module):
     def heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
         """x_bhtc of q, k or v nodes; with rotate turned by their position, where the model's positions are rotary."""
         x_bhtc = x_btn.unflatten(-1, (-1, self.shape.head_channels)).transpose(1, 2)
-        if not rotate or self.shape.positions != "rotary":
+        return self._turned(x_bhtc, 1) if rotate else x_bhtc
+
+    def nodes(self, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
+        """x_btn of what `heads` gave: its inverse, and so also what takes slopes of heads to slopes of nodes."""
+        return (self._turned(x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
+
+    def _turned(self, x_bhtc: Tensor, sign: int) -> Tensor:
+        if self.shape.positions != "rotary":
             return x_bhtc
         half = self.shape.head_channels // 2
-        frequency_c = 10_000 ** (-torch.arange(half, device=x_btn.device) / half)
-        angle_tc = torch.arange(x_bhtc.shape[2], device=x_btn.device)[:, None] * frequency_c
-        cosine_tc, sine_tc = angle_tc.cos().to(x_btn.dtype), angle_tc.sin().to(x_btn.dtype)
+        frequency_c = 10_000 ** (-torch.arange(half, device=x_bhtc.device) / half)
+        angle_tc = sign * torch.arange(x_bhtc.shape[2], device=x_bhtc.device)[:, None] * frequency_c
+        cosine_tc, sine_tc = angle_tc.cos().to(x_bhtc.dtype), angle_tc.sin().to(x_bhtc.dtype)
         first, second = x_bhtc[..., :half], x_bhtc[..., half:]
         return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc], -1)
 
