@@ -45,7 +45,7 @@ from bridge.recipe import UserError
 from bridge.tasks.tokens import TokenPairs
 
 Objective = Literal["superset", "paper"]
-# Nats per prompt: a third of what is asked of a circuit on such prompts, since others, and other company, cost it more; the paper's.
+# Nats per prompt: a third of what is asked of a circuit there, since other prompts and other company cost more; and the paper's.
 TARGETS: dict[str, float] = {"superset": 0.035, "paper": 0.15}
 STEPS, FEWEST_STEPS = 500, 40
 ROWS, FEWEST_ROWS = 16, 4  # of the prompts at each step: on a CPU more steps of fewer prompts settle sooner
