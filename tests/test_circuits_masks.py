@@ -111,7 +111,7 @@ def test_deleting_a_node_alone_costs_what_it_costs(planted: SparseSubject) -> No
 def test_what_was_planted_is_found(planted: SparseSubject, objective: str) -> None:
     train, validation = planted_pairs(32).both(), planted_pairs(16, seed=1).both()
     aim = Aim(objective, 0.05)  # pyright: ignore[reportArgumentType]
-    found = find_nodes(planted, *divided(train, validation), aim, work=WORK)
+    found = find_nodes(planted, *divided(train, validation), aim, work=2 * WORK)
     assert found.loss <= aim.bound and found.complete
     kept = names(planted, found.kept_f)
     if objective == "superset":
