@@ -1,0 +1,98 @@
+"""The README's table of cards, from the commands that make them.
+
+    python tests/benchmarks/cards.py [--bridge DIR] [--out runs/cards] [--tasks NAME ...] [--seeds 2]
+
+runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
+
+    bridge circuit --task T --seeds N --no-dense --out OUT/T
+    bridge card --circuit OUT/T --json OUT/T/card.json
+
+and prints a table: the circuit, what it is held to on held-out prompts of the sparse model, the four tests on the dense one. The
+nulls are `bridge nulls DIR --circuits OUT`; cards show those that are there when they are made. `--print` runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from circuits import table, value
+
+from bridge.checkpoint import read_json
+
+TASKS = (
+    "if_equals", "with_as", "var_if", "fstring_brace", "indent_for", "lambda_func", "single_double_quote", "else_elif",
+    "bracket_brace", "while_return_true", "for_while",
+)  # fmt: skip
+HEADER = (
+    "task", "nodes", "edges", "KL held out (.25)", "company (.2; worst .6)", "D kept", "overlap of seeds",
+    "swap carried (ceiling; turned; other nodes)", "D in the loop (ceiling; random)", "complement", "rank correlation",
+    "R^2 on 240 (bigram)", "answers foreseen", "verdict",
+)  # fmt: skip
+
+
+def bridge(*arguments: str) -> None:
+    """One command of bridge's."""
+    print("bridge", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "bridge.cli", *arguments], stdout=subprocess.DEVNULL, check=False)
+
+
+def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
+    """A task's line."""
+    tests = {test["name"]: test for test in card["tests"]}
+
+    def of(name: str, *beside: float | None) -> str:
+        test = tests[name]
+        text = "-" if test["value"] is None else f"{test['value']:.2f}"
+        text = f"**{text}**" if test["passed"] is False else text
+        shown = "; ".join("-" if x is None else f"{x:.2f}" for x in beside)
+        return f"{text} ({shown})" if shown else text
+
+    def control(name: str) -> float | None:
+        return (tests[name]["control"] or {}).get("mean")
+
+    def ceiling(name: str) -> float | None:
+        return (tests[name].get("ceiling") or {}).get("mean")
+
+    size, (swap, loop, blind) = (
+        circuit["facts"]["size"],
+        ("share of the swap carried", "D kept in the loop", "R^2 on unseen prompts"),
+    )
+    return (
+        card["about"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
+        f"{value(circuit, 'company_mean')}; {value(circuit, 'company_worst')}", value(circuit, "share_kept"),
+        value(circuit, "stable"), of(swap, ceiling(swap), control(swap), control("against other nodes")),
+        of(loop, ceiling(loop), control(loop)), of("D its complement keeps"),
+        of("rank correlation of effects"), of(blind, control(blind)), of("answers foreseen"), card["verdict"],
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
+    parser.add_argument("--out", type=Path, default=Path("runs/cards"))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--seeds", default="2")
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    options = parser.parse_args()
+    rows = []
+    for task in options.tasks:
+        folder = options.out / task
+        circuit, card = folder / "circuit.json", folder / "card.json"
+        if not options.only_print:
+            if not circuit.is_file():
+                shown = ("--task", task, "--seeds", options.seeds, "--no-dense", "--out", str(folder))
+                bridge("circuit", "--bridge", options.bridge, *shown)
+            if circuit.is_file() and not card.is_file():
+                bridge("card", "--bridge", options.bridge, "--circuit", str(folder), "--json", str(card))
+        if card.is_file():
+            rows.append(row(read_json(circuit), read_json(card)))
+    print(table(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
