@@ -105,7 +105,7 @@ def test_the_dense_models_edges_are_pruned_to_a_bound() -> None:
     goal = Goal(subject, planted_pairs(8).both(), Aim(target=0.02), work=1e9)
     every_f = torch.ones(subject.space.size, dtype=torch.bool)
     found = find_edges(goal, goal, every_f)
-    assert found.loss <= 0.02 and 0 < len(found.edges) < found.n_before
+    assert found.loss <= 0.02 and 0 < found.n == len(found.edges) < found.n_before
     with torch.no_grad():
         every = EdgeGoal(goal, every_f)
         assert every.loss(torch.ones(found.n_before, dtype=torch.bool)) == pytest.approx(0, abs=1e-6)

@@ -45,12 +45,13 @@ DESCENT_SHARE = 0.8  # of the work
 
 @dataclass(frozen=True, eq=False)
 class FoundEdges:
-    """The edges that are left of how many there were, the loss with them, and whether deletions ran to their end."""
+    """How many edges are left of how many there were, the loss with them, whether deletions ran to their end; and themselves."""
 
-    edges: tuple[Edge, ...]
+    n: int
     n_before: int
     loss: float
     complete: bool
+    edges: tuple[Edge, ...]
 
 
 Entries = tuple[Tensor, Tensor]  # (row_k, column_k) of a matrix
@@ -268,18 +269,25 @@ class EdgeLessons:
 
 
 def find_edges(
-    goal: Goal, lessons: Goal, kept_f: Tensor, *, seed: int = 0, progress: Callable[[str], None] | None = None
+    goal: Goal,
+    lessons: Goal,
+    kept_f: Tensor,
+    *,
+    seed: int = 0,
+    listed: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> FoundEdges:
     """The edges of a task's circuit, by the search that the module describes, within the goal's work.
 
-    Masks are learnt from the prompts of `lessons` and held to those of `goal`.
+    Masks are learnt from the prompts of `lessons` and held to those of `goal`. Edges that are only to be counted need not be
+    `listed`.
     """
     say = progress or (lambda _: None)
     judge = EdgeGoal(goal, kept_f)
     whole_e = torch.ones(judge.n_edges, dtype=torch.bool, device=kept_f.device)
     say(f"edges: {len(whole_e):,} weights between nodes")
     if not len(whole_e):
-        return FoundEdges((), 0, judge.loss(whole_e), True)
+        return FoundEdges(0, 0, judge.loss(whole_e), True, ())
     learning = EdgeLessons(judge, lessons, DESCENT_SHARE * goal.left)
     learnt = descend(
         learning, judge.loss, whole_e, goal.bound, learning.steps, seed=seed,
@@ -291,7 +299,8 @@ def find_edges(
     order_e, above = learnt.tau_f.argsort(descending=True, stable=True), int((learnt.tau_f > 0).sum())
     kept_e = fewest(judge, torch.zeros_like(whole_e), order_e[:above] if learnt.met else order_e, max(1, above))
     kept_e, complete = deleted(judge, kept_e, lambda text: say(text.replace("nodes", "edges")), GIVEN_UP)
-    return FoundEdges(judge.edges(kept_e), len(whole_e), judge.loss(kept_e), complete)
+    edges = judge.edges(kept_e) if listed else ()
+    return FoundEdges(int(kept_e.sum()), len(whole_e), judge.loss(kept_e), complete, edges)
 
 
 def _places(mask_ji: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,9 +142,7 @@ def search_task(
     other, why_not = _dense(subjects, lessons, held, aim, seed, work, say) if dense else (None, "not asked for")
 
     held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
-    judged = Judged(
-        kept_f, pruned, [one.kept_f for one in found], len(edges.edges), None if other is None else len(other.edges.edges)
-    )
+    judged = Judged(kept_f, pruned, [one.kept_f for one in found], edges.n, None if other is None else other.edges.n)
     faithfulness = judge(searched, held_out, judged, scores, dense_scores, seed=seed, progress=say)
     inclusion = subject.space.split(torch.stack([one.kept_f for one in found]).float().mean(0))
     losses = {"nodes": float(searched.loss(kept_f[None])), "edges": edges.loss}
@@ -161,7 +159,7 @@ def search_task(
         runs=tuple(SeedRun(seed + n, int(one.kept_f.sum()), one.loss, one.steps, one.complete) for n, one in enumerate(found)),
         whole=whole_size(subject),
         before=Size(int(kept_f.sum()), edges.n_before),
-        size=Size(int(kept_f.sum()), len(edges.edges)),
+        size=Size(int(kept_f.sum()), edges.n),
         entries=_entries(subject, kept_f, splits["test"].both()),
         loss=edges.loss,
         edges_complete=edges.complete,
@@ -248,7 +246,8 @@ def _edges(
     say: Callable[[str], None],
 ) -> FoundEdges:  # fmt: skip
     goal = Goal(subject, held, aim, work=EDGE_WORK * _work(subject, work))
-    return find_edges(goal, Goal(subject, lessons, aim, seed=seed + 1), kept_f, seed=seed, progress=say)
+    listed = isinstance(subject, SparseSubject)  # the dense model's are counted, and there are hundreds of thousands
+    return find_edges(goal, Goal(subject, lessons, aim, seed=seed + 1), kept_f, seed=seed, listed=listed, progress=say)
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ class _DenseCircuit:
 
     @property
     def size(self) -> Size:
-        return Size(int(self.nodes.kept_f.sum()), len(self.edges.edges))
+        return Size(int(self.nodes.kept_f.sum()), self.edges.n)
 
 
 def _dense(
