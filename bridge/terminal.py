@@ -102,7 +102,8 @@ def shipped_coupling() -> str:
     folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
         raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
-    return str(folder)
+    here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def terminal_width() -> int:
