@@ -28,7 +28,7 @@ TASKS = (
     "bracket_brace", "while_return_true", "for_while",
 )  # fmt: skip
 HEADER = (
-    "task", "nodes", "edges", "KL held out (.25)", "company (.2; worst .6)", "D kept", "overlap of seeds",
+    "task", "nodes", "edges", "KL held out (.25)", "company (.2; worst .6)", "D kept", "without it (.69)", "overlap of seeds",
     "swap carried (ceiling; turned; other nodes)", "D in the loop (ceiling; random)", "complement", "rank correlation",
     "R^2 on 240 (bigram)", "answers foreseen", "verdict",
 )  # fmt: skip
@@ -40,15 +40,20 @@ def bridge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "bridge.cli", *arguments], stdout=subprocess.DEVNULL, check=False)
 
 
+def number(x: float | None) -> str:
+    """Two digits, without the zero before the point."""
+    return "-" if x is None else f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 0.995 else f"{x:.2f}"
+
+
 def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
     """A task's line."""
     tests = {test["name"]: test for test in card["tests"]}
 
     def of(name: str, *beside: float | None) -> str:
         test = tests[name]
-        text = "-" if test["value"] is None else f"{test['value']:.2f}"
+        text = number(test["value"])
         text = f"**{text}**" if test["passed"] is False else text
-        shown = "; ".join("-" if x is None else f"{x:.2f}" for x in beside)
+        shown = "; ".join(map(number, beside))
         return f"{text} ({shown})" if shown else text
 
     def control(name: str) -> float | None:
@@ -64,7 +69,8 @@ def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
     return (
         card["about"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
         f"{value(circuit, 'company_mean')}; {value(circuit, 'company_worst')}", value(circuit, "share_kept"),
-        value(circuit, "stable"), of(swap, ceiling(swap), control(swap), control("against other nodes")),
+        value(circuit, "loss_without"), value(circuit, "stable"),
+        of(swap, ceiling(swap), control(swap), control("against other nodes")),
         of(loop, ceiling(loop), control(loop)), of("D its complement keeps"),
         of("rank correlation of effects"), of(blind, control(blind)), of("answers foreseen"), card["verdict"],
     )  # fmt: skip
