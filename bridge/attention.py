@@ -35,7 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.circuit import Circuit, Node, flow_through
+from bridge.circuit import Circuit, Node
+from bridge.flow import flow_through
 from bridge.residual import Enter
 from bridge.sparse import Gate, Location, SparseTransformer
 

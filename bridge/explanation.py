@@ -3,7 +3,7 @@
     tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
-    edges       `circuit.edge_table`; and every node deleted alone from the circuit, for what it does there
+    edges       `flow.edge_table`; and every node deleted alone from the circuit, for what it does there
     levels      `levels.nested_circuits`: smaller circuits within it
     attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
@@ -28,7 +28,7 @@ from torch import Tensor
 from bridge.attention import explain_attention
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens, prompt_card
-from bridge.circuit import COUNTED, Ablations, EdgeTable, Question, corpus_means, edge_table
+from bridge.circuit import COUNTED, Ablations, Question, corpus_means
 from bridge.explained import (
     Answer,
     Answered,
@@ -43,6 +43,7 @@ from bridge.explained import (
     Token,
     quoted,
 )
+from bridge.flow import EdgeTable, edge_table
 from bridge.levels import nested_circuits
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bridge import attention as module
 from bridge.attention import Attention, ExplainedHead, explain_attention, variation
-from bridge.circuit import Circuit, Question, corpus_means, draw_edges, recording_gate
+from bridge.circuit import Circuit, Question, corpus_means, recording_gate
+from bridge.flow import draw_edges
 from bridge.sparse import Location, SparseTransformer
 
 

@@ -20,10 +20,9 @@ from bridge.circuit import (
     Question,
     ablation_gate,
     corpus_means,
-    draw_edges,
-    edge_table,
     recording_gate,
 )
+from bridge.flow import draw_edges, edge_table
 from bridge.kernels.products import Compact
 from bridge.recipe import SparseShape
 from bridge.sparse import Location, SparseTransformer
