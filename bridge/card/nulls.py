@@ -201,7 +201,8 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}
-        if recipe.sparsity.l0 < L0:
+        l0 = recipe.sparsity.l0 if recipe.sparsity.l0 < 1 else coupling.sparse.achieved_l0()  # a fraction, or a number of weights
+        if l0 < L0:
             settings["sparsity.l0"] = L0
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
