@@ -26,8 +26,9 @@ Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class EdgeTable:
         size_e = self.effect_e.abs()
         if most is not None and most < len(size_e):  # of millions, to find a few is faster than to sort all
             least = size_e.topk(most).values[-1]
-            few_k = (size_e >= least).nonzero().flatten()
+            few_k = (~(size_e < least)).nonzero().flatten()  # what is no number too
             order_e = few_k[size_e[few_k].argsort(descending=True, stable=True)][:most]
         else:
             order_e = size_e.argsort(descending=True, stable=True)
@@ -76,12 +77,12 @@ class EdgeTable:
 
     def count(self, *kinds: EdgeKind) -> int:
         """How many edges are of some kinds."""
-        return int(self._of(kinds).sum())
+        return sum(run.stop - run.start for kind, _, run in self._runs if KINDS[kind] in kinds)
 
     def distinct(self, *kinds: EdgeKind) -> int:
         """How many weights the edges of some kinds have: a weight is one at whatever positions it is used."""
         runs: dict[tuple[int, int], list[slice]] = {}
-        for kind, pair, run in self._runs():
+        for kind, pair, run in self._runs:
             if KINDS[kind] in kinds:
                 runs.setdefault(pair, []).append(run)
         total = 0
@@ -94,16 +95,16 @@ class EdgeTable:
             total += int(used_ij.sum())
         return total
 
-    def _runs(self) -> Iterator[tuple[int, tuple[int, int], slice]]:
+    @cached_property
+    def _runs(self) -> tuple[tuple[int, tuple[int, int], slice], ...]:
         """(kind, places of source and target, where) of edges in a row that share them, as the table was made."""
         from_e, to_e = self.source_e3[:, 0], self.target_e3[:, 0]
         new_e = (from_e.diff() != 0) | (to_e.diff() != 0) | (self.kind_e.diff() != 0)
         starts = [0, *(new_e.nonzero().flatten() + 1).tolist()]
-        for start, stop in zip(starts, [*starts[1:], len(from_e)], strict=True):
-            yield int(self.kind_e[start]), (int(from_e[start]), int(to_e[start])), slice(start, stop)
-
-    def _of(self, kinds: Iterable[EdgeKind]) -> Tensor:
-        return torch.isin(self.kind_e, torch.tensor([KINDS.index(kind) for kind in kinds], device=self.kind_e.device))
+        return tuple(
+            (int(self.kind_e[start]), (int(from_e[start]), int(to_e[start])), slice(start, stop))
+            for start, stop in zip(starts, [*starts[1:], len(from_e)], strict=True)
+        )
 
     def _node(self, end: list[int]) -> Node:
         return Node(self.locations[end[0]], end[1], end[2])

@@ -169,10 +169,11 @@ def print_run(run: Run, needed: int) -> None:
     """Print what a fit is about to do."""
     import psutil
 
+    from bridge.recipe import kept_fraction
+
     recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
-    weights = sum(weight.numel() for weight in sparse.sparse_weights().values())
-    l0 = recipe.sparsity.l0
-    kept = l0 * weights if l0 < 1 else l0
+    weights = sparse.n_sparse_weights()
+    kept = weights * kept_fraction(recipe.sparsity.l0, weights)
     alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
     how = "coupled at every site" if recipe.losses.coupled else alone
     free = psutil.virtual_memory().available

@@ -470,6 +470,18 @@ def test_what_cannot_be_loaded_is_told_without_its_folders(root: Path) -> None:
     assert "secret" not in str(caught.value) and str(root) not in str(caught.value) and "dense" in str(caught.value)
 
 
+def test_damaged_files_are_told_without_their_folders(root: Path, tmp_path: Path) -> None:
+    library = Library([root], tmp_path)
+    name, folder = library.coupling(None)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "circuit.json").write_text("{")
+    (folder / "labels.json").write_text("{")
+    for read in (lambda: library.circuit(next(iter(library.circuits()))), lambda: library.labels(name)):
+        with pytest.raises(CheckpointError, match="damaged") as caught:
+            read()
+        assert str(tmp_path) not in str(caught.value) and str(folder) not in str(caught.value)
+
+
 def test_a_coupling_that_was_fitted_again_is_loaded_again(root: Path) -> None:
     library = Library([root])
     name, folder = library.coupling(None)

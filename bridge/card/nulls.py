@@ -38,7 +38,7 @@ from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import MaskError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
-from bridge.recipe import Losses
+from bridge.recipe import Losses, kept_fraction
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
 
@@ -201,8 +201,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}
-        l0 = recipe.sparsity.l0 if recipe.sparsity.l0 < 1 else coupling.sparse.achieved_l0()  # a fraction, or a number of weights
-        if l0 < L0:
+        if kept_fraction(recipe.sparsity.l0, coupling.sparse.n_sparse_weights()) < L0:
             settings["sparsity.l0"] = L0
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 

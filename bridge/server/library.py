@@ -102,10 +102,7 @@ class Library:
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
         """What a coupling's own JSON says of it: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
-        try:
-            facts = read_json(folder / "coupling.json")
-        except CheckpointError as error:
-            raise CheckpointError(_without_folders(str(error))) from None
+        facts = _read(folder / "coupling.json")
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
             return {
@@ -155,7 +152,7 @@ class Library:
 
 def finite_json(path: Path) -> dict[str, Any]:
     """A JSON object that can be sent on. Raises CheckpointError for one that holds NaN, infinities or no characters."""
-    values = read_json(path)
+    values = _read(path)
     try:
         json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
@@ -196,6 +193,13 @@ def _version(folder: Path) -> tuple[Path, int]:
         return folder, (folder / "coupling.json").stat().st_mtime_ns
     except OSError:
         raise NotListedError(f"the coupling {folder.name!r} is gone; GET /api/couplings lists those there are") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(_without_folders(str(error))) from None
 
 
 def _without_folders(text: str) -> str:

@@ -14,12 +14,10 @@ nulls are `bridge nulls DIR --circuits OUT`; cards show those that are there whe
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from circuits import table, value
+from circuits import command, marked, number, search, table, value
 
 from bridge.checkpoint import read_json
 
@@ -34,25 +32,12 @@ HEADER = (
 )  # fmt: skip
 
 
-def bridge(*arguments: str) -> None:
-    """One command of bridge's."""
-    print("bridge", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "bridge.cli", *arguments], stdout=subprocess.DEVNULL, check=False)
-
-
-def number(x: float | None) -> str:
-    """Two digits, without the zero before the point."""
-    return "-" if x is None else f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 0.995 else f"{x:.2f}"
-
-
 def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
     """A task's line."""
     tests = {test["name"]: test for test in card["tests"]}
 
     def of(name: str, *beside: float | None) -> str:
-        test = tests[name]
-        text = number(test["value"])
-        text = f"**{text}**" if test["passed"] is False else text
+        text = marked(tests[name])
         shown = "; ".join(map(number, beside))
         return f"{text} ({shown})" if shown else text
 
@@ -62,10 +47,8 @@ def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
     def ceiling(name: str) -> float | None:
         return (tests[name].get("ceiling") or {}).get("mean")
 
-    size, (swap, loop, blind) = (
-        circuit["facts"]["size"],
-        ("share of the swap carried", "D kept in the loop", "R^2 on unseen prompts"),
-    )
+    size = circuit["facts"]["size"]
+    swap, loop, blind = "share of the swap carried", "D kept in the loop", "R^2 on unseen prompts"
     return (
         card["about"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
         f"{value(circuit, 'company_mean')}; {value(circuit, 'company_worst')}", value(circuit, "share_kept"),
@@ -90,11 +73,9 @@ def main() -> None:
         folder = options.out / task
         circuit, card = folder / "circuit.json", folder / "card.json"
         if not options.only_print:
-            if not circuit.is_file():
-                shown = ("--task", task, "--seeds", options.seeds, "--no-dense", "--out", str(folder))
-                bridge("circuit", "--bridge", options.bridge, *shown)
+            search(options, folder, task, "--seeds", options.seeds, "--no-dense")
             if circuit.is_file() and not card.is_file():
-                bridge("card", "--bridge", options.bridge, "--circuit", str(folder), "--json", str(card))
+                command("card", "--bridge", options.bridge, "--circuit", str(folder), "--json", str(card))
         if card.is_file():
             rows.append(row(read_json(circuit), read_json(card)))
     print(table(HEADER, rows))

@@ -38,23 +38,16 @@ TASKS = (
 PAPER, NULLED = 5, 1  # of the tasks, the first few
 
 
+def command(*arguments: str) -> None:
+    """One command of bridge's, without what it prints."""
+    print("bridge", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "bridge.cli", *arguments], stdout=subprocess.DEVNULL, check=False)
+
+
 def search(options: argparse.Namespace, folder: Path, task: str, *more: str) -> None:
     """One circuit, unless it is there."""
     if not (folder / "circuit.json").is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "bridge.cli",
-            "circuit",
-            "--bridge",
-            options.bridge,
-            "--task",
-            task,
-            "--out",
-            str(folder),
-        ]
-        print(" ".join(command[2:]), *more, flush=True)
-        subprocess.run([*command, *more], stdout=subprocess.DEVNULL, check=False)
+        command("circuit", "--bridge", options.bridge, "--task", task, "--out", str(folder), *more)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -62,13 +55,20 @@ def read(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / "circuit.json") if (folder / "circuit.json").is_file() else None
 
 
-def value(found: dict[str, Any], name: str) -> str:
-    """A measure, bold where it misses its aim."""
-    measure = found["faithfulness"][name]
-    if measure["value"] is None:
-        return "-"
-    text = f"{measure['value']:.2f}".replace("0.", ".", 1) if abs(measure["value"]) < 1 else f"{measure['value']:.2f}"
+def number(x: float | None) -> str:
+    """Two digits, without a zero before the point."""
+    return "-" if x is None else f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.2f}"
+
+
+def marked(measure: dict[str, Any]) -> str:
+    """A measure's value, bold where it misses its aim."""
+    text = number(measure["value"])
     return f"**{text}**" if measure["passed"] is False else text
+
+
+def value(found: dict[str, Any], name: str) -> str:
+    """One of a circuit's measures, as `marked`."""
+    return marked(found["faithfulness"][name])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
