@@ -11,7 +11,9 @@ start     tau ~ N(.2, .07), ten steps from 0. The paper's N(.1, .01) takes every
 lambda    is steered: it rises while the loss of the last steps is below what is aimed at and falls while it is above, so one
           descent visits the size weights that several would, and ends at the one that the bound asks for. Where it can fall no
           further and the loss is still above, every tau is raised a little: lambda alone cannot bring back what it took.
-aim       Other prompts cost more than those that are learnt from. So every ten steps, where it is worth it, they are asked: the
+aim       It begins well above the bound and comes down to it. Near the whole model a loss has hardly a slope, so what is left
+          out there is chance; a circuit that is too small says what it lacks. Growing from there ends smaller than shrinking.
+          Other prompts cost more than those that are learnt from. So every ten steps, where it is worth it, they are asked: the
           aim rises where they find the mask's loss within the bound, and falls where they do not though the aim is met.
 
 Of all the masks on the way, the smallest that is within the bound on those other prompts is the answer.
@@ -33,9 +35,9 @@ TAU, TAU_DEVIATION = 0.2, 0.07
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (3e-5, 1.0)
 RAISED = 0.25  # of the rate, by which tau is raised where lambda can fall no further
 AIMS, AIM_FALL, AIM_RISE = (0.2, 0.85), 0.85, 1.05  # as a share of the bound
+EASED, EASED_UNTIL = 4.0, 0.7  # times the bound, at first; the share of the steps by which that has come down
 CHECKED = 10  # steps between questions to the other prompts
 WORTH_ASKING = 1.5  # times the bound
-PATIENCE, SHRANK = 80, 0.98  # steps without an accepted mask that is at least so much smaller
 
 
 class Lessons(Protocol):
@@ -48,11 +50,10 @@ class Lessons(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Descended:
-    """tau_f of the smallest mask within the bound on other prompts, else of the last; whether there was one; the steps."""
+    """tau_f of the smallest mask within the bound on other prompts, else of the last; and whether there was one."""
 
     tau_f: Tensor
     met: bool
-    steps: int
 
 
 def descend(
@@ -67,16 +68,14 @@ def descend(
 ) -> Descended:
     """Masks over the candidates by the descent that the module describes; held(kept_f) is the loss on other prompts.
 
-    From half of the steps on it ends where no smaller mask has been accepted for a while. `watch` is told the step,
-    tau_f and the loss of late.
+    `watch` is told the step, tau_f and the loss of late.
     """
     generator = torch.Generator().manual_seed(seed)
     tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
     tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
     optimizer = torch.optim.AdamW([tau_f], lr=RATE, betas=BETAS, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    size_weight, late, aim, best_f = LAMBDA, 0.0, AIMS[1] * bound, None
-    fewest, shrank = len(candidates_f) + 1, 0
+    size_weight, late, share, best_f, fewest = LAMBDA, 0.0, AIMS[1], None, len(candidates_f) + 1
     for step in range(1, steps + 1):
         value, slope_f = lessons.slopes_at(tau_f.detach() > 0, generator)
         sigmoid_f = torch.sigmoid(tau_f.detach())
@@ -85,6 +84,8 @@ def descend(
         optimizer.step()
         schedule.step()
         late = value if step == 1 else 0.8 * late + 0.2 * value
+        eased = max(0.0, 1 - step / (EASED_UNTIL * steps))
+        aim = bound * share * (EASED / share) ** eased
         with torch.no_grad():
             if size_weight == LAMBDA_BOUNDS[0] and late > aim:
                 tau_f += RAISED * rate
@@ -95,13 +96,10 @@ def descend(
             watch(step, tau_f.detach(), late)
         if (step % CHECKED == 0 or step == steps) and late <= WORTH_ASKING * bound:
             met = held(kept_f) <= bound
-            if met or late <= aim:
-                aim = min(max(aim * (AIM_RISE if met else AIM_FALL), AIMS[0] * bound), AIMS[1] * bound)
+            if not eased and (met or late <= aim):
+                share = min(max(share * (AIM_RISE if met else AIM_FALL), AIMS[0]), AIMS[1])
             if met and int(kept_f.sum()) < fewest:
-                shrank = step if int(kept_f.sum()) < SHRANK * fewest else shrank
                 best_f, fewest = tau_f.detach().clone(), int(kept_f.sum())
         size_weight *= LAMBDA_RISE if late < 0.9 * aim else LAMBDA_FALL
         size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-        if best_f is not None and step - shrank >= PATIENCE and 2 * step >= steps:
-            return Descended(best_f, True, step)
-    return Descended(tau_f.detach() if best_f is None else best_f, best_f is not None, steps)
+    return Descended(tau_f.detach() if best_f is None else best_f, best_f is not None)

@@ -327,7 +327,7 @@ def find_nodes(
     kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(chosen, 1))
     say(f"threshold: {int(kept_f.sum()):,} nodes")
     kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)
-    return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, learnt.steps)
+    return FoundNodes(kept_f, tau_f, float(judge.loss(kept_f[None])), n, complete, learner.steps)
 
 
 def _repaired(judge: Goal, candidates_f: Tensor, tau_f: Tensor, say: Callable[[str], None]) -> Tensor:
