@@ -7,8 +7,8 @@ drawn at random, afresh for every prompt and step, the steps make small
     paper                two-way loss of S_C + lambda |C|                                     (Gao et al. 2025, appendix A.5)
 
 the KL being of the next token after the prompt. A confident answer's KL hardly notices how confident it is, so the default adds
-to the first a penalty for the share of the mean logit difference D that is lost, half the bound where that is .07:
-bound / 2 ((D_C - D) / max(|D|, 1) / .07)^2. The paper's objective finds circuits that are small and can be wrong: what it
+to the first a penalty for the share of the mean logit difference D that is lost, half the bound where that is .05:
+bound / 2 ((D_C - D) / max(|D|, 1) / .05)^2. The paper's objective finds circuits that are small and can be wrong: what it
 deletes may cancel, and nothing ties the rest to the model. Under the default the whole model is one of the sets that are tried.
 
 1. candidates   Nodes that no prompt switches on, if to leave them out costs no more than a quarter of the bound; else all.
@@ -17,7 +17,7 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
 3. repairs      Where there is none, and while the nodes above 0 do not meet the bound there, those that the loss's slope
                 says help most are added, as many together as lower it most: each for itself, too many would overshoot.
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on those other prompts
-                (fixed ones, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to .07 of itself.
+                (fixed ones, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to .05 of itself.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
                 that, the loss's slope; then as many together as the bound allows, over and over.
 
@@ -47,8 +47,9 @@ from bridge.tasks.tokens import TokenPairs
 Objective = Literal["superset", "paper"]
 # Nats per prompt: half of what is asked of a circuit there, since other prompts and other company cost more; and the paper's.
 TARGETS: dict[str, float] = {"superset": 0.05, "paper": 0.15}
-SHARE = 0.07  # of D, by which a circuit at the bound may be off: less than is asked, for the same reason
+SHARE = 0.05  # of D, by which a circuit at the bound may be off: half of what is asked, for the same reason
 STEPS, FEWEST_STEPS = 500, 40
+EASED = 4.0  # times the bound: the loss that masks aim at to begin with
 ROWS, FEWEST_ROWS = 16, 4  # of the prompts at each step: on a CPU more steps of fewer prompts settle sooner
 LESSONS = 256  # prompts of either split that masks are learnt from
 VALIDATION = 32  # others of either split, that the bound is held to
@@ -144,7 +145,7 @@ class Goal:
         """loss_c of circuits, in units in which all that is held to the bound may be as large as the bound.
 
         With the paper's objective the two-way loss; else the largest of the KL alone, the mean of alone and in company, and how
-        far D is off, at the bound where that is .07.
+        far D is off, at the bound where that is .05.
         """
         rows = len(self.pairs)
         self.left -= len(kept_cf) * self.terms * self.tokens * self.subject.cost
@@ -305,7 +306,7 @@ def find_nodes(
     say(f"candidates: {int(candidates_f.sum()):,} of {subject.space.size:,} nodes")
     left = judge.left
     learnt = descend(
-        learner, lambda kept_f: float(judge.loss(kept_f[None])), candidates_f, aim.bound, learner.steps, seed=seed,
+        learner, lambda kept_f: float(judge.loss(kept_f[None])), candidates_f, aim.bound, learner.steps, eased=EASED, seed=seed,
         watch=lambda step, tau_f, loss: say(
             f"masks: step {step} of {learner.steps}, {int((tau_f > 0).sum()):,} nodes, loss {loss:.3f}"
         ),
