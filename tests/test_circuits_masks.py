@@ -69,7 +69,7 @@ def test_company_hides_a_nodes_own_mask(random: SparseSubject) -> None:
         off = (goal.pairs.difference(logits_bv).mean() - goal.pairs.difference(goal.whole_bv).mean()) / max(
             1.0, abs(float(goal.pairs.difference(goal.whole_bv).mean()))
         )
-        (kl(goal.whole_bv, logits_bv).mean() / 2 + goal.bound / 2 * (off / 0.07) ** 2).backward()
+        (kl(goal.whole_bv, logits_bv).mean() / 2 + goal.bound / 2 * (off / 0.05) ** 2).backward()
     assert in_company is not None and mask_f.grad is not None
     torch.testing.assert_close(in_company, mask_f.grad, atol=1e-6, rtol=1e-4)
 
@@ -95,7 +95,7 @@ def test_a_circuits_loss_is_its_definition(random: SparseSubject, objective: str
                 lost += float(one.difference(whole_1v) - one.difference(alone_1v)) / len(pairs)
         whole = float(pairs.difference(random.logits(pairs)).mean())
         off = abs(lost) / max(1, abs(whole))
-        assert float(loss) == pytest.approx(max(alone, (alone + company) / 2, off / 0.07), abs=1e-4)
+        assert float(loss) == pytest.approx(max(alone, (alone + company) / 2, off / 0.05), abs=1e-4)
 
 
 def test_deleting_a_node_alone_costs_what_it_costs(planted: SparseSubject) -> None:

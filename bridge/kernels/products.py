@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,16 @@ class Pattern:
         order_p = torch.empty_like(index_p)
         _by_columns(column_p.numpy(), start_n1.clone().numpy(), order_p.numpy())
         return Pattern(shape, start_m1, column_p.int(), start_n1, row_p[order_p].int(), order_p)
+
+    @cached_property
+    def by_row(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """start_m1 and column_p to a kernel, and no bias_m."""
+        return self.start_m1.numpy(), self.column_p.numpy(), torch.zeros(self.shape[0])
+
+    @cached_property
+    def by_column(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """start_n1 and row_p to a kernel, and no bias_n."""
+        return self.start_n1.numpy(), self.row_p.numpy(), torch.zeros(self.shape[1])
 
     @property
     def count(self) -> int:
@@ -196,8 +206,8 @@ class _SparseLinear(torch.autograd.Function):
         pattern = matrix.pattern
         x = _stored(x_btn)
         y = x.empty(pattern.shape[0])
-        bias = torch.zeros(pattern.shape[0]) if bias_m is None else bias_m.detach()
-        _multiply(pattern.start_m1, pattern.column_p, value_p.detach(), bias, x.x_bnt, y.x_bnt)
+        start, index, no_bias = pattern.by_row
+        _multiply(start, index, value_p.detach(), no_bias if bias_m is None else bias_m.detach(), x.x_bnt, y.x_bnt)
         ctx.save_for_backward(x.x_bnt, value_p)
         ctx.matrix, ctx.pattern, ctx.end_to_end = matrix, pattern, x.end_to_end
         return y.logical(x_btn.shape)
@@ -210,7 +220,8 @@ class _SparseLinear(torch.autograd.Function):
         dx_btn = dvalue_p = dbias_m = None
         if ctx.needs_input_grad[0]:
             dx = x.empty(pattern.shape[1])
-            _multiply(pattern.start_n1, pattern.row_p, ctx.matrix.by_column_p, torch.zeros(pattern.shape[1]), dy.x_bnt, dx.x_bnt)
+            start, index, no_bias = pattern.by_column
+            _multiply(start, index, ctx.matrix.by_column_p, no_bias, dy.x_bnt, dx.x_bnt)
             dx_btn = dx.logical(shape)
         if ctx.needs_input_grad[1]:
             dvalue_p = torch.zeros_like(value_p)
@@ -248,10 +259,10 @@ class _SparseEmbedding(torch.autograd.Function):
         return None, dvalue_p, None
 
 
-def _multiply(start: Tensor, index_p: Tensor, value_p: Tensor, bias: Tensor, x_bnt: Tensor, y_bmt: Tensor) -> None:
-    arrays = [tensor.numpy() for tensor in (start, index_p, value_p, bias, x_bnt, y_bmt)]
+def _multiply(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias: Tensor, x_bnt: Tensor, y_bmt: Tensor) -> None:
+    arrays = start, index, *(tensor.numpy() for tensor in (value_p, bias, x_bnt, y_bmt))
     blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
-    work = len(index_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
+    work = len(index) * x_bnt.shape[0] * x_bnt.shape[2] // 16
     if blocks >= torch.get_num_threads():
         in_parallel(lambda first, last: _multiply_lines(*arrays, first, last, 0, lines), blocks, work)
     else:

@@ -1,8 +1,9 @@
 """The README's table of cards, from the commands that make them.
 
-    python tests/benchmarks/cards.py [--bridge DIR] [--out runs/cards] [--tasks NAME ...] [--seeds 2]
+    python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/superset] [--tasks NAME ...] [--seeds 2]
 
-runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
+takes the circuits that `circuits.py` has left there, and runs, one after another, whatever `--out` does not hold yet (it may be
+killed and goes on),
 
     bridge circuit --task T --seeds N --no-dense --out OUT/T
     bridge card --circuit OUT/T --json OUT/T/card.json
@@ -63,7 +64,7 @@ def main() -> None:
     """Run what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
-    parser.add_argument("--out", type=Path, default=Path("runs/cards"))
+    parser.add_argument("--out", type=Path, default=Path("runs/circuits/superset"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", default="2")
     parser.add_argument("--print", action="store_true", dest="only_print")

@@ -1,14 +1,15 @@
 """The README's tables of task circuits, from the commands that make them.
 
-    python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 5]
+    python tests/benchmarks/circuits.py --tasks var_if else_elif --seeds 5
+    python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 2]
 
-runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
+run, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
 
     bridge circuit --task T --seeds N --out OUT/superset/T              every task, the dense model's circuit beside it
     bridge circuit --task T --objective paper --no-dense --out OUT/paper/T
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T        for the first of the tasks
 
-and prints five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to
+and print five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to
 one another when deleted, with the heat map in OUT/cross_ablation.svg (as `bridge circuit --all` ends, which asks for the same
 number of seeds everywhere). `--print` searches nothing.
 """
@@ -33,9 +34,9 @@ from bridge.circuits.suite import resolved
 
 TASKS = (
     "while_return_true", "var_if", "with_as", "else_elif", "if_equals", "lambda_func", "single_double_quote", "fstring_brace",
-    "for_while", "indent_for",
+    "for_while", "indent_for", "bracket_brace",
 )  # fmt: skip
-PAPER, NULLED = 5, 1  # of the tasks, the first few
+PAPER, NULLED = 8, 1  # of the tasks, the first few
 
 
 def command(*arguments: str) -> None:
@@ -153,10 +154,10 @@ def disentangled(options: argparse.Namespace, tasks: Sequence[str]) -> str:
 def main() -> None:
     """Search what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bridge", default="checkpoints/python-bridge")
+    parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
     out, tasks = options.out, options.tasks
