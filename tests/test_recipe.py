@@ -59,6 +59,11 @@ def test_an_l0_that_keeps_nothing_is_refused(l0: float) -> None:
     assert refusal(sparsity={"l0": l0}) == refusal(f"l0={l0}") == f"sparsity.l0 = {l0}: {remedy}"
 
 
+@pytest.mark.parametrize("name", ["sparsity.l0", "sparse.width", "sparse.positions", "optimizer.rate"])
+def test_true_is_neither_a_number_nor_a_text(name: str) -> None:
+    assert refusal(f"{name}=true") == f"{name} = True: must not be true or false; give its value"
+
+
 @pytest.mark.parametrize("l0", ["nan", "inf", "1/16"])
 def test_an_l0_that_is_no_number_is_refused(l0: str) -> None:
     assert refusal(f"l0={l0}").startswith("sparsity.l0 = ")
