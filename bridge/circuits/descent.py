@@ -11,10 +11,7 @@ start     tau ~ N(.2, .07), ten steps from 0. The paper's N(.1, .01) takes every
 lambda    is steered: it rises while the loss of the last steps is below what is aimed at and falls while it is above, so one
           descent visits the size weights that several would, and ends at the one that the bound asks for. Where it can fall no
           further and the loss is still above, every tau is raised a little: lambda alone cannot bring back what it took.
-aim       For nodes it begins well above the bound and comes down to it. Near the whole model a loss has hardly a slope, so what
-          is left out there is chance; a circuit that is too small says what it lacks. Growing from there ends smaller than
-          shrinking. Edges are many and the steps few: there it did not (half as many more), so their aim is the bound at once.
-          Other prompts cost more than those that are learnt from. So every ten steps, where it is worth it, they are asked: the
+aim       Other prompts cost more than those that are learnt from. So every ten steps, where it is worth it, they are asked: the
           aim rises where they find the mask's loss within the bound, and falls where they do not though the aim is met.
 
 Of all the masks on the way, the smallest that is within the bound on those other prompts is the answer.
@@ -36,7 +33,6 @@ TAU, TAU_DEVIATION = 0.2, 0.07
 LAMBDA, LAMBDA_RISE, LAMBDA_FALL, LAMBDA_BOUNDS = 1e-4, 1.1, 0.92, (3e-5, 1.0)
 RAISED = 0.25  # of the rate, by which tau is raised where lambda can fall no further
 AIMS, AIM_FALL, AIM_RISE = (0.2, 0.85), 0.85, 1.05  # as a share of the bound
-EASED_UNTIL = 0.7  # of the steps, by which an aim that began higher has come down
 CHECKED = 10  # steps between questions to the other prompts
 WORTH_ASKING = 1.5  # times the bound
 
@@ -64,20 +60,19 @@ def descend(
     bound: float,
     steps: int,
     *,
-    eased: float = AIMS[1],
     seed: int = 0,
     watch: Callable[[int, Tensor, float], None] | None = None,
 ) -> Descended:
     """Masks over the candidates by the descent that the module describes; held(kept_f) is the loss on other prompts.
 
-    `eased` is the aim at first, as a multiple of the bound. `watch` is told the step, tau_f and the loss of late.
+    `watch` is told the step, tau_f and the loss of late.
     """
     generator = torch.Generator().manual_seed(seed)
     tau_f = (TAU + TAU_DEVIATION * torch.randn(len(candidates_f), generator=generator)).to(candidates_f.device)
     tau_f = torch.where(candidates_f, tau_f, -1).requires_grad_()
     optimizer = torch.optim.AdamW([tau_f], lr=RATE, betas=BETAS, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    size_weight, late, share, best_f, fewest = LAMBDA, 0.0, AIMS[1], None, len(candidates_f) + 1
+    size_weight, late, aim, best_f, fewest = LAMBDA, 0.0, AIMS[1] * bound, None, len(candidates_f) + 1
     for step in range(1, steps + 1):
         value, slope_f = lessons.slopes_at(tau_f.detach() > 0, generator)
         sigmoid_f = torch.sigmoid(tau_f.detach())
@@ -86,8 +81,6 @@ def descend(
         optimizer.step()
         schedule.step()
         late = value if step == 1 else 0.8 * late + 0.2 * value
-        above = max(0.0, 1 - step / (EASED_UNTIL * steps)) if eased > AIMS[1] else 0.0
-        aim = bound * share * (eased / share) ** above
         with torch.no_grad():
             if size_weight == LAMBDA_BOUNDS[0] and late > aim:
                 tau_f += RAISED * rate
@@ -98,8 +91,8 @@ def descend(
             watch(step, tau_f.detach(), late)
         if (step % CHECKED == 0 or step == steps) and late <= WORTH_ASKING * bound:
             met = held(kept_f) <= bound
-            if not above and (met or late <= aim):
-                share = min(max(share * (AIM_RISE if met else AIM_FALL), AIMS[0]), AIMS[1])
+            if met or late <= aim:
+                aim = min(max(aim * (AIM_RISE if met else AIM_FALL), AIMS[0] * bound), AIMS[1] * bound)
             if met and int(kept_f.sum()) < fewest:
                 best_f, fewest = tau_f.detach().clone(), int(kept_f.sum())
         size_weight *= LAMBDA_RISE if late < 0.9 * aim else LAMBDA_FALL
