@@ -84,14 +84,16 @@ def circuits(found: dict[str, dict[str, Any]]) -> str:
     for task, one in sorted(found.items(), key=lambda item: item[1]["facts"]["size"]["edges"]):
         facts = one["facts"]
         before, size, dense_before, dense = (facts[name] for name in ("before", "size", "dense_before", "dense"))
-        ratios.append((dense_before["edges"] / before["edges"], dense["edges"] / size["edges"]))
+        beside = ("-",) * 4  # of a circuit that was found without the dense model's
+        if dense is not None:
+            ratios.append((dense_before["edges"] / before["edges"], dense["edges"] / size["edges"]))
+            beside = f"{dense_before['edges']:,}", f"{dense['edges']:,}", f"{ratios[-1][0]:.1f}", f"{ratios[-1][1]:.1f}"
         rows.append((
-            task, f"{size['nodes']:,}", f"{before['edges']:,}", f"{size['edges']:,}", f"{dense_before['edges']:,}",
-            f"{dense['edges']:,}", f"{ratios[-1][0]:.1f}", f"{ratios[-1][1]:.1f}", value(one, "kl_kept"),
+            task, f"{size['nodes']:,}", f"{before['edges']:,}", f"{size['edges']:,}", *beside, value(one, "kl_kept"),
             value(one, "kl_held_out"), value(one, "company_worst"), value(one, "share_kept"), value(one, "loss_without"),
             one["verdict"],
         ))  # fmt: skip
-    means = [math.exp(sum(math.log(pair[which]) for pair in ratios) / len(ratios)) for which in (0, 1)]
+    means = [0.0, 0.0] if not ratios else [math.exp(sum(math.log(pair[which]) for pair in ratios) / len(ratios)) for which in (0, 1)]
     header = (
         "task", "nodes", "edges between", "edges", "dense: between", "edges", "ratio between", "ratio", "KL (.1)",
         "held out (.25)", "company (.6)", "D kept (.9 to 1.1)", "without it (.69)", "verdict",
