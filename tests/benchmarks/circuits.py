@@ -93,7 +93,8 @@ def circuits(found: dict[str, dict[str, Any]]) -> str:
             value(one, "kl_held_out"), value(one, "company_worst"), value(one, "share_kept"), value(one, "loss_without"),
             one["verdict"],
         ))  # fmt: skip
-    means = [0.0, 0.0] if not ratios else [math.exp(sum(math.log(pair[which]) for pair in ratios) / len(ratios)) for which in (0, 1)]
+    logs = [[math.log(pair[which]) for pair in ratios] for which in (0, 1)]
+    means = [math.exp(sum(log) / max(1, len(log))) for log in logs]
     header = (
         "task", "nodes", "edges between", "edges", "dense: between", "edges", "ratio between", "ratio", "KL (.1)",
         "held out (.25)", "company (.6)", "D kept (.9 to 1.1)", "without it (.69)", "verdict",
