@@ -114,6 +114,10 @@ def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: P
     again = len(carded)
     assert list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None)) == results
     assert len(carded) == again
+    splits = {**tasks[0].splits, "train": tasks[0].splits["train"].swapped()}
+    others = (replace(tasks[0], splits=splits),)  # a task whose prompts have changed is another
+    list(Nulls(coupling, others, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
+    assert len(carded) > again
 
 
 def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) -> None:

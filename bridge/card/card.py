@@ -72,7 +72,8 @@ class CardMeasure(Measure):
 class NullTask:
     """A null on a task: which tests hold (None: could not be taken), each test's first value, and whether all do.
 
-    accuracy is that of the null's sparse model; why says what there was instead of a card, "" where there was one.
+    accuracy is that of the null's sparse model; why says what there was instead of a card, "" where there was one; prompts tells
+    which prompts they were and how circuits were searched, "" where that was not kept.
     """
 
     task: str
@@ -81,6 +82,7 @@ class NullTask:
     passed: bool
     accuracy: float | None = None
     why: str = ""
+    prompts: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ A null passes where the dense model does the task and all four tests hold (`Card
 model. Where an uncoupled model does none of the tasks, its null is weak, and says so: it was trained too briefly.
 
 nulls.json holds the results with a fingerprint of what they depend on, and is written after every task: a run that is killed goes
-on where it was, and results of another coupling are never taken for this one's.
+on where it was, and results of another coupling, of other prompts or of another bound are never taken for this one's.
 
 Shape legend: b row, t token, d dense width, s sparse width.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult
 from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored
 from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
-from bridge.circuits.masks import MaskError
+from bridge.circuits.masks import SHARE, Aim, MaskError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
 from bridge.recipe import Losses, kept_fraction
@@ -82,7 +83,9 @@ class Nulls:
         before = self._kept()
         done: dict[str, NullResult] = dict(before)
         for name, what in NULLS.items():
-            known = {task.task: task for task in done[name].tasks} if name in done else {}
+            asked = {resolved.task: _asked(resolved) for resolved in self.tasks}
+            there = done[name].tasks if name in done else ()
+            known = {task.task: task for task in there if asked.get(task.task, task.prompts) == task.prompts}
             found = [task for task in known.values() if task.task not in {resolved.task for resolved in self.tasks}]
             lazily = _Lazily(lambda name=name: self._subjects(name, progress))
             for resolved in self.tasks:
@@ -160,8 +163,18 @@ class Nulls:
                 result = search_task(of, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
             card = task_card(of, task, result, pairs=pairs, alter=alter, seed=self.seed, progress=say)
         except (MaskError, CardError) as error:
-            return NullTask(task.task, dict.fromkeys(TESTS), dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}")
-        return null_task(card, accuracy)
+            none = dict.fromkeys(TESTS)
+            return NullTask(task.task, none, dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}", _asked(task))
+        return replace(null_task(card, accuracy), prompts=_asked(task))
+
+
+def _asked(task: Resolved) -> str:
+    """What tells a task's prompts, and the bounds of a search, from others."""
+    digest = hashlib.sha256(f"{Aim().bound} {SHARE}".encode())
+    for name, pairs in sorted(task.splits.items()):
+        for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Lazily:
