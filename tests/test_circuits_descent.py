@@ -68,5 +68,6 @@ def test_a_seed_gives_the_same_mask_twice() -> None:
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_few_steps_are_steps_too(steps: int) -> None:
     lessons = Additive(COST_F)
-    found = descend(lessons, lessons.loss, EVERY_F, 0.1, steps)
-    assert found.met  # nothing has gone yet
+    seen: list[int] = []
+    found = descend(lessons, lessons.loss, EVERY_F, 0.1, steps, watch=lambda step, tau_f, loss: seen.append(step))
+    assert len(seen) == steps and found.met  # nothing has gone yet

@@ -82,15 +82,15 @@ class Nulls:
         """Every null as it ends; results found in the coupling's folder are taken from there."""
         before = self._kept()
         done: dict[str, NullResult] = dict(before)
+        asked = {resolved.task: _asked(resolved) for resolved in self.tasks}
         for name, what in NULLS.items():
-            asked = {resolved.task: _asked(resolved) for resolved in self.tasks}
             there = done[name].tasks if name in done else ()
             known = {task.task: task for task in there if asked.get(task.task, task.prompts) == task.prompts}
             found = [task for task in known.values() if task.task not in {resolved.task for resolved in self.tasks}]
             lazily = _Lazily(lambda name=name: self._subjects(name, progress))
             for resolved in self.tasks:
                 if resolved.task not in known:
-                    found.append(self._card(name, lazily, resolved, progress))
+                    found.append(replace(self._card(name, lazily, resolved, progress), prompts=asked[resolved.task]))
                 else:
                     found.append(known[resolved.task])
                 done[name] = NullResult(name, what, tuple(found), _note(name, found))
@@ -163,9 +163,8 @@ class Nulls:
                 result = search_task(of, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
             card = task_card(of, task, result, pairs=pairs, alter=alter, seed=self.seed, progress=say)
         except (MaskError, CardError) as error:
-            none = dict.fromkeys(TESTS)
-            return NullTask(task.task, none, dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}", _asked(task))
-        return replace(null_task(card, accuracy), prompts=_asked(task))
+            return NullTask(task.task, dict.fromkeys(TESTS), dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}")
+        return null_task(card, accuracy)
 
 
 def _asked(task: Resolved) -> str:

@@ -43,7 +43,6 @@ TOP = 0x7F80  # upper half of infinity, the largest there is
 INFINITE = 0x7F800000
 WIDEST = 32767  # counts of a lane are half words
 CHUNK = 256  # words of a weight matrix counted at a time
-FEW = 1 << 16  # entries, up to which one of torch's own passes takes less time than to call a compiled one
 SAMPLE = 1 << 14
 
 
@@ -110,8 +109,6 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     """X where the mask holds, else zero, laid out as the mask is: the backward pass of AbsTopK."""
-    if mask.numel() <= FEW:
-        return torch.where(mask, x, 0)
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
@@ -120,24 +117,22 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     return kept
 
 
-def laid_out_as(x_btn: Tensor, mask_btn: Tensor) -> Tensor:
-    """The mask, stored as x is: with tokens innermost and without gaps."""
-    b, t, n = x_btn.shape
-    end_to_end = x_btn.permute(2, 0, 1).is_contiguous()  # short rows
-    inside = mask_btn.reshape(b * t, n).t() if end_to_end else mask_btn.transpose(1, 2)
-    return inside.contiguous().as_strided(x_btn.shape, x_btn.stride())
-
-
 def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
     """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
     b, t, n = x_btn.shape
-    end_to_end = x_btn.permute(2, 0, 1).is_contiguous()
-    lines, length = (n, b * t) if end_to_end else (b * n, t)
-    held_btn, kept_btn = laid_out_as(x_btn, mask_btn), torch.empty_strided(x_btn.shape, x_btn.stride())
-    values, words, out = (x.detach().as_strided((x.numel(),), (1,)).numpy() for x in (x_btn, held_btn, kept_btn))
+    if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
+        inside = mask_btn.reshape(b * t, n).t()
+        lines, length = n, b * t
+    else:
+        inside = mask_btn.transpose(1, 2)
+        lines, length = b * n, t
+    held = inside.contiguous().view(-1)
+    kept = torch.empty_strided(x_btn.shape, x_btn.stride())
+    values, out = (tensor.detach().as_strided((x_btn.numel(),), (1,)).numpy() for tensor in (x_btn, kept))
     others = else_n.detach().contiguous().numpy()
+    words = held.numpy()
     in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
-    return kept_btn, held_btn
+    return kept, held.as_strided(x_btn.shape, x_btn.stride())
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,6 @@ def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
     """X_btn where a mask (btn, or tn for all rows) holds, else the channel's own value of else_n; differentiable in x."""
     without_gaps = x_btn.permute(2, 0, 1).is_contiguous() or x_btn.transpose(1, 2).is_contiguous()
     if x_btn.device.type == "cpu" and x_btn.dtype == torch.float32 and cpu.tokens_contiguous(x_btn) and without_gaps:
-        if x_btn.numel() <= cpu.FEW:
-            return torch.where(cpu.laid_out_as(x_btn, mask.expand(x_btn.shape)), x_btn, else_n.float())
         return _Choose.apply(mask, x_btn, else_n)  # type: ignore[no-any-return]
     return torch.where(mask, x_btn, else_n.to(x_btn.dtype))
 

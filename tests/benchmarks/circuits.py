@@ -1,15 +1,14 @@
 """The README's tables of task circuits, from the commands that make them.
 
-    python tests/benchmarks/circuits.py --tasks var_if else_elif --seeds 5
     python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 2]
 
-run, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
+runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
 
     bridge circuit --task T --seeds N --out OUT/superset/T              every task, the dense model's circuit beside it
     bridge circuit --task T --objective paper --no-dense --out OUT/paper/T
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T        for the first of the tasks
 
-and print five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to
+and prints five tables: the circuits, the overlap of seeds, the two objectives, the nulls, and what the circuits share and do to
 one another when deleted, with the heat map in OUT/cross_ablation.svg (as `bridge circuit --all` ends, which asks for the same
 number of seeds everywhere). `--print` searches nothing.
 """
