@@ -14,7 +14,8 @@ lambda    is steered: it rises while the loss of the last steps is below what is
 aim       Other prompts cost more than those that are learnt from. So every ten steps, where it is worth it, they are asked: the
           aim rises where they find the mask's loss within the bound, and falls where they do not though the aim is met.
 
-Of all the masks on the way, the smallest that is within the bound on those other prompts is the answer.
+Of all the masks on the way, the smallest that is within the bound on those other prompts is the answer. Where the last mask is
+smaller, and not within it, it is filled up by tau: half-way to the size of that answer, and so on by bisection.
 
 Shape legend: f all parts in one row.
 """
@@ -35,6 +36,7 @@ RAISED = 0.25  # of the rate, by which tau is raised where lambda can fall no fu
 AIMS, AIM_FALL, AIM_RISE = (0.2, 0.85), 0.85, 1.05  # as a share of the bound
 CHECKED = 10  # steps between questions to the other prompts
 WORTH_ASKING = 1.5  # times the bound
+FILLED = 6  # sizes between the last mask's and the smallest one's within the bound
 
 
 class Lessons(Protocol):
@@ -97,4 +99,21 @@ def descend(
                 best_f, fewest = tau_f.detach().clone(), int(kept_f.sum())
         size_weight *= LAMBDA_RISE if late < 0.9 * aim else LAMBDA_FALL
         size_weight = min(max(size_weight, LAMBDA_BOUNDS[0]), LAMBDA_BOUNDS[1])
-    return Descended(tau_f.detach() if best_f is None else best_f, best_f is not None)
+    if best_f is None:
+        return Descended(tau_f.detach(), False)
+    return Descended(_filled(held, tau_f.detach(), best_f, bound), True)
+
+
+def _filled(held: Callable[[Tensor], float], last_f: Tensor, best_f: Tensor, bound: float) -> Tensor:
+    """The last tau_f, raised until no more parts are above 0 than the bound asks for; best_f where they are not fewer there."""
+    low, high = int((last_f > 0).sum()), int((best_f > 0).sum())
+    for _ in range(FILLED):
+        middle = (low + high) // 2
+        if not low < middle < high:
+            break
+        raised_f = last_f - last_f.kthvalue(len(last_f) - middle).values
+        if held(raised_f > 0) <= bound:
+            best_f, high = raised_f, middle
+        else:
+            low = middle
+    return best_f

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
+from bridge.kernels.top_k import mix
 from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
@@ -148,7 +149,7 @@ class SparseSubject:
             return trace.logits_btv[:, -1]
         # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token
         row_b = torch.arange(len(pairs), device=pairs.last_b.device)
-        x_b1s = trace.residuals[-1][row_b, pairs.last_b][:, None]
+        x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, pairs.last_b].t()[:, None]  # so gradients lie as it does
         token_b1 = pairs.prompt_bt[row_b, pairs.last_b][:, None]
         return self.sparse.run(token_b1, Enter.at(self.sparse.n_sites - 1, x_b1s)).logits_btv[:, 0]
 
@@ -198,10 +199,7 @@ def masked_gate(subject: Subject, kept_f: Tensor) -> Gate:
     if kept_f.dtype == torch.bool:
         return ablation_gate(kept, subject.means)
 
-    def mix(location: Location, x_btn: Tensor) -> Tensor:
-        return torch.lerp(subject.means[location].to(x_btn.dtype), x_btn, kept[location])
-
-    return mix
+    return lambda location, x_btn: mix(kept[location].squeeze(-2), x_btn, subject.means[location])
 
 
 def recorded(subject: Subject, pairs: TokenPairs, gate: Gate = identity_gate) -> dict[Location, Tensor]:

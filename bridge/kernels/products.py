@@ -240,7 +240,8 @@ class _SparseEmbedding(torch.autograd.Function):
     def forward(ctx: Any, tokens_bt: Tensor, value_p: Tensor, matrix: Compact) -> Tensor:
         pattern = matrix.pattern
         b, t = tokens_bt.shape
-        x_bnt = torch.zeros(b, pattern.shape[1], t)
+        short = b > 1 and t < SHORT
+        x_bnt = torch.zeros(pattern.shape[1], b, t).transpose(0, 1) if short else torch.zeros(b, pattern.shape[1], t)
         start_v1, column_p = pattern.start_m1.numpy(), pattern.column_p.numpy()
         _look_up(start_v1, column_p, value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
         ctx.save_for_backward(tokens_bt, value_p)
