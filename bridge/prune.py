@@ -70,6 +70,7 @@ TRIMS = 4
 ENOUGH = 200  # nodes; fewer are not put through the masks again
 FACTORS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # sizes tried around a guess, in one batch
 WAYS = 6
+SPARED = 1000  # of so many nodes one, for tries of deletions to go on where some are given up
 WORK = 14_000  # tokens of masked copies, a gradient counting three: 2 to 3 s on one core for 4 layers 512 wide
 WORK_PER_TOKEN = 500  # and as many per token of the prompt, where that is more
 
@@ -324,7 +325,8 @@ def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None], given_up: 
     """The circuit after the deletions, and whether they went on until no node could be spared.
 
     Once the bound is met, the next node in the order would have been one too many; given_up is the share of those left that
-    are not tried again together with it, until the next sweep.
+    are not tried again together with it, until the next sweep. Where there is such a share, a try that spared not one in a
+    thousand is the last.
     """
     missed_f, swept_f = torch.zeros_like(kept_f), torch.zeros_like(kept_f)
     while not torch.equal(swept_f, kept_f):
@@ -334,12 +336,14 @@ def deleted(judge: Judge, kept_f: Tensor, say: Callable[[str], None], given_up: 
             if judge.left < judge.cost(len(node_k)):
                 return kept_f, False
             say(f"deletions: {int(kept_f.sum()):,} nodes, {len(node_k):,} to try")
-            miss_k = judge.without(kept_f, node_k)
+            miss_k, before = judge.without(kept_f, node_k), int(kept_f.sum())
             missed_f[node_k[miss_k > judge.bound]] = True
             order_k = node_k[miss_k.argsort(descending=True, stable=True)][int((miss_k > judge.bound).sum()) :]
             kept_f = fewest(judge, kept_f.index_fill(0, order_k, False), order_k, len(order_k) // 2)
             left_k = order_k[kept_f[order_k]]  # the next one would have been one too many
             missed_f[left_k[len(left_k) - max(1, round(given_up * len(left_k))) :]] = True
+            if given_up and before - int(kept_f.sum()) < before // SPARED:
+                return kept_f, False
     return kept_f, True
 
 
