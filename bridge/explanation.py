@@ -3,7 +3,7 @@
     tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
-    edges       `flow.edge_table`; and every node deleted alone from the circuit, for what it does there
+    edges       `flow.draw_edges`; and every node deleted alone from the circuit, for what it does there
     levels      `levels.nested_circuits`: smaller circuits within it
     attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
@@ -43,7 +43,7 @@ from bridge.explained import (
     Token,
     quoted,
 )
-from bridge.flow import EdgeTable, edge_table
+from bridge.flow import Edges, draw_edges
 from bridge.levels import nested_circuits
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
@@ -106,13 +106,11 @@ def explain(
     ablations = Ablations(sparse, question, coupling.once("means", used_bt, lambda: corpus_means(sparse, used_bt)))
     found = find_circuit(ablations, seed=seed, progress=say)
     say("edges")
-    edges = edge_table(sparse, found.circuit)
+    edges = draw_edges(sparse, found.circuit, MOST_EDGES)
     levels, level_f = nested_circuits(ablations, found.kept_f)
     circuit = {
         "nodes": _explained(ablations, found, level_f, node_labels(coupling, found.circuit.nodes)),
-        "edges": tuple(
-            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest(MOST_EDGES)
-        ),
+        "edges": tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest),
         "counts": _counts(found, edges),
         "searched": Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
         "levels": levels,
@@ -205,13 +203,14 @@ def _explained(ablations: Ablations, found: Found, level_f: Tensor, labels: dict
     for k, (node, value, mean, level) in enumerate(zip(found.circuit.nodes, *columns, strict=True)):
         at, position = node.location, node.position or 0
         importance, effect = measured.get(k, (None, None))
-        where = (str(node), node.name, at.layer, at.kind, node.index, position)
-        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{node.name}", labels.get(node.name))
+        name = node.name
+        where = (f"{name}@{position}", name, at.layer, at.kind, node.index, position)
+        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
         nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
     return tuple(nodes)
 
 
-def _counts(found: Found, edges: EdgeTable) -> Counts:
+def _counts(found: Found, edges: Edges) -> Counts:
     entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
     return Counts(len(found.circuit.nodes), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries)
 

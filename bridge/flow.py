@@ -28,13 +28,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.circuit import BIGRAM, EMBEDDING, KINDS, Circuit, Edge, EdgeKind, Node, check_means
+from bridge.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Circuit, Edge, EdgeKind, Node, check_means
 from bridge.kernels.top_k import gelu
 from bridge.residual import Enter
 from bridge.sparse import Location, SparseTransformer, norm_scale
@@ -48,96 +47,130 @@ _READERS = {
 _ATTENTION_TARGETS = 32  # attn_out nodes whose slopes are taken at once
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeTable:
-    """Edges of one prompt's circuit by columns, in which thousands are counted and ranked before any is made an `Edge`.
+@dataclass(frozen=True)
+class Edges:
+    """Edges of one prompt's circuit, the largest effects on the answer first; and of each kind how many there are in all.
 
-    kind_e counts in `KINDS`; source_e3 and target_e3 are (place in `locations`, index, position) of either end.
+    `weights` counts, of `COUNTED` kinds, those that differ by more than their positions: a weight is one wherever it is used.
     """
 
-    locations: tuple[Location, ...]
-    kind_e: Tensor
-    source_e3: Tensor
-    target_e3: Tensor
-    weight_e: Tensor
-    effect_e: Tensor
-
-    def strongest(self, most: int | None = None) -> tuple[Edge, ...]:
-        """The edges with the largest effects on the answer, largest first; all of them by default."""
-        size_e = self.effect_e.abs()
-        if most is not None and most < len(size_e):  # of millions, to find a few is faster than to sort all
-            least = size_e.topk(most).values[-1]
-            few_k = (~(size_e < least)).nonzero().flatten()  # what is no number too
-            order_e = few_k[size_e[few_k].argsort(descending=True, stable=True)][:most]
-        else:
-            order_e = size_e.argsort(descending=True, stable=True)
-        columns = (self.kind_e, self.source_e3, self.target_e3, self.weight_e, self.effect_e)
-        rows = zip(*(column[order_e].tolist() for column in columns), strict=True)
-        return tuple(Edge(self._node(s), self._node(t), KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
+    strongest: tuple[Edge, ...]
+    number: Mapping[EdgeKind, int]
+    weights: Mapping[EdgeKind, int]
 
     def count(self, *kinds: EdgeKind) -> int:
         """How many edges are of some kinds."""
-        return sum(run.stop - run.start for kind, _, run in self._runs if KINDS[kind] in kinds)
+        return sum(self.number.get(kind, 0) for kind in kinds)
 
     def distinct(self, *kinds: EdgeKind) -> int:
-        """How many weights the edges of some kinds have: a weight is one at whatever positions it is used."""
-        runs: dict[tuple[int, int], list[slice]] = {}
-        for kind, pair, run in self._runs:
-            if KINDS[kind] in kinds:
-                runs.setdefault(pair, []).append(run)
-        total = 0
-        for run_r in runs.values():
-            ends = [(self.source_e3[run, 1], self.target_e3[run, 1]) for run in run_r]
-            wide_i, wide_j = (1 + max(int(pair[side].max()) for pair in ends) for side in (0, 1))
-            used_ij = torch.zeros(wide_i, wide_j, dtype=torch.bool, device=self.kind_e.device)
-            for i_k, j_k in ends:
-                used_ij[i_k, j_k] = True
-            total += int(used_ij.sum())
-        return total
-
-    @cached_property
-    def _runs(self) -> tuple[tuple[int, tuple[int, int], slice], ...]:
-        """(kind, places of source and target, where) of edges in a row that share them, as the table was made."""
-        from_e, to_e = self.source_e3[:, 0], self.target_e3[:, 0]
-        new_e = (from_e.diff() != 0) | (to_e.diff() != 0) | (self.kind_e.diff() != 0)
-        starts = [0, *(new_e.nonzero().flatten() + 1).tolist()]
-        return tuple(
-            (int(self.kind_e[start]), (int(from_e[start]), int(to_e[start])), slice(start, stop))
-            for start, stop in zip(starts, [*starts[1:], len(from_e)], strict=True)
-        )
-
-    def _node(self, end: list[int]) -> Node:
-        return Node(self.locations[end[0]], end[1], end[2])
-
-
-def draw_edges(sparse: SparseTransformer, circuit: Circuit) -> tuple[Edge, ...]:
-    """Every edge between the circuit's nodes (see the module's docstring), the largest effects on the answer first.
-
-    Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
-    """
-    return edge_table(sparse, circuit).strongest()
+        """How many weights the edges of some kinds have."""
+        return sum(self.weights.get(kind, 0) for kind in kinds)
 
 
 @torch.no_grad()
-def edge_table(sparse: SparseTransformer, circuit: Circuit) -> EdgeTable:
-    """The same edges as a table, in no order."""
+def draw_edges(sparse: SparseTransformer, circuit: Circuit, most: int | None = None) -> Edges:
+    """Every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
+
+    Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
+    """
     check_means([EMBEDDING], circuit.means)
     flow = flow_through(sparse, circuit)
     answer = Location(len(sparse.blocks), "answer")
-    locations = (*circuit.kept, EMBEDDING, BIGRAM, answer)
-    place = {location: i for i, location in enumerate(locations)}
-    parts: list[tuple[Tensor, ...]] = []
-    for found in (_weight_edges, _attention_edges, _residual_edges, _answer_edges):
-        for kind, source, source_e2, target, target_e2, weight_e, effect_e in found(flow):
-            if len(weight_e):
-                kind_e = torch.full_like(weight_e, KINDS.index(kind), dtype=torch.long)
-                ends = (F.pad(e2, (1, 0), value=place[at]) for at, e2 in ((source, source_e2), (target, target_e2)))
-                parts.append((kind_e, *ends, weight_e, effect_e))
-    return EdgeTable(locations, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    drawing = _Drawing((*circuit.kept, EMBEDDING, BIGRAM, answer), most)
+    for found in (_weight_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow)):
+        for edges in found:
+            drawing.add(edges)
+    return drawing.edges()
 
 
-# (kind, source, (index, position) of each edge there, target, likewise, weight_e, effect_e)
-_Edges = Iterator[tuple[EdgeKind, Location, Tensor, Location, Tensor, Tensor, Tensor]]
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Edges of one kind between two locations: (index, position) of either end, and what each adds to its target and to D.
+
+    Where only the strongest are asked for, weaker ones may be left out; `number` counts them, and used_2k holds the indices of
+    the nodes (source, target) of all.
+    """
+
+    kind: EdgeKind
+    source: Location
+    target: Location
+    source_e2: Tensor
+    target_e2: Tensor
+    weight_e: Tensor
+    effect_e: Tensor
+    number: int
+    used_2k: Tensor
+
+    @staticmethod
+    def all(
+        kind: EdgeKind, source: Location, source_e2: Tensor, target: Location, target_e2: Tensor, weight_e: Tensor,
+        effect_e: Tensor,
+    ) -> _Some:  # fmt: skip
+        """Edges of which none was left out."""
+        used_2k = torch.stack([source_e2[:, 0], target_e2[:, 0]])
+        return _Some(kind, source, target, source_e2, target_e2, weight_e, effect_e, len(weight_e), used_2k)
+
+
+class _Drawing:
+    """The strongest of the edges that are added. There can be ten million, of which a page shows some thousands."""
+
+    def __init__(self, locations: tuple[Location, ...], most: int | None) -> None:
+        self.locations, self.most, self.least = locations, most, 0.0  # the effect of the weakest that can be among them
+        self.place = {location: i for i, location in enumerate(locations)}
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.number: dict[EdgeKind, int] = {}
+        self.used: dict[tuple[EdgeKind, Location, Location], Tensor] = {}
+
+    def strong(self, effect: Tensor) -> Tensor:
+        """Which effects may be among the strongest: also what is no number."""
+        return ~(effect.abs() < self.least)
+
+    def add(self, some: _Some) -> None:
+        """Count edges, and keep those that may be among the strongest."""
+        self.number[some.kind] = self.number.get(some.kind, 0) + some.number
+        if some.kind in COUNTED:
+            key, widths = (some.kind, some.source, some.target), (some.used_2k.amax(1) + 1).tolist() if some.number else [0, 0]
+            used_ij = self.used.get(key, torch.zeros(0, 0, dtype=torch.bool, device=some.used_2k.device))
+            short = [max(0, wide - there) for wide, there in zip(widths, used_ij.shape, strict=True)]
+            self.used[key] = used_ij = F.pad(used_ij, (0, short[1], 0, short[0])) if any(short) else used_ij
+            used_ij[some.used_2k[0], some.used_2k[1]] = True
+        strong_k = self.strong(some.effect_e).nonzero().flatten()
+        if len(strong_k):
+            kind_e = torch.full_like(strong_k, KINDS.index(some.kind))
+            ends = ((some.source, some.source_e2), (some.target, some.target_e2))
+            from_e3, to_e3 = (F.pad(e2[strong_k], (1, 0), value=self.place[at]) for at, e2 in ends)
+            self.parts.append((kind_e, from_e3, to_e3, some.weight_e[strong_k], some.effect_e[strong_k]))
+        if self.most is not None and sum(len(part[0]) for part in self.parts) > 4 * self.most:
+            self._weed(self.most)
+
+    def _weed(self, most: int) -> None:
+        columns = self._columns()
+        size_e = columns[-1].abs()
+        self.least = float(size_e.nan_to_num(torch.inf).topk(most).values[-1])
+        strong_k = self.strong(size_e).nonzero().flatten()
+        self.parts = [tuple(column[strong_k] for column in columns)]
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
+
+    def edges(self) -> Edges:
+        """What was asked for."""
+        columns = self._columns()
+        order_e = columns[-1].abs().argsort(descending=True, stable=True)[: self.most]
+        nodes: dict[tuple[int, ...], Node] = {}
+
+        def node(end: list[int]) -> Node:
+            key = tuple(end)
+            if key not in nodes:
+                nodes[key] = Node(self.locations[end[0]], end[1], end[2])
+            return nodes[key]
+
+        rows = zip(*(column[order_e].tolist() for column in columns), strict=True)
+        strongest = tuple(Edge(node(s), node(t), KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
+        weights: dict[EdgeKind, int] = {}
+        for (kind, _, _), used_ij in self.used.items():
+            weights[kind] = weights.get(kind, 0) + int(used_ij.sum())
+        return Edges(strongest, self.number, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +225,7 @@ def flow_through(sparse: SparseTransformer, circuit: Circuit) -> _Flow:
     return _Flow(sparse, circuit, value, change, slope, scale)
 
 
-def _weight_edges(flow: _Flow) -> _Edges:
+def _weight_edges(flow: _Flow) -> Iterator[_Some]:
     for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
         for kind, name in _READERS[source.kind]:
             target, weight_ji = Location(source.layer, kind), flow.weight(source.layer, name)
@@ -203,20 +236,27 @@ def _weight_edges(flow: _Flow) -> _Edges:
                 added_e = kept_ji[row_e, column_e] * flow.change[source][position, i[column_e]]
                 ends = (torch.stack([k, torch.full_like(k, position)], 1) for k in (i[column_e], j[row_e]))
                 source_e2, target_e2 = ends
-                yield "weight", source, source_e2, target, target_e2, added_e, added_e * flow.slope[target][position, j[row_e]]
+                effect_e = added_e * flow.slope[target][position, j[row_e]]
+                yield _Some.all("weight", source, source_e2, target, target_e2, added_e, effect_e)
 
 
-def _attention_edges(flow: _Flow) -> _Edges:
+def _attention_edges(flow: _Flow, drawing: _Drawing) -> Iterator[_Some]:
     for target in flow.locations("attn_out"):
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
         for nodes_2 in flow.circuit.kept[target].nonzero().split(_ATTENTION_TARGETS):
+            to_slope_r = flow.slope[target][nodes_2[:, 0], nodes_2[:, 1]]
             for source, slope_rtn in zip(sources, _attention_slopes(flow, sources, nodes_2), strict=True):
                 kind: EdgeKind = "value" if source.kind == "v" else "score"
-                r, position, index = (slope_rtn * flow.circuit.kept[source]).nonzero().unbind(1)
-                added_e = slope_rtn[r, position, index] * flow.change[source][position, index]
-                to_e2 = nodes_2[r]
-                effect_e = added_e * flow.slope[target][to_e2[:, 0], to_e2[:, 1]]
-                yield kind, source, torch.stack([index, position], 1), target, to_e2.flip(1), added_e, effect_e
+                there_rtn = (slope_rtn != 0) & flow.circuit.kept[source]
+                added_rtn = slope_rtn * flow.change[source]
+                effect_rtn = added_rtn * to_slope_r[:, None, None]
+                number = int(there_rtn.sum())
+                used_2k = there_rtn.any(1).nonzero().T if kind in COUNTED else torch.empty(2, 0, dtype=torch.long)
+                r, position, index = (there_rtn & drawing.strong(effect_rtn)).nonzero().unbind(1)
+                yield _Some(
+                    kind, source, target, torch.stack([index, position], 1), nodes_2[r].flip(1), added_rtn[r, position, index],
+                    effect_rtn[r, position, index], number, torch.stack([used_2k[1], nodes_2[used_2k[0], 1]]),
+                )  # fmt: skip
 
 
 def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> tuple[Tensor, ...]:
@@ -242,7 +282,7 @@ def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> 
     return slope_q_rtn, slope_k_rtn, sparse.nodes(slope_v_rhsc, rotated=False)
 
 
-def _residual_edges(flow: _Flow) -> _Edges:
+def _residual_edges(flow: _Flow) -> Iterator[_Some]:
     for target in flow.locations("attn_in", "mlp_in"):
         site, kept_tn = flow.sparse.site(target), flow.circuit.kept[target]
         for source, writes_tn in _writers(flow, site):
@@ -250,7 +290,7 @@ def _residual_edges(flow: _Flow) -> _Edges:
             added_e = flow.change[source][position, index] * flow.scale[site][position]
             kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
             ends_e2 = torch.stack([index, position], 1)
-            yield kind, source, ends_e2, target, ends_e2, added_e, added_e * flow.slope[target][position, index]
+            yield _Some.all(kind, source, ends_e2, target, ends_e2, added_e, added_e * flow.slope[target][position, index])
 
 
 def _writers(flow: _Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
@@ -261,7 +301,7 @@ def _writers(flow: _Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
             yield source, flow.circuit.kept[source]
 
 
-def _answer_edges(flow: _Flow) -> _Edges:
+def _answer_edges(flow: _Flow) -> Iterator[_Some]:
     question, sparse, last_site = flow.circuit.question, flow.sparse, flow.sparse.n_sites - 1
     last = len(question.tokens_t) - 1
     answer = Location(len(sparse.blocks), "answer")
@@ -270,9 +310,9 @@ def _answer_edges(flow: _Flow) -> _Edges:
         index = (writes_tn[last] & (read_s != 0)).nonzero().flatten()
         added_e = read_s[index] * flow.change[source][last, index] * flow.scale[last_site][last]
         from_e2, to_e2 = (torch.stack([k, torch.full_like(k, last)], 1) for k in (index, torch.full_like(index, question.target)))
-        yield "unembedding", source, from_e2, answer, to_e2, added_e, added_e
+        yield _Some.all("unembedding", source, from_e2, answer, to_e2, added_e, added_e)
     token_11 = question.tokens_t[-1:].to(sparse.device)[None]
     nothing_11s = torch.zeros(1, 1, sparse.width, device=sparse.device, dtype=sparse.embedding.dtype)
     added_1 = question.difference(sparse.run(token_11, Enter.at(last_site, nothing_11s)).logits_btv[0])
     from_12, to_12 = (torch.tensor([[k, last]], device=sparse.device) for k in (int(token_11), question.target))
-    yield "bigram", BIGRAM, from_12, answer, to_12, added_1, added_1
+    yield _Some.all("bigram", BIGRAM, from_12, answer, to_12, added_1, added_1)

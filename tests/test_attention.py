@@ -136,7 +136,7 @@ def test_what_a_head_is_worth_is_what_an_intervention_finds(kinds: tuple[str, ..
 def test_what_is_moved_is_the_sum_of_value_edges() -> None:
     sparse = model()
     circuit = random_circuit(sparse)
-    edges = [edge for edge in draw_edges(sparse, circuit) if edge.kind == "value"]
+    edges = [edge for edge in draw_edges(sparse, circuit).strongest if edge.kind == "value"]
     assert edges
     heads = explain_attention(sparse, circuit, most=1000).heads
     told: dict[tuple[str, int | None], float] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from bridge.circuit import (
     COUNTED,
     EMBEDDING,
+    KINDS,
     Ablations,
     Circuit,
     Edge,
@@ -22,7 +23,7 @@ from bridge.circuit import (
     corpus_means,
     recording_gate,
 )
-from bridge.flow import draw_edges, edge_table
+from bridge.flow import draw_edges
 from bridge.kernels.products import Compact
 from bridge.recipe import SparseShape
 from bridge.sparse import Location, SparseTransformer
@@ -270,11 +271,23 @@ def type_of(sparse: SparseTransformer) -> torch.dtype:
 def test_a_weight_is_one_wherever_it_is_used():
     sparse = model()
     circuit = random_circuit(sparse)
-    table, edges = edge_table(sparse, circuit), draw_edges(sparse, circuit)
-    assert table.strongest(5) == edges[:5] and len(table.weight_e) == len(edges)
-    assert table.count(*COUNTED) == sum(edge.kind in COUNTED for edge in edges)
+    drawn = draw_edges(sparse, circuit)
+    edges = drawn.strongest
+    assert drawn.count(*KINDS) == len(edges) and [abs(e.effect) for e in edges] == sorted(
+        (abs(e.effect) for e in edges), reverse=True
+    )
+    assert drawn.count(*COUNTED) == sum(edge.kind in COUNTED for edge in edges)
     ends = {(e.source.location, e.source.index, e.target.location, e.target.index) for e in edges if e.kind in COUNTED}
-    assert table.distinct(*COUNTED) == len(ends) < table.count(*COUNTED)
+    assert drawn.distinct(*COUNTED) == len(ends) < drawn.count(*COUNTED)
+
+
+@pytest.mark.parametrize("most", [1, 5, 40])
+def test_the_strongest_edges_are_those_of_all_and_all_are_counted(most: int):
+    sparse = model()
+    circuit = random_circuit(sparse)
+    every, some = draw_edges(sparse, circuit), draw_edges(sparse, circuit, most)
+    assert some.strongest == every.strongest[:most] and len(every.strongest) > 4 * most
+    assert some.number == every.number and some.weights == every.weights
 
 
 class Frozen:
@@ -317,7 +330,7 @@ def test_weight_value_and_score_edges_are_what_an_intervention_finds(kinds: tupl
     # all values are kept here, so that a gate sees what a target is before AbsTopK
     sparse = model(kinds, keep=1.0, positions=positions)
     circuit = random_circuit(sparse)
-    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit)
+    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit).strongest
     for edge in some_edges(edges, "weight"):
         if edge.target.location.kind == "mlp_act":
             layer = edge.target.location.layer
@@ -340,7 +353,7 @@ def test_weight_value_and_score_edges_are_what_an_intervention_finds(kinds: tupl
 def test_every_nonzero_weight_between_kept_nodes_is_an_edge_and_nothing_else(kinds: tuple[str, ...]):
     sparse = model(kinds, l0=0.2)
     circuit = random_circuit(sparse, density=0.3)
-    edges = draw_edges(sparse, circuit)
+    edges = draw_edges(sparse, circuit).strongest
     drawn = {(edge.source, edge.target) for edge in edges if edge.kind in COUNTED}
     assert len(drawn) == sum(edge.kind in COUNTED for edge in edges)
     expected = set()
@@ -362,7 +375,7 @@ def test_every_nonzero_weight_between_kept_nodes_is_an_edge_and_nothing_else(kin
 def test_residual_edges_are_what_a_write_adds_to_a_later_read(kinds: tuple[str, ...]):
     sparse = model(kinds)
     circuit = random_circuit(sparse)
-    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit)
+    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit).strongest
     for edge in some_edges(edges, "residual"):
         assert edge.source.index == edge.target.index and edge.source.position == edge.target.position
 
@@ -389,7 +402,7 @@ def test_residual_edges_are_what_a_write_adds_to_a_later_read(kinds: tuple[str, 
 def test_edges_into_the_answer_add_up_to_it():
     sparse = model()
     circuit = random_circuit(sparse, density=1.0)
-    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit)
+    frozen, edges = Frozen(sparse, circuit), draw_edges(sparse, circuit).strongest
     question, last = circuit.question, circuit.question.tokens_t.shape[0] - 1
     answer = float(question.difference(frozen.trace.logits_btv[0, -1]))
     into = [edge for edge in edges if edge.kind in ("unembedding", "bigram")]
@@ -409,7 +422,7 @@ def test_edges_into_the_answer_add_up_to_it():
 def test_effects_are_weights_times_what_the_answer_owes_to_the_target():
     sparse = model()
     circuit = random_circuit(sparse)
-    edges = draw_edges(sparse, circuit)
+    edges = draw_edges(sparse, circuit).strongest
     assert [abs(edge.effect) for edge in edges] == sorted((abs(edge.effect) for edge in edges), reverse=True)
     tokens_1t = circuit.question.tokens_t[None]
 
