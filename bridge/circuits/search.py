@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from threading import Thread
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +31,7 @@ from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.edges import FoundEdges, find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
 from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
+from bridge.circuits.meanwhile import meanwhile
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.prune import deleted, fewest, ranks
@@ -47,9 +45,6 @@ EDGE_WORK = 0.5  # of that, again, for the edges
 NODE_SHARE = 0.75  # of the way from the whole model's loss to the bound, which nodes may go; edges go the rest
 REFERENCE_TOKENS = 4096
 JUDGED = 32  # held-out prompts
-GRACE = 5  # seconds at most that a step of work which is no longer wanted may go on
-
-T = TypeVar("T")
 NOT_ASKED = None, "not asked for"  # the dense model's circuit, and why there is none
 
 
@@ -126,29 +121,23 @@ def search_task(
         )
     train, validation = splits["train"].both(), splits["validation"].both()
 
-    found: list[FoundNodes] = []
     lessons, held = divided(train, validation)
-    nodes_aim = _nodes_aim(subject, held, aim)
+    nodes_aim, nodes_work = _nodes_aim(subject, held, aim), _work(subject, work)
+
+    def nodes_of(number: int) -> FoundNodes:
+        at = f"seed {number}: " if seeds > 1 else ""
+        return find_nodes(
+            subject, lessons, held, nodes_aim, seed=number, work=nodes_work, progress=lambda text: say(f"{at}{text}")
+        )  # fmt: skip
+
     with meanwhile(lambda tell: _dense(subjects, lessons, held, aim, seed, work, tell) if dense else NOT_ASKED, say) as others:
-        for number in range(seeds):
-            at = f"seed {seed + number}: " if seeds > 1 else ""
-            found.append(
-                find_nodes(
-                    subject,
-                    lessons,
-                    held,
-                    nodes_aim,
-                    seed=seed + number,
-                    work=_work(subject, work),
-                    progress=lambda text, at=at: say(f"{at}{text}"),
-                )  # fmt: skip
-            )
-        searched = Goal(subject, spread(validation, VALIDATION), aim)
-        kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, _work(subject, work), say)
+        found = [nodes_of(seed + number) for number in range(seeds)]
+        kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, nodes_work, say)
         edges = _edges(subject, lessons, held, aim, kept_f, seed, work, say)
         pruned = pruned_to(subject, edges.edges, kept_f)
         other, why_not = others()
 
+    searched = Goal(subject, spread(validation, VALIDATION), aim)
     held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
     judged = Judged(kept_f, pruned, [one.kept_f for one in found], edges.n, None if other is None else other.edges.n)
     faithfulness = judge(searched, held_out, judged, scores, dense_scores, seed=seed, progress=say)
@@ -270,52 +259,6 @@ class _DenseCircuit:
     @property
     def size(self) -> Size:
         return Size(int(self.nodes.kept_f.sum()), self.edges.n)
-
-
-class _Left(BaseException):
-    """Ends work that nobody waits for any longer."""
-
-
-@contextmanager
-def meanwhile(work: Callable[[Callable[[str], None]], T], say: Callable[[str], None]) -> Iterator[Callable[[], T]]:
-    """Work that goes on in a thread of its own; what is given waits for its result, and only then says how far it is.
-
-    The work is given what it says that with, which also ends it once the caller has left the block by an error.
-    """
-    told, left = "", False
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def tell(text: str) -> None:
-        nonlocal told
-        if left:
-            raise _Left
-        told = text
-
-    def run() -> None:
-        try:
-            results.append(work(tell))
-        except BaseException as error:  # raised again by who waits for it
-            errors.append(error)
-
-    def result() -> T:
-        said = ""
-        while running.is_alive():
-            running.join(0.2)
-            if told != said:
-                said = told
-                say(said)
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    running = Thread(target=run, name="bridge-meanwhile", daemon=True)
-    running.start()
-    try:
-        yield result
-    finally:
-        left = True
-        running.join(GRACE)
 
 
 def _dense(
