@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from bridge.kernels.attention import attend
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
-from bridge.kernels.top_k import abs_top_k, gelu, project_, top_k_mask
+from bridge.kernels.top_k import abs_top_k, gelu, normed, project_, top_k_mask
 from bridge.recipe import RecipeError, SparseShape, n_kept
 from bridge.residual import Enter, Trace, run
 
@@ -457,7 +457,7 @@ def norm_scale(x_bts: Tensor) -> Tensor:
 
 def _norm(x_bts: Tensor) -> Tensor:
     """RMSNorm without a gain, in float32; under autocast its result is handed on in the type that dense products compute in."""
-    r_bts = x_bts * norm_scale(x_bts)
+    r_bts = normed(x_bts, norm_scale)
     device = x_bts.device.type
     wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
     return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bridge.kernels.products import tokens_inside
-from bridge.kernels.top_k import abs_top_k, choose, gelu, mix, project_, top_k_mask
+from bridge.kernels.top_k import abs_top_k, choose, gelu, mix, normed, project_, top_k_mask
+from bridge.sparse import norm_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40)
@@ -207,6 +208,13 @@ def test_gelu_is_torchs(inside: bool) -> None:
     (found,), (reference,) = torch.autograd.grad(gelu(x), x, given), torch.autograd.grad(expected, x, given.double())
     assert torch.allclose(found, reference, rtol=1e-5, atol=1e-5)
     assert gelu(torch.tensor([[math.nan, 0.0]])).isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_a_norm_s_slopes_are_those_of_finite_differences(size: float) -> None:
+    x = (size * torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normed(x, norm_scale), x, eps=1e-6 * size)
+    assert torch.allclose(normed(x, norm_scale).square().mean(-1), x.square().mean(-1) / (x.square().mean(-1) + 1e-6))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 7), (1, 9, 4), (3, 70, 5), (6, 1, 8), (1, 1, 3)])

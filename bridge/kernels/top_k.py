@@ -1,4 +1,4 @@
-"""AbsTopK, the magnitude projection, ablation and GELU: each one name; a torch reference, a compiled CPU version, a CUDA version.
+"""AbsTopK, the magnitude projection, ablation, GELU and RMSNorm, each by one name; in torch, compiled for a CPU, and for CUDA.
 
 The first two keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first,
 so the set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather
@@ -7,6 +7,7 @@ than hidden. The reference runs where there is no other version: for types that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def gelu(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 1 and dense_storage:
         return _Gelu.apply(x)  # type: ignore[no-any-return]
     return F.gelu(x, approximate="tanh")
+
+
+def normed(x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    """X scale(x), where scale(x) is one over the root mean square of the last axis (and of a constant); differentiable in x."""
+    return _Normed.apply(x, scale)  # type: ignore[no-any-return]
 
 
 def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
@@ -97,6 +103,22 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
         return grad * slope
+
+
+class _Normed(torch.autograd.Function):
+    """y = x scale and dx = scale (dy - y mean(y dy)): half the passes that the steps one by one would take, in x's own layout."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        factor = scale(x)
+        y = x * factor
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, factor = ctx.saved_tensors
+        return (grad - y * (y * grad).mean(-1, keepdim=True)) * factor, None
 
 
 class _Choose(torch.autograd.Function):
