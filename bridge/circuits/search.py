@@ -4,7 +4,8 @@
     seeds       `masks.find_nodes` for every seed, to a part of the bound
     consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
                 bound, and deletions
-    edges       `edges.find_edges`, to the whole bound
+    edges       `edges.find_edges`, to the whole bound; learnt from the training split alone and held to the validation split,
+                which has other templates: there are many more weights than prompts, and many matter on some templates only
     dense       the nodes and edges of the dense model, to the same bounds by the same search, in a thread of its own meanwhile
     evidence    `judge.judge`, on the test split
 
@@ -30,7 +31,7 @@ from bridge.circuit import Circuit
 from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.edges import FoundEdges, find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
-from bridge.circuits.masks import GIVEN_UP, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
+from bridge.circuits.masks import GIVEN_UP, LESSONS, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
 from bridge.circuits.meanwhile import meanwhile
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
@@ -121,7 +122,8 @@ def search_task(
         )
     train, validation = splits["train"].both(), splits["validation"].both()
 
-    lessons, held = divided(train, validation)
+    prompts = _Prompts.of(train, validation)
+    lessons, held = prompts.for_nodes
     nodes_aim, nodes_work = _nodes_aim(subject, held, aim), _work(subject, work)
 
     def nodes_of(number: int) -> FoundNodes:
@@ -130,10 +132,10 @@ def search_task(
             subject, lessons, held, nodes_aim, seed=number, work=nodes_work, progress=lambda text: say(f"{at}{text}")
         )  # fmt: skip
 
-    with meanwhile(lambda tell: _dense(subjects, lessons, held, aim, seed, work, tell) if dense else NOT_ASKED, say) as others:
+    with meanwhile(lambda tell: _dense(subjects, prompts, aim, seed, work, tell) if dense else NOT_ASKED, say) as others:
         found = [nodes_of(seed + number) for number in range(seeds)]
         kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, nodes_work, say)
-        edges = _edges(subject, lessons, held, aim, kept_f, seed, work, say)
+        edges = _edges(subject, prompts, aim, kept_f, seed, work, say)
         pruned = pruned_to(subject, edges.edges, kept_f)
         other, why_not = others()
 
@@ -196,8 +198,20 @@ def search_dense(
             "circuit to find; take another task"
         )
     aim = Aim() if aim is None else aim
-    lessons, held = divided(splits["train"].both(), splits["validation"].both())
-    return _dense_circuit(dense, lessons, held, aim, seed, work, say).size
+    prompts = _Prompts.of(splits["train"].both(), splits["validation"].both())
+    return _dense_circuit(dense, prompts, aim, seed, work, say).size
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompts:
+    """What nodes and what edges are learnt from, and what their loss is held to."""
+
+    for_nodes: tuple[TokenPairs, TokenPairs]
+    for_edges: tuple[TokenPairs, TokenPairs]
+
+    @staticmethod
+    def of(train: TokenPairs, validation: TokenPairs) -> _Prompts:
+        return _Prompts(divided(train, validation), (spread(train, LESSONS), spread(validation, VALIDATION)))
 
 
 def _splits(task: Resolved) -> dict[str, TokenPairs]:
@@ -239,9 +253,9 @@ def _consensus(
 
 
 def _edges(
-    subject: Subject, lessons: TokenPairs, held: TokenPairs, aim: Aim, kept_f: Tensor, seed: int, work: float,
-    say: Callable[[str], None],
-) -> FoundEdges:  # fmt: skip
+    subject: Subject, prompts: _Prompts, aim: Aim, kept_f: Tensor, seed: int, work: float, say: Callable[[str], None]
+) -> FoundEdges:
+    lessons, held = prompts.for_edges
     goal = Goal(subject, held, aim, work=EDGE_WORK * _work(subject, work))
     listed = isinstance(subject, SparseSubject)  # the dense model's are counted, and there are hundreds of thousands
     return find_edges(goal, Goal(subject, lessons, aim, seed=seed + 1), kept_f, seed=seed, listed=listed, progress=say)
@@ -262,24 +276,25 @@ class _DenseCircuit:
 
 
 def _dense(
-    subjects: Subjects, lessons: TokenPairs, held: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+    subjects: Subjects, prompts: _Prompts, aim: Aim, seed: int, work: float, say: Callable[[str], None]
 ) -> tuple[_DenseCircuit | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        return _dense_circuit(subjects.dense, lessons, held, aim, seed, work, say), ""
+        return _dense_circuit(subjects.dense, prompts, aim, seed, work, say), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
 
 
 def _dense_circuit(
-    dense: DenseSubject, lessons: TokenPairs, held: TokenPairs, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+    dense: DenseSubject, prompts: _Prompts, aim: Aim, seed: int, work: float, say: Callable[[str], None]
 ) -> _DenseCircuit:
     def say_dense(text: str) -> None:
         say(f"dense: {text}")
 
+    lessons, held = prompts.for_nodes
     nodes_aim = _nodes_aim(dense, held, aim)
     nodes = find_nodes(dense, lessons, held, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
-    return _DenseCircuit(nodes, _edges(dense, lessons, held, aim, nodes.kept_f, seed, work, say_dense))
+    return _DenseCircuit(nodes, _edges(dense, prompts, aim, nodes.kept_f, seed, work, say_dense))
 
 
 def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Mapping[str, int]:

@@ -1,6 +1,6 @@
 """The README's tables of task circuits, from the commands that make them.
 
-    python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 2]
+    python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 5]
 
 runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
     out, tasks = options.out, options.tasks
