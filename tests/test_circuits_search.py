@@ -51,6 +51,14 @@ def test_a_planted_circuit_is_found_and_passes(dense: DenseModel) -> None:
         assert any(phase in text for text in said), phase
 
 
+def test_edges_that_no_lesson_needs_stay_where_the_validation_split_needs_them(dense: DenseModel) -> None:
+    pairs = planted_pairs(32)
+    one_sided = replace(pairs, counterfactual_bt=pairs.prompt_bt)  # only token 2, which one of the two neurons reads
+    few = search_task(subjects(dense), task(train=one_sided, validation=one_sided), Aim(target=0.02), work=WORK, dense=False)
+    all_four = search_task(subjects(dense), task(train=one_sided), Aim(target=0.02), work=WORK, dense=False)
+    assert few.facts.size.edges < 4 and all_four.facts.size.edges == 4
+
+
 def test_work_that_goes_on_meanwhile_says_how_far_it_is_when_waited_for_and_ends_with_the_caller() -> None:
     said: list[str] = []
     begun, ended, threads = threading.Event(), threading.Event(), set[str]()
