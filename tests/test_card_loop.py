@@ -59,7 +59,7 @@ def test_an_empty_circuit_keeps_no_more_than_no_model(copy: Coupling) -> None:
 
 def test_controls_are_random_circuits_and_deletions(copy: Coupling) -> None:
     kept, rest = loop_measures(case_of(copy, some_nodes(copy, 0.1)))
-    assert kept.control is not None and kept.control.draws == 10 and kept.control.what == "random"
+    assert kept.control is not None and kept.control.draws == 40 and kept.control.what == "random"
     assert rest.control is not None and rest.control.draws == 5
     assert kept.interval is not None and kept.value is not None and kept.interval[0] <= kept.value <= kept.interval[1]
 

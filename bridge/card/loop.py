@@ -29,7 +29,8 @@ from bridge.sparse import Gate, SparseTransformer, identity_gate
 from bridge.validate import Control, average, control_of
 
 KEPT, LEFT = 0.8, 0.3
-RANDOM = 10
+RANDOM = 40  # what one keeps varies by .05 to .15 of D, so that the mean of ten was off by .05
+DELETED = 5  # random deletions
 LEAST = 0.1  # logits, on average; shares of less than that mean nothing
 
 
@@ -78,7 +79,7 @@ def loop_measures(case: Case, seed: int = 0, progress: Callable[[str], None] = l
         [share(in_loop(case, whole, sparse, case.gate(mask(other_f))), answer_b) for other_f in drawn_cf]
         for mask, drawn_cf in (
             (lambda other_f: other_f, random_circuits(case.space, kept_f, on_f | kept_f, generator, RANDOM)),
-            (lambda other_f: ~other_f, random_circuits(case.space, kept_f, on_f & ~kept_f, generator, RANDOM // 2)),
+            (lambda other_f: ~other_f, random_circuits(case.space, kept_f, on_f & ~kept_f, generator, DELETED)),
         )
     )
     most = share(every_b, answer_b)
