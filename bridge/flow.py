@@ -129,7 +129,8 @@ class _Drawing:
         """Count edges, and keep those that may be among the strongest."""
         self.number[some.kind] = self.number.get(some.kind, 0) + some.number
         if some.kind in COUNTED:
-            key, widths = (some.kind, some.source, some.target), (some.used_2k.amax(1) + 1).tolist() if some.number else [0, 0]
+            key = (some.kind, some.source, some.target)
+            widths = (some.used_2k.amax(1) + 1).tolist() if some.number else [0, 0]
             used_ij = self.used.get(key, torch.zeros(0, 0, dtype=torch.bool, device=some.used_2k.device))
             short = [max(0, wide - there) for wide, there in zip(widths, used_ij.shape, strict=True)]
             self.used[key] = used_ij = F.pad(used_ij, (0, short[1], 0, short[0])) if any(short) else used_ij

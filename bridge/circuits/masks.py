@@ -19,7 +19,7 @@ deletes may cancel, and nothing ties the rest to the model. Under the default th
 4. threshold    The fewest nodes by tau, then in the order of their addition, that are within the bound on those other prompts
                 (fixed ones, fixed U): under the default the mean of both KLs, KL(S, S_C) by itself, and D to .05 of itself.
 5. deletions    As for a prompt (`prune.deleted`): every node deleted alone on some prompts, or, where there are too many for
-                that, the loss's slope; then as many together as the bound allows, over and over.
+                that, the loss's slope; then as many together as the bound allows, until a try spares next to nothing.
 
 Prompts are put in an order of their own first, so the result does not depend on the one they come in. Work is counted in
 products of a token with a weight (`Subject.cost`), not in seconds, so the same seed finds the same circuit on any day.

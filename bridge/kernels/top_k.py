@@ -142,7 +142,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return *cpu.mix_slopes(*ctx.saved_tensors, grad), None
+        mask_bn, x_btn, else_n = ctx.saved_tensors
+        return *cpu.mix_slopes(mask_bn, x_btn, else_n, grad), None
 
 
 class _AbsTopK(torch.autograd.Function):
