@@ -128,7 +128,7 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Ten
         lines, length = b * n, t
     held = inside.contiguous().view(-1)
     kept = torch.empty_strided(x_btn.shape, x_btn.stride())
-    values, out = (tensor.detach().as_strided((x_btn.numel(),), (1,)).numpy() for tensor in (x_btn, kept))
+    values, out = _numbers(x_btn, kept)
     others = else_n.detach().contiguous().numpy()
     words = held.numpy()
     in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
@@ -169,7 +169,7 @@ def _numbers(*tensors: Tensor) -> tuple[Any, ...]:
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
     y, slope = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
-    values, out, slopes = (t.as_strided((x.numel(),), (1,)).numpy() for t in (x.detach(), y, slope))
+    values, out, slopes = _numbers(x, y, slope)
     in_parallel(lambda start, stop: _gelu(values, out, slopes, start, stop), x.numel(), 4 * x.numel())
     return y, slope
 
