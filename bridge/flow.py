@@ -76,7 +76,7 @@ def draw_edges(sparse: SparseTransformer, circuit: Circuit, most: int | None = N
     check_means([EMBEDDING], circuit.means)
     flow = flow_through(sparse, circuit)
     answer = Location(len(sparse.blocks), "answer")
-    drawing = _Drawing((*circuit.kept, EMBEDDING, BIGRAM, answer), most)
+    drawing = _Drawing(circuit, (*circuit.kept, EMBEDDING, BIGRAM, answer), most)
     for found in (_weight_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow)):
         for edges in found:
             drawing.add(edges)
@@ -114,7 +114,8 @@ class _Some:
 class _Drawing:
     """The strongest of the edges that are added. There can be ten million, of which a page shows some thousands."""
 
-    def __init__(self, locations: tuple[Location, ...], most: int | None) -> None:
+    def __init__(self, circuit: Circuit, locations: tuple[Location, ...], most: int | None) -> None:
+        self.kept = circuit.kept
         self.locations, self.most, self.least = locations, most, 0.0  # the effect of the weakest that can be among them
         self.place = {location: i for i, location in enumerate(locations)}
         self.parts: list[tuple[Tensor, ...]] = []
@@ -130,11 +131,10 @@ class _Drawing:
         self.number[some.kind] = self.number.get(some.kind, 0) + some.number
         if some.kind in COUNTED:
             key = (some.kind, some.source, some.target)
-            widths = (some.used_2k.amax(1) + 1).tolist() if some.number else [0, 0]
-            used_ij = self.used.get(key, torch.zeros(0, 0, dtype=torch.bool, device=some.used_2k.device))
-            short = [max(0, wide - there) for wide, there in zip(widths, used_ij.shape, strict=True)]
-            self.used[key] = used_ij = F.pad(used_ij, (0, short[1], 0, short[0])) if any(short) else used_ij
-            used_ij[some.used_2k[0], some.used_2k[1]] = True
+            if key not in self.used:
+                wide_i, wide_j = (self.kept[at].shape[1] for at in (some.source, some.target))
+                self.used[key] = torch.zeros(wide_i, wide_j, dtype=torch.bool, device=some.used_2k.device)
+            self.used[key][some.used_2k[0], some.used_2k[1]] = True
         strong_k = self.strong(some.effect_e).nonzero().flatten()
         if len(strong_k):
             kind_e = torch.full_like(strong_k, KINDS.index(some.kind))
@@ -252,7 +252,7 @@ def _attention_edges(flow: _Flow, drawing: _Drawing) -> Iterator[_Some]:
                 added_rtn = slope_rtn * flow.change[source]
                 effect_rtn = added_rtn * to_slope_r[:, None, None]
                 number = int(there_rtn.sum())
-                used_2k = there_rtn.any(1).nonzero().T if kind in COUNTED else torch.empty(2, 0, dtype=torch.long)
+                used_2k = there_rtn.any(1).nonzero().T if kind in COUNTED else nodes_2.new_empty(2, 0)
                 r, position, index = (there_rtn & drawing.strong(effect_rtn)).nonzero().unbind(1)
                 yield _Some(
                     kind, source, target, torch.stack([index, position], 1), nodes_2[r].flip(1), added_rtn[r, position, index],

@@ -1,4 +1,4 @@
-"""Work that goes on in a thread of its own while its caller does something else: torch and the kernels hold no lock."""
+"""Work that goes on in a thread of its own while its caller does something else: torch and the kernels release the interpreter."""
 
 from __future__ import annotations
 

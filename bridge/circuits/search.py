@@ -120,9 +120,8 @@ def search_task(
             f"the sparse model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense "
             f"{dense_scores.accuracy:.1%}), so there is no circuit to find; take another task or a better coupling"
         )
-    train, validation = splits["train"].both(), splits["validation"].both()
 
-    prompts = _Prompts.of(train, validation)
+    prompts = _Prompts.of(splits)
     lessons, held = prompts.for_nodes
     nodes_aim, nodes_work = _nodes_aim(subject, held, aim), _work(subject, work)
 
@@ -139,7 +138,7 @@ def search_task(
         pruned = pruned_to(subject, edges.edges, kept_f)
         other, why_not = others()
 
-    searched = Goal(subject, spread(validation, VALIDATION), aim)
+    searched = Goal(subject, prompts.for_edges[1], aim)
     held_out = Goal(subject, spread(splits["test"].both(), JUDGED), aim)
     judged = Judged(kept_f, pruned, [one.kept_f for one in found], edges.n, None if other is None else other.edges.n)
     faithfulness = judge(searched, held_out, judged, scores, dense_scores, seed=seed, progress=say)
@@ -198,8 +197,7 @@ def search_dense(
             "circuit to find; take another task"
         )
     aim = Aim() if aim is None else aim
-    prompts = _Prompts.of(splits["train"].both(), splits["validation"].both())
-    return _dense_circuit(dense, prompts, aim, seed, work, say).size
+    return _dense_circuit(dense, _Prompts.of(splits), aim, seed, work, say).size
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +208,8 @@ class _Prompts:
     for_edges: tuple[TokenPairs, TokenPairs]
 
     @staticmethod
-    def of(train: TokenPairs, validation: TokenPairs) -> _Prompts:
+    def of(splits: Mapping[str, TokenPairs]) -> _Prompts:
+        train, validation = splits["train"].both(), splits["validation"].both()
         return _Prompts(divided(train, validation), (spread(train, LESSONS), spread(validation, VALIDATION)))
 
 
