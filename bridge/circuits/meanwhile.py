@@ -1,4 +1,4 @@
-"""Work that goes on in a thread of its own while its caller does something else: torch and the kernels release the interpreter."""
+"""Work that goes on in a thread of its own while its caller does something else; torch and the kernels release the lock."""
 
 from __future__ import annotations
 
