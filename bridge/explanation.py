@@ -3,8 +3,8 @@
     tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
-    edges       `flow.draw_edges`; and every node deleted alone from the circuit, for what it does there
-    levels      `levels.nested_circuits`: smaller circuits within it
+    levels      `levels.nested_circuits`: smaller circuits within it; and nodes deleted alone, for what each does there
+    edges       `flow.draw_edges`, begun with the levels
     attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
     evidence    `validate.validate`, on the sparse and on the dense model
     card        on demand `card.assess.prompt_card`: further tests on the dense model
@@ -45,13 +45,15 @@ from bridge.explained import (
 )
 from bridge.flow import Edges, draw_edges
 from bridge.levels import nested_circuits
+from bridge.meanwhile import cores, meanwhile
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
 from bridge.prune import Found, find_circuit
-from bridge.validate import validate
+from bridge.validate import Measure, validate
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 DELETED_TOKENS = 2000  # of masked copies, in which nodes are deleted one by one
+SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a pass than two that wait for each other
 MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
 
 
@@ -104,36 +106,39 @@ def explain(
     used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
     say(f"means: {used_bt.numel():,} tokens of reference text")
     ablations = Ablations(sparse, question, coupling.once("means", used_bt, lambda: corpus_means(sparse, used_bt)))
-    found = find_circuit(ablations, seed=seed, progress=say)
-    say("edges")
-    edges = draw_edges(sparse, found.circuit, MOST_EDGES)
-    levels, level_f = nested_circuits(ablations, found.kept_f)
-    circuit = {
-        "nodes": _explained(ablations, found, level_f, node_labels(coupling, found.circuit.nodes)),
-        "edges": tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest),
-        "counts": _counts(found, edges),
-        "searched": Searched(found.n_active, found.n_candidates, found.silenced, found.complete),
-        "levels": levels,
-    }
-    faithfulness = validate(
-        coupling, ablations, found.circuit, used_bt, seed=seed, progress=say,
-        sufficient=lambda *measures: hand_over(Drawn(**circuit, sufficiency=measures)),
-    )  # fmt: skip
-    say("attention")
-    attention = explain_attention(sparse, found.circuit)
-    explanation = Explanation(
-        **vars(answered),
-        faithfulness=faithfulness,
-        **circuit,
-        attention=attention.heads,
-        attention_left_out=attention.left_out,
-        provenance=_provenance(coupling, used_bt, seed),
-    )
+    with cores(1 if ablations.space.size <= SHORT else torch.get_num_threads()):
+        found = find_circuit(ablations, seed=seed, progress=say)
+        known = _known_of(coupling, ablations, found, used_bt, seed, say, hand_over)
+    explanation = Explanation(**vars(answered), **known, provenance=_provenance(coupling, used_bt, seed))
     if not card:
         return explanation
     hand_over(explanation)
-    tested = prompt_card(coupling, found.circuit, faithfulness, swapped_t, seed=seed, progress=say)
+    tested = prompt_card(coupling, found.circuit, explanation.faithfulness, swapped_t, seed=seed, progress=say)
     return replace(explanation, card=tested)
+
+
+def _known_of(
+    coupling: Coupling, ablations: Ablations, found: Found, used_bt: Tensor, seed: int, say: Callable[[str], None],
+    hand_over: Callable[[Drawn], None],
+) -> dict[str, Any]:  # fmt: skip
+    """What an Explanation holds of a circuit that was found. Edges are drawn in a thread, beside all that needs none."""
+    sparse, circuit = coupling.sparse, found.circuit
+    known: dict[str, Any] = {"searched": Searched(found.n_active, found.n_candidates, found.silenced, found.complete)}
+
+    def draw(*sufficiency: Measure) -> None:
+        edges = drawn()
+        known["edges"] = tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest)
+        known["counts"] = _counts(found, edges)
+        hand_over(Drawn(**known, sufficiency=(sufficiency[0], sufficiency[1])))
+
+    say("levels")
+    with meanwhile(lambda _: draw_edges(sparse, circuit, MOST_EDGES), say) as drawn:
+        known["levels"], level_f = nested_circuits(ablations, found.kept_f)
+        known["nodes"] = _explained(ablations, found, level_f, node_labels(coupling, circuit.nodes))
+        known["faithfulness"] = validate(coupling, ablations, circuit, used_bt, seed=seed, progress=say, sufficient=draw)
+    say("attention")
+    attention = explain_attention(sparse, circuit)
+    return {**known, "attention": attention.heads, "attention_left_out": attention.left_out}
 
 
 def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:

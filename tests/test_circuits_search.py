@@ -11,9 +11,9 @@ import torch
 from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
 from bridge.circuits.masks import Aim, MaskError
-from bridge.circuits.meanwhile import meanwhile
 from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
 from bridge.dense import DenseModel
+from bridge.meanwhile import meanwhile
 from bridge.tasks.tokens import Resolved, TokenPairs
 
 WORK = 3e9

@@ -224,7 +224,7 @@ def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation
     again = explain(coupled, PROMPT, progress=phases.append)
     assert again == explanation
     said = [phase.split(":")[0] for phase in phases]
-    for phase in ("tokens", "means", "candidates", "masks", "edges", "agreement", "controls", "effect profile"):
+    for phase in ("tokens", "means", "candidates", "masks", "levels", "agreement", "controls", "effect profile"):
         assert phase in said
 
 

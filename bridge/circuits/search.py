@@ -32,9 +32,9 @@ from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.edges import FoundEdges, find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
 from bridge.circuits.masks import GIVEN_UP, LESSONS, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
-from bridge.circuits.meanwhile import meanwhile
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
+from bridge.meanwhile import meanwhile
 from bridge.prune import deleted, fewest, ranks
 from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score

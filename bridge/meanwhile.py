@@ -1,4 +1,8 @@
-"""Work that goes on in a thread of its own while its caller does something else; torch and the kernels release the lock."""
+"""How work shares the cores: in a thread of its own while its caller does something else, or on fewer than there are.
+
+Torch and the kernels release Python's lock, so two threads of one core each do twice as much, where the work is such that two
+cores on the same small tensor would wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,25 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 GRACE = 5  # seconds at most that a step of work which is no longer wanted may go on
 
 
 class _Left(BaseException):
     """Ends work that nobody waits for any longer."""
+
+
+@contextmanager
+def cores(count: int) -> Iterator[None]:
+    """At most so many cores for what torch and the kernels do here, and in threads that begin meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
