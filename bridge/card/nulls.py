@@ -38,7 +38,7 @@ from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import SHARE, Aim, MaskError
 from bridge.circuits.result import TaskResult
-from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
+from bridge.circuits.search import RULES, WORK, Subjects, permuted_weights, random_labels, search_task
 from bridge.recipe import Losses, kept_fraction
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
@@ -168,8 +168,8 @@ class Nulls:
 
 
 def _asked(task: Resolved) -> str:
-    """What tells a task's prompts, and the bounds of a search, from others."""
-    digest = hashlib.sha256(f"{Aim().bound} {SHARE}".encode())
+    """What tells a task's prompts, and the rules and bounds of a search, from others."""
+    digest = hashlib.sha256(f"{RULES} {Aim().bound} {SHARE}".encode())
     for name, pairs in sorted(task.splits.items()):
         for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())

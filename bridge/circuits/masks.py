@@ -46,7 +46,7 @@ from bridge.tasks.tokens import TokenPairs
 
 Objective = Literal["superset", "paper"]
 # Nats per prompt: half of what is asked of a circuit there, since other prompts and other company cost more; and the paper's.
-TARGETS: dict[str, float] = {"superset": 0.08, "paper": 0.15}
+TARGETS: dict[str, float] = {"superset": 0.05, "paper": 0.15}
 SHARE = 0.05  # of D, by which a circuit at the bound may be off: half of what is asked, for the same reason
 STEPS, FEWEST_STEPS = 500, 40
 ROWS, FEWEST_ROWS = 16, 4  # of the prompts at each step: on a CPU more steps of fewer prompts settle sooner

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels import cpu, cuda
+from bridge.kernels import cpu, cuda, gates
 
 _FAST = (torch.float32, torch.bfloat16)
 
@@ -124,7 +124,7 @@ class _Normed(torch.autograd.Function):
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-        kept_btn, held_btn = cpu.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
+        kept_btn, held_btn = gates.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
         ctx.save_for_backward(held_btn)
         return kept_btn
 
@@ -138,12 +138,12 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask_bn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
         ctx.save_for_backward(mask_bn, x_btn, else_n)
-        return cpu.mix(mask_bn, x_btn, else_n)
+        return gates.mix(mask_bn, x_btn, else_n)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         mask_bn, x_btn, else_n = ctx.saved_tensors
-        return *cpu.mix_slopes(mask_bn, x_btn, else_n, grad), None
+        return *gates.mix_slopes(mask_bn, x_btn, else_n, grad), None
 
 
 class _AbsTopK(torch.autograd.Function):
