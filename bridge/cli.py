@@ -18,6 +18,7 @@ from bridge.task_commands import of_tasks
 from bridge.terminal import (
     Adapter,
     Device,
+    Phases,
     Revision,
     Watcher,
     choose_device,
@@ -109,7 +110,11 @@ def fit(
         folder = out or Path("runs") / Path(name).name
         from bridge.training import FitStopped, finish, memory_needed, prepare, train
 
-        run = prepare(name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with)
+        reading = Phases()
+        run = prepare(
+            name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
+        )  # fmt: skip
+        reading.end()
         if run.accelerator.is_main_process:
             print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe))
         watch = Watcher(quiet=not run.accelerator.is_main_process)

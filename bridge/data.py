@@ -18,7 +18,7 @@ import json
 import random
 import sysconfig
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = ("text", "content", "code", "document")
 HELD_OUT_EVERY = 50
 MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
+STEPS_TOLD = 200  # how often, in all, reading says how far it is
 MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
 MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
 PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
@@ -79,10 +80,12 @@ def load_blocks(
     max_tokens: int | None = None,
     seed: int = 0,
     dense: PreTrainedModel | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Blocks:
     """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
-    `dense` is what `self` samples from, and what token ids are checked against. Raises DataError where the source does not exist
+    `dense` is what `self` samples from, and what token ids are checked against; progress is told how far this is, which takes
+    long for large corpora and longer for sampled ones. Raises DataError where the source does not exist
     or has no text, where an id is none of the dense model's, and where there is too little for a training and a held-out block.
     """
     bos = _added_bos(tokenizer)
@@ -97,7 +100,7 @@ def load_blocks(
     else:
         pieces = _pieces(source, seed)
     streams = (array("i"), array("i"))  # 4 bytes a token, where a list takes 36
-    count = index = 0
+    count = index = told = 0
     for tokens, ends in _tokenized(pieces, tokenizer):
         stream = streams[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         try:
@@ -109,6 +112,9 @@ def load_blocks(
             if end is not None and stream[-1:] != array("i", [end]):
                 stream.append(end)
         count += len(tokens)
+        if progress is not None and count - told > limit // STEPS_TOLD:
+            told = count
+            progress(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most")
         if count >= limit:
             break
     train, heldout = streams

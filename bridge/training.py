@@ -105,8 +105,9 @@ def prepare(
     device: str = "auto",
     dtype: str = "float32",
     log_with: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Run:
-    """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
+    """Load the dense model and the text, and build the coupling of a recipe's (nested) values; progress is told of the text.
 
     With `resume`, what is in `out` goes on by the recipe saved there, of which only the budget may be changed. Raises
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
@@ -147,6 +148,7 @@ def prepare(
         max_tokens=recipe.budget.tokens,
         seed=recipe.seed,
         dense=dense.model,
+        progress=progress if accelerator.is_main_process else None,
     )
     started = None
     if recipe.sparse.start not in ("auto", "random") and not resume:
