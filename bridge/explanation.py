@@ -28,7 +28,7 @@ from torch import Tensor
 from bridge.attention import explain_attention
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens, prompt_card
-from bridge.circuit import COUNTED, Ablations, Question, corpus_means
+from bridge.circuit import COUNTED, Ablations, Circuit, Node, Question, corpus_means
 from bridge.explained import (
     Answer,
     Answered,
@@ -134,7 +134,7 @@ def _known_of(
     say("levels")
     with meanwhile(lambda _: draw_edges(sparse, circuit, MOST_EDGES), say) as drawn:
         known["levels"], level_f = nested_circuits(ablations, found.kept_f)
-        known["nodes"] = _explained(ablations, found, level_f, node_labels(coupling, circuit.nodes))
+        known["nodes"] = _explained(ablations, found, level_f, node_labels(coupling, _channels(circuit)))
         known["faithfulness"] = validate(coupling, ablations, circuit, used_bt, seed=seed, progress=say, sufficient=draw)
     say("attention")
     attention = explain_attention(sparse, circuit)
@@ -203,21 +203,27 @@ def _explained(ablations: Ablations, found: Found, level_f: Tensor, labels: dict
     rise_k = (ablations.kl(without_kv) - ablations.kl(whole_1v)).tolist()
     lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
     measured = dict(zip(measured_k.tolist(), zip(rise_k, lost_k, strict=True), strict=True))
-    columns = (each_f[place_k].tolist() for each_f in (ablations.value_f, ablations.mean_f, level_f))
+    columns = zip(*(each_f[place_k].tolist() for each_f in (ablations.value_f, ablations.mean_f, level_f)), strict=True)
     nodes = []
-    for k, (node, value, mean, level) in enumerate(zip(found.circuit.nodes, *columns, strict=True)):
-        at, position = node.location, node.position or 0
-        importance, effect = measured.get(k, (None, None))
-        name = node.name
-        where = (f"{name}@{position}", name, at.layer, at.kind, node.index, position)
-        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
-        nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
+    for at, kept_tn in found.circuit.kept.items():
+        name_n = {index: Node(at, index).name for index in kept_tn.any(0).nonzero().flatten().tolist()}
+        for position, index in kept_tn.nonzero().tolist():
+            importance, effect = measured.get(len(nodes), (None, None))
+            (value, mean, level), name = next(columns), name_n[index]
+            where = (f"{name}@{position}", name, at.layer, at.kind, index, position)
+            label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
+            nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
     return tuple(nodes)
+
+
+def _channels(circuit: Circuit) -> list[Node]:
+    """The channels that a circuit keeps anywhere."""
+    return [Node(at, index) for at, kept_tn in circuit.kept.items() for index in kept_tn.any(0).nonzero().flatten().tolist()]
 
 
 def _counts(found: Found, edges: Edges) -> Counts:
     entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
-    return Counts(len(found.circuit.nodes), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries)
+    return Counts(int(found.kept_f.sum()), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries)
 
 
 def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
