@@ -132,7 +132,7 @@ def _known_of(
         hand_over(Drawn(**known, sufficiency=(sufficiency[0], sufficiency[1])))
 
     say("levels")
-    with meanwhile(lambda _: draw_edges(sparse, circuit, MOST_EDGES), say) as drawn:
+    with meanwhile(lambda tell: draw_edges(sparse, circuit, MOST_EDGES, tell), say) as drawn:
         known["levels"], level_f = nested_circuits(ablations, found.kept_f)
         known["nodes"] = _explained(ablations, found, level_f, node_labels(coupling, _channels(circuit)))
         known["faithfulness"] = validate(coupling, ablations, circuit, used_bt, seed=seed, progress=say, sufficient=draw)

@@ -26,7 +26,7 @@ Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,12 @@ class Edges:
 
 
 @torch.no_grad()
-def draw_edges(sparse: SparseTransformer, circuit: Circuit, most: int | None = None) -> Edges:
+def draw_edges(
+    sparse: SparseTransformer, circuit: Circuit, most: int | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Edges:
     """Every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
 
+    progress is told between two locations, and may raise to end the work.
     Raises ValueError where the means lack those of the embedding (`corpus_means` gives them).
     """
     check_means([EMBEDDING], circuit.means)
@@ -79,6 +82,7 @@ def draw_edges(sparse: SparseTransformer, circuit: Circuit, most: int | None = N
     drawing = _Drawing(circuit, (*circuit.kept, EMBEDDING, BIGRAM, answer), most)
     for found in (_weight_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow)):
         for edges in found:
+            progress("edges")
             drawing.add(edges)
     return drawing.edges()
 
