@@ -170,7 +170,7 @@ def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> No
         expected["provenance"] |= {"coupling": "models/deep/tiny", "dense": "tiny"}  # and not the folders they were loaded from
         assert told == json.loads(json.dumps(expected))
         assert Explanation.from_json(told).agree == told["agree"]
-        assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "edges" in said
+        assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "levels" in said
         assert client.get("/api/couplings").json()[0]["loaded"]
 
 
