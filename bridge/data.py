@@ -36,8 +36,8 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = ("text", "content", "code", "document")
 HELD_OUT_EVERY = 50
 MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
-STEPS_TOLD = 200  # how often, in all, reading says how far it is
 MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
+STEPS_TOLD = 200  # how often, in all, reading says how far it is
 MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
 PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
 SAMPLED_ROWS = 64
@@ -85,8 +85,8 @@ def load_blocks(
     """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
     `dense` is what `self` samples from, and what token ids are checked against; progress is told how far this is, which takes
-    long for large corpora and longer for sampled ones. Raises DataError where the source does not exist
-    or has no text, where an id is none of the dense model's, and where there is too little for a training and a held-out block.
+    long for large corpora and longer for sampled ones. Raises DataError where the source does not exist or has no text, where an
+    id is none of the dense model's, and where there is too little for a training and a held-out block.
     """
     bos = _added_bos(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)

@@ -28,7 +28,7 @@ from torch import Tensor
 from bridge.attention import explain_attention
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens, prompt_card
-from bridge.circuit import COUNTED, Ablations, Circuit, Node, Question, corpus_means
+from bridge.circuit import COUNTED, Ablations, Node, Question, corpus_means
 from bridge.explained import (
     Answer,
     Answered,
@@ -134,7 +134,7 @@ def _known_of(
     say("levels")
     with meanwhile(lambda tell: draw_edges(sparse, circuit, MOST_EDGES, tell), say) as drawn:
         known["levels"], level_f = nested_circuits(ablations, found.kept_f)
-        known["nodes"] = _explained(ablations, found, level_f, node_labels(coupling, _channels(circuit)))
+        known["nodes"] = _explained(coupling, ablations, found, level_f)
         known["faithfulness"] = validate(coupling, ablations, circuit, used_bt, seed=seed, progress=say, sufficient=draw)
     say("attention")
     attention = explain_attention(sparse, circuit)
@@ -191,7 +191,7 @@ def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
 
 
-def _explained(ablations: Ablations, found: Found, level_f: Tensor, labels: dict[str, str]) -> tuple[ExplainedNode, ...]:
+def _explained(coupling: Coupling, ablations: Ablations, found: Found, level_f: Tensor) -> tuple[ExplainedNode, ...]:
     question, kept_f = found.circuit.question, found.kept_f
     place_k = kept_f.nonzero().flatten()
     if not len(place_k):
@@ -204,21 +204,18 @@ def _explained(ablations: Ablations, found: Found, level_f: Tensor, labels: dict
     lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
     measured = dict(zip(measured_k.tolist(), zip(rise_k, lost_k, strict=True), strict=True))
     columns = zip(*(each_f[place_k].tolist() for each_f in (ablations.value_f, ablations.mean_f, level_f)), strict=True)
+    kept = found.circuit.kept
+    channels = [Node(at, index) for at, kept_tn in kept.items() for index in kept_tn.any(0).nonzero().flatten().tolist()]
+    labels, names = node_labels(coupling, channels), {(node.location, node.index): node.name for node in channels}
     nodes = []
-    for at, kept_tn in found.circuit.kept.items():
-        name_n = {index: Node(at, index).name for index in kept_tn.any(0).nonzero().flatten().tolist()}
+    for at, kept_tn in kept.items():
         for position, index in kept_tn.nonzero().tolist():
             importance, effect = measured.get(len(nodes), (None, None))
-            (value, mean, level), name = next(columns), name_n[index]
+            (value, mean, level), name = next(columns), names[at, index]
             where = (f"{name}@{position}", name, at.layer, at.kind, index, position)
             label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
             nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
     return tuple(nodes)
-
-
-def _channels(circuit: Circuit) -> list[Node]:
-    """The channels that a circuit keeps anywhere."""
-    return [Node(at, index) for at, kept_tn in circuit.kept.items() for index in kept_tn.any(0).nonzero().flatten().tolist()]
 
 
 def _counts(found: Found, edges: Edges) -> Counts:

@@ -40,7 +40,7 @@ from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-RULES = 2  # to be raised where the same prompts come to give another circuit: what was kept of a search is then done again
+RULES = 2  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
 MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
 EDGE_WORK = 0.5  # of that, again, for the edges
