@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from bridge.kernels.products import Compact, Look, Pattern, worth_it
 from bridge.kernels.top_k import project_
-from bridge.sparse import SparseTransformer, protected
+from bridge.sparse import Fractions, SparseTransformer, protected
 
 Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq
 
 
-def worthwhile(sparse: SparseTransformer, fraction: float, tokens: int, dtype: torch.dtype) -> list[str]:
+def worthwhile(sparse: SparseTransformer, kept: Fractions, tokens: int, dtype: torch.dtype) -> list[str]:
     """Names of the matrices whose sparse product is measured faster at this density; none where there is no kernel."""
-    return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, fraction, tokens, dtype)]
+    return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
 
 
 def all_matrices(sparse: SparseTransformer) -> list[str]:

@@ -72,6 +72,9 @@ class Sparsity(_Part):
     """How many weights stay (paper, appendix A.2)."""
 
     l0: float = Field(description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
+    embed_l0: float | None = Field(
+        default=None, gt=0, le=1, description="fraction of embedding, positions and unembedding that stays; unset: that of l0"
+    )
     biases: bool = Field(default=False, description="biases are projected too, each to the same fraction")
     min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on either side of each neuron and channel")
     anneal: float = Field(default=0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")

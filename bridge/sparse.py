@@ -34,7 +34,7 @@ from bridge.kernels.attention import attend
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.kernels.top_k import abs_top_k, gelu, normed, project_, top_k_mask
-from bridge.recipe import RecipeError, SparseShape, n_kept
+from bridge.recipe import RecipeError, SparseShape, Sparsity, kept_fraction, n_kept
 from bridge.residual import Enter, Trace, run
 
 ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
@@ -50,6 +50,28 @@ class Location:
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """Which fraction of a matrix's weights stays: of a block's, and of embedding, positions and unembedding."""
+
+    blocks: float
+    embed: float
+
+    @staticmethod
+    def of(fraction: float | Fractions) -> Fractions:
+        """The same for every matrix, where one number is given."""
+        return fraction if isinstance(fraction, Fractions) else Fractions(fraction, fraction)
+
+    def at(self, name: str) -> float:
+        """That of a matrix."""
+        return self.embed if embeds(name) else self.blocks
+
+
+def embeds(name: str) -> bool:
+    """Whether a matrix is no block's: the embedding, the positions or the unembedding."""
+    return not name.startswith("blocks.")
 
 
 Gate = Callable[[Location, Tensor], Tensor]
@@ -346,16 +368,27 @@ class SparseTransformer(nn.Module):
         """The vectors: biases of the linear maps, and attention sinks."""
         return {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
 
-    def project(self, fraction: float, *, biases: bool = False, min_per_neuron: int = 0) -> None:
+    def fractions(self, sparsity: Sparsity) -> Fractions:
+        """What a recipe's L0 keep of every matrix; a number of weights is one of the matrices that l0 speaks of.
+
+        Raises RecipeError where there are fewer.
+        """
+        apart = sparsity.embed_l0
+        counted = sum(count for name, (_, count) in self._sizes().items() if apart is None or not embeds(name))
+        blocks = kept_fraction(sparsity.l0, counted)
+        return Fractions(blocks, blocks if apart is None else apart)
+
+    def project(self, fraction: float | Fractions, *, biases: bool = False, min_per_neuron: int = 0) -> None:
         """Keep of every matrix the fraction (up to 1) of the weights that is largest in magnitude, in place.
 
         With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
         are kept first, within the same number. Raises RecipeError where that number is too small for them.
         """
+        fractions = Fractions.of(fraction)
         if not self.values:
             self.compact.clear()  # copies of what changes here
         for name, weight in self.sparse_weights().items():
-            kept = n_kept(fraction, weight.numel())
+            kept = n_kept(fractions.at(name), weight.numel())
             kept_first = protected(name, weight, min_per_neuron)
             if kept_first is None:
                 self._thresholds[name] = project_(weight.data, kept, self._thresholds.get(name))
@@ -368,18 +401,34 @@ class SparseTransformer(nn.Module):
                 weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
         if biases:
             for bias in self.biases().values():
-                project_(bias.data, n_kept(fraction, bias.numel()))
+                project_(bias.data, n_kept(fractions.blocks, bias.numel()))
 
     def achieved_l0(self) -> float:
         """Share of the weights of the matrices that are made sparse that are nonzero."""
-        weights = [*self.sparse_weights().values(), *self.values.values()]
-        nonzero = torch.stack([weight.detach().count_nonzero() for weight in weights]).sum()
-        return int(nonzero) / self.n_sparse_weights()
+        return _share(self._sizes())
+
+    def achieved_fractions(self) -> Fractions:
+        """The same of the blocks' matrices, and of embedding, positions and unembedding."""
+        sizes = self._sizes()
+        blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
+        return Fractions(_share(blocks), _share(embed))
 
     def n_sparse_weights(self) -> int:
         """How many weights, zero or not, the matrices have that are made sparse."""
-        held = sum(self.compact[name.replace("/", ".")].pattern.count for name in self.values)
-        return held + sum(weight.numel() for weight in self.sparse_weights().values())
+        return sum(count for _, count in self._sizes().values())
+
+    def n_kept(self, kept: float | Fractions) -> int:
+        """How many of them stay where these fractions do."""
+        fractions = Fractions.of(kept)
+        return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """By name, nonzeros and weights of every matrix that is made sparse."""
+        sizes = {name: (weight.detach(), weight.numel()) for name, weight in self.sparse_weights().items()}
+        for key, value in self.values.items():
+            name = key.replace("/", ".")
+            sizes[name] = (value.detach(), self.compact[name].pattern.count)
+        return {name: (int(weight.count_nonzero()), count) for name, (weight, count) in sizes.items()}
 
     def use_products(self, tokens: int = 256, dtype: torch.dtype = torch.float32) -> None:
         """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
@@ -417,6 +466,10 @@ class Gated:
     def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
         """Run a batch with every node through the gate."""
         return self.model.run(tokens_bt, enter, self.gate)
+
+
+def _share(sizes: dict[str, tuple[int, int]]) -> float:
+    return sum(nonzeros for nonzeros, _ in sizes.values()) / max(1, sum(count for _, count in sizes.values()))
 
 
 def annealed_l0(l0: float, progress: float, anneal: float, start: float = 1.0) -> float:

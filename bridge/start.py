@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel
 from bridge.recipe import RecipeError
-from bridge.sparse import SparseTransformer, norm_scale
+from bridge.sparse import Fractions, SparseTransformer, norm_scale
 from bridge.wiring import first_tensor, output_tensor
 
 TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
@@ -63,11 +63,11 @@ class Started:
     bridges: bool
     sublayers: tuple[float | None, ...]
     coupling: str | None = None
-    l0: float = 1.0
+    l0: Fractions = Fractions(1.0, 1.0)
 
     def __str__(self) -> str:
         if self.coupling is not None:
-            return f"the coupling in {self.coupling}, at L0 {self.l0:.4g}"
+            return f"the coupling in {self.coupling}, at L0 {self.l0.blocks:.4g}"
         parts = [name for name in ("embedding", "unembedding", "bridges") if getattr(self, name)]
         shares = [share for share in self.sublayers if share is not None]
         if shares:
@@ -120,7 +120,7 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
         )
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())
-    return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, min(1.0, other.sparse.achieved_l0()))
+    return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())
 
 
 @dataclass(frozen=True)

@@ -169,11 +169,9 @@ def print_run(run: Run, needed: int) -> None:
     """Print what a fit is about to do."""
     import psutil
 
-    from bridge.recipe import kept_fraction
-
     recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
     weights = sparse.n_sparse_weights()
-    kept = weights * kept_fraction(recipe.sparsity.l0, weights)
+    kept = sparse.n_kept(sparse.fractions(recipe.sparsity))
     alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
     how = "coupled at every site" if recipe.losses.coupled else alone
     free = psutil.virtual_memory().available

@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,8 +42,8 @@ from bridge.dense import DenseModel, load_dense
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
-from bridge.recipe import Losses, Recipe, RecipeError, RunError, kept_fraction, recipe_values, resolve
-from bridge.sparse import SparseTransformer, annealed_l0
+from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
+from bridge.sparse import Fractions, SparseTransformer, annealed_l0, embeds
 from bridge.start import Started, start_from_coupling, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
@@ -138,7 +138,7 @@ def prepare(
     recipe = resolve_for(dense, recipe)
     assert recipe.data.context is not None
     coupling = new_coupling(dense, recipe)
-    kept, minimum = _fraction_kept(coupling), recipe.sparsity.min_per_neuron
+    kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
     if minimum:  # what the last projection would refuse is refused now
         copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     blocks = load_blocks(
@@ -246,19 +246,23 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
     optimizer = SharkfinAdamW(coupling)
-    state = _State(start_l0=1.0 if run.started is None else run.started.l0)
+    state = _State(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
     if run.resume and out is not None:
         state = _restore(out, coupling, optimizer)
     elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
         _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
-    kept = _fraction_kept(coupling)
+    kept = sparse.fractions(recipe.sparsity)
     names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
     if recipe.losses.splice == "literal" and "hybrid_both" in names:
         names.remove("hybrid_both")  # the paper's sum has none
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
+
+    def annealed(done: float) -> Fractions:
+        anneal, start = recipe.sparsity.anneal, state.start_l0
+        return Fractions(annealed_l0(kept.blocks, done, anneal, start.blocks), annealed_l0(kept.embed, done, anneal, start.embed))
 
     def fraction() -> float:
         by_steps = state.step / steps if steps else 0.0
@@ -283,7 +287,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 counts = [count / processes for count in whole.counts()]
             losses = objective(tokens_bt, splice, counts)
             accelerator.backward(losses["total"])
-            finite = optimizer.step(done, annealed_l0(kept, done, recipe.sparsity.anneal, state.start_l0))
+            finite = optimizer.step(done, annealed(done))
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
             if moves:
@@ -298,8 +302,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
                 state.seconds, wishes = _over_processes(accelerator, shared)
                 asked = wishes > 0
-            target_l0 = annealed_l0(kept, fraction(), recipe.sparsity.anneal, state.start_l0)  # the last step ends on the target
-            sparse.project(target_l0, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+            target = annealed(fraction())  # the last step ends on the target
+            sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
             sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
             summed += 1
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
@@ -340,7 +344,7 @@ def finish(run: Run) -> Coupling:
 
 
 class _State:
-    def __init__(self, step: int = 0, seconds: float = 0.0, native: list[str] | None = None, start_l0: float = 1.0) -> None:
+    def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
         self.step = step
         self.seconds = seconds
         self.native = native  # the matrices that are trained by their nonzeros, once that is decided
@@ -353,23 +357,26 @@ class SharkfinAdamW:
     def __init__(self, coupling: Coupling) -> None:
         numbers = coupling.recipe.optimizer
         self.numbers = numbers
-        sparse_weights = list(coupling.sparse.sparse_weights().values())
+        weights = coupling.sparse.sparse_weights()
+        sparse_weights = list(weights.values())
+        blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
         rest = [p for p in coupling.sparse.parameters() if all(p is not weight for weight in sparse_weights)]
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
         self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
         groups: list[dict[str, Any]] = [
-            {"params": sparse_weights, "peak": numbers.rate, "sharkfin": numbers.sharkfin, "weight_decay": numbers.weight_decay},
-            {"params": rest, "peak": numbers.rate, "sharkfin": False, "weight_decay": 0.0},
+            {"params": part, "peak": numbers.rate, "fin": fin if numbers.sharkfin else None, "weight_decay": numbers.weight_decay}
+            for part, fin in ((blocks, "blocks"), (embed, "embed"))
         ]
+        groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
         for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
             if part := [p for p in bridges if p.dim() == dimensions]:
-                groups.append({"params": part, "peak": peak, "sharkfin": False, "weight_decay": 0.0})
+                groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
         names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
         names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
         self.names = names
 
-    def step(self, done: float, l0: float) -> bool:
+    def step(self, done: float, l0: float | Fractions) -> bool:
         """Normalise, update, clear the gradient; False (and no update) where the gradient is not finite."""
         for group in self.normalised:
             gradients = [p.grad for p in group if p.grad is not None]
@@ -378,9 +385,10 @@ class SharkfinAdamW:
             if not bool(torch.isfinite(norm)):
                 return False
             torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))  # pyright: ignore[reportPrivateImportUsage]
+        fractions = Fractions.of(l0)
         warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
         for group in self.adam.param_groups:
-            fin = 1 / math.sqrt(l0) if group["sharkfin"] else 1.0
+            fin = 1 / math.sqrt(getattr(fractions, group["fin"])) if group["fin"] else 1.0
             group["lr"] = group["peak"] * max(warm, 1e-3) * (1 - done) * fin
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
@@ -529,7 +537,7 @@ def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
     return means.tolist()
 
 
-def _choose(run: Run, fraction: float, tokens: int) -> list[str]:
+def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     """The matrices that are trained by their nonzeros from now on. With several processes none: theirs are averaged densely."""
     recipe, accelerator = run.coupling.recipe, run.accelerator
     if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
@@ -537,11 +545,7 @@ def _choose(run: Run, fraction: float, tokens: int) -> list[str]:
     if recipe.sparsity.native == "always":
         return native.all_matrices(run.coupling.sparse)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return native.worthwhile(run.coupling.sparse, fraction, tokens, dtype)
-
-
-def _fraction_kept(coupling: Coupling) -> float:
-    return kept_fraction(coupling.recipe.sparsity.l0, coupling.sparse.n_sparse_weights())
+    return native.worthwhile(run.coupling.sparse, kept, tokens, dtype)
 
 
 def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
@@ -569,7 +573,7 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native, "start_l0": state.start_l0}
+    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native, "start_l0": asdict(state.start_l0)}
     for name in native.held(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
@@ -591,4 +595,4 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
     optimizer.restore(tensors)
-    return _State(facts["step"], facts["seconds"], facts.get("native"), facts.get("start_l0", 1.0))
+    return _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))

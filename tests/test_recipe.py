@@ -64,6 +64,11 @@ def test_true_is_neither_a_number_nor_a_text(name: str) -> None:
     assert refusal(f"{name}=true") == f"{name} = True: must not be true or false; give its value"
 
 
+@pytest.mark.parametrize("l0", [0, 1.5, "nan"])
+def test_an_l0_of_the_embedding_is_a_fraction(l0: object) -> None:
+    assert refusal(f"embed_l0={l0}").startswith("sparsity.embed_l0 = ")
+
+
 @pytest.mark.parametrize("l0", ["nan", "inf", "1/16"])
 def test_an_l0_that_is_no_number_is_refused(l0: str) -> None:
     assert refusal(f"l0={l0}").startswith("sparsity.l0 = ")

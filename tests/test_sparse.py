@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.recipe import RecipeError, SparseShape
+from bridge.recipe import RecipeError, SparseShape, Sparsity
 from bridge.residual import EMBEDDING, Enter
-from bridge.sparse import Gated, Location, SparseTransformer, annealed_l0, identity_gate
+from bridge.sparse import Fractions, Gated, Location, SparseTransformer, annealed_l0, identity_gate
 
 VOCABULARY, CONTEXT, WIDTH, CHANNELS = 11, 8, 16, 4
 SEQUENTIAL, PARALLEL = ("attn", "mlp", "attn", "mlp"), ("parallel", "parallel")
@@ -444,6 +444,30 @@ def test_projection_to_the_whole_changes_nothing() -> None:
     model.project(annealed_l0(0.01, 0.0, 0.5))
     assert all(torch.equal(weight, before[name]) for name, weight in matrices(model).items())
     assert model.achieved_l0() == 1
+
+
+def test_what_embeds_may_keep_another_fraction() -> None:
+    model = build()
+    before = matrices(model)
+    ends = {"embedding", "positions", "unembedding.weight"}
+    fractions = Fractions(blocks=0.0625, embed=0.25)
+    model.project(fractions)
+    for name, weight in matrices(model).items():
+        wanted = round((0.25 if name in ends else 0.0625) * weight.numel())
+        assert torch.equal(weight, largest(before[name].flatten(), wanted).view_as(weight)), name
+    assert model.n_kept(fractions) == sum(int(weight.count_nonzero()) for weight in matrices(model).values())
+    achieved = model.achieved_fractions()
+    assert achieved.embed == pytest.approx(0.25, rel=1e-2) and achieved.blocks == pytest.approx(0.0625, rel=1e-2)
+
+
+def test_a_number_of_weights_is_of_those_that_l0_speaks_of() -> None:
+    model = build()
+    sizes = {name: weight.numel() for name, weight in matrices(model).items()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    assert model.fractions(Sparsity(l0=blocks / 2)).blocks == pytest.approx(blocks / 2 / sum(sizes.values()))
+    assert model.fractions(Sparsity(l0=blocks / 2, embed_l0=0.5)) == Fractions(blocks=0.5, embed=0.5)
+    with pytest.raises(RecipeError, match=f"more than the {blocks} weights"):
+        model.fractions(Sparsity(l0=blocks + 1, embed_l0=0.5))
 
 
 def test_biases_are_projected_on_request() -> None:

@@ -116,10 +116,36 @@ def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tm
     run = prepare(dense_folder, values(text_file, TOKENS, **settings, **{"sparsity.l0": 0.02}), device="cpu")
     for one, other in zip(run.coupling.sparse.parameters(), first.sparse.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert run.started is not None and run.started.l0 == first.sparse.achieved_l0()
+    assert run.started is not None and run.started.l0 == first.sparse.achieved_fractions()
     reports = list(train(run))
     assert all(report.l0 <= first.sparse.achieved_l0() + 1e-3 for report in reports)
     assert reports[-1].l0 == pytest.approx(0.02, abs=2e-3)
+
+
+@pytest.mark.parametrize("native", ["always", "never"])
+def test_the_ends_of_the_model_can_keep_more(dense_folder: Path, text_file: Path, tmp_path: Path, native: str) -> None:
+    """Also in a run that is cut, and when another goes on from it."""
+    settings: dict[str, Any] = {"sparsity.embed_l0": 0.5, "sparsity.anneal": 0.3, "sparsity.native": native}
+    whole, _ = fitted(dense_folder, text_file, settings=settings, out=tmp_path / "whole")
+    blocks, embed = whole.sparse.achieved_fractions().blocks, whole.sparse.achieved_fractions().embed
+    assert blocks == pytest.approx(0.1, rel=1e-2) and embed == pytest.approx(0.5, rel=1e-2)
+
+    cut = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", device="cpu")
+    with pytest.raises(FitStopped):
+        for report in train(cut):
+            if report.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+    resumed = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", resume=True, device="cpu")
+    list(train(resumed))
+    finish(resumed)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+    further = prepare(
+        dense_folder,
+        values(text_file, **{**settings, "sparse.start": str(tmp_path / "whole"), "sparsity.l0": 0.05}),
+        device="cpu",
+    )
+    assert further.started is not None and further.started.l0 == whole.sparse.achieved_fractions()
 
 
 def test_another_shape_is_no_start(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import SHARE, Aim, MaskError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import RULES, WORK, Subjects, permuted_weights, random_labels, search_task
-from bridge.recipe import Losses, kept_fraction
+from bridge.recipe import Losses
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
 
@@ -213,7 +213,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}
-        if kept_fraction(recipe.sparsity.l0, coupling.sparse.n_sparse_weights()) < L0:
+        if coupling.sparse.fractions(recipe.sparsity).blocks < L0:
             settings["sparsity.l0"] = L0
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
