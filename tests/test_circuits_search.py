@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
-from bridge.circuits.masks import Aim, MaskError
+from bridge.circuits import search
+from bridge.circuits.masks import Aim, FoundNodes, MaskError
 from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
 from bridge.dense import DenseModel
 from bridge.meanwhile import meanwhile
@@ -57,6 +59,29 @@ def test_edges_that_no_lesson_needs_stay_where_the_validation_split_needs_them(d
     few = search_task(subjects(dense), task(train=one_sided, validation=one_sided), Aim(target=0.02), work=WORK, dense=False)
     all_four = search_task(subjects(dense), task(train=one_sided), Aim(target=0.02), work=WORK, dense=False)
     assert few.facts.size.edges < 4 and all_four.facts.size.edges == 4
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_nodes_that_miss_the_bound_where_edges_are_held_to_it_get_what_they_lack(
+    dense: DenseModel, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neuron is taken from what was found; without it no edge could go, and the circuit would be above the bound."""
+    of = subjects(dense)
+    place = int(of.sparse.space.join({at: torch.arange(n)[None] == (1 if str(at) == "0.mlp_act" else -1)
+                                      for at, n in of.sparse.space.sizes.items()}).nonzero())  # fmt: skip
+    whole = search.find_nodes
+
+    def short_of_one(*args: Any, **options: Any) -> FoundNodes:
+        found = whole(*args, **options)
+        return replace(found, kept_f=found.kept_f.index_fill(0, torch.tensor([place]), False))
+
+    monkeypatch.setattr(search, "find_nodes", short_of_one)
+    monkeypatch.setattr(search, "_consensus", lambda subject, held, aim, found, work, say: found[0].kept_f)
+    said: list[str] = []
+    result = search_task(of, task(), Aim(target=0.02), seeds=seeds, work=WORK, dense=False, progress=said.append)
+    assert result.facts.loss <= 0.02 and len(result.circuit.edges or ()) == 4
+    assert "L0.mlp_act[1]" in {node.name for node in result.circuit.nodes}
+    assert any("with what other templates need" in text for text in said)
 
 
 def test_work_that_goes_on_meanwhile_says_how_far_it_is_when_waited_for_and_ends_with_the_caller() -> None:

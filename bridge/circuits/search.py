@@ -5,7 +5,8 @@
     consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
                 bound, and deletions
     edges       `edges.find_edges`, to the whole bound; learnt from the training split alone and held to the validation split,
-                which has other templates: there are many more weights than prompts, and many matter on some templates only
+                which has other templates: there are many more weights than prompts, and many matter on some templates only.
+                Nodes that are above the bound there, where no edge could go, are given others first, by the same order
     dense       the nodes and edges of the dense model, to the same bounds by the same search, in a thread of its own meanwhile
     evidence    `judge.judge`, on the test split
 
@@ -40,7 +41,7 @@ from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-RULES = 2  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+RULES = 3  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
 MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
 EDGE_WORK = 0.5  # of that, again, for the edges
@@ -135,6 +136,7 @@ def search_task(
     with meanwhile(lambda tell: _dense(subjects, prompts, aim, seed, work, tell) if dense else NOT_ASKED, say) as others:
         found = [nodes_of(seed + number) for number in range(seeds)]
         kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, nodes_work, say)
+        kept_f = _enough(subject, prompts.for_edges[1], aim, kept_f, found, say)
         edges = _edges(subject, prompts, aim, kept_f, seed, work, say)
         pruned = pruned_to(subject, edges.edges, kept_f)
         other, why_not = others()
@@ -166,7 +168,7 @@ def search_task(
         dense_before=None if other is None else other.before,
         dense=None if other is None else other.size,
         dense_loss=None if other is None else other.edges.loss,
-        dense_complete=None if other is None else other.nodes.complete and other.edges.complete,
+        dense_complete=None if other is None else other.nodes_complete and other.edges.complete,
         why_not_dense=why_not,
         provenance={**coupling.provenance, "seed": seed, "work": work},
         seconds=time.monotonic() - started,
@@ -243,13 +245,33 @@ def _consensus(
     """The fewest nodes, those that most seeds kept first, that meet the bound; and deletions."""
     goal = Goal(subject, held, aim, work=work / 4)
     share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
-    tau_f = torch.stack([one.tau_f for one in found]).mean(0)
-    any_f = share_f > 0
-    order_f = ranks(torch.ones_like(any_f), share_f * 4 + tau_f).argsort()  # tau is between -1 and 1
+    any_f, order_f = share_f > 0, _order(found)
     limit = int(any_f.sum()) if float(goal.loss(any_f[None])) <= aim.bound else len(order_f)
     kept_f = fewest(goal, torch.zeros_like(any_f), order_f[:limit], int((share_f > 0.5).sum()))
     say(f"consensus: {int(kept_f.sum()):,} nodes of {len(found)} seeds")
     return deleted(goal, kept_f, say, GIVEN_UP)[0]
+
+
+def _order(found: list[FoundNodes]) -> Tensor:
+    """All nodes by their place, those that most seeds kept first, and by tau among them."""
+    share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
+    tau_f = torch.stack([one.tau_f for one in found]).mean(0)
+    return ranks(torch.ones_like(found[0].kept_f), share_f * 4 + tau_f).argsort()  # tau is between -1 and 1
+
+
+def _enough(
+    subject: Subject, held: TokenPairs, aim: Aim, kept_f: Tensor, found: list[FoundNodes], say: Callable[[str], None]
+) -> Tensor:
+    """The nodes, and where they miss the bound on the prompts that edges are held to, the fewest more that leave edges room."""
+    goal = Goal(subject, held, aim)
+    if float(goal.loss(kept_f[None])) <= aim.bound:
+        return kept_f
+    goal = Goal(subject, held, _nodes_aim(subject, held, aim))
+    order_f = _order(found)
+    others_k = order_f[~kept_f[order_f]]
+    kept_f = fewest(goal, kept_f, others_k, max(1, int(kept_f.sum()) // 20))
+    say(f"nodes: {int(kept_f.sum()):,}, with what other templates need")
+    return kept_f
 
 
 def _edges(
@@ -263,16 +285,17 @@ def _edges(
 
 @dataclass(frozen=True)
 class _DenseCircuit:
-    nodes: FoundNodes
+    nodes: int
+    nodes_complete: bool
     edges: FoundEdges
 
     @property
     def before(self) -> Size:
-        return Size(int(self.nodes.kept_f.sum()), self.edges.n_before)
+        return Size(self.nodes, self.edges.n_before)
 
     @property
     def size(self) -> Size:
-        return Size(int(self.nodes.kept_f.sum()), self.edges.n)
+        return Size(self.nodes, self.edges.n)
 
 
 def _dense(
@@ -294,7 +317,8 @@ def _dense_circuit(
     lessons, held = prompts.for_nodes
     nodes_aim = _nodes_aim(dense, held, aim)
     nodes = find_nodes(dense, lessons, held, nodes_aim, seed=seed, work=_work(dense, work), progress=say_dense)
-    return _DenseCircuit(nodes, _edges(dense, prompts, aim, nodes.kept_f, seed, work, say_dense))
+    kept_f = _enough(dense, prompts.for_edges[1], aim, nodes.kept_f, [nodes], say_dense)
+    return _DenseCircuit(int(kept_f.sum()), nodes.complete, _edges(dense, prompts, aim, kept_f, seed, work, say_dense))
 
 
 def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Mapping[str, int]:
