@@ -287,7 +287,8 @@ tags: [interpretability, sparse, circuits]
 
 A weight-sparse transformer coupled to the dense model `{self.dense.name}` by a linear bridge at each of its {self.n_sites} sites
 (Gao et al. 2025, arXiv 2511.13653, section 2.3): {len(sparse.blocks)} blocks of width {sparse.width}, of whose weights
-{sparse.achieved_l0():.2%} are nonzero. `coupling.json` holds the recipe; `eval.json`, where present, how faithful it is.
+{sparse.achieved_l0():.2%} are nonzero, of those in blocks {sparse.achieved_fractions().blocks:.2%}. `coupling.json` holds the
+recipe; `eval.json`, where present, how faithful it is.
 
     import bridge
     coupling = bridge.load("{title}")

@@ -65,6 +65,8 @@ class Evaluation:
     ev_encoder: float
     ev_decoder: float
     l0: float
+    l0_blocks: float
+    l0_embed: float
     dead_neurons: int
     neurons: int
 
@@ -187,6 +189,7 @@ def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[fl
     def top1(name: str, over: list[int | None]) -> float:
         return sum(float(sums[f"top1_{name}", site]) for site in over) / (tokens * len(over))
 
+    fractions = sparse.achieved_fractions()
     return Evaluation(
         sites=rows,
         tokens=tokens,
@@ -201,6 +204,8 @@ def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[fl
         ev_encoder=over_sites("ev_encoder"),
         ev_decoder=over_sites("ev_decoder"),
         l0=sparse.achieved_l0(),
+        l0_blocks=fractions.blocks,
+        l0_embed=fractions.embed,
         dead_neurons=sum(int((~seen).sum()) for seen in alive.values()),
         neurons=sum(len(seen) for seen in alive.values()),
     )

@@ -222,6 +222,10 @@ def progress_line(progress: Progress) -> str:
     )
 
 
+def _share(l0: float) -> str:
+    return f"{l0:.4f} (1/{1 / max(l0, 1e-9):.1f})"
+
+
 def evaluation_table(result: Evaluation) -> str:
     """An evaluation as a table."""
     lines = [
@@ -246,7 +250,7 @@ def evaluation_table(result: Evaluation) -> str:
             "top-1 agreement with dense",
             f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
         ),
-        ("nonzero weights", f"{result.l0:.4f} (1/{1 / max(result.l0, 1e-9):.1f})"),
+        ("nonzero weights", f"{_share(result.l0)}; blocks {_share(result.l0_blocks)}, embeddings {_share(result.l0_embed)}"),
         ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
     ]
     lines += ["", *(f"{name:<27} {value}" for name, value in facts)]

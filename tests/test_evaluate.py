@@ -147,6 +147,8 @@ def test_dead_neurons_and_nonzeros_are_counted(sparsified: Coupling, result: Eva
     assert result.neurons == 2 * 4 * 32
     weights = sparsified.sparse.sparse_weights().values()
     assert result.l0 == sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    blocks = [p for name, p in sparsified.sparse.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    assert result.l0_blocks == sum(int((w != 0).sum()) for w in blocks) / sum(w.numel() for w in blocks) != result.l0_embed
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
