@@ -34,6 +34,7 @@ from bridge.bridges import Bridges, Coupling, folder_of
 from bridge.card.assess import held_out, task_card
 from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
 from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored
+from bridge.card.profile import PROFILE_PROMPTS
 from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import SHARE, Aim, MaskError
@@ -168,8 +169,8 @@ class Nulls:
 
 
 def _asked(task: Resolved) -> str:
-    """What tells a task's prompts, and the rules and bounds of a search, from others."""
-    digest = hashlib.sha256(f"{RULES} {Aim().bound} {SHARE}".encode())
+    """What tells a task's prompts, and the rules and bounds of a search and of the card, from others."""
+    digest = hashlib.sha256(f"{RULES} {Aim().bound} {SHARE} {PROFILE_PROMPTS}".encode())
     for name, pairs in sorted(task.splits.items()):
         for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
