@@ -9,8 +9,6 @@ export TOKENIZERS_PARALLELISM = true
 
 DEMO_MINUTES ?= 2
 DENSE_MINUTES ?= 35
-START_RECIPE ?= recipes/python-bridge-32.toml
-BRIDGE_RECIPE ?= recipes/python-bridge.toml
 FRONTIER_MINUTES ?= 5
 
 .PHONY: demo test test-slow test-gpu lint checkpoints frontier viewer clean
@@ -24,7 +22,7 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	rm -rf runs/demo
 	$(BIN)/bridge info checkpoints/python-dense
 	@echo
-	$(BIN)/bridge fit checkpoints/python-dense --recipe $(START_RECIPE) --width 256 --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
+	$(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-32.toml --width 256 --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
 	$(BIN)/bridge eval runs/demo --rows 32
 	@echo
 	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
@@ -46,17 +44,16 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # From corpus to eval table, on whatever device is there. It may be cut at any time: the same command goes on, and what ships is
-# replaced only when both are done.
+# replaced only when all is done. python-bridge goes on from python-bridge-285, which goes on from python-bridge-32.
 NEW := runs/checkpoints
+FIT = until [ -f $(NEW)/$(1)/coupling.json ]; do \
+	  $(BIN)/bridge fit $(NEW)/python-dense --recipe recipes/$(1).toml $(2) --out $(NEW)/$(1) --resume --stretch 9 || exit 1; done
 checkpoints: $(READY)
 	until [ -f $(NEW)/python-dense/config.json ]; do \
 	  $(BIN)/python recipes/python_dense.py --out $(NEW)/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
-	until [ -f $(NEW)/python-bridge-32/coupling.json ]; do \
-	  $(BIN)/bridge fit $(NEW)/python-dense --recipe $(START_RECIPE) --dtype bfloat16 --out $(NEW)/python-bridge-32 \
-	    --resume --stretch 9 || exit 1; done
-	until [ -f $(NEW)/python-bridge/coupling.json ]; do \
-	  $(BIN)/bridge fit $(NEW)/python-dense --recipe $(BRIDGE_RECIPE) --set sparse.start=$(NEW)/python-bridge-32 \
-	    --out $(NEW)/python-bridge --resume --stretch 9 || exit 1; done
+	$(call FIT,python-bridge-32,--dtype bfloat16)
+	$(call FIT,python-bridge-285,--set sparse.start=$(NEW)/python-bridge-32)
+	$(call FIT,python-bridge,--set sparse.start=$(NEW)/python-bridge-285)
 	for fit in python-bridge-32 python-bridge; do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
 	rm -rf checkpoints/python-dense checkpoints/python-bridge-32 checkpoints/python-bridge $(NEW)/python-dense.state
 	mv $(NEW)/python-dense $(NEW)/python-bridge-32 $(NEW)/python-bridge checkpoints
@@ -64,7 +61,7 @@ checkpoints: $(READY)
 # The README's figure: what ships, and two other L0 that go on from the same coupling; cut, the same command goes on. With --width and a
 # recipe that starts from the dense model it takes other widths too, in hours rather than minutes.
 frontier: $(READY)
-	$(BIN)/bridge sweep checkpoints/python-dense --recipe $(BRIDGE_RECIPE) --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
+	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-285.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
 	  --tokens 12000000 --tasks while_return_true var_if with_as --work 0.5 \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge --out runs/frontier
 

@@ -43,7 +43,7 @@ def main() -> None:
     runs, learning = {}, {}
     for name, settings in chosen.items():
         values = recipe_values(
-            recipe=ROOT / "recipes" / "python-bridge.toml", data="stdlib", width=arguments.width, l0=arguments.l0,
+            recipe=ROOT / "recipes" / "python-bridge-32.toml", data="stdlib", width=arguments.width, l0=arguments.l0,
             tokens=arguments.steps * 1024, settings={**settings, **others},
         )  # fmt: skip
         runs[name] = prepare(ROOT / "checkpoints" / "python-dense", values, device="cpu")

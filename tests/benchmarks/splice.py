@@ -36,7 +36,7 @@ class Contender:
     def __init__(self, splice: str, arguments: argparse.Namespace) -> None:
         dense = load_dense(ROOT / "checkpoints" / "python-dense")
         values = recipe_values(
-            recipe=ROOT / "recipes" / "python-bridge.toml",
+            recipe=ROOT / "recipes" / "python-bridge-32.toml",
             data="stdlib",
             width=arguments.width,
             minutes=arguments.minutes,
