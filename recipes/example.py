@@ -15,7 +15,7 @@ import networkx as nx
 
 import bridge
 
-shipped = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge-32"
+shipped = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
 out = Path(os.environ.get("EXAMPLE_OUT", "runs/example"))
 coupling = bridge.load(os.environ.get("EXAMPLE_BRIDGE", shipped))
 print(f"{coupling.dense.name}: {coupling.n_sites} sites, {coupling.sparse.achieved_l0():.1%} of the sparse weights not 0")

@@ -63,7 +63,7 @@ def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
 def main() -> None:
     """Run what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
+    parser.add_argument("--bridge", default="checkpoints/python-bridge")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits/superset"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", default="2")

@@ -156,7 +156,7 @@ def disentangled(options: argparse.Namespace, tasks: Sequence[str]) -> str:
 def main() -> None:
     """Search what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
+    parser.add_argument("--bridge", default="checkpoints/python-bridge")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)

@@ -22,7 +22,7 @@ import torch
 import bridge
 from bridge.explained import Answered, Drawn, Explanation
 
-SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
+SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge"
 PROMPTS = (
     "def read(self):\n    while True",
     'x = {"a": 1, "b": 2',
