@@ -15,7 +15,7 @@ from bridge.circuits.masks import Aim, Goal, kl
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.sparse import Location
-from bridge.tasks.tokens import score
+from bridge.tasks.tokens import TokenPairs, score
 
 
 def corpus() -> Tensor:
@@ -32,6 +32,19 @@ def planted_f(subject: SparseSubject) -> Tensor:
     for kind, indices in (("mlp_in", (0, 1)), ("mlp_act", (0, 1)), ("mlp_out", (2, 3))):
         kept[Location(0, kind)][0, list(indices)] = True
     return subject.space.join(kept)
+
+
+def switched_on_f(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
+    """Literally: every prompt by itself, without its padding."""
+    on = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in subject.space.sizes.items()}
+
+    def look(at: Location, x_btn: Tensor) -> Tensor:
+        on[at] |= (x_btn != 0).any(1)
+        return x_btn
+
+    for prompt_t, last in zip(pairs.prompt_bt, pairs.last_b.tolist(), strict=True):
+        subject.sparse.run(prompt_t[None, : last + 1], gate=look)
+    return subject.space.join(on)
 
 
 def judged(subject: SparseSubject, kept_f: Tensor, **values) -> TaskFaithfulness:
@@ -94,8 +107,9 @@ def test_seeds_and_dense_model_are_controls(subject: SparseSubject) -> None:
     shared = int((kept_f & other_f).sum())
     assert two.stable.value == pytest.approx(shared / (12 - shared))
     assert two.stable.control is not None
-    chance = expected_overlap(6, 6, len(kept_f))
+    chance = expected_overlap(6, 6, int((switched_on_f(subject, planted_pairs(12, seed=2).both()) | kept_f | other_f).sum()))
     assert two.stable.control.bar == pytest.approx(chance / (12 - chance))
+    assert not two.stable.passed and "0.6" in two.stable.aim  # what beats chance and is not alike is not agreement
 
 
 def test_attention_is_compared_where_values_are_kept(dense: DenseModel) -> None:

@@ -7,7 +7,7 @@
     necessity     two-way loss with only C deleted; beside random deletions of as many outside nodes
     size          edges of the circuit; beside those of the dense model, pruned on the same prompts to the same loss
     minimality    share of nodes whose removal raises the loss by more than a hundredth; beside those of a random circuit
-    stability     mean overlap (Jaccard) of the seeds' circuits; beside what circuits of those sizes share by chance
+    stability     mean overlap (Jaccard) of the seeds' circuits; beside what as many nodes share by chance, of those that are on
     attention     total variation between the patterns of S and S_C, over heads whose values are kept; beside random circuits
 
 S_C is the circuit with its edges, where they were pruned. Random circuits have as many nodes at each location, drawn from those
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bridge.attention import variation
 from bridge.circuit import NodeSpace
-from bridge.circuits.masks import Goal, kl, random_company
+from bridge.circuits.masks import Goal, kl, random_company, switched_on
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
@@ -53,6 +53,7 @@ SOLVED = 0.9  # accuracy
 KL_HELD_OUT = 0.25
 SMALLER = 16  # times fewer edges than dense
 MINIMAL, COSTS = 0.95, 0.01
+STABLE = 0.6
 PATTERN = 0.1
 RANDOM_CIRCUITS = 10
 TRIED_NODES = 50
@@ -141,7 +142,7 @@ def judge(
     """Every measure of a task's circuit, on the prompts of the search where that is said, else on held-out ones."""
     say = progress or (lambda _: None)
     generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the draws of the search
-    on_f = _on(held_out)
+    on_f = switched_on(held_out)
     random_cf = random_circuits(held_out.subject.space, judged.kept_f, on_f | judged.kept_f, generator)
     say(f"judging: {len(random_cf)} random circuits")
     alone_bv = _logits(held_out, judged.kept_f, judged.pruned)
@@ -169,7 +170,7 @@ def judge(
         loss_without=loss_without,
         edges=_size(judged),
         minimal=minimal,
-        stable=_stability(judged),
+        stable=_stability(judged, on_f),
         attention=_attention(_few(held_out), judged, random_cf),
     )
 
@@ -187,12 +188,6 @@ def _logits(goal: Goal, kept_f: Tensor, subject: SparseSubject | None = None) ->
 def _sparse(goal: Goal) -> SparseSubject:
     assert isinstance(goal.subject, SparseSubject)
     return goal.subject
-
-
-def _on(goal: Goal) -> Tensor:
-    """Which nodes_f are on for some prompt."""
-    space = goal.subject.space
-    return space.join({at: (x_btn != 0).any((0, 1))[None] for at, x_btn in recorded(goal.subject, goal.pairs).items()})
 
 
 def random_circuits(
@@ -302,19 +297,20 @@ def _minimality(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.
     return measured(name, value, control_of("random", controls, max, "it"), aim, value >= MINIMAL)
 
 
-def _stability(judged: Judged) -> Measure:
-    name, aim = "overlap of seeds", "above chance"
+def _stability(judged: Judged, on_f: Tensor) -> Measure:
+    name, aim = "overlap of seeds", f">= {STABLE:g}, above chance"
     if len(judged.seeds_f) < 2:
         return Measure(name, None, None, aim, None, "there is one seed; give --seeds 5")
     overlaps, by_chance = [], []
     for one_f, other_f in combinations(judged.seeds_f, 2):
         shared, sizes = int((one_f & other_f).sum()), int(one_f.sum()) + int(other_f.sum())
-        expected = expected_overlap(int(one_f.sum()), int(other_f.sum()), len(one_f))
+        expected = expected_overlap(int(one_f.sum()), int(other_f.sum()), int((on_f | one_f | other_f).sum()))
         overlaps.append(shared / max(1, sizes - shared))
         by_chance.append(expected / max(1.0, sizes - expected))
     sizes = ", ".join(str(int(kept_f.sum())) for kept_f in judged.seeds_f)
     value = average(overlaps)
-    return measured(name, value, control_of("chance", by_chance, max, "most"), aim, value > max(by_chance), f"nodes: {sizes}")
+    passed = value >= STABLE and value > max(by_chance)
+    return measured(name, value, control_of("chance", by_chance, max, "most"), aim, passed, f"nodes: {sizes}")
 
 
 def expected_overlap(first: int, second: int, of: int) -> float:

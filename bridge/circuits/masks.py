@@ -63,6 +63,10 @@ class MaskError(UserError):
     """A task whose circuit cannot be searched, in one line that says what to change."""
 
 
+class NoCircuitError(MaskError):
+    """A search that has found no circuit within the bound."""
+
+
 @dataclass(frozen=True)
 class Aim:
     """What a search makes small, and the bound on it in nats per prompt. Raises MaskError for one that cannot be met."""
@@ -272,15 +276,27 @@ def drawn(goal: Goal, rows: int, generator: torch.Generator) -> tuple[Tensor, Te
     return row_b.to(goal.subject.device), company_bf.to(goal.subject.device)
 
 
-def candidates(goal: Goal) -> Tensor:
-    """Nodes_f that some prompt switches on, where leaving out the others costs at most a quarter of the bound; else all."""
+def switched_on(goal: Goal) -> Tensor:
+    """Nodes_f that some prompt switches on, at any of its tokens."""
     values = recorded(goal.subject, goal.pairs)
     there_bt = torch.arange(goal.pairs.prompt_bt.shape[1], device=goal.pairs.last_b.device) <= goal.pairs.last_b[:, None]
     on = {at: ((values[at] != 0) & there_bt[..., None]).any((0, 1))[None] for at in goal.subject.space.sizes}
-    on_f = goal.subject.space.join(on)
+    return goal.subject.space.join(on)
+
+
+def candidates(goal: Goal) -> Tensor:
+    """Nodes_f that some prompt switches on, where leaving out the others costs at most a quarter of the bound; else all."""
+    on_f = switched_on(goal)
     everything_f = torch.ones_like(on_f)
     both = goal.loss(torch.stack([everything_f, on_f]))
     return on_f if float(both[1] - both[0]) <= goal.bound / 4 else everything_f
+
+
+def not_found(aim: Aim, whole: float) -> NoCircuitError:
+    """That no circuit was found within an aim's bound, where the whole model's loss is `whole`."""
+    return NoCircuitError(
+        f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); raise --target-loss"
+    )
 
 
 def find_nodes(
@@ -295,7 +311,7 @@ def find_nodes(
 ) -> FoundNodes:
     """The nodes of a task, by the search that the module describes: learnt from some prompts, held to the bound on others.
 
-    Raises MaskError where neither the whole model nor what the masks have found meets the bound.
+    Raises NoCircuitError where neither the whole model nor what the masks have found meets the bound.
     """
     say = progress or (lambda _: None)
     judge = Goal(subject, held, aim, work=work * SHARES[1])
@@ -320,10 +336,7 @@ def find_nodes(
     elif whole <= aim.bound:
         limit = n if float(judge.loss(candidates_f[None])) <= aim.bound else len(order_f)
     else:
-        raise MaskError(
-            f"no circuit within the target of {aim.bound:.3g} was found (the whole model's loss is {whole:.3g}); "
-            "raise --target-loss"
-        )
+        raise not_found(aim, whole)
     kept_f = fewest(judge, torch.zeros_like(candidates_f), order_f[:limit], max(chosen, 1))
     say(f"threshold: {int(kept_f.sum()):,} nodes")
     kept_f, complete = deleted(judge, kept_f, say, GIVEN_UP)

@@ -32,7 +32,19 @@ from bridge.circuit import Circuit
 from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.edges import FoundEdges, find_edges, pruned_to
 from bridge.circuits.judge import SOLVED, Judged, judge
-from bridge.circuits.masks import GIVEN_UP, LESSONS, VALIDATION, Aim, FoundNodes, Goal, MaskError, divided, find_nodes, spread
+from bridge.circuits.masks import (
+    GIVEN_UP,
+    LESSONS,
+    VALIDATION,
+    Aim,
+    FoundNodes,
+    Goal,
+    MaskError,
+    divided,
+    find_nodes,
+    not_found,
+    spread,
+)
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.meanwhile import meanwhile
@@ -41,7 +53,7 @@ from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-RULES = 3  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+RULES = 4  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
 MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
 EDGE_WORK = 0.5  # of that, again, for the edges
@@ -256,13 +268,17 @@ def _order(found: list[FoundNodes]) -> Tensor:
     """All nodes by their place, those that most seeds kept first, and by tau among them."""
     share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
     tau_f = torch.stack([one.tau_f for one in found]).mean(0)
-    return ranks(torch.ones_like(found[0].kept_f), share_f * 4 + tau_f).argsort()  # tau is between -1 and 1
+    # tau is between -1 and 1, and one seed more is to count for more than any of it
+    return ranks(torch.ones_like(found[0].kept_f), share_f * 4 * len(found) + tau_f).argsort()
 
 
 def _enough(
     subject: Subject, held: TokenPairs, aim: Aim, kept_f: Tensor, found: list[FoundNodes], say: Callable[[str], None]
 ) -> Tensor:
-    """The nodes, and where they miss the bound on the prompts that edges are held to, the fewest more that leave edges room."""
+    """The nodes, and where they miss the bound on the prompts that edges are held to, the fewest more that leave edges room.
+
+    Raises NoCircuitError where all nodes together miss it there.
+    """
     goal = Goal(subject, held, aim)
     if float(goal.loss(kept_f[None])) <= aim.bound:
         return kept_f
@@ -270,6 +286,8 @@ def _enough(
     order_f = _order(found)
     others_k = order_f[~kept_f[order_f]]
     kept_f = fewest(goal, kept_f, others_k, max(1, int(kept_f.sum()) // 20))
+    if float(goal.loss(kept_f[None])) > aim.bound:
+        raise not_found(aim, float(goal.measure(goal.whole_bv).mean()))
     say(f"nodes: {int(kept_f.sum()):,}, with what other templates need")
     return kept_f
 

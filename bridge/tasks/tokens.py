@@ -102,9 +102,7 @@ class TokenPairs:
 
     def both(self) -> TokenPairs:
         """Both members of every pair as prompts: the pairs, then the pairs swapped."""
-        other = self.swapped()
-        tensors = {name: torch.cat([value, getattr(other, name)]) for name, value in self._tensors().items()}
-        return TokenPairs(**tensors, examples=self.examples + other.examples, spans=self.spans + other.spans)
+        return self.and_those(self.swapped())
 
     def and_those(self, others: TokenPairs) -> TokenPairs:
         """These pairs, then others, padded to one length."""
