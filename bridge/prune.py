@@ -53,7 +53,8 @@ from bridge.circuit import Ablations, Circuit, NodeSpace
 from bridge.sparse import Location, SparseTransformer
 
 MISS_BOUND = 0.05
-COMPANY_BOUND, WORST_BOUND = 0.1, 0.3  # on the mean over U and on the largest
+COMPANY_BOUND = 0.1
+WORST_TIMES = 3  # of that bound, which the largest over U may reach
 SHARE = 0.1  # of D, by which a circuit at the bound may be off
 DENSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 DRAWS = 2  # of U per density, when a circuit is judged
@@ -184,13 +185,13 @@ class _Judge(Alone):
         self.cost_of_masks = 3 * self.steps * (1 + COMPANY) * length
 
     def company(self, kept_cf: Tensor) -> Tensor:
-        """kl_c of every circuit: the mean over the companies, or the largest as a share of its own bound, where that is more."""
+        """kl_c of every circuit: the mean over the companies, or a third of the largest, where that is more."""
         count = len(self.company_uf)
         self.left -= len(kept_cf) * count * self.ablations.space.n_tokens
         some = kept_cf.split(max(1, self.ablations.rows // count))
         kl = [self.ablations.kl(self.ablations.logits((each[:, None] | self.company_uf).flatten(0, 1))) for each in some]
         kl_cu = torch.cat(kl).unflatten(0, (-1, count))
-        return torch.maximum(kl_cu.mean(1), kl_cu.amax(1) * COMPANY_BOUND / WORST_BOUND)
+        return torch.maximum(kl_cu.mean(1), kl_cu.amax(1) / WORST_TIMES)
 
     def first_good(self, kept_cf: Tensor) -> int:
         """The first of some circuits that meets both bounds; their number where none does."""

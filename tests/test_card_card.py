@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bridge.card.card import NULLS, TESTS, Card, CardError, CardMeasure, NullName, NullResult, NullTask, Point, Test
+from bridge.card.nulls import null_task
 from bridge.card.render import render_card, render_cards
 from bridge.validate import Control
 
@@ -34,15 +35,20 @@ def without(test: Test, passed: bool | None) -> Card:
 
 
 def test_everything_together_is_mechanistic_support() -> None:
-    assert GOOD.verdict == "mechanistic support" and GOOD.all_hold and len(GOOD.reasons) == 1
+    assert GOOD.verdict == "mechanistic support" and GOOD.tests_hold and len(GOOD.reasons) == 1
 
 
 @pytest.mark.parametrize("passed", [False, None])
 @pytest.mark.parametrize("test", ["loop", "profile", "blind"])
 def test_without_one_of_the_others_it_is_representational(test: Test, passed: bool | None) -> None:
     card = without(test, passed)
-    assert card.verdict == "representational" and not card.all_hold and card.holds(test) is passed
+    assert card.verdict == "representational" and not card.tests_hold and card.holds(test) is passed
     assert "Not more, because" in card.reasons[1] and ("fails" in card.reasons[1]) is (passed is False)
+
+
+def test_a_null_is_not_spared_by_what_no_model_does() -> None:
+    assert without("gate", False).tests_hold and null_task(without("gate", False), 0.5).passed
+    assert not null_task(without("loop", False), 1.0).passed
 
 
 @pytest.mark.parametrize("passed", [False, None])
@@ -73,7 +79,7 @@ def test_nulls_and_seeds_are_needed() -> None:
     assert weak.verdict == "representational" and "'uncoupled' is too weak to show anything" in weak.reasons[1]
     one_seed, other_seeds = replace(GOOD, stable=None), replace(GOOD, stable=False)
     assert one_seed.verdict == other_seeds.verdict == "representational"
-    assert "one seed was searched" in one_seed.reasons[1] and "no more than by chance" in other_seeds.reasons[1]
+    assert "one seed was searched" in one_seed.reasons[1] and "overlap too little" in other_seeds.reasons[1]
 
 
 def test_a_null_that_passes_is_said_aloud() -> None:

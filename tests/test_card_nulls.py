@@ -23,6 +23,7 @@ from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.dense import load_dense
+from bridge.tasks.tokens import Resolved
 
 
 def test_ridge_is_least_squares_where_there_is_no_noise() -> None:
@@ -114,10 +115,25 @@ def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: P
     again = len(carded)
     assert list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None)) == results
     assert len(carded) == again
+    with monkeypatch.context() as earlier:
+        earlier.setattr("bridge.card.kept.CARD_RULES", 0)
+        assert stored_nulls(coupling)[0] is None and "made by other rules" in stored_nulls(coupling)[1]
     splits = {**tasks[0].splits, "train": tasks[0].splits["train"].swapped()}
     others = (replace(tasks[0], splits=splits),)  # a task whose prompts have changed is another
     list(Nulls(coupling, others, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
     assert len(carded) > again
+
+
+def test_a_null_that_cannot_be_run_has_not_failed(planted: Path, against: Path, task_file: Path) -> None:  # noqa: F811
+    coupling, _, tasks, _ = loaded(planted, str(task_file))
+
+    def alien(task: Resolved) -> TaskResult:
+        raise CardError("the circuit is of another coupling")
+
+    with pytest.raises(CardError, match="of another coupling"):
+        list(Nulls(coupling, tasks, alien, against, 0.01, 1e9, seed=9).run(lambda _: None))
+    kept, _ = stored_nulls(coupling)
+    assert "bridges" not in [null.name for null in kept or ()]
 
 
 def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) -> None:

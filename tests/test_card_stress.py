@@ -113,3 +113,11 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert all(int(some.last_b.max()) < CONTEXT for some in found.values())
     short = stress_pairs(pairs, tokenizer, reference_bt, 4, language="user")
     assert set(short) <= {"rename", "swap"}  # of as many tokens as the prompts have
+
+
+def test_kinds_that_fit_make_up_for_those_that_do_not(tokenizer) -> None:
+    pairs = task_pairs("while_return_true", tokenizer)
+    nothing = torch.zeros(0, 128, dtype=torch.long)  # no text, so no stretches of it
+    found = stress_pairs(pairs, tokenizer, nothing, 128, seed=0)
+    assert set(found) == {"distractor", "rename", "swap", "paraphrase"}
+    assert {len(some) for some in found.values()} == {30}

@@ -85,6 +85,11 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
     assert (tmp_path / "cross_ablation.svg").read_text().startswith("<svg")
     again = list(run_suite(subjects, ("one", "hard", "two"), aim, out=tmp_path, progress=lambda _: None, **OPTIONS))
     assert len(searched) == 3 and again[-1] == texts[-1]
+    other = {**OPTIONS, "work": OPTIONS["work"] * 2}
+    assert "unsolved" in next(run_suite(subjects, ("hard",), aim, out=tmp_path, progress=lambda _: None, **other))
+    assert len(searched) == 4  # what another search has not found is looked for
+    with pytest.raises(MaskError, match="another search .work"):
+        list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, **other))
     with pytest.raises(MaskError, match="holds the result of another search"):
         list(run_suite(subjects, ("one",), Aim(target=0.5), out=tmp_path, progress=lambda _: None, **OPTIONS))
 

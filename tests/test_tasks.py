@@ -405,3 +405,13 @@ def test_a_task_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_bytes(b"\xff")
     with pytest.raises(TaskError, match="own.jsonl is not UTF-8 text .byte 0.; save it as UTF-8"):
         load_task(tmp_path / "own.jsonl")
+
+
+def test_both_sides_may_list_different_numbers_of_answers(shipped: PreTrainedTokenizerFast) -> None:
+    example = Example("x = [1, 2", "x = (1, 2", ("]",), (")", "):", ")\n"))
+    pairs = resolve(Task("one", "python", "one", {"test": (example,)}, {"test": 1}), shipped, splits=("test",)).splits["test"]
+    assert len(pairs) == 1 and pairs.answer_bk.shape != pairs.wrong_bk.shape
+    both = pairs.both()
+    assert both.answer_bk.shape == both.wrong_bk.shape and len(both) == 2
+    logits_bv = torch.randn(2, shipped.vocab_size or 2048, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(both.difference(logits_bv)[1:], pairs.swapped().difference(logits_bv[1:]))

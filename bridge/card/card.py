@@ -139,9 +139,9 @@ class Card:
         return None if not passed or None in passed else True
 
     @property
-    def all_hold(self) -> bool:
-        """Whether the dense model does the task and all four tests hold; what a null must not reach."""
-        return all(self.holds(test) is True for test in TESTS)
+    def tests_hold(self) -> bool:
+        """Whether all four tests hold, be the task done or not; what a null must not reach."""
+        return all(self.holds(test) is True for test in TESTS[1:])
 
     @property
     def verdict(self) -> CardVerdict:
@@ -171,7 +171,7 @@ class Card:
         if self.stable is None:
             missing.append("one seed was searched, so that seeds agree is not known")
         elif not self.stable:
-            missing.append("the circuits of several seeds overlap no more than by chance")
+            missing.append("the circuits of several seeds overlap too little")
         return missing
 
     @property

@@ -1,7 +1,11 @@
-"""The nulls kept with a coupling, as `bridge nulls` has left them in its folder, and shown only for the coupling they are of."""
+"""The nulls kept with a coupling, as `bridge nulls` has left them in its folder.
+
+They are shown only for the coupling that they are of, and while circuits are searched and cards made by the rules of then.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +15,12 @@ from pydantic import TypeAdapter
 from bridge.bridges import Coupling, folder_of
 from bridge.card.card import CardError, NullResult
 from bridge.checkpoint import CheckpointError, read_json
+from bridge.circuits.masks import SHARE, Aim
+from bridge.circuits.search import RULES
+from bridge.tasks.tokens import Resolved
 
 FILE, FORMAT = "nulls.json", 1
+CARD_RULES = 2  # to be raised where the same circuit comes to give another card: what is kept is then made again
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ def stored_nulls(coupling: Coupling) -> tuple[tuple[NullResult, ...] | None, str
         return None, f"{FILE} cannot be read; remove it, and {how}"
     if stored.format != FORMAT or stored.fingerprint.get("coupling") != fingerprint(coupling):
         return None, f"those kept are of another coupling; {how}"
+    if stored.fingerprint.get("rules") != rules():
+        return None, f"those kept were made by other rules; {how}"
     return stored.nulls, ""
 
 
@@ -60,3 +70,17 @@ def fingerprint(coupling: Coupling) -> str:
         raise CardError("the coupling is in no folder; save it first, nulls are kept with it")
     facts = read_json(folder_of(coupling.path) / "coupling.json")
     return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
+
+
+def rules() -> str:
+    """What tells how circuits are searched and cards made from other ways of doing so."""
+    return f"{RULES} {Aim().bound} {SHARE} {CARD_RULES}"
+
+
+def prompts_digest(task: Resolved) -> str:
+    """What tells a task's prompts and answers from others."""
+    digest = hashlib.sha256()
+    for name, pairs in sorted(task.splits.items()):
+        for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

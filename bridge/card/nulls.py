@@ -9,18 +9,18 @@
     weights     the entries of every matrix of the sparse model permuted; ridge bridges; circuits searched in it
     labels      the coupling itself and its circuits, every answer token replaced by a random one, the same one everywhere
 
-A null passes where the dense model does the task and all four tests hold (`Card.all_hold`), whatever is to be said of the sparse
-model. Where an uncoupled model does none of the tasks, its null is weak, and says so: it was trained too briefly.
+A null passes where all four tests hold (`Card.tests_hold`), whatever else is to be said of it: that no model does a nonsense task
+is no test's merit. A search that finds no circuit fails; one that cannot be run is an error. Where an uncoupled model does none
+of the tasks, its null is weak, and says so: it was trained too briefly.
 
 nulls.json holds the results with a fingerprint of what they depend on, and is written after every task: a run that is killed goes
-on where it was, and results of another coupling, of other prompts or of another bound are never taken for this one's.
+on where it was, and results of another coupling, of other prompts or by other rules are never taken for this one's.
 
 Shape legend: b row, t token, d dense width, s sparse width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -33,13 +33,12 @@ from torch import Tensor
 from bridge.bridges import Bridges, Coupling, folder_of
 from bridge.card.assess import held_out, task_card
 from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
-from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored
-from bridge.card.profile import PROFILE_PROMPTS
+from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, prompts_digest, read_stored, rules
 from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
-from bridge.circuits.masks import SHARE, Aim, MaskError
+from bridge.circuits.masks import NoCircuitError
 from bridge.circuits.result import TaskResult
-from bridge.circuits.search import RULES, WORK, Subjects, permuted_weights, random_labels, search_task
+from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
 from bridge.recipe import Losses
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
@@ -83,7 +82,7 @@ class Nulls:
         """Every null as it ends; results found in the coupling's folder are taken from there."""
         before = self._kept()
         done: dict[str, NullResult] = dict(before)
-        asked = {resolved.task: _asked(resolved) for resolved in self.tasks}
+        asked = {resolved.task: prompts_digest(resolved) for resolved in self.tasks}
         for name, what in NULLS.items():
             there = done[name].tasks if name in done else ()
             known = {task.task: task for task in there if asked.get(task.task, task.prompts) == task.prompts}
@@ -119,6 +118,7 @@ class Nulls:
         against: dict[str, Any] = read_json(self.against / "coupling.json") if (self.against / "coupling.json").is_file() else {}
         return {
             "coupling": fingerprint(self.coupling),
+            "rules": rules(),
             "against": (against.get("tensors") or {}).get("sha256", ""),
             "work": self.work,
             "seed": self.seed,
@@ -157,24 +157,15 @@ class Nulls:
         pairs = held_out(task)
         of = subjects()
         accuracy = score(of.coupling.sparse, alter(pairs).to(of.coupling.dense.device)).accuracy
-        try:
-            if name in ("bridges", "labels"):
-                result = self.circuits(task)
-            else:
+        if name in ("bridges", "labels"):
+            result = self.circuits(task)
+        else:
+            try:
                 result = search_task(of, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
-            card = task_card(of, task, result, pairs=pairs, alter=alter, seed=self.seed, progress=say)
-        except (MaskError, CardError) as error:
-            return NullTask(task.task, dict.fromkeys(TESTS), dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}")
+            except NoCircuitError as error:
+                return NullTask(task.task, dict.fromkeys(TESTS), dict.fromkeys(TESTS), False, accuracy, f"no circuit: {error}")
+        card = task_card(of, task, result, pairs=pairs, alter=alter, seed=self.seed, progress=say)
         return null_task(card, accuracy)
-
-
-def _asked(task: Resolved) -> str:
-    """What tells a task's prompts, and the rules and bounds of a search and of the card, from others."""
-    digest = hashlib.sha256(f"{RULES} {Aim().bound} {SHARE} {PROFILE_PROMPTS}".encode())
-    for name, pairs in sorted(task.splits.items()):
-        for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class _Lazily:
@@ -191,7 +182,7 @@ class _Lazily:
 def null_task(card: Card, accuracy: float) -> NullTask:
     """What is kept of a null's card."""
     first: dict[Test, float | None] = {test: next((m.value for m in card.measures(test)), None) for test in TESTS}
-    return NullTask(card.about, {test: card.holds(test) for test in TESTS}, first, card.all_hold, accuracy)
+    return NullTask(card.about, {test: card.holds(test) for test in TESTS}, first, card.tests_hold, accuracy)
 
 
 def _note(name: NullName, found: Sequence[NullTask]) -> str:

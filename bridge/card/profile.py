@@ -37,7 +37,7 @@ from bridge.validate import (
     some,
 )
 
-PROFILE_PROMPTS = 64  # all held-out pairs: with 24, two halves of the prompts ranked the dense effects .66 alike for one task
+PROMPTS = 64  # all held-out pairs: with 24, two halves of the prompts ranked the dense effects .66 alike for one task
 NAME, AIM = "rank correlation of effects", f">= {CORRELATION:g}, above the null"
 
 
@@ -46,7 +46,7 @@ def profile_measures(case: Case, seed: int = 0, progress: Callable[[str], None] 
     """The test's measure, with every node's effects as its points."""
     generator = torch.Generator().manual_seed(seed + 4_000_037)
     place_p, inside_p = _nodes(case, generator)
-    row_b = torch.linspace(0, len(case.pairs) - 1, min(PROFILE_PROMPTS, len(case.pairs))).round().long()
+    row_b = torch.linspace(0, len(case.pairs) - 1, min(PROMPTS, len(case.pairs))).round().long()
     progress(f"effect profile: {len(place_p)} nodes on {len(row_b)} prompts, in both models")
     if len(place_p) < FEWEST_NODES:
         return (_untaken(f"{len(place_p)} nodes are too few to rank"),)

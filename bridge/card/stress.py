@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -45,10 +46,10 @@ def stress_pairs(
     language: str = "python",
     seed: int = 0,
 ) -> dict[str, TokenPairs]:
-    """Stress pairs by kind, about as many of each, made from the pairs given; a kind that fits none of them is left out."""
+    """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
     examples = pairs.examples
     rules = _rules(examples, _is_code(examples, language), _stretches(tokenizer, reference_bt, seed))
-    wanted = -(-PROMPTS // (2 * len(rules)))
+    wanted = PROMPTS // 2
     found: dict[str, TokenPairs] = {}
     for kind, rule in rules.items():
         generator = random.Random(f"{seed} {kind}")
@@ -58,6 +59,9 @@ def stress_pairs(
         resolved = resolve(task, tokenizer, context=context, splits=("test",)).splits["test"]
         if len(resolved):
             found[kind] = resolved
+    while sum(map(len, found.values())) > wanted:  # from the kinds that have most
+        most = max(map(len, found.values()))
+        found = {kind: some.rows(torch.arange(min(len(some), most - 1))) for kind, some in found.items()}
     return found
 
 

@@ -1,7 +1,7 @@
 """Cards for many circuits, and the nulls of a coupling: circuits found or searched, cards kept and taken again.
 
-A card is kept as card.json beside its circuit, or alone, with a fingerprint of circuit, coupling and seed; one that is there and
-fits is not made again, but shows the nulls that the coupling has now.
+A card is kept as card.json beside its circuit, or alone, with a fingerprint of circuit, coupling, prompts, rules and seed; one
+that is there and fits is not made again, but shows the nulls that the coupling has now.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bridge.card.assess import task_card
 from bridge.card.card import NULLS, Card, CardError
-from bridge.card.kept import fingerprint, stored_nulls
+from bridge.card.kept import fingerprint, prompts_digest, rules, stored_nulls
 from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.card.render import render_card, render_cards, render_nulls
 from bridge.checkpoint import CheckpointError, read_json, write_json
@@ -132,11 +132,12 @@ def _circuit(
     if folder is None:
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
-    return result, f"{read_json(folder / 'circuit.json')['tensors']['sha256'][:16]} {coupling}".strip()
+    circuit = read_json(folder / "circuit.json")["tensors"]["sha256"][:16]
+    return result, f"{circuit}; coupling {coupling}; prompts {prompts_digest(task)}; rules {rules()}"
 
 
 def _kept(out: Path | None, digest: str, seed: int) -> Card | None:
-    """The card that is in a folder, if it is of this circuit, coupling and seed."""
+    """The card that is in a folder, if it is of this circuit, coupling, prompts, rules and seed."""
     if out is None or not digest or not (out / "card.json").is_file():
         return None
     try:

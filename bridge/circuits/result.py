@@ -105,8 +105,8 @@ class TaskResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the circuit passes for an explanation; a null must not."""
-        return self.faithfulness.verdict == "behavioural"
+        """Whether the circuit passes for an explanation, be the task done by the whole model or not; a null must not."""
+        return all(measure.passed is True for measure in self.faithfulness.needed)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the masks and means as plain JSON values, the verdict written out."""
@@ -214,11 +214,11 @@ def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, T
     return dict(sorted(found.items(), key=lambda item: (item[0].layer, order.index(item[0].kind))))
 
 
-def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None) -> None:
-    """Write that a task has no circuit, and why."""
+def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None, search: Mapping[str, Any]) -> None:
+    """Write that a task has no circuit, why, and what search has found none."""
     path.mkdir(parents=True, exist_ok=True)
     sizes = {"whole": asdict(full), "dense_whole": None if dense is None else asdict(dense)}
-    write_json(path / "circuit.json", {"format": FORMAT, "task": task, "failed": why, **sizes})
+    write_json(path / "circuit.json", {"format": FORMAT, "task": task, "failed": why, "search": dict(search), **sizes})
 
 
 def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] | None = None) -> str:

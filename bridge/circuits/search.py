@@ -10,8 +10,9 @@
     dense       the nodes and edges of the dense model, to the same bounds by the same search, in a thread of its own meanwhile
     evidence    `judge.judge`, on the test split
 
-Nulls run through all of this but the gate, and must not pass: `labels` replaces every answer token by one drawn at random,
-`weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out anew.
+Nulls run through all of this but the gate, and must not pass (`TaskResult.passed`): `labels` replaces every answer token by one
+drawn at random, `weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out
+anew.
 
 Shape legend: b pair (row), c seed, f all nodes in one row.
 """
@@ -48,6 +49,7 @@ from bridge.circuits.masks import (
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.meanwhile import meanwhile
+from bridge.nodes import sparse_fingerprint
 from bridge.prune import deleted, fewest, ranks
 from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
@@ -91,6 +93,12 @@ class Subjects:
     def dense(self) -> DenseSubject:
         """The dense model. Raises DenseModelError where its linear maps cannot be found."""
         return DenseSubject(self.coupling.dense, self.reference_bt)
+
+
+def model_facts(coupling: Coupling) -> dict[str, str | int]:
+    """What tells the models that are searched, and the rules by which, from others."""
+    dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
+    return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
 
 
 def whole_size(subject: Subject) -> Size:
@@ -182,7 +190,7 @@ def search_task(
         dense_loss=None if other is None else other.edges.loss,
         dense_complete=None if other is None else other.nodes_complete and other.edges.complete,
         why_not_dense=why_not,
-        provenance={**coupling.provenance, "seed": seed, "work": work},
+        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": work},
         seconds=time.monotonic() - started,
     )
     return TaskResult(circuit, {at: share_1n[0] for at, share_1n in inclusion.items()}, faithfulness, facts)

@@ -1,7 +1,8 @@
 """Tasks one after another: each result written as it comes, those there already skipped, all compared at the end.
 
 A folder per task under `out`; beside them `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A run that is killed goes
-on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search.
+on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search; that there
+was no circuit is taken from the same search only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from typing import Any
 
 from bridge.checkpoint import read_json, write_json
 from bridge.circuits.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
-from bridge.circuits.masks import Aim, MaskError, spread
+from bridge.circuits.masks import Aim, MaskError, NoCircuitError, spread
 from bridge.circuits.result import NULLS, Size, TaskResult, render_text, save_failure
-from bridge.circuits.search import JUDGED, Subjects, UnsolvedError, search_task, whole_size
+from bridge.circuits.search import (
+    JUDGED,
+    NOT_ASKED,
+    WORK,
+    Subjects,
+    UnsolvedError,
+    model_facts,
+    search_task,
+    whole_size,
+)
 from bridge.node_page import node_labels
 from bridge.tasks.pairs import TaskError, load_task
 from bridge.tasks.tokens import Resolved, resolve
@@ -48,11 +58,11 @@ def run_task(
     null = options.get("null")
     try:
         result = search_task(subjects, resolved(subjects, name), aim, progress=progress, **options)
-    except MaskError as error:
+    except NoCircuitError as error:
         if null is None:
             raise
         if out is not None:
-            save_failure(out, name, str(error), whole_size(subjects.sparse), None)
+            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _asked(subjects, aim, options))
         return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
     if out is not None:
         result.save(out)
@@ -65,7 +75,7 @@ def run_suite(
     """Every task's search, a text for each as it ends, then the comparison's."""
     results: list[TaskResult] = []
     named = {folder_name(name): name for name in names}
-    failed = 0
+    failed, asked = 0, _asked(subjects, aim, options)
     for name in names:
         folder = None if out is None else out / folder_name(name)
         where = f"{folder_name(name)}: "
@@ -75,19 +85,20 @@ def run_suite(
 
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")
-            if "failed" in facts:
+            if "failed" not in facts:
+                results.append(_same(TaskResult.load(folder), asked, folder))
+                yield f"task      {name}: {_line(results[-1])}; there already"
+                continue
+            if facts.get("search") == asked:
                 failed += 1
                 yield f"task      {name}: no circuit, found so before ({facts['failed']})"
-            else:
-                results.append(_same(TaskResult.load(folder), aim, options, folder))
-                yield f"task      {name}: {_line(results[-1])}; there already"
-            continue
+                continue
         try:
             result = search_task(subjects, resolved(subjects, name), aim, progress=say, **options)
         except (MaskError, TaskError) as error:
             failed += 1
             if folder is not None:
-                save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options))
+                save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options), asked)
             yield f"task      {name}: {'unsolved' if isinstance(error, UnsolvedError) else 'no circuit'}: {error}"
             continue
         results.append(result)
@@ -97,12 +108,28 @@ def run_suite(
     yield _compared(subjects, results, named, failed, out, progress, options)
 
 
-def _same(result: TaskResult, aim: Aim, options: dict[str, Any], folder: Path) -> TaskResult:
+def _asked(subjects: Subjects, aim: Aim, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a search from others: the models, the rules, and all that a user may choose."""
+    return {
+        "objective": aim.objective,
+        "target": aim.bound,
+        "null": options.get("null"),
+        "seeds": options.get("seeds", 1),
+        "seed": options.get("seed", 0),
+        "work": options.get("work", WORK),
+        "dense_circuit": options.get("dense", True),
+        **model_facts(subjects.coupling),
+    }
+
+
+def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
     facts = result.facts
-    there = (facts.objective, facts.target, facts.null, len(facts.runs))
-    wanted = (aim.objective, aim.bound, options.get("null"), options.get("seeds", 1))
-    if there != wanted:
-        raise MaskError(f"{str(folder)!r} holds the result of another search {there}, not {wanted}; name another --out")
+    there = {
+        "objective": facts.objective, "target": facts.target, "null": facts.null, "seeds": len(facts.runs),
+        "dense_circuit": facts.why_not_dense != NOT_ASKED[1], **facts.provenance,
+    }  # fmt: skip
+    if differ := [f"{key} {there.get(key)}, not {value}" for key, value in asked.items() if there.get(key) != value]:
+        raise MaskError(f"{str(folder)!r} holds the result of another search ({'; '.join(differ)}); name another --out")
     return result
 
 
