@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCABULARY, planted_pairs, untrained
+from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
 from bridge.circuit import ablation_gate
 from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.subject import ATTENDED, SparseSubject, Subject, edge_count, in_order, masked_gate, recorded
 from bridge.dense import DenseModel
+from bridge.kernels.products import Compact
 from bridge.sparse import Location
 
 
@@ -110,3 +111,11 @@ def test_pairs_have_an_order_of_their_own() -> None:
     shuffled = pairs.rows(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)))
     one, other = in_order(pairs), in_order(shuffled)
     assert torch.equal(one.prompt_bt, other.prompt_bt) and torch.equal(one.answer_bk, other.answer_bk)
+
+
+def test_what_work_costs_does_not_depend_on_how_it_is_done(dense: DenseModel) -> None:
+    sparse = planted_sparse(dense, decoys=20)
+    corpus_bt = torch.randint(2, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(0))
+    before = SparseSubject.over(sparse, corpus_bt).cost
+    sparse.compact.update({name: Compact.of(weight) for name, weight in sparse.packable().items()})
+    assert SparseSubject.over(sparse, corpus_bt).cost == before

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -129,14 +129,14 @@ class SparseSubject:
         """Where the weights are."""
         return self.sparse.device
 
-    @property
+    @cached_property
     def cost(self) -> int:
-        """Entries of the blocks' matrices, or several for each nonzero where these are what is multiplied; and the nodes."""
-        compact = self.sparse.compact
-        weights = ((f"blocks.{name}", weight) for name, weight in self.sparse.blocks.named_parameters())
-        entries = sum(
-            NONZERO_COST * len(compact[name].pattern.index_p) if name in compact else weight.numel() for name, weight in weights
-        )
+        """Entries of the blocks' matrices, or several for each nonzero where that is less; and the nodes.
+
+        Which of the two is multiplied is measured when a model is loaded, and differs from day to day; the work must not.
+        """
+        weights = self.sparse.blocks.parameters()
+        entries = sum(min(weight.numel(), NONZERO_COST * int(weight.count_nonzero())) for weight in weights)
         return entries + NODE_COST * self.space.size
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
