@@ -34,11 +34,28 @@ def check_new(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"--out {str(path)!r} exists and is not empty; name a new folder, or give --resume to continue it")
-    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return check_folder(path)
+
+
+def check_folder(path: str | Path, option: str = "--out") -> Path:
+    """The path as a folder that may be made, or written to. Raises CheckpointError before the work is done rather than after."""
+    path = Path(path)
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"--out {str(path)!r} cannot be made: {str(above)!r} is not a folder one may write to; name another"
+            f"{option} {str(path)!r} cannot be made: {str(above)!r} is not a folder one may write to; name another"
         )
+    return path
+
+
+def check_target(path: str | Path, option: str) -> Path:
+    """The path as a file that may be written to. Raises CheckpointError before the work is done rather than after."""
+    path = Path(path)
+    folder = Path(os.path.realpath(path)).parent
+    special = path.exists() and not path.is_file()
+    there = os.access(path, os.W_OK) if special else folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if path.is_dir() or not there:
+        raise CheckpointError(f"{option} {str(path)!r} cannot be written; name a file in a folder that exists and is writable")
     return path
 
 
@@ -112,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(value, dict):
         raise _damaged(path, "it is not a JSON object")
@@ -144,18 +161,28 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text so that the file is either the earlier one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.writing")
+    """Write a text so that the file is either the earlier one or the new one, whole; links stay, pipes are written to.
+
+    Raises CheckpointError for a folder, and OSError with this path where it cannot be written.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder; name a file")
+    content = text.encode()
+    file = Path(os.path.realpath(path))
+    temporary = file.with_name(f".{file.name}.writing")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError:
+        os.replace(temporary, file)
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -21,11 +21,13 @@ from bridge.terminal import (
     Phases,
     Revision,
     Watcher,
+    check_outputs,
     choose_device,
     evaluation_table,
     held_out_text,
     one_line_errors,
     print_run,
+    seed_of,
     shipped_coupling,
     show_phase,
     terminal_width,
@@ -86,7 +88,7 @@ def fit(
     stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
     adapter: Adapter = None,
     revision: Revision = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order of text and splices.")] = None,
+    seed: Annotated[int | None, seed_of("Seed of weights, order of text and splices.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
@@ -166,7 +168,7 @@ def explain(
     counterfactual: Annotated[
         str | None, typer.Option(help="For the card: as many tokens, another answer. Means --card.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
+    seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
@@ -175,10 +177,9 @@ def explain(
         from bridge.checkpoint import write_json
         from bridge.explained import Answered, Drawn, Explanation, render_answer, render_text
         from bridge.explanation import explain as explain_prompt
-        from bridge.page import check_target, described_nodes, page_data, render_html, write_page
+        from bridge.page import described_nodes, page_data, render_html, write_page
 
-        if html is not None:
-            check_target(html)
+        check_outputs(html=html, json=json)
         coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
@@ -209,10 +210,10 @@ def view(
     """Make a page of an explanation that was saved as JSON."""
     with one_line_errors():
         from bridge.explained import read_explanation
-        from bridge.page import check_target, described_nodes, page_data, render_html, write_page
+        from bridge.page import described_nodes, page_data, render_html, write_page
 
         read, nodes = read_explanation(explanation), {}
-        check_target(html)
+        check_outputs(html=html)
         if bridge is not None:
             from bridge.bridges import Coupling
 
@@ -238,6 +239,10 @@ def export(
         from bridge.export import pages_for
 
         explained = read_explanation(explanation)
+        if to != "circuit-tracer" and out.parent.is_dir():
+            check_outputs(out=out)
+        else:
+            check_outputs(out)
         pages = pages_for(explained, bridge) if to == "circuit-tracer" or features_url is not None else None
         done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
         about = f", {done.features:,} features" if done.features else ""
@@ -263,7 +268,7 @@ def steer(
     contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
     draws: Annotated[int, typer.Option(help="Random directions beside.", min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
+    seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
@@ -279,6 +284,7 @@ def steer(
         from bridge.steer_figure import render_steering, steering_plot
 
         check_strengths(strength or STRENGTHS)
+        check_outputs(svg=svg, json=json)
         coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
         text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(

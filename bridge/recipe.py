@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+MOST_SEED = 2**32 - 1  # what numpy takes for one
+
 
 class UserError(ValueError):
     """Something a user can mend, said in one line; the commands print it and exit with code 2."""
@@ -22,6 +24,15 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had to stop, said in one line; the commands print it and exit with code 1."""
+
+
+def not_text(text: str) -> str | None:
+    """The first character that is in no UTF-8 text, as it is written in code: half of a pair, or a byte that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return repr(text[error.start])
+    return None
 
 
 class RecipeError(UserError):
@@ -169,7 +180,7 @@ class Recipe(_Part):
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
     losses: Losses = Losses()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @model_validator(mode="after")
     def _useful(self) -> Recipe:

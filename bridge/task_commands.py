@@ -15,11 +15,13 @@ from bridge.terminal import (
     Phases,
     Revision,
     Several,
+    check_outputs,
     choose_device,
     held_out_text,
     one_line_errors,
     refuse,
     sample_prompt,
+    seed_of,
     shipped_coupling,
     terminal_width,
 )
@@ -36,7 +38,7 @@ def circuit(
     target_loss: Annotated[float | None, typer.Option(help="Bound on the search's loss in nats per prompt.")] = None,
     objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
     seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
+    seed: Annotated[int, seed_of("The first of the seeds.")] = 0,
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
     dense: Annotated[bool, typer.Option(help="Prune the dense model too.")] = True,
     work: Annotated[float, typer.Option(help="Bound on the search, as a multiple of the default.", min=0.01)] = 1.0,
@@ -59,6 +61,7 @@ def circuit(
         from bridge.circuits.suite import run_suite, run_task
         from bridge.tasks.pairs import task_names
 
+        check_outputs(out)
         subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
         watch = Phases()
         options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": dense, "null": null, "work": work * WORK}
@@ -82,7 +85,7 @@ def card(
     language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
     seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken, where a circuit is searched.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of searches and controls.")] = 0,
+    seed: Annotated[int, seed_of("Of searches and controls.")] = 0,
     work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
@@ -100,6 +103,7 @@ def card(
         from bridge.circuits.search import WORK, Subjects
         from bridge.tasks.pairs import task_names
 
+        check_outputs(out, json=json)
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
         subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
         watch, cards = Phases(), []
@@ -121,17 +125,20 @@ def nulls(
     against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
     minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
     work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    seed: Annotated[int, seed_of("Of all that is random.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole card, and keep them with it; resumable."""
     with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.card.suite import run_nulls
+        from bridge.checkpoint import check_folder
         from bridge.circuits.search import WORK, Subjects
         from bridge.tasks.pairs import task_names
         from bridge.training import FitStopped
 
+        if against is not None and not (against / "coupling.json").is_file():
+            check_folder(against, "--against")
         subjects = Subjects.of(Coupling.from_pretrained(bridge, device=choose_device(device)))
         watch = Phases()
         try:
@@ -169,7 +176,7 @@ def sweep(
     target_loss: Annotated[float | None, typer.Option(help="Bound on a circuit's loss in nats per prompt.")] = None,
     objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
     seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed of the fits.")] = None,
+    seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
     dense: Annotated[bool, typer.Option(help="Search the dense model's own circuits too.")] = True,
     work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
     rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
@@ -246,6 +253,7 @@ def nodes(
         from bridge.node_page import describe_node, render_page
         from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
 
+        check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
         name = bridge or shipped_coupling()
         coupling = Coupling.from_pretrained(name, device=choose_device(device))
         sizes = coupling.sparse.locations()
@@ -255,6 +263,7 @@ def nodes(
         folder = out or (Path(name) if Path(name).is_dir() else None)
         facts = stored_facts(coupling, folder) if data is None and rows is None else None
         if facts is None:
+            check_outputs(folder)
             watch = Phases()
             facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
             watch.end()
@@ -280,12 +289,13 @@ def tasks(
     dense: Annotated[str | None, typer.Option(help="A dense model alone instead: hub id or folder.")] = None,
     language: Annotated[str | None, typer.Option(help="Only the tasks in python, or in english.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
-    seed: Annotated[int, typer.Option(help="Seed of names, templates and splits.")] = 0,
+    seed: Annotated[int, seed_of("Seed of names, templates and splits.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
     """List the tasks, and how well the dense and the sparse model do on them."""
     with one_line_errors():
+        from bridge.checkpoint import write_json
         from bridge.tasks.pairs import SPLITS, TaskError, load_task, task_names
         from bridge.tasks.tokens import resolve, score
 
@@ -293,6 +303,7 @@ def tasks(
             raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
         if bridge is not None and dense is not None:
             raise TaskError("--bridge and --dense were both given; a coupling has its own dense model, give one of them")
+        check_outputs(json=json)
         chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
         chosen = [task for task in chosen if language in (None, task.language)]
         if not chosen:
@@ -331,6 +342,4 @@ def tasks(
         solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= 0.9 for row in rows) for name in models}
         print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
         if json is not None:
-            from bridge.checkpoint import write_json
-
             write_json(json, rows)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from bridge.recipe import MOST_SEED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def seed_of(what: str) -> Any:
+    """The option --seed of a command, which is of `what`."""
+    return typer.Option(help=what, min=0, max=MOST_SEED)
 
 
 class Several(TyperCommand):
@@ -58,7 +65,9 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, RunError) as error:
         refuse(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        refuse(f"{error.strerror or error} ({error.filename or 'no file named'})", 2)
+        if not error.filename:
+            refuse(f"{error.strerror or error} (no file named)", 2)
+        refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
 
 
 def refuse(message: str, code: int) -> NoReturn:
@@ -67,6 +76,17 @@ def refuse(message: str, code: int) -> NoReturn:
         print(file=sys.stderr)
     print(f"bridge: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def check_outputs(folder: Path | None = None, **files: Path | None) -> None:
+    """Refuse an --out folder, or files by the name of their option, that cannot be written: before the work, not after it."""
+    from bridge.checkpoint import check_folder, check_target
+
+    if folder is not None:
+        check_folder(folder)
+    for name, file in files.items():
+        if file is not None:
+            check_target(file, f"--{name}")
 
 
 def choose_device(device: str) -> str:

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from bridge import checkpoint
-from bridge.checkpoint import CheckpointError, check_new, pack_nonzeros, read_folder, unpack_nonzeros, write_folder, write_json
+from bridge.checkpoint import (
+    CheckpointError,
+    check_folder,
+    check_new,
+    check_target,
+    pack_nonzeros,
+    read_folder,
+    unpack_nonzeros,
+    write_folder,
+    write_json,
+    write_text,
+)
 
 FIRST = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 SECOND = {"a": -torch.arange(6.0).view(2, 3), "b": torch.tensor([3, 4], dtype=torch.int32)}
@@ -193,6 +204,91 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         write_json(file, {"a": 2})
     assert checkpoint.read_json(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("path", [".", "", "/", "..", "folder"])
+def test_a_folder_is_no_file_to_write(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder; name a file$"):
+        write_text(Path(path), "x")
+    with pytest.raises(
+        CheckpointError, match=r"^--json '.+' cannot be written; name a file in a folder that exists and is writab"
+    ):
+        check_target(path, "--json")
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_error_of_writing_names_the_path_that_was_given(tmp_path: Path) -> None:
+    for path, error in ((tmp_path / "nowhere" / "x.json", FileNotFoundError), (Path("/proc/version/x.json"), NotADirectoryError)):
+        with pytest.raises(error) as caught:
+            write_text(path, "x")
+        assert caught.value.filename == str(path) and ".writing'" not in str(caught.value)
+        with pytest.raises(CheckpointError, match="cannot be written; name a file in a folder that exists"):
+            check_target(path, "--json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_none_leaves_the_earlier_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "x", "earlier")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x", "\ud800")
+    assert (tmp_path / "x").read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/file")
+    for text in ("first", "second"):  # the first makes the file that the link names
+        assert check_target(tmp_path / "link", "--json") == tmp_path / "link"
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == text
+    assert [each.name for each in (tmp_path / "there").iterdir()] == ["file"]
+    (tmp_path / "lost").symlink_to("nowhere/file")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check_target(tmp_path / "lost", "--json")
+
+
+def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    check_target(tmp_path / "pipe", "--json")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(tmp_path / "pipe", "through it")
+        assert os.read(reader, 100) == b"through it"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "null").symlink_to("/dev/null")
+    check_target(tmp_path / "null", "--json")
+    write_text(tmp_path / "null", "nowhere")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode) and (tmp_path / "null").is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["null", "pipe"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "1" * 5000 + "}"], ids=["lists", "objects", "digits"]
+)
+def test_json_beyond_what_python_reads_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "facts.json").write_text(text)
+    with pytest.raises(CheckpointError, match="facts.json' is damaged: .*; fetch or fit it again") as caught:
+        checkpoint.read_json(tmp_path / "facts.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_check_folder_wants_a_folder_that_can_be_made_or_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for good in (tmp_path, tmp_path / "new" / "deeper"):
+        assert check_folder(good) == good
+    for bad in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / "lost", tmp_path / "lost" / "inside"):
+        with pytest.raises(
+            CheckpointError, match=r"^--out '.*' cannot be made: '.*' is not a folder one may write to; name anoth"
+        ):
+            check_folder(bad)
+    with pytest.raises(CheckpointError, match="^--against "):
+        check_folder(tmp_path / "file", "--against")
+    assert not (tmp_path / "new").exists()
 
 
 def test_check_new_wants_a_place_for_a_new_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
 from transformers import BertConfig, BertLMHeadModel
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from bridge import checkpoint, training
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import load_dense
+from bridge.recipe import MOST_SEED
 from bridge.terminal import Watcher
 from bridge.training import Progress
 
@@ -277,6 +280,81 @@ def test_a_full_disk_is_said_in_one_line(
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 64, "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "No space left on device" in result.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+UNWRITABLE = [
+    (["explain", "--prompt", "w3", "--json"], "nodir/x.json"),
+    (["explain", "--prompt", "w3", "--html"], "file/x.html"),
+    (["steer", "--prompt", "w3", "--svg"], "nodir/x.svg"),
+    (["steer", "--prompt", "w3", "--json"], "."),
+    (["tasks", "--json"], "file/x.json"),
+    (["nodes", "--json"], "lost"),
+    (["card", "--all", "--json"], "nodir/x.json"),
+    (["circuit", "--task", "for_while", "--out"], "file"),
+    (["circuit", "--all", "--out"], "file/inside"),
+    (["card", "--all", "--out"], "file"),
+    (["nodes", "--out"], "file"),
+    (["nulls", "bridge", "--against"], "file"),
+    (["sweep", "--l0", "0.1", "--out"], "lost"),
+]
+
+
+@pytest.mark.parametrize(("command", "path"), UNWRITABLE, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], path: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("models were loaded first")
+
+    monkeypatch.setattr(Coupling, "from_pretrained", load)
+    monkeypatch.setattr(importlib.import_module("bridge.sweep"), "load_dense", load)
+    (place / "file").write_text("mine")
+    (place / "lost").symlink_to("nowhere/x")
+    arguments = ["sweep", "model", *command[1:]] if command[0] == "sweep" else command
+    can = "cannot be made" if command[-1] in ("--out", "--against") else "cannot be written"
+    assert_refused(run(*arguments, path), f"{command[-1]} {path!r} {can}")
+    assert sorted(each.name for each in place.iterdir()) == ["file", "lost"] and (place / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("to", "path"), [("circuit-tracer", "file"), ("graphml", "."), ("graphml", "file/x"), ("neuronpedia", "file/x")]
+)
+def test_export_looks_where_to_first(place: Path, monkeypatch: pytest.MonkeyPatch, to: str, path: str) -> None:
+    monkeypatch.setattr("bridge.explained.read_explanation", lambda _: None)
+    (place / "file").write_text("mine")
+    assert_refused(run("export", "x.json", "--to", to, "--out", path), f"--out {path!r} cannot be ")
+
+
+def test_a_write_that_fails_in_the_end_names_what_was_asked_for(
+    fitted: tuple[Path, Result], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    result = run("tasks", "for_while", "--bridge", fitted[0], "--device", "cpu", "--json", "table.json")
+    assert result.exit_code == 2 and not list(place.iterdir())
+    assert result.stderr == (
+        "bridge: could not read or write 'table.json' (No space left on device); free space or name another place\n"
+    )
+
+
+def test_every_seed_has_the_same_bounds() -> None:
+    bounds = {
+        name: (option.min, option.max)
+        for name, command in get_command(app).commands.items()  # pyright: ignore[reportAttributeAccessIssue]
+        for option in command.params
+        if option.name == "seed"
+    }
+    assert set(bounds) == {"fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
+    assert set(bounds.values()) == {(0, MOST_SEED)}
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_a_seed_that_is_none_is_refused(place: Path, seed: str) -> None:
+    for command in (["explain", "--prompt", "w3"], ["tasks"], ["circuit", "--task", "for_while"], ["nulls", "x"], ["sweep"]):
+        result = run(*command, f"--seed={seed}")
+        assert result.exit_code == 2 and "--seed" in result.stderr and not result.stdout
 
 
 def damaged(folder: Path) -> Path:

@@ -99,6 +99,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
         ({"data": {"context": 1}}, "data.context = 1: input should be greater than or equal to 2"),
         ({"optimizer": {"betas": (0.9, 1.0)}}, "optimizer.betas.1 = 1.0: input should be less than 1"),
         ({"seed": -1}, "seed = -1: input should be greater than or equal to 0"),
+        ({"seed": 2**32}, "seed = 4294967296: input should be less than or equal to 4294967295"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
