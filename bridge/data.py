@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bridge.recipe import UserError
+from bridge.recipe import UserError, not_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,9 +230,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def _json_rows(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig") as lines:
         if file.suffix.lower() == ".json":
+            text = lines.read()
             try:
-                rows = json.load(lines)
-            except json.JSONDecodeError as error:
+                rows = json.loads(text)
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"data {str(file)!r} is not JSON ({error})") from None
             yield from rows if isinstance(rows, list) else [rows]
             return
@@ -243,6 +244,9 @@ def _json_rows(file: Path) -> Iterator[Any]:
                 except json.JSONDecodeError as error:
                     where = f"line {number}, column {error.colno}"
                     raise DataError(f"data {str(file)!r} is not JSON lines ({error.msg}: {where})") from None
+                except (ValueError, RecursionError) as error:
+                    why = str(error).partition(";")[0]
+                    raise DataError(f"data {str(file)!r} is not JSON lines ({why}: line {number})") from None
 
 
 def _streamed(source: str) -> Iterator[tuple[str, Any]]:
@@ -265,17 +269,23 @@ def _first_line(error: Exception) -> str:
 
 def _record(row: Any, where: str) -> tuple[str, Any]:
     if isinstance(row, str):
-        return "text", row
+        return "text", _checked(row, where)
     if isinstance(row, dict):
         if isinstance(row.get("input_ids"), list):
             return "tokens", row["input_ids"]
         for column in TEXT_COLUMNS:
             if column in row and isinstance(row[column], str | None):
-                return "text", row[column] or ""
+                return "text", _checked(row[column] or "", where)
         found = ", ".join(map(str, row)) or "none"
     else:
         found = type(row).__name__
     raise DataError(f"data {where!r} has no text column (found: {found}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
+
+
+def _checked(text: str, where: str) -> str:
+    if wrong := not_text(text):
+        raise DataError(f"data {where!r} holds {wrong}, which is no character of UTF-8 text; write it again without")
+    return text
 
 
 def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[list[int], bool]]:

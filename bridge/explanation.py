@@ -49,6 +49,7 @@ from bridge.meanwhile import cores, meanwhile
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
 from bridge.prune import Found, find_circuit
+from bridge.recipe import not_text
 from bridge.validate import Measure, validate
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
@@ -146,6 +147,8 @@ def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
     tokenizer = coupling.dense.tokenizer
     if tokenizer is None:
         raise ExplainError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
+    if wrong := not_text(prompt):
+        raise ExplainError(f"the prompt holds {wrong}, which is no character of UTF-8 text; give it in UTF-8")
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if not any(token not in tokenizer.all_special_ids for token in ids):
         raise ExplainError("the prompt is empty; give the text whose next token is to be explained")
@@ -169,6 +172,8 @@ def one_token(coupling: Coupling, text: str, role: str) -> int:
     """The id of a text that is a single token; role is what it is called where it is refused. Raises ExplainError."""
     tokenizer = coupling.dense.tokenizer
     assert tokenizer is not None
+    if wrong := not_text(text):
+        raise ExplainError(f"{role} {text!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if len(ids) != 1:
         pieces = " ".join(quoted(token_of(tokenizer, token).text) for token in ids) or "none"

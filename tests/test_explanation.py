@@ -239,6 +239,9 @@ def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Ex
         ({"contrast": ""}, "contrast '' is 0 tokens (none), and only a single token can be explained; give one"),
         ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are both 'w7'; name two different tokens"),
+        ({"prompt": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text; give it in UTF-8"),
+        ({"target": "\ud800"}, r"target '\ud800' holds '\ud800', which is no character of UTF-8 text; give one token in UTF-8"),
+        ({"counterfactual": "w5 \ud800"}, r"the prompt holds '\ud800'"),
         ({"contrast": first}, "target and contrast are the dense model's own answer; name two different tokens"),
     ]  # fmt: skip
     for arguments, message in cases:

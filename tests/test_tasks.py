@@ -365,6 +365,13 @@ def jsonl(**changes: Any) -> str:
             jsonl(split="test") + jsonl(prompt="if a", counterfactual="b"),
             "line 2: it has none of split, line 1 has one; give a split to all or to none",
         ),
+        (
+            jsonl(prompt="\ud800"),
+            r"line 1: prompt holds '\ud800', which is no character of UTF-8 text; write the whole character",
+        ),
+        (jsonl(wrongs=["a", "x\udcff"]), r"line 1: wrongs holds '\udcff', which is no character of UTF-8 text"),
+        ("1" * 5000 + "\n", "line 1: not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
+        ("[" * 100_000 + "\n", "line 1: not JSON (maximum recursion depth exceeded"),
         ("", "has no examples; give one per line"),
         (jsonl(), "has 1 examples, too few to split in three; add some, or give each a split"),
     ],
@@ -385,6 +392,23 @@ def test_a_mistake_in_a_file_is_one_line(text: str, message: str, tmp_path: Path
         ("# x\n\n- prompt: a\n  counterfactual: b\n  answer: yes\n  wrong: c\n", "line 3: answer has True, which is not text"),
         ("- a: \x00", "not YAML"),
         ("- !!python/object:os.system {}\n", "not YAML (could not determine a constructor"),
+        ("- a: x\n- prompt: 2024-13-45\n", "line 2: not a value that YAML reads (month must be in 1..12); put texts in quotes"),
+        ("- prompt: 2024-02-30\n", "line 1: not a value that YAML reads (day is out of range for month); put texts in quotes"),
+        ("- prompt: !!int abc\n", "line 1: not a value that YAML reads (invalid literal for int() with base 10: 'abc'); put"),
+        ("- prompt: !!int ''\n", "line 1: not a value that YAML reads (of another type than its tag says); put texts in quotes"),
+        ("- prompt: !!float abc\n", "line 1: not a value that YAML reads (could not convert string to float: 'abc'); put"),
+        (
+            "- prompt: !!bool abc\n",
+            "line 1: not a value that YAML reads (of another type than its tag says); put texts in quotes",
+        ),
+        ("- prompt: !!timestamp abc\n", "line 1: not a value that YAML reads (of another type than its tag says); put texts"),
+        (f"- prompt: {'1' * 5000}\n", "line 1: not a value that YAML reads (Exceeds the limit (4300 digits) for integer"),
+        (
+            f"- prompt: 0x{'f' * 5000}\n  counterfactual: b\n",
+            "line 1: prompt has a large int, which is not text; put it in quotes",
+        ),
+        ("- " + "[" * 5000, "nested too deeply; an example is keys and texts"),
+        ('- prompt: "\\uD800"\n  counterfactual: b\n', "line 1: prompt holds"),
     ],
 )
 def test_a_mistake_in_yaml_is_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bridge.recipe import UserError
+from bridge.recipe import UserError, not_text
 from bridge.tasks.templates import EARLIER, LATER, NAMES, POOLS, TASKS, Templates
 
 Split = Literal["train", "validation", "test"]
@@ -260,8 +260,9 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise TaskError(f"{path}, line {number}: not JSON ({error.msg}); write one object per line") from None
+                except (ValueError, RecursionError) as error:
+                    why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+                    raise TaskError(f"{path}, line {number}: not JSON ({why}); write one object per line") from None
         return
     try:
         loader = yaml.SafeLoader(text)
@@ -271,7 +272,15 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         if not isinstance(root, yaml.SequenceNode):
             raise TaskError(f"{path}, line 1: not a list; begin each example with a dash")
         for node in root.value:
-            yield node.start_mark.line + 1, loader.construct_document(node)
+            line = node.start_mark.line + 1
+            try:
+                value = loader.construct_document(node)
+            except (ValueError, LookupError, AttributeError) as error:
+                why = str(error).partition(";")[0] if isinstance(error, ValueError) else "of another type than its tag says"
+                raise TaskError(f"{path}, line {line}: not a value that YAML reads ({why}); put texts in quotes") from None
+            yield line, value
+    except RecursionError:
+        raise TaskError(f"{path}: nested too deeply; an example is keys and texts") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -333,11 +342,16 @@ def _text(value: Any, key: str, where: str) -> str:
         raise TaskError(f"{where}: {key} has {_short(value)}, which is not text; put it in quotes")
     if not value:
         raise TaskError(f"{where}: {key} has an empty text; write what it is")
+    if wrong := not_text(value):
+        raise TaskError(f"{where}: {key} holds {wrong}, which is no character of UTF-8 text; write the whole character")
     return value
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python writes
+        text = f"a large {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
