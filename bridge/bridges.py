@@ -203,6 +203,9 @@ class Coupling:
             sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, recipe.sparse.keep)
             fingerprint, fitted_to = known["fingerprint"], known["name"]
+            texts = (fingerprint, fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("fingerprint, name and place of its dense model are not texts")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
         if not isinstance(dense, DenseModel):
@@ -318,7 +321,9 @@ def _beside(path: str | Path | None, name: str | None) -> str | None:
 def _locate(folder: Path, name: str, beside: str | None) -> str:
     """Where a model is now: beside the folder as it was when saved, else by its name."""
     if beside and (folder / beside).is_dir():
-        return os.path.normpath(folder / beside)
+        short = os.path.normpath(folder / beside)  # another place than meant where the folder is reached by a link
+        same = os.path.isdir(short) and os.path.samefile(short, folder / beside)
+        return short if same else os.path.realpath(folder / beside)
     return name
 
 

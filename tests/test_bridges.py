@@ -207,6 +207,16 @@ def test_a_dense_model_is_found_beside_the_coupling(saved: Coupling, folder: Pat
     assert_same_function(bridge.load("coupling"), saved)
 
 
+def test_a_coupling_is_found_through_a_link(saved: Coupling, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "link").symlink_to(folder)
+    assert_same_function(bridge.load(elsewhere / "link"), saved)
+    tiny_gpt2(seed=1).save_pretrained(elsewhere / "dense")  # where `..` of the link's own name would lead
+    found = bridge.load(elsewhere / "link")
+    assert_same_function(found, saved)
+    assert Path(found.dense.name) == (folder.parent / "dense").resolve()
+
+
 def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
     another = r"the dense model .* is not the one .* was fitted to \(.*weights [0-9a-f]{12}, found [0-9a-f]{12}\)"
     assert_refused(folder, another, dense=tiny_gpt2(seed=1))
@@ -258,6 +268,11 @@ def lose_nonzeros(folder: Path) -> None:
         (lose_nonzeros, "nonzeros of sparse.embedding"),
         (lambda folder: edit(folder, lambda facts: facts.update(format=99)), "has format 99"),
         (lambda folder: edit(folder, lambda facts: facts.pop("dense")), "no coupling that this version reads"),
+        *(
+            (lambda folder, key=key: edit(folder, lambda facts: facts["dense"].update({key: 3})), "no coupling that this version")
+            for key in ("fingerprint", "name", "beside", "adapter_beside")
+        ),
+        (lambda folder: edit(folder, lambda facts: facts["dense"].update(fingerprint=None)), "no coupling that this version"),
         (lambda folder: edit(folder, lambda facts: facts.update(recipe=[])), "no coupling that this version reads"),
         (
             lambda folder: edit(folder, lambda facts: facts["recipe"].update(sparse={"width": 17})),
