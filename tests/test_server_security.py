@@ -108,6 +108,24 @@ def test_the_token_opens_everything(guarded: TestClient) -> None:
     assert described["paths"]["/api/health"]["get"]["security"] == [{"HTTPBearer": []}]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'prefs={{"a":1}}; {}', "x=a b; {}", "noval; {}", "a=ü; {}", "{}; x=a b", ";;=; {};", "bad\xff={{[]}};{};noval",
+        '"; {}; "', f"{COOKIE}=another-servers-on-this-host; {{}}",
+    ],
+)  # fmt: skip
+def test_the_cookie_is_found_among_any_others(guarded: TestClient, line: str) -> None:
+    def answer(value: str) -> Any:
+        header = line.format(f"{COOKIE}={value}").encode("latin-1")
+        return guarded.get("/api/health", headers=[(b"Cookie", header)])
+
+    assert answer(TOKEN).status_code == answer(f'"{TOKEN}"').status_code == 200
+    refused(answer(TOKEN[:-1]), 401)
+    refused(guarded.get("/api/health", headers=[(b"Cookie", line.format(f"x{COOKIE}={TOKEN}").encode("latin-1"))]), 401)
+    refused(guarded.get("/api/health", headers=[(b"Cookie", line.format(f"x={COOKIE}={TOKEN}").encode("latin-1"))]), 401)
+
+
 def test_opening_the_address_with_the_token_keeps_it_in_a_cookie(guarded: TestClient) -> None:
     answer = guarded.get(f"/api/labels?token={TOKEN}&bridge=a%26b", follow_redirects=False)
     assert (answer.status_code, answer.headers["Location"]) == (303, "/api/labels?bridge=a%26b")

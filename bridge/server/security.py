@@ -25,7 +25,6 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -161,7 +160,7 @@ class Guard:
         said = [
             value.partition(" ")[2].strip() for value in headers.get("authorization", []) if value.lower().startswith("bearer ")
         ]
-        said += [value for line in headers.get("cookie", []) if (value := _cookie(line)) is not None]
+        said += [value for line in headers.get("cookie", []) for value in _cookies(line)]
         if any(_same(value, token) for value in said):
             return
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -276,12 +275,10 @@ def _authority(origin: str) -> str | None:
     return parts.netloc.lower() if parts.scheme in ("http", "https") else None
 
 
-def _cookie(line: str) -> str | None:
-    try:
-        morsel = SimpleCookie(line).get(COOKIE)
-    except CookieError:
-        return None
-    return None if morsel is None else morsel.value
+def _cookies(line: str) -> list[str]:
+    """The tokens in a Cookie header. Other cookies of this host may look as they like; SimpleCookie would find nothing then."""
+    parts = (part.partition("=") for part in line.split(";"))
+    return [value.strip(' \t"') for name, _, value in parts if name.strip() == COOKIE]
 
 
 def _same(one: str, other: str) -> bool:
