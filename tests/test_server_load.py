@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import random
+import socket
 import threading
 import time
 import urllib.error
@@ -19,7 +22,6 @@ import psutil
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CHECKS
 from test_server import Held, ask, client_of, over, until
@@ -27,9 +29,10 @@ from test_server import Held, ask, client_of, over, until
 from bridge.bridges import Coupling
 from bridge.explained import Explanation
 from bridge.explanation import explain
+from bridge.server import run
 from bridge.server.app import create_app
 from bridge.server.library import Library
-from bridge.server.run import bound_socket
+from bridge.server.run import bound_socket, server_of
 from bridge.server.security import Rules
 
 HOST = {"Host": "127.0.0.1:8765"}
@@ -108,7 +111,7 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
         app = create_app(
             Library([coupling_folder]), Rules.for_address("127.0.0.1", port, None), explain=explain_it, waiting=WAITING, kept=KEPT
         )
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+        server = server_of(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         until(lambda: server.started)
@@ -173,3 +176,93 @@ def test_others_are_answered_while_one_is_explained(coupling_folder: Path, expla
             assert client.get(path).status_code == 200
         assert client.get("/api/health").json()["running"] == 1
         held.go.set()
+
+
+# -- connections on which no request comes ------------------------------------------------------------------------------
+
+SECONDS = 1.0
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A server that waits a second for a head; the application answers POST at once and GET after longer than that."""
+
+    async def answer(scope: Any, _: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        for type, body in (("start", {"status": 200, "headers": [(b"content-length", b"4")]}), ("body", {"body": b"done"})):
+            await send({"type": f"http.response.{type}", **body})
+            if type == "start" and scope["method"] == "GET":
+                await asyncio.sleep(2 * SECONDS)
+
+    monkeypatch.setattr(run, "HEAD_SECONDS", SECONDS)
+    monkeypatch.setattr(run, "MOST_CONNECTIONS", 5)
+    with bound_socket("127.0.0.1", 0) as bound:
+        server = server_of(answer)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        until(lambda: server.started)
+        yield bound.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+def talk(port: int, *, first: bytes = b"", then: bytes = b"") -> tuple[bytes, float]:
+    """What a server says to a beginning and then one byte after another, and the seconds after which it ends the connection."""
+    said, started = b"", time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=0.05) as to, contextlib.suppress(ConnectionError):
+        to.sendall(first)
+        while time.monotonic() - started < 20:
+            with contextlib.suppress(TimeoutError):
+                part = to.recv(4096)
+                if not part:
+                    break
+                said += part
+            to.sendall(then)
+    return said, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "answers"),
+    [
+        (b"", b"", 0),
+        (b"", b"x", 0),  # a head that never ends
+        (b"GET / HTTP/1.1\r\nHost: x\r\n", b"", 0),
+        (b"POST / HTTP/1.1\r\nHost: x\r\n\r\nGET", b"x", 1),  # the second head does not
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n", b"x", 1),  # a body that was answered already
+    ],
+)
+def test_connections_without_a_request_are_ended(port: int, first: bytes, then: bytes, answers: int) -> None:
+    said, seconds = talk(port, first=first, then=then)
+    assert said.count(b"done") == answers and SECONDS * 0.8 < seconds < 10
+
+
+def test_silent_connections_do_not_keep_others_out(port: int) -> None:
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+
+    def status() -> int:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/", method="POST"), timeout=20) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    assert status() == 503
+    until(lambda: all(each.recv(1) == b"" for each in silent))
+    assert status() == 200
+    for each in silent:
+        each.close()
+
+
+def test_an_answer_that_takes_longer_is_whole_and_the_connection_goes_on(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as to:
+        for _ in range(2):
+            to.sendall(REQUEST[:9])
+            time.sleep(SECONDS / 3)
+            to.sendall(REQUEST[9:])
+            said = b""
+            while not said.endswith(b"done"):
+                part = to.recv(4096)
+                assert part, said
+                said += part

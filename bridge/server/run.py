@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bridge.server.app import create_app
 from bridge.server.library import Library
@@ -16,6 +19,7 @@ from bridge.server.security import AddressError, Rules, is_loopback
 
 BACKLOG = 128
 MOST_CONNECTIONS = 512
+HEAD_SECONDS = 10.0
 
 
 def serve(
@@ -48,13 +52,48 @@ def serve(
         if everyone:
             say("the token crosses the network as it is: serve on 127.0.0.1 behind ssh or TLS where others can listen")
         say("Ctrl-C to stop")
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
-            limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
-        )  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[bound])
+            server_of(app).run(sockets=[bound])
     return app.state.jobs.stop(0)
+
+
+class _Punctual(H11Protocol):
+    """HTTP/1.1 that ends a connection where a request's head is not whole HEAD_SECONDS after the opening or its first bytes.
+
+    uvicorn itself waits without end for a head, and for the rest of a body that has been answered already.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Let the time run while no request is answered, and not anew with every byte."""
+        waits = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+        if waits and self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not waits and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """The server of an application, with all bounds on who connects."""
+    config = uvicorn.Config(
+        app, http=_Punctual, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
+        limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
