@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from bridge.explanation import explain
 from bridge.page import render_html
 from bridge.server.app import create_app
 from bridge.server.library import Library
-from bridge.server.run import bound_socket
+from bridge.server.run import bound_socket, server_of
 from bridge.server.security import Rules
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is in bridge[dev])")
@@ -139,6 +140,35 @@ def test_a_node_its_sheet_the_slider_and_a_label_that_is_kept(show: Callable[[di
     again = show(other).page
     node_at(again, other)[0].click()
     assert again.locator(".label-input").input_value() == ""  # the labels are another coupling's
+
+
+def give_label(page: Any, data: dict[str, Any], rank: int, text: str) -> None:
+    node_at(page, data, rank)[0].dispatch_event("click")
+    page.locator(".label-input").fill(text)
+    page.locator(".label-input").press("Enter")
+
+
+def label_of(page: Any, data: dict[str, Any], rank: int) -> str:
+    node_at(page, data, rank)[0].dispatch_event("click")
+    return page.locator(".label-input").input_value()
+
+
+def test_two_open_pages_keep_each_others_labels(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(10)
+    data["explanation"]["provenance"]["coupling_fingerprint"] = "two pages"
+    one = show(data)
+    give_label(one.page, data, 0, "of before")
+    two = show(data)
+    assert label_of(two.page, data, 0) == "of before"
+    give_label(one.page, data, 1, "of the first page")
+    give_label(two.page, data, 2, "of the second page")
+    give_label(one.page, data, 0, "")  # which the second page read when it was opened
+    give_label(two.page, data, 3, "of the second page too")
+    for each in (one, two):
+        each.page.reload()
+        each.ready()
+        labels = [label_of(each.page, data, rank) for rank in range(4)]
+        assert labels == ["", "of the first page", "of the second page", "of the second page too"]
 
 
 def test_hostile_texts_are_text(show: Callable[[dict[str, Any]], Watched]) -> None:
@@ -311,26 +341,47 @@ def test_themes_and_widths(show: Callable[[dict[str, Any]], Watched]) -> None:
     assert names["x"] == pytest.approx(box["x"], abs=2)
 
 
+def saved(page: Any, item: str, folder: Path) -> bytes:
+    """What an item of the page's menu saves."""
+    page.locator("#save summary").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name=item).click()
+    file = folder / download.value.suggested_filename
+    download.value.save_as(file)
+    return file.read_bytes()
+
+
 def test_the_circuit_is_saved_as_svg_and_as_png(show: Callable[[dict[str, Any]], Watched], tmp_path: Path) -> None:
     data = made_up(30)
     page = show(data).page
-
-    def saved(item: str) -> bytes:
-        page.locator("#save summary").click()
-        with page.expect_download() as download:
-            page.get_by_role("button", name=item).click()
-        file = tmp_path / download.value.suggested_filename
-        download.value.save_as(file)
-        return file.read_bytes()
-
-    svg = ElementTree.fromstring(saved("Circuit as SVG"))
+    svg = ElementTree.fromstring(saved(page, "Circuit as SVG", tmp_path))
     dots = [element for element in svg.iter("{http://www.w3.org/2000/svg}circle") if element.get("fill", "").startswith("rgb(")]
     assert len(dots) >= page.locator(".plot .node").count()
     assert not svg.findall(".//*[@class]") and "mlp_out" in "".join(svg.itertext())
-    png = saved("Circuit as PNG")
+    png = saved(page, "Circuit as PNG", tmp_path)
     width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))
     assert png.startswith(b"\x89PNG") and (width, height) == (2 * float(svg.get("width", 0)), 2 * float(svg.get("height", 0)))
-    assert json.loads(saved("Explanation as JSON")) == data["explanation"]
+    assert json.loads(saved(page, "Explanation as JSON", tmp_path)) == data["explanation"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a\f\x1b\0\x85 b\n", "a\\u000c\\u001b\\u0000\\u0085·b↵"),
+        ("<x>&\uffff\ufffe\ud800", "<x>&\\uffff\\ufffe\\ud800"),
+        ("\U0001f600" * 30 + "y", "\U0001f600" * 30 + "y"),  # the last 60 halves of characters begin within one
+        ("x" * 9 + "\U0001f600" * 60, "\U0001f600" * 60),
+    ],
+)
+def test_a_prompt_that_xml_cannot_hold_is_saved_all_the_same(
+    show: Callable[[dict[str, Any]], Watched], tmp_path: Path, prompt: str, shown: str
+) -> None:
+    data = made_up(10)
+    data["explanation"]["prompt"] = data["explanation"]["tokens"][0]["text"] = prompt
+    page = show(data).page
+    svg = ElementTree.fromstring(saved(page, "Circuit as SVG", tmp_path))
+    assert svg.findtext("{http://www.w3.org/2000/svg}title") == f"Circuit for {shown}"
+    assert saved(page, "Circuit as PNG", tmp_path).startswith(b"\x89PNG")
 
 
 def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched], tmp_path: Path) -> None:
@@ -349,11 +400,12 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     assert json.loads(file.read_text()) == {**data["labels"], name: "taken over"}
     file.write_text("[1]")
     page.locator("#save input").set_input_files(file)
-    page.locator("#live", has_text="These are no labels").wait_for()
+    page.locator("#live", has_text="Labels not taken over: labels are an object").wait_for()
 
 
 def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
     data = {**made_up(30), "served": True, "job": "abc"}
+    data["explanation"]["provenance"]["coupling"] = "runs/mine & yours"
     sent: list[tuple[str, str, Any]] = []
 
     def answer(route: Any) -> None:
@@ -361,8 +413,6 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
         path = request.url.removeprefix("http://bridge.test")
         if request.method == "GET" and path.endswith("/page"):
             return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
-        if request.method == "GET" and path == "/api/explanations":
-            return route.fulfill(json=[{"id": "abc", "bridge": "runs/mine & yours"}])
         sent.append((request.method, path, request.post_data_json))
         if len(sent) == 3:
             return route.fulfill(status=422, json={"detail": "strength <b>2</b> is above 1"})
@@ -398,27 +448,88 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     assert [line for line in watched.wrong if "422" not in line] == []  # the browser reports the refusal itself
 
 
+def test_a_label_that_the_server_does_not_keep_is_said_to_be_lost_until_it_is_kept(context: Any) -> None:
+    data = {**made_up(10), "served": True, "job": "abc"}
+    answers: list[dict[str, Any] | None] = [{"status": 404, "json": {"detail": "there is no <b>coupling</b>"}}]
+
+    def answer(route: Any) -> None:
+        if route.request.method == "GET":
+            return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
+        return route.abort() if answers[-1] is None else route.fulfill(**answers[-1])
+
+    context.route("http://bridge.test/**", answer)
+    page = Watched(context.new_page()).open(SERVED)
+    kept = page.locator(".kept")
+    give_label(page, data, 0, "mine")
+    kept.filter(has_text="not kept: there is no <b>coupling</b>").wait_for()
+    node_at(page, data, 1)[0].dispatch_event("click")
+    assert label_of(page, data, 0) == "mine"
+    assert kept.inner_text() == "not kept: there is no <b>coupling</b>"
+    answers.append(None)
+    give_label(page, data, 0, "mine again")
+    kept.filter(has_text="not kept: the server does not answer").wait_for()
+    answers.append({"json": {}})
+    give_label(page, data, 0, "mine at last")
+    kept.filter(has_text="kept with the coupling").wait_for()
+    assert label_of(page, data, 0) == "mine at last" and kept.inner_text() == "kept with the coupling"
+
+
+@contextmanager
+def serving(library: Library, explain: Callable[..., Any], **bounds: int) -> Iterator[str]:
+    """The address of a real server."""
+    with bound_socket("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        server = server_of(create_app(library, Rules.for_address("127.0.0.1", port, None), explain=explain, **bounds))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+
+
+def test_a_label_goes_to_its_own_coupling_when_the_explanation_is_forgotten(
+    context: Any, coupling_folder: Path, tmp_path: Path
+) -> None:
+    first, second = (Path(shutil.copytree(coupling_folder, tmp_path / name)) for name in ("first", "second"))
+    explanation = explain(Coupling.from_pretrained(second), PROMPT)
+    data = {"explanation": explanation.to_json()}
+    with serving(Library([first, second]), lambda *_, **__: explanation, kept=1) as address:
+
+        def explained(bridge: str) -> str:
+            job = context.request.post(f"{address}api/explanations", data={"prompt": PROMPT, "bridge": bridge}).json()["id"]
+            where = f"{address}api/explanations/{job}"
+            until(lambda: context.request.get(where).json()["status"] == "done")
+            return where
+
+        where = explained("second")
+        page = Watched(context.new_page()).open(f"{where}/page")
+        explained("first")
+        assert context.request.get(where).status == 404
+        give_label(page, data, 0, "of the second")
+        until(lambda: (second / "labels.json").exists())
+        page.locator(".kept", has_text="kept with the coupling").wait_for()
+        name = node_at(page, data)[1]["name"]
+        assert json.loads((second / "labels.json").read_text()) == {name: "of the second"}
+        shutil.move(second, tmp_path / "gone")
+        give_label(page, data, 0, "of none")
+        page.locator(".kept", has_text="not kept: there is no coupling 'second' here").wait_for()
+        assert not (first / "labels.json").exists() and not second.exists()
+
+
 # -- the card, which comes into a page that is open -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def computing(coupling_folder: Path, tmp_path: Path) -> Iterator[tuple[str, Carded]]:
     """The address of a real server, and what holds up the cards that it is asked for."""
-    import uvicorn
-
     folder = Path(shutil.copytree(coupling_folder, tmp_path / coupling_folder.name))  # it keeps labels there
     held = Carded(explain(Coupling.from_pretrained(folder), PROMPT, card=True, counterfactual=OTHER))
-    with bound_socket("127.0.0.1", 0) as bound:
-        port = bound.getsockname()[1]
-        app = create_app(Library([folder]), Rules.for_address("127.0.0.1", port, None), explain=held)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        until(lambda: server.started)
-        yield f"http://127.0.0.1:{port}/", held
+    with serving(Library([folder]), held) as address:
+        yield address, held
         held.go.set()
-        server.should_exit = True
-        thread.join(PATIENCE)
 
 
 def test_the_card_comes_into_the_page_that_is_open(context: Any, computing: tuple[str, Carded]) -> None:

@@ -29,9 +29,10 @@ export function put(element, ...children) {
   return element;
 }
 
-// What has no shape of its own, or would move the text around it: controls, bidirectional and zero-width marks, half characters.
+// What has no shape of its own, or would move the text around it: controls, bidirectional and zero-width marks, half characters,
+// and what is no character.
 const HIDDEN =
-  /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/;
+  /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/;
 const SIGNS = { " ": "·", "\n": "↵", "\t": "⇥" };
 
 /** Text in pieces [shown, whether it stands for something unseen]. */

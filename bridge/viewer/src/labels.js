@@ -1,18 +1,17 @@
 // Labels that a person gives to channels: kept by the server when served, else in this browser, for this coupling alone.
 
-import { jobOf } from "./job.js";
-
-/** `get(name)`, `set(name, text)`, `all()`, and where they are kept in words. */
+/** `get(name)`, `set(name, text)`, `all()`, and `where(name)`: where a label is kept or why it is not, in words. */
 export function makeLabels(data, changed) {
-  const where = data.explanation.provenance;
-  const key = `bridge-labels:${where.coupling_fingerprint ?? `${where.dense_fingerprint}:${where.coupling}:${where.l0}`}`;
+  const made = data.explanation.provenance;
+  const key = `bridge-labels:${made.coupling_fingerprint ?? `${made.dense_fingerprint}:${made.coupling}:${made.l0}`}`;
   let own = new Map(),
     kept = "kept in this browser",
     storage = null;
+  const unkept = new Map(); // names whose last label could not be kept, and why
   if (!data.served) {
     try {
+      own = stored(window.localStorage, key);
       storage = window.localStorage;
-      own = clean(JSON.parse(storage.getItem(key) ?? "{}"));
     } catch {
       kept = "not kept: this browser stores nothing for files; save the labels as JSON";
     }
@@ -21,36 +20,43 @@ export function makeLabels(data, changed) {
 
   async function set(name, text) {
     const line = text.replace(/\s+/g, " ").trim().slice(0, 300);
-    if (line === (get(name) ?? "")) return kept;
+    if (line === (get(name) ?? "") && !unkept.has(name)) return kept;
     own.set(name, line); // an empty one hides what came with the page
+    unkept.delete(name);
     changed();
-    if (data.served) {
-      const answer = await send({ [name]: line });
-      if (!answer?.ok) throw new Error(`the server did not keep it (${answer ? answer.status : "no answer"})`);
-    } else if (storage) {
-      try {
-        storage.setItem(key, JSON.stringify(Object.fromEntries(own)));
-      } catch {
-        throw new Error("this browser has no room for it; save the labels as JSON");
-      }
+    try {
+      if (data.served) await send(name, line);
+      else if (storage) store(name, line);
+    } catch (error) {
+      if (own.get(name) === line) (unkept.set(name, error.message), changed());
+      throw error;
     }
     return kept;
   }
 
-  let listed = null; // the coupling's name on the server
-  async function send(changes) {
-    const id = jobOf(data);
+  /** Put one label with what the browser keeps now: other pages of this coupling keep theirs there too. */
+  function store(name, line) {
     try {
-      listed ??= id ? ((await (await fetch("/api/explanations")).json()).find((job) => job.id === id)?.bridge ?? null) : null;
-      const query = listed === null ? "" : `?bridge=${encodeURIComponent(listed)}`;
-      return await fetch(`/api/labels${query}`, {
+      storage.setItem(key, JSON.stringify(Object.fromEntries(stored(storage, key).set(name, line))));
+    } catch {
+      throw new Error("not kept: this browser has no room for it; save the labels as JSON");
+    }
+  }
+
+  /** Give one label to the server, for the coupling as it is listed there and no other. */
+  async function send(name, line) {
+    let answer, told;
+    try {
+      answer = await fetch(`/api/labels?bridge=${encodeURIComponent(made.coupling)}`, {
         method: "PATCH",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify(changes),
+        body: JSON.stringify({ [name]: line }),
       });
+      told = answer.ok ? null : await answer.json().catch(() => null);
     } catch {
-      return null;
+      throw new Error("not kept: the server does not answer");
     }
+    if (!answer.ok) throw new Error(`not kept: ${told?.detail ?? `the server answered ${answer.status}`}`);
   }
 
   const get = (name) => (own.has(name) ? own.get(name) : base.get(name)) || null;
@@ -58,7 +64,17 @@ export function makeLabels(data, changed) {
   async function take(labels) {
     for (const [name, text] of clean(labels)) await set(name, text);
   }
-  return { get, set, all, take, where: () => kept };
+  return { get, set, all, take, where: (name) => unkept.get(name) ?? (get(name) ? kept : null) };
+}
+
+/** What a browser keeps under a key; nothing where that is no labels. */
+function stored(storage, key) {
+  const text = storage.getItem(key);
+  try {
+    return clean(JSON.parse(text ?? "{}"));
+  } catch {
+    return new Map();
+  }
 }
 
 function clean(labels) {

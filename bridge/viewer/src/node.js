@@ -71,7 +71,7 @@ function labelEditor(node, page, labels, say) {
   const status = h(
     "span",
     { class: "kept" },
-    labels.get(node.name) ? labels.where() : automatic ? "by rule; type to give it your own label" : "",
+    labels.where(node.name) ?? (automatic ? "by rule; type to give it your own label" : ""),
   );
   const input = h("input", {
     class: "label-input",

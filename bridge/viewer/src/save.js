@@ -1,6 +1,6 @@
 // The circuit as SVG and as PNG, the labels and the explanation as JSON.
 
-import { download, h, put, s } from "./dom.js";
+import { download, h, plain, put, s } from "./dom.js";
 import { LABELS } from "./layout.js";
 
 const KEPT = [
@@ -77,7 +77,7 @@ async function png(text) {
 
 /** Fill the menu. */
 export function makeSave(model, menu, items, parts, labels, say) {
-  const title = `Circuit for ${model.explanation.prompt.slice(-60)}`;
+  const title = `Circuit for ${plain([...model.explanation.prompt].slice(-60).join(""))}`;
   const item = (name, act) =>
     h(
       "button",
@@ -104,7 +104,7 @@ export function makeSave(model, menu, items, parts, labels, say) {
         await labels.take(JSON.parse(await file.files[0].text()));
         say("Labels taken over");
       } catch (error) {
-        say(`These are no labels: ${error.message}`);
+        say(`Labels not taken over: ${error.message}`);
       }
       file.value = "";
     },
