@@ -12,16 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bridge import display
 from bridge.attention import ExplainedHead, Read
+from bridge.bridges import Coupling
 from bridge.card.card import Card
 from bridge.card.render import render_card
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
 from bridge.levels import Level
+from bridge.nodes import sparse_fingerprint
 from bridge.recipe import UserError
+from bridge.sparse import ATTENTION_KINDS, MLP_KINDS
 from bridge.validate import Faithfulness, Measure
 
 FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
@@ -185,8 +188,12 @@ class Explanation(Answered):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
-            return _READER.validate_python(values)
-        except ValueError as error:
+            return _consistent(_READER.validate_python(values))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            first = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}"
+            raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
+        except (ValueError, RecursionError) as error:
             first = str(error).splitlines()[0]
             raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
 
@@ -200,17 +207,47 @@ class Explanation(Answered):
 _READER = TypeAdapter(Explanation)
 
 
+def _consistent(explanation: Explanation) -> Explanation:
+    """An explanation that was read, if its parts fit each other. Raises ValueError."""
+    for name in ("tokens", "dense", "sparse"):
+        if not getattr(explanation, name):
+            raise ValueError(f"{name} is empty")
+    length = len(explanation.tokens)
+    for node in explanation.nodes:
+        if not 0 <= node.position < length:
+            raise ValueError(f"node {node.id!r} is at token {node.position} of {length}")
+        if node.kind not in ATTENTION_KINDS + MLP_KINDS:
+            raise ValueError(f"node {node.id!r} is of kind {node.kind!r}, not one of {', '.join(ATTENTION_KINDS + MLP_KINDS)}")
+    for head in explanation.attention:
+        if not all(0 <= position < length for position in (head.query, *(read.position for read in head.reads))):
+            raise ValueError(f"head {head.head} of layer {head.layer} reads beyond the {length} tokens")
+    return explanation
+
+
 def read_explanation(path: str | Path) -> Explanation:
     """The explanation in a JSON file. Raises ExplainError where there is none."""
     if not Path(path).is_file():
         raise ExplainError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
     try:
         return Explanation.from_json(read_json(Path(path)))
+    except ExplainError as error:
+        raise ExplainError(f"{str(path)!r}: {error}") from None
     except CheckpointError as error:
         why = str(error).partition(": ")[2].partition(";")[0]
         raise ExplainError(
             f"{str(path)!r} holds no explanation ({why}); name a file that `bridge explain --json` wrote"
         ) from None
+
+
+def check_coupling(explanation: Explanation, coupling: Coupling) -> None:
+    """Raise ExplainError where an explanation is not of a coupling: of another dense model, or of other sparse weights."""
+    made, where = explanation.provenance, coupling.path or "this coupling"
+    if coupling.dense.fingerprint() != made.dense_fingerprint:
+        raise ExplainError(f"the explanation is not of {coupling.dense.name!r}, to which {where!r} is coupled; name its own")
+    if made.coupling_fingerprint not in (None, sparse_fingerprint(coupling.sparse)):
+        raise ExplainError(
+            f"the explanation is of {made.coupling!r} with other weights than {where!r} has; name its own, or explain again"
+        )
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------------

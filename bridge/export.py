@@ -24,7 +24,7 @@ import networkx as nx
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
-from bridge.explained import Explanation
+from bridge.explained import ExplainError, Explanation, check_coupling
 from bridge.node_page import NodePage, describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.viewer_graph import ExportError, features_json, graph_json, origin, place
@@ -87,12 +87,9 @@ def export(
 def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
     """A page for every channel of the explanation, by its name, from the facts beside the coupling; None without any.
 
-    Raises ExportError for a coupling to another dense model.
+    Raises ExplainError for another coupling than the explanation's.
     """
-    if coupling.dense.fingerprint() != explanation.provenance.dense_fingerprint:
-        raise ExportError(
-            f"the explanation is not of {coupling.dense.name!r}, to which {coupling.path!r} is coupled; name its own"
-        )
+    check_coupling(explanation, coupling)
     facts = stored_facts(coupling)
     if facts is None:
         return None
@@ -102,9 +99,15 @@ def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePa
 
 def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, NodePage] | None:
     """The pages from a coupling that is named, or from the explanation's own if it is still there; None without facts."""
+    if path is not None:
+        return node_pages(Coupling.from_pretrained(path), explanation)
     own = explanation.provenance.coupling
-    path = own if path is None and own is not None and (Path(own) / "nodes.json").is_file() else path
-    return None if path is None else node_pages(Coupling.from_pretrained(path), explanation)
+    if own is None or not (Path(own) / "nodes.json").is_file():
+        return None
+    try:
+        return node_pages(Coupling.from_pretrained(own), explanation)
+    except ExplainError:  # another one has been put in its place since
+        return None
 
 
 # -- networkx and GraphML -----------------------------------------------------------------------------------------------------

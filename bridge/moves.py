@@ -38,8 +38,8 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import Node, recording_gate
 from bridge.circuits.result import TaskResult
-from bridge.explained import read_explanation
-from bridge.nodes import parse_node
+from bridge.explained import check_coupling, read_explanation
+from bridge.nodes import parse_node, sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.residual import Trace
 from bridge.sparse import Gate, Location
@@ -105,15 +105,28 @@ def parse_move(text: str, sizes: Mapping[Location, int]) -> Move:
     return Move(node, value=amount) if match["how"] == "=" else Move(node, amount=-amount if match["how"] == "-" else amount)
 
 
-def circuit_moves(path: str | Path, sizes: Mapping[Location, int]) -> list[Move]:
-    """Every node of a circuit that `bridge circuit --out` wrote, to its counterfactual value. Raises UserError."""
-    return [Move(parse_node(node.name, sizes)) for node in TaskResult.load(path).circuit.nodes]
+def circuit_moves(path: str | Path, coupling: Coupling) -> list[Move]:
+    """Every node of a circuit that `bridge circuit --out` wrote, to its counterfactual value.
+
+    Raises UserError where there is none, or it is of other sparse weights than the coupling's.
+    """
+    result, sizes = TaskResult.load(path), coupling.sparse.locations()
+    if result.facts.provenance.get("sparse_fingerprint") not in (None, sparse_fingerprint(coupling.sparse)):
+        raise SteerError(
+            f"the circuit in {str(path)!r} is of {result.facts.provenance.get('coupling')!r}, whose weights "
+            f"{coupling.path or 'this coupling'!r} has not; name its own coupling, or search again"
+        )
+    return [Move(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
 
-def explanation_moves(path: str | Path, sizes: Mapping[Location, int]) -> tuple[str, list[Move]]:
-    """The prompt of an explanation that was written as JSON, and its nodes, to their counterfactual values. Raises UserError."""
+def explanation_moves(path: str | Path, coupling: Coupling) -> tuple[str, list[Move]]:
+    """The prompt of an explanation that was written as JSON, and its nodes, to their counterfactual values.
+
+    Raises UserError where there is none, or it is of another coupling.
+    """
     explanation = read_explanation(path)
-    return explanation.prompt, [parse_move(node.id, sizes) for node in explanation.nodes]
+    check_coupling(explanation, coupling)
+    return explanation.prompt, [parse_move(node.id, coupling.sparse.locations()) for node in explanation.nodes]
 
 
 def chosen_moves(
@@ -125,9 +138,9 @@ def chosen_moves(
     """
     sizes, moves = coupling.sparse.locations(), list[Move]()
     if circuit is not None:
-        moves += circuit_moves(circuit, sizes)
+        moves += circuit_moves(circuit, coupling)
     if explanation is not None:
-        text, its = explanation_moves(explanation, sizes)
+        text, its = explanation_moves(explanation, coupling)
         prompt, moves = text if prompt is None else prompt, moves + its
     if prompt is None:
         raise SteerError("which prompt is not said; give --prompt TEXT, or an --explanation that has one")

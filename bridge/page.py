@@ -24,7 +24,7 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import write_text
-from bridge.explained import Explanation
+from bridge.explained import Explanation, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
@@ -58,8 +58,10 @@ def page_data(
 def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, dict[str, Any]]:
     """Pages of an explanation's strongest nodes by name, from facts stored beside the coupling; {} without any.
 
-    The dense direction's entries are left out, its length is put in: a page draws no vectors.
+    The dense direction's entries are left out, its length is put in: a page draws no vectors. Raises ExplainError for another
+    coupling than the explanation's.
     """
+    check_coupling(explanation, coupling)
     facts = stored_facts(coupling)
     if facts is None:
         return {}

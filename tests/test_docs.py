@@ -102,3 +102,24 @@ def test_a_field_that_is_not_known_is_ignored(explanation: Explanation) -> None:
 def test_numbers_that_are_no_json_are_refused(explanation: Explanation) -> None:
     with pytest.raises(ExplainError, match="not an explanation"):
         Explanation.from_json(explanation.to_json() | {"dense_difference": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dense": []}, "dense is empty"),
+        ({"tokens": []}, "tokens is empty"),
+        ({"prompt": 3}, "prompt: "),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(explanation: Explanation, change: dict[str, Any], why: str) -> None:
+    with pytest.raises(ExplainError, match=f"this version of bridge reads .{why}"):
+        Explanation.from_json(explanation.to_json() | change)
+
+
+@pytest.mark.parametrize(("field", "value"), [("position", 999), ("position", -1), ("kind", "soul")])
+def test_a_node_that_cannot_be_is_refused(explanation: Explanation, field: str, value: Any) -> None:
+    values = explanation.to_json()
+    values["nodes"][0][field] = value
+    with pytest.raises(ExplainError, match=f"node .*{value}"):
+        Explanation.from_json(values)

@@ -21,7 +21,7 @@ from test_explanation import PROMPT, agreeing
 from bridge import viewer_graph
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explained import Explanation, Token
+from bridge.explained import ExplainError, Explanation, Token
 from bridge.explanation import explain
 from bridge.export import ExportError, export, node_pages, to_networkx
 from bridge.node_page import NodePage
@@ -287,8 +287,11 @@ def test_with_facts_a_feature_shows_its_side_of_the_channel(
 
 def test_facts_of_another_model_are_refused(coupled: Coupling, explanation: Explanation) -> None:
     other = replace(explanation, provenance=replace(explanation.provenance, dense_fingerprint="0" * 64))
-    with pytest.raises(ExportError, match="the explanation is not of"):
+    with pytest.raises(ExplainError, match="the explanation is not of"):
         node_pages(coupled, other)
+    refitted = replace(explanation, provenance=replace(explanation.provenance, coupling_fingerprint="0" * 64))
+    with pytest.raises(ExplainError, match="with other weights than"):
+        node_pages(coupled, refitted)
     assert node_pages(replace(coupled, path=None), explanation) is None
 
 

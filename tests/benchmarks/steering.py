@@ -148,7 +148,7 @@ def main() -> None:
         best = best_channels(coupling, train, max(FEW))
         chosen: dict[str, list[Move]] = {"every node": every_node(sizes)}
         if name in circuits:
-            chosen["the circuit's nodes"] = circuit_moves(circuits[name], sizes)
+            chosen["the circuit's nodes"] = circuit_moves(circuits[name], coupling)
         chosen |= {f"{few} channels": best[:few] for few in FEW}
 
         def whole_at(site: int) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
