@@ -31,6 +31,7 @@ from bridge.terminal import (
     shipped_coupling,
     show_phase,
     terminal_width,
+    usage_line,
 )
 
 app = typer.Typer(
@@ -337,8 +338,19 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    app()
-    raise SystemExit(0)
+    try:
+        code = app(prog_name="bridge", standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not Typer's: its errors are of a class of click's or its own, by its version
+            raise
+        code = 2
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            print(f"bridge: {usage_line(error)}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

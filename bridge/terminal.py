@@ -78,6 +78,15 @@ def refuse(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def usage_line(error: Any) -> str:
+    """What Typer has against a command line, in one line with the value, and where the rule is told."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if hasattr(error.__cause__, "errors"):
+        text += f" (given: {error.__cause__.errors()[0]['input']!r})"
+    more = "" if text.endswith("?") else f"; see {getattr(error.ctx, 'command_path', 'bridge')} --help"
+    return f"{text[0].lower()}{text[1:]}{more}"
+
+
 def check_outputs(folder: Path | None = None, **files: Path | None) -> None:
     """Refuse an --out folder, or files by the name of their option, that cannot be written: before the work, not after it."""
     from bridge.checkpoint import check_folder, check_target

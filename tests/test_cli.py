@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
@@ -17,9 +19,9 @@ from typer.testing import CliRunner, Result
 
 from bridge import checkpoint, training
 from bridge.bridges import Coupling
-from bridge.cli import app
+from bridge.cli import app, main
 from bridge.dense import load_dense
-from bridge.recipe import MOST_SEED
+from bridge.recipe import MOST_SEED, RunError, UserError
 from bridge.terminal import Watcher
 from bridge.training import Progress
 
@@ -355,6 +357,67 @@ def test_a_seed_that_is_none_is_refused(place: Path, seed: str) -> None:
     for command in (["explain", "--prompt", "w3"], ["tasks"], ["circuit", "--task", "for_while"], ["nulls", "x"], ["sweep"]):
         result = run(*command, f"--seed={seed}")
         assert result.exit_code == 2 and "--seed" in result.stderr and not result.stdout
+
+
+@pytest.fixture
+def main_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The entry point with some arguments: exit code, standard output, standard error."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def call(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bridge", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("circuit --seeds 0", ["'--seeds'", "1", "(given: ", "0", "; see bridge circuit --help"]),
+        ("nodes --rows 0", ["'--rows'", "(given: ", "; see bridge nodes --help"]),
+        ("steer --strength abc", ["'--strength'", "(given: 'abc')"]),
+        ("tasks --seed=-1", ["'--seed'", "-1", "; see bridge tasks --help"]),
+        ("tasks --seed=99999999999999999999", ["'--seed'", str(MOST_SEED), "99999999999999999999"]),
+        ("explain", ["issing option '--prompt'; see bridge explain --help"]),
+        ("info", ["issing argument"]),
+        ("info a b", ["unexpected extra argument", "b"]),
+        ("tasks --frob", ["o such option", "--frob"]),
+        ("tasks --seed", ["'--seed' requires an argument"]),
+        ("explian", ["o such command 'explian'", "explain"]),
+        ("tasks nowhere", ["there is no task 'nowhere'"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_taken_is_one_line(main_with, arguments: str, parts: list[str]) -> None:
+    code, printed, told = main_with(*arguments.split())
+    assert code == 2 and not printed and told.startswith("bridge: ") and told.count("\n") == 1
+    for part in parts:
+        assert part in told
+
+
+def test_help_and_exit_codes_stay(main_with, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed, told = main_with("tasks", "--help")
+    assert not code and printed.startswith("Usage: bridge tasks") and not told
+    code, printed, told = main_with()
+    assert "Usage: bridge" in printed + told and "explain" in printed + told
+
+    def ends_with(error: BaseException):
+        def load_task(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("bridge.tasks.pairs.load_task", load_task)
+        return main_with("tasks", "x")
+
+    assert ends_with(KeyboardInterrupt()) == (130, "", "")
+    assert ends_with(RunError("had to stop")) == (1, "", "bridge: had to stop\n")
+    assert ends_with(UserError("mend it")) == (2, "", "bridge: mend it\n")
+    monkeypatch.setattr("bridge.tasks.pairs.load_task", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["bridge", "tasks", "x"])
+    with pytest.raises(ZeroDivisionError):  # a defect is no mistake of the user's
+        main()
 
 
 def damaged(folder: Path) -> Path:
