@@ -51,7 +51,7 @@ def check_folder(path: str | Path, option: str = "--out") -> Path:
 def check_target(path: str | Path, option: str) -> Path:
     """The path as a file that may be written to. Raises CheckpointError before the work is done rather than after."""
     path = Path(path)
-    folder = Path(os.path.realpath(path)).parent
+    folder = path.absolute().parent
     special = path.exists() and not path.is_file()
     there = os.access(path, os.W_OK) if special else folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
     if path.is_dir() or not there:
@@ -161,15 +161,14 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text so that the file is either the earlier one or the new one, whole; links stay, pipes are written to.
+    """Write a text so that the file is either the earlier one or the new one, whole; pipes and devices are written to.
 
-    Raises CheckpointError for a folder, and OSError with this path where it cannot be written.
+    A link to a file gives way to the new one: in a hub's cache it leads to what other snapshots hold too. Raises CheckpointError for a folder, and OSError with this path where it cannot be written.
     """
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder; name a file")
     content = text.encode()
-    file = Path(os.path.realpath(path))
-    temporary = file.with_name(f".{file.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
@@ -178,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -131,11 +131,8 @@ class Library:
             labels = {node: text for node, text in {**(_labels(folder) if others else {}), **checked}.items() if text}
             if len(labels) > MOST_LABELS:
                 raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
-            file = folder / LABELS
             try:
-                if file.is_symlink():
-                    file.unlink()  # writing would follow it, out of the folder
-                write_json(file, dict(sorted(labels.items())))
+                write_json(folder / LABELS, dict(sorted(labels.items())))
             except OSError as error:
                 raise CheckpointError(
                     f"{LABELS} cannot be written ({error.strerror}); make the coupling's folder writable"
