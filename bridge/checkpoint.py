@@ -163,7 +163,8 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 def write_text(path: Path, text: str) -> None:
     """Write a text so that the file is either the earlier one or the new one, whole; pipes and devices are written to.
 
-    A link to a file gives way to the new one: in a hub's cache it leads to what other snapshots hold too. Raises CheckpointError for a folder, and OSError with this path where it cannot be written.
+    A link to a file gives way to the new one: in a hub's cache it leads to what other snapshots hold too. Raises CheckpointError
+    for a folder, and OSError with this path where it cannot be written.
     """
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder; name a file")
