@@ -81,7 +81,7 @@ def test_its_json_is_for_people(result: TaskResult, tmp_path: Path) -> None:
 def test_what_is_no_result_is_refused(result: TaskResult, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         TaskResult.load(tmp_path / "nothing")
-    save_failure(tmp_path / "failed", "planted", "it is unsolved", Size(10, 20), None)
+    save_failure(tmp_path / "failed", "planted", "it is unsolved", Size(10, 20), None, {})
     with pytest.raises(CheckpointError, match="holds no circuit: it is unsolved"):
         TaskResult.load(tmp_path / "failed")
     result.save(tmp_path / "cut")

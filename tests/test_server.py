@@ -517,7 +517,7 @@ def circuits(dense: DenseModel, tmp_path: Path) -> Path:
     for name in ("suite/planted", "odd", "nan"):
         result.save(folder / name)
     result.save(outside)
-    save_failure(folder / "failed", "ioi", "the sparse model does not do it", Size(1, 1), None)
+    save_failure(folder / "failed", "ioi", "the sparse model does not do it", Size(1, 1), None, {})
     (folder / "odd" / "circuit.json").write_text("[]")
     values = json.loads((folder / "nan" / "circuit.json").read_text())
     (folder / "nan" / "circuit.json").write_text(json.dumps(values | {"losses": {"nodes": math.nan}}))

@@ -129,15 +129,18 @@ class SparseSubject:
         """Where the weights are."""
         return self.sparse.device
 
-    @cached_property
+    @property
     def cost(self) -> int:
         """Entries of the blocks' matrices, or several for each nonzero where that is less; and the nodes.
 
         Which of the two is multiplied is measured when a model is loaded, and differs from day to day; the work must not.
         """
+        return self._entries + NODE_COST * self.space.size
+
+    @cached_property
+    def _entries(self) -> int:
         weights = self.sparse.blocks.parameters()
-        entries = sum(min(weight.numel(), NONZERO_COST * int(weight.count_nonzero())) for weight in weights)
-        return entries + NODE_COST * self.space.size
+        return sum(min(weight.numel(), NONZERO_COST * int(weight.count_nonzero())) for weight in weights)
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
