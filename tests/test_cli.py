@@ -290,7 +290,7 @@ UNWRITABLE = [
     (["steer", "--prompt", "w3", "--svg"], "nodir/x.svg"),
     (["steer", "--prompt", "w3", "--json"], "."),
     (["tasks", "--json"], "file/x.json"),
-    (["nodes", "--json"], "lost"),
+    (["nodes", "--json"], "nodir/x.json"),
     (["card", "--all", "--json"], "nodir/x.json"),
     (["circuit", "--task", "for_while", "--out"], "file"),
     (["circuit", "--all", "--out"], "file/inside"),
