@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.bridges import Coupling
-from bridge.checkpoint import write_text
+from bridge.checkpoint import CheckpointError, check_target, write_text
 from bridge.explained import Explanation, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
@@ -109,19 +108,12 @@ def embedded_json(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def check_target(path: str | Path) -> Path:
-    """The path as one that a page may be written to. Raises PageError before the work is done rather than after it."""
-    path = Path(path)
-    if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
-        raise PageError(f"--html {str(path)!r} cannot be written; name a file in a folder that exists and is writable")
-    return path
-
-
 def write_page(path: str | Path, html: str) -> None:
     """Write a page, atomically. Raises PageError where that cannot be done."""
-    path = check_target(path)
     try:
-        write_text(path, html)
+        write_text(check_target(path, "--html"), html)
+    except CheckpointError as error:
+        raise PageError(str(error)) from None
     except OSError as error:
         raise PageError(f"could not write {str(path)!r} ({error.strerror}); free space or name another file") from None
 
