@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrain
 from bridge.circuits import search
 from bridge.circuits.masks import Aim, FoundNodes, MaskError
 from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
+from bridge.circuits.subject import Subject
 from bridge.dense import DenseModel
 from bridge.meanwhile import meanwhile
 from bridge.tasks.tokens import Resolved, TokenPairs
@@ -171,3 +173,33 @@ def test_permuted_weights_are_the_same_weights_elsewhere(dense: DenseModel) -> N
     for (name, one), two in zip(sparse.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one.flatten().sort().values, two.flatten().sort().values), name
     assert not torch.equal(sparse.embedding, other.embedding)
+
+
+def test_what_was_found_on_the_way_is_not_searched_again(
+    dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, parts, aim = subjects(dense), tmp_path / "parts", Aim(target=0.02)
+    alone = search_task(of, task(), aim, work=WORK, seeds=2)
+    searched: list[tuple[str, int]] = []
+    find_nodes = search.find_nodes
+
+    def find(subject: Subject, *arguments: Any, seed: int, **others: Any) -> FoundNodes:
+        searched.append((type(subject).__name__, seed))
+        return find_nodes(subject, *arguments, seed=seed, **others)
+
+    monkeypatch.setattr(search, "find_nodes", find)
+    search_task(of, task(), aim, work=WORK, parts=parts)
+    assert sorted(searched) == [("DenseSubject", 0), ("SparseSubject", 0)]
+    both = search_task(of, task(), aim, work=WORK, parts=parts, seeds=2)
+    assert searched[2:] == [("SparseSubject", 1)]
+    for at, kept_1n in alone.circuit.kept.items():
+        assert torch.equal(kept_1n, both.circuit.kept[at]) and torch.equal(alone.inclusion[at], both.inclusion[at])
+    assert both.circuit.edges == alone.circuit.edges
+    assert (both.facts.dense, both.facts.dense_loss, both.facts.runs) == (
+        alone.facts.dense, alone.facts.dense_loss, alone.facts.runs
+    )  # fmt: skip
+    (parts / "seed-1.json").write_text("{")
+    search_task(of, task(), aim, work=WORK, parts=parts, seeds=2)
+    assert searched[3:] == [("SparseSubject", 1)]  # what is damaged is made again
+    search_task(of, task(), Aim(target=0.03), work=WORK, parts=parts, dense=False)
+    assert searched[4:] == [("SparseSubject", 0)]  # and so is what another search has found

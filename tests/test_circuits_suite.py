@@ -92,6 +92,10 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
         list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, **other))
     with pytest.raises(MaskError, match="holds the result of another search"):
         list(run_suite(subjects, ("one",), Aim(target=0.5), out=tmp_path, progress=lambda _: None, **OPTIONS))
+    more = list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, seeds=2, **OPTIONS))
+    assert "VERDICT" in more[0] and len(TaskResult.load(tmp_path / "one").facts.runs) == 2  # a seed more, not another search
+    with pytest.raises(MaskError, match="seeds 2, not 1"):
+        list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, **OPTIONS))
 
 
 def test_the_command_finds_a_circuit_and_writes_it(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ They are shown only for the coupling that they are of, and while circuits are se
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from bridge.card.card import CardError, NullResult
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuits.masks import SHARE, Aim
 from bridge.circuits.search import RULES
-from bridge.tasks.tokens import Resolved
 
 FILE, FORMAT = "nulls.json", 1
 CARD_RULES = 2  # to be raised where the same circuit comes to give another card: what is kept is then made again
@@ -75,12 +73,3 @@ def fingerprint(coupling: Coupling) -> str:
 def rules() -> str:
     """What tells how circuits are searched and cards made from other ways of doing so."""
     return f"{RULES} {Aim().bound} {SHARE} {CARD_RULES}"
-
-
-def prompts_digest(task: Resolved) -> str:
-    """What tells a task's prompts and answers from others."""
-    digest = hashlib.sha256()
-    for name, pairs in sorted(task.splits.items()):
-        for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -33,7 +33,7 @@ from torch import Tensor
 from bridge.bridges import Bridges, Coupling, folder_of
 from bridge.card.assess import held_out, task_card
 from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
-from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, prompts_digest, read_stored, rules
+from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored, rules
 from bridge.checkpoint import read_json, write_json
 from bridge.circuits.judge import SOLVED
 from bridge.circuits.masks import NoCircuitError
@@ -82,7 +82,7 @@ class Nulls:
         """Every null as it ends; results found in the coupling's folder are taken from there."""
         before = self._kept()
         done: dict[str, NullResult] = dict(before)
-        asked = {resolved.task: prompts_digest(resolved) for resolved in self.tasks}
+        asked = {resolved.task: resolved.digest for resolved in self.tasks}
         for name, what in NULLS.items():
             there = done[name].tasks if name in done else ()
             known = {task.task: task for task in there if asked.get(task.task, task.prompts) == task.prompts}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bridge.card.assess import task_card
 from bridge.card.card import NULLS, Card, CardError
-from bridge.card.kept import fingerprint, prompts_digest, rules, stored_nulls
+from bridge.card.kept import fingerprint, rules, stored_nulls
 from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.card.render import render_card, render_cards, render_nulls
 from bridge.checkpoint import CheckpointError, read_json, write_json
@@ -133,7 +133,7 @@ def _circuit(
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
     circuit = read_json(folder / "circuit.json")["tensors"]["sha256"][:16]
-    return result, f"{circuit}; coupling {coupling}; prompts {prompts_digest(task)}; rules {rules()}"
+    return result, f"{circuit}; coupling {coupling}; prompts {task.digest}; rules {rules()}"
 
 
 def _kept(out: Path | None, digest: str, seed: int) -> Card | None:

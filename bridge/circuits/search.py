@@ -10,6 +10,8 @@
     dense       the nodes and edges of the dense model, to the same bounds by the same search, in a thread of its own meanwhile
     evidence    `judge.judge`, on the test split
 
+What the seeds and the dense model's search find is kept on the way where a folder for it is named (`parts`).
+
 Nulls run through all of this but the gate, and must not pass (`TaskResult.passed`): `labels` replaces every answer token by one
 drawn at random, `weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out
 anew.
@@ -22,8 +24,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +50,7 @@ from bridge.circuits.masks import (
     not_found,
     spread,
 )
+from bridge.circuits.parts import Parts
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.meanwhile import meanwhile
@@ -101,6 +106,14 @@ def model_facts(coupling: Coupling) -> dict[str, str | int]:
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
 
 
+def _search_facts(
+    coupling: Coupling, task: Resolved, aim: Aim, null: Null | None, seed: int, work: float
+) -> dict[str, str | float | int | None]:
+    """What tells a search from others, but for how many seeds it takes. A null's prompts or weights are its first seed's."""
+    asked = {"objective": aim.objective, "target": aim.bound, "null": null, "null_seed": seed if null else None, "work": work}
+    return {**asked, "prompts": task.digest, **model_facts(coupling)}
+
+
 def whole_size(subject: Subject) -> Size:
     """Nodes and edges of a whole model."""
     every_f = torch.ones(subject.space.size, dtype=torch.bool, device=subject.device)
@@ -118,11 +131,13 @@ def search_task(
     null: Null | None = None,
     gated: bool = True,
     work: float = WORK,
+    parts: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> TaskResult:
     """The circuit of a task, by the steps that the module describes; without the gate, also of what the model does not do.
 
-    Raises UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
+    `parts` is a folder in which what is found on the way is kept and, by the same search, found again. Raises UnsolvedError where
+    the sparse model does not do the task, MaskError where no circuit is found, CheckpointError where parts cannot be written.
     """
     say, started = progress or (lambda _: None), time.monotonic()
     aim = Aim() if aim is None else aim
@@ -146,14 +161,19 @@ def search_task(
     prompts = _Prompts.of(splits)
     lessons, held = prompts.for_nodes
     nodes_aim, nodes_work = _nodes_aim(subject, held, aim), _work(subject, work)
+    known = Parts(parts, _search_facts(coupling, task, aim, null, seed, work))
 
     def nodes_of(number: int) -> FoundNodes:
         at = f"seed {number}: " if seeds > 1 else ""
-        return find_nodes(
-            subject, lessons, held, nodes_aim, seed=number, work=nodes_work, progress=lambda text: say(f"{at}{text}")
-        )  # fmt: skip
 
-    with meanwhile(lambda tell: _dense(subjects, prompts, aim, seed, work, tell) if dense else NOT_ASKED, say) as others:
+        def find() -> FoundNodes:
+            return find_nodes(
+                subject, lessons, held, nodes_aim, seed=number, work=nodes_work, progress=lambda text: say(f"{at}{text}")
+            )  # fmt: skip
+
+        return known.nodes(f"seed-{number}", find, subject.device)
+
+    with meanwhile(lambda tell: _dense(subjects, prompts, aim, seed, work, known, tell) if dense else NOT_ASKED, say) as others:
         found = [nodes_of(seed + number) for number in range(seeds)]
         kept_f = found[0].kept_f if seeds == 1 else _consensus(subject, held, nodes_aim, found, nodes_work, say)
         kept_f = _enough(subject, prompts.for_edges[1], aim, kept_f, found, say)
@@ -315,6 +335,10 @@ class _DenseCircuit:
     nodes_complete: bool
     edges: FoundEdges
 
+    @staticmethod
+    def of(facts: Mapping[str, Any]) -> _DenseCircuit:
+        return _DenseCircuit(facts["nodes"], facts["nodes_complete"], FoundEdges(**{**facts["edges"], "edges": ()}))
+
     @property
     def before(self) -> Size:
         return Size(self.nodes, self.edges.n_before)
@@ -325,11 +349,12 @@ class _DenseCircuit:
 
 
 def _dense(
-    subjects: Subjects, prompts: _Prompts, aim: Aim, seed: int, work: float, say: Callable[[str], None]
+    subjects: Subjects, prompts: _Prompts, aim: Aim, seed: int, work: float, known: Parts, say: Callable[[str], None]
 ) -> tuple[_DenseCircuit | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        return _dense_circuit(subjects.dense, prompts, aim, seed, work, say), ""
+        find = lambda: asdict(_dense_circuit(subjects.dense, prompts, aim, seed, work, say))  # noqa: E731
+        return _DenseCircuit.of(known.facts(f"dense-{seed}", find)), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
 

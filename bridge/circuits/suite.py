@@ -1,8 +1,9 @@
 """Tasks one after another: each result written as it comes, those there already skipped, all compared at the end.
 
 A folder per task under `out`; beside them `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A run that is killed goes
-on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search; that there
-was no circuit is taken from the same search only.
+on where it was: a task's folder is complete once its circuit.json is there, and `parts` in it is what was found on the way. What
+is there must be of the same search, or of fewer seeds, to which the others are added; that there was no circuit is taken from the
+same search only.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def run_task(
     """
     null = options.get("null")
     try:
-        result = search_task(subjects, resolved(subjects, name), aim, progress=progress, **options)
+        result = search_task(subjects, resolved(subjects, name), aim, parts=_parts(out), progress=progress, **options)
     except NoCircuitError as error:
         if null is None:
             raise
@@ -67,6 +68,10 @@ def run_task(
     if out is not None:
         result.save(out)
     return render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
+
+
+def _parts(folder: Path | None) -> Path | None:
+    return None if folder is None else folder / "parts"
 
 
 def run_suite(
@@ -86,15 +91,16 @@ def run_suite(
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")
             if "failed" not in facts:
-                results.append(_same(TaskResult.load(folder), asked, folder))
-                yield f"task      {name}: {_line(results[-1])}; there already"
-                continue
-            if facts.get("search") == asked:
+                if (there := _same(TaskResult.load(folder), asked, folder)) is not None:
+                    results.append(there)
+                    yield f"task      {name}: {_line(there)}; there already"
+                    continue
+            elif facts.get("search") == asked:
                 failed += 1
                 yield f"task      {name}: no circuit, found so before ({facts['failed']})"
                 continue
         try:
-            result = search_task(subjects, resolved(subjects, name), aim, progress=say, **options)
+            result = search_task(subjects, resolved(subjects, name), aim, parts=_parts(folder), progress=say, **options)
         except (MaskError, TaskError) as error:
             failed += 1
             if folder is not None:
@@ -122,14 +128,19 @@ def _asked(subjects: Subjects, aim: Aim, options: Mapping[str, Any]) -> dict[str
     }
 
 
-def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
+def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult | None:
+    """The result as that of the search asked for; None where that is the same over more seeds. Raises MaskError for another's."""
     facts = result.facts
     there = {
         "objective": facts.objective, "target": facts.target, "null": facts.null, "seeds": len(facts.runs),
         "dense_circuit": facts.why_not_dense != NOT_ASKED[1], **facts.provenance,
     }  # fmt: skip
-    if differ := [f"{key} {there.get(key)}, not {value}" for key, value in asked.items() if there.get(key) != value]:
-        raise MaskError(f"{str(folder)!r} holds the result of another search ({'; '.join(differ)}); name another --out")
+    differ = [key for key, value in asked.items() if there.get(key) != value]
+    if differ == ["seeds"] and len(facts.runs) < asked["seeds"]:
+        return None
+    if differ:
+        said = "; ".join(f"{key} {there.get(key)}, not {asked[key]}" for key in differ)
+        raise MaskError(f"{str(folder)!r} holds the result of another search ({said}); name another --out")
     return result
 
 

@@ -19,6 +19,7 @@ Shape legend: b pair (row), t token, k token ids of an answer, v vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,6 +147,15 @@ class Resolved:
     def drop_rate(self) -> float:
         """Share of the pairs looked at that were dropped."""
         return sum(self.dropped.values()) / self.seen if self.seen else 0.0
+
+    @property
+    def digest(self) -> str:
+        """What tells its prompts and answers from others."""
+        digest = hashlib.sha256()
+        for name, pairs in sorted(self.splits.items()):
+            for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
+                digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
