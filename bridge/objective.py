@@ -4,6 +4,7 @@
     NMSE(f_i(h_d), stop(h_s)), NMSE(g_i(h_s), h_d)               every bridge, mean over sites
     KL(y_d, y of: dense until i, f_i, sparse to the end)         hybrid in, mean over sites
     KL(y_d, y of: sparse until i, g_i, dense to the end)         hybrid out, mean over sites
+    KL(y_d, y of: dense, h_i(other) + lin g_i (h_s - h_s(other)), dense to the end)              carried, off unless asked for
 
 Literally the hybrid sums cost a partial pass of each model per site. Sampled, every row of the batch draws its own splice. Half
 of the rows begin at the sparse embedding: they carry CE, KL and NMSE, and each leaves for the dense model at a site of its own.
@@ -11,6 +12,13 @@ The other half enter the sparse model at sites of their own, and leave again at 
 transitions, which the paper leaves out). So one sparse pass, in which rows are computed only from where they enter, one dense
 pass that makes the targets and one that the leaving rows enter carry all terms, at any depth. Each term is a mean over the rows
 that carry it; sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
+
+`carried` (not in the paper either) is what steering and counterfactual transport ask of a decoder: the dense residual of another
+row of the batch, moved by the difference of the two sparse ones, is to give this row's answers. A hybrid pass does not ask it: a
+norm forgives g_i(h_s) for being too short, and what is short carries too little.
+
+Hybrid terms and `carried` may be taken at a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)).
+At 1, as in the paper, a confident answer says nothing of how confident it is; above, its logits are to be right too.
 
 NMSE of a token is its squared error over the squared deviation of its target from the mean of its row, the target detached. The
 mean is the row's, not the batch's, so that every term is a mean over rows: the sampled estimate stays unbiased, and several
@@ -69,7 +77,7 @@ def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Genera
     row_b = torch.randperm(rows, generator=generator)
     from_tokens_b, entering_b = row_b[entering:], row_b[:entering]
     enter[entering_b] = _spread(entering, n_sites, generator)
-    if losses.hybrid_out:
+    if losses.hybrid_out or losses.carried:
         leave[from_tokens_b] = _spread(len(from_tokens_b), n_sites, generator)
     if losses.hybrid_both:
         for row in entering_b.tolist():
@@ -128,6 +136,7 @@ class Objective(nn.Module):
         with torch.no_grad():
             dense = self.dense.run(tokens_bt)
             target = _Target(dense.logits_btv)
+            warm = self._warm(target)
 
         # Encode: what enters, and what NMSE compares.
         with_nmse = plain if losses.nmse_encoder else 0
@@ -144,18 +153,22 @@ class Objective(nn.Module):
         x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
 
         sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
+        place_b = torch.arange(len(tokens_bt), device=tokens_bt.device)
         kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
         terms = {
             "ce": ce_b[:plain].sum() / n_plain,
             "kl": kl_b[:plain].sum() / n_plain,
-            "hybrid_in": kl_b[plain:].sum() / n_in,
+            "hybrid_in": (kl_b[plain:] if warm is target else warm.divergence(sparse.logits_btv[plain:], place_b[plain:])).sum()
+            / n_in,
         }
 
-        # Decode: what leaves, and what NMSE compares.
+        # Decode: what leaves, what NMSE compares, and what is carried to another row that began at the embedding.
         with_nmse = plain if losses.nmse_decoder else 0
         nmse_encoder, nmse_decoder = [], []
         leaving_rows: list[int] = []
         leaving: list[Tensor] = []
+        carried_rows: list[int] = []
+        carried: list[Tensor] = []
         for site in sites:
             x_bts = sparse.residuals[site]
             if losses.nmse_encoder:
@@ -169,26 +182,40 @@ class Objective(nn.Module):
                 leaving += [h_btd[before], h_btd[with_nmse:]]
                 if with_nmse:
                     nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:plain]).sum())
+            if losses.carried and (here := [row for row in rows if row < plain]):
+                other_b = torch.tensor([(row + 1) % plain for row in here], device=x_bts.device)
+                change_bts = x_bts[here] - x_bts[other_b]
+                carried_rows += here
+                carried.append(dense.residuals[site][other_b] + self.bridges[site].decode_change(change_bts))
         if nmse_encoder:
             terms["nmse_encoder"] = torch.stack(nmse_encoder).mean() / n_plain
         if nmse_decoder:
             terms["nmse_decoder"] = torch.stack(nmse_decoder).mean() / n_plain
 
         if leaving_rows:
-            row_b = torch.tensor(leaving_rows, device=tokens_bt.device)
-            site_b = torch.tensor([leave[row] for row in leaving_rows])
-            hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat(leaving)))
-            kl_b = target.divergence(hybrid.logits_btv, row_b)
-            from_tokens_b = row_b < plain
+            rows = leaving_rows + carried_rows
+            row_b = torch.tensor(rows, device=tokens_bt.device)
+            site_b = torch.tensor([leave[row] for row in rows])
+            hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat([*leaving, *carried])))
+            kl_b, carried_b = warm.divergence(hybrid.logits_btv, row_b).split([len(leaving_rows), len(carried_rows)])
+            from_tokens_b = row_b[: len(leaving_rows)] < plain
             terms["hybrid_out"] = (kl_b * from_tokens_b).sum() / n_out
             terms["hybrid_both"] = (kl_b * ~from_tokens_b).sum() / n_both
+            if losses.carried:
+                terms["carried"] = carried_b.sum() / n_out
         return terms
+
+    def _warm(self, target: _Target) -> _Target:
+        """The target of the terms that are taken at a temperature."""
+        temperature = self.losses.temperature
+        return target if temperature == 1 else _Target(target.logits_btv, temperature)
 
     def _literal(self, tokens_bt: Tensor) -> dict[str, Tensor]:
         sites = range(self.dense.n_sites)
         with torch.no_grad():
             dense = self.dense.run(tokens_bt)
             target = _Target(dense.logits_btv)
+            warm = self._warm(target)
         sparse = self.sparse.run(tokens_bt)
         encoded = [self.bridges[site].encode(dense.residuals[site]) for site in sites]
         decoded = [self.bridges[site].decode(sparse.residuals[site]) for site in sites]
@@ -203,27 +230,31 @@ class Objective(nn.Module):
             "nmse_encoder": mean([_nmse(encoded[site], sparse.residuals[site].detach()) for site in sites]),
             "nmse_decoder": mean([_nmse(decoded[site], dense.residuals[site]) for site in sites]),
             "hybrid_in": mean(
-                [target.divergence(self.sparse.run(tokens_bt, Enter.at(site, encoded[site])).logits_btv) for site in sites]
+                [warm.divergence(self.sparse.run(tokens_bt, Enter.at(site, encoded[site])).logits_btv) for site in sites]
             ),
             "hybrid_out": mean(
-                [target.divergence(self.dense.run(tokens_bt, Enter.at(site, decoded[site])).logits_btv) for site in sites]
+                [warm.divergence(self.dense.run(tokens_bt, Enter.at(site, decoded[site])).logits_btv) for site in sites]
             ),
         }
 
 
 class _Target:
-    """The dense model's next-token distribution, against which every KL is taken."""
+    """The dense model's next-token distribution at a temperature, against which every KL is taken."""
 
-    def __init__(self, logits_btv: Tensor) -> None:
-        self.logits_btv = logits_btv
+    def __init__(self, logits_btv: Tensor, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+        self.logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
+        logits_btv = self.logits_btv
         self.log_sum_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
         for b, tokens in _pieces(logits_btv):
             self.log_sum_bt[b, tokens] = logits_btv[b, tokens].float().logsumexp(-1)
 
     def divergence(self, logits_btv: Tensor, row_b: Tensor | None = None) -> Tensor:
-        """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats."""
+        """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats; times the square of the temperature."""
+        temperature = self.temperature
+        logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
         kl_bt, _ = _Losses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
-        return kl_bt.mean(-1)
+        return kl_bt.mean(-1) * temperature**2
 
     def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
         """The same and the next-token cross-entropy, means over each row's tokens."""

@@ -128,7 +128,9 @@ class Budget(_Part):
 class Optimizer(_Part):
     """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
 
-    rate: float = Field(default=3e-3, gt=0, description="sparse model's peak learning rate, before sharkfin")
+    rate: float = Field(
+        default=3e-3, ge=0, description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn"
+    )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(
         default=1e-2, gt=0, description="of their biases, which carry means: these drift by more than a matrix entry's size"
@@ -138,6 +140,9 @@ class Optimizer(_Part):
     eps: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training over which the rates rise")
+
+
+BRIDGED = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both", "carried")  # terms that bridges have part in
 
 
 class Losses(_Part):
@@ -150,18 +155,18 @@ class Losses(_Part):
     hybrid_in: float = Field(default=1.0, ge=0, description="dense until i, encoded, sparse to the end: KL(y_d, .)")
     hybrid_out: float = Field(default=1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
     hybrid_both: float = Field(default=1.0, ge=0, description="rows that enter at i and leave at j > i; 0 switches them off")
+    carried: float = Field(default=0.0, ge=0, description="dense, at i moved by what another row's sparse residual has more")
+    temperature: float = Field(default=1.0, gt=0, description="of both answers in the hybrid terms and in carried")
     splice: Literal["sampled", "literal"] = Field(default="sampled", description="one site a row, or every site for every row")
 
     @property
     def coupled(self) -> bool:
         """Whether any term involves the bridges."""
-        terms = (self.nmse_encoder, self.nmse_decoder, self.hybrid_in, self.hybrid_out, self.hybrid_both)
-        return any(term > 0 for term in terms)
+        return any(getattr(self, term) > 0 for term in BRIDGED)
 
     def without_bridges(self) -> Losses:
         """Text and the dense model's answers, and nothing inside either model."""
-        bridged = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both")
-        return self.model_copy(update=dict.fromkeys(bridged, 0.0))
+        return self.model_copy(update=dict.fromkeys(BRIDGED, 0.0))
 
     def uncoupled(self) -> Losses:
         """The paper's interpretable-by-construction setting: text alone, no dense model."""
@@ -186,6 +191,11 @@ class Recipe(_Part):
     def _useful(self) -> Recipe:
         if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
             raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
+        if not self.optimizer.rate and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
+            raise ValueError(
+                "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "
+                "and losses that bridges have part in"
+            )
         return self
 
 

@@ -2,7 +2,8 @@
 
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
 RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
-L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`).
+L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). At a rate of 0
+bridges alone learn: the sparse model, which is then another coupling's, stays as it is, and circuits found in it stay true.
 
 Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last saved
 state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the
@@ -51,7 +52,7 @@ REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the cor
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
 
 
-_TERMS = tuple(name for name in Losses.model_fields if name != "splice")
+_TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature", "splice"))
 
 
 class FitError(RunError):
@@ -153,6 +154,8 @@ def prepare(
     started = None
     if recipe.sparse.start not in ("auto", "random") and not resume:
         started = start_from_coupling(coupling, recipe.sparse.start)
+        if not recipe.optimizer.rate:
+            _check_same(started.l0, kept)
     elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
     return Run(coupling, blocks, accelerator, out, resume, started)
@@ -244,6 +247,10 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     reuse_memory()
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
     coupling.bridges.requires_grad_(recipe.losses.coupled)
+    frozen = recipe.optimizer.rate == 0
+    if frozen:
+        sparse.requires_grad_(False)
+        sparse.use_products()
     objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
     optimizer = SharkfinAdamW(coupling)
     state = _State(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
@@ -255,8 +262,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     last_report = last_save = state.seconds
     kept = sparse.fractions(recipe.sparsity)
     names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
-    if recipe.losses.splice == "literal" and "hybrid_both" in names:
-        names.remove("hybrid_both")  # the paper's sum has none
+    if recipe.losses.splice == "literal":
+        names = [name for name in names if name not in ("hybrid_both", "carried")]  # the paper's sum has neither
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
 
@@ -271,7 +278,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 
     with _asked_to_stop() as stop, _Log(out, accelerator, state.step) as log:
         while (done := fraction()) < 1:
-            if state.native is None and done >= recipe.sparsity.anneal:
+            if state.native is None and done >= recipe.sparsity.anneal and not frozen:
                 state.native = _choose(run, kept, per_step)
                 for name in state.native:
                     optimizer.exchange(name, coupling)
@@ -302,8 +309,9 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
                 state.seconds, wishes = _over_processes(accelerator, shared)
                 asked = wishes > 0
-            target = annealed(fraction())  # the last step ends on the target
-            sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+            if not frozen:
+                target = annealed(fraction())  # the last step ends on the target
+                sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
             sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
             summed += 1
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
@@ -343,6 +351,15 @@ def finish(run: Run) -> Coupling:
     return coupling
 
 
+def _check_same(there: Fractions, asked: Fractions) -> None:
+    """Raise RecipeError where a sparse model that is to stay as it is has another L0 than the recipe says."""
+    if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
+        raise RecipeError(
+            f"optimizer.rate 0 leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at "
+            f"{there.embed:.4g}; the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+        )
+
+
 class _State:
     def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
         self.step = step
@@ -361,13 +378,17 @@ class SharkfinAdamW:
         sparse_weights = list(weights.values())
         blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
         rest = [p for p in coupling.sparse.parameters() if all(p is not weight for weight in sparse_weights)]
+        if not numbers.rate:
+            sparse_weights, blocks, embed, rest = [], [], [], []
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
         self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
         groups: list[dict[str, Any]] = [
             {"params": part, "peak": numbers.rate, "fin": fin if numbers.sharkfin else None, "weight_decay": numbers.weight_decay}
             for part, fin in ((blocks, "blocks"), (embed, "embed"))
+            if part
         ]
-        groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
+        if rest:
+            groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
         for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
             if part := [p for p in bridges if p.dim() == dimensions]:
                 groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})

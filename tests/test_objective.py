@@ -123,6 +123,45 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_carried_gives_the_other_rows_answers(coupling: Coupling) -> None:
+    """Rows from the embedding in a circle: the next one's dense residual, moved by the difference of the sparse ones."""
+    splice = Splice(enter=(EMBEDDING, 1, EMBEDDING, EMBEDDING), leave=(2, STAYS, 4, 0))
+    terms = objective(coupling, carried=1)(TOKENS_BT, splice)
+    dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)
+    expected = []
+    for row, other, site in ((0, 2, 2), (2, 3, 4), (3, 0, 0)):
+        decode = coupling.bridges[site].decode
+        change = decode(sparse.residuals[site][row]) - decode(sparse.residuals[site][other])
+        entry = Enter.at(site, (dense.residuals[site][other] + change)[None])
+        moved = coupling.dense.run(TOKENS_BT[row : row + 1], entry).logits_btv
+        expected.append(kl(dense.logits_btv[row : row + 1], moved).mean())
+    torch.testing.assert_close(terms["carried"], torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+    without = objective(coupling)(TOKENS_BT, splice)
+    assert "carried" not in without
+    for name in set(without) - {"total"}:
+        torch.testing.assert_close(terms[name], without[name])
+
+
+def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: Coupling) -> None:
+    splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0))
+    for cut in (splice, None):
+        cold, warm = (objective(coupling, temperature=t, carried=1)(TOKENS_BT, cut) for t in (1.0, 3.0))
+        for name in ("ce", "kl", "nmse_encoder", "nmse_decoder"):
+            torch.testing.assert_close(warm[name], cold[name])
+    warm = objective(coupling, temperature=3.0)(TOKENS_BT, splice)
+    dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)
+    entered = [
+        9 * kl(dense.logits_btv[row] / 3, coupling.dense_to_sparse(TOKENS_BT, dense.residuals, site)[row] / 3).mean()
+        for row, site in ((0, 3), (2, 1))
+    ]
+    left = [
+        9 * kl(dense.logits_btv[row] / 3, coupling.sparse_to_dense(TOKENS_BT, sparse.residuals, site)[row] / 3).mean()
+        for row, site in ((1, 2), (3, 0))
+    ]
+    torch.testing.assert_close(warm["hybrid_in"], torch.stack(entered).mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(warm["hybrid_out"], torch.stack(left).mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_shares_of_a_batch_average_to_the_whole(coupling: Coupling) -> None:
     """Two processes with half the rows each, and the whole batch's counts, compute what one would."""
     module = objective(coupling)

@@ -24,7 +24,7 @@ from transformers import (
 from bridge import start
 from bridge.bridges import Coupling, new_coupling
 from bridge.dense import load_dense
-from bridge.recipe import recipe_values, resolve
+from bridge.recipe import BRIDGED, recipe_values, resolve
 from bridge.start import Started, start_from_dense
 from bridge.training import finish, prepare, resolve_for, train
 
@@ -222,8 +222,7 @@ def test_the_recipe_chooses_and_the_calibration_is_not_taken_twice(text_file: Pa
     assert scales == [run.coupling.bridges[site].scale.item() for site in range(run.coupling.n_sites)]
     assert reports[0].losses["kl"] < 1
     assert fresh(**{"sparse.start": "random"}).started is None
-    uncoupled = dict.fromkeys(("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"), 0)
-    assert fresh(**{f"losses.{name}": weight for name, weight in uncoupled.items()}).started is None
+    assert fresh(**{f"losses.{name}": 0 for name in BRIDGED}).started is None
 
 
 def test_a_run_that_goes_on_does_not_start_again(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ import bridge
 from bridge import training
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.recipe import RecipeError, recipe_values
+from bridge.nodes import sparse_fingerprint
+from bridge.recipe import BRIDGED, RecipeError, recipe_values
 from bridge.training import FitError, FitStopped, Progress, finish, memory_needed, prepare, train
 
 ROWS, STEPS = 4, 10
@@ -120,6 +121,42 @@ def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tm
     reports = list(train(run))
     assert all(report.l0 <= first.sparse.achieved_l0() + 1e-3 for report in reports)
     assert reports[-1].l0 == pytest.approx(0.02, abs=2e-3)
+
+
+def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """At a rate of 0, and through a cut: not a bit of the sparse model changes, and circuits are those of the same model."""
+    first, _ = fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
+    settings = {
+        "sparse.start": str(tmp_path / "first"), "optimizer.rate": 0, "losses.ce": 0, "losses.kl": 0, "losses.carried": 1,
+        "losses.temperature": 2, "optimizer.bridge_rate": 3e-2,
+    }  # fmt: skip
+    coupling, reports = fitted(dense_folder, text_file, settings=settings, tokens=60 * ROWS * CONTEXT, out=tmp_path / "second")
+    for name, weight in first.sparse.named_parameters():
+        assert torch.equal(weight, coupling.sparse.get_parameter(name)), name
+    assert sparse_fingerprint(coupling.sparse) == sparse_fingerprint(first.sparse)
+    assert {name for name in reports[0].losses} == {"total", *BRIDGED}
+    for name, most in (("nmse_decoder", 0.9), ("carried", 0.97)):
+        early, late = (sum(report.losses[name] for report in part) for part in (reports[:10], reports[-10:]))
+        assert late < most * early, name
+    cut = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", device="cpu")
+    with pytest.raises(FitStopped):
+        for report in train(cut):
+            if report.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+    resumed = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", resume=True, device="cpu")
+    list(train(resumed))
+    finish(resumed)
+    fitted(dense_folder, text_file, settings=settings, out=tmp_path / "whole")
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_bridges_alone_need_a_model_that_is_there(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="give sparse.start a coupling's folder"):
+        prepare(dense_folder, values(text_file, **{"optimizer.rate": 0}), device="cpu")
+    fitted(dense_folder, text_file, tokens=1, out=tmp_path / "first")
+    settings = {"sparse.start": str(tmp_path / "first"), "optimizer.rate": 0, "sparsity.l0": 0.05}
+    with pytest.raises(RecipeError, match="its blocks at L0 0.0999.* the recipe says 0.05"):
+        prepare(dense_folder, values(text_file, **settings), device="cpu")
 
 
 @pytest.mark.parametrize("native", ["always", "never"])
