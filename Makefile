@@ -44,7 +44,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # From corpus to eval table, on whatever device is there. It may be cut at any time: the same command goes on, and what ships is
-# replaced only when all is done. python-bridge goes on from python-bridge-32.
+# replaced only when all is done. python-bridge-sparse goes on from python-bridge-32, python-bridge from there with the bridges alone.
 NEW := runs/checkpoints
 FIT = until [ -f $(NEW)/$(1)/coupling.json ]; do \
 	  $(BIN)/bridge fit $(NEW)/python-dense --recipe recipes/$(1).toml $(2) --out $(NEW)/$(1) --resume --stretch 9 || exit 1; done
@@ -52,7 +52,8 @@ checkpoints: $(READY)
 	until [ -f $(NEW)/python-dense/config.json ]; do \
 	  $(BIN)/python recipes/python_dense.py --out $(NEW)/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
 	$(call FIT,python-bridge-32,--dtype bfloat16)
-	$(call FIT,python-bridge,--set sparse.start=$(NEW)/python-bridge-32)
+	$(call FIT,python-bridge-sparse,--set sparse.start=$(NEW)/python-bridge-32)
+	$(call FIT,python-bridge,--set sparse.start=$(NEW)/python-bridge-sparse)
 	for fit in python-bridge-32 python-bridge; do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
 	rm -rf checkpoints/python-dense checkpoints/python-bridge-32 checkpoints/python-bridge $(NEW)/python-dense.state
 	mv $(NEW)/python-dense $(NEW)/python-bridge-32 $(NEW)/python-bridge checkpoints
@@ -60,7 +61,7 @@ checkpoints: $(READY)
 # The README's figure: what ships, and two other L0 that go on from the same coupling; cut, the same command goes on. With --width and a
 # recipe that starts from the dense model it takes other widths too, in hours rather than minutes.
 frontier: $(READY)
-	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
+	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
 	  --tokens 12000000 --tasks while_return_true var_if with_as --work 0.5 \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge --out runs/frontier
 

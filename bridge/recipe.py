@@ -191,6 +191,8 @@ class Recipe(_Part):
     def _useful(self) -> Recipe:
         if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
             raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
+        if self.losses.carried and self.losses.splice == "literal":
+            raise ValueError("losses.carried has no literal form; leave losses.splice at 'sampled', or losses.carried at 0")
         if not self.optimizer.rate and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise ValueError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "

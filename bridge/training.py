@@ -262,8 +262,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     last_report = last_save = state.seconds
     kept = sparse.fractions(recipe.sparsity)
     names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
-    if recipe.losses.splice == "literal":
-        names = [name for name in names if name not in ("hybrid_both", "carried")]  # the paper's sum has neither
+    if recipe.losses.splice == "literal" and "hybrid_both" in names:
+        names.remove("hybrid_both")  # the paper's sum has none
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
 

@@ -145,7 +145,7 @@ def test_what_is_carried_gives_the_other_rows_answers(coupling: Coupling) -> Non
 def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: Coupling) -> None:
     splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0))
     for cut in (splice, None):
-        cold, warm = (objective(coupling, temperature=t, carried=1)(TOKENS_BT, cut) for t in (1.0, 3.0))
+        cold, warm = (objective(coupling, temperature=t)(TOKENS_BT, cut) for t in (1.0, 3.0))
         for name in ("ce", "kl", "nmse_encoder", "nmse_decoder"):
             torch.testing.assert_close(warm[name], cold[name])
     warm = objective(coupling, temperature=3.0)(TOKENS_BT, splice)

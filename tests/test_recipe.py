@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from bridge import recipe as module
 from bridge.recipe import (
+    BRIDGED,
     Recipe,
     RecipeError,
     kept_fraction,
@@ -115,8 +116,17 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_losses_that_are_all_zero_are_refused() -> None:
-    losses = dict.fromkeys(("ce", "kl", "nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"), 0)
+    losses = dict.fromkeys(("ce", "kl", *BRIDGED), 0)
     assert refusal(losses=losses) == "every loss weight is 0; give at least losses.ce a weight above 0"
+
+
+def test_bridges_alone_have_something_to_learn_and_to_learn_it_to() -> None:
+    alone = {"optimizer": {"rate": 0}}
+    assert "give sparse.start a coupling's folder" in refusal(**alone)
+    there = {**alone, "sparse": {"start": "runs/there"}}
+    assert resolve(values(**there)).losses.coupled
+    assert "losses that bridges have part in" in refusal(**there, losses=dict.fromkeys(BRIDGED, 0))
+    assert "losses.carried has no literal form" in refusal(losses={"carried": 1, "splice": "literal"})
 
 
 def test_an_uncoupled_recipe_reads_text_alone() -> None:
