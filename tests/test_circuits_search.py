@@ -86,6 +86,25 @@ def test_nodes_that_miss_the_bound_where_edges_are_held_to_it_get_what_they_lack
     assert any("with what other templates need" in text for text in said)
 
 
+def test_seeds_that_share_too_little_leave_the_smallest_ones_circuit(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three have voted for what does nothing here: to do the task by their votes takes their nodes and its own."""
+    of = subjects(dense)
+    whole = search.find_nodes
+
+    def with_others(*args: Any, seed: int, **options: Any) -> FoundNodes:
+        found = whole(*args, seed=seed, **options)
+        idle_k = (~found.kept_f).nonzero().flatten()[:40]
+        idle_f = torch.zeros_like(found.kept_f).index_fill(0, idle_k, True)
+        return found if seed == 1 else replace(found, kept_f=idle_f, tau_f=torch.where(idle_f, 0.9, -0.9))
+
+    monkeypatch.setattr(search, "find_nodes", with_others)
+    monkeypatch.setattr(search, "deleted", lambda goal, kept_f, say, given_up: (kept_f, False))
+    said: list[str] = []
+    result = search_task(of, task(), Aim(target=0.02), seeds=3, work=WORK, dense=False, progress=said.append)
+    assert any("consensus: 46 nodes of 3 seeds" in text for text in said)
+    assert len(result.circuit.nodes) == 6 and [run.nodes for run in result.facts.runs] == [40, 6, 40]
+
+
 def test_work_that_goes_on_meanwhile_says_how_far_it_is_when_waited_for_and_ends_with_the_caller() -> None:
     said: list[str] = []
     begun, ended, threads = threading.Event(), threading.Event(), set[str]()

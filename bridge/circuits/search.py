@@ -3,7 +3,8 @@
     gate        two-way accuracy of the sparse model on held-out prompts; what it does not do has no circuit
     seeds       `masks.find_nodes` for every seed, to a part of the bound
     consensus   with several seeds: nodes by the share of seeds that kept them, then by tau; the fewest of them within the
-                bound, and deletions
+                bound, and deletions. Where seeds have found different ways to do the task, what they share need not do it at all;
+                so where a seed's own nodes are fewer, the circuit is the smallest seed's
     edges       `edges.find_edges`, to the whole bound; learnt from the training split alone and held to the validation split,
                 which has other templates: there are many more weights than prompts, and many matter on some templates only.
                 Nodes that are above the bound there, where no edge could go, are given others first, by the same order
@@ -60,7 +61,7 @@ from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-RULES = 4  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+RULES = 5  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 WORK = 5e12  # products of a token with a weight, per search: a minute or two on two slow cores
 MOST_TOKENS = 1_400_000  # of masked copies, where the model is small
 EDGE_WORK = 0.5  # of that, again, for the edges
@@ -282,14 +283,14 @@ def _work(subject: Subject, work: float) -> float:
 def _consensus(
     subject: Subject, held: TokenPairs, aim: Aim, found: list[FoundNodes], work: float, say: Callable[[str], None]
 ) -> Tensor:
-    """The fewest nodes, those that most seeds kept first, that meet the bound; and deletions."""
+    """The fewest nodes, those that most seeds kept first, that meet the bound, and deletions; or a seed's own, if fewer."""
     goal = Goal(subject, held, aim, work=work / 4)
     share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
     any_f, order_f = share_f > 0, _order(found)
     limit = int(any_f.sum()) if float(goal.loss(any_f[None])) <= aim.bound else len(order_f)
     kept_f = fewest(goal, torch.zeros_like(any_f), order_f[:limit], int((share_f > 0.5).sum()))
     say(f"consensus: {int(kept_f.sum()):,} nodes of {len(found)} seeds")
-    return deleted(goal, kept_f, say, GIVEN_UP)[0]
+    return min(deleted(goal, kept_f, say, GIVEN_UP)[0], *(one.kept_f for one in found), key=lambda each_f: int(each_f.sum()))
 
 
 def _order(found: list[FoundNodes]) -> Tensor:
