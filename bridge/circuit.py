@@ -27,6 +27,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bridge.copies import Copies
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
 from bridge.kernels.top_k import choose
@@ -246,6 +247,11 @@ class Ablations:
         sites = {at: torch.full((self.space.n_tokens, n), sparse.site(at)) for at, n in self.space.sizes.items()}
         self.site_f = self.space.join(sites)
 
+    @cached_property
+    def copies(self) -> Copies | None:
+        """The masked copies by compiled kernels alone, where these serve the model."""
+        return Copies.of(self.sparse, self.tokens_1t, self.means)
+
     @property
     def rows(self) -> int:
         """How many masked copies make a batch of sensible size."""
@@ -272,6 +278,9 @@ class Ablations:
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of any number of masks."""
+        copies = self.copies if kept_rf.dtype == torch.bool else None
+        if copies is not None:
+            return torch.cat([copies.logits(rows_rf) for rows_rf in kept_rf.split(self.rows)])
         return torch.cat([self.run(rows_rf, narrow=True).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
 
     @torch.no_grad()
@@ -315,6 +324,9 @@ class Ablations:
             with torch.enable_grad():
                 loss_r = loss(self.run(kept_rf, narrow=True).logits_btv[:, -1])
                 return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
+        return self._slopes(kept_rf, loss) if self.copies is None else self.copies.slopes(kept_rf, loss)
+
+    def _slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         chosen: dict[Location, Tensor] = {}
         change: dict[Location, Tensor] = {}
         keep = ablation_gate(self.space.split(kept_rf), self.means)

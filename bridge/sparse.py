@@ -253,6 +253,10 @@ class SparseTransformer(nn.Module):
         kept = max(1, round(self.shape.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
+    def held(self, name: str) -> Compact | None:
+        """The matrix of that name by its nonzeros; None where it is used as it is."""
+        return self._matrix(name, self.get_parameter(name))
+
     def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
         """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
         matrix = self.compact.get(name)

@@ -7,7 +7,8 @@
 
 Nothing of size t x t is stored: the backward pass makes a query's scores again from l. The keys' channels lie in rows of tokens,
 so that a query's scores are a weighted sum of rows and its output a row of inner products, as in `products`. Where rows are
-short and many (masked copies of a prompt) a vector holds as many rows instead, at one token each.
+short and many (masked copies of a prompt) a vector holds as many rows instead, at one token each; or rows of several heads, since
+each lane has a sink of its own.
 
 Queries may be those of the last positions alone.
 
@@ -105,7 +106,8 @@ class _AttentionOfMany(torch.autograd.Function):
         q_nqb, k_ntb, v_ntb = (_rows_inside(x) for x in (q_bqn, k_btn, v_btn))
         z_nqb = torch.empty_like(q_nqb)
         l_hqb = torch.empty(q_nqb.shape[0] // channels, *q_nqb.shape[1:])
-        tensors = (q_nqb, k_ntb, v_ntb, sink_h.detach().float(), z_nqb, l_hqb)
+        sink_hb = sink_h.detach().float()[:, None].repeat(1, q_nqb.shape[2])
+        tensors = (q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb)
         arrays, work = [tensor.numpy() for tensor in tensors], q_nqb.numel() * k_ntb.shape[1]
         in_parallel(lambda start, stop: _forward_many(*arrays, channels, start, stop), len(l_hqb), work)
         ctx.save_for_backward(*tensors)
@@ -114,10 +116,10 @@ class _AttentionOfMany(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz_bqn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_nqb, k_ntb, v_ntb, sink_h, z_nqb, l_hqb = ctx.saved_tensors
+        q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb = ctx.saved_tensors
         dq_nqb, dk_ntb, dv_ntb = torch.empty_like(q_nqb), torch.zeros_like(k_ntb), torch.zeros_like(v_ntb)
         dsink_hb = torch.zeros(l_hqb.shape[0], l_hqb.shape[2])
-        given = (q_nqb, k_ntb, v_ntb, sink_h, z_nqb, l_hqb, _rows_inside(dz_bqn))
+        given = (q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb, _rows_inside(dz_bqn))
         arrays = [tensor.numpy() for tensor in (*given, dq_nqb, dk_ntb, dv_ntb, dsink_hb)]
         work = 2 * q_nqb.numel() * k_ntb.shape[1]
         in_parallel(lambda start, stop: _backward_many(*arrays, ctx.channels, start, stop), len(l_hqb), work)
@@ -307,7 +309,7 @@ def _backward_many(
             for c in range(first, first + channels):
                 _add_products(dz[c, query], z[c, query], one, through)
             for lane in range(rows):
-                dsink[head, lane] -= math.exp(sink[head] - log_sum[head, query, lane]) * through[lane]
+                dsink[head, lane] -= math.exp(sink[head, lane] - log_sum[head, query, lane]) * through[lane]
             for j in range(upto):
                 for lane in range(rows):
                     ds[j, lane] = p[j, lane] * (ds[j, lane] - through[lane])
