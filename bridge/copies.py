@@ -83,10 +83,14 @@ class Copies:
         self.length = tokens_1t.shape[1]
         self.means = {at: means[at].detach().float().contiguous().numpy() for at in sparse.locations()}
         self.offsets: dict[Location, int] = {}
-        self.size = 0
+        self.unreached: list[tuple[int, int]] = []  # nodes that only later positions could answer for: they have no slopes
+        start = 0
         for at, n in sparse.locations().items():
-            self.offsets[at] = self.size
-            self.size += self.length * n
+            self.offsets[at] = start
+            late = sparse.site(at) - sparse.narrow_from
+            if late >= 0 or (late == -1 and at.kind in ("q", "attn_out")):
+                self.unreached.append((start, start + (self.length - 1) * n))
+            start += self.length * n
         layers = range(len(sparse.blocks))
         self.maps = {at: _Map.of(matrix, sparse.get_parameter(f"blocks.{at[0]}.{at[1]}.bias")) for at, matrix in packed.items()}
         channels = sparse.shape.head_channels
@@ -141,8 +145,10 @@ class Copies:
         with torch.enable_grad():
             loss_r = loss(self._unembedded(x_rs))
             slope_rs = torch.autograd.grad(loss_r.sum(), x_rs)[0].contiguous().numpy()
-        slope_rf = torch.zeros(kept_rf.shape)
+        slope_rf = torch.empty(kept_rf.shape)
         slopes = slope_rf.numpy()
+        for start, stop in self.unreached:
+            slopes[:, start:stop] = 0
 
         def back(part: slice) -> None:
             self._backward(slope_rs[part].T.copy(), tapes[part.start], slopes[part])

@@ -107,8 +107,11 @@ def explain(
     used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
     say(f"means: {used_bt.numel():,} tokens of reference text")
     ablations = Ablations(sparse, question, coupling.once("means", used_bt, lambda: corpus_means(sparse, used_bt)))
-    with cores(1 if ablations.space.size <= SHORT else torch.get_num_threads()):
+    every = torch.get_num_threads()
+    short = 1 if ablations.space.size <= SHORT else every
+    with cores(short if ablations.copies is None else every):  # whose halves do not wait for each other
         found = find_circuit(ablations, seed=seed, progress=say)
+    with cores(short):
         known = _known_of(coupling, ablations, found, used_bt, seed, say, hand_over)
     explanation = Explanation(**vars(answered), **known, provenance=_provenance(coupling, used_bt, seed))
     if not card:
