@@ -44,7 +44,7 @@ _READERS = {
     "mlp_in": (("mlp_act", "up"),),
     "mlp_act": (("mlp_out", "down"),),
 }
-_ATTENTION_TARGETS = 32  # attn_out nodes whose slopes are taken at once
+_ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose slopes are taken at once
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,6 @@ class _Flow:
     def weight(self, layer: int, name: str) -> Tensor:
         return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
 
-    def kept(self, location: Location, position: int) -> Tensor:
-        """Indices of the kept nodes of a location at a position."""
-        return self.circuit.kept[location][position].nonzero().flatten()
-
     def locations(self, *kinds: str) -> list[Location]:
         return [location for location in self.circuit.kept if location.kind in kinds]
 
@@ -234,57 +230,63 @@ def _weight_edges(flow: _Flow) -> Iterator[_Some]:
     for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
         for kind, name in _READERS[source.kind]:
             target, weight_ji = Location(source.layer, kind), flow.weight(source.layer, name)
-            for position in range(len(flow.circuit.question.tokens_t)):
-                i, j = flow.kept(source, position), flow.kept(target, position)
-                kept_ji = weight_ji[j][:, i]
-                row_e, column_e = kept_ji.nonzero().unbind(1)
-                added_e = kept_ji[row_e, column_e] * flow.change[source][position, i[column_e]]
-                ends = (torch.stack([k, torch.full_like(k, position)], 1) for k in (i[column_e], j[row_e]))
-                source_e2, target_e2 = ends
-                effect_e = added_e * flow.slope[target][position, j[row_e]]
-                yield _Some.all("weight", source, source_e2, target, target_e2, added_e, effect_e)
+            row_w, column_w = weight_ji.nonzero().unbind(1)
+            from_tn, to_tn = flow.circuit.kept[source], flow.circuit.kept[target]
+            position, w = (from_tn[:, column_w] & to_tn[:, row_w]).nonzero().unbind(1)
+            i, j = column_w[w], row_w[w]
+            added_e = weight_ji[j, i] * flow.change[source][position, i]
+            source_e2, target_e2 = (torch.stack([k, position], 1) for k in (i, j))
+            yield _Some.all("weight", source, source_e2, target, target_e2, added_e, added_e * flow.slope[target][position, j])
 
 
 def _attention_edges(flow: _Flow, drawing: _Drawing) -> Iterator[_Some]:
+    sparse, channels = flow.sparse, flow.sparse.shape.head_channels
     for target in flow.locations("attn_out"):
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
-        for nodes_2 in flow.circuit.kept[target].nonzero().split(_ATTENTION_TARGETS):
-            to_slope_r = flow.slope[target][nodes_2[:, 0], nodes_2[:, 1]]
-            for source, slope_rtn in zip(sources, _attention_slopes(flow, sources, nodes_2), strict=True):
-                kind: EdgeKind = "value" if source.kind == "v" else "score"
-                there_rtn = (slope_rtn != 0) & flow.circuit.kept[source]
-                added_rtn = slope_rtn * flow.change[source]
-                effect_rtn = added_rtn * to_slope_r[:, None, None]
-                number = int(there_rtn.sum())
-                used_2k = there_rtn.any(1).nonzero().T if kind in COUNTED else nodes_2.new_empty(2, 0)
-                r, position, index = (there_rtn & drawing.strong(effect_rtn)).nonzero().unbind(1)
-                yield _Some(
-                    kind, source, target, torch.stack([index, position], 1), nodes_2[r].flip(1), added_rtn[r, position, index],
-                    effect_rtn[r, position, index], number, torch.stack([used_2k[1], nodes_2[used_2k[0], 1]]),
-                )  # fmt: skip
+        pattern_hts = sparse.pattern(target.layer, *(flow.value[source][None] for source in sources[:2]))[0]
+        to_all_2 = flow.circuit.kept[target].nonzero()
+        write_rhc = flow.weight(target.layer, "o")[to_all_2[:, 1]].unflatten(-1, (-1, channels))
+        for head in range(write_rhc.shape[1]):  # few rows of a sparse matrix write from it
+            here = slice(head * channels, (head + 1) * channels)
+            heard_r = write_rhc[:, head].any(-1).nonzero().flatten()
+            for row_r in heard_r.split(_ATTENTION_TARGETS) if len(heard_r) else ():
+                nodes_2 = to_all_2[row_r]
+                slopes = _head_slopes(flow, sources, head, pattern_hts[head], nodes_2[:, 0], write_rhc[row_r, head])
+                to_slope_r11 = flow.slope[target][nodes_2[:, 0], nodes_2[:, 1]][:, None, None]
+                for source, slope_rtc in zip(sources, slopes, strict=True):
+                    kind: EdgeKind = "value" if source.kind == "v" else "score"
+                    there_rtc = (slope_rtc != 0) & flow.circuit.kept[source][:, here]
+                    added_rtc = slope_rtc * flow.change[source][:, here]
+                    effect_rtc = added_rtc * to_slope_r11
+                    number = int(there_rtc.sum())
+                    used_2k = there_rtc.any(1).nonzero().T if kind in COUNTED else nodes_2.new_empty(2, 0)
+                    r, position, c = (there_rtc & drawing.strong(effect_rtc)).nonzero().unbind(1)
+                    yield _Some(
+                        kind, source, target, torch.stack([here.start + c, position], 1), nodes_2[r].flip(1),
+                        added_rtc[r, position, c], effect_rtc[r, position, c], number,
+                        torch.stack([here.start + used_2k[1], nodes_2[used_2k[0], 1]]),
+                    )  # fmt: skip
 
 
-def _attention_slopes(flow: _Flow, sources: list[Location], nodes_2: Tensor) -> tuple[Tensor, ...]:
-    """slope_rtn = d target / d node for q, k and v nodes, a row for each of the attn_out nodes (position, index).
+def _head_slopes(
+    flow: _Flow, sources: list[Location], head: int, pattern_ts: Tensor, to_r: Tensor, write_rc: Tensor
+) -> tuple[Tensor, ...]:
+    """slope_rtc = d target / d node for a head's q, k and v nodes, a row for each attn_out node, at to_r, that reads the head.
 
-    With target = sum_hs p_hs u_hs, p the pattern at its position and u_hs = v_hs . w_h what a head's value there would write,
-    d target / d score_hs = p_hs (u_hs - sum_s' p_hs' u_hs'), the sink's u being 0.
+    With target = sum_s p_s u_s over heads, p the pattern at its position and u_s = v_s . w what the head's value there would
+    write, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), the sink's u being 0.
     """
-    sparse, layer, channels = flow.sparse, sources[0].layer, flow.sparse.shape.head_channels
-    to_r, rows = nodes_2[:, 0], torch.arange(len(nodes_2), device=nodes_2.device)
-    write_rhc = flow.weight(layer, "o")[nodes_2[:, 1]].unflatten(-1, (-1, channels))
-    q_1tn, k_1tn, v_1tn = (flow.value[source][None] for source in sources)
-    pattern_rhs = sparse.pattern(layer, q_1tn, k_1tn)[0].transpose(0, 1)[to_r]
-    q_htc, k_hsc = sparse.heads(q_1tn, rotate=True)[0], sparse.heads(k_1tn, rotate=True)[0]
-    v_hsc = sparse.heads(v_1tn, rotate=False)[0]
-    u_rhs = torch.einsum("hsc,rhc->rhs", v_hsc, write_rhc)
-    score_rhs = pattern_rhs * (u_rhs - (pattern_rhs * u_rhs).sum(-1, keepdim=True)) / math.sqrt(channels)
-    slope_q_rhtc = torch.zeros(len(to_r), *q_htc.shape, dtype=q_htc.dtype, device=q_htc.device)
-    slope_q_rhtc[rows, :, to_r] = torch.einsum("rhs,hsc->rhc", score_rhs, k_hsc)
-    slope_k_rhsc = torch.einsum("rhs,rhc->rhsc", score_rhs, q_htc.transpose(0, 1)[to_r])
-    slope_v_rhsc = torch.einsum("rhs,rhc->rhsc", pattern_rhs, write_rhc)
-    slope_q_rtn, slope_k_rtn = sparse.nodes(slope_q_rhtc, rotated=True), sparse.nodes(slope_k_rhsc, rotated=True)
-    return slope_q_rtn, slope_k_rtn, sparse.nodes(slope_v_rhsc, rotated=False)
+    sparse, rows = flow.sparse, torch.arange(len(to_r), device=to_r.device)
+    q_tc, k_sc, v_sc = (
+        sparse.heads(flow.value[source][None], rotate=source.kind != "v")[0, head] for source in sources
+    )  # fmt: skip
+    pattern_rs, u_rs = pattern_ts[to_r], write_rc @ v_sc.T
+    score_rs = pattern_rs * (u_rs - (pattern_rs * u_rs).sum(-1, keepdim=True)) / math.sqrt(sparse.shape.head_channels)
+    slope_q_rtc = torch.zeros(len(to_r), *q_tc.shape, dtype=q_tc.dtype, device=q_tc.device)
+    slope_q_rtc[rows, to_r] = score_rs @ k_sc
+    slope_k_rsc = score_rs[:, :, None] * q_tc[to_r][:, None]
+    slope_q_rtc, slope_k_rsc = (sparse.nodes(slope[:, None], rotated=True) for slope in (slope_q_rtc, slope_k_rsc))
+    return slope_q_rtc, slope_k_rsc, pattern_rs[:, :, None] * write_rc[:, None]
 
 
 def _residual_edges(flow: _Flow) -> Iterator[_Some]:
