@@ -278,7 +278,7 @@ class Ablations:
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of any number of masks."""
-        copies = self.copies if kept_rf.dtype == torch.bool else None
+        copies = self.copies if kept_rf.dtype == torch.bool and len(kept_rf) else None
         if copies is not None:
             return torch.cat([copies.logits(rows_rf) for rows_rf in kept_rf.split(self.rows)])
         return torch.cat([self.run(rows_rf, narrow=True).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])

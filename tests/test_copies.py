@@ -82,6 +82,11 @@ def test_every_node_kept_is_the_model_itself() -> None:
     torch.testing.assert_close(of.copies.logits(torch.ones(1, of.space.size, dtype=torch.bool))[0], whole_v)
 
 
+def test_no_masks_have_no_logits() -> None:
+    of = ablations(model(), 6)
+    assert of.logits(masks(of, 2)[:0]).shape == (0, VOCABULARY)
+
+
 def test_rows_do_not_depend_on_their_company_or_on_threads() -> None:
     """Bit for bit where they are divided alike; to rounding where not."""
     of = ablations(model(), CONTEXT)
