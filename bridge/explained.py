@@ -334,7 +334,8 @@ def _render_circuit(explanation: Explanation, width: int) -> list[str]:
             lines += [f"            {node.label}"] if node.label else []
     last = len(explanation.tokens) - 1
     answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
-    lines += _wrap("        D from ", ", ".join(answer[:8]), width)
+    whole = ", ".join(text.replace(" ", "\u00a0") for text in answer[:8])  # a node and its effect on one line
+    lines += [line.replace("\u00a0", " ") for line in _wrap("        D from ", whole, width)]
     if len(explanation.nodes) > len(shown):
         lines.append(f"        and {len(explanation.nodes) - len(shown):,} nodes of smaller effect, which the JSON lists")
     return lines
