@@ -58,7 +58,7 @@ PATTERN = 0.1
 RANDOM_CIRCUITS = 10
 TRIED_NODES = 50
 FEW = 16  # prompts, where there is one run per superset or node
-CHANCE = math.log(2)
+CHANCE = 0.693  # log 2 as far as it is shown: to be a tenth of a thousandth below it says nothing
 
 TaskVerdict = Literal["unsolved", "refuted", "undecided", "behavioural"]
 
