@@ -313,6 +313,12 @@ def folder_of(path: str | Path) -> Path:
         ) from None
 
 
+def reference_text(path: str | Path) -> Tensor | None:
+    """reference_bt of the coupling in a folder or on the hub. Raises CheckpointError where there is none."""
+    reference_bt = read_folder(folder_of(path), "coupling")[0].get("reference_bt")
+    return None if reference_bt is None else reference_bt.long()
+
+
 def _beside(path: str | Path | None, name: str | None) -> str | None:
     """A model's folder relative to the coupling's, None where either is no folder here."""
     return os.path.relpath(name, path) if path and name and Path(name).is_dir() else None

@@ -203,6 +203,7 @@ def print_run(run: Run, needed: int) -> None:
     kept = sparse.n_kept(sparse.fractions(recipe.sparsity))
     alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
     how = "coupled at every site" if recipe.losses.coupled else alone
+    how = how if recipe.optimizer.rate else "which stay as they are: bridges alone learn"
     free = psutil.virtual_memory().available
     print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
     print(

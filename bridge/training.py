@@ -36,7 +36,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bridge import native
-from bridge.bridges import Coupling, new_coupling
+from bridge.bridges import Coupling, new_coupling, reference_text
 from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
@@ -158,6 +158,8 @@ def prepare(
             _check_same(started.l0, kept)
     elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
+    if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
+        coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
 
 
@@ -342,7 +344,8 @@ def finish(run: Run) -> Coupling:
     coupling.sparse.use_products()
     coupling.bridges.requires_grad_(False).eval()
     path = None if out is None else str(out)
-    coupling = replace(coupling, reference_bt=run.blocks.heldout(REFERENCE_ROWS), path=path)
+    reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
+    coupling = replace(coupling, reference_bt=reference_bt, path=path)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
         for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):

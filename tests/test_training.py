@@ -130,7 +130,13 @@ def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path
         "sparse.start": str(tmp_path / "first"), "optimizer.rate": 0, "losses.ce": 0, "losses.kl": 0, "losses.carried": 1,
         "losses.temperature": 2, "optimizer.bridge_rate": 3e-2,
     }  # fmt: skip
-    coupling, reports = fitted(dense_folder, text_file, settings=settings, tokens=60 * ROWS * CONTEXT, out=tmp_path / "second")
+    other_text = tmp_path / "other.jsonl"
+    other_text.write_text("\n".join(text_file.read_text().splitlines()[::-1]))
+    coupling, reports = fitted(dense_folder, other_text, settings=settings, tokens=60 * ROWS * CONTEXT, out=tmp_path / "second")
+    assert (
+        first.reference_bt is not None and coupling.reference_bt is not None
+    )  # means, and with them circuits, are over the same
+    assert torch.equal(first.reference_bt, coupling.reference_bt)
     for name, weight in first.sparse.named_parameters():
         assert torch.equal(weight, coupling.sparse.get_parameter(name)), name
     assert sparse_fingerprint(coupling.sparse) == sparse_fingerprint(first.sparse)
