@@ -123,25 +123,12 @@ class Copies:
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of some masks."""
-        kept, last_rs = kept_rf.contiguous().numpy(), np.empty((len(kept_rf), self.sparse.width), np.float32)
-
-        def run(part: slice) -> None:
-            last_rs[part] = self._forward(kept[part], None).T
-
-        self._divided(len(kept), run)
-        return self._unembedded(torch.from_numpy(last_rs))
+        return self._unembedded(self._last(kept_rf, None))
 
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """slope_rf and loss_r of loss(logits_rv), as `Ablations.slopes` has them of bool masks."""
-        kept, last_rs = kept_rf.contiguous().numpy(), np.empty((len(kept_rf), self.sparse.width), np.float32)
         tapes: dict[int, list[Any]] = {}
-
-        def run(part: slice) -> None:
-            tapes[part.start] = []
-            last_rs[part] = self._forward(kept[part], tapes[part.start]).T
-
-        self._divided(len(kept), run)
-        x_rs = torch.from_numpy(last_rs).requires_grad_()
+        x_rs = self._last(kept_rf, tapes).requires_grad_()
         with torch.enable_grad():
             loss_r = loss(self._unembedded(x_rs))
             slope_rs = torch.autograd.grad(loss_r.sum(), x_rs)[0].contiguous().numpy()
@@ -153,8 +140,19 @@ class Copies:
         def back(part: slice) -> None:
             self._backward(slope_rs[part].T.copy(), tapes[part.start], slopes[part])
 
-        self._divided(len(kept), back)
+        self._divided(len(kept_rf), back)
         return slope_rf, loss_r.detach()
+
+    def _last(self, kept_rf: Tensor, tapes: dict[int, list[Any]] | None) -> Tensor:
+        """The stream x_rs at the last position; tapes, where given, of every part of the rows by its first."""
+        kept, x_rs = kept_rf.contiguous().numpy(), np.empty((len(kept_rf), self.sparse.width), np.float32)
+
+        def run(part: slice) -> None:
+            tape = None if tapes is None else tapes.setdefault(part.start, [])
+            x_rs[part] = self._forward(kept[part], tape).T
+
+        self._divided(len(kept), run)
+        return torch.from_numpy(x_rs)
 
     def _divided(self, rows: int, task: Callable[[slice], None]) -> None:
         """The task on all rows, or on two halves of them at once."""

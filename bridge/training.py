@@ -377,12 +377,10 @@ class SharkfinAdamW:
     def __init__(self, coupling: Coupling) -> None:
         numbers = coupling.recipe.optimizer
         self.numbers = numbers
-        weights = coupling.sparse.sparse_weights()
+        weights = {name: p for name, p in coupling.sparse.sparse_weights().items() if p.requires_grad}
         sparse_weights = list(weights.values())
         blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
-        rest = [p for p in coupling.sparse.parameters() if all(p is not weight for weight in sparse_weights)]
-        if not numbers.rate:
-            sparse_weights, blocks, embed, rest = [], [], [], []
+        rest = [p for p in coupling.sparse.parameters() if p.requires_grad and all(p is not weight for weight in sparse_weights)]
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
         self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
         groups: list[dict[str, Any]] = [

@@ -52,6 +52,17 @@ def fitted(folder: Path, text_file: Path, out: Path | None = None, **options: An
     return coupling, reports
 
 
+def cut_and_resumed(folder: Path, values: dict[str, Any], out: Path) -> None:
+    """A fit that is stopped at its sixth step, and goes on to its end."""
+    with pytest.raises(FitStopped):
+        for report in train(prepare(folder, values, out=out, device="cpu")):
+            if report.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+    resumed = prepare(folder, values, out=out, resume=True, device="cpu")
+    list(train(resumed))
+    finish(resumed)
+
+
 def digest(out: Path) -> str:
     """Of the final coupling; the folder must hold nothing that an uncut run does not leave."""
     file = next(out.glob("coupling-*.safetensors"))
@@ -133,9 +144,8 @@ def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path
     other_text = tmp_path / "other.jsonl"
     other_text.write_text("\n".join(text_file.read_text().splitlines()[::-1]))
     coupling, reports = fitted(dense_folder, other_text, settings=settings, tokens=60 * ROWS * CONTEXT, out=tmp_path / "second")
-    assert (
-        first.reference_bt is not None and coupling.reference_bt is not None
-    )  # means, and with them circuits, are over the same
+    # the means, and with them circuits, are over the same text
+    assert first.reference_bt is not None and coupling.reference_bt is not None
     assert torch.equal(first.reference_bt, coupling.reference_bt)
     for name, weight in first.sparse.named_parameters():
         assert torch.equal(weight, coupling.sparse.get_parameter(name)), name
@@ -144,14 +154,7 @@ def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path
     for name, most in (("nmse_decoder", 0.9), ("carried", 0.97)):
         early, late = (sum(report.losses[name] for report in part) for part in (reports[:10], reports[-10:]))
         assert late < most * early, name
-    cut = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", device="cpu")
-    with pytest.raises(FitStopped):
-        for report in train(cut):
-            if report.step == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-    resumed = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", resume=True, device="cpu")
-    list(train(resumed))
-    finish(resumed)
+    cut_and_resumed(dense_folder, values(text_file, **settings), tmp_path / "cut")
     fitted(dense_folder, text_file, settings=settings, out=tmp_path / "whole")
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
@@ -173,14 +176,7 @@ def test_the_ends_of_the_model_can_keep_more(dense_folder: Path, text_file: Path
     blocks, embed = whole.sparse.achieved_fractions().blocks, whole.sparse.achieved_fractions().embed
     assert blocks == pytest.approx(0.1, rel=1e-2) and embed == pytest.approx(0.5, rel=1e-2)
 
-    cut = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", device="cpu")
-    with pytest.raises(FitStopped):
-        for report in train(cut):
-            if report.step == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-    resumed = prepare(dense_folder, values(text_file, **settings), out=tmp_path / "cut", resume=True, device="cpu")
-    list(train(resumed))
-    finish(resumed)
+    cut_and_resumed(dense_folder, values(text_file, **settings), tmp_path / "cut")
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
     further = prepare(

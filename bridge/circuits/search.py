@@ -107,12 +107,9 @@ def model_facts(coupling: Coupling) -> dict[str, str | int]:
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
 
 
-def _search_facts(
-    coupling: Coupling, task: Resolved, aim: Aim, null: Null | None, seed: int, work: float
-) -> dict[str, str | float | int | None]:
-    """What tells a search from others, but for how many seeds it takes. A null's prompts or weights are its first seed's."""
-    asked = {"objective": aim.objective, "target": aim.bound, "null": null, "null_seed": seed if null else None, "work": work}
-    return {**asked, "prompts": task.digest, **model_facts(coupling)}
+def search_facts(coupling: Coupling, aim: Aim, null: str | None, work: float) -> dict[str, str | float | int | None]:
+    """What tells a search from others, but for its prompts and its seeds."""
+    return {"objective": aim.objective, "target": aim.bound, "null": null, "work": work, **model_facts(coupling)}
 
 
 def whole_size(subject: Subject) -> Size:
@@ -162,7 +159,9 @@ def search_task(
     prompts = _Prompts.of(splits)
     lessons, held = prompts.for_nodes
     nodes_aim, nodes_work = _nodes_aim(subject, held, aim), _work(subject, work)
-    known = Parts(parts, _search_facts(coupling, task, aim, null, seed, work))
+    # how many seeds are taken is nothing to a part; a null's prompts or weights are its first seed's
+    of = {"prompts": task.digest, "null_seed": seed if null else None}
+    known = Parts(parts, {**search_facts(coupling, aim, null, work), **of})
 
     def nodes_of(number: int) -> FoundNodes:
         at = f"seed {number}: " if seeds > 1 else ""
@@ -354,8 +353,8 @@ def _dense(
 ) -> tuple[_DenseCircuit | None, str]:
     """What the same search finds in the dense model; None, and why, where its maps or a circuit cannot be found."""
     try:
-        find = lambda: asdict(_dense_circuit(subjects.dense, prompts, aim, seed, work, say))  # noqa: E731
-        return _DenseCircuit.of(known.facts(f"dense-{seed}", find)), ""
+        facts = known.facts(f"dense-{seed}", lambda: asdict(_dense_circuit(subjects.dense, prompts, aim, seed, work, say)))
+        return _DenseCircuit.of(facts), ""
     except (DenseModelError, MaskError) as error:
         return None, str(error)
 

@@ -23,7 +23,7 @@ from bridge.circuits.search import (
     WORK,
     Subjects,
     UnsolvedError,
-    model_facts,
+    search_facts,
     search_task,
     whole_size,
 )
@@ -117,14 +117,10 @@ def run_suite(
 def _asked(subjects: Subjects, aim: Aim, options: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a search from others: the models, the rules, and all that a user may choose."""
     return {
-        "objective": aim.objective,
-        "target": aim.bound,
-        "null": options.get("null"),
+        **search_facts(subjects.coupling, aim, options.get("null"), options.get("work", WORK)),
         "seeds": options.get("seeds", 1),
         "seed": options.get("seed", 0),
-        "work": options.get("work", WORK),
         "dense_circuit": options.get("dense", True),
-        **model_facts(subjects.coupling),
     }
 
 
