@@ -130,7 +130,9 @@ def fit(
             print(f"bridge: {stopped}", file=sys.stderr)
             raise typer.Exit(0 if stopped.planned else 130) from None
         watch.end()
-        finish(run)
+        refitting = Phases()
+        finish(run, refitting if run.accelerator.is_main_process else lambda _: None)
+        refitting.end()
         if run.accelerator.is_main_process:
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
             print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")

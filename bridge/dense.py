@@ -221,8 +221,9 @@ class _Run:
         return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """x_btd, also where a model has flattened it to tokens (OPT)."""
-        return x.reshape(self.residuals[0].shape)
+        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that slopes reach it."""
+        shape = self.residuals[0].shape
+        return x if x.shape == shape else x.reshape(shape)
 
 
 def load_dense(

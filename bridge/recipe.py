@@ -173,6 +173,13 @@ class Losses(_Part):
         return self.without_bridges().model_copy(update={"ce": self.ce or 1.0, "kl": 0.0})
 
 
+class Refit(_Part):
+    """The decoders' last fit, in closed form, once training is over: small changes too are to do what they do (`slopes.py`)."""
+
+    slopes: float = Field(default=1.0, ge=0, description="weight of slopes beside what decoders carry by then; 0: no such fit")
+    rows: int = Field(default=256, ge=1, description="rows of the training text that it takes")
+
+
 class Recipe(_Part):
     """Everything that decides what a fit produces, together with the dense model's weights and the machine's arithmetic."""
 
@@ -185,6 +192,7 @@ class Recipe(_Part):
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
     losses: Losses = Losses()
+    refit: Refit = Refit()
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
+from bridge.slopes import refit_decoders
 from bridge.sparse import Fractions, SparseTransformer, annealed_l0, embeds
 from bridge.start import Started, start_from_coupling, start_from_dense
 
@@ -336,13 +337,16 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}", planned=not stop)
 
 
-def finish(run: Run) -> Coupling:
-    """The trained coupling with its reference text, frozen; saved to the run's folder, if any, in place of the training state."""
+def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupling:
+    """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
     coupling, out = run.coupling, run.out
     native.release(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
     coupling.sparse.use_products()
     coupling.bridges.requires_grad_(False).eval()
+    refit = coupling.recipe.refit
+    if refit.slopes and coupling.recipe.losses.coupled:
+        refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
     path = None if out is None else str(out)
     reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
     coupling = replace(coupling, reference_bt=reference_bt, path=path)

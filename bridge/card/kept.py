@@ -18,7 +18,7 @@ from bridge.circuits.masks import SHARE, Aim
 from bridge.circuits.search import RULES
 
 FILE, FORMAT = "nulls.json", 1
-CARD_RULES = 2  # to be raised where the same circuit comes to give another card: what is kept is then made again
+CARD_RULES = 3  # to be raised where the same circuit comes to give another card: what is kept is then made again
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from bridge.circuits.masks import NoCircuitError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, permuted_weights, random_labels, search_task
 from bridge.recipe import Losses
+from bridge.slopes import refit_decoders
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.training import Progress, fit
 
@@ -142,7 +143,10 @@ class Nulls:
         return self.subjects
 
     def _with(self, coupling: Coupling) -> Subjects:
-        return Subjects.of(replace(coupling, bridges=ridge_bridges(coupling, self.reference_bt)))
+        fitted, slopes = replace(coupling, bridges=ridge_bridges(coupling, self.reference_bt)), coupling.recipe.refit.slopes
+        if slopes:  # a null's decoders have all that the coupling's have
+            refit_decoders(fitted, self.reference_bt, slopes)
+        return Subjects.of(fitted)
 
     def _card(self, name: NullName, subjects: _Lazily, task: Resolved, progress: Say) -> NullTask:
         """The whole card of a null on a task; where there is no circuit, why."""
