@@ -131,15 +131,15 @@ class _Moments:
         s_ss = self.x_ss / n - torch.outer(mean_s, mean_s)
         written_s = (self.written_s / n - (self.written_mean_s / n).square()).clamp_min(0)
         strength = a_dd.diagonal().mean()
-        if not strength > 0 or not s_ss.diagonal().mean() > 0:
-            return  # nothing depends on this site, or nothing varies there
+        if not (strength > 0 and cross_ds.norm() > 0 and s_ss.diagonal().mean() > 0):
+            return  # no answer depends on this site, or nothing varies there
         values_d, vectors_dd = torch.linalg.eigh(a_dd + RIDGE * strength * torch.eye(len(a_dd), dtype=a_dd.dtype))
         root_dd = vectors_dd * values_d.sqrt() @ vectors_dd.T
         inverse_dd = vectors_dd * values_d.rsqrt() @ vectors_dd.T
         scale = bridge.scale.detach().cpu().double()
         before_ds = root_dd @ (bridge.decoder.weight.detach().cpu().double() * scale)
         by_slopes_ds = inverse_dd @ cross_ds
-        by_slopes_ds = by_slopes_ds * (before_ds.norm() / by_slopes_ds.norm().clamp_min(1e-30))
+        by_slopes_ds = by_slopes_ds * (before_ds.norm() / by_slopes_ds.norm())
         effect_s = written_s * self.slope_s / n
         count_s = written_s / (effect_s + FLOOR * effect_s.mean()).clamp_min(1e-30)
         count_s = weight * count_s / count_s.mean().clamp_min(1e-30)
