@@ -34,8 +34,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint  ## A file of tests to a core.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## What takes minutes: kills and resumes, GPT-2-small's size.
 	$(BIN)/python -m pytest -m slow
@@ -62,7 +62,7 @@ checkpoints: $(READY)
 # recipe that starts from the dense model it takes other widths too, in hours rather than minutes.
 frontier: $(READY)
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
-	  --tokens 12000000 --tasks while_return_true var_if with_as --work 0.5 \
+	  --tokens 12000000 --tasks while_return_true var_if else_elif --work 0.5 \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge --out runs/frontier
 
 viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.

@@ -11,9 +11,10 @@ import torch
 from bridge import native
 from bridge.bridges import Coupling
 from bridge.objective import Objective, draw_splice
+from bridge.optimizer import SharkfinAdamW
 from bridge.recipe import recipe_values
 from bridge.residual import Enter
-from bridge.training import FitStopped, Run, SharkfinAdamW, finish, prepare, train
+from bridge.training import FitStopped, Run, finish, prepare, train
 
 FRACTION = 0.2
 

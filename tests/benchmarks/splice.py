@@ -22,9 +22,10 @@ from bridge.data import load_blocks
 from bridge.dense import load_dense
 from bridge.evaluate import evaluate
 from bridge.objective import Objective, draw_splice
+from bridge.optimizer import SharkfinAdamW
 from bridge.recipe import recipe_values, resolve
 from bridge.sparse import annealed_l0
-from bridge.training import SharkfinAdamW, resolve_for
+from bridge.training import resolve_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TURN_SECONDS = 5.0

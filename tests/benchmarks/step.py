@@ -33,8 +33,9 @@ from bridge.bridges import new_coupling
 from bridge.dense import load_dense
 from bridge.kernels.cpu import reuse_memory
 from bridge.objective import Objective, draw_splice
+from bridge.optimizer import SharkfinAdamW
 from bridge.recipe import Losses, resolve
-from bridge.training import SharkfinAdamW, resolve_for
+from bridge.training import resolve_for
 
 LOOK_EVERY = 20
 
