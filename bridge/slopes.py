@@ -5,12 +5,12 @@ the answer by a thousandth, and among many such nodes a decoder that carries lar
 order, what a change dx of the sparse residual at a site does to a difference of answers D is g_x . dx there, and g_h . (W dx)
 carried, where g_x and g_h are the slopes of D by the two residuals and W is the decoder's linear part. So W^T g_h is to be g_x:
 
-    min_W   E (g_h^T (W - W_0) (x - E x))^2 / s   +   w  sum_c q_c E ((r g_h^T W)_c - g_x,c)^2 / q
+    min_W   E (g_h^T (W - W_0) (x - E x))^2 / s   +   w  sum_c q_c E ((g_h^T W)_c - r g_x,c)^2 / q
 
 over text and random D (the dense model's likeliest answer at a token, less one of the next four, summed over tokens with random
 signs). The first term is what the fit takes from large changes, slopes and residuals taken as independent; q_c is one over the
 variance of a channel's slope, so that all channels count alike, and smaller where next to nothing is ever written to it; s and q
-are the means over channels of the two weights; r makes the decoder as long as before, since a regression on what is noisy
+are the means over channels of the two weights; r leaves the decoder about as long as before, as a regression on what is noisy
 shortens. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P = A^(1/2) W the answer is
 
     P (S / s + w diag(q_c) / q) = P_0 S / s + w r A^(-1/2) C diag(q_c) / q
@@ -35,6 +35,7 @@ from bridge.sparse import SparseTransformer
 
 ANSWERS = 5  # the dense model's likeliest, of which a difference takes the first and another
 ROWS_AT_ONCE = 8
+MOST_BYTES = 1 << 30  # of sums that are held at a time
 RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
 
 
@@ -42,21 +43,25 @@ def refit_decoders(
     coupling: Coupling, tokens_bt: Tensor, weight: float, progress: Callable[[str], None] = lambda _: None
 ) -> None:
     """Refit the decoders in place to slopes over tokens_bt, which count `weight` times what the decoders carry."""
-    moments = [_Moments.zero(coupling.dense.width, coupling.sparse.width) for _ in range(coupling.n_sites)]
-    generator = torch.Generator().manual_seed(0)
-    done = 0
-    for rows_bt in tokens_bt.to(coupling.dense.device).split(ROWS_AT_ONCE):
+    dense, sparse, device = coupling.dense, coupling.sparse, coupling.dense.device
+    together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
+    for first in range(0, coupling.n_sites, together):  # wide models in several passes over the text, some sites in each
+        sites = range(first, min(first + together, coupling.n_sites))
+        moments = {site: _Moments.zero(dense.width, sparse.width) for site in sites}
+        generator = torch.Generator().manual_seed(0)
+        done = 0
+        for rows_bt in tokens_bt.to(device).split(ROWS_AT_ONCE):
+            with torch.no_grad():
+                question = Question.drawn(dense.run(rows_bt).logits_btv, generator)
+            slope_h, _ = slopes(dense, rows_bt, question)
+            slope_x, x = slopes(sparse, rows_bt, question)
+            for site, sums in moments.items():
+                sums.add(slope_h[site], slope_x[site], x[site], x[site] - x[site - 1] if site else x[site])
+            done += len(rows_bt)
+            progress(f"decoders of sites {sites[0]} to {sites[-1]}: slopes over {done} of {len(tokens_bt)} rows")
         with torch.no_grad():
-            question = Question.drawn(coupling.dense.run(rows_bt).logits_btv, generator)
-        slope_h, _ = slopes(coupling.dense, rows_bt, question)
-        slope_x, x = slopes(coupling.sparse, rows_bt, question)
-        for site, sums in enumerate(moments):
-            sums.add(slope_h[site], slope_x[site], x[site], x[site] - x[site - 1] if site else x[site])
-        done += len(rows_bt)
-        progress(f"slopes of both models: {done} of {len(tokens_bt)} rows")
-    with torch.no_grad():
-        for site, sums in enumerate(moments):
-            sums.refit(coupling.bridges[site], weight)
+            for site, sums in moments.items():
+                sums.refit(coupling.bridges[site], weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +109,11 @@ class _Moments:
     written_s: Tensor
     written_mean_s: Tensor
     effect_s: Tensor
+
+    @staticmethod
+    def size(dense: int, sparse: int) -> int:
+        """Bytes, of the matrices alone."""
+        return 8 * (dense * dense + dense * sparse + sparse * sparse)
 
     @staticmethod
     def zero(dense: int, sparse: int) -> _Moments:

@@ -131,3 +131,11 @@ def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
     other = refitted(replace(coupling, sparse=sparse), 1.0)
     for site in range(coupling.n_sites):
         assert torch.equal(other.bridges[site].decoder.weight, coupling.bridges[site].decoder.weight)
+
+
+def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a wide model, whose sums are large: the same decoders."""
+    together = refitted(coupling, 1.0)
+    monkeypatch.setattr("bridge.slopes.MOST_BYTES", 1)
+    for one, other in zip(together.bridges.parameters(), refitted(coupling, 1.0).bridges.parameters(), strict=True):
+        assert torch.equal(one, other)
