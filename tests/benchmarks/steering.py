@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bridge")
     parser.add_argument("--task", nargs="+", default=["single_double_quote", "while_return_true"])
-    parser.add_argument("--circuit", nargs="*", default=[], metavar="NAME=DIR")
+    parser.add_argument("--circuit", nargs="*", action="extend", default=[], metavar="NAME=DIR")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--out", type=Path)
