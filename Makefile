@@ -58,12 +58,14 @@ checkpoints: $(READY)
 	rm -rf checkpoints/python-dense checkpoints/python-bridge-32 checkpoints/python-bridge $(NEW)/python-dense.state
 	mv $(NEW)/python-dense $(NEW)/python-bridge-32 $(NEW)/python-bridge checkpoints
 
-# The README's figure: what ships, and two other L0 that go on from the same coupling; cut, the same command goes on. With --width and a
-# recipe that starts from the dense model it takes other widths too, in hours rather than minutes.
+# docs/frontier.svg: what ships, two other L0 that go on from python-bridge-32, and half the width from the dense model itself; cut, the
+# same command goes on.
 frontier: $(READY)
+	[ -f runs/width-256/coupling.json ] || $(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-32.toml --width 256 \
+	  --minutes 9 --tokens 12000000 --out runs/width-256 --resume
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
 	  --tokens 12000000 --tasks while_return_true var_if else_elif --work 0.5 \
-	  --load checkpoints/python-bridge-32 checkpoints/python-bridge --out runs/frontier
+	  --load checkpoints/python-bridge-32 checkpoints/python-bridge runs/width-256 --out runs/frontier
 
 viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.
 	cd bridge/viewer && npm ci --no-fund --no-audit && npm run build
