@@ -278,16 +278,17 @@ class Ablations:
     @torch.no_grad()
     def logits(self, kept_rf: Tensor) -> Tensor:
         """logits_rv at the last position, of any number of masks."""
-        copies = self.copies if kept_rf.dtype == torch.bool and len(kept_rf) else None
-        if copies is not None:
-            return torch.cat([copies.logits(rows_rf) for rows_rf in kept_rf.split(self.rows)])
+        if self.copies is not None and len(kept_rf):
+            return torch.cat([self.copies.logits(rows_rf) for rows_rf in kept_rf.split(self.rows)])
         return torch.cat([self.run(rows_rf, narrow=True).logits_btv[:, -1] for rows_rf in kept_rf.split(self.rows)])
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_r: Tensor) -> Tensor:
         """logits_rv of a mask less one node, a row for each of node_r; a row starts where its node's sublayer reads."""
-        whole = self.run(kept_f[None], narrow=True)
         site_r = self.site_f[node_r.cpu()]
+        if self.copies is not None and len(node_r):
+            return self.copies.logits_without(kept_f, node_r, site_r, self.rows)
+        whole = self.run(kept_f[None], narrow=True)
         logits_rv = whole.logits_btv[:, -1].repeat(len(node_r), 1)
         late_r = site_r >= self.sparse.narrow_from  # there the stream is that of the last position alone
         for part_r in (late_r.logical_not().nonzero().flatten(), late_r.nonzero().flatten()):
@@ -319,12 +320,14 @@ class Ablations:
 
         Bool masks are such masks too, and their slopes take less time: those of the nodes, times what the mask chooses between.
         """
+        if self.copies is not None:
+            return self.copies.slopes(kept_rf, loss)
         if kept_rf.dtype != torch.bool:
             kept_rf = kept_rf.detach().requires_grad_()
             with torch.enable_grad():
                 loss_r = loss(self.run(kept_rf, narrow=True).logits_btv[:, -1])
                 return torch.autograd.grad(loss_r.sum(), kept_rf)[0], loss_r.detach()
-        return self._slopes(kept_rf, loss) if self.copies is None else self.copies.slopes(kept_rf, loss)
+        return self._slopes(kept_rf, loss)
 
     def _slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         chosen: dict[Location, Tensor] = {}

@@ -2,9 +2,10 @@
 
 What `SparseTransformer.run` and autograd do with a gate of masks, done without them, since on short prompts they take longer than
 the arithmetic: a few hundred calls of a tensor library for a few milliseconds of work. Rows are independent, so halves of them
-run in threads of their own. For every node, with a what AbsTopK has left of it, m its mean and y what the mask chooses,
+run in threads of their own. For every node, with a what AbsTopK has left of it, m its mean, k its mask (bool, or a number that
+mixes) and y what the mask makes of it,
 
-    y = a where kept, else m            slope = dL/dy (a - m)            dL/da = dL/dy where kept and not silenced
+    y = m + k (a - m)            slope = dL/dy (a - m)            dL/da = k dL/dy where not silenced
 
 Whatever comes after the last keys and values is computed at the last position alone (`SparseTransformer.run`, narrow). What the
 kernels do not serve, `Copies.of` says, and the model's own run does instead: it is also the reference that tests compare with.
@@ -125,8 +126,20 @@ class Copies:
         """logits_rv at the last position, of some masks."""
         return self._unembedded(self._last(kept_rf, None))
 
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_r: Tensor, site_r: Tensor, rows: int) -> Tensor:
+        """logits_rv of a mask less one node, for each of node_r, from the site on that its sublayer reads: `rows` at a time."""
+        streams = self._forward(kept_f[None].numpy(), None)
+        x_rs = torch.empty(len(node_r), self.sparse.width)
+        for site in site_r.unique().tolist():
+            for some_r in (site_r == site).nonzero().flatten().split(rows):
+                kept_rf = kept_f.repeat(len(some_r), 1)
+                kept_rf[torch.arange(len(some_r)), node_r[some_r]] = False
+                x_rs[some_r] = self._last(kept_rf, None, site, streams[site])
+        return self._unembedded(x_rs)
+
     def slopes(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """slope_rf and loss_r of loss(logits_rv), as `Ablations.slopes` has them of bool masks."""
+        """slope_rf and loss_r of loss(logits_rv), as `Ablations.slopes` has them."""
         tapes: dict[int, list[Any]] = {}
         x_rs = self._last(kept_rf, tapes).requires_grad_()
         with torch.enable_grad():
@@ -143,13 +156,19 @@ class Copies:
         self._divided(len(kept_rf), back)
         return slope_rf, loss_r.detach()
 
-    def _last(self, kept_rf: Tensor, tapes: dict[int, list[Any]] | None) -> Tensor:
-        """The stream x_rs at the last position; tapes, where given, of every part of the rows by its first."""
-        kept, x_rs = kept_rf.contiguous().numpy(), np.empty((len(kept_rf), self.sparse.width), np.float32)
+    def _last(
+        self, kept_rf: Tensor, tapes: dict[int, list[Any]] | None, site: int = 0, x_sc: Array | None = None
+    ) -> Tensor:  # fmt: skip
+        """The stream x_rs at the last position; tapes, where given, of every part of the rows by its first.
+
+        Rows start from the embedding, or all from the same stream at a site.
+        """
+        masks_rf = kept_rf if kept_rf.dtype == torch.bool else kept_rf.detach().float()
+        kept, x_rs = masks_rf.contiguous().numpy(), np.empty((len(kept_rf), self.sparse.width), np.float32)
 
         def run(part: slice) -> None:
             tape = None if tapes is None else tapes.setdefault(part.start, [])
-            x_rs[part] = self._forward(kept[part], tape).T
+            x_rs[part] = self._forward(kept[part], tape, site, x_sc)[-1].T
 
         self._divided(len(kept), run)
         return torch.from_numpy(x_rs)
@@ -171,18 +190,24 @@ class Copies:
 
     # -- a pass over some rows ------------------------------------------------------------------------------------------
 
-    def _forward(self, kept_rf: Array, tape: list[Any] | None) -> Array:
-        """The stream x_sr at the last position, before it is unembedded; the tape holds what the way back needs."""
-        rows, narrow, layer = len(kept_rf), self.sparse.narrow_from, -1
-        x_sc, first = np.ascontiguousarray(np.tile(self.embedded_st, rows)), 0
+    def _forward(self, kept_rf: Array, tape: list[Any] | None, start: int = 0, x_sc: Array | None = None) -> list[Array]:
+        """What every site reads from one on at which all rows start alike; last the stream x_sr that is unembedded.
+
+        The tape is given what the way back needs.
+        """
+        narrow, layer = self.sparse.narrow_from, -1
+        streams = [np.ascontiguousarray(np.tile(self.embedded_st if x_sc is None else x_sc, len(kept_rf)))]
+        first = self.length - 1 if start >= narrow else 0
         for site, kind in enumerate(self.sparse.sublayer_kinds):
             layer += kind != "mlp"
+            if site < start:
+                continue
             half = _Half(self, layer, kept_rf, tape)
             if kind == "mlp":
-                x_sc = half.mlp(x_sc, first)
+                streams.append(half.mlp(streams[-1], first))
             else:
-                x_sc = half.attention(x_sc, first := self.length - 1 if site == narrow - 1 else 0)
-        return x_sc
+                streams.append(half.attention(streams[-1], first := self.length - 1 if site == narrow - 1 else 0))
+        return streams
 
     def _backward(self, dx_sc: Array, tape: list[Any], slope_rf: Array) -> None:
         """The slopes of every node that the tape has seen, from those of the stream at the last position."""

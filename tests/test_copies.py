@@ -42,7 +42,7 @@ def masks(of: Ablations, rows: int) -> Tensor:
 
 def by_autograd(of: Ablations, kept_rf: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """logits_rv of the model under a gate that mixes, its loss_r, and the slopes of the mask's numbers."""
-    mask_rf = kept_rf.float().requires_grad_()
+    mask_rf = kept_rf.float().clone().requires_grad_()
     parts = of.space.split(mask_rf)
     trace = of.sparse.run(
         of.tokens_1t.expand(len(kept_rf), -1),
@@ -68,11 +68,27 @@ def test_they_are_the_gated_model_and_its_gradient(kinds: tuple[str, ...], shape
     of = ablations(model(kinds, **shape), length)
     copies, kept_rf = of.copies, masks(of, rows)
     assert copies is not None
-    expected_rv, expected_r, expected_rf = by_autograd(of, kept_rf, of.kl)
-    torch.testing.assert_close(copies.logits(kept_rf), expected_rv, rtol=1e-4, atol=1e-5)
-    slope_rf, loss_r = copies.slopes(kept_rf, of.kl)
-    torch.testing.assert_close(loss_r, expected_r, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(slope_rf, expected_rf, rtol=1e-3, atol=1e-4 * float(expected_rf.abs().max()))
+    shares_rf = torch.rand(kept_rf.shape, generator=torch.Generator().manual_seed(1)) * kept_rf
+    for mask_rf in (kept_rf, shares_rf, shares_rf.double()):
+        expected_rv, expected_r, expected_rf = by_autograd(of, mask_rf, of.kl)
+        torch.testing.assert_close(copies.logits(mask_rf), expected_rv, rtol=1e-4, atol=1e-5)
+        slope_rf, loss_r = copies.slopes(mask_rf, of.kl)
+        torch.testing.assert_close(loss_r, expected_r, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(slope_rf, expected_rf, rtol=1e-3, atol=1e-4 * float(expected_rf.abs().max()))
+
+
+@pytest.mark.parametrize("length", [1, 6, CONTEXT])
+@pytest.mark.parametrize("kinds", [BOTH, ("attn", "mlp", "attn"), ("attn", "attn", "mlp")])
+def test_a_node_less_is_a_mask_of_its_own(kinds: tuple[str, ...], length: int) -> None:
+    of = ablations(model(kinds), length)
+    assert of.copies is not None
+    kept_f = masks(of, 1)[0]
+    node_r = torch.cat([kept_f.nonzero().flatten()[::7].flip(0), (~kept_f).nonzero().flatten()[::40]])
+    kept_rf = kept_f.repeat(len(node_r), 1)
+    kept_rf[torch.arange(len(node_r)), node_r] = False
+    expected_rv = torch.cat([by_autograd(of, rows_rf, of.kl)[0] for rows_rf in kept_rf.split(16)])
+    torch.testing.assert_close(of.logits_without(kept_f, node_r), expected_rv, rtol=1e-4, atol=1e-5)
+    assert of.logits_without(kept_f, node_r[:0]).shape == (0, VOCABULARY)
 
 
 def test_every_node_kept_is_the_model_itself() -> None:

@@ -51,7 +51,8 @@ def gelu(x_xc: Array) -> tuple[Array, Array]:
 def node(x_nc: Array, k: int, kept_rf: Array, offset: int, mean_n: Array) -> tuple[Array, Array, Array]:
     """What AbsTopK leaves of a location, which of it the masks let through, and the nodes: that, or their means.
 
-    The masks of a row begin at `offset` within it, position by position, as many positions as there are columns for.
+    The masks of a row begin at `offset` within it, position by position, as many positions as there are columns for. Of masks
+    that are numbers, what they let through is a share, and nodes lie that far from their means.
     """
     n, columns = x_nc.shape
     left_nc, through_nc, y_nc = np.empty_like(x_nc), np.empty(x_nc.shape, np.bool_), np.empty_like(x_nc)
@@ -60,14 +61,19 @@ def node(x_nc: Array, k: int, kept_rf: Array, offset: int, mean_n: Array) -> tup
         cpu._top_k_lanes(*words, through_nc.reshape(-1), n, columns, k, True, 0, -(-columns // LANES))
     else:
         left_nc, through_nc = x_nc, np.ones_like(through_nc)
-    _choose(left_nc, through_nc, kept_rf, offset, mean_n, y_nc)
-    return left_nc, through_nc, y_nc
+    if kept_rf.dtype == np.bool_:
+        _choose(left_nc, through_nc, kept_rf, offset, mean_n, y_nc)
+        return left_nc, through_nc, y_nc
+    share_nc = np.empty_like(x_nc)
+    _mix(left_nc, through_nc, kept_rf, offset, mean_n, share_nc, y_nc)
+    return left_nc, share_nc, y_nc
 
 
 def node_slopes(dy_nc: Array, left_nc: Array, through_nc: Array, mean_n: Array, slope_rf: Array, offset: int) -> Array:
     """Slopes of every mask into slope_rf, and dx_nc of what AbsTopK was given."""
     dx_nc = np.empty_like(dy_nc)
-    _choose_slopes(dy_nc, left_nc, through_nc, mean_n, slope_rf, offset, dx_nc)
+    back = _choose_slopes if through_nc.dtype == np.bool_ else _mix_slopes
+    back(dy_nc, left_nc, through_nc, mean_n, slope_rf, offset, dx_nc)
     return dx_nc
 
 
@@ -182,6 +188,46 @@ def _choose_slopes(
             for c in range(columns):
                 worth[i - start, c] = dy[i, c] * (left[i, c] - mean[i])
                 dx[i, c] = dy[i, c] if through[i, c] else np.float32(0)
+        for c in range(columns):
+            row, at = c // positions, offset + c % positions * n
+            for i in range(start, stop):
+                slope[row, at + i] = worth[i - start, c]
+
+
+@compiled
+def _mix(
+    left: np.ndarray, through: np.ndarray, kept: np.ndarray, offset: int, mean: np.ndarray, share: np.ndarray, y: np.ndarray
+) -> None:  # fmt: skip
+    """Y = left where the masks are 1, its mean where they are 0, and what lies between; share = masks where `through`."""
+    n, columns = left.shape
+    positions = columns // kept.shape[0]
+    held = np.empty((BLOCK, columns), np.float32)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        for c in range(columns):
+            row, at = c // positions, offset + c % positions * n
+            for i in range(start, stop):
+                held[i - start, c] = kept[row, at + i]
+        for i in range(start, stop):
+            for c in range(columns):
+                of, change = held[i - start, c], left[i, c] - mean[i]
+                y[i, c] = mean[i] + of * change if of < np.float32(0.5) else left[i, c] - (np.float32(1) - of) * change
+                share[i, c] = of if through[i, c] else np.float32(0)
+
+
+@compiled
+def _mix_slopes(
+    dy: np.ndarray, left: np.ndarray, share: np.ndarray, mean: np.ndarray, slope: np.ndarray, offset: int, dx: np.ndarray
+) -> None:  # fmt: skip
+    n, columns = left.shape
+    positions = columns // slope.shape[0]
+    worth = np.empty((BLOCK, columns), np.float32)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        for i in range(start, stop):
+            for c in range(columns):
+                worth[i - start, c] = dy[i, c] * (left[i, c] - mean[i])
+                dx[i, c] = dy[i, c] * share[i, c]
         for c in range(columns):
             row, at = c // positions, offset + c % positions * n
             for i in range(start, stop):
