@@ -42,7 +42,9 @@ RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the varianc
 def refit_decoders(
     coupling: Coupling, tokens_bt: Tensor, weight: float, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Refit the decoders in place to slopes over tokens_bt, which count `weight` times what the decoders carry."""
+    """Refit the decoders in place to slopes over tokens_bt, which count `weight` times what the decoders carry; 0: not at all."""
+    if not weight:
+        return
     dense, sparse, device = coupling.dense, coupling.sparse, coupling.dense.device
     together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
     for first in range(0, coupling.n_sites, together):  # wide models in several passes over the text, some sites in each

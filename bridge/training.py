@@ -346,7 +346,7 @@ def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupli
     coupling.sparse.use_products()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
-    if refit.slopes and coupling.recipe.losses.coupled:
+    if coupling.recipe.losses.coupled:
         refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
     path = None if out is None else str(out)
     reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt

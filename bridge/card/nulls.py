@@ -143,9 +143,8 @@ class Nulls:
         return self.subjects
 
     def _with(self, coupling: Coupling) -> Subjects:
-        fitted, slopes = replace(coupling, bridges=ridge_bridges(coupling, self.reference_bt)), coupling.recipe.refit.slopes
-        if slopes:  # a null's decoders have all that the coupling's have
-            refit_decoders(fitted, self.reference_bt, slopes)
+        fitted = replace(coupling, bridges=ridge_bridges(coupling, self.reference_bt))
+        refit_decoders(fitted, self.reference_bt, coupling.recipe.refit.slopes)  # a null's have all that the coupling's have
         return Subjects.of(fitted)
 
     def _card(self, name: NullName, subjects: _Lazily, task: Resolved, progress: Say) -> NullTask:
