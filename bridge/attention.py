@@ -9,7 +9,7 @@ c, at a query position p, with P its pattern and v, m the values and means of it
 
 With rotary positions q and k stand here as they are multiplied: turned, by which a channel mixes with its partner. A `ValueTerm`
 is what a v channel at p' adds to D: P_pp' (v_p'c - m_c) times the slope of D along W_o's column, summed over the circuit's
-attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`circuit`).
+attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`flow`).
 
 What a head is worth at p is measured by intervening. Its circuit nodes are deleted, q and k (the pattern becomes P') or v (the
 values become v') or both, at every position, but the result is taken at p alone, and S_C runs on from there:

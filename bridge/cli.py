@@ -27,6 +27,7 @@ from bridge.terminal import (
     held_out_text,
     one_line_errors,
     print_run,
+    print_written,
     seed_of,
     shipped_coupling,
     show_phase,
@@ -42,6 +43,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(of_tasks)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"bridge {version('bridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
+
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face causal LM: hub id or folder.")]
 
@@ -200,7 +217,7 @@ def explain(
             write_json(json, explanation.to_json())
         if html is not None:
             write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
-            print(f"\nwrote {html}")
+        print_written(json, html)
 
 
 @app.command()
@@ -231,7 +248,9 @@ def export(
     to: Annotated[str, typer.Option(help="circuit-tracer, neuronpedia or graphml.")],
     out: Annotated[Path, typer.Option(help="Where to: a folder for circuit-tracer, a file for the others.")],
     slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and target.")] = None,
-    scan: Annotated[str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small.")] = None,
+    scan: Annotated[
+        str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small; it asks for one.")
+    ] = None,
     features_url: Annotated[str | None, typer.Option(help="Where the features for Neuronpedia will be hosted.")] = None,
     bridge: Annotated[str | None, typer.Option(help="Coupling with `bridge nodes` facts; default the explanation's.")] = None,
 ) -> None:
@@ -299,6 +318,7 @@ def steer(
             write_text(svg, steering_plot(steering))
         if json is not None:
             write_json(json, steering.to_json())
+        print_written(svg, json)
 
 
 @app.command()

@@ -20,7 +20,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,11 @@ PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entr
 # Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
 _ONE_AT_A_TIME = threading.RLock()
 _under_way: list[_Run] = []
+
+
+def exclusive() -> AbstractContextManager[Any]:
+    """While it lasts no other thread runs a dense model: for whoever puts hooks of its own on one."""
+    return _ONE_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class DenseModel:
                 given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
                 raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
         run = _Run(enter, self.n_sites, tokens_bt.device)
-        with _ONE_AT_A_TIME, self._hooked(run):
+        with exclusive(), self._hooked(run):
             logits_btv = forward(self.model, tokens_bt)
         return Trace(logits_btv, tuple(run.residuals[site] for site in range(self.n_sites)))
 

@@ -13,7 +13,7 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,84 +87,103 @@ def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[fl
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
     if not len(tokens_bt):
         raise ValueError("there is no held-out text to evaluate on; give --data with more text")
-    dense, sparse, bridges = coupling.dense, coupling.sparse, coupling.bridges
-    sites = range(coupling.n_sites)
-    parts = tokens_bt.to(dense.device).split(ROWS)
-    sums: dict[Any, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=dense.device))
-
-    def progress(done: float) -> None:
-        if on_progress is not None:
-            on_progress(done)
-
-    mean_dense, mean_sparse = [torch.zeros(dense.width)] * len(sites), [torch.zeros(sparse.width)] * len(sites)
+    progress = on_progress or (lambda _: None)
+    parts = tokens_bt.to(coupling.dense.device).split(ROWS)
+    means = _means(coupling, parts, progress)
+    alive = {at: torch.zeros(n, dtype=torch.bool) for at, n in coupling.sparse.locations().items() if at.kind == "mlp_act"}
+    sums = _Sums()
     for number, part_bt in enumerate(parts):
-        residuals = dense.run(part_bt).residuals, sparse.run(part_bt).residuals
-        share = part_bt.shape[0] / len(tokens_bt)
-        for site in sites:
-            mean_dense[site] = mean_dense[site].to(dense.device) + share * residuals[0][site].float().mean((0, 1))
-            mean_sparse[site] = mean_sparse[site].to(dense.device) + share * residuals[1][site].mean((0, 1))
-        progress(0.2 * (number + 1) / len(parts))
+        _measure(coupling, part_bt, means, sums, alive)
+        progress(0.2 + 0.8 * (number + 1) / len(parts))
+    return _evaluation(coupling, sums, alive, tokens_bt.shape)
 
-    alive = {
-        location: torch.zeros(size, dtype=torch.bool, device=dense.device)
-        for location, size in sparse.locations().items()
-        if location.kind == "mlp_act"
-    }
+
+POSITIONS = {"": 0, "_later": 1}  # from which on a sum is taken
+Means = Mapping[tuple[str, str, int], Tensor]  # of either model's residual, by those positions and site
+
+
+def _means(coupling: Coupling, parts: Sequence[Tensor], progress: Callable[[float], None]) -> Means:
+    rows = sum(map(len, parts))
+    means: dict[tuple[str, str, int], Tensor] = {}
+    for number, part_bt in enumerate(parts):
+        for model, trace in (("dense", coupling.dense.run(part_bt)), ("sparse", coupling.sparse.run(part_bt))):
+            for site, x_btd in enumerate(trace.residuals):
+                for suffix, start in POSITIONS.items():
+                    mean_d = len(part_bt) / rows * x_btd[:, start:].float().mean((0, 1))
+                    at = (model, suffix, site)
+                    means[at] = means[at] + mean_d if at in means else mean_d
+        progress(0.2 * (number + 1) / len(parts))
+    return means
+
+
+class _Sums:
+    """Sums over text, by their name and site (None: of no site), in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int | None], float] = defaultdict(float)
+
+    def __getitem__(self, at: tuple[str, int | None]) -> float:
+        return self._sums[at]
+
+    def add(self, name: str, site: int | None, value: Tensor) -> None:
+        """Add all that a tensor holds."""
+        self._sums[name, site] += float(value.double().sum())
+
+    def compare(self, name: str, site: int | None, logits_btv: Tensor, truth_btv: Tensor, tokens_bt: Tensor) -> None:
+        """Add how far answers are from the text, and from the dense model's."""
+        log_q_btv, log_p_btv = logits_btv.float().log_softmax(-1), truth_btv.float().log_softmax(-1)
+        self.add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="sum"))
+        self.add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
+        self.add(f"top1_{name}", site, logits_btv.argmax(-1) == truth_btv.argmax(-1))
+
+
+def _measure(coupling: Coupling, part_bt: Tensor, means: Means, sums: _Sums, alive: dict[Location, Tensor]) -> None:
+    """Add what some rows of text give; and which neurons are ever on."""
+    dense, bridges = coupling.dense, coupling.bridges
 
     def watch(location: Location, x_btn: Tensor) -> Tensor:
         if location in alive:
-            alive[location] |= (x_btn != 0).any(0).any(0)
+            alive[location] |= (x_btn != 0).any(0).any(0).cpu()
         return x_btn
 
-    def add(name: str, site: int | None, value: Tensor) -> None:
-        sums[name, site] += value.double().sum()
+    truth, plain = dense.run(part_bt), coupling.sparse.gated(watch).run(part_bt)
 
-    for number, part_bt in enumerate(parts):
-        truth = dense.run(part_bt)
-        plain = sparse.gated(watch).run(part_bt)
-        answer_bt = truth.logits_btv.argmax(-1)
-        log_p_btv = truth.logits_btv.float().log_softmax(-1)
+    def compare(name: str, site: int | None, logits_btv: Tensor) -> None:
+        sums.compare(name, site, logits_btv, truth.logits_btv, part_bt)
 
-        def compare(
-            name: str, site: int | None, logits_btv: Tensor, part_bt: Tensor = part_bt, log_p_btv: Tensor = log_p_btv,
-            answer_bt: Tensor = answer_bt,
-        ) -> None:  # fmt: skip
-            log_q_btv = logits_btv.float().log_softmax(-1)
-            add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), part_bt[:, 1:].flatten(), reduction="sum"))
-            add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
-            add(f"top1_{name}", site, logits_btv.argmax(-1) == answer_bt)
+    compare("dense", None, truth.logits_btv)
+    compare("sparse", None, plain.logits_btv)
+    for site in range(coupling.n_sites):
+        h_btd, x_bts = truth.residuals[site], plain.residuals[site]
+        compare("in", site, coupling.dense_to_sparse(part_bt, truth.residuals, site))
+        compare("out", site, coupling.sparse_to_dense(part_bt, plain.residuals, site))
+        mean_btd = means["dense", "", site].to(h_btd.dtype).expand_as(h_btd)
+        compare("mean", site, dense.run(part_bt, Enter.at(site, mean_btd)).logits_btv)
+        for name, guess, target, model in (
+            ("encoder", bridges[site].encode(h_btd), x_bts, "sparse"),
+            ("decoder", bridges[site].decode(x_bts), h_btd, "dense"),
+        ):
+            for suffix, start in POSITIONS.items():
+                sums.add(f"error_{name}{suffix}", site, (guess - target)[:, start:].square())
+                sums.add(f"variance_{name}{suffix}", site, (target - means[model, suffix, site])[:, start:].square())
 
-        compare("dense", None, truth.logits_btv)
-        compare("sparse", None, plain.logits_btv)
-        for site in sites:
-            h_btd, x_bts = truth.residuals[site], plain.residuals[site]
-            compare("in", site, coupling.dense_to_sparse(part_bt, truth.residuals, site))
-            compare("out", site, coupling.sparse_to_dense(part_bt, plain.residuals, site))
-            ablated = dense.run(part_bt, Enter.at(site, mean_dense[site].to(h_btd.dtype).expand_as(h_btd)))
-            compare("mean", site, ablated.logits_btv)
-            for name, guess, target, mean in (
-                ("encoder", bridges[site].encode(h_btd), x_bts, mean_sparse[site]),
-                ("decoder", bridges[site].decode(x_bts), h_btd, mean_dense[site]),
-            ):
-                for suffix, start in (("", 0), ("_later", 1)):
-                    add(f"error_{name}{suffix}", site, (guess - target)[:, start:].square())
-                    add(f"variance_{name}{suffix}", site, (target - mean)[:, start:].square())
-        progress(0.2 + 0.8 * (number + 1) / len(parts))
 
-    tokens = tokens_bt.numel()
-    predicted = tokens - len(tokens_bt)  # the last token of a row has no next one
+def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
+    """What the sums over text of a shape come to."""
+    rows, tokens = shape[0], shape.numel()
+    sites = range(coupling.n_sites)
 
     def ce(name: str, site: int | None = None) -> float:
-        return float(sums[f"ce_{name}", site]) / predicted
+        return sums[f"ce_{name}", site] / (tokens - rows)  # the last token of a row has no next one
 
     def explained(name: str, site: int) -> float:
-        return 1 - float(sums[f"error_{name}", site]) / max(1e-12, float(sums[f"variance_{name}", site]))
+        return 1 - sums[f"error_{name}", site] / max(1e-12, sums[f"variance_{name}", site])
 
     def recovered(name: str, site: int) -> float:
         return (ce("mean", site) - ce(name, site)) / (ce("mean", site) - ce("dense"))
 
-    readers = (*dense.sublayers, "unembed")
-    rows = tuple(
+    readers = (*coupling.dense.sublayers, "unembed")
+    by_site = tuple(
         SiteEvaluation(
             site=site,
             read_by=readers[site],
@@ -172,8 +191,8 @@ def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[fl
             ev_encoder_later=explained("encoder_later", site),
             ev_decoder=explained("decoder", site),
             ev_decoder_later=explained("decoder_later", site),
-            kl_in=float(sums["kl_in", site]) / tokens,
-            kl_out=float(sums["kl_out", site]) / tokens,
+            kl_in=sums["kl_in", site] / tokens,
+            kl_out=sums["kl_out", site] / tokens,
             ce_in=ce("in", site),
             ce_out=ce("out", site),
             ce_mean=ce("mean", site),
@@ -184,28 +203,28 @@ def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[fl
     )
 
     def over_sites(name: str) -> float:
-        return sum(getattr(row, name) for row in rows) / len(rows)
+        return sum(getattr(row, name) for row in by_site) / len(by_site)
 
-    def top1(name: str, over: list[int | None]) -> float:
-        return sum(float(sums[f"top1_{name}", site]) for site in over) / (tokens * len(over))
+    def top1(name: str, over: Sequence[int | None]) -> float:
+        return sum(sums[f"top1_{name}", site] for site in over) / (tokens * len(over))
 
-    fractions = sparse.achieved_fractions()
+    fractions = coupling.sparse.achieved_fractions()
     return Evaluation(
-        sites=rows,
+        sites=by_site,
         tokens=tokens,
         ce_dense=ce("dense"),
         ce_sparse=ce("sparse"),
-        kl_sparse=float(sums["kl_sparse", None]) / tokens,
+        kl_sparse=sums["kl_sparse", None] / tokens,
         top1_sparse=top1("sparse", [None]),
-        top1_in=top1("in", list(sites)),
-        top1_out=top1("out", list(sites)),
+        top1_in=top1("in", sites),
+        top1_out=top1("out", sites),
         recovered_in=over_sites("recovered_in"),
         recovered_out=over_sites("recovered_out"),
         ev_encoder=over_sites("ev_encoder"),
         ev_decoder=over_sites("ev_decoder"),
-        l0=sparse.achieved_l0(),
+        l0=coupling.sparse.achieved_l0(),
         l0_blocks=fractions.blocks,
         l0_embed=fractions.embed,
-        dead_neurons=sum(int((~seen).sum()) for seen in alive.values()),
-        neurons=sum(len(seen) for seen in alive.values()),
+        dead_neurons=sum(int((~seen_n).sum()) for seen_n in alive.values()),
+        neurons=sum(map(len, alive.values())),
     )

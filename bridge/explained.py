@@ -21,6 +21,7 @@ from bridge.card.card import Card
 from bridge.card.render import render_card
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
+from bridge.columns import columns
 from bridge.levels import Level
 from bridge.nodes import sparse_fingerprint
 from bridge.recipe import UserError
@@ -77,7 +78,7 @@ class ExplainedNode:
 
 @dataclass(frozen=True)
 class ExplainedEdge:
-    """An edge between two nodes, named by their ids; see `circuit` for kinds, weights and effects."""
+    """An edge between two nodes, named by their ids; see `flow` for kinds, weights and effects."""
 
     source: str
     target: str
@@ -264,12 +265,12 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
         f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
     )
     parts = (
-        *((_render_answer(explanation),) if answer else ()),
-        _wrap("VERDICT   ", f"{explanation.faithfulness.verdict.upper()}. {' '.join(explanation.faithfulness.reasons)}", width),
+        *((render_answer(explanation, width).split("\n"),) if answer else ()),
+        _render_verdict(explanation, width),
         _render_circuit(explanation, width),
         _render_attention(explanation, width),
-        _render_evidence(explanation),
-        *(() if explanation.card is None else (render_card(explanation.card, width).split("\n"),)),
+        _render_evidence(explanation, width),
+        *(() if explanation.card is None else (render_card(explanation.card, width, verdict=False).split("\n"),)),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
     )
@@ -286,7 +287,12 @@ _HOW_TO_READ = (
 
 def render_answer(answered: Answered, width: int = 100) -> str:
     """What is known at once, as `render_text` begins."""
-    return "\n".join(_cut(line, width) for line in _render_answer(answered))
+    prompt, *lines = _render_answer(answered)
+    return "\n".join((*_wrap("", prompt, width, " " * 10), *(_cut(line, width) for line in lines)))
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _render_answer(explanation: Answered) -> list[str]:
@@ -296,12 +302,23 @@ def _render_answer(explanation: Answered) -> list[str]:
     differences = explanation.dense_difference, explanation.sparse_difference
     own = "" if explanation.target.id == explanation.dense[0].token.id else ", which is not the dense model's answer"
     return [
-        f"prompt    {quoted(explanation.prompt)}  ({len(explanation.tokens)} tokens)",
+        f"prompt    {quoted(explanation.prompt)}  ({_tokens(len(explanation.tokens))})",
         f"dense     {listed(explanation.dense)}",
         f"sparse    {listed(explanation.sparse)}  {'agrees' if explanation.agree else 'DISAGREES'}",
         f"question  why {quoted(explanation.target.text)} rather than {quoted(explanation.contrast.text)}{own}",
         "          D is {:+.2f} in the dense model, {:+.2f} in the sparse one".format(*differences),
     ]
+
+
+def _render_verdict(explanation: Explanation, width: int) -> list[str]:
+    """The card's verdict where there is a card, and then what the prompt's own evidence says."""
+    own, card = explanation.faithfulness, explanation.card
+    if card is None or card.verdict == own.verdict:
+        return _wrap(
+            "VERDICT   ", f"{own.verdict.upper()}. {' '.join((*own.reasons, *(card.reasons[1:] if card else ())))}", width
+        )
+    told = _wrap("VERDICT   ", f"{card.verdict.upper()}. {' '.join(card.reasons)}", width)
+    return [*told, *_wrap("          ", f"Before the card, {own.verdict}: {' '.join(own.reasons)}", width)]
 
 
 def _render_circuit(explanation: Explanation, width: int) -> list[str]:
@@ -373,29 +390,30 @@ def _read(explanation: Explanation, read: Read) -> str:
     return f"{quoted(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
 
 
-def _render_evidence(explanation: Explanation) -> list[str]:
+def _render_evidence(explanation: Explanation, width: int) -> list[str]:
     faithfulness = explanation.faithfulness
-    rows = [("EVIDENCE", "here", "control", "aim", "met"), *(_evidence(measure) for measure in faithfulness.measures)]
-    sizes = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows]
-    if faithfulness.profile_interval is not None:
-        low, high = faithfulness.profile_interval
-        interval = f"95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}"
-        lines.append(f"    {interval}; {faithfulness.profile.note}")
-    return lines
+    rows: list[tuple[str, ...]] = [_EVIDENCE]
+    for measure in faithfulness.measures:
+        rows.append((f"  {(row := _evidence(measure))[0]}", *row[1:]))
+        note = measure.note
+        if measure is faithfulness.profile and faithfulness.profile_interval is not None:
+            low, high = faithfulness.profile_interval
+            note = f"95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}; {note}"
+        rows += [(f"    {line}",) for line in textwrap.wrap(note, width - 4)]
+    return columns(rows, width)
+
+
+_EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
 
 
 def _evidence(measure: Measure) -> tuple[str, str, str, str, str]:
-    control = measure.control
-    beside = "none" if control is None else f"{control.what} {control.mean:.3f}"
-    if control is not None and control.bar_is != "mean":
-        beside += f" ({control.bar_is} {control.bar:.3f})"
     value = "-" if measure.value is None else f"{measure.value:.3f}"
-    return f"  {measure.name}", value, beside, measure.aim, {True: "yes", False: "NO", None: "?"}[measure.passed]
+    control = "none" if measure.control is None else measure.control.text()
+    return measure.name, value, {True: "yes", False: "NO", None: "?"}[measure.passed], measure.aim, control
 
 
-def _wrap(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
+def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head) if below is None else below)
 
 
 def quoted(text: str) -> str:
@@ -441,7 +459,7 @@ def render_html(explanation: Explanation) -> str:
         display.table(("", "answers", "D"), answers),
         f"{display.verdict(faithfulness.verdict)} {display.text(' '.join(faithfulness.reasons))}",
         display.fold(size, display.table(("node", "at", "value", "effect", ""), nodes)),
-        display.fold("evidence", display.table(("", "here", "control", "aim", "met"), map(_evidence, faithfulness.measures))),
+        display.fold("evidence", display.table(("", *_EVIDENCE[1:]), map(_evidence, faithfulness.measures))),
     )
 
 

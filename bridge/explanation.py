@@ -155,9 +155,10 @@ def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if not any(token not in tokenizer.all_special_ids for token in ids):
         raise ExplainError("the prompt is empty; give the text whose next token is to be explained")
-    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
-    if len(ids) > min(limits):
-        raise ExplainError(f"the prompt is {len(ids)} tokens long, and the context is {min(limits)}; give its last part only")
+    if len(ids) > coupling.context:
+        raise ExplainError(
+            f"the prompt is {len(ids)} tokens long, and the context is {coupling.context}; give its last part only"
+        )
     return torch.tensor(ids, device=coupling.dense.device)
 
 

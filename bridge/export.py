@@ -78,7 +78,9 @@ def export(
         if to == "circuit-tracer":
             return _write_local(explanation, path, slug, pages or {})
         if scan is None:
-            raise ExportError("which of Neuronpedia's models the graph is of is not said; give --scan, such as gpt2-small")
+            raise ExportError(
+                "Neuronpedia files graphs under its own ids of models, and none was given; give --scan, such as gpt2-small"
+            )
         return _write_neuronpedia(explanation, path, slug, _checked("scan", scan), features_url, pages or {})
     except OSError as error:
         raise ExportError(f"could not write {str(path)!r} ({error.strerror or error}); name another place") from None

@@ -235,8 +235,8 @@ class Steerer:
         """change_btd of the dense residual by site, in full, for texts that begin with the prompt."""
         sparse = self.coupling.sparse
         values: dict[Location, Tensor] = {}
-        plain = sparse.run(tokens_bt, gate=recording_gate(values))
-        changed = sparse.run(tokens_bt, gate=self._gate(values))
+        plain = sparse.run(tokens_bt, gate=recording_gate(values), last_only=True)
+        changed = sparse.run(tokens_bt, gate=self._gate(values), last_only=True)
         if self.site is not None:
             site_b = torch.full((len(tokens_bt),), self.site)
             return {self.site: Change.between(plain, changed, site_b).decoded(self.coupling)}
@@ -250,8 +250,7 @@ class Steerer:
     def generate(self, strength: float, count: int) -> Tensor:
         """tokens_t that the steered dense model adds to the prompt, the likeliest one each time; fewer at the context's end."""
         dense, tokens_1t = self.coupling.dense, self.tokens_t[None]
-        limits = [limit for limit in (self.coupling.context, dense.context) if limit is not None]
-        for _ in range(min(count, min(limits) - len(self.tokens_t))):
+        for _ in range(min(count, self.coupling.context - len(self.tokens_t))):
             trace = dense.run(tokens_1t)
             if strength:
                 added = {site: strength * change_btd for site, change_btd in self.changes(tokens_1t).items()}

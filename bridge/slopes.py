@@ -137,7 +137,7 @@ class _Moments:
         self.effect_s += (slope_ns * written_ns).square().sum(0)
 
     def refit(self, bridge: Bridge, weight: float) -> None:
-        n = self.count
+        n = self.count  # sums are on the CPU, in float64, wherever the bridge is
         a_dd, cross_ds = self.slopes_dd / n, self.cross_ds / n
         mean_s = self.mean_s / n
         s_ss = self.x_ss / n - torch.outer(mean_s, mean_s)
@@ -159,5 +159,5 @@ class _Moments:
         after_ds = torch.linalg.solve(s_ss + torch.diag(count_s), (before_ds @ s_ss + by_slopes_ds * count_s).T).T
         moved_ds = inverse_dd @ (after_ds - before_ds) / scale
         if bool(torch.isfinite(moved_ds).all()):
-            bridge.decoder.weight.add_(moved_ds)
+            bridge.decoder.weight.add_(moved_ds.to(bridge.decoder.weight))
             bridge.decoder.bias.sub_((moved_ds @ mean_s).to(bridge.decoder.bias))  # the mean goes where it went

@@ -6,9 +6,9 @@
     logits = U norm(x) + b + B[token]                                  bigram table B, dense
 
 K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
-`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is `attention`'s own kernel; elsewhere a
-dummy first position and one extra query/key channel carry it, so that the fused causal kernels still apply. Where the dense
-model's blocks are parallel, so are these: both halves read the same x.
+`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
+(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel carry it, so that the fused causal kernels
+still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
 
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`native`). The function computed is the same.

@@ -334,9 +334,9 @@ def _copy_sublayer(
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     best, chosen = VERIFIED, before
-    copies = _attention_copies if kind == "attn" else _mlp_copies
     z_td = (x_bts * norm_scale(x_bts))[..., : frame.d].flatten(0, 1) * frame.gain
-    for _ in copies(coupling, block, frame, reads, writers[0], z_td):
+    attention = _attention_copies(coupling, block, frame, reads, writers[0], z_td)
+    for _ in attention if kind == "attn" else _mlp_copies(block, frame, reads, writers[0]):
         with _keeping_all(sparse):
             share = explained()
         if share > best:
@@ -367,9 +367,7 @@ def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
         sparse.shape = shape
 
 
-def _mlp_copies(
-    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, z_td: Tensor
-) -> Iterator[None]:
+def _mlp_copies(block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map) -> Iterator[None]:
     """The MLP, written to the block: as it is, and with a steeper GELU, which is a ReLU."""
     neurons = writer.weight_oi.shape[1]
     if len(reads) != 1 or len(reads[0].bias_o) != neurons or neurons > block.up.out_features:

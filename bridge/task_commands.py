@@ -19,6 +19,7 @@ from bridge.terminal import (
     choose_device,
     held_out_text,
     one_line_errors,
+    print_written,
     refuse,
     sample_prompt,
     seed_of,
@@ -115,6 +116,7 @@ def card(
             cards += [] if one is None else [one.to_json()]
         if json is not None:
             write_json(json, cards if len(wanted) > 1 else cards[0])
+            print_written(json)
 
 
 @of_tasks.command(cls=Several)
@@ -280,6 +282,7 @@ def nodes(
             print(f"next: bridge nodes --bridge {name} --node '0.mlp_act[0]'")
         if json is not None:
             write_json(json, pages)
+            print_written(json)
 
 
 @of_tasks.command()
@@ -296,6 +299,7 @@ def tasks(
     """List the tasks, and how well the dense and the sparse model do on them."""
     with one_line_errors():
         from bridge.checkpoint import write_json
+        from bridge.circuits.judge import SOLVED
         from bridge.tasks.pairs import SPLITS, TaskError, load_task, task_names
         from bridge.tasks.tokens import resolve, score
 
@@ -339,7 +343,8 @@ def tasks(
             print(
                 f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample_prompt(example, 43 + 8 * len(models))}"
             )
-        solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= 0.9 for row in rows) for name in models}
+        solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= SOLVED for row in rows) for name in models}
         print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
         if json is not None:
             write_json(json, rows)
+            print_written(json)

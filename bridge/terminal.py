@@ -98,6 +98,13 @@ def check_outputs(folder: Path | None = None, **files: Path | None) -> None:
             check_target(file, f"--{name}")
 
 
+def print_written(*files: Path | None) -> None:
+    """Say which files were written, where any were asked for."""
+    names = [str(file) for file in files if file is not None]
+    if names:
+        print(f"\nwrote {', '.join(names)}")
+
+
 def choose_device(device: str) -> str:
     """Cpu or cuda for auto, cpu or cuda; raises where that is not to be had."""
     import torch

@@ -78,6 +78,11 @@ class Control:
     bar: float
     bar_is: str
 
+    def text(self, number: Callable[[float], str] = "{:.3f}".format) -> str:
+        """In words: what it is and its mean, and the bar where that says more."""
+        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {number(self.bar)})"
+        return f"{self.what} {number(self.mean)}{bar}"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -266,7 +271,13 @@ def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tup
     logits_rv = ablations.logits(torch.cat([kept_f[None], random_cf]))
     (kl, *kl_random), (share, *share_random) = ablations.kl(logits_rv).tolist(), _shares(ablations, logits_rv)
     answer = _answer(ablations)
+
+    def near(share: float) -> bool:
+        return abs(share - 1) * abs(answer) <= SHARE_OFF * max(abs(answer), 1)
+
     small = "" if abs(answer) >= 1 else f"D is {answer:.2f} logits: within {SHARE_OFF:g} of it is enough"
+    easy = sum(map(near, share_random))
+    note = "; ".join(part for part in (small, f"{easy} of {len(random_cf)} random circuits keep as much" if easy else "") if part)
     return (
         measured(
             "KL of the circuit alone", kl, control_of("random", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
@@ -274,7 +285,7 @@ def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tup
         ),
         measured(
             "share of D it keeps", share, control_of("random", share_random, _closest_to_1, "best"),
-            f"{1 - SHARE_OFF:g} to {1 + SHARE_OFF:g}", abs(share - 1) * abs(answer) <= SHARE_OFF * max(abs(answer), 1), small,
+            f"{1 - SHARE_OFF:g} to {1 + SHARE_OFF:g}", near(share), note,
         ),
     )  # fmt: skip
 
@@ -309,13 +320,15 @@ def _necessity(ablations: Ablations, kept_f: Tensor, generator: torch.Generator)
     logits_rv = ablations.logits(~torch.cat([kept_f[None], random_cf]))
     (kl, *kl_random), (share, *share_random) = ablations.kl(logits_rv).tolist(), _shares(ablations, logits_rv)
     left = "" if share <= 0 else "what is left still prefers the answer"
+    on_f = ablations.value_f != 0
+    few = f"the circuit has {int((kept_f & on_f).sum()):,} of the {int(on_f.sum()):,} active nodes: too few others to draw from"
     return (
         measured(
             "KL with the circuit deleted", kl, control_of("random", kl_random, max, "worst"), "above random",
-            kl > max(kl_random, default=0),
+            kl > max(kl_random, default=0), why_none=few,
         ),
         measured(
-            "share of D left without it", share, control_of("random", share_random, min, "lowest"), "<= 0", share <= 0, left,
+            "share of D left without it", share, control_of("random", share_random, min, "lowest"), "<= 0", share <= 0, left, few,
         ),
     )  # fmt: skip
 
@@ -347,10 +360,13 @@ def _attention(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> Measu
     return measured(name, off[0], control_of("random", off[1:], min, "best"), aim, off[0] <= PATTERN)
 
 
-def measured(name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "") -> Measure:
+def measured(
+    name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "",
+    why_none: str = "there are no other nodes to draw as many from",
+) -> Measure:  # fmt: skip
     """A measure; one whose control could not be taken has not passed."""
     if control is None:
-        return Measure(name, value, None, aim, None, "there are no other nodes to draw as many from")
+        return Measure(name, value, None, aim, None, why_none)
     return Measure(name, value, control, aim, passed, note)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from test_card_case import answered, case_of, copied, corpus
 
 from bridge.bridges import Coupling
 from bridge.card import blind
-from bridge.card.blind import _explained, _mistakes, bigram_logits, blind_measures
+from bridge.card.blind import _Draws, _explained, _mistakes, bigram_logits, blind_measures
+from bridge.card.stress import Stress
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,8 @@ def copy() -> Coupling:
 def test_a_copy_foresees_everything(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blind, "FEWEST", 60)
     pairs = answered(copy.dense, planted_pairs(30, lengths=(5, 7), seed=4))
-    stress = {"old": pairs.rows(torch.arange(10)), "new": pairs.rows(torch.arange(10, 30))}
+    parts = {"old": torch.arange(10), "new": torch.arange(10, 30)}
+    stress = {kind: Stress(pairs.rows(row_b), row_b) for kind, row_b in parts.items()}
     explained, signs, *_ = blind_measures(case_of(copy), stress, corpus())
     assert explained.value == pytest.approx(1, abs=0.01) and explained.ceiling is not None
     assert explained.ceiling.mean == pytest.approx(explained.value)
@@ -32,7 +36,7 @@ def test_a_copy_foresees_everything(copy: Coupling, monkeypatch: pytest.MonkeyPa
 
 
 def test_too_few_prompts_are_no_test(copy: Coupling) -> None:
-    measures = blind_measures(case_of(copy), {"only": planted_pairs(20)}, corpus())
+    measures = blind_measures(case_of(copy), {"only": Stress(planted_pairs(20), torch.arange(20))}, corpus())
     assert all(measure.passed is None and "200" in measure.note for measure in measures)
 
 
@@ -57,21 +61,39 @@ def test_what_is_explained_is_of_the_same_answers_for_both_members() -> None:
     generator = np.random.default_rng(0)
     dense_b2 = generator.normal(3, 1, size=(120, 2))
     circuit_b2 = dense_b2 + generator.normal(0, 0.5, size=(120, 2))
-    measure = _explained(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2)), (), 0)
+    measure = _explained(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2)), (), _Draws(np.arange(120), 0))
     y, x = (np.concatenate([z[:, 0], -z[:, 1]]) for z in (dense_b2, circuit_b2))
     expected = 1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     assert measure.value == pytest.approx(expected) and measure.passed
     assert measure.interval is not None and measure.interval[0] < expected < measure.interval[1]
-    worse = _explained(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2, (), 0)
+    worse = _explained(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2, (), _Draws(np.arange(120), 0))
     assert worse.passed is False
 
 
-def test_mistakes_are_to_be_foreseen_and_not_cried() -> None:
+def test_what_was_made_from_one_pair_is_drawn_together() -> None:
+    """Copies of a pair say nothing new: the interval of all is that of one each, up to the draws."""
     generator = np.random.default_rng(0)
+    one_b2 = generator.normal(size=(40, 2))
+    four_b2, source_b = np.tile(one_b2, (4, 1)), np.tile(np.arange(40), 4)
+
+    def mean(x_b2: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda weight_kb: weight_kb @ x_b2.mean(1) / weight_kb.sum(1)
+
+    single, together, apart = (
+        _Draws(of_b, 0).interval(mean(x_b2))
+        for of_b, x_b2 in ((np.arange(40), one_b2), (source_b, four_b2), (np.arange(160), four_b2))
+    )
+    assert single is not None and together is not None and apart is not None
+    assert single == pytest.approx(together)
+    assert apart[1] - apart[0] < 0.7 * (single[1] - single[0])
+
+
+def test_mistakes_are_to_be_foreseen_and_not_cried() -> None:
+    generator, draws = np.random.default_rng(0), _Draws(np.arange(100), 0)
     dense_b2 = np.where(np.arange(200).reshape(100, 2) % 5 == 0, -1.0, 2.0)
-    right = _mistakes(dense_b2, dense_b2 + 0.1 * generator.normal(size=(100, 2)), dense_b2, 0)
+    right = _mistakes(dense_b2, dense_b2 + 0.1 * generator.normal(size=(100, 2)), dense_b2, draws)
     assert right.value == 1 and right.passed and right.control is not None and right.control.mean == 0
-    blind_to_them = _mistakes(dense_b2, np.ones((100, 2)), dense_b2, 0)
+    blind_to_them = _mistakes(dense_b2, np.ones((100, 2)), dense_b2, draws)
     assert blind_to_them.value == 0 and blind_to_them.passed is False
-    always = _mistakes(dense_b2, -np.ones((100, 2)), dense_b2, 0)
+    always = _mistakes(dense_b2, -np.ones((100, 2)), dense_b2, draws)
     assert always.value == 1 and always.passed is False  # all alarms

@@ -84,7 +84,7 @@ def dense_difference(coupling: Coupling, pairs: TokenPairs, row: int, enter: Ent
 @torch.no_grad()
 def test_rows_are_in_order_and_differences_those_of_rows_alone(dense: DenseModel) -> None:
     case = case_of(untrained(dense))
-    assert case.pairs.last_b.diff().min() >= 0 and not case.there_bt[0, -1] and case.there_bt[-1, -1]
+    assert case.pairs.last_b.diff().min() >= 0 and not case.pairs.there_bt[0, -1] and case.pairs.there_bt[-1, -1]
     swapped = case.pairs.swapped()
     for row in range(len(case.pairs)):
         here = dense_difference(case.coupling, case.pairs, row)

@@ -37,16 +37,19 @@ def test_every_kind_makes_new_pairs_that_end_as_they_did(name: str, tokenizer) -
     assert set(found) == {"distractor", "context", "rename", "swap", "paraphrase"}
     assert sum(2 * len(some) for some in found.values()) >= 200
     known = {example.prompt for example in pairs.examples} | {example.counterfactual for example in pairs.examples}
-    for kind, some in found.items():
-        for example, last in zip(some.examples, some.last_b.tolist(), strict=True):
+    for kind, stress in found.items():
+        some = stress.pairs
+        assert len(stress.source_b) == len(some) == len(set(stress.source_b.tolist()))
+        for example, source, last in zip(some.examples, stress.source_b.tolist(), some.last_b.tolist(), strict=True):
+            assert kind in ("rename", "swap") or example.prompt.endswith(pairs.examples[source].prompt.splitlines()[-1])
             assert example.prompt not in known and last < 128, kind
             assert example.prompt.count("\n") == example.counterfactual.count("\n")
         assert some.prompt_bt.shape[1] == int(some.last_b.max()) + 1
     assert {len(some) for some in found.values()} == {24}
     again = stress_pairs(pairs, tokenizer, reference_bt, 128, seed=0)
-    assert all(torch.equal(found[kind].prompt_bt, again[kind].prompt_bt) for kind in found)
+    assert all(torch.equal(found[kind].pairs.prompt_bt, again[kind].pairs.prompt_bt) for kind in found)
     other = stress_pairs(pairs, tokenizer, reference_bt, 128, seed=1)
-    assert not all(torch.equal(found[kind].prompt_bt, other[kind].prompt_bt) for kind in found)
+    assert not all(torch.equal(found[kind].pairs.prompt_bt, other[kind].pairs.prompt_bt) for kind in found)
 
 
 def test_names_are_renamed_as_words_in_answers_too() -> None:
@@ -110,7 +113,7 @@ def test_what_does_not_fit_is_left_out() -> None:
     reference_bt = torch.randint(2, VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
     found = stress_pairs(pairs, tokenizer, reference_bt, CONTEXT, language="user")
     assert set(found) >= {"distractor", "rename", "swap", "paraphrase"}
-    assert all(int(some.last_b.max()) < CONTEXT for some in found.values())
+    assert all(int(some.pairs.last_b.max()) < CONTEXT for some in found.values())
     short = stress_pairs(pairs, tokenizer, reference_bt, 4, language="user")
     assert set(short) <= {"rename", "swap"}  # of as many tokens as the prompts have
 

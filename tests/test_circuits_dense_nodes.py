@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -35,6 +37,28 @@ def test_nodes_are_found_and_their_gates_change_nothing(family: str) -> None:
 
     assert torch.equal(subject._run(CORPUS, gate), dense.run(CORPUS).logits_btv)
     assert sorted(seen) == sorted(subject.space.sizes)  # every location once
+
+
+def test_another_threads_plain_run_does_not_see_gates() -> None:
+    dense = load_dense(tiny("gpt2"))
+    subject, plain_btv = DenseSubject(dense, CORPUS), dense.run(CORPUS).logits_btv
+    gating, done = threading.Event(), threading.Event()
+
+    def gate(location: Location, x: torch.Tensor) -> torch.Tensor:
+        gating.set()
+        assert not done.wait(0.01)  # the other run has not been let in
+        return torch.zeros_like(x)
+
+    def other() -> torch.Tensor:
+        assert gating.wait(60)
+        logits_btv = dense.run(CORPUS).logits_btv
+        done.set()
+        return logits_btv
+
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(other)
+        assert not torch.equal(subject._run(CORPUS, gate), plain_btv)
+        assert torch.equal(found.result(), plain_btv)
 
 
 def test_the_matrices_of_gpt2_are_its_own() -> None:

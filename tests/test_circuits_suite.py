@@ -92,6 +92,11 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
         list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, **other))
     with pytest.raises(MaskError, match="holds the result of another search"):
         list(run_suite(subjects, ("one",), Aim(target=0.5), out=tmp_path, progress=lambda _: None, **OPTIONS))
+    text = task_file.read_text()
+    task_file.write_text("\n".join(text.splitlines()[:-1]))  # a pair less
+    with pytest.raises(MaskError, match="another search .prompts"):
+        list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, **OPTIONS))
+    task_file.write_text(text)
     more = list(run_suite(subjects, ("one",), aim, out=tmp_path, progress=lambda _: None, seeds=2, **OPTIONS))
     assert "VERDICT" in more[0] and len(TaskResult.load(tmp_path / "one").facts.runs) == 2  # a seed more, not another search
     with pytest.raises(MaskError, match="seeds 2, not 1"):

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertLMHeadModel
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from bridge import checkpoint, training
+from bridge import __version__, checkpoint, training
 from bridge.bridges import Coupling
 from bridge.cli import app, main
 from bridge.dense import load_dense
@@ -62,6 +62,11 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # -- what works ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_packages() -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout == f"bridge {__version__}\n"
 
 
 def test_help_is_light() -> None:
@@ -162,7 +167,8 @@ def test_tasks_are_listed_with_what_the_models_do_on_them(fitted: tuple[Path, Re
     assert [f"{first['scores'][name]['accuracy']:.2f}" for name in ("dense", "sparse")] == own[1:3]
     assert second["scores"] == {} and second["drop_rate"] == 1 and sum(second["dropped"].values()) == second["looked_at"]
     solved = sum(score["accuracy"] >= 0.9 for score in [first["scores"]["dense"]])
-    assert lines[-1].split() == ["solved", "at", ".9,", "of", "2", str(solved), *lines[-1].split()[-1:]]
+    assert lines[-3].split() == ["solved", "at", ".9,", "of", "2", str(solved), *lines[-3].split()[-1:]]
+    assert lines[-1] == f"wrote {table}"
 
 
 def test_tasks_of_a_dense_model_alone(dense_folder: Path, tmp_path: Path) -> None:

@@ -47,9 +47,8 @@ def agreement(truth: list[Tensor], guess: list[Tensor]) -> float:
 
 def explained(guess: Tensor, target: Tensor, first: int) -> float:
     """1 - residual sum of squares over total sum of squares, from position `first` on."""
-    guess, target = guess.double(), target.double()
-    mean = target.mean((0, 1))
-    return 1 - float(((guess - target)[:, first:] ** 2).sum() / ((target - mean)[:, first:] ** 2).sum())
+    guess, target = guess.double()[:, first:], target.double()[:, first:]
+    return 1 - float(((guess - target) ** 2).sum() / ((target - target.mean((0, 1))) ** 2).sum())
 
 
 @pytest.fixture(scope="module")

@@ -375,7 +375,7 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
         (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
         *((explanation, {"slug": slug}, f"--slug {slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
         (explanation, {"slug": "graph-metadata"}, "--slug 'graph-metadata' cannot be one"),
-        (explanation, {"to": "neuronpedia"}, "which of Neuronpedia's models the graph is of is not said; give --scan"),
+        (explanation, {"to": "neuronpedia"}, "Neuronpedia files graphs under its own ids of models"),
         (explanation, {**neuronpedia, "scan": "a/b"}, "--scan 'a/b' cannot be one"),
         (explanation, {"scan": "gpt2-small"}, "--scan and --features-url are Neuronpedia's"),
         (explanation, {**neuronpedia, "features_url": "http://x"}, "'http://x' is no place that Neuronpedia fetches"),

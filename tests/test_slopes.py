@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +140,16 @@ def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch:
     monkeypatch.setattr("bridge.slopes.MOST_BYTES", 1)
     for one, other in zip(together.bridges.parameters(), refitted(coupling, 1.0).bridges.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_decoders_are_those_of_the_cpu(coupling: Coupling) -> None:
+    here = refitted(coupling, 1.0)
+    there = replace(coupling, bridges=copy.deepcopy(coupling.bridges), sparse=copy.deepcopy(coupling.sparse))
+    there = replace(there, dense=copy.deepcopy(coupling.dense))
+    modules: tuple[Any, ...] = (there.dense.model, there.sparse, there.bridges)
+    for part in modules:
+        part.to("cuda")
+    refit_decoders(there, TOKENS_BT, 1.0)
+    for one, other in zip(here.bridges.parameters(), there.bridges.parameters(), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-2, atol=1e-3)

@@ -32,6 +32,7 @@ from bridge.circuits.judge import SOLVED
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects
 from bridge.circuits.subject import SparseSubject
+from bridge.nodes import sparse_fingerprint
 from bridge.tasks.pairs import Example
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.validate import Control, Faithfulness, Measure
@@ -70,17 +71,18 @@ def task_card(
     tested = alter(chosen)
     circuit = result.circuit
     case = Case.of(coupling, whole, alone(whole, circuit), circuit.kept, tested)
-    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
     reference_bt = subjects.reference_bt if coupling.reference_bt is None else coupling.reference_bt
     stress = stress_pairs(
-        chosen, coupling.dense.tokenizer, reference_bt, min(limits), language=task.language, seed=seed
+        chosen, coupling.dense.tokenizer, reference_bt, coupling.context, language=task.language, seed=seed
     )  # fmt: skip
     tests = (
         _gate(coupling, case.pairs),
         *swap_measures(case, seed, say),
         *loop_measures(case, seed, say),
         *profile_measures(case, seed, say),
-        *blind_measures(case, {kind: alter(some) for kind, some in stress.items()}, reference_bt, seed, say),
+        *blind_measures(
+            case, {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}, reference_bt, seed, say
+        ),
     )
     faith = result.faithfulness
     notes = (f"{len(case.pairs)} held-out pairs, and {PAIRS} are asked.",) if len(case.pairs) < PAIRS else ()
@@ -120,15 +122,11 @@ def alone(whole: SparseSubject, circuit: Circuit) -> SparseSubject:
 
 
 def check_circuit(result: TaskResult, subjects: Subjects) -> None:
-    """Raise CardError where a circuit is not one of this coupling: other nodes, or other means of them."""
-    circuit, means = result.circuit, subjects.sparse.means
-    same = {at: kept_1n.shape[-1] for at, kept_1n in circuit.kept.items()} == dict(subjects.sparse.space.sizes) and all(
-        torch.allclose(circuit.means[at].cpu(), means[at].cpu(), rtol=1e-2, atol=1e-2) for at in circuit.kept
-    )
-    if not same:
+    """Raise CardError where a circuit is not one of this coupling: it was searched in other weights."""
+    if result.facts.provenance.get("sparse_fingerprint") != sparse_fingerprint(subjects.coupling.sparse):
         raise CardError(
-            f"the circuit of {circuit.explains} is not of this coupling: its nodes have other means; give --bridge the coupling "
-            "that it was searched in, or search again"
+            f"the circuit of {result.circuit.explains} is not of this coupling: it was searched in other weights; give --bridge "
+            "the coupling that it was searched in, or search again"
         )
 
 

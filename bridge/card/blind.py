@@ -15,9 +15,9 @@ for both members of a pair.
     bigram       the dense model's own mean logits over held-out text after the prompt's last token (where that text has none of
                  it, its logits after the token alone)
 
-Intervals are over pairs: both members of a pair are drawn together.
+Intervals are over the held-out pairs that stress prompts were made from: all that was made from one is drawn together.
 
-Shape legend: b prompt (row), v vocabulary, k draw.
+Shape legend: b stress pair (row; of `_differences` a prompt), s held-out pair, v vocabulary, k draw.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bridge.card.card import CardMeasure, Point
 from bridge.card.case import Case, interval, numbers
+from bridge.card.stress import Stress
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.tasks.tokens import TokenPairs
@@ -45,7 +46,7 @@ AIMS: Mapping[str, str] = {R2: "> bigram, > 0", SIGNS: f">= {FORESEEN:g}, >= big
 @torch.no_grad()
 def blind_measures(
     case: Case,
-    stress: Mapping[str, TokenPairs],
+    stress: Mapping[str, Stress],
     reference_bt: Tensor,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
@@ -56,7 +57,9 @@ def blind_measures(
         note = f"{prompts} stress prompts could be made of this task's pairs, and {FEWEST} are asked"
         return tuple(CardMeasure(name, None, None, aim, None, note, test="blind") for name, aim in AIMS.items())
     progress(f"blind prediction: {prompts} stress prompts of {len(stress)} kinds")
-    found = {kind: _differences(case, pairs.to(case.coupling.dense.device), reference_bt) for kind, pairs in stress.items()}
+    device = case.coupling.dense.device
+    found = {kind: _differences(case, some.pairs.to(device), reference_bt) for kind, some in stress.items()}
+    draws = _Draws(np.concatenate([some.source_b.numpy() for some in stress.values()]), seed)
     # pairs in rows, their two members in columns
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (np.concatenate([each[name] for each in found.values()]) for name in _NAMES)
     points = tuple(
@@ -65,12 +68,29 @@ def blind_measures(
                      "answers foreseen": _same(each["dense"], each["circuit"]), "dense right": float(np.mean(each["dense"] > 0))})
         for kind, each in found.items()
     )  # fmt: skip
-    explained = _explained(dense_b2, circuit_b2, whole_b2, bigram_b2, points, seed)
+    explained = _explained(dense_b2, circuit_b2, whole_b2, bigram_b2, points, draws)
     mistakes = int((dense_b2 <= 0).sum())
     few = mistakes < FEWEST_MISTAKES or mistakes == dense_b2.size
     note = f"the dense model makes {mistakes} mistakes in {dense_b2.size} prompts{': there is nothing to foresee' if few else ''}"
-    signs = _signs(dense_b2, circuit_b2, whole_b2, bigram_b2, note, seed)
-    return (explained, signs) if few else (explained, signs, _mistakes(dense_b2, circuit_b2, whole_b2, seed))
+    signs = _signs(dense_b2, circuit_b2, whole_b2, bigram_b2, note, draws)
+    return (explained, signs) if few else (explained, signs, _mistakes(dense_b2, circuit_b2, whole_b2, draws))
+
+
+class _Draws:
+    """Intervals over draws of held-out pairs, each with all the stress pairs that were made from it."""
+
+    def __init__(self, source_b: np.ndarray, seed: int) -> None:
+        _, self.source_b = np.unique(source_b, return_inverse=True)
+        self.sources, self.seed = int(self.source_b.max()) + 1, seed
+
+    def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
+        """That of statistic(weight_kb) -> value_k, weight_kb being how often a stress pair was drawn."""
+
+        def of_picks(pick_ks: np.ndarray) -> np.ndarray:
+            drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])
+            return statistic(drawn_ks[:, self.source_b].astype(float))
+
+        return interval(of_picks, self.sources, self.seed)
 
 
 _NAMES = ("dense", "circuit", "whole", "bigram")
@@ -136,20 +156,19 @@ def _explained(
     whole_b2: np.ndarray,
     bigram_b2: np.ndarray,
     points: tuple[Point, ...],
-    seed: int,
+    draws: _Draws,
 ) -> CardMeasure:
     correlation = _correlation(dense_b2, circuit_b2)
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (x_b2 * _ORDER for x_b2 in (dense_b2, circuit_b2, whole_b2, bigram_b2))
 
-    def r2(pick_kb: np.ndarray, other_b2: np.ndarray) -> np.ndarray:
-        dense_kn, other_kn = (x_b2[pick_kb].reshape(len(pick_kb), -1) for x_b2 in (dense_b2, other_b2))
-        deviation_kn = dense_kn - dense_kn.mean(1, keepdims=True)
-        return 1 - ((dense_kn - other_kn) ** 2).sum(1) / (deviation_kn**2).sum(1)
+    def r2(weight_kb: np.ndarray, other_b2: np.ndarray) -> np.ndarray:
+        mean_k = weight_kb @ dense_b2.mean(1) / weight_kb.sum(1)
+        deviation_k = weight_kb @ (dense_b2**2).sum(1) - 2 * weight_kb.sum(1) * mean_k**2
+        return 1 - weight_kb @ ((dense_b2 - other_b2) ** 2).sum(1) / deviation_k
 
     value, most, bigram = (_r2(dense_b2, x_b2) for x_b2 in (circuit_b2, whole_b2, bigram_b2))
-    pairs = len(dense_b2)
-    better = interval(lambda pick_kb: r2(pick_kb, circuit_b2) - r2(pick_kb, bigram_b2), pairs, seed)
-    bounds = interval(lambda pick_kb: r2(pick_kb, circuit_b2), pairs, seed)
+    better = draws.interval(lambda weight_kb: r2(weight_kb, circuit_b2) - r2(weight_kb, bigram_b2))
+    bounds = draws.interval(lambda weight_kb: r2(weight_kb, circuit_b2))
     passed = all(found is not None and found[0] > 0 for found in (bounds, better))
     kinds = ", ".join(f"{point.label} {point.values['R^2']:.2f}" for point in points)
     return CardMeasure(
@@ -160,23 +179,23 @@ def _explained(
 
 
 def _signs(
-    dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, bigram_b2: np.ndarray, note: str, seed: int
+    dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, bigram_b2: np.ndarray, note: str, draws: _Draws
 ) -> CardMeasure:
     value, most, bigram = (_same(dense_b2, x_b2) for x_b2 in (circuit_b2, whole_b2, bigram_b2))
     same_b = ((dense_b2 > 0) == (circuit_b2 > 0)).mean(1)
-    bounds = interval(lambda pick_kb: same_b[pick_kb].mean(1), len(same_b), seed)
+    bounds = draws.interval(lambda weight_kb: weight_kb @ same_b / weight_kb.sum(1))
     return CardMeasure(
         SIGNS, value, Control("bigram", 1, bigram, bigram, "it"), AIMS[SIGNS], value >= max(bigram, FORESEEN), note, "blind",
         bounds, Control("all nodes", 1, most, most, "it"),
     )  # fmt: skip
 
 
-def _mistakes(dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, seed: int) -> CardMeasure:
+def _mistakes(dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, draws: _Draws) -> CardMeasure:
     wrong_b2 = dense_b2 <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (circuit_b2, whole_b2))
     alarms = float(np.mean(circuit_b2[~wrong_b2] <= 0))
     hits_b, wrongs_b = ((circuit_b2 <= 0) & wrong_b2).sum(1), wrong_b2.sum(1)
-    bounds = interval(lambda pick_kb: hits_b[pick_kb].sum(1) / wrongs_b[pick_kb].sum(1), len(hits_b), seed)
+    bounds = draws.interval(lambda weight_kb: weight_kb @ hits_b / (weight_kb @ wrongs_b))
     return CardMeasure(
         MISTAKES, value, Control("false alarms", int((~wrong_b2).sum()), alarms, alarms, "it"), AIMS[MISTAKES],
         value > 0.5 and value > alarms, f"{int(wrong_b2.sum())} mistakes of the dense model", "blind", bounds,

@@ -102,7 +102,7 @@ class Case:
         writes: dict[Location, Tensor] = {}
         on: dict[Location, Tensor] = {}
 
-        there_bt1 = self.there_bt[:, :, None]
+        there_bt1 = self.pairs.there_bt[:, :, None]
 
         def look(sign: int, location: Location, x_btn: Tensor) -> Tensor:
             here_n = ((x_btn != 0) & there_bt1).any(1).any(0)
@@ -125,11 +125,6 @@ class Case:
     def written(self) -> Mapping[Location, Tensor]:
         """By write location: what each node writes on the counterfactual less what it does on the prompt, change_btn."""
         return self._seen[1]
-
-    @cached_property
-    def there_bt(self) -> Tensor:
-        """Which positions are a prompt's, and no padding."""
-        return torch.arange(self.pairs.prompt_bt.shape[1], device=self.pairs.last_b.device) <= self.pairs.last_b[:, None]
 
     def _batches(self, row_i: Tensor) -> tuple[Tensor, ...]:
         size = max(1, min(64, _LOGITS // (self.pairs.prompt_bt.shape[1] * self.coupling.dense.vocabulary)))

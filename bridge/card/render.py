@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bridge.card.card import TESTS, TITLES, Card, CardMeasure, NullResult, Test
-from bridge.validate import Control
+from bridge.circuits.judge import SOLVED
+from bridge.columns import columns
 
 _HOW_TO_READ = (
     "How to read this: everything but the first line is about the dense model. D is the logit of the right answer (the target) "
     "less that of the wrong one (the contrast). Ceiling is what all nodes of the sparse model reach in the circuit's "
     "place: what is missing there the coupling has lost, not the circuit. What a null passes too is no evidence by itself."
 )
-_HEAD = ("ON THE DENSE MODEL", "here", "met", "95%", "ceiling", "control", "aim")
+_HEAD = ("ON THE DENSE MODEL", "here", "met", "95%", "ceiling", "aim", "control")
 
 
-def render_card(card: Card, width: int = 110) -> str:
-    """The card for a terminal `width` columns wide."""
+def render_card(card: Card, width: int = 110, *, verdict: bool = True) -> str:
+    """The card for a terminal `width` columns wide; without its verdict where that has been said already."""
     made = card.provenance
     about = f"{card.about} ({card.pairs} held-out pairs)" if card.kind == "task" else "one prompt"
     parts = (
         [f"card      {about}; a circuit of {made.get('nodes', 0):,} nodes, on the sparse model {card.sparse}"],
-        _wrapped("VERDICT   ", f"{card.verdict.upper()}. {' '.join(card.reasons)}", width),
+        _wrapped("VERDICT   ", f"{card.verdict.upper()}. {' '.join(card.reasons)}", width) if verdict else [],
         _table(card, width),
         _nulls(card, width),
         [line for note in card.notes for line in textwrap.wrap(note, width)],
@@ -43,12 +44,7 @@ def _table(card: Card, width: int) -> list[str]:
             rows.append(_row(measure))
             rows += [(f"      {line}",) for line in textwrap.wrap(measure.note, width - 6)]
             rows += [(f"      {line}",) for line in _by_place(measure)]
-    sizes = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(_HEAD))]
-    return ["  ".join(f"{cell:<{size}}" for cell, size in _sized(row, sizes)).rstrip() for row in rows]
-
-
-def _sized(row: tuple[str, ...], sizes: list[int]) -> Iterable[tuple[str, int]]:
-    return zip(row, sizes if len(row) > 1 else [0], strict=True)
+    return columns(rows, width)
 
 
 def _row(measure: CardMeasure) -> tuple[str, ...]:
@@ -56,14 +52,8 @@ def _row(measure: CardMeasure) -> tuple[str, ...]:
     ceiling = "" if measure.ceiling is None else _number(measure.ceiling.mean)
     value = "-" if measure.value is None else _number(measure.value)
     met = {True: "yes", False: "NO", None: "?"}[measure.passed]
-    return f"    {measure.name}", value, met, bounds, ceiling, _control(measure.control), measure.aim
-
-
-def _control(control: Control | None) -> str:
-    if control is None:
-        return "none"
-    bar = "" if control.bar_is in ("it", "mean") else f" ({control.bar_is} {_number(control.bar)})"
-    return f"{control.what} {_number(control.mean)}{bar}"
+    control = "none" if measure.control is None else measure.control.text(_number)
+    return f"    {measure.name}", value, met, bounds, ceiling, measure.aim, control
 
 
 def _by_place(measure: CardMeasure) -> list[str]:
@@ -90,16 +80,15 @@ def _nulls(card: Card, width: int) -> list[str]:
 
 def render_nulls(nulls: Sequence[NullResult], width: int = 110) -> list[str]:
     """On how many tasks each null passes each test; all tests on one task it must not."""
-    heads = ["NULLS", "tasks", "solved", *(TITLES[test].partition(" ")[2] or TITLES[test] for test in TESTS[1:]), "all four"]
+    heads = ["NULLS", "all four", "tasks", "solved", *(TITLES[test].partition(" ")[2] or TITLES[test] for test in TESTS[1:])]
     rows = [heads]
     for null in nulls:
         count = len(null.tasks)
-        solved = sum((task.accuracy or 0) >= 0.9 for task in null.tasks)
+        solved = sum((task.accuracy or 0) >= SOLVED for task in null.tasks)
         cells = [_passing(null, test) for test in TESTS[1:]]
         verdict = "PASSES: the method fails" if null.passed else "fails, as it must"
-        rows.append([f"  {null.name}", str(count), f"{solved}", *cells, verdict])
-    sizes = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows]
+        rows.append([f"  {null.name}", verdict, str(count), f"{solved}", *cells])
+    lines = columns(rows, width)
     for null in nulls:
         lines += textwrap.wrap(f"{null.name}: {null.what}", width, initial_indent="    ", subsequent_indent="    ")
         why = "; ".join(f"{task.task}: {task.why}" for task in null.tasks if task.why)

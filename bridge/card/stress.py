@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,22 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]+")
 Rule = Callable[[Example, random.Random], Example | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Stress:
+    """Pairs of one kind, and from which of the held-out pairs, by number, each was made."""
+
+    pairs: TokenPairs
+    source_b: Tensor
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def first(self, count: int) -> Stress:
+        """The first of them."""
+        return Stress(self.pairs.rows(torch.arange(count)), self.source_b[:count])
+
+
 def stress_pairs(
     pairs: TokenPairs,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,34 +61,34 @@ def stress_pairs(
     *,
     language: str = "python",
     seed: int = 0,
-) -> dict[str, TokenPairs]:
+) -> dict[str, Stress]:
     """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
     examples = pairs.examples
     rules = _rules(examples, _is_code(examples, language), _stretches(tokenizer, reference_bt, seed))
     wanted = PROMPTS // 2
-    found: dict[str, TokenPairs] = {}
+    found: dict[str, Stress] = {}
     for kind, rule in rules.items():
         generator = random.Random(f"{seed} {kind}")
         order = generator.sample(range(len(examples)), len(examples))
-        made = list(_distinct((rule(examples[index], generator) for index in order), examples))
+        made = _distinct(((index, rule(examples[index], generator)) for index in order), examples)
         task = Task(kind, language, kind, {"test": tuple(made)}, {"test": wanted})
         resolved = resolve(task, tokenizer, context=context, splits=("test",)).splits["test"]
         if len(resolved):
-            found[kind] = resolved
+            found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
     while sum(map(len, found.values())) > wanted:  # from the kinds that have most
         most = max(map(len, found.values()))
-        found = {kind: some.rows(torch.arange(min(len(some), most - 1))) for kind, some in found.items()}
+        found = {kind: some.first(min(len(some), most - 1)) for kind, some in found.items()}
     return found
 
 
-def _distinct(made: object, known: Sequence[Example]) -> list[Example]:
-    """The examples made that are new, each once."""
+def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
+    """The examples made that are new, each once, and the number of the pair that each was made from."""
     seen = {example.prompt for example in known} | {example.counterfactual for example in known}
-    new = []
-    for example in made:  # pyright: ignore[reportGeneralTypeIssues]
+    new: dict[Example, int] = {}
+    for index, example in made:
         if example is not None and example.prompt != example.counterfactual and example.prompt not in seen:
             seen |= {example.prompt, example.counterfactual}
-            new.append(replace(example, spans=(), template="", variants=()))
+            new[replace(example, spans=(), template="", variants=())] = index
     return new
 
 

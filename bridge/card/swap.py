@@ -74,7 +74,7 @@ class Swap:
 
     def dense(self) -> Tensor:
         """change_jbtd at sites 1, 2, ... of the dense model's own writes."""
-        there_bt1 = self.case.there_bt[:, :, None]
+        there_bt1 = self.case.pairs.there_bt[:, :, None]
         pairs = zip(self.case.dense_swapped.residuals, self.case.dense.residuals, strict=True)
         first, *later = [(swapped_btd - plain_btd) * there_bt1 for swapped_btd, plain_btd in pairs]
         return torch.stack(later) - first
@@ -131,7 +131,7 @@ def swap_measures(case: Case, seed: int = 0, progress: Callable[[str], None] = l
     best = max(points, key=lambda point: point.values["own"])
     tested = f"{len(swap_b)} pairs" if len(swap_b) > 1 else "one pair, so that there are no others' changes to compare with"
     note = f"{tested}; the dense model's own writes {raw:.3f}; best alone: {best.label}, {best.values['own']:.3f}"
-    passed = value >= OF_CEILING * most and value > bar and (bounds is None or bounds[0] > 0)
+    passed = most > 0 and value >= OF_CEILING * most and value > bar and (bounds is None or bounds[0] > 0)
     first = CardMeasure(name, value, random, aim, passed, note, test="swap", interval=bounds, ceiling=ceiling, points=points)
     others = list(_others(swap, case.kept_f, change_jbtd, generator))
     mismatched = [x for draw in range(MISMATCHED) for x in _mismatched(swap, change_jbtd, draw, generator)]

@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import NodeSpace
 from bridge.circuits.subject import ATTENDED, NODE_COST, Matrix
-from bridge.dense import DenseModel
+from bridge.dense import DenseModel, exclusive
 from bridge.sparse import Gate, Location, identity_gate
 from bridge.tasks.tokens import TokenPairs
 from bridge.wiring import DenseModelError, forward, probe_tokens
@@ -134,7 +134,7 @@ class DenseSubject:
         def after(location: Location, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             return gated(location, output)
 
-        with ExitStack() as hooks:
+        with exclusive(), ExitStack() as hooks:
             for path, location in self._before.items():
                 hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(before, location)))
             for path, location in self._after.items():
@@ -153,7 +153,7 @@ class DenseSubject:
         def add_read(location: Location, _module: nn.Module, args: tuple) -> None:
             add(location, args[0].reshape(-1, 1, args[0].shape[-1]))
 
-        with ExitStack() as hooks:
+        with exclusive(), ExitStack() as hooks:
             for location, path in self._writers.items():
                 hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(add_read, location)))
             for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
@@ -188,7 +188,7 @@ class DenseSubject:
                 return change(output.reshape(shape)).reshape(output.shape)
             return None
 
-        with ExitStack() as hooks:
+        with exclusive(), ExitStack() as hooks:
             for path, module in self._linear.items():
                 hooks.enter_context(module.register_forward_hook(partial(watch, path)))
             forward(self.dense.model, self._probe_bt)

@@ -38,6 +38,7 @@ from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
 from bridge.validate import (
     KL_KEPT,
+    PATTERN,
     SHARE_OFF,
     SUPERSETS,
     Control,
@@ -54,7 +55,6 @@ KL_HELD_OUT = 0.25
 SMALLER = 16  # times fewer edges than dense
 MINIMAL, COSTS = 0.95, 0.01
 STABLE = 0.6
-PATTERN = 0.1
 RANDOM_CIRCUITS = 10
 TRIED_NODES = 50
 FEW = 16  # prompts, where there is one run per superset or node
@@ -253,8 +253,10 @@ def _answers(goal: Goal, alone_bv: Tensor, random: list[Tensor]) -> tuple[Measur
 def _company(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Generator) -> tuple[Measure, Measure]:
     company_cf = random_company(SUPERSETS, len(judged.kept_f), generator).to(judged.kept_f.device)
     values = [float(kl(goal.whole_bv, _logits(goal, judged.kept_f | u_f, judged.pruned)).mean()) for u_f in company_cf]
-    pairs = zip(random_cf, company_cf, strict=False)
-    controls = [float(kl(goal.whole_bv, _logits(goal, kept_f | u_f)).mean()) for kept_f, u_f in pairs]
+    controls = [
+        float(kl(goal.whole_bv, _logits(goal, random_cf[draw % len(random_cf)] | u_f)).mean())
+        for draw, u_f in enumerate(company_cf if len(random_cf) else ())
+    ]
     return company_measures(values, controls)
 
 
@@ -326,7 +328,7 @@ def _attention(goal: Goal, judged: Judged, random_cf: Tensor) -> Measure:
     if not any(bool(kept_h.any()) for kept_h in heads.values()):
         return Measure(name, None, None, aim, None, "no head's values are in the circuit")
     whole = _patterns(goal, _sparse(goal), None, heads)
-    there_bt = torch.arange(goal.pairs.prompt_bt.shape[1], device=whole[0].device) <= goal.pairs.last_b[:, None]
+    there_bt = goal.pairs.there_bt.to(whole[0].device)
 
     def off(kept_f: Tensor, subject: SparseSubject) -> float:
         total, count = 0.0, 0

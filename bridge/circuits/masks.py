@@ -88,7 +88,7 @@ class Aim:
 
 @dataclass(frozen=True, eq=False)
 class FoundNodes:
-    """Nodes kept_f, their tau_f, the loss on the validation split; whether deletions ran to their end, and how many steps."""
+    """Nodes kept_f, their tau_f, the loss on prompts held out of both splits; whether deletions ran to their end; steps."""
 
     kept_f: Tensor
     tau_f: Tensor
@@ -279,8 +279,7 @@ def drawn(goal: Goal, rows: int, generator: torch.Generator) -> tuple[Tensor, Te
 def switched_on(goal: Goal) -> Tensor:
     """Nodes_f that some prompt switches on, at any of its tokens."""
     values = recorded(goal.subject, goal.pairs)
-    there_bt = torch.arange(goal.pairs.prompt_bt.shape[1], device=goal.pairs.last_b.device) <= goal.pairs.last_b[:, None]
-    on = {at: ((values[at] != 0) & there_bt[..., None]).any((0, 1))[None] for at in goal.subject.space.sizes}
+    on = {at: ((values[at] != 0) & goal.pairs.there_bt[..., None]).any((0, 1))[None] for at in goal.subject.space.sizes}
     return goal.subject.space.join(on)
 
 

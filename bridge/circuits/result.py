@@ -26,6 +26,7 @@ from bridge.checkpoint import CheckpointError, read_folder, read_json, write_fol
 from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.judge import TaskFaithfulness
 from bridge.circuits.masks import Objective
+from bridge.columns import columns
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
 from bridge.validate import Measure
@@ -51,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed found: nodes, their loss on the validation split, steps of the masks, whether deletions ran to their end."""
+    """What one seed found: nodes, their loss on prompts held out of both splits, steps of the masks, whether deletions ended."""
 
     seed: int
     nodes: int
@@ -153,7 +154,7 @@ class TaskResult:
     def _repr_html_(self) -> str:
         facts, faith = self.facts, self.faithfulness
         sizes = f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; loss {facts.loss:.3f} nats"
-        evidence = display.table(("", "here", "control", "aim", "met"), _evidence_rows(faith.measures)[1:])
+        evidence = display.table(("", *_EVIDENCE[1:]), map(_evidence_row, faith.measures))
         return display.card(
             f"circuit of {facts.task}",
             f"{display.verdict(faith.verdict)} {display.text(' '.join(faith.reasons))}",
@@ -255,7 +256,7 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
     nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
-    return "\n".join([*lines, "", *nodes, "", *_evidence(faith.measures), "", f"{facts.seconds:.0f} s"])
+    return "\n".join([*lines, "", *nodes, "", *_evidence(faith.measures, width), "", f"{facts.seconds:.0f} s"])
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
@@ -285,24 +286,22 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
     return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if told else []
 
 
-def _evidence(measures: tuple[Measure, ...]) -> list[str]:
-    rows = _evidence_rows(measures)
-    widths = [max(len(row[column]) for row in rows if row[1]) for column in range(5)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _evidence(measures: tuple[Measure, ...], width: int) -> list[str]:
+    rows: list[tuple[str, ...]] = [_EVIDENCE]
+    for measure in measures:
+        name, *cells = _evidence_row(measure)
+        rows.append((f"  {name}", *cells))
+        rows += [(f"    {line}",) for line in textwrap.wrap(measure.note, width - 4)]
+    return columns(rows, width)
 
 
-def _evidence_rows(measures: tuple[Measure, ...]) -> list[tuple[str, str, str, str, str]]:
-    rows = [("EVIDENCE", "here", "control", "aim", "met")]
-    for m in measures:
-        control = "none"
-        if m.control is not None:
-            control = f"{m.control.what} {_number(m.control.mean)}"
-            control += f" ({m.control.bar_is} {_number(m.control.bar)})" if m.control.draws > 1 else ""
-        met = {True: "yes", False: "NO", None: "not known"}[m.passed]
-        rows.append((f"  {m.name}", "-" if m.value is None else _number(m.value), control, m.aim, met))
-        if m.note:
-            rows.append((f"    {m.note}", "", "", "", ""))
-    return rows
+_EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
+
+
+def _evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
+    control = "none" if measure.control is None else measure.control.text(_number)
+    value = "-" if measure.value is None else _number(measure.value)
+    return measure.name, value, {True: "yes", False: "NO", None: "?"}[measure.passed], measure.aim, control
 
 
 def _number(value: float) -> str:

@@ -210,7 +210,7 @@ def search_task(
         dense_loss=None if other is None else other.edges.loss,
         dense_complete=None if other is None else other.nodes_complete and other.edges.complete,
         why_not_dense=why_not,
-        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": work},
+        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": work, "prompts": task.digest},
         seconds=time.monotonic() - started,
     )
     return TaskResult(circuit, {at: share_1n[0] for at, share_1n in inclusion.items()}, faithfulness, facts)
@@ -296,7 +296,7 @@ def _order(found: list[FoundNodes]) -> Tensor:
     """All nodes by their place, those that most seeds kept first, and by tau among them."""
     share_f = torch.stack([one.kept_f for one in found]).float().mean(0)
     tau_f = torch.stack([one.tau_f for one in found]).mean(0)
-    # tau is between -1 and 1, and one seed more is to count for more than any of it
+    # tau is between -1 and 2 (`descent`), and one seed more is to count for more than any of it
     return ranks(torch.ones_like(found[0].kept_f), share_f * 4 * len(found) + tau_f).argsort()
 
 
@@ -383,7 +383,7 @@ def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Map
             read_s |= kept_1n[0]
         elif location.kind in ("attn_out", "mlp_out"):
             written_s |= kept_1n[0]
-    tokens = prompts.prompt_bt.unique()
+    tokens = prompts.prompt_bt[prompts.there_bt].unique()
     answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()
     answers = answers[answers >= 0]
     return {

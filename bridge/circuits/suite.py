@@ -40,8 +40,7 @@ def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
     coupling = subjects.coupling
     if coupling.dense.tokenizer is None:
         raise TaskError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no task can be read; load it with one")
-    limits = [limit for limit in (coupling.context, coupling.dense.context) if limit is not None]
-    return resolve(load_task(name, seed=seed), coupling.dense.tokenizer, context=min(limits))
+    return resolve(load_task(name, seed=seed), coupling.dense.tokenizer, context=coupling.context)
 
 
 def folder_name(name: str) -> str:
@@ -56,14 +55,14 @@ def run_task(
 
     Raises UnsolvedError, MaskError or TaskError.
     """
-    null = options.get("null")
+    null, task = options.get("null"), resolved(subjects, name)
     try:
-        result = search_task(subjects, resolved(subjects, name), aim, parts=_parts(out), progress=progress, **options)
+        result = search_task(subjects, task, aim, parts=_parts(out), progress=progress, **options)
     except NoCircuitError as error:
         if null is None:
             raise
         if out is not None:
-            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _asked(subjects, aim, options))
+            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _asked(subjects, task, aim, options))
         return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
     if out is not None:
         result.save(out)
@@ -77,17 +76,17 @@ def _parts(folder: Path | None) -> Path | None:
 def run_suite(
     subjects: Subjects, names: Sequence[str], aim: Aim, *, out: Path | None, progress: Say, width: int = 100, **options: Any
 ) -> Generator[str, None, None]:
-    """Every task's search, a text for each as it ends, then the comparison's."""
+    """Every task's search, a text for each as it ends, then the comparison's. Raises TaskError before any of them."""
     results: list[TaskResult] = []
-    named = {folder_name(name): name for name in names}
-    failed, asked = 0, _asked(subjects, aim, options)
-    for name in names:
+    tasks, failed = {name: resolved(subjects, name) for name in names}, 0
+    for name, task in tasks.items():
         folder = None if out is None else out / folder_name(name)
         where = f"{folder_name(name)}: "
 
         def say(text: str, where: str = where) -> None:
             progress(f"{where}{text}")
 
+        asked = _asked(subjects, task, aim, options)
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")
             if "failed" not in facts:
@@ -100,8 +99,8 @@ def run_suite(
                 yield f"task      {name}: no circuit, found so before ({facts['failed']})"
                 continue
         try:
-            result = search_task(subjects, resolved(subjects, name), aim, parts=_parts(folder), progress=say, **options)
-        except (MaskError, TaskError) as error:
+            result = search_task(subjects, task, aim, parts=_parts(folder), progress=say, **options)
+        except MaskError as error:
             failed += 1
             if folder is not None:
                 save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options), asked)
@@ -111,13 +110,14 @@ def run_suite(
         if folder is not None:
             result.save(folder)
         yield render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
-    yield _compared(subjects, results, named, failed, out, progress, options)
+    yield _compared(subjects, results, {task.task: task for task in tasks.values()}, failed, out, progress, options)
 
 
-def _asked(subjects: Subjects, aim: Aim, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a search from others: the models, the rules, and all that a user may choose."""
+def _asked(subjects: Subjects, task: Resolved, aim: Aim, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a search from others: the models, the prompts, the rules, and all that a user may choose."""
     return {
         **search_facts(subjects.coupling, aim, options.get("null"), options.get("work", WORK)),
+        "prompts": task.digest,
         "seeds": options.get("seeds", 1),
         "seed": options.get("seed", 0),
         "dense_circuit": options.get("dense", True),
@@ -154,7 +154,7 @@ def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
 def _compared(
     subjects: Subjects,
     results: Sequence[TaskResult],
-    named: Mapping[str, str],
+    tasks: Mapping[str, Resolved],
     failed: int,
     out: Path | None,
     progress: Say,
@@ -165,10 +165,7 @@ def _compared(
     sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _dense_size(subjects, options))
     lines = [_table(results), "", _means(sizes)]
     if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
-        prompts = {
-            task: spread(resolved(subjects, named.get(task, task)).splits["test"].both(), JUDGED)
-            for task in (result.facts.task for result in solved)
-        }
+        prompts = {task: spread(tasks[task].splits["test"].both(), JUDGED) for task in (result.facts.task for result in solved)}
         comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
         lines += ["", render_comparison(comparison)]
         if out is not None:

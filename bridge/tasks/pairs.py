@@ -241,7 +241,9 @@ def _users(path: Path, seed: int) -> Task:
 
 def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
     if count < len(SPLITS):
-        raise TaskError(f"{path} has {count} examples, too few to split in three; add some, or give each a split")
+        raise TaskError(
+            f"{path} has {count} example{'' if count == 1 else 's'}, too few to split in three; add some, or give each a split"
+        )
     held = max(1, round(HELD_OUT * count))
     order = random.Random(f"{seed} split").sample(range(count), count)
     return [SPLITS[1 if place < held else 2 if place < 2 * held else 0] for place in order]

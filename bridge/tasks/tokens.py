@@ -73,6 +73,11 @@ class TokenPairs:
         """Number of pairs."""
         return len(self.last_b)
 
+    @property
+    def there_bt(self) -> Tensor:
+        """Which positions are a prompt's, and no padding."""
+        return torch.arange(self.prompt_bt.shape[1], device=self.last_b.device) <= self.last_b[:, None]
+
     def to(self, device: Any) -> TokenPairs:
         """The pairs on a device."""
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})

@@ -1,0 +1,28 @@
+"""Rows of text in columns, for a terminal: what is too wide for it goes below its row rather than off the edge."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+GAP, INDENT = 2, 6
+
+
+def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Lines of at most `width`; the first row is the heads, and a row of one cell is a heading or a note.
+
+    Columns that do not fit are told below each row, each cell behind its head.
+    """
+    heads = rows[0]
+    sizes = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(heads))]
+    fit = next((n for n in range(len(sizes), 1, -1) if sum(sizes[:n]) + GAP * (n - 1) <= width), 1)
+    lines: list[str] = []
+    for row in rows:
+        if len(row) == 1:
+            lines.append(row[0])
+            continue
+        lines.append((" " * GAP).join(f"{cell:<{size}}" for cell, size in zip(row[:fit], sizes, strict=False)).rstrip())
+        if row is not heads:
+            below = "; ".join(f"{head} {cell}" for head, cell in zip(heads[fit:], row[fit:], strict=True) if cell)
+            lines += textwrap.wrap(below, width, initial_indent=" " * INDENT, subsequent_indent=" " * (INDENT + 2))
+    return lines
