@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,9 +229,39 @@ def test_a_cancelled_job_whose_work_ends_anyway_is_cancelled(root: Path, explana
         id = ask(client)
         assert begun.wait(PATIENCE)
         answer = client.delete(f"/api/explanations/{id}").json()
-        assert answer["status"] == "running" and "stopping" in answer["phase"]
+        assert answer["status"] == "running" and answer["stopping"] and answer["phase"] == "coupling: loading it"
+        assert client.delete(f"/api/explanations/{id}").json() == answer
         go.set()
-        assert over(client, id)["status"] == "cancelled"
+        assert over(client, id)["status"] == "cancelled" and not over(client, id)["stopping"]
+
+
+def test_the_list_tells_places_times_and_verdicts(root: Path, carded: Explanation) -> None:
+    def told(client: TestClient, *ids: str) -> list[dict[str, Any]]:
+        jobs = {job["id"]: job for job in client.get("/api/explanations").json()}
+        return [jobs[id] for id in ids]
+
+    held = Carded(carded)
+    assert carded.card is not None
+    with client_of(Library([root]), held) as client:
+        running, *waiting = (ask(client, f"w{index}", card=True) for index in range(2, 5))
+        until(lambda: client.get(f"/api/explanations/{running}").json()["phase"] == "held")
+        jobs = told(client, running, *waiting)
+        assert [job["place"] for job in jobs] == [None, 1, 2]
+        assert [job["began_at"] is None for job in jobs] == [False, True, True]
+        assert all(job["ended_at"] is None and not job["stopping"] for job in jobs)
+        assert [(job["verdict"], job["card_verdict"]) for job in jobs] == [(carded.faithfulness.verdict, None)] + [
+            (None, None)
+        ] * 2
+        client.delete(f"/api/explanations/{waiting[0]}")
+        assert told(client, waiting[1])[0]["place"] == 1
+        held.go.set()
+        over(client, waiting[1])
+        jobs = told(client, running, *waiting)
+        assert [job["card_verdict"] for job in jobs] == [carded.card.verdict, None, carded.card.verdict]
+        for job in jobs:
+            times = [datetime.fromisoformat(job[key]) for key in ("asked_at", "began_at", "ended_at") if job[key] is not None]
+            assert times == sorted(times) and len(times) == (2 if job["status"] == "cancelled" else 3)
+            assert job["place"] is None and all(time.tzinfo is not None for time in times)
 
 
 def test_only_so_many_results_are_kept_the_latest_used(root: Path, explanation: Explanation) -> None:
@@ -320,6 +352,21 @@ def test_an_explanation_is_read_while_its_card_is_computed(root: Path, explanati
         assert not pending(client, id)
 
 
+def test_a_counterfactual_means_the_card_as_it_does_for_the_command(root: Path, carded: Explanation) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def watched(*_: Any, **more: Any) -> Explanation:
+        asked.append(more)
+        return carded
+
+    with client_of(Library([root]), watched) as client:
+        kinds: list[dict[str, Any]] = [{}, {"card": False}, {"card": True}]
+        for more in kinds:
+            assert over(client, ask(client, counterfactual=OTHER, **more))["card"]
+        assert not over(client, ask(client))["card"]
+    assert [(one["card"], one["counterfactual"]) for one in asked] == [(True, OTHER)] * 3 + [(False, None)]
+
+
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
 def test_what_was_there_before_the_card_stays(root: Path, carded: Explanation, end: str) -> None:
     held = Carded(carded)
@@ -378,7 +425,7 @@ def test_text_that_was_read_from_a_file_is_named_without_its_folder(root: Path, 
         ({"prompt": PROMPT, "card": True, "counterfactual": PROMPT}, ["the prompt itself"]),
         ({"prompt": PROMPT, "card": True, "counterfactual": ""}, ["counterfactual ''", "at least 1"]),
         ({"prompt": PROMPT, "card": True, "counterfactual": "w5 " * LONGEST_PROMPT}, ["counterfactual", "at most"]),
-        ({"prompt": PROMPT, "counterfactual": OTHER}, ["not asked for", "card: true"]),
+        ({"prompt": PROMPT, "counterfactual": PROMPT}, ["the prompt itself"]),
         ({"prompt": PROMPT, "card": "perhaps"}, ["card 'perhaps'", "boolean"]),
         ({"prompt": PROMPT, "targt": "w5"}, ["targt", "not permitted"]),
         ({"prompt": 5}, ["prompt 5", "string"]),
@@ -399,7 +446,6 @@ def test_a_prompt_too_long_for_a_coupling_not_yet_loaded_fails_in_the_same_words
 
 def test_a_counterfactual_is_checked_before_the_coupling_is_loaded_or_after(root: Path) -> None:
     with client_of(Library([root])) as client:
-        refused(client.post("/api/explanations", json={"prompt": PROMPT, "counterfactual": OTHER}), 422, "not asked for")
         values = over(client, ask(client, card=True, counterfactual="w5"))
         assert values["status"] == "failed" and "equal length" in values["error"] and not values["readable"]
 
@@ -674,8 +720,19 @@ def test_a_hostile_prompt_is_text_on_the_page(root: Path, explanation: Explanati
 
 def test_the_first_page_runs_its_own_script_and_no_other(client: TestClient) -> None:
     answer = client.get("/")
-    assert Elements(answer.text).tags.count("script") == 1 and "http" not in answer.text.replace("http-equiv", "")
+    licences = (files("bridge.viewer") / "licences.txt").read_text()
+    rest = answer.text.replace(f'<script type="text/plain">{licences}</script>', "")
+    assert Elements(rest).tags.count("script") == 1 and "http" not in rest and "{{" not in rest and "@font-face" in rest
     assert "script-src 'sha256-" in answer.headers["content-security-policy"]
+
+
+def test_the_first_page_marks_what_is_unseen_as_the_explanations_pages_do(client: TestClient) -> None:
+    sources = sorted((Path(__file__).parent.parent / "bridge" / "viewer" / "src").glob("*.js"))
+    viewer = "".join(source.read_text(encoding="utf-8") for source in sources)
+    page = client.get("/").text
+    for start in ("const HIDDEN =", "const SIGNS ="):
+        line = viewer[viewer.index(start) :].partition(";\n")[0]
+        assert line in page
 
 
 def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, explanation: Explanation) -> None:

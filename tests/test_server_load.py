@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import socket
 import threading
 import time
@@ -48,10 +49,11 @@ def explanation(coupling_folder: Path) -> Explanation:
 
 
 @pytest.fixture(scope="module")
-def described(coupling_folder: Path, explanation: Explanation) -> Iterator[Any]:
+def described(coupling_folder: Path, explanation: Explanation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The schema of a service in which one explanation is done and one under way."""
     held = Held(explanation)
-    with client_of(Library([coupling_folder]), held, waiting=3, kept=4) as client:
+    folder = Path(shutil.copytree(coupling_folder, tmp_path_factory.mktemp("described") / "tiny"))  # labels are kept in it
+    with client_of(Library([folder]), held, waiting=3, kept=4) as client:
         held.go.set()
         done = ask(client)
         over(client, done)

@@ -33,7 +33,6 @@ from starlette.exceptions import HTTPException
 
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens
-from bridge.card.card import CardError
 from bridge.checkpoint import CheckpointError
 from bridge.explained import Explanation
 from bridge.explanation import explain, one_token, prompt_tokens
@@ -137,16 +136,26 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return described
 
 
+def start_page() -> str:
+    """The page to ask from, in the style and the fonts of the explanations' pages."""
+    page = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
+    viewer = files("bridge") / "viewer"
+    for name in ("fonts.css", "viewer.css", "licences.txt"):
+        page = page.replace(f"{{{{{name}}}}}", (viewer / name).read_text(encoding="utf-8"))
+    return page
+
+
 # -- what is there ----------------------------------------------------------------------------------------------------------
 
 
 def _reading(app: FastAPI, library: Library) -> None:
     jobs: Jobs = app.state.jobs
-    index = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
+    index = start_page()
+    sent, policy = index.encode(), page_policy(index)
 
     @app.get("/", summary="A page to ask from", response_class=Response, responses=_HTML)
     def home() -> HTMLResponse:
-        return HTMLResponse(index, headers={"Content-Security-Policy": page_policy(index)})
+        return HTMLResponse(sent, headers={"Content-Security-Policy": policy})
 
     @app.get("/api/health", summary="Whether the server answers, and what it has to do")
     async def health() -> schema.Health:
@@ -240,8 +249,6 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
-        if body.counterfactual is not None and not body.card:
-            raise CardError("a counterfactual is for the card, which is not asked for; send card: true with it, or leave it out")
         if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
             tokens_t = prompt_tokens(coupling, body.prompt)
             if body.counterfactual is not None:

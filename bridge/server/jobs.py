@@ -23,7 +23,8 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from bridge.recipe import UserError
@@ -57,7 +58,7 @@ class CancelledError(Exception):
 class Asked:
     """What is to be explained: the coupling as it is listed, the prompt, and which tokens; None is the dense model's choice.
 
-    With `card` the circuit is tested on the dense model too, on the counterfactual where there is one.
+    With `card` the circuit is tested on the dense model too, on the counterfactual where there is one, which means `card`.
     """
 
     bridge: str
@@ -68,9 +69,17 @@ class Asked:
     card: bool = False
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 @dataclass(frozen=True)
 class Job:
-    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON as far as known."""
+    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON as far as known.
+
+    place is its place in the queue, from 1; stopping, that it was cancelled and the phase it is at has not ended; verdict and
+    card_verdict are what packed holds of them.
+    """
 
     id: str
     asked: Asked
@@ -78,6 +87,13 @@ class Job:
     phase: str = "waiting"
     error: str | None = None
     packed: bytes | None = None
+    verdict: str | None = None
+    card_verdict: str | None = None
+    place: int | None = None
+    stopping: bool = False
+    asked_at: datetime = field(default_factory=_now)
+    began_at: datetime | None = None
+    ended_at: datetime | None = None
 
     @property
     def over(self) -> bool:
@@ -119,7 +135,7 @@ class Jobs:
             job = Job(secrets.token_urlsafe(9), asked)
             self._jobs[job.id] = job
             self._waiting.append(job.id)
-            return job
+            return self._seen(job.id)
 
     def soon(self, work: Callable[[], Any]) -> Future[Any]:
         """Do short work on models between two phases of what is running. Raises FullError where too much of it waits."""
@@ -137,12 +153,12 @@ class Jobs:
                     f"there is no explanation {id!r}; the last {self._most_kept} that ended are kept, so ask for it again"
                 )
             self._jobs.move_to_end(id)
-            return self._jobs[id]
+            return self._seen(id)
 
     def all(self) -> tuple[Job, ...]:
         """Every job that is remembered, the least recently used first."""
         with self._change:
-            return tuple(self._jobs.values())
+            return tuple(map(self._seen, self._jobs))
 
     def cancel(self, id: str) -> Job:
         """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is.
@@ -157,8 +173,8 @@ class Jobs:
                 self._end(id, status="cancelled", phase="cancelled before it began")
             elif job.status == "running":
                 self._cancelled.add(id)
-                self._set(id, phase="stopping at the next phase")
-            return self._jobs.get(id, job)
+                self._set(id, stopping=True)
+            return self._seen(id) if id in self._jobs else job
 
     def stop(self, seconds: float) -> bool:
         """Cancel everything and end the thread; False where it is still at a phase after that many seconds."""
@@ -184,11 +200,16 @@ class Jobs:
             self._thread.start()
         self._change.notify_all()
 
+    def _seen(self, id: str) -> Job:
+        """A job as it is now, with its place in the queue."""
+        job = self._jobs[id]
+        return replace(job, place=self._waiting.index(id) + 1) if job.status == "queued" else job
+
     def _set(self, id: str, **values: Any) -> None:
         self._jobs[id] = replace(self._jobs[id], **values)
 
     def _end(self, id: str, **values: Any) -> None:
-        self._set(id, **values)
+        self._set(id, **values, stopping=False, ended_at=_now())
         self._jobs.move_to_end(id)
         self._cancelled.discard(id)
         over = [each for each, job in self._jobs.items() if job.over]
@@ -207,7 +228,7 @@ class Jobs:
                 if self._short:
                     continue
                 id = self._waiting.popleft()
-                self._set(id, status="running", phase="starting")
+                self._set(id, status="running", phase="starting", began_at=_now())
                 asked = self._jobs[id].asked
             started = time.monotonic()
             ending = self._ending(id, asked)
@@ -228,12 +249,12 @@ class Jobs:
 
         def publish(values: Mapping[str, Any]) -> None:
             self._stop_if_cancelled(id)
-            packed = _packed(values)
+            known = _known(values)
             with self._change:
-                self._set(id, packed=packed)
+                self._set(id, **known)
 
         try:
-            packed = _packed(self._work(asked, say, publish))
+            known = _known(self._work(asked, say, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -242,7 +263,7 @@ class Jobs:
         except Exception as error:
             _log.exception("explanation %s failed", id)
             return {"status": "failed", "phase": "failed", "error": _inside(error)}
-        return {"status": "done", "phase": "done", "packed": packed}
+        return {"status": "done", "phase": "done", **known}
 
     def _stop_if_cancelled(self, id: str) -> None:
         with self._change:
@@ -264,8 +285,11 @@ class Jobs:
                 future.set_exception(error)
 
 
-def _packed(values: Mapping[str, Any]) -> bytes:
-    return zlib.compress(json.dumps(values, allow_nan=False).encode(), level=3)
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job holds of a result: the result itself, compressed, and its verdicts, which lists show."""
+    packed = zlib.compress(json.dumps(values, allow_nan=False).encode(), level=3)
+    card = values["card"] or {}
+    return {"packed": packed, "verdict": values["faithfulness"]["verdict"], "card_verdict": card.get("verdict")}
 
 
 def _inside(error: Exception) -> str:

@@ -5,6 +5,7 @@ An explanation's own schema is that of `explanation.Explanation`, so that it can
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -114,10 +115,13 @@ class Prompted(Asking):
         default=None, description="Against this token; the dense model's next choice where none is given."
     )
     card: bool = Field(
-        default=False, description="Also test the circuit on the dense model; the explanation is there before the card is."
+        default=False,
+        description="Also test the circuit on the dense model; the explanation is there before the card is. "
+        "A counterfactual means it too.",
     )
     counterfactual: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)] | None = Field(
-        default=None, description="For the card: a prompt of as many tokens with another answer, for its first test."
+        default=None,
+        description="For the card, which it means: a prompt of as many tokens with another answer, for its first test.",
     )
 
 
@@ -134,6 +138,13 @@ class JobEntry(BaseModel):
     status: Status
     phase: str = Field(description="What it is at, for a person to read.")
     error: str | None = Field(default=None, description="Why it failed, in one line.")
+    place: int | None = Field(description="Its place in the queue, 1 for the next; null where it does not wait.")
+    stopping: bool = Field(description="Whether it was cancelled and stops once the phase that it is at ends.")
+    verdict: str | None = Field(description="What the evidence comes to, without the card; null before it is readable.")
+    card_verdict: str | None = Field(description="What the card comes to; null where there is none, or none yet.")
+    asked_at: datetime
+    began_at: datetime | None = Field(description="When work on it began; null before.")
+    ended_at: datetime | None = Field(description="When it was done, failed or cancelled; null before.")
     readable: bool = Field(
         description="Whether the explanation is there: once it is done, with `card` before that, while the card is computed."
     )
@@ -145,7 +156,8 @@ class JobEntry(BaseModel):
         return JobEntry(
             id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
             counterfactual=asked.counterfactual, card=asked.card, status=job.status, phase=job.phase, error=job.error,
-            readable=job.packed is not None,
+            place=job.place, stopping=job.stopping, verdict=job.verdict, card_verdict=job.card_verdict, asked_at=job.asked_at,
+            began_at=job.began_at, ended_at=job.ended_at, readable=job.packed is not None,
         )  # fmt: skip
 
 
@@ -180,5 +192,6 @@ class Steered(BaseModel):
 
 
 def asked_of(body: Prompted, bridge: str) -> Asked:
-    """What a body asks for, of a coupling that is listed under that name."""
-    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual, body.card)
+    """What a body asks for, of a coupling that is listed under that name; a counterfactual means the card."""
+    card = body.card or body.counterfactual is not None
+    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual, card)
