@@ -28,6 +28,7 @@ from bridge.explained import Answered, Explanation, read_explanation
 from bridge.explanation import explain
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
+from bridge.validate import KL_KEPT, SHARE_OFF, Measure
 
 VIEWER = Path(__file__).parent.parent / "bridge" / "viewer"
 PROMPT = "w5 w9 w12 w5 w30 w2"
@@ -164,6 +165,20 @@ def test_nothing_is_fetched(html: str) -> None:
     }  # fmt: skip
     for loader in ("XMLHttpRequest", "WebSocket", "EventSource", "importScripts", "sendBeacon", "eval("):
         assert loader not in script
+
+
+def test_the_page_knows_every_measure_and_shows_them_in_order(explained: tuple[Coupling, Explanation]) -> None:
+    faithfulness = explained[1].faithfulness
+    fields = {id(value): name for name, value in vars(faithfulness).items() if isinstance(value, Measure)}
+    source = (VIEWER / "src" / "measures.js").read_text(encoding="utf-8")
+    known = re.findall(r'^  \["(\w+)", "([^"]+)", "[^"]+"\],$', source, re.MULTILINE)
+    assert known == [(fields[id(measure)], measure.name) for measure in faithfulness.measures]
+    assert len(known) == len(fields)
+
+
+def test_the_page_asks_of_levels_what_is_asked_of_the_circuit() -> None:
+    source = (VIEWER / "src" / "measures.js").read_text(encoding="utf-8")
+    assert f"level.kl > {KL_KEPT:g}, off > {SHARE_OFF:g} * Math.max(" in source
 
 
 @pytest.mark.parametrize("source", sorted((VIEWER / "src").iterdir()), ids=lambda path: path.name)

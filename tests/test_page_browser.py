@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -110,7 +111,7 @@ def test_a_node_its_sheet_the_slider_and_a_label_that_is_kept(show: Callable[[di
     assert drawn.get_attribute("aria-pressed") == "true"
     edge = sheet.locator("section", has_text="Feeds").locator("button.row").first
     if edge.count():
-        name = edge.locator("code").first.inner_text()
+        name = edge.locator("code").first.inner_text().partition("@")[0]
         edge.click()
         assert name in page.locator(".who").inner_text()
         drawn.click()
@@ -253,6 +254,7 @@ def test_what_there_is_not_is_said(show: Callable[[dict[str, Any]], Watched]) ->
     page = show(data).page
     assert page.locator("#verdict .word").inner_text() == "Behavioural"
     assert "No card has been made" in page.locator("#sheet").inner_text()
+    assert "bridge explain --card" in page.locator("#card").inner_text()
     page.get_by_role("tab", name="Node").click()
     assert "Choose a node" in page.locator("#sheet").inner_text()
     node_at(page, data)[0].click()
@@ -265,17 +267,165 @@ def test_what_there_is_not_is_said(show: Callable[[dict[str, Any]], Watched]) ->
 
 
 def test_evidence_is_drawn_with_its_controls(show: Callable[[dict[str, Any]], Watched]) -> None:
-    page = show(made_up()).page
+    data = made_up()
+    faithfulness = data["explanation"]["faithfulness"]
+    name = "total variation of attention"
+    faithfulness["attention"] = {**faithfulness["share_lost"], "name": name, "value": 0.31, "aim": "<= 0.1", "passed": False}
+    page = show(data).page
     measures = page.locator(".measure")
-    assert measures.count() == 8 + 2
+    assert measures.count() == 9 + 2
+    assert "Does it attend alike?" in measures.nth(7).inner_text() and "missed" in measures.nth(7).inner_text()
+    assert "0.024 nats" in measures.nth(1).inner_text() and "nats" not in measures.nth(2).inner_text()
+    assert {"0", "0.9", "1.1"} <= set(measures.nth(2).locator(".axis .tick-text").all_text_contents())
     for place, (low, high) in {1: (0, 0.1), 2: (0.9, 1.1)}.items():  # a region where the aim is, the dot within it
         aim, dot = (measures.nth(place).locator(name).bounding_box() for name in (".aim", "circle.value"))
         assert aim["x"] <= dot["x"] + dot["width"] / 2 <= aim["x"] + aim["width"], (low, high)
     missed = measures.nth(6)
     assert "missed" in missed.inner_text() and missed.locator(".control-band").count() == 1
-    assert measures.nth(8).locator(".ceiling").count() == 1 and measures.nth(8).locator(".interval").count() == 1
-    assert "not known" in measures.nth(9).inner_text()
+    assert measures.nth(9).locator(".ceiling").count() == 1 and measures.nth(9).locator(".interval").count() == 1
+    assert "not known" in measures.nth(10).inner_text()
+    assert page.locator(".profile .tick-text", has_text="logits of D").count() == 2
+    assert page.locator(".profile .tick-text", has_text="0").count() >= 4
+    assert f"Of the whole circuit, {data['explanation']['counts']['nodes']} nodes" in page.locator("#sheet").inner_text()
     assert "Without nulls" in page.locator("#nulls").inner_text()
+
+
+BAR, BELOW, CEILING = {"mean": 0.2, "bar": 0.6}, {"mean": -1.4, "bar": -1.4}, {"mean": 0.9}
+MEASURES = Path(__file__).parent.parent / "bridge" / "viewer" / "src" / "measures.js"
+
+
+def region_of(context: Any, aim: str, control: Any, ceiling: Any) -> list[float] | None:
+    """What the page makes of an aim in words: its source by itself, in an empty page."""
+    call = """async ([source, ...asked]) =>
+      (await import(`data:text/javascript,${encodeURIComponent(source)}`)).aimRegion(...asked)"""
+    return context.new_page().evaluate(call, [MEASURES.read_text(encoding="utf-8"), aim, control, ceiling])
+
+
+@pytest.mark.parametrize(
+    ("aim", "control", "ceiling", "region"),
+    [
+        (">= 0.8, random <= 0.3", None, None, [0.8, math.inf]),
+        ("> turned", None, CEILING, None),
+        ("> bigram, > 0", BELOW, CEILING, [0, math.inf]),
+        (">= 3 times theirs", BELOW, None, [0, math.inf]),
+        (">= 0.5 of ceiling, > turned", BAR, BELOW, None),  # of such a ceiling no share is enough
+    ],
+)
+def test_aims_in_words_without_a_control_or_with_one_below_0(
+    context: Any, aim: str, control: Any, ceiling: Any, region: list[float] | None
+) -> None:
+    assert region_of(context, aim, control, ceiling) == region
+
+
+@pytest.mark.parametrize(
+    ("aim", "region"),
+    [
+        ("<= 0.1", [-math.inf, 0.1]),
+        ("<= 0.1, below random", [-math.inf, 0.1]),
+        (">= 0.5, above the null", [0.6, math.inf]),
+        ("above random", [0.6, math.inf]),
+        ("0.9 to 1.1", [0.9, 1.1]),
+        ("-0.5 to 1.1", [-0.5, 1.1]),
+        (">= 0.5 of ceiling, > turned", [0.6, math.inf]),
+        (">= 0.8 of ceiling, > turned", [0.8 * 0.9, math.inf]),
+        (">= 3 times theirs", [3 * 0.2, math.inf]),
+        (">= 0.8, random <= 0.3", [0.8, math.inf]),
+        ("0.8 to 1.25, random <= 0.3", [0.8, 1.25]),
+        ("> bigram, > 0", [0.6, math.inf]),
+        (">= 0.9, >= bigram", [0.9, math.inf]),
+        ("> 0.5, > false alarms", [0.6, math.inf]),
+        ("12 times fewer than dense", None),
+        (">= 12 times fewer than dense", None),
+        ("<= 0.5, > 0.7", None),  # nothing can meet it
+        ("same answer", None),
+        ("random <= 0.3", None),
+        ("", None),
+    ],
+)
+def test_aims_in_words_are_regions(context: Any, aim: str, region: list[float] | None) -> None:
+    assert region_of(context, aim, BAR, CEILING) == (region and pytest.approx(region))
+
+
+def test_nulls_are_counted_by_task(show: Callable[[dict[str, Any]], Watched]) -> None:
+    def task(accuracy: float | None, **holds: bool) -> dict[str, Any]:
+        return {"task": "var_if", "holds": {"gate": True, **holds}, "values": {}, "passed": False, "accuracy": accuracy}
+
+    data = made_up()
+    tasks = [task(0.95, swap=False, blind=True), task(0.8, swap=False, blind=False), task(None, swap=False)]
+    data["explanation"]["card"]["nulls"] = [{"name": "uncoupled", "what": "x", "note": "", "passed": False, "tasks": tasks}]
+    page = show(data).page
+    assert page.locator("#nulls thead th").all_inner_texts() == ["solved", "transport", "loop", "profile", "blind"]
+    cells = ["1 of 3", "on none", "on none", "on none", "on 1 of 3 tasks"]
+    assert page.locator("#nulls tbody td").all_inner_texts() == cells
+    assert "fails" in page.locator("#nulls tbody th").inner_text()
+    assert "none may pass all four" in page.locator("#nulls h3").inner_text()
+
+
+def test_a_node_of_which_nothing_is_known_is_grey(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(40, levels=1)
+    unknown = data["explanation"]["nodes"][-1]
+    unknown["effect"] = unknown["importance"] = None
+    edges = data["explanation"]["edges"]
+    data["explanation"]["edges"] = [edge for edge in edges if edge["source"] != unknown["id"]]
+    data["explanation"]["levels"] = []
+    page = show(data).page
+    page.locator("#level").fill(page.locator("#level").get_attribute("max"))
+    drawn = page.locator(f'[id="node-{unknown["id"]}"]')
+    stroke, grey, blue = drawn.locator(".dot").evaluate(
+        """dot => {
+          const colour = (name) => {
+            const probe = document.createElement("i");
+            probe.style.color = `var(--${name})`;
+            document.body.append(probe);
+            const found = getComputedStyle(probe).color;
+            probe.remove();
+            return found;
+          };
+          return [getComputedStyle(dot).stroke, colour("faint"), colour("for")];
+        }"""
+    )
+    assert stroke == grey != blue
+    assert "effect not measured" in drawn.get_attribute("aria-label")
+    drawn.dispatch_event("click")
+    told = page.locator("#sheet").inner_text()
+    assert "deleted from the circuit: not measured" in told and "+0.00" not in page.locator(".effects").inner_text()
+    assert "not measured" in page.locator("#legend").inner_text()
+
+
+def test_what_an_edge_says_and_how_many_there_are(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(60)
+    data["explanation"]["counts"]["edges"] = 13653
+    edge = next(edge for edge in data["explanation"]["edges"] if edge["kind"] == "weight")
+    kept = f"({len(data['explanation']['edges'])} of 13,653)"
+    page = show(data).page
+    drawn = page.locator(".edges:not(.focus) path")
+    legend = page.locator("#legend").inner_text()
+    assert f"{drawn.count()} strongest of the edges that were kept {kept}" in legend
+    assert all("adds" in title and "D owes it" in title for title in drawn.locator("title").all_text_contents())
+    page.locator(f'[id="node-{edge["source"]}"]').dispatch_event("click")
+    feeds = page.locator("#sheet section", has_text="Feeds").last
+    assert f"of the edges that were kept {kept}" in feeds.inner_text()
+    row = feeds.locator(".row", has_text=edge["target"])
+    assert f"weight, adds {'−' if edge['weight'] < 0 else '+'}" in row.inner_text()
+    page.set_viewport_size({"width": 1000, "height": 700})
+    chip = row.locator(".token")
+    assert chip.evaluate("chip => chip.scrollWidth <= chip.clientWidth")  # its token is to be read beside its place
+
+
+def test_a_smaller_circuit_is_not_the_one_that_was_judged(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(60)
+    for level, (kl, share) in zip(data["explanation"]["levels"], [(0.5, 0.7), (0.2, 1.0), (0.05, 1.02)], strict=True):
+        level.update(kl=kl, share=share)
+    page = show(data).page
+    slider, bar = page.locator("#level"), page.locator("#bar")
+    assert [mark.get_attribute("class") for mark in page.locator(".marks i").all()] == ["missed", "missed", ""]
+    told = []
+    for place in range(3):
+        slider.fill(str(place))
+        told.append(bar.inner_text())
+    count = data["explanation"]["counts"]["nodes"]
+    assert [f"Verdict and evidence are of the whole circuit, {count} nodes" in each for each in told] == [True, True, False]
+    assert [each.count("✗") for each in told] == [2, 1, 0]
 
 
 def test_the_attention_of_a_head(show: Callable[[dict[str, Any]], Watched]) -> None:
@@ -289,8 +439,22 @@ def test_the_attention_of_a_head(show: Callable[[dict[str, Any]], Watched]) -> N
     page.locator(".reads button").nth(1).click()
     told = page.locator("#sheet").inner_text()
     assert "channel 3" in told and "sink" in told and "20.0%" in told and "pattern alone" in told
+    bars = page.locator(".reads .weight")
+    assert len({round(bar.bounding_box()["x"]) for bar in bars.all()}) == 1
     page.get_by_role("tab", name="Evidence").click()
     assert page.locator(".tokens .weight").count() == 0
+
+
+def test_heads_are_listed_by_the_effect_that_is_shown(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(30)
+    for head, effect in zip(data["explanation"]["attention"], (0.1, -2.0, 0.3, 0.0), strict=True):
+        head["effect"] = effect
+    page = show(data).page
+    page.get_by_role("tab", name="Attention").click()
+    options = page.locator("select option").all_inner_texts()
+    assert [option.rpartition(" ")[2] for option in options] == ["−2.00", "+0.30", "+0.10", "+0.00"]
+    assert all("at ·True (8)" in option for option in options)
+    assert "L1 head 1 reads" in page.locator(".corner").inner_text()
 
 
 def test_a_large_circuit_shows_its_strongest_and_says_so(show: Callable[[dict[str, Any]], Watched]) -> None:
@@ -309,6 +473,21 @@ def test_a_large_circuit_shows_its_strongest_and_says_so(show: Callable[[dict[st
     page.keyboard.press("Enter")
     assert hidden["name"] in page.locator(".who").inner_text()  # what is found is drawn
     assert page.locator(".node.chosen").count() == 1
+
+
+def test_all_of_a_wide_circuit_is_drawn_with_its_strongest_in_view(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(2400, layers=1, levels=1)
+    last = len(data["explanation"]["tokens"]) - 1
+    max((n for n in data["explanation"]["nodes"] if n["position"] == last), key=lambda n: abs(n["effect"] or 0))["effect"] = 99.0
+    page = show(data).page
+    page.set_viewport_size({"width": 1000, "height": 700})
+    page.locator("#level").fill(page.locator("#level").get_attribute("max"))
+    page.get_by_role("button", name="Draw all 2,400").click()
+    plot = page.locator("#plot")
+    assert plot.evaluate("plot => plot.scrollWidth > 1.5 * plot.clientWidth")
+    view = plot.bounding_box()
+    for place in (node_at(page, data)[0], page.locator(".side.for rect")):  # and the answer above them
+        assert view["x"] + 96 < place.bounding_box()["x"] < view["x"] + view["width"]
 
 
 def test_themes_and_widths(show: Callable[[dict[str, Any]], Watched]) -> None:
@@ -341,6 +520,90 @@ def test_themes_and_widths(show: Callable[[dict[str, Any]], Watched]) -> None:
     assert names["x"] == pytest.approx(box["x"], abs=2)
 
 
+def test_a_small_window_leaves_room_for_the_circuit(show: Callable[[dict[str, Any]], Watched]) -> None:
+    page = show(made_up(200, 18)).page
+    page.set_viewport_size({"width": 1000, "height": 700})
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    plot = page.locator("#plot").bounding_box()
+    assert min(700, plot["y"] + plot["height"]) - plot["y"] >= 300
+    why = page.locator("#verdict summary")
+    assert why.is_visible() and not page.locator(".reasons").is_visible()
+    why.click()
+    assert page.locator(".reasons").is_visible()
+    hint = page.locator("#below")
+    assert hint.is_visible()
+    hint.click()
+    assert page.locator("#plot").evaluate("plot => plot.scrollTop") > 0
+    page.locator("#plot").evaluate("plot => plot.scrollTo(0, 1e6)")
+    hint.wait_for(state="hidden")
+
+
+_CONTRASTS = """() => {
+  const pixel = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const read = () => [...pixel.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  const paint = (colour) => ((pixel.fillStyle = colour), pixel.fillRect(0, 0, 1, 1));
+  const linear = (part) => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  return [...document.querySelectorAll(".token i, .prompt i, .context i")].map((mark) => {
+    const above = [];
+    for (let each = mark; each; each = each.parentElement) above.unshift(getComputedStyle(each).backgroundColor);
+    above.forEach(paint);
+    const behind = light(read());
+    paint(getComputedStyle(mark).color);
+    const [low, high] = [behind, light(read())].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  });
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contexts_show_their_token_and_marks_for_spaces_can_be_read(
+    show: Callable[[dict[str, Any]], Watched], theme: str
+) -> None:
+    data = made_up(20)
+    node = sorted(data["explanation"]["nodes"], key=lambda node: -abs(node["effect"] or 0))[0]
+    low = data["nodes"][node["name"]]["low"][0]
+    low.update(value=0.0, before="\n" + 30 * " " + "return x", token="\n    ", after=" y")
+    page = show(data).page
+    page.emulate_media(color_scheme=theme)
+    node_at(page, data)[0].click()
+    context = page.locator(".contexts").last.locator("li")
+    assert context.locator("mark").evaluate("mark => getComputedStyle(mark).boxShadow") != "none"
+    assert "↵·×30return x" in context.text_content() and "↵·×4" in context.locator("mark").text_content()
+    contrasts = page.evaluate(_CONTRASTS)
+    assert len(contrasts) > 10 and min(contrasts) >= 4.5
+
+
+def test_what_is_found_has_the_focus(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(60)
+    page = show(data).page
+    node = node_at(page, data)[1]
+    page.keyboard.press("/")
+    page.keyboard.type(node["name"])
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == f"node-{node['id']}"
+
+
+def test_the_neighbours_of_a_node_that_is_gone_to_are_in_view(show: Callable[[dict[str, Any]], Watched]) -> None:
+    data = made_up(8, 100)
+    first, last = data["explanation"]["nodes"][:2]
+    first["position"], last["position"] = 70, 80
+    for node in (first, last):
+        node["id"] = f"{node['name']}@{node['position']}"
+    edge = {"source": first["id"], "target": last["id"], "kind": "weight", "weight": 1.0, "effect": 2.0}
+    data["explanation"]["edges"] = [edge]
+    page = show(data).page
+    page.set_viewport_size({"width": 1000, "height": 800})
+    plot = page.locator("#plot")
+    left = page.locator(f'[id="node-{first["id"]}"]')
+    for start in (0, 1e6):
+        plot.evaluate("(plot, start) => plot.scrollTo(start, 0)", start)
+        page.locator("#find").fill(last["id"])
+        page.keyboard.press("Enter")
+        assert left.bounding_box()["x"] >= plot.bounding_box()["x"] + 96  # not below the names of the rows
+
+
 def saved(page: Any, item: str, folder: Path) -> bytes:
     """What an item of the page's menu saves."""
     page.locator("#save summary").click()
@@ -354,6 +617,15 @@ def saved(page: Any, item: str, folder: Path) -> bytes:
 def test_the_circuit_is_saved_as_svg_and_as_png(show: Callable[[dict[str, Any]], Watched], tmp_path: Path) -> None:
     data = made_up(30)
     page = show(data).page
+    bare = saved(page, "Circuit as SVG", tmp_path)
+    node_at(page, data)[0].click()
+    assert saved(page, "Circuit as SVG", tmp_path) == bare  # what is chosen for the moment is no part of it
+    assert page.locator(".plot.focused").count() == 1
+    texts = " ".join(text.strip() for text in ElementTree.fromstring(bare).itertext())
+    for told in ("→ : rather than ·and", "D +2.90", "verdict: representational", "checkpoints/bridge", "not measured"):
+        assert told in texts
+    names = sorted(path.name for path in tmp_path.glob("circuit*"))
+    assert names and all(name.startswith("circuit-") and "true" in name for name in names)
     svg = ElementTree.fromstring(saved(page, "Circuit as SVG", tmp_path))
     dots = [element for element in svg.iter("{http://www.w3.org/2000/svg}circle") if element.get("fill", "").startswith("rgb(")]
     assert len(dots) >= page.locator(".plot .node").count()
@@ -401,6 +673,7 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     file.write_text("[1]")
     page.locator("#save input").set_input_files(file)
     page.locator("#live", has_text="Labels not taken over: labels are an object").wait_for()
+    assert "Labels not taken over" in page.locator("#notice").inner_text() and page.locator("#notice").is_visible()
 
 
 def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
@@ -414,14 +687,14 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
         if request.method == "GET" and path.endswith("/page"):
             return route.fulfill(body=render_html(data), content_type="text/html; charset=utf-8")
         sent.append((request.method, path, request.post_data_json))
-        if len(sent) == 3:
+        if len(sent) == 4:
             return route.fulfill(status=422, json={"detail": "strength <b>2</b> is above 1"})
         steered = {
             "strength": 1,
             "dense": data["explanation"]["dense"],
             "probability_target": 0.02,
             "probability_contrast": 0.7,
-            "text": "<i>\n",
+            "text": "<i>\n" if request.post_data_json.get("strength") else " as it is",
         }
         return route.fulfill(json=steered if path.endswith("/steer") else {})
 
@@ -435,9 +708,15 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     page.locator(".kept", has_text="kept with the coupling").wait_for()
     button = page.get_by_role("button", name="Steer the dense model")
     button.click()
-    page.locator(".steered pre").wait_for()
+    page.locator(".steered pre").first.wait_for()
     told = page.locator(".steered").inner_text()
     assert "90.0% → 2.0%" in told and "5.0% → 70.0%" in told and "<i>" in told
+    assert "by itself" in told and " as it is" in told  # the continuation without a change stands beside
+    stale = page.locator(".stale-note")
+    assert not stale.is_visible()
+    page.get_by_label("strength").fill("0.5")
+    assert stale.is_visible()
+    page.get_by_label("strength").fill("1")
     button.click()
     page.locator(".problem").wait_for()
     assert page.locator(".problem").inner_text() == "Not steered: strength <b>2</b> is above 1"
@@ -445,6 +724,7 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     method, path, body = sent[1]
     assert (method, path) == ("POST", "/api/explanations/abc/steer")
     assert body["node"] == node["id"] and body["strength"] == 1 and isinstance(body["value"], (int, float))
+    assert sent[2] == ("POST", path, {**body, "strength": 0})
     assert [line for line in watched.wrong if "422" not in line] == []  # the browser reports the refusal itself
 
 
@@ -609,6 +889,9 @@ def test_a_card_that_does_not_come_is_a_line(context: Any, answer: dict[str, Any
     count = len(asked)
     page.wait_for_timeout(1200)
     assert len(asked) == count == (6 if answer is None else 2)
+    assert "bridge explain --card" not in card.inner_text()
+    if "No card" in line:
+        assert "start page" in card.inner_text()
 
 
 def test_a_page_saved_while_its_card_was_computed_asks_nothing(show: Callable[[dict[str, Any]], Watched]) -> None:

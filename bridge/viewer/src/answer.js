@@ -1,13 +1,14 @@
 // What a reader sees first: the prompt and the answer, how sure both models are, the verdict and why.
 
-import { h, number, percent, put, running, signed, token } from "./dom.js";
+import { count, h, number, percent, put, running, signed, token } from "./dom.js";
 
 const LADDER = ["refuted", "behavioural", "representational", "mechanistic support"];
+const SMALL = "(max-width: 1180px), (max-height: 800px)"; // the circuit needs the room: reasons are opened when asked for
 const MEANING = {
   "no explanation": "The sparse model does not answer as the dense one does, so it cannot explain it here.",
   refuted: "The circuit fails a test that it must pass. Do not rely on it.",
   undecided: "A test that is needed could not be taken.",
-  behavioural: "The circuit suffices on the sparse model. That the dense model computes it so is not shown.",
+  behavioural: "The circuit suffices on the sparse model. It is not shown that the dense model computes it this way.",
   representational: "The circuit's changes, carried into the dense model, move its answer too.",
   "mechanistic support": "All tests on the dense model hold and the nulls fail. This is support, not proof.",
 };
@@ -53,7 +54,7 @@ export function drawAnswers(model, holder) {
       "div",
       { class: `track ${name}` },
       answer && h("i", { style: { width: `${(100 * answer.probability) / most}%` } }),
-      h("span", {}, answer ? percent(answer.probability) : "not among its five"),
+      h("span", {}, answer ? percent(answer.probability) : `not in its top ${explanation.sparse.length}`),
     );
   put(
     holder,
@@ -72,10 +73,8 @@ export function drawAnswers(model, holder) {
     h(
       "p",
       { class: "key" },
-      h("span", { class: "swatch dense" }),
-      `dense, D ${signed(explanation.dense_difference)}`,
-      h("span", { class: "swatch sparse" }),
-      `sparse, D ${signed(explanation.sparse_difference)}`,
+      h("span", {}, h("i", { class: "swatch dense" }), `dense, D ${signed(explanation.dense_difference)}`),
+      h("span", {}, h("i", { class: "swatch sparse" }), `sparse, D ${signed(explanation.sparse_difference)}`),
     ),
     !explanation.agree && h("p", { class: "key" }, h("b", {}, "The two models disagree.")),
   );
@@ -85,6 +84,7 @@ export function drawAnswers(model, holder) {
 export function drawVerdict(model, holder) {
   const { explanation } = model;
   const { verdict, reasons } = verdictOf(explanation);
+  const before = holder.querySelector("details"); // as a person left it
   const reached = LADDER.indexOf(verdict);
   const steps = LADDER.map((step, place) =>
     h(
@@ -103,9 +103,14 @@ export function drawVerdict(model, holder) {
     h("p", { class: "meaning" }, MEANING[verdict] ?? ""),
     h("ol", { class: "ladder" }, steps),
     h(
-      "ul",
-      { class: "reasons" },
-      reasons.map((reason) => h("li", {}, reason)),
+      "details",
+      { class: "why", open: before ? before.open : !matchMedia(SMALL).matches },
+      h("summary", {}, "Why"),
+      h(
+        "ul",
+        { class: "reasons" },
+        reasons.map((reason) => h("li", {}, reason)),
+      ),
     ),
   );
 }
@@ -117,6 +122,6 @@ export function drawMade(model, models, made) {
   put(models, name(where.dense), " explained by ", where.coupling ? name(where.coupling) : "a coupling in memory");
   put(
     made,
-    `bridge ${where.version} · seed ${where.seed} · ${where.coupling ?? "a coupling in memory"}, L0 ${number(where.l0)} · dense model ${where.dense} (${where.dense_fingerprint.slice(0, 12)}) · means over ${where.reference}`,
+    `bridge ${where.version} · seed ${where.seed} · ${where.coupling ?? "a coupling in memory"}, L0 ${where.l0 < 1 ? number(where.l0) : count(where.l0)} · dense model ${where.dense} (${where.dense_fingerprint.slice(0, 12)}) · means over ${where.reference}`,
   );
 }

@@ -1,13 +1,13 @@
 // The attention of a head over the prompt: which positions it reads, why by query and key channels, and what it moves.
 
-import { h, number, percent, put, running, side, signed, token } from "./dom.js";
+import { h, number, percent, plain, put, running, side, signed, token } from "./dom.js";
 
-/** The places in `attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
+/** The places in `model.attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
 export function headsOf(model, node) {
   if (!["q", "k", "v", "attn_out"].includes(node.kind)) return [];
   const head = model.pages.get(node.name)?.head ?? null;
   const found = [];
-  (model.explanation.attention ?? []).forEach((each, place) => {
+  model.attention.forEach((each, place) => {
     const reads = each.reads.some((read) => read.position === node.position);
     const fits = each.layer === node.layer && (head === null || head === each.head);
     if (fits && (node.kind === "attn_out" || node.kind === "q" ? each.query === node.position : reads)) found.push(place);
@@ -17,8 +17,9 @@ export function headsOf(model, node) {
 
 /** Draw the sheet; `state.head` is the place of the head chosen, `state.read` the position whose terms are shown. */
 export function drawAttention(model, sheet, state, { set, choose }) {
-  const { attention, tokens } = model.explanation;
-  if (!attention?.length) {
+  const { tokens } = model.explanation,
+    { attention } = model;
+  if (!attention.length) {
     put(
       sheet,
       h(
@@ -31,7 +32,8 @@ export function drawAttention(model, sheet, state, { set, choose }) {
   }
   const place = Math.min(state.head ?? 0, attention.length - 1);
   const head = attention[place];
-  const title = (each) => `Layer ${each.layer}, head ${each.head}, at ${each.query}: effect ${signed(each.effect)}`;
+  const title = (each) =>
+    `Layer ${each.layer}, head ${each.head}, at ${plain(tokens[each.query]?.text ?? "", 12)} (${each.query}): ${signed(each.effect)}`;
   const chooser = h(
     "select",
     { "aria-label": "Head", onchange: (event) => set({ head: Number(event.target.value), read: null }) },
@@ -84,7 +86,11 @@ export function drawAttention(model, sheet, state, { set, choose }) {
       {},
       h("h3", {}, "Head"),
       chooser,
-      h("p", { class: "lead" }, "Tokens are tinted by how much the outlined one reads of them."),
+      h(
+        "p",
+        { class: "lead" },
+        "Heads are listed by what D loses without them. Tokens are tinted by how much the outlined one reads of them.",
+      ),
       prompt,
     ),
     h(
@@ -157,7 +163,7 @@ function terms(model, head, read, choose, diverging) {
         {},
         "Why it reads ",
         token(model.explanation.tokens[read.position]?.text ?? ""),
-        h("small", {}, `score ${signed(read.score)}, as query times key`),
+        h("small", {}, `score ${signed(read.score)}, as query times key in the circuit`),
       ),
       scores.length
         ? h(
@@ -181,7 +187,7 @@ function terms(model, head, read, choose, diverging) {
     h(
       "section",
       {},
-      h("h3", {}, "What it moves from there", h("small", {}, "value, what it adds to D")),
+      h("h3", {}, "What it moves from there", h("small", {}, "value in the circuit, what it adds to D")),
       moved.length
         ? h(
             "ul",

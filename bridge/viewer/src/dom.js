@@ -58,6 +58,9 @@ export function plain(text, most = Infinity) {
   return letters.length > most ? `${letters.slice(0, most - 1).join("")}…` : letters.join("");
 }
 
+/** A label as text: its spaces as they are, the rest of what is unseen spelled out. */
+export const plainLabel = (text) => plain(text).replaceAll("·", " ");
+
 /** A token as a chip in which spaces and line ends can be seen. */
 export function token(text, extra = "") {
   const shown = pieces(text).map(([piece, hidden]) => (hidden ? h("i", {}, piece) : piece));
@@ -78,7 +81,7 @@ export function running(text, breaks = false) {
 export function number(x, signed = false) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   const size = Math.abs(x);
-  const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || size === 0 ? 2 : size >= 0.001 ? 3 : null;
+  const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || size === 0 ? 2 : size >= 0.01 ? 3 : size >= 0.001 ? 4 : null;
   const text = digits === null ? size.toExponential(0).replace("e-", "e−") : size.toFixed(digits);
   return `${x < 0 ? "−" : signed ? "+" : ""}${text}`;
 }

@@ -1,18 +1,11 @@
 // The evidence, drawn: every measure on an axis with its control, its aim and, where there is one, its interval and its ceiling.
 
 import { scaleLinear, scaleSymlog } from "d3-scale";
-import { h, number, put, s, signed } from "./dom.js";
+import { count, h, number, put, s, signed } from "./dom.js";
+import { aimRegion, asksOf, measuresOf } from "./measures.js";
+import { jobOf } from "./job.js";
+import { drawProfile } from "./profile.js";
 
-const ASKS = {
-  "KL(dense, sparse)": "Do the two models answer alike?",
-  "KL of the circuit alone": "Is the circuit enough?",
-  "share of D it keeps": "Does it keep the preference?",
-  "KL in random company, mean": "Without help from cancellation?",
-  "KL in random company, worst": "And at worst?",
-  "KL with the circuit deleted": "Is it needed?",
-  "share of D left without it": "Is the preference gone without it?",
-  "rank correlation in dense": "Do its effects recur in the dense model?",
-};
 const TESTS = {
   gate: "Is it done at all?",
   swap: "1. Counterfactual transport",
@@ -20,55 +13,32 @@ const TESTS = {
   profile: "3. Effect profile",
   blind: "4. Blind prediction",
 };
-const ORDER = ["agreement", "kl_kept", "share_kept", "company_mean", "company_worst", "kl_lost", "share_lost", "profile"];
+const BARE = new Set(["it", "mean"]); // bars of a control that say no more than its mean
 const W = 344,
   TOP = 15,
   H = 42,
   SIDE = 6;
 
-/** The measures of a faithfulness in reading order, the interval put with the profile. */
-export function measuresOf(faithfulness) {
-  return ORDER.filter((name) => faithfulness[name]).map((name) => ({
-    ...faithfulness[name],
-    interval: name === "profile" ? faithfulness.profile_interval : faithfulness[name].interval,
-  }));
-}
-
-/** The region that an aim in words asks for, as [low, high]; null where it is no region. */
-export function aimRegion(aim, control) {
-  let low = -Infinity,
-    high = Infinity,
-    known = false;
-  for (const part of aim.split(",")) {
-    const between = /(-?[\d.]+) to (-?[\d.]+)/.exec(part),
-      bound = /(<=|>=|<|>)\s*(-?[\d.]+)/.exec(part);
-    if (between) ((low = Math.max(low, Number(between[1]))), (high = Math.min(high, Number(between[2]))), (known = true));
-    else if (bound)
-      (bound[1][0] === "<" ? (high = Math.min(high, Number(bound[2]))) : (low = Math.max(low, Number(bound[2]))), (known = true));
-    else if (control && /\bbelow\b/.test(part)) ((high = Math.min(high, control.bar)), (known = true));
-    else if (control && /\babove\b/.test(part)) ((low = Math.max(low, control.bar)), (known = true));
-  }
-  return known ? [low, high] : null;
-}
-
 /** One measure. */
 export function drawMeasure(measure) {
   const { control, ceiling, interval } = measure;
+  const asks = asksOf(measure.name);
   const met = measure.passed === null ? ["unknown", "not known"] : measure.passed ? ["met", "met"] : ["missed", "missed"];
   const beside = control
-    ? `${control.what} ${number(control.mean)}${control.bar_is === "mean" ? "" : ` (${control.bar_is} ${number(control.bar)})`}`
+    ? `${control.what} ${number(control.mean)}${BARE.has(control.bar_is) ? "" : ` (${control.bar_is} ${number(control.bar)})`}`
     : "no control";
   const shown = interval ? `${number(measure.value)} [${number(interval[0])}, ${number(interval[1])}]` : number(measure.value);
   return h(
     "article",
     { class: `measure ${met[0]}` },
-    h("header", {}, h("h4", {}, ASKS[measure.name] ?? measure.name), h("span", { class: "met-word" }, met[1])),
+    h("header", {}, h("h4", {}, asks ?? measure.name), h("span", { class: "met-word" }, met[1])),
     measure.value !== null && axis(measure),
     h(
       "p",
       { class: "measure-text" },
       h("b", {}, shown),
-      ASKS[measure.name] && h("span", {}, ` ${measure.name}`),
+      unitOf(measure.name) && measure.value !== null && ` ${unitOf(measure.name)}`,
+      asks && h("span", {}, ` ${measure.name}`),
       h("span", {}, ` · beside ${beside}${control ? `, ${control.draws.toLocaleString("en-US")} draws` : ""}`),
       ceiling && h("span", {}, ` · ceiling ${number(ceiling.mean)}`),
       h("span", {}, ` · aim ${measure.aim.replaceAll("<=", "≤").replaceAll(">=", "≥")}`),
@@ -79,7 +49,7 @@ export function drawMeasure(measure) {
 
 function axis(measure) {
   const { value, control, ceiling, interval } = measure;
-  const region = aimRegion(measure.aim, control);
+  const region = aimRegion(measure.aim, control, ceiling);
   const marks = [value, control?.mean, control?.bar, ceiling?.mean, ...(interval ?? []), ...(region ?? [])].filter(
     (x) => x !== undefined && x !== null && Number.isFinite(x),
   );
@@ -91,7 +61,8 @@ function axis(measure) {
     .domain([logarithmic ? 0 : low - pad, high + pad])
     .range([SIDE, W - SIDE]);
   const x = (at) => scale(Math.max(scale.domain()[0], Math.min(scale.domain()[1], at)));
-  const ticks = logarithmic ? [0, 0.1, 1, 10].filter((tick) => tick <= high + pad) : scale.ticks(5);
+  const unit = unitOf(measure.name);
+  const ticks = ticksOf(x, region, logarithmic ? [0.1, 1, 10] : scale.ticks(5), scale.domain(), unit ? W - 42 : W);
   const middle = TOP + 6;
   const told = `value ${number(value)}${control ? `, ${control.what} mean ${number(control.mean)}, ${control.bar_is} ${number(control.bar)}` : ""}, aim ${measure.aim}`;
   return s(
@@ -112,13 +83,14 @@ function axis(measure) {
       s(
         "text",
         { class: "tick-text", x: x(tick), y: H - 1, "text-anchor": x(tick) < 20 ? "start" : x(tick) > W - 20 ? "end" : "middle" },
-        String(tick),
+        shortly(tick),
       ),
     ]),
+    unit && s("text", { class: "tick-text", x: W - SIDE, y: H - 1, "text-anchor": "end" }, unit),
     control && [
       s("line", { class: "control-band", x1: x(control.mean), x2: x(control.bar), y1: middle, y2: middle }),
       s("line", { class: "control-mean", x1: x(control.mean), x2: x(control.mean), y1: middle - 7, y2: middle + 7 }),
-      control.bar_is !== "mean" &&
+      !BARE.has(control.bar_is) &&
         s("line", { class: "control-bar", x1: x(control.bar), x2: x(control.bar), y1: middle - 7, y2: middle + 7 }),
       s(
         "text",
@@ -137,6 +109,19 @@ function axis(measure) {
   );
 }
 
+const unitOf = (name) => (name.startsWith("KL") ? "nats" : "");
+const shortly = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
+
+/** Where an axis is marked: at 0, where the aim begins and ends, and at round numbers that leave these room; none beyond `end`. */
+function ticksOf(x, region, round, [low, high], end) {
+  const kept = [];
+  for (const tick of [...(region ?? []), 0, ...round]) {
+    if (!(tick >= low && tick <= high) || x(tick) > end) continue;
+    if (kept.every((other) => Math.abs(x(tick) - x(other)) > 26)) kept.push(tick);
+  }
+  return kept;
+}
+
 /** Everything that was measured, the card, and the nulls; `awaited` says where a card is that is still to come. */
 export function drawEvidence(model, sheet, choose, awaited) {
   const { faithfulness } = model.explanation;
@@ -146,7 +131,11 @@ export function drawEvidence(model, sheet, choose, awaited) {
       "section",
       {},
       h("h3", {}, "On this prompt"),
-      h("p", { class: "lead" }, "A dot is the measure, a bar its control from mean to hardest draw, the tinted region the aim."),
+      h(
+        "p",
+        { class: "lead" },
+        `Of the whole circuit, ${count(model.nodes.length)} nodes. A dot is the measure, a bar its control from mean to hardest draw, the tinted region the aim.`,
+      ),
       measuresOf(faithfulness).map(drawMeasure),
     ),
     faithfulness.effects.length > 2 && drawProfile(model, choose),
@@ -154,6 +143,17 @@ export function drawEvidence(model, sheet, choose, awaited) {
   );
   drawTests(model, sheet.querySelector("#tests"), awaited);
 }
+
+/** What to do for a card, where there is none. */
+const forACard = (served) =>
+  served
+    ? ["To have them, ask again on the start page with the box for the card ticked."]
+    : [
+        h("code", {}, "bridge explain --card"),
+        " runs all but the first of them, ",
+        h("code", {}, '--counterfactual "…"'),
+        " all.",
+      ];
 
 /** The card and the nulls, or where the card is. */
 export function drawTests(model, holder, awaited) {
@@ -171,9 +171,8 @@ export function drawTests(model, holder, awaited) {
           : h(
               "p",
               { class: "empty" },
-              "No card has been made. Of the measures above only the last is of the dense model. ",
-              h("code", {}, "bridge card"),
-              " runs the tests on it.",
+              "No card has been made: the tests on the dense model were not run. Of the measures above only the last is of it. ",
+              forACard(jobOf(model.data) !== null),
             ),
     ),
     card && drawNulls(card),
@@ -195,44 +194,23 @@ function drawCard(card) {
   ];
 }
 
-/** What must not pass, null by null: on how many tasks each test holds. */
+const NULL_TESTS = { swap: "transport", loop: "loop", profile: "profile", blind: "blind" };
+const SOLVED = 0.9; // accuracy of a null's sparse model from which on it does the task
+
+/** What must not pass, null by null: how many tasks it solves, and on how many each test holds. */
 function drawNulls({ nulls, nulls_note }) {
-  const names = Object.keys(TESTS).filter((test) => nulls?.some((each) => each.tasks?.some((task) => test in task.holds)));
-  const row = (each) =>
-    h(
-      "tr",
-      { class: each.passed ? "bad" : "" },
-      h("th", { scope: "row", title: each.what }, each.name),
-      names.map((test) => h("td", {}, `${each.tasks.filter((task) => task.holds[test] === true).length}/${each.tasks.length}`)),
-      h("td", { class: "met-word" }, each.passed ? "✗ passes" : "✓ fails"),
-    );
   return h(
     "section",
     { id: "nulls" },
-    h("h3", {}, "Nulls, which must fail"),
+    h("h3", {}, "Nulls: none may pass all four tests"),
     nulls?.length
       ? [
           h(
             "p",
             { class: "lead" },
-            "On how many tasks a test holds where it should not. A null that passes makes the tests worthless.",
+            "A null is a model, a bridge or an answer made meaningless. It passes where all four tests hold on one task: the tests are worthless then. A single test that holds for a null is no evidence by itself.",
           ),
-          h(
-            "table",
-            {},
-            h(
-              "thead",
-              {},
-              h(
-                "tr",
-                {},
-                h("td", {}),
-                names.map((test) => h("th", { scope: "col" }, test)),
-                h("td", {}),
-              ),
-            ),
-            h("tbody", {}, nulls.map(row)),
-          ),
+          nullsTable(nulls),
           nulls.map((each) =>
             h("p", { class: "measure-note" }, h("b", {}, each.name), ` ${each.what}${each.note ? `; ${each.note}` : ""}`),
           ),
@@ -249,64 +227,22 @@ function drawNulls({ nulls, nulls_note }) {
   );
 }
 
-/** Effects in the sparse model against those in the dense one, a dot per node. */
-function drawProfile(model, choose) {
-  const { effects } = model.explanation.faithfulness;
-  const tall = 220,
-    left = 34,
-    bottom = 26;
-  const most = (key) => Math.max(...effects.map((effect) => Math.abs(effect[key])), 1e-3);
-  const x = scaleSymlog()
-    .constant(most("sparse") / 30)
-    .domain([-most("sparse"), most("sparse")])
-    .range([left, W - 8]);
-  const y = scaleSymlog()
-    .constant(most("dense") / 30)
-    .domain([-most("dense"), most("dense")])
-    .range([tall - bottom, 8]);
-  const dots = [...effects]
-    .sort((a, b) => a.inside - b.inside)
-    .map((effect) => {
-      const known = model.byId.has(effect.node);
-      const told = `${effect.node}: ${signed(effect.sparse)} in sparse, ${signed(effect.dense)} in dense`;
-      return s(
-        "circle",
-        {
-          class: `${effect.inside ? "inside" : "outside"}${known ? " known" : ""}`,
-          cx: x(effect.sparse),
-          cy: y(effect.dense),
-          r: 3.6,
-          onclick: known ? () => choose(effect.node) : null,
-        },
-        s("title", {}, told),
-      );
-    });
-  return h(
-    "section",
-    {},
-    h("h3", {}, "Effects in both models"),
+function nullsTable(nulls) {
+  const many = (found, of) => (found ? `on ${found} of ${of} ${of === 1 ? "task" : "tasks"}` : "on none");
+  const cell = (found, of) => h("td", { class: found ? "" : "quiet" }, many(found, of));
+  const row = ({ name, what, tasks, passed }) =>
     h(
-      "p",
-      { class: "lead" },
-      "A dot is a node: what D loses without it in the sparse model, and by its transported change in the dense one. Filled dots are the circuit's. Axes are stretched around 0.",
-    ),
-    s(
-      "svg",
-      {
-        class: "profile",
-        viewBox: `0 0 ${W} ${tall}`,
-        role: "img",
-        "aria-label": `Effects of ${effects.length} nodes in both models`,
-      },
-      s("line", { class: "base", x1: left, x2: W - 8, y1: y(0), y2: y(0) }),
-      s("line", { class: "base", x1: x(0), x2: x(0), y1: 8, y2: tall - bottom }),
-      dots,
-      s("text", { class: "tick-text", x: W - 8, y: tall - 4, "text-anchor": "end" }, `sparse, to ${number(most("sparse"))}`),
-      s(
-        "text",
-        { class: "tick-text", transform: "translate(12,8) rotate(-90)", "text-anchor": "end" },
-        `dense, to ${number(most("dense"))}`,
-      ),
-    ),
+      "tr",
+      { class: passed ? "bad" : "" },
+      h("th", { scope: "row", title: what }, name, h("span", { class: "met-word" }, passed ? "✗ passes" : "✓ fails")),
+      h("td", { class: "quiet" }, `${tasks.filter((task) => (task.accuracy ?? 0) >= SOLVED).length} of ${tasks.length}`),
+      Object.keys(NULL_TESTS).map((test) => cell(tasks.filter((task) => task.holds[test] === true).length, tasks.length)),
+    );
+  const heads = Object.entries(NULL_TESTS).map(([test, name]) => h("th", { scope: "col", title: TESTS[test] }, name));
+  const solved = h(
+    "th",
+    { scope: "col", title: `its sparse model answers right at least ${100 * SOLVED} % of the time` },
+    "solved",
   );
+  return h("table", { class: "nulls" }, h("thead", {}, h("tr", {}, h("td", {}), solved, heads)), h("tbody", {}, nulls.map(row)));
 }

@@ -34,7 +34,7 @@ export function makeFind(model, input, list, { seek, choose, labelOf }) {
                   h("code", {}, node.name),
                   token(tokens[node.position].text),
                   h("span", { class: "row-label" }, labelOf(node) ?? ""),
-                  h("b", {}, signed(node.shown)),
+                  node.known ? h("b", {}, signed(node.shown)) : h("small", {}, "not measured"),
                 ),
               ),
             h(

@@ -3,11 +3,13 @@
 import { select } from "d3-selection";
 import { scaleSqrt } from "d3-scale";
 import { h, percent, plain, put, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES, drawn } from "./model.js";
+import { KIND_NAMES, drawn, effectOf, linkOf } from "./model.js";
 import { LABELS, end, place, route } from "./layout.js";
+import { fit } from "./scroll.js";
 
 const DEFAULT_EDGES = 160;
 const FOCUS_EDGES = 400;
+const KEPT_IN_VIEW = 40; // neighbours of a node that is gone to, the strongest
 
 /** Draw into `holder`; `choose(id)` on a click, `hover(id)` on the pointer. Returns what the page may ask of it. */
 export function makeGraph(model, holder, tip, { choose, labelOf }) {
@@ -22,7 +24,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     dots = s("g", { class: "dots" }),
     front = s("g", { class: "front" }),
     answer = s("g");
-  plot.append(bands, lines, dots, focusLines, front, answer);
+  plot.append(bands, lines, focusLines, dots, front, answer); // edges below nodes: either has its own words under the pointer
   const radius = scaleSqrt().domain([0, model.strongest]).range([2.4, 8]).clamp(true);
   const thick = scaleSqrt().domain([0, model.strongestEdge]).range([0.35, 5]).clamp(true);
   let layout = null,
@@ -43,12 +45,12 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     state = next;
     if (again) {
       nodes = drawn(model, state.level, state.all);
-      const right = holder.scrollLeft + holder.clientWidth >= holder.scrollWidth - 4; // a view of the answer stays one
+      const stays = !layout || Math.abs(holder.scrollLeft - answerAt()) < 4; // a view of the answer stays one
       layout = place(model, nodes, state.width, state.height);
       drawFrame();
       drawNodes();
       drawEdges();
-      if (right) holder.scrollLeft = holder.scrollWidth;
+      if (stays) toAnswer();
     }
     focus();
   }
@@ -148,7 +150,10 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     );
   }
 
-  const look = (node) => `${side(node.shown)}${node.measured ? "" : " estimated"}${node.strength < 1e-9 ? " none" : ""}`;
+  const look = (node) => {
+    if (!node.known) return "unmeasured";
+    return node.strength < 1e-9 ? "none" : `${side(node.shown)}${node.measured ? "" : " estimated"}`;
+  };
 
   function drawNodes() {
     const join = select(dots)
@@ -170,7 +175,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       .attr(
         "aria-label",
         (node) =>
-          `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${signed(node.shown)}`,
+          `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`,
       )
       .attr("transform", (node) => `translate(${layout.at.get(node.id).x},${layout.at.get(node.id).y})`)
       .select("circle.dot")
@@ -185,7 +190,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       const [from, to] = ends(edge);
       if (from && to)
         found.push(
-          s("path", { class: side(edge.effect), d: route(layout, from, to), "stroke-width": thick(edge.size).toFixed(2) }),
+          s(
+            "path",
+            { class: side(edge.effect), d: route(layout, from, to), "stroke-width": thick(edge.size).toFixed(2) },
+            s("title", {}, `${edge.source} → ${edge.target}: ${linkOf(edge)}`),
+          ),
         );
       if (found.length >= most) break;
     }
@@ -239,12 +248,12 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       tip,
       h("p", { class: "tip-head" }, h("code", {}, node.name), " at ", token(text)),
       h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
-      h("p", { class: "tip-numbers" }, `value ${node.activation ? signed(node.activation) : "off"}, mean ${signed(node.mean)} `),
       h(
         "p",
-        { class: `tip-effect ${side(node.shown)}` },
-        node.measured ? `effect on D ${signed(node.effect)}` : `effect on D about ${signed(node.shown)}, not measured`,
+        { class: "tip-numbers" },
+        `value in the whole model ${node.activation ? signed(node.activation) : "off"}, mean ${signed(node.mean)}`,
       ),
+      h("p", { class: `tip-effect ${node.known ? side(node.shown) : "quiet"}` }, `effect on D ${effectOf(node)}`),
     );
     tip.hidden = false;
     moveTip(event);
@@ -273,18 +282,41 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     return best ?? id;
   }
 
+  const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const roomy = () => [holder.clientWidth - LABELS, holder.clientHeight - layout.tokensHeight]; // what names and tokens leave free
+
+  /** Go to a node, and show what it is linked to as far as there is room. */
   function reveal(id) {
     const at = layout?.at.get(id);
     if (!at) return;
-    const left = at.x - (holder.clientWidth - LABELS) / 2,
-      top = at.y - (holder.clientHeight - 60) / 2;
-    const seen =
-      at.x > holder.scrollLeft + 20 &&
-      at.x < holder.scrollLeft + holder.clientWidth - LABELS - 20 &&
-      at.y > holder.scrollTop + 20 &&
-      at.y < holder.scrollTop + holder.clientHeight - 90;
-    if (!seen)
-      holder.scrollTo({ left, top, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    const links = [...model.ins(id), ...model.outs(id)].sort((a, b) => b.size - a.size).slice(0, KEPT_IN_VIEW);
+    const near = links.flatMap((edge) => [layout.at.get(edge.source), layout.at.get(edge.target)]).filter(Boolean);
+    const [wide, tall] = roomy();
+    const left = fit(
+        holder.scrollLeft,
+        wide,
+        at.x,
+        near.map((one) => one.x),
+      ),
+      top = fit(
+        holder.scrollTop,
+        tall,
+        at.y,
+        near.map((one) => one.y),
+      );
+    holder.scrollTo({ left, top, behavior: still() ? "auto" : "smooth" });
+  }
+
+  /** How far to the right the answer is seen with as much as there is room for on both its sides. */
+  function answerAt() {
+    const [wide] = roomy(),
+      last = layout.columns[layout.columns.length - 1];
+    const most = Math.max(0, holder.scrollWidth - holder.clientWidth);
+    return last && last.width > wide ? Math.min(most, Math.max(0, last.center - wide / 2)) : most;
+  }
+
+  function toAnswer() {
+    holder.scrollLeft = answerAt();
   }
 
   return {
@@ -298,8 +330,8 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       attention = head;
       drawTokens();
     },
-    toAnswer() {
-      holder.scrollLeft = holder.scrollWidth;
-    },
+    toAnswer,
+    shown: () => nodes.length,
+    strongestEdges: () => lines.childElementCount,
   };
 }

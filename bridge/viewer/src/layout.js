@@ -20,6 +20,9 @@ const UPRIGHT = 78,
 export const LABELS = 96; // width of the rows' names
 const bundled = line().curve(curveBundle.beta(0.82));
 
+/** Places of a line from its middle outwards, so that the strongest of a cell stand below the answer and stay in view. */
+const fromMiddle = (place, many) => Math.floor((many - 1) / 2) + (place % 2 ? 1 : -1) * Math.ceil(place / 2);
+
 /** Positions of the nodes, columns and rows, for a width and a height to fill. */
 export function place(model, nodes, width, tall) {
   const tokens = model.explanation.tokens;
@@ -89,7 +92,7 @@ export function place(model, nodes, width, tall) {
       cell.forEach((node, place) => {
         const down = Math.floor(place / column.across);
         const here = down === lines - 1 ? cell.length - down * column.across : column.across;
-        const across = place % column.across;
+        const across = fromMiddle(place % column.across, here);
         at.set(node.id, {
           x: column.center + (across - (here - 1) / 2) * STEP,
           y: row.middle + (down - (lines - 1) / 2) * STEP,

@@ -3,18 +3,20 @@
 import { drawAnswers, drawAsk, drawMade, drawVerdict } from "./answer.js";
 import { drawAttention } from "./attention.js";
 import { drawBar, drawLegend } from "./bar.js";
-import { h, plain, put, signed } from "./dom.js";
+import { h, plain, put } from "./dom.js";
 import { drawEvidence, drawTests } from "./evidence.js";
 import { makeFind } from "./find.js";
 import { makeGraph } from "./graph.js";
 import { makeHelp } from "./help.js";
 import { awaitCard, jobOf } from "./job.js";
 import { makeLabels } from "./labels.js";
-import { MOST_NODES, firstLevel, read } from "./model.js";
+import { MOST_NODES, effectOf, firstLevel, read } from "./model.js";
 import { drawNode } from "./node.js";
 import { makeSave } from "./save.js";
+import { hintBelow } from "./scroll.js";
 
 const TABS = ["evidence", "node", "attention"];
+const NOTICED = 6000; // milliseconds that a notice stays
 const $ = (id) => document.getElementById(id);
 
 const model = read(JSON.parse($("data").textContent));
@@ -32,20 +34,28 @@ const state = {
   height: 0,
 };
 const say = (text) => ($("live").textContent = text);
+/** Say it, and show it for a while: what came of something that a person did, where nothing else on the page tells. */
+function notify(text) {
+  say(text);
+  clearTimeout($("notice").timer);
+  Object.assign($("notice"), { textContent: text, hidden: false });
+  $("notice").timer = setTimeout(() => ($("notice").hidden = true), NOTICED);
+}
 const labels = makeLabels(model.data, () => drawSheet());
 const labelOf = (node) => labels.get(node.name) ?? node.label ?? model.pages.get(node.name)?.label ?? null;
 const graph = makeGraph(model, $("plot"), $("tip"), { choose, labelOf });
+const below = hintBelow($("plot"), $("below"));
 
 function set(patch) {
   const before = { ...state };
   Object.assign(state, patch);
   const changed = (...names) => names.some((name) => before[name] !== state[name]);
-  if (changed("level", "all", "selected", "found", "width", "height")) graph.draw({ ...state });
-  if (changed("level", "all")) drawBar(model, $("bar"), state, set);
+  if (changed("level", "all", "selected", "found", "width", "height")) (graph.draw({ ...state }), below());
+  if (changed("level", "all")) (drawBar(model, $("bar"), state, set), drawLegend(model, $("legend"), graph.strongestEdges()));
+  if (changed("all") && model.nodes.length) (graph.toAnswer(), graph.reveal(state.selected ?? model.nodes[0].id));
   if (changed("selected", "tab", "head", "read")) (drawTabs(), drawSheet(changed("selected", "tab", "head")));
   if (changed("awaited") && $("tests")) drawTests(model, $("tests"), state.awaited); // the rest of the sheet stays as it is
-  if (changed("tab", "head"))
-    graph.attend(state.tab === "attention" ? (model.explanation.attention?.[state.head ?? 0] ?? null) : null);
+  if (changed("tab", "head")) graph.attend(state.tab === "attention" ? (model.attention[state.head ?? 0] ?? null) : null);
 }
 
 /** The card has come: what it says is put where it belongs, and nothing else changes. */
@@ -68,8 +78,10 @@ function choose(id) {
   }
   set(patch);
   graph.reveal(id);
-  say(`${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${signed(node.shown)}`);
+  say(`${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`);
 }
+
+const goTo = (id) => (choose(id), graph.focusNode(id));
 
 function drawTabs() {
   put(
@@ -114,7 +126,7 @@ function drawSheet(fresh = false) {
     drawNode(model, sheet, state.selected, {
       choose,
       labels,
-      say,
+      notify,
       showHead: (head) => set({ tab: "attention", head, read: null }),
     });
   else drawAttention(model, sheet, state, { set, choose });
@@ -172,7 +184,7 @@ function onKey(event) {
   else if (event.key.startsWith("Arrow") && !inPanel) {
     event.preventDefault();
     const id = graph.next(state.selected, event.key);
-    if (id) (choose(id), graph.focusNode(id));
+    if (id) goTo(id);
   } else if ((event.key === "Enter" || event.key === " ") && event.target.closest("#plot")) {
     event.preventDefault();
     if (state.selected) (set({ tab: "node" }), $("sheet").focus());
@@ -186,15 +198,17 @@ drawAsk(model, $("ask"));
 drawAnswers(model, $("answers"));
 drawVerdict(model, $("verdict"));
 drawBar(model, $("bar"), state, set);
-drawLegend(model, $("legend"));
+drawLegend(model, $("legend"), 0);
 graph.draw({ ...Object.assign(state, room()) });
+drawLegend(model, $("legend"), graph.strongestEdges());
 graph.toAnswer();
+below();
 $("ask").querySelector("pre").scrollTop = 1e6; // the end of the prompt is what is continued
 drawTabs();
 drawSheet();
 makeHelp($("help"));
-makeSave(model, $("save"), $("save-items"), graph.parts, labels, say);
-makeFind(model, $("find"), $("found"), { seek: (found) => set({ found }), choose, labelOf });
+makeSave(model, $("save"), $("save-items"), graph, labels, notify);
+makeFind(model, $("find"), $("found"), { seek: (found) => set({ found }), choose: goTo, labelOf });
 $("theme").addEventListener("click", switchTheme);
 $("help-open").addEventListener("click", () => $("help").showModal());
 document.addEventListener("keydown", onKey);

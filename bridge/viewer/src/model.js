@@ -1,5 +1,7 @@
 // The page's data -> what is drawn: nodes with a strength and a sign, rows of sublayers, edges by their ends, nested levels.
 
+import { count, signed } from "./dom.js";
+
 export const KINDS = ["attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"];
 export const KIND_NAMES = {
   attn_in: "attention reads",
@@ -29,18 +31,19 @@ export function read(data) {
   }
   const dense = new Map(explanation.faithfulness.effects.map((effect) => [effect.node, effect]));
   const nodes = explanation.nodes.map((node) => {
-    const measured = node.effect !== null;
+    const measured = node.effect !== null,
+      known = measured || outs.has(node.id);
     const effect = measured ? node.effect : (outs.get(node.id) ?? []).reduce((sum, edge) => sum + edge.effect, 0);
     return {
       ...node,
       measured,
+      known, // an effect that was not measured is estimated from the edges that were kept, where there are such
       strength: Math.abs(effect),
-      sign: Math.sign(effect),
-      shown: effect,
+      shown: known ? effect : null,
       dense: dense.get(node.id) ?? null,
     };
   });
-  nodes.sort((a, b) => b.measured - a.measured || b.strength - a.strength); // what was measured goes before what was estimated
+  nodes.sort((a, b) => b.measured - a.measured || b.known - a.known || b.strength - a.strength); // measured, estimated, not known
   nodes.forEach((node, rank) => (node.rank = rank));
   const byId = new Map(nodes.map((node) => [node.id, node]));
   const layers = [...new Set(nodes.map((node) => node.layer))].sort((a, b) => a - b);
@@ -51,6 +54,7 @@ export function read(data) {
     edges,
     byId,
     layers,
+    attention: [...(explanation.attention ?? [])].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect)),
     pages: new Map(Object.entries(data.nodes ?? {})),
     ins: (id) => ins.get(id) ?? [],
     outs: (id) => outs.get(id) ?? [],
@@ -58,6 +62,20 @@ export function read(data) {
     strongest: Math.max(...nodes.map((node) => node.strength), 1e-9),
     strongestEdge: edges[0]?.size || 1e-9,
   };
+}
+
+/** A node's effect in words, as far as it is known. */
+export function effectOf(node) {
+  if (!node.known) return "not measured";
+  return node.measured ? signed(node.effect) : `about ${signed(node.shown)} by its edges, not measured`;
+}
+
+/** An edge in words. Its weight here is what the source's deviation from its mean adds to the target. */
+export const linkOf = (edge) => `${edge.kind}, adds ${signed(edge.weight)}, D owes it ${signed(edge.effect)}`;
+
+/** The edges that the explanation kept, in words, where it did not keep all of them; "" where it did. */
+export function keptEdges({ counts, edges }) {
+  return counts.edges > edges.length ? `${count(edges.length)} of ${count(counts.edges)}` : "";
 }
 
 function levelsOf(explanation, nodes) {

@@ -1,18 +1,17 @@
 // The sheet of a node: what it is called, what it does here, what it does on text, and what it is linked to.
 
 import { scaleLinear } from "d3-scale";
-import { h, number, percent, plain, put, running, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES, outer } from "./model.js";
+import { count, h, number, plain, plainLabel, put, s, side, signed, token } from "./dom.js";
+import { KIND_NAMES } from "./model.js";
 import { headsOf } from "./attention.js";
+import { edgeLists, nodeRow } from "./edges.js";
 import { drawSteer } from "./steer.js";
+import { onText } from "./text.js";
 
 const W = 344;
-const FIRST = 12; // edges listed each way at first
-const BEFORE = 20,
-  AFTER = 14; // letters of a context, more do not fit
 
 /** Draw the sheet. */
-export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
+export function drawNode(model, sheet, id, { choose, labels, showHead, notify }) {
   const node = model.byId.get(id);
   if (!node) {
     const many = model.nodes.length;
@@ -40,7 +39,7 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
   const here = model.explanation.tokens[node.position].text;
   put(
     sheet,
-    labelEditor(node, page, labels, say),
+    labelEditor(node, page, labels, notify),
     h(
       "p",
       { class: "who" },
@@ -51,8 +50,7 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
     ),
     numbers(model, node, page),
     heads(model, node, showHead),
-    edges(model, "Fed by", model.ins(id), "source", choose, labels),
-    edges(model, "Feeds", model.outs(id), "target", choose, labels),
+    edgeLists(model, id, choose, labels),
     page
       ? onText(page)
       : h(
@@ -66,7 +64,7 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, say }) {
   );
 }
 
-function labelEditor(node, page, labels, say) {
+function labelEditor(node, page, labels, notify) {
   const automatic = node.label ?? page?.label ?? null;
   const status = h(
     "span",
@@ -80,6 +78,7 @@ function labelEditor(node, page, labels, say) {
     spellcheck: false,
     value: labels.get(node.name) ?? "",
     placeholder: automatic ? plainLabel(automatic) : "Give it a label",
+    title: labels.get(node.name) ?? (automatic ? plainLabel(automatic) : null),
     "aria-label": `Label of ${node.name}`,
     onkeydown: (event) => event.key === "Enter" && input.blur(),
     oninput: () => (clearTimeout(input.timer), (input.timer = setTimeout(keep, 400))),
@@ -92,7 +91,7 @@ function labelEditor(node, page, labels, say) {
       status.textContent = labels.get(node.name) ? where : "";
     } catch (error) {
       status.textContent = error.message;
-      say(error.message);
+      notify(error.message);
     }
   }
   return h(
@@ -102,13 +101,18 @@ function labelEditor(node, page, labels, say) {
     h(
       "p",
       { class: "label-note" },
-      automatic && labels.get(node.name) ? h("span", {}, `by rule: ${plainLabel(automatic)} `) : null,
+      automatic && labels.get(node.name) ? h("span", {}, `by rule: ${plainLabel(automatic)} · `) : null,
       status,
     ),
   );
 }
 
-const plainLabel = (text) => plain(text).replaceAll("·", " ");
+/** The text over which the means of the explanation were taken, by its size where that is told. */
+function reference(model) {
+  const told = String(model.explanation.provenance.reference),
+    tokens = /^(\d+) tokens/.exec(told);
+  return tokens ? `${count(Number(tokens[1]))} tokens` : plain(told, 40);
+}
 
 /** Value against its mean, effect in both models. */
 function numbers(model, node, page) {
@@ -132,13 +136,8 @@ function numbers(model, node, page) {
     s("line", { class: "control-mean", x1: x(node.mean), x2: x(node.mean), y1: 3, y2: 19 }),
     s("circle", { class: "value", cx: x(node.activation), cy: 11, r: 4.5 }),
   );
-  const scale = Math.max(
-    Math.abs(node.effect ?? node.shown),
-    Math.abs(node.dense?.dense ?? 0),
-    Math.abs(node.dense?.sparse ?? 0),
-    1e-9,
-  );
-  const bar = (name, value, note) => [
+  const scale = Math.max(node.strength, Math.abs(node.dense?.dense ?? 0), Math.abs(node.dense?.sparse ?? 0), 1e-9);
+  const bar = (name, value) => [
     h("dt", {}, name),
     h(
       "dd",
@@ -153,7 +152,6 @@ function numbers(model, node, page) {
           }),
       ),
       h("b", {}, signed(value)),
-      note && h("small", {}, note),
     ),
   ];
   return h(
@@ -163,15 +161,21 @@ function numbers(model, node, page) {
     h(
       "p",
       { class: "row-text" },
-      "value ",
+      "value in the whole sparse model ",
       h("b", {}, node.activation ? signed(node.activation) : "off"),
-      ` mean over text ${signed(node.mean)}${spread ? ` ± ${number(spread)}` : ""}`,
+    ),
+    h(
+      "p",
+      { class: "row-text quiet" },
+      `mean ${signed(node.mean)} over ${reference(model)}, which stands for it when it is deleted${spread ? `; deviation ${number(spread)} over ${count(page.n_tokens)} tokens` : ""}`,
     ),
     drawing,
     h(
       "dl",
       { class: "effects" },
-      node.measured ? bar("deleted from the circuit", node.effect) : bar("by its edges, not measured", node.shown),
+      node.measured
+        ? bar("deleted from the circuit", node.effect)
+        : bar(node.known ? "by its edges that were kept, not measured" : "deleted from the circuit: not measured", node.shown),
       node.dense && [
         bar("deleted from the sparse model", node.dense.sparse),
         bar("carried to the dense model", node.dense.dense),
@@ -186,153 +190,10 @@ function numbers(model, node, page) {
 function heads(model, node, showHead) {
   const found = headsOf(model, node);
   if (!found.length) return null;
-  return h(
-    "p",
-    { class: "heads" },
-    found
-      .slice(0, 6)
-      .map((head) =>
-        h(
-          "button",
-          { type: "button", class: "link", onclick: () => showHead(head) },
-          `What head ${model.explanation.attention[head].head} reads at token ${model.explanation.attention[head].query}`,
-        ),
-      ),
-  );
-}
-
-function edges(model, title, list, key, choose, labels) {
-  const body = h("ul", { class: "edges-list" });
-  const show = (most) =>
-    put(
-      body,
-      list.slice(0, most).map((edge) => nodeRow(model, edge[key], edge.effect, choose, labels, edge)),
-      list.length > most &&
-        h(
-          "li",
-          {},
-          h("button", { type: "button", class: "link", onclick: () => show(list.length) }, `${list.length - most} more`),
-        ),
-    );
-  show(FIRST);
-  return h(
-    "section",
-    {},
-    h("h3", {}, title, h("small", {}, list.length ? "edge, its weight, what D owes to it" : "")),
-    list.length ? body : h("p", { class: "row-text quiet" }, "No edge among the strongest that the explanation holds."),
-  );
-}
-
-/** A node in a list: a button with its name, place and a bar. */
-export function nodeRow(model, id, effect, choose, labels, edge = null) {
-  const node = model.byId.get(id),
-    what = outer(id);
-  const text = what.position !== null ? model.explanation.tokens[what.position]?.text : null;
-  const title = node
-    ? (labels.get(node.name) ?? null)
-    : { answer: "the answer", embedding: "embedding", bigram: "bigram table" }[what.kind];
-  const most = edge ? model.strongestEdge : model.strongest;
-  const inner = [
-    h("code", {}, what.kind === "answer" ? "D" : what.name),
-    text !== null && text !== undefined && what.kind !== "answer" ? token(text) : null,
-    title ? h("span", { class: "row-label" }, title) : null,
-    h(
-      "span",
-      { class: "row-numbers" },
-      edge && h("small", {}, `${edge.kind} ${signed(edge.weight)}`),
-      h(
-        "span",
-        { class: "diverging" },
-        h("i", {
-          class: side(effect),
-          style: { [effect >= 0 ? "left" : "right"]: "50%", width: `${50 * Math.sqrt(Math.abs(effect) / most)}%` },
-        }),
-      ),
-      h("b", {}, signed(effect)),
-    ),
-  ];
-  return h(
-    "li",
-    {},
-    node ? h("button", { type: "button", class: "row", onclick: () => choose(id) }, inner) : h("span", { class: "row" }, inner),
-  );
-}
-
-/** Contexts, tokens and the dense direction, from the node's page. */
-function onText(page) {
-  const most = Math.max(...[...page.high, ...page.low].map((each) => Math.abs(each.value)), 1e-9);
-  const contexts = (title, list) =>
-    list.length > 0 &&
-    h(
-      "section",
-      {},
-      h("h3", {}, title),
-      h(
-        "ol",
-        { class: "contexts" },
-        list.map((each) =>
-          h(
-            "li",
-            {},
-            h("b", {}, signed(each.value)),
-            h(
-              "span",
-              { class: "context" },
-              h("bdi", { class: "before" }, running([...each.before].slice(-BEFORE).join(""))),
-              h(
-                "mark",
-                { class: side(each.value), style: { "--strength": `${Math.round((100 * Math.abs(each.value)) / most)}%` } },
-                running(each.token),
-              ),
-              h("bdi", {}, running([...each.after].slice(0, AFTER).join(""))),
-            ),
-          ),
-        ),
-      ),
-    );
-  const chips = (list, name) =>
-    h(
-      "p",
-      { class: "chips" },
-      list.length
-        ? list.map((each) => h("span", { class: "chip" }, token(each.text, name), h("small", {}, signed(each.score))))
-        : h("span", { class: "quiet" }, "none"),
-    );
-  const words = page.tokens === "embedded" ? ["Embedded by, positively", "Embedded by, negatively"] : ["Promotes", "Demotes"];
-  return [
-    h(
-      "section",
-      {},
-      h("h3", {}, "On text"),
-      h("p", { class: "row-text" }, page.summary),
-      page.description && h("p", { class: "row-text" }, page.description),
-    ),
-    contexts("Where it is highest", page.high),
-    contexts("Where it is lowest", page.low),
-    page.tokens !== "none" &&
-      h("section", {}, h("h3", {}, words[0]), chips(page.promotes, "for"), h("h3", {}, words[1]), chips(page.demotes, "against")),
-    page.dense &&
-      h(
-        "section",
-        {},
-        h(
-          "h3",
-          {},
-          "In the dense model",
-          h(
-            "small",
-            {},
-            `direction of length ${number(page.dense.length)} at site ${page.dense.site}, read by ${page.dense.read_by}`,
-          ),
-        ),
-        page.dense.promotes === null
-          ? h("p", { class: "row-text quiet" }, "The dense model does not say which its output embedding is.")
-          : [chips(page.dense.promotes, "for"), chips(page.dense.demotes ?? [], "against")],
-      ),
-    h(
-      "p",
-      { class: "row-text quiet" },
-      `Active at ${percent(page.active)} of ${page.n_tokens.toLocaleString("en-US")} tokens, mean ${signed(page.mean)}, deviation ${number(page.deviation)}.`,
-    ),
-  ];
+  const link = (place) => {
+    const { head, query } = model.attention[place];
+    const told = `What head ${head} reads at ${plain(model.explanation.tokens[query]?.text ?? "", 12)} (${query})`;
+    return h("button", { type: "button", class: "link", onclick: () => showHead(place) }, told);
+  };
+  return h("p", { class: "heads" }, found.slice(0, 6).map(link));
 }

@@ -2,6 +2,7 @@
 
 import { download, h, plain, put, s } from "./dom.js";
 import { LABELS } from "./layout.js";
+import { captionOf, keyOf } from "./caption.js";
 
 const KEPT = [
   "fill",
@@ -19,30 +20,47 @@ const KEPT = [
   "mix-blend-mode",
 ];
 
-/** One SVG of the three that the circuit is made of, its looks written out, readable without this page. */
-export function standalone(parts, title) {
+const MOMENTARY = ".focus, .front, .hit, .column"; // what is chosen, under the pointer or reached by keys just now
+
+/** One SVG of the three that the circuit is made of, with a caption and a key, its looks written out, readable without this page. */
+export function standalone(parts, title, model, shown) {
   const size = (svg) => [Number(svg.getAttribute("width")), Number(svg.getAttribute("height"))];
-  const [width, height] = size(parts.plot),
+  const [across, height] = size(parts.plot),
     [, tokensHeight] = size(parts.tokens);
+  const width = across + LABELS;
+  const caption = captionOf(model, shown, width),
+    key = keyOf(model, width);
+  const tall = caption.height + height + tokensHeight + key.height;
   const whole = s(
     "svg",
-    {
-      xmlns: "http://www.w3.org/2000/svg",
-      width: width + LABELS,
-      height: height + tokensHeight,
-      viewBox: `0 0 ${width + LABELS} ${height + tokensHeight}`,
-    },
+    { xmlns: "http://www.w3.org/2000/svg", width, height: tall, viewBox: `0 0 ${width} ${tall}` },
     s("title", {}, title),
   );
   whole.append(s("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor }));
+  const focused = parts.plot.classList.contains("focused");
+  parts.plot.classList.remove("focused"); // nothing stands back for what is chosen
+  const lasting = (svg) => [...svg.children].filter((each) => !each.matches(MOMENTARY));
   for (const [svg, x, y] of [
-    [parts.names, 0, 0],
-    [parts.plot, LABELS, 0],
-    [parts.tokens, LABELS, height],
+    [parts.names, 0, caption.height],
+    [parts.plot, LABELS, caption.height],
+    [parts.tokens, LABELS, caption.height + height],
   ]) {
-    whole.append(s("g", { transform: `translate(${x},${y})` }, [...svg.children].map(dressed)));
+    whole.append(s("g", { transform: `translate(${x},${y})` }, lasting(svg).map(dressed)));
   }
+  parts.plot.classList.toggle("focused", focused);
+  key.drawing.setAttribute("transform", `translate(0,${caption.height + height + tokensHeight})`);
+  whole.append(caption.drawing, key.drawing);
   return new XMLSerializer().serializeToString(whole);
+}
+
+/** A name for a file of this explanation: what it is, and the letters and digits at the end of its prompt. */
+export function fileName(what, prompt, ending) {
+  const words = prompt.toLowerCase().match(/[a-z0-9]+/g) ?? [];
+  const told = words
+    .join("-")
+    .slice(-48)
+    .replace(/^[^-]*-(?=.{24})/, (cut) => (words.join("-").length > 48 ? "" : cut));
+  return `${[what, told].filter(Boolean).join("-")}.${ending}`;
 }
 
 function dressed(element) {
@@ -51,7 +69,10 @@ function dressed(element) {
   for (const name of ["class", "style", "id", "tabindex", "role", "aria-label", "aria-pressed"]) copy.removeAttribute(name);
   if (!["g", "title"].includes(element.localName)) KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
   else if (looks.opacity !== "1") copy.setAttribute("opacity", looks.opacity);
-  for (const child of element.childNodes) copy.append(child.nodeType === 1 ? dressed(child) : child.cloneNode());
+  for (const child of element.childNodes) {
+    if (child.nodeType !== 1) copy.append(child.cloneNode());
+    else if (!child.matches(MOMENTARY)) copy.append(dressed(child));
+  }
   return copy;
 }
 
@@ -76,8 +97,10 @@ async function png(text) {
 }
 
 /** Fill the menu. */
-export function makeSave(model, menu, items, parts, labels, say) {
+export function makeSave(model, menu, items, graph, labels, notify) {
   const title = `Circuit for ${plain([...model.explanation.prompt].slice(-60).join(""))}`;
+  const picture = () => standalone(graph.parts, title, model, graph.shown());
+  const named = (what, ending) => fileName(what, model.explanation.prompt, ending);
   const item = (name, act) =>
     h(
       "button",
@@ -88,7 +111,7 @@ export function makeSave(model, menu, items, parts, labels, say) {
           try {
             await act();
           } catch (error) {
-            say(`Not saved: ${error.message}`);
+            notify(`Not saved: ${error.message}`);
           }
         },
       },
@@ -102,19 +125,19 @@ export function makeSave(model, menu, items, parts, labels, say) {
     onchange: async () => {
       try {
         await labels.take(JSON.parse(await file.files[0].text()));
-        say("Labels taken over");
+        notify("Labels taken over");
       } catch (error) {
-        say(`Labels not taken over: ${error.message}`);
+        notify(`Labels not taken over: ${error.message}`);
       }
       file.value = "";
     },
   });
   put(
     items,
-    item("Circuit as SVG", () => download("circuit.svg", standalone(parts, title), "image/svg+xml")),
-    item("Circuit as PNG", async () => download("circuit.png", await png(standalone(parts, title)), "image/png")),
+    item("Circuit as SVG", () => download(named("circuit", "svg"), picture(), "image/svg+xml")),
+    item("Circuit as PNG", async () => download(named("circuit", "png"), await png(picture()), "image/png")),
     item("Explanation as JSON", () =>
-      download("explanation.json", JSON.stringify(model.explanation, null, 1), "application/json"),
+      download(named("explanation", "json"), JSON.stringify(model.explanation, null, 1), "application/json"),
     ),
     item("Labels as JSON", () => download("labels.json", JSON.stringify(labels.all(), null, 1), "application/json")),
     item("Read labels…", () => file.click()),

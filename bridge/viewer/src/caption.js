@@ -1,0 +1,81 @@
+// What a saved picture of the circuit says by itself: the prompt and the answer, D, the verdict, and what its marks mean.
+
+import { count, h, plain, s, signed } from "./dom.js";
+import { verdictOf } from "./answer.js";
+
+const LINE = 19,
+  LETTER = 7.3, // widths of a letter, of the larger and of the smaller text
+  SMALL = 6.4,
+  PAD = 12;
+
+/** A colour of the page's theme, written out. */
+function colour(name) {
+  const probe = h("span", { style: { color: `var(--${name})` } });
+  document.body.append(probe);
+  const found = getComputedStyle(probe).color;
+  probe.remove();
+  return found;
+}
+
+/** Text in lines of at most so many letters, broken at spaces where there are any. */
+function lines(text, most) {
+  const out = [];
+  let rest = [...text];
+  while (rest.length > most) {
+    const space = rest.lastIndexOf(" ", most);
+    const cut = space > most / 2 ? space : most;
+    out.push(rest.slice(0, cut).join(""));
+    rest = rest.slice(rest[cut] === " " ? cut + 1 : cut);
+  }
+  return [...out, rest.join("")];
+}
+
+/** What stands above: {drawing, height}. */
+export function captionOf(model, shown, width) {
+  const { explanation } = model;
+  const { target, contrast, provenance } = explanation;
+  const asked = `${plain([...explanation.prompt].slice(-160).join(""))} → ${plain(target.text, 20)} rather than ${plain(contrast.text, 20)}`;
+  const told = [
+    `D ${signed(explanation.dense_difference)} in the dense model, ${signed(explanation.sparse_difference)} in the sparse one`,
+    `verdict: ${verdictOf(explanation).verdict}`,
+    `${count(shown)} of the circuit's ${count(model.nodes.length)} nodes`,
+    `${provenance.coupling ?? "a coupling in memory"}, bridge ${provenance.version}`,
+  ].join(" · ");
+  const rows = [
+    ...lines(asked, Math.max(20, Math.floor((width - 2 * PAD) / LETTER))).map((text) => [text, 12.5, "monospace", colour("ink")]),
+    ...lines(told, Math.max(20, Math.floor((width - 2 * PAD) / SMALL))).map((text) => [text, 12, "sans-serif", colour("soft")]),
+  ];
+  const texts = rows.map(([text, size, family, fill], row) =>
+    s("text", { x: PAD, y: PAD + LINE * (row + 0.7), fill, "font-size": size, "font-family": family }, text),
+  );
+  return { drawing: s("g", {}, texts), height: 2 * PAD + LINE * rows.length };
+}
+
+/** What stands below: what colours and sizes mean. */
+export function keyOf(model, width) {
+  const { target, contrast } = model.explanation;
+  const blue = colour("for"),
+    orange = colour("against"),
+    grey = colour("faint"),
+    ground = getComputedStyle(document.body).backgroundColor;
+  const items = [
+    [{ fill: blue }, `towards ${plain(target.text, 12)}`],
+    [{ fill: orange }, `towards ${plain(contrast.text, 12)}`],
+    [{ fill: ground, stroke: blue }, "estimated from its edges"],
+    [{ fill: ground, stroke: grey }, "not measured"],
+    [null, "size: what D loses without the node; width of an edge: what D owes to it"],
+  ];
+  let x = PAD,
+    y = PAD + 6;
+  const drawn = items.map(([looks, text]) => {
+    const wide = (looks ? 14 : 0) + text.length * SMALL + 18;
+    if (x > PAD && x + wide > width) ((x = PAD), (y += LINE));
+    const at = x;
+    x += wide;
+    return [
+      looks && s("circle", { cx: at + 4, cy: y, r: 4.4, "stroke-width": 1.4, ...looks }),
+      s("text", { x: at + (looks ? 14 : 0), y: y + 4, fill: colour("soft"), "font-size": 12, "font-family": "sans-serif" }, text),
+    ];
+  });
+  return { drawing: s("g", {}, drawn), height: y + PAD + 6 };
+}
