@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
-    from bridge.explained import Explanation
-    from bridge.explanation import explain
+    from bridge.explain import explain
+    from bridge.explanation import Explanation
     from bridge.export import Exported, export, node_pages, to_networkx
     from bridge.frontier import Frontier
     from bridge.moves import Move
@@ -37,7 +37,7 @@ _HOME = {
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
-    "Explanation": "explained",
+    "Explanation": "explanation",
     "Exported": "export",
     "Faithfulness": "validate",
     "Frontier": "frontier",
@@ -53,7 +53,7 @@ _HOME = {
     "collect_nodes": "nodes",
     "describe_node": "node_page",
     "evaluate": "evaluate",
-    "explain": "explanation",
+    "explain": "explain",
     "export": "export",
     "fit": "coupling",
     "load": "coupling",
@@ -107,7 +107,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A package whose functions stay what they are when modules of their names (evaluate, export, steer, sweep) are imported."""
+    """A package whose functions stay what they are when modules of their names (explain, export, steer, ...) are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -208,6 +208,7 @@ class Coupling:
                 raise TypeError("fingerprint, name and place of its dense model are not texts")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
+        _check_numbers(folder, tensors, int(known["vocabulary"]))
         if not isinstance(dense, DenseModel):
             named = dense is None or isinstance(dense, (str, Path))
             try:
@@ -221,7 +222,9 @@ class Coupling:
             except DenseModelError as error:
                 if dense is not None:
                     raise
-                raise CheckpointError(f"dense model of {str(folder)!r} not found: {error}; or pass it as dense=...") from None
+                raise CheckpointError(
+                    f"dense model of {str(folder)!r} not found: {error}; or load it in Python with dense=..."
+                ) from None
         if dense.fingerprint() != fingerprint:
             raise CheckpointError(
                 f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}, weights "
@@ -297,6 +300,20 @@ recipe; `eval.json`, where present, how faithful it is.
     coupling = bridge.load("{title}")
     print(bridge.explain(coupling, "some prompt"))
 """
+
+
+def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) -> None:
+    """Raise CheckpointError for weights that are not finite, and for held-out text of tokens that there are not."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"the tensor {name} of {str(folder)!r} holds numbers that are not finite; fetch or fit it again"
+            )
+    text_bt = tensors.get("reference_bt")
+    if text_bt is not None and text_bt.numel() and not 0 <= int(text_bt.min()) <= int(text_bt.max()) < vocabulary:
+        raise CheckpointError(
+            f"the held-out text of {str(folder)!r} has tokens outside 0 to {vocabulary - 1}; fetch or fit it again"
+        )
 
 
 def folder_of(path: str | Path) -> Path:

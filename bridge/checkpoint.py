@@ -103,8 +103,10 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
     """The tensors and facts of a folder written by `write_folder`. Raises CheckpointError where they are missing or damaged."""
     path = Path(path)
     if not (path / f"{name}.json").is_file():
-        there = "holds no" if path.is_dir() else "does not exist, so there is no"
-        raise CheckpointError(f"{str(path)!r} {there} {name}.json; name a folder that `bridge fit` wrote")
+        missing = "is a file, not a folder with a" if path.exists() else "does not exist, so there is no"
+        there = "holds no" if path.is_dir() else missing
+        writer = {"coupling": "bridge fit", "circuit": "bridge circuit --out"}.get(name, "bridge")
+        raise CheckpointError(f"{str(path)!r} {there} {name}.json; name a folder that `{writer}` wrote")
     facts = read_json(path / f"{name}.json")
     try:
         file, digest = path / facts["tensors"]["file"], facts["tensors"]["sha256"]

@@ -31,6 +31,7 @@ from bridge.terminal import (
     seed_of,
     shipped_coupling,
     show_phase,
+    tell,
     terminal_width,
     usage_line,
 )
@@ -115,6 +116,12 @@ def fit(
     with one_line_errors():
         from bridge.recipe import RecipeError, parse_setting, recipe_values
 
+        if stretch is not None and not 0 <= stretch < float("inf"):
+            raise RecipeError(f"--stretch {stretch:g} is no number of minutes; give one, such as 9")
+        if resume and out is not None and (out / "coupling.json").is_file():
+            from bridge.training import check_resumable
+
+            check_resumable(out)
         values = recipe_values(
             recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
             adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
@@ -195,8 +202,8 @@ def explain(
     with one_line_errors():
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
-        from bridge.explained import Answered, Drawn, Explanation, render_answer, render_text
-        from bridge.explanation import explain as explain_prompt
+        from bridge.explain import explain as explain_prompt
+        from bridge.explanation import Answered, Drawn, Explanation, render_answer, render_text
         from bridge.page import described_nodes, page_data, render_html, write_page
 
         check_outputs(html=html, json=json)
@@ -206,17 +213,17 @@ def explain(
 
         def show(known: Answered | Drawn | Explanation) -> None:
             if isinstance(known, Answered) and not isinstance(known, Explanation):
-                print(f"{render_answer(known, width)}\n", flush=True)
+                tell(f"{render_answer(known, width)}\n")
 
         explanation = explain_prompt(
             coupling, prompt, target=target, contrast=contrast, card=card or counterfactual is not None,
             counterfactual=counterfactual, seed=seed, progress=note, stage=show,
         )  # fmt: skip
-        print(render_text(explanation, width, answer=False))
         if json is not None:
             write_json(json, explanation.to_json())
         if html is not None:
             write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
+        tell(render_text(explanation, width, answer=False))
         print_written(json, html)
 
 
@@ -229,11 +236,11 @@ def view(
 ) -> None:
     """Make a page of an explanation that was saved as JSON."""
     with one_line_errors():
-        from bridge.explained import read_explanation
+        from bridge.explanation import read_explanation
         from bridge.page import described_nodes, page_data, render_html, write_page
 
         read, nodes = read_explanation(explanation), {}
-        check_outputs(html=html)
+        check_outputs(html=html, read=[explanation])
         if bridge is not None:
             from bridge.bridges import Coupling
 
@@ -256,13 +263,17 @@ def export(
 ) -> None:
     """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
     with one_line_errors():
-        from bridge.explained import read_explanation
+        from bridge.explanation import read_explanation
         from bridge.export import export as export_to
         from bridge.export import pages_for
 
         explained = read_explanation(explanation)
+        if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
+            from bridge.recipe import UserError
+
+            raise UserError(f"--bridge {bridge!r} is for pages of features, which {to} has none of here; leave it out")
         if to != "circuit-tracer" and out.parent.is_dir():
-            check_outputs(out=out)
+            check_outputs(out=out, read=[explanation])
         else:
             check_outputs(out)
         pages = pages_for(explained, bridge) if to == "circuit-tracer" or features_url is not None else None
@@ -289,7 +300,7 @@ def steer(
     target: Annotated[str | None, typer.Option(help="Follow this token; default the answer to the prompt.")] = None,
     contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
-    draws: Annotated[int, typer.Option(help="Random directions beside.", min=1)] = 20,
+    draws: Annotated[int, typer.Option(help="Random directions beside.", min=1, max=1000)] = 20,
     seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
@@ -306,18 +317,18 @@ def steer(
         from bridge.steer_figure import render_steering, steering_plot
 
         check_strengths(strength or STRENGTHS)
-        check_outputs(svg=svg, json=json)
+        check_outputs(svg=svg, json=json, read=[explanation])
         coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
         text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
             coupling, text, moves, counterfactual=counterfactual, target=target, contrast=contrast,
             strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
         )  # fmt: skip
-        print(render_steering(steering, terminal_width()))
         if svg is not None:
             write_text(svg, steering_plot(steering))
         if json is not None:
             write_json(json, steering.to_json())
+        tell(render_steering(steering, terminal_width()))
         print_written(svg, json)
 
 
@@ -362,7 +373,7 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         code = app(prog_name="bridge", standalone_mode=False)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # not Typer's: its errors are of a class of click's or its own, by its version

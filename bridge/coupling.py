@@ -21,7 +21,7 @@ from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.evaluate import evaluate
-from bridge.explanation import explain
+from bridge.explain import explain
 from bridge.steer import steer
 
 P = ParamSpec("P")

@@ -24,7 +24,7 @@ import networkx as nx
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
-from bridge.explained import ExplainError, Explanation, check_coupling
+from bridge.explanation import ExplainError, Explanation, check_coupling
 from bridge.node_page import NodePage, describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.viewer_graph import ExportError, features_json, graph_json, origin, place
@@ -241,6 +241,8 @@ def _slug(explanation: Explanation) -> str:
 
 
 def _checked(role: str, text: str) -> str:
-    if _SLUG.fullmatch(text) is None or text == "graph-metadata":
+    if text == "graph-metadata":
+        raise ExportError(f"--{role} {text!r} is the name of the list of graphs, graph-metadata.json; give another")
+    if _SLUG.fullmatch(text) is None:
         raise ExportError(f"--{role} {text!r} cannot be one: letters, digits, _ . and -, at most 100, no dot in front; mend it")
     return text

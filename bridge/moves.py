@@ -38,7 +38,7 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import Node, recording_gate
 from bridge.circuits.result import TaskResult
-from bridge.explained import check_coupling, read_explanation
+from bridge.explanation import check_coupling, read_explanation
 from bridge.nodes import parse_node, sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.residual import Trace

@@ -23,7 +23,7 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, check_target, write_text
-from bridge.explained import Explanation, check_coupling
+from bridge.explanation import Explanation, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.explained import Answer, Token
-from bridge.explanation import one_token, prompt_tokens, token_of, top_answers
+from bridge.explain import one_token, prompt_tokens, token_of, top_answers
+from bridge.explanation import Answer, Token
 from bridge.moves import Move, Moved, Steerer, SteerError, carry, every_node, parse_move
 from bridge.residual import Trace
 
 STRENGTHS = tuple(place / 10 for place in range(11))
+MOST_DRAWS = 1000
 DRAWS = 20  # random directions
 TOKENS = 16  # that are generated
 _BATCH_TOKENS = 4096  # of rows that are carried at once
@@ -150,11 +151,14 @@ def steer(
     NodeError or ExplainError.
     """
     strengths = check_strengths(strengths)
-    if draws < 1:
-        raise SteerError(f"{draws} random directions are no control; give at least 1")
+    if not 1 <= draws <= MOST_DRAWS:
+        why = "no control" if draws < 1 else "more than are held at once"
+        raise SteerError(f"{draws:,} random directions are {why}; give 1 to {MOST_DRAWS:,}")
     dense, sizes = coupling.dense, coupling.sparse.locations()
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else prompt_tokens(coupling, counterfactual)
+    if other_t is not None and torch.equal(other_t, tokens_t):
+        raise SteerError("the counterfactual is the prompt itself; change what decides the answer")
     whole = moves is None
     if moves is None:
         if other_t is None:

@@ -24,6 +24,7 @@ from bridge.terminal import (
     sample_prompt,
     seed_of,
     shipped_coupling,
+    tell,
     terminal_width,
 )
 
@@ -104,7 +105,7 @@ def card(
         from bridge.circuits.search import WORK, Subjects
         from bridge.tasks.pairs import task_names
 
-        check_outputs(out, json=json)
+        check_outputs(out, json=json, read=[task])
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
         subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
         watch, cards = Phases(), []
@@ -112,7 +113,7 @@ def card(
             subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
         ):
             watch.end()
-            print(f"{text}\n", flush=True)
+            tell(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
         if json is not None:
             write_json(json, cards if len(wanted) > 1 else cards[0])
@@ -279,7 +280,8 @@ def nodes(
         if not chosen:
             print(render_summary(facts))
             print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
-            print(f"next: bridge nodes --bridge {name} --node '0.mlp_act[0]'")
+            kept_at = "" if out is None else f" --out {out}"
+            print(f"next: bridge nodes --bridge {name}{kept_at} --node '0.mlp_act[0]'")
         if json is not None:
             write_json(json, pages)
             print_written(json)
@@ -307,7 +309,7 @@ def tasks(
             raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
         if bridge is not None and dense is not None:
             raise TaskError("--bridge and --dense were both given; a coupling has its own dense model, give one of them")
-        check_outputs(json=json)
+        check_outputs(json=json, read=names or [])
         chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
         chosen = [task for task in chosen if language in (None, task.language)]
         if not chosen:

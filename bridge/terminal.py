@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -64,9 +65,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, RunError) as error:
         refuse(str(error), 2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
     except OSError as error:
         if not error.filename:
-            refuse(f"{error.strerror or error} (no file named)", 2)
+            refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
         refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
 
 
@@ -87,15 +91,32 @@ def usage_line(error: Any) -> str:
     return f"{text[0].lower()}{text[1:]}{more}"
 
 
-def check_outputs(folder: Path | None = None, **files: Path | None) -> None:
-    """Refuse an --out folder, or files by the name of their option, that cannot be written: before the work, not after it."""
-    from bridge.checkpoint import check_folder, check_target
+def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | None] = (), **files: Path | None) -> None:
+    """Refuse an --out folder, or files by the name of their option, that cannot be written: before the work, not after it.
+
+    So is a file that two options name, or that the command reads.
+    """
+    from bridge.checkpoint import CheckpointError, check_folder, check_target
 
     if folder is not None:
         check_folder(folder)
+    taken = {Path(file).resolve(): "what is read" for file in read if file is not None and Path(file).is_file()}
     for name, file in files.items():
-        if file is not None:
-            check_target(file, f"--{name}")
+        if file is None:
+            continue
+        check_target(file, f"--{name}")
+        if file.exists() and not file.is_file():
+            continue  # a pipe or a device may be written to twice
+        if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":
+            raise CheckpointError(f"--{name} {str(file)!r} is {other} too, and would replace it; name another file")
+
+
+def tell(text: str = "") -> None:
+    """Print, and go on where the reader has left: what is to be written is written all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_written(*files: Path | None) -> None:

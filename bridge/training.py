@@ -30,7 +30,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -52,6 +54,7 @@ from bridge.start import Started, start_from_coupling, start_from_dense
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+WORST = 2  # the same of the model that is to be written, on one row of text
 
 
 _TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature", "splice"))
@@ -116,8 +119,8 @@ def prepare(
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
     """
     out = None if out is None else Path(out)
-    if resume and out is not None and (out / "coupling.json").exists():
-        raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
+    if resume and out is not None:
+        check_resumable(out)
     begun = out is not None and (out / "training.json").exists()
     if out is not None and not (resume and (begun or (out / "log.jsonl").exists())):
         check_new(out)
@@ -140,6 +143,10 @@ def prepare(
     )
     recipe = resolve_for(dense, recipe)
     assert recipe.data.context is not None
+    if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
+        raise RecipeError(
+            f"this fit needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}; lower --width or data.rows"
+        )
     coupling = new_coupling(dense, recipe)
     kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
     if minimum:  # what the last projection would refuse is refused now
@@ -163,6 +170,15 @@ def prepare(
     if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
         coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
+
+
+def check_resumable(out: Path) -> None:
+    """Raise CheckpointError where a folder is that of a finished run, or holds something that is no run."""
+    if (out / "coupling.json").exists():
+        raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
+    begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {str(out)!r} holds no run to resume; name the folder of one, or a new one")
 
 
 def fit(
@@ -351,6 +367,7 @@ def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupli
     path = None if out is None else str(out)
     reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
     coupling = replace(coupling, reference_bt=reference_bt, path=path)
+    _check_sound(coupling, out)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
         for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):
@@ -505,10 +522,25 @@ def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out
         raise FitError(_what_to_try(what, progress.step, out))
 
 
-def _what_to_try(what: str, step: int, out: Path | None) -> str:
+@torch.no_grad()
+def _check_sound(coupling: Coupling, out: Path | None) -> None:
+    """Raise FitError where the last step has left a model that answers worse than guessing, or with what is no number."""
+    assert coupling.reference_bt is not None
+    row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
+    trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)
+    ce = float(F.cross_entropy(trace.logits_btv[0, :-1].float(), row_1t[0, 1:])) if row_1t.shape[1] > 1 else 0.0
+    crossed = [coupling.bridges[site].decode(x_bts) for site, x_bts in enumerate(trace.residuals)]
+    crossed += [coupling.bridges[site].encode(h_btd) for site, h_btd in enumerate(truth.residuals)]
+    if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= WORST * uniform:
+        what = f"what was fitted answers with {ce:.2f} nats on held-out text (guessing: {uniform:.2f}), or with what is no number"
+        raise FitError(_what_to_try(what, "the end", out))
+
+
+def _what_to_try(what: str, step: int | str, out: Path | None) -> str:
+    at = step if isinstance(step, str) else f"step {step}"
     kept = f" The last good state is in {out} (--resume)." if out is not None and (out / "training.json").exists() else ""
     return (
-        f"stopped at step {step}: {what}.{kept} Try a lower rate (--set optimizer.rate=..., --set optimizer.bridge_rate=...), or "
+        f"stopped at {at}: {what}.{kept} Try a lower rate (--set optimizer.rate=..., --set optimizer.bridge_rate=...), or "
         "--dtype float32 if it was bfloat16"
     )
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explained import ExplainedNode, Explanation, Token
+from bridge.explanation import ExplainedNode, Explanation, Token
 from bridge.node_page import Excerpt, NodePage
 from bridge.recipe import UserError
 from bridge.sparse import ATTENTION_KINDS, MLP_KINDS

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -231,13 +232,13 @@ def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
 def test_a_missing_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
     shutil.rmtree(folder.parent / "dense")
     edit(folder, lambda facts: facts["dense"].update(name="no/such-model"))
-    assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or pass it as dense=\.\.\.")
+    assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or load it in Python with dense=\.\.\.")
     assert_same_function(bridge.load(folder, dense=tiny_gpt2()), saved)
 
 
 def test_a_live_model_has_to_be_passed(dense: DenseModel, coupling: Coupling, tmp_path: Path) -> None:
     coupling.save_pretrained(tmp_path / "it")
-    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or pass it as dense=\.\.\.")
+    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or load it in Python with dense=\.\.\.")
     for given in (tiny_gpt2(), dense):
         found = bridge.load(tmp_path / "it", dense=given, tokenizer=tiny_tokenizer())
         assert_same_function(found, coupling)
@@ -259,9 +260,26 @@ def lose_nonzeros(folder: Path) -> None:
     write_folder(folder, "coupling", {key: value for key, value in tensors.items() if key != "sparse.embedding.values"}, facts)
 
 
+def replace_a_number(name: str, number: float) -> Callable[[Path], None]:
+    """The folder with the first number of a tensor replaced, digests and all."""
+
+    def damage(folder: Path) -> None:
+        from bridge.checkpoint import read_folder, write_folder
+
+        tensors, facts = read_folder(folder, "coupling")
+        tensors[name].view(-1)[0] = number
+        write_folder(folder, "coupling", tensors, facts)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
+        (replace_a_number("sparse.embedding.values", float("nan")), "sparse.embedding.values of .* not finite"),
+        (replace_a_number("bridges.at_site.0.decoder.weight", float("inf")), "decoder.weight of .* not finite"),
+        (replace_a_number("reference_bt", VOCABULARY), f"has tokens outside 0 to {VOCABULARY - 1}"),
+        (replace_a_number("reference_bt", -1), f"has tokens outside 0 to {VOCABULARY - 1}"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "damaged"),
         (lambda folder: (folder / "coupling.json").unlink(), "holds no coupling.json"),
         (lose_a_tensor, "do not fit its recipe"),

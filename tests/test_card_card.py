@@ -88,7 +88,7 @@ def test_a_null_that_passes_is_said_aloud() -> None:
     assert "PASSES: the method fails" in render_card(card)
     partly = replace(GOOD, nulls=(null("uncoupled", swap=True), *ALL_FAIL[1:]))
     assert partly.verdict == "mechanistic support"
-    assert "passes counterfactual transport too, so that alone is no evidence" in partly.reasons[1]
+    assert "passes counterfactual transport on 1 of 1 tasks too, so that alone is no evidence" in partly.reasons[1]
 
 
 def test_a_prompt_has_no_mechanistic_support() -> None:

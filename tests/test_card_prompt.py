@@ -7,8 +7,8 @@ from test_explanation import PROMPT, agreeing
 
 from bridge.card.card import CardError
 from bridge.dense import DenseModel
-from bridge.explained import Explanation, render_text
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Explanation, render_text
 
 OTHER = PROMPT.rsplit(" ", 1)[0] + " w20"
 

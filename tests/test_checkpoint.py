@@ -188,10 +188,13 @@ def test_a_wrong_file_with_the_right_digest_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no pair\.json; name a folder that `bridge fit` wrote"):
-        read_folder(tmp_path, "pair")
+    with pytest.raises(CheckpointError, match=r"holds no coupling\.json; name a folder that `bridge fit` wrote"):
+        read_folder(tmp_path, "coupling")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_folder(tmp_path / "nowhere", "pair")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"is a file, not a folder with a circuit\.json; .*`bridge circuit --out` wrote"):
+        read_folder(tmp_path / "file", "circuit")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

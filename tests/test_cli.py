@@ -328,7 +328,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     ("to", "path"), [("circuit-tracer", "file"), ("graphml", "."), ("graphml", "file/x"), ("neuronpedia", "file/x")]
 )
 def test_export_looks_where_to_first(place: Path, monkeypatch: pytest.MonkeyPatch, to: str, path: str) -> None:
-    monkeypatch.setattr("bridge.explained.read_explanation", lambda _: None)
+    monkeypatch.setattr("bridge.explanation.read_explanation", lambda _: None)
     (place / "file").write_text("mine")
     assert_refused(run("export", "x.json", "--to", to, "--out", path), f"--out {path!r} cannot be ")
 
@@ -444,6 +444,41 @@ def test_a_damaged_coupling_is_refused(tmp_path: Path) -> None:
     assert_refused(run("explain", "--bridge", folder, "--prompt", "w3 w5"), "is damaged: its content is not what was written")
     assert_refused(run("eval", tmp_path / "nowhere"), "does not exist")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_file_is_not_written_twice_or_over_what_is_read(fitted: tuple[Path, Result], place: Path) -> None:
+    assert_refused(run("explain", "--bridge", fitted[0], "--prompt", "w3", "--json", "x", "--html", "./x"), "is --html too")
+    file = own_task(place)
+    before = file.read_bytes()
+    assert_refused(run("tasks", file, "--bridge", fitted[0], "--json", file), "is what is read too, and would replace it")
+    read = place / "explanation.json"
+    read.write_text("{}")
+    for command in (["export", read, "--to", "graphml", "--out", read], ["view", read, "--html", read]):
+        assert run(*command).exit_code == 2 and read.read_text() == "{}"
+    assert file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_is_written_though_nobody_reads(fitted: tuple[Path, Result], tmp_path: Path) -> None:
+    out, words = tmp_path / "out.json", "--prompt 'w3 w5' --device cpu"
+    command = f"{sys.executable} -m bridge.cli explain --bridge {fitted[0]} {words} --json {out} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.stderr == "" and json.loads(out.read_text())["prompt"] == "w3 w5"
+
+
+def test_a_fit_that_cannot_fit_is_refused_before_it_begins(dense_folder: Path, text_file: Path, place: Path) -> None:
+    options = ("--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", place / "run", "--device", "cpu")
+    assert_refused(run("fit", dense_folder, *options, "--width", 10**8), "lower --width or data.rows")
+    assert_refused(run("fit", dense_folder, *options, "--stretch", "nan"), "--stretch nan is no number of minutes")
+    assert not list(place.iterdir())
+
+
+def test_what_has_diverged_is_not_written(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["--set", "optimizer.rate=1e30", "--set", "refit.slopes=0", "--set", "optimizer.warmup=0"]
+    result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 40, "--out", out, *TINY, *settings)
+    assert result.exit_code == 1 and "stopped at the end: what was fitted answers with" in result.stderr, result.output
+    assert not (out / "coupling.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from conftest import VOCABULARY
 from test_explanation import PROMPT, agreeing
 
 from bridge.dense import DenseModel
-from bridge.explained import FORMAT, ExplainError, Explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import FORMAT, ExplainError, Explanation
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "explanation-json.md"
 WRITTEN_OUT = {  # properties that stand in the JSON beside the fields

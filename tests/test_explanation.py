@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explained import Answered, Drawn, ExplainedNode, ExplainError, Explanation, render_answer, render_text
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Answered, Drawn, ExplainedNode, ExplainError, Explanation, render_answer, render_text
 from bridge.recipe import UserError
 from bridge.sparse import Location
 from tests.conftest import CONTEXT, tiny_gpt2, untrained
@@ -115,7 +116,7 @@ def test_nodes_tell_what_their_deletion_does(explanation: Explanation, coupled: 
 def test_in_a_large_circuit_only_the_nodes_that_matter_most_are_measured(
     coupled: Coupling, explanation: Explanation, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("bridge.explanation.DELETED_TOKENS", 3 * len(explanation.tokens))
+    monkeypatch.setattr(importlib.import_module("bridge.explain"), "DELETED_TOKENS", 3 * len(explanation.tokens))
     some = explain(coupled, PROMPT)
     measured = [node for node in some.nodes if node.effect is not None]
     assert len(measured) == 6 < len(some.nodes) == len(explanation.nodes)

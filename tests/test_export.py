@@ -21,8 +21,8 @@ from test_explanation import PROMPT, agreeing
 from bridge import viewer_graph
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
-from bridge.explained import ExplainError, Explanation, Token
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import ExplainError, Explanation, Token
 from bridge.export import ExportError, export, node_pages, to_networkx
 from bridge.node_page import NodePage
 from bridge.nodes import collect_nodes
@@ -374,7 +374,7 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
         (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
         *((explanation, {"slug": slug}, f"--slug {slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
-        (explanation, {"slug": "graph-metadata"}, "--slug 'graph-metadata' cannot be one"),
+        (explanation, {"slug": "graph-metadata"}, "--slug 'graph-metadata' is the name of the list of graphs"),
         (explanation, {"to": "neuronpedia"}, "Neuronpedia files graphs under its own ids of models"),
         (explanation, {**neuronpedia, "scan": "a/b"}, "--scan 'a/b' cannot be one"),
         (explanation, {"scan": "gpt2-small"}, "--scan and --features-url are Neuronpedia's"),

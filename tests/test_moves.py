@@ -12,7 +12,7 @@ from torch import Tensor
 from bridge.bridges import Bridges, Coupling
 from bridge.circuit import Node
 from bridge.dense import DenseModel
-from bridge.explained import ExplainError
+from bridge.explanation import ExplainError
 from bridge.moves import Move, Steerer, SteerError, carry, chosen_moves, every_node, parse_move
 from bridge.nodes import NodeError
 from bridge.residual import Enter

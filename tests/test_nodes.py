@@ -27,8 +27,8 @@ from bridge.circuits.subject import SparseSubject
 from bridge.cli import app
 from bridge.dense import DenseModel, load_dense
 from bridge.endpoint import KEY, Descriptions, Endpoint, EndpointError
-from bridge.explained import Explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Explanation
 from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_of
 from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts, token_text
 from bridge.sparse import Location

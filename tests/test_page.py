@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -24,8 +25,8 @@ from bridge import checkpoint
 from bridge.bridges import Coupling
 from bridge.cli import app
 from bridge.dense import DenseModel
-from bridge.explained import Answered, Explanation, read_explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Answered, Explanation, read_explanation
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
 from bridge.validate import KL_KEPT, SHARE_OFF, Measure
@@ -321,7 +322,7 @@ def test_explain_writes_a_page(explained: tuple[Coupling, Explanation], tmp_path
         stage(explained[1])
         return explained[1]
 
-    monkeypatch.setattr("bridge.explanation.explain", staged)
+    monkeypatch.setattr(importlib.import_module("bridge.explain"), "explain", staged)
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["explain", "--prompt", PROMPT, "--bridge", "here", "--html", str(page), "--device", "cpu"])
     assert result.exit_code == 0 and result.stdout.endswith(f"\nwrote {page}\n")

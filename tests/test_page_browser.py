@@ -17,7 +17,7 @@ from explained import hostile, made_up
 from test_server import OTHER, PATIENCE, PROMPT, Carded, until
 
 from bridge.bridges import Coupling
-from bridge.explanation import explain
+from bridge.explain import explain
 from bridge.page import render_html
 from bridge.server.app import create_app
 from bridge.server.library import Library

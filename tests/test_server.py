@@ -33,8 +33,8 @@ from bridge.circuits.result import Size, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
 from bridge.dense import DenseModel
-from bridge.explained import Explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Explanation
 from bridge.recipe import UserError
 from bridge.server.app import create_app
 from bridge.server.library import LONGEST_LABEL, Library

@@ -28,8 +28,8 @@ from schemathesis.checks import CHECKS
 from test_server import Held, ask, client_of, over, until
 
 from bridge.bridges import Coupling
-from bridge.explained import Explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Explanation
 from bridge.server import run
 from bridge.server.app import create_app
 from bridge.server.library import Library

@@ -15,8 +15,8 @@ from test_page_browser import CHROMIUM, WIDE, Watched, playwright, serving
 from test_server import HOSTILE, OTHER, PATIENCE, PROMPT
 
 from bridge.bridges import Coupling
-from bridge.explained import Explanation
-from bridge.explanation import explain
+from bridge.explain import explain
+from bridge.explanation import Explanation
 from bridge.server.library import Library
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")

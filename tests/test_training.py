@@ -486,7 +486,7 @@ def test_resume_starts_a_run_that_never_saved(dense_folder: Path, text_file: Pat
     assert [line["step"] for line in logged(out)] == list(range(1, STEPS + 1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(CheckpointError, match="exists and is not empty"):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
         prepare(dense_folder, values(text_file), out=tmp_path / "mine", resume=True, device="cpu")
 
 

@@ -193,7 +193,11 @@ class Card:
                 sentences.append(f"The null {null.name!r} PASSES, which is a failure of the method: these tests prove nothing.")
                 continue
             touched: list[Test] = [test for test in TESTS[1:] if (null.name, test) not in UNTOUCHED]
-            alone = [TITLES[test][2:] for test in touched if null.passing(test) and self.holds(test) is True]
+            alone = [
+                f"{TITLES[test][2:]} on {null.passing(test)} of {len(null.tasks)} tasks"
+                for test in touched
+                if null.passing(test) and self.holds(test) is True
+            ]
             if alone:
                 sentences.append(f"The null {null.name!r} passes {_listed(alone)} too, so that alone is no evidence.")
         return tuple(sentences)

@@ -34,8 +34,8 @@ from starlette.exceptions import HTTPException
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens
 from bridge.checkpoint import CheckpointError
-from bridge.explained import Explanation
-from bridge.explanation import explain, one_token, prompt_tokens
+from bridge.explain import explain, one_token, prompt_tokens
+from bridge.explanation import Explanation
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema

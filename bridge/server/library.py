@@ -19,9 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json
+from bridge.nodes import NodeError, parse_node
 from bridge.recipe import UserError, resolve
+from bridge.sparse import Location, SparseTransformer
 
 DEPTH = 3  # of folders below a root
 MOST_LISTED = 500
@@ -126,7 +130,10 @@ class Library:
         Raises LabelError, NotListedError, or CheckpointError where the file cannot be read or written.
         """
         _, folder = self.coupling(name)
-        checked = {_node_name(node): _label(node, text) for node, text in given.items()}
+        if len(given) > MOST_LABELS:
+            raise LabelError(f"that would be {len(given):,} labels, and {MOST_LABELS:,} are kept; drop some")
+        sizes = _sizes(folder)
+        checked = {_node_name(node, sizes): _label(node, text) for node, text in given.items()}
         with self._writing:
             labels = {node: text for node, text in {**(_labels(folder) if others else {}), **checked}.items() if text}
             if len(labels) > MOST_LABELS:
@@ -199,7 +206,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except CheckpointError as error:
-        raise CheckpointError(_without_folders(str(error))) from None
+        text = _without_folders(str(error))
+        mend = "mend it, or move it away" if path.name == LABELS else "fetch or fit it again"
+        raise CheckpointError(text.replace("fetch or fit it again", mend)) from None
 
 
 def _without_folders(text: str) -> str:
@@ -219,10 +228,21 @@ def _labels(folder: Path) -> dict[str, str]:
     return values
 
 
-def _node_name(name: str) -> str:
+def _sizes(folder: Path) -> Mapping[Location, int]:
+    """The node locations of a coupling, by what its JSON says of its shape."""
+    facts = _read(folder / "coupling.json")
+    with torch.device("meta"):
+        shape = resolve(facts["recipe"]).sparse
+        return SparseTransformer(shape, tuple(facts["dense"]["sublayers"]), 1, 1).locations()
+
+
+def _node_name(name: str, sizes: Mapping[Location, int]) -> str:
     if not _NODE.fullmatch(name):
         raise LabelError(f"{name[:80]!r} names no node; write layer, kind and channel as in L1.mlp_act[37]")
-    return name
+    try:
+        return parse_node(name, sizes).name if name.startswith("L") else name  # the embedding's channels are of no layer
+    except NodeError as error:
+        raise LabelError(str(error)) from None
 
 
 def _label(node: str, text: str) -> str:

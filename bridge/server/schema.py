@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bridge.circuits.judge import TaskFaithfulness
 from bridge.circuits.result import TaskFacts
-from bridge.explained import Answer, Explanation
+from bridge.explanation import Answer, Explanation
 from bridge.server.jobs import Asked, Job, Status
 
 LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, befor
 import torch
 
 import bridge
-from bridge.explained import Answered, Drawn, Explanation
+from bridge.explanation import Answered, Drawn, Explanation
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge"
 PROMPTS = (
