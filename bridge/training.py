@@ -359,11 +359,11 @@ def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupli
     coupling, out = run.coupling, run.out
     native.release(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
-    coupling.sparse.use_products()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
-    if coupling.recipe.losses.coupled:
+    if coupling.recipe.losses.coupled:  # in dense arithmetic: which products are faster is measured, and sums differ by it
         refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
+    coupling.sparse.use_products()
     path = None if out is None else str(out)
     reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
     coupling = replace(coupling, reference_bt=reference_bt, path=path)
