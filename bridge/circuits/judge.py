@@ -156,7 +156,7 @@ def judge(
     say(f"judging: {TRIED_NODES} nodes one by one")
     minimal = _minimality(_few(held_out), judged, random_cf, generator)
     note = "" if dense is None else f"the dense model {dense.accuracy:.3f}"
-    chance = Control("chance", 1, 0.5, 0.5, "bar")
+    chance = Control("chance", 1, 0.5, 0.5, "it")
     return TaskFaithfulness(
         solved=Measure(
             "accuracy of the sparse model", scores.accuracy, chance, f">= {SOLVED:g}", scores.accuracy >= SOLVED, note

@@ -305,4 +305,4 @@ def _evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 100 or (value == int(value) and abs(value) >= 10) else f"{value:.3f}"
