@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bridge.circuit import Ablations
-from bridge.prune import Alone, fewest, ranks
+from bridge.fewest import fewest, ranks
+from bridge.prune import Alone
 
 BOUNDS = (0.8, 0.4, 0.2, 0.1)  # of the levels below the whole circuit, whose own bound is half the last
 

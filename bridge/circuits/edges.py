@@ -35,8 +35,8 @@ from bridge.circuit import Edge, Node
 from bridge.circuits.descent import descend
 from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, backward, drawn
 from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject, Subject
+from bridge.fewest import deleted, fewest
 from bridge.kernels.products import Compact, source_of
-from bridge.prune import deleted, fewest
 from bridge.sparse import Location
 
 STEPS, FEWEST_STEPS = 300, 30

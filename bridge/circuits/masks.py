@@ -40,7 +40,7 @@ from torch import Tensor
 
 from bridge.circuits.descent import descend
 from bridge.circuits.subject import Subject, in_order, masked_gate, recorded
-from bridge.prune import deleted, fewest, ranks
+from bridge.fewest import deleted, fewest, ranks
 from bridge.recipe import UserError
 from bridge.tasks.tokens import TokenPairs
 

@@ -54,9 +54,9 @@ from bridge.circuits.masks import (
 from bridge.circuits.parts import Parts
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
+from bridge.fewest import deleted, fewest, ranks
 from bridge.meanwhile import meanwhile
 from bridge.nodes import sparse_fingerprint
-from bridge.prune import deleted, fewest, ranks
 from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
