@@ -19,6 +19,7 @@ Shape legend: b batch row, r masked copy of one prompt, t token, n nodes of a lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -351,8 +352,19 @@ class Ablations:
 
     def kl(self, logits_rv: Tensor) -> Tensor:
         """KL(S, .) of the next-token distribution at the last position, in nats."""
-        whole_v, other_rv = self.logits_v.log_softmax(-1), logits_rv.log_softmax(-1)
-        return (whole_v.exp() * (whole_v - other_rv)).sum(-1)
+        return kl(self.logits_v, logits_rv)
+
+    @cached_property
+    def answer(self) -> float:
+        """D of the whole sparse model, kept away from 0 so that shares of it are finite."""
+        answer = float(self.question.difference(self.logits_v))
+        return answer if abs(answer) >= 1e-3 else math.copysign(1e-3, answer)
+
+
+def kl(from_v: Tensor, to_v: Tensor) -> Tensor:
+    """KL of next-token distributions by their logits, in nats, over any leading axes."""
+    from_v, to_v = from_v.log_softmax(-1), to_v.log_softmax(-1)
+    return (from_v.exp() * (from_v - to_v)).sum(-1)
 
 
 def check_means(locations: Iterable[Location], means: Mapping[Location, Tensor]) -> None:

@@ -49,6 +49,15 @@ def ranks(candidates_f: Tensor, worth_f: Tensor) -> Tensor:
     return torch.empty_like(order_f).index_copy_(0, order_f, torch.arange(len(order_f), device=order_f.device))
 
 
+def bisected(good: Callable[[Tensor], bool], kept_cf: Tensor) -> int:
+    """For `first_good` where one measurement is dear: the first that is good where the one before is not, by bisection."""
+    low, high = -1, len(kept_cf)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(kept_cf[middle]) else (middle, high)
+    return high
+
+
 def fewest(judge: Judge, core_f: Tensor, ranked_k: Tensor, guess: int) -> Tensor:
     """The core and the first few of ranked_k: as few as are found to meet the bounds, which all of them are taken to do."""
     low, high = -1, len(ranked_k)  # low does not meet them, high does

@@ -51,8 +51,6 @@ def nested_circuits(ablations: Ablations, kept_f: Tensor) -> tuple[tuple[Level, 
         if int(smaller_f.sum()) < len(order_k):
             within.insert(0, smaller_f)
     logits_lv = ablations.logits(torch.stack(within))
-    answer = float(ablations.question.difference(ablations.logits_v))
-    answer = answer if abs(answer) >= 1e-3 else (1e-3 if answer >= 0 else -1e-3)
     values = zip(within, ablations.kl(logits_lv).tolist(), ablations.question.difference(logits_lv).tolist(), strict=True)
-    levels = tuple(Level(int(each_f.sum()), kl, difference / answer) for each_f, kl, difference in values)
+    levels = tuple(Level(int(each_f.sum()), kl, difference / ablations.answer) for each_f, kl, difference in values)
     return levels, (~torch.stack(within)).sum(0)

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from bridge.attention import variation
 from bridge.bridges import Coupling
-from bridge.circuit import Ablations, Circuit, ablation_gate, recording_gate
+from bridge.circuit import Ablations, Circuit, ablation_gate, kl, recording_gate
 from bridge.prune import reachable
 from bridge.sparse import Gate, Location
 from bridge.transport import Change, run_changed
@@ -217,7 +217,7 @@ def validate(
 def _agreement(coupling: Coupling, ablations: Ablations, reference_bt: Tensor) -> Measure:
     question, device = ablations.question, ablations.tokens_1t.device
     dense_v = coupling.dense.run(ablations.tokens_1t).logits_btv[0, -1].float()
-    value = float(_kl(dense_v, ablations.logits_v))
+    value = float(kl(dense_v, ablations.logits_v))
     text_bt = reference_bt[:CORPUS_ROWS].to(device)
     control = coupling.once("agreement", text_bt, lambda: _agreement_on(coupling, text_bt))
     difference = float(question.difference(dense_v)), float(question.difference(ablations.logits_v))
@@ -233,7 +233,7 @@ def _agreement_on(coupling: Coupling, text_bt: Tensor) -> Control:
     corpus = []
     for rows_bt in text_bt.split(2):
         dense_btv, sparse_btv = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt).logits_btv
-        corpus.append(_kl(dense_btv, sparse_btv).flatten())
+        corpus.append(kl(dense_btv, sparse_btv).flatten())
     corpus_n = torch.cat(corpus)
     return Control("text", len(corpus_n), float(corpus_n.mean()), float(corpus_n.quantile(0.9)), "90%")
 
@@ -270,7 +270,7 @@ def _random_circuits(ablations: Ablations, kept_f: Tensor, generator: torch.Gene
 def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tuple[Measure, Measure]:
     logits_rv = ablations.logits(torch.cat([kept_f[None], random_cf]))
     (kl, *kl_random), (share, *share_random) = ablations.kl(logits_rv).tolist(), _shares(ablations, logits_rv)
-    answer = _answer(ablations)
+    answer = ablations.answer
 
     def near(share: float) -> bool:
         return abs(share - 1) * abs(answer) <= SHARE_OFF * max(abs(answer), 1)
@@ -384,14 +384,8 @@ def _closest_to_1(shares: list[float]) -> float:
     return min(shares, key=lambda share: abs(share - 1))
 
 
-def _answer(ablations: Ablations) -> float:
-    """D of the whole sparse model, kept away from 0 so that shares of it are finite."""
-    answer = float(ablations.question.difference(ablations.logits_v))
-    return answer if abs(answer) >= 1e-3 else (1e-3 if answer >= 0 else -1e-3)
-
-
 def _shares(ablations: Ablations, logits_rv: Tensor) -> list[float]:
-    return (ablations.question.difference(logits_rv) / _answer(ablations)).tolist()
+    return (ablations.question.difference(logits_rv) / ablations.answer).tolist()
 
 
 def _profile_nodes(ablations: Ablations, kept_f: Tensor, generator: torch.Generator) -> Tensor:
@@ -479,8 +473,3 @@ def permuted_null(
         here = np.flatnonzero(site_p == site)
         permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
     return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))
-
-
-def _kl(from_v: Tensor, to_v: Tensor) -> Tensor:
-    from_v, to_v = from_v.log_softmax(-1), to_v.log_softmax(-1)
-    return (from_v.exp() * (from_v - to_v)).sum(-1)

@@ -10,8 +10,9 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
 from torch import Tensor
 
+from bridge.circuit import kl
 from bridge.circuits.judge import Judged, TaskFaithfulness, expected_overlap, judge, random_circuits
-from bridge.circuits.masks import Aim, Goal, kl
+from bridge.circuits.masks import Aim, Goal
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.sparse import Location

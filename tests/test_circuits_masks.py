@@ -7,7 +7,8 @@ import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
-from bridge.circuits.masks import Aim, Goal, MaskError, NodeLessons, divided, drawn, find_nodes, kl, masked_loss, spread
+from bridge.circuit import kl
+from bridge.circuits.masks import Aim, Goal, MaskError, NodeLessons, divided, drawn, find_nodes, masked_loss, spread
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 from bridge.sparse import Location

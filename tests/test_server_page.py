@@ -146,8 +146,9 @@ def test_the_list_tells_where_each_is_and_what_was_asked(page: Any, served: tupl
     page.evaluate("document.activeElement.id = 'held'")
     clock = first.locator(".state small")
     before = clock.inner_text()
-    page.wait_for_timeout(2200)
-    assert clock.inner_text() != before and page.evaluate("document.activeElement.id") == "held"  # changed in place
+    shown = "document.querySelectorAll('#jobs > li')[2].querySelector('.state small').innerText"
+    page.wait_for_function(f"before => {shown} != before", arg=before)
+    assert page.evaluate("document.activeElement.id") == "held"  # changed in place
     page.keyboard.press("Enter")
     first.locator(".state", has_text="stopping").wait_for()
     assert "Stops when this phase ends: deletions: 2,971" in first.inner_text() and first.get_by_role("button").count() == 0

@@ -373,7 +373,7 @@ def jsonl(**changes: Any) -> str:
         ("1" * 5000 + "\n", "line 1: not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
         ("[" * 100_000 + "\n", "line 1: not JSON (maximum recursion depth exceeded"),
         ("", "has no examples; give one per line"),
-        (jsonl(), "has 1 examples, too few to split in three; add some, or give each a split"),
+        (jsonl(), "has 1 example, too few to split in three; add some, or give each a split"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ _READER = TypeAdapter(Card)
 _REASONS: Mapping[CardVerdict, str] = {
     "no explanation": "The two models answer differently, so the circuit explains nothing of the dense one.",
     "refuted": "The circuit is not sufficient in the sparse model, so it is no explanation of it, nor of the dense model.",
-    "undecided": "Whether the circuit is sufficient in the sparse model could not be measured.",
+    "undecided": "Something that the verdict needs could not be measured in the sparse model.",
     "behavioural": "The circuit is sufficient in the sparse model; that the dense model does likewise is not shown.",
     "representational": "The circuit is sufficient in the sparse model, and its nodes' changes change the dense model's answer.",
     "mechanistic support": "All four tests on the dense model hold, no null passes, and seeds agree.",

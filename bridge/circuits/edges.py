@@ -35,7 +35,7 @@ from bridge.circuit import Edge, Node
 from bridge.circuits.descent import descend
 from bridge.circuits.masks import GIVEN_UP, ROWS, Goal, backward, drawn
 from bridge.circuits.subject import ATTENDED, Matrix, SparseSubject, Subject
-from bridge.fewest import deleted, fewest
+from bridge.fewest import bisected, deleted, fewest
 from bridge.kernels.products import Compact, source_of
 from bridge.sparse import Location
 
@@ -208,11 +208,7 @@ class EdgeGoal:
 
     def first_good(self, kept_cf: Tensor) -> int:
         """The first of some sets of edges, smaller ones first, that is within the bound where the one before is not."""
-        low, high = -1, len(kept_cf)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.loss(kept_cf[middle]) <= self.bound else (middle, high)
-        return high
+        return bisected(lambda kept_e: self.loss(kept_e) <= self.bound, kept_cf)
 
     def slopes(self, kept_e: Tensor) -> Tensor:
         """slope_e of the loss at some of the edges."""

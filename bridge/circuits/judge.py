@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from bridge.attention import variation
-from bridge.circuit import NodeSpace
-from bridge.circuits.masks import Goal, kl, random_company, switched_on
+from bridge.circuit import NodeSpace, kl
+from bridge.circuits.masks import Goal, random_company, switched_on
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores

@@ -38,9 +38,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bridge.circuit import kl
 from bridge.circuits.descent import descend
 from bridge.circuits.subject import Subject, in_order, masked_gate, recorded
-from bridge.fewest import deleted, fewest, ranks
+from bridge.fewest import bisected, deleted, fewest, ranks
 from bridge.recipe import UserError
 from bridge.tasks.tokens import TokenPairs
 
@@ -171,11 +172,7 @@ class Goal:
 
     def first_good(self, kept_cf: Tensor) -> int:
         """The first of some circuits, smaller ones first, that is within the bound where the one before is not; by bisection."""
-        low, high = -1, len(kept_cf)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if float(self.loss(kept_cf[middle][None])) <= self.bound else (middle, high)
-        return high
+        return bisected(lambda kept_f: float(self.loss(kept_f[None])) <= self.bound, kept_cf)
 
     def cost(self, n: int) -> float:
         """The work of `without`: every node deleted alone on a few prompts, or a slope where that would take too much."""
@@ -247,12 +244,6 @@ def slopes_on(goal: Goal, kept_f: Tensor, parts: Sequence[tuple[Tensor, Tensor]]
 def random_company(rows: int, size: int, generator: torch.Generator) -> Tensor:
     """company_bf: for every prompt a random set of nodes, of a density drawn at random."""
     return torch.rand(rows, size, generator=generator) < torch.rand(rows, 1, generator=generator)
-
-
-def kl(from_bv: Tensor, to_bv: Tensor) -> Tensor:
-    """KL_b of next-token distributions, in nats."""
-    from_bv, to_bv = from_bv.log_softmax(-1), to_bv.log_softmax(-1)
-    return (from_bv.exp() * (from_bv - to_bv)).sum(-1)
 
 
 class NodeLessons:
