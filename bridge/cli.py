@@ -23,6 +23,7 @@ from bridge.terminal import (
     Watcher,
     check_outputs,
     choose_device,
+    chosen_coupling,
     evaluation_table,
     held_out_text,
     one_line_errors,
@@ -207,7 +208,7 @@ def explain(
         from bridge.page import described_nodes, page_data, render_html, write_page
 
         check_outputs(html=html, json=json)
-        coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
+        coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
@@ -318,7 +319,7 @@ def steer(
 
         check_strengths(strength or STRENGTHS)
         check_outputs(svg=svg, json=json, read=[explanation])
-        coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
+        coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
         text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
             coupling, text, moves, counterfactual=counterfactual, target=target, contrast=contrast,

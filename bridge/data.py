@@ -88,6 +88,8 @@ def load_blocks(
     long for large corpora and longer for sampled ones. Raises DataError where the source does not exist or has no text, where an
     id is none of the dense model's, and where there is too little for a training and a held-out block.
     """
+    if not source.strip():
+        raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
     bos = _added_bos(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
     body = context - len(bos)
@@ -260,7 +262,7 @@ def _streamed(source: str) -> Iterator[tuple[str, Any]]:
         raise
     except Exception as error:
         reason = _first_line(error)
-        raise DataError(f"data {source!r} is no file here and could not be streamed from the hub ({reason})") from None
+        raise DataError(f"data {source!r} is no file here, nor could the hub stream it ({reason}); name another") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -216,9 +216,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none there"
-        raise RecipeError(f"recipe {str(path)!r} does not exist (beside it: {known})") from None
+        raise RecipeError(f"recipe {str(path)!r} does not exist (there are, beside it: {known}); name another") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe {str(path)!r} is not a TOML file ({error})") from None
+        raise RecipeError(f"recipe {str(path)!r} is not a TOML file ({error}); name one such as those in recipes/") from None
 
 
 def recipe_values(

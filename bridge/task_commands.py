@@ -17,13 +17,13 @@ from bridge.terminal import (
     Several,
     check_outputs,
     choose_device,
+    chosen_coupling,
     held_out_text,
     one_line_errors,
     print_written,
     refuse,
     sample_prompt,
     seed_of,
-    shipped_coupling,
     tell,
     terminal_width,
 )
@@ -64,7 +64,7 @@ def circuit(
         from bridge.tasks.pairs import task_names
 
         check_outputs(out)
-        subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
+        subjects = Subjects.of(Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device)))
         watch = Phases()
         options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": dense, "null": null, "work": work * WORK}
         if task is not None:
@@ -107,7 +107,7 @@ def card(
 
         check_outputs(out, json=json, read=[task])
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
-        subjects = Subjects.of(Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device)))
+        subjects = Subjects.of(Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device)))
         watch, cards = Phases(), []
         for one, text in run_cards(
             subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
@@ -257,7 +257,7 @@ def nodes(
         from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
 
         check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
-        name = bridge or shipped_coupling()
+        name = chosen_coupling(bridge)
         coupling = Coupling.from_pretrained(name, device=choose_device(device))
         sizes = coupling.sparse.locations()
         chosen = [parse_node(text, sizes) for text in node or []]
@@ -323,7 +323,7 @@ def tasks(
         else:
             from bridge.bridges import Coupling
 
-            coupling = Coupling.from_pretrained(bridge or shipped_coupling(), device=choose_device(device))
+            coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
             of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
         print(f"{split} split, both members of every pair scored, by {of.name}\n")
         columns = "".join(f"{name:>8}" for name in models)

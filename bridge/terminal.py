@@ -163,6 +163,17 @@ def shipped_coupling() -> str:
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
+def chosen_coupling(bridge: str | None) -> str:
+    """The coupling that --bridge names, or the one that ships where it is not given; an empty name is none."""
+    if bridge is None:
+        return shipped_coupling()
+    if not bridge.strip():
+        from bridge.checkpoint import CheckpointError
+
+        raise CheckpointError(f"--bridge {bridge!r} names no coupling; give a folder or hub id, or leave it out for what ships")
+    return bridge
+
+
 def terminal_width() -> int:
     """Columns to print in."""
     import shutil

@@ -282,7 +282,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(islice(documents("some/set:small"), 2)) == ["one", "two"]
     assert asked == [("some/set", "small", {"split": "train", "streaming": True})]
-    reason = "is no file here and could not be streamed from the hub (the line went dead)"
+    reason = "is no file here, nor could the hub stream it (the line went dead)"
     assert refusal("some/set") == f"data 'some/set' {reason}"
     assert asked[1][:2] == ("some/set", None)
 
@@ -298,7 +298,7 @@ def test_a_hub_data_set_offline_is_one_line_at_once() -> None:
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(data.__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=60)
     (line,) = result.stdout.splitlines()
-    assert line.startswith("data 'no-one/nothing' is no file here and could not be streamed from the hub (")
+    assert line.startswith("data 'no-one/nothing' is no file here, nor could the hub stream it (")
     assert "retry" not in result.stderr.lower()
 
 

@@ -210,12 +210,12 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("seed = = 3")
     (tmp_path / "latin.toml").write_bytes(b'dense = "\xe9"')
     assert read_recipe(tmp_path / "good.toml") == {"seed": 3}
-    with pytest.raises(RecipeError, match=r"does not exist \(beside it: bad\.toml, good\.toml, latin\.toml\)"):
+    with pytest.raises(RecipeError, match=r"does not exist \(there are, beside it: bad\.toml, good\.toml, latin\.toml\)"):
         read_recipe(tmp_path / "goof.toml")
-    with pytest.raises(RecipeError, match=r"does not exist \(beside it: none there\)"):
+    with pytest.raises(RecipeError, match=r"does not exist \(there are, beside it: none there\)"):
         read_recipe(tmp_path / "nowhere" / "a.toml")
     for name in ("bad.toml", "latin.toml", "."):
-        with pytest.raises(RecipeError, match=r"is not a TOML file \(.+\)$"):
+        with pytest.raises(RecipeError, match=r"is not a TOML file \(.+\); name one such as those in recipes/$"):
             read_recipe(tmp_path / name)
 
 
