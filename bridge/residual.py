@@ -44,7 +44,7 @@ class Trace:
     """What a run leaves: logits_btv of every row, and the residual at every site of the rows that were there.
 
     residuals[site] holds the rows that had entered by that site, the first ones of `order_b` (of the batch's own order where
-    order_b is None); read it through `at`.
+    order_b is None). Where rows enter at sites out of order, read it through `at`; where none does, it is what it says.
     """
 
     logits_btv: Tensor

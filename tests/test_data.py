@@ -282,7 +282,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(islice(documents("some/set:small"), 2)) == ["one", "two"]
     assert asked == [("some/set", "small", {"split": "train", "streaming": True})]
-    reason = "is no file here, nor could the hub stream it (the line went dead)"
+    reason = "is no file here, nor could the hub stream it (the line went dead); name another"
     assert refusal("some/set") == f"data 'some/set' {reason}"
     assert asked[1][:2] == ("some/set", None)
 
