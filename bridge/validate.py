@@ -277,7 +277,8 @@ def _sufficiency(ablations: Ablations, kept_f: Tensor, random_cf: Tensor) -> tup
 
     small = "" if abs(answer) >= 1 else f"D is {answer:.2f} logits: within {SHARE_OFF:g} of it is enough"
     easy = sum(map(near, share_random))
-    note = "; ".join(part for part in (small, f"{easy} of {len(random_cf)} random circuits keep as much" if easy else "") if part)
+    others = f"{easy} of {len(random_cf)} random circuits are within that too" if easy else ""
+    note = "; ".join(part for part in (small, others) if part)
     return (
         measured(
             "KL of the circuit alone", kl, control_of("random", kl_random, min, "best"), f"<= {KL_KEPT:g}, below random",
