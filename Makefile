@@ -37,7 +37,7 @@ lint: $(READY)
 test: lint  ## A file of tests to a core.
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: $(READY)  ## What takes minutes: kills and resumes, GPT-2-small's size.
+test-slow: $(READY)  ## What takes longer: kills and resumes, pipes that close.
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(READY)
