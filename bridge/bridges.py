@@ -208,7 +208,7 @@ class Coupling:
                 raise TypeError("fingerprint, name and place of its dense model are not texts")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
-        _check_numbers(folder, tensors, int(known["vocabulary"]))
+        _check_numbers(folder, tensors, sparse.vocabulary)
         if not isinstance(dense, DenseModel):
             named = dense is None or isinstance(dense, (str, Path))
             try:

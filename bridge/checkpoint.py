@@ -127,14 +127,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError where the file holds anything else."""
+def read_json(path: Path, remedy: str = "fetch or fit it again") -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError, which says the remedy, where the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, str(error), remedy) from None
     if not isinstance(value, dict):
-        raise _damaged(path, "it is not a JSON object")
+        raise _damaged(path, "it is not a JSON object", remedy)
     return value
 
 
@@ -187,8 +187,8 @@ def write_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint file {str(path)!r} is damaged: {why}; fetch or fit it again")
+def _damaged(path: Path, why: str, remedy: str = "fetch or fit it again") -> CheckpointError:
+    return CheckpointError(f"checkpoint file {str(path)!r} is damaged: {why}; {remedy}")
 
 
 def _digest(path: Path) -> str:

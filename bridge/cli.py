@@ -358,8 +358,9 @@ def serve(
                 raise
             raise RecipeError(f"{error.name} is not installed, which serving needs; pip install 'bridge[serve]'") from None
         folders = bridge or [Path(shipped_coupling())]
-        shipped = Path(shipped_coupling()).parent / "circuits" if not bridge else None
-        circuits = circuits or (shipped if shipped is not None and shipped.is_dir() else None)
+        beside = folders[0].parent / "circuits"
+        if circuits is None and not bridge and beside.is_dir():
+            circuits = beside  # of what ships
         stopped = run_server(
             folders, host=host, port=port, circuits=circuits, token=token, device=choose_device(device),
             say=lambda line: print(line, flush=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from bridge.card.card import Card
 from bridge.card.render import render_card
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
-from bridge.columns import columns
 from bridge.levels import Level
 from bridge.nodes import sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.sparse import ATTENTION_KINDS, MLP_KINDS
-from bridge.validate import Faithfulness, Measure
+from bridge.validate import EVIDENCE, Faithfulness, Measure, evidence
 
 FORMAT = 1  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 LISTED_NODES, LISTED_EDGES, LISTED_HEADS = 40, 2, 8  # in the rendered text
@@ -391,25 +390,12 @@ def _read(explanation: Explanation, read: Read) -> str:
 
 
 def _render_evidence(explanation: Explanation, width: int) -> list[str]:
-    faithfulness = explanation.faithfulness
-    rows: list[tuple[str, ...]] = [_EVIDENCE]
-    for measure in faithfulness.measures:
-        rows.append((f"  {(row := _evidence(measure))[0]}", *row[1:]))
-        note = measure.note
-        if measure is faithfulness.profile and faithfulness.profile_interval is not None:
-            low, high = faithfulness.profile_interval
-            note = f"95% interval {low:.2f} to {high:.2f}, p {faithfulness.profile_p:.2g}; {note}"
-        rows += [(f"    {line}",) for line in textwrap.wrap(note, width - 4)]
-    return columns(rows, width)
-
-
-_EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
-
-
-def _evidence(measure: Measure) -> tuple[str, str, str, str, str]:
-    value = "-" if measure.value is None else f"{measure.value:.3f}"
-    control = "none" if measure.control is None else measure.control.text()
-    return measure.name, value, {True: "yes", False: "NO", None: "?"}[measure.passed], measure.aim, control
+    faith, measures = explanation.faithfulness, explanation.faithfulness.measures
+    if faith.profile_interval is not None:
+        low, high = faith.profile_interval
+        told = replace(faith.profile, note=f"95% interval {low:.2f} to {high:.2f}, p {faith.profile_p:.2g}; {faith.profile.note}")
+        measures = tuple(told if measure is faith.profile else measure for measure in measures)
+    return evidence(measures, width)
 
 
 def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[str]:
@@ -459,7 +445,7 @@ def render_html(explanation: Explanation) -> str:
         display.table(("", "answers", "D"), answers),
         f"{display.verdict(faithfulness.verdict)} {display.text(' '.join(faithfulness.reasons))}",
         display.fold(size, display.table(("node", "at", "value", "effect", ""), nodes)),
-        display.fold("evidence", display.table(("", *_EVIDENCE[1:]), map(_evidence, faithfulness.measures))),
+        display.fold("evidence", display.table(("", *EVIDENCE[1:]), (measure.row() for measure in faithfulness.measures))),
     )
 
 

@@ -66,7 +66,7 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, RunError) as error:
         refuse(str(error), 2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # whoever read what is printed has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_to_nobody()
         raise typer.Exit(141) from None
     except OSError as error:
         if not error.filename:
@@ -116,7 +116,12 @@ def tell(text: str = "") -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_to_nobody()
+
+
+def _print_to_nobody() -> None:
+    """Lead what is printed from here on nowhere: the interpreter would complain of the closed pipe at its end as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_written(*files: Path | None) -> None:

@@ -32,7 +32,8 @@ nodes of a prompt in one row, s sparse width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,7 @@ from torch import Tensor
 from bridge.attention import variation
 from bridge.bridges import Coupling
 from bridge.circuit import Ablations, Circuit, ablation_gate, kl, recording_gate
+from bridge.columns import columns
 from bridge.prune import reachable
 from bridge.sparse import Gate, Location
 from bridge.transport import Change, run_changed
@@ -101,6 +103,29 @@ class Measure:
     def __post_init__(self) -> None:
         if self.passed is not None and (self.value is None or self.control is None):
             raise ValueError(f"{self.name} cannot be judged without a value and its control; leave passed at None and say why")
+
+    @property
+    def met(self) -> str:
+        """Whether it has passed, in a word."""
+        return {True: "yes", False: "NO", None: "?"}[self.passed]
+
+    def row(self, number: Callable[[float], str] = "{:.3f}".format) -> tuple[str, str, str, str, str]:
+        """Its cells under EVIDENCE."""
+        control = "none" if self.control is None else self.control.text(number)
+        return self.name, "-" if self.value is None else number(self.value), self.met, self.aim, control
+
+
+EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
+
+
+def evidence(measures: Iterable[Measure], width: int, number: Callable[[float], str] = "{:.3f}".format) -> list[str]:
+    """Measures as a table for a terminal `width` columns wide, the note of each below it."""
+    rows: list[tuple[str, ...]] = [EVIDENCE]
+    for measure in measures:
+        name, *cells = measure.row(number)
+        rows.append((f"  {name}", *cells))
+        rows += [(f"    {line}",) for line in textwrap.wrap(measure.note, width - 4)]
+    return columns(rows, width)
 
 
 @dataclass(frozen=True)

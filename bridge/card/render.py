@@ -50,10 +50,8 @@ def _table(card: Card, width: int) -> list[str]:
 def _row(measure: CardMeasure) -> tuple[str, ...]:
     bounds = "" if measure.interval is None else f"{measure.interval[0]:.2f} to {measure.interval[1]:.2f}"
     ceiling = "" if measure.ceiling is None else _number(measure.ceiling.mean)
-    value = "-" if measure.value is None else _number(measure.value)
-    met = {True: "yes", False: "NO", None: "?"}[measure.passed]
-    control = "none" if measure.control is None else measure.control.text(_number)
-    return f"    {measure.name}", value, met, bounds, ceiling, measure.aim, control
+    name, value, met, aim, control = measure.row(_number)
+    return f"    {name}", value, met, bounds, ceiling, aim, control
 
 
 def _by_place(measure: CardMeasure) -> list[str]:

@@ -26,10 +26,9 @@ from bridge.checkpoint import CheckpointError, read_folder, read_json, write_fol
 from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.judge import TaskFaithfulness
 from bridge.circuits.masks import Objective
-from bridge.columns import columns
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
-from bridge.validate import Measure
+from bridge.validate import EVIDENCE, Measure, evidence
 
 FORMAT = 1
 Null = Literal["labels", "weights", "shuffled"]
@@ -154,12 +153,12 @@ class TaskResult:
     def _repr_html_(self) -> str:
         facts, faith = self.facts, self.faithfulness
         sizes = f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; loss {facts.loss:.3f} nats"
-        evidence = display.table(("", *_EVIDENCE[1:]), map(_evidence_row, faith.measures))
+        table = display.table(("", *EVIDENCE[1:]), (measure.row(_number) for measure in faith.measures))
         return display.card(
             f"circuit of {facts.task}",
             f"{display.verdict(faith.verdict)} {display.text(' '.join(faith.reasons))}",
             display.text(sizes),
-            display.fold("evidence", evidence),
+            display.fold("evidence", table),
             display.fold("everything, as text", display.text(str(self))),
         )
 
@@ -256,7 +255,7 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     else:
         lines.append(f"DENSE     not pruned: {facts.why_not_dense}")
     nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
-    return "\n".join([*lines, "", *nodes, "", *_evidence(faith.measures, width), "", f"{facts.seconds:.0f} s"])
+    return "\n".join([*lines, "", *nodes, "", *evidence(faith.measures, width, _number), "", f"{facts.seconds:.0f} s"])
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
@@ -284,24 +283,6 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
     told = sorted(known, key=lambda name: -effect[name])[:LABELLED]
     lines = [f"  {name:<15} {labels[name]}"[:width] for name in told]
     return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if told else []
-
-
-def _evidence(measures: tuple[Measure, ...], width: int) -> list[str]:
-    rows: list[tuple[str, ...]] = [_EVIDENCE]
-    for measure in measures:
-        name, *cells = _evidence_row(measure)
-        rows.append((f"  {name}", *cells))
-        rows += [(f"    {line}",) for line in textwrap.wrap(measure.note, width - 4)]
-    return columns(rows, width)
-
-
-_EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
-
-
-def _evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
-    control = "none" if measure.control is None else measure.control.text(_number)
-    value = "-" if measure.value is None else _number(measure.value)
-    return measure.name, value, {True: "yes", False: "NO", None: "?"}[measure.passed], measure.aim, control
 
 
 def _number(value: float) -> str:

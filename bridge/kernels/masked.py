@@ -156,19 +156,35 @@ def _normed_slopes(dy: np.ndarray, y: np.ndarray, scale: np.ndarray, dx: np.ndar
 
 
 @compiled
+def _turn(kept: np.ndarray, offset: int, n: int, start: int, stop: int, held: np.ndarray) -> None:
+    """What the masks hold of a block of channels, turned to lie as activations do."""
+    positions = held.shape[1] // kept.shape[0]
+    for c in range(held.shape[1]):
+        row, at = c // positions, offset + c % positions * n
+        for i in range(start, stop):
+            held[i - start, c] = kept[row, at + i]
+
+
+@compiled
+def _turn_back(worth: np.ndarray, offset: int, n: int, start: int, stop: int, slope: np.ndarray) -> None:
+    """The way back: what a block of channels has of slopes, turned to lie as masks do."""
+    positions = worth.shape[1] // slope.shape[0]
+    for c in range(worth.shape[1]):
+        row, at = c // positions, offset + c % positions * n
+        for i in range(start, stop):
+            slope[row, at + i] = worth[i - start, c]
+
+
+@compiled
 def _choose(
     left: np.ndarray, through: np.ndarray, kept: np.ndarray, offset: int, mean: np.ndarray, y: np.ndarray
 ) -> None:  # fmt: skip
     """Both `through`, in place, and y = left where the masks keep a node, its mean elsewhere."""
     n, columns = left.shape
-    positions = columns // kept.shape[0]
     held = np.empty((BLOCK, columns), np.bool_)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        for c in range(columns):
-            row, at = c // positions, offset + c % positions * n
-            for i in range(start, stop):
-                held[i - start, c] = kept[row, at + i]
+        _turn(kept, offset, n, start, stop, held)
         for i in range(start, stop):
             for c in range(columns):
                 y[i, c] = left[i, c] if held[i - start, c] else mean[i]
@@ -180,7 +196,6 @@ def _choose_slopes(
     dy: np.ndarray, left: np.ndarray, through: np.ndarray, mean: np.ndarray, slope: np.ndarray, offset: int, dx: np.ndarray
 ) -> None:  # fmt: skip
     n, columns = left.shape
-    positions = columns // slope.shape[0]
     worth = np.empty((BLOCK, columns), np.float32)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
@@ -188,10 +203,7 @@ def _choose_slopes(
             for c in range(columns):
                 worth[i - start, c] = dy[i, c] * (left[i, c] - mean[i])
                 dx[i, c] = dy[i, c] if through[i, c] else np.float32(0)
-        for c in range(columns):
-            row, at = c // positions, offset + c % positions * n
-            for i in range(start, stop):
-                slope[row, at + i] = worth[i - start, c]
+        _turn_back(worth, offset, n, start, stop, slope)
 
 
 @compiled
@@ -200,14 +212,10 @@ def _mix(
 ) -> None:  # fmt: skip
     """Y = left where the masks are 1, its mean where they are 0, and what lies between; share = masks where `through`."""
     n, columns = left.shape
-    positions = columns // kept.shape[0]
     held = np.empty((BLOCK, columns), np.float32)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        for c in range(columns):
-            row, at = c // positions, offset + c % positions * n
-            for i in range(start, stop):
-                held[i - start, c] = kept[row, at + i]
+        _turn(kept, offset, n, start, stop, held)
         for i in range(start, stop):
             for c in range(columns):
                 of, change = held[i - start, c], left[i, c] - mean[i]
@@ -220,7 +228,6 @@ def _mix_slopes(
     dy: np.ndarray, left: np.ndarray, share: np.ndarray, mean: np.ndarray, slope: np.ndarray, offset: int, dx: np.ndarray
 ) -> None:  # fmt: skip
     n, columns = left.shape
-    positions = columns // slope.shape[0]
     worth = np.empty((BLOCK, columns), np.float32)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
@@ -228,10 +235,7 @@ def _mix_slopes(
             for c in range(columns):
                 worth[i - start, c] = dy[i, c] * (left[i, c] - mean[i])
                 dx[i, c] = dy[i, c] * share[i, c]
-        for c in range(columns):
-            row, at = c // positions, offset + c % positions * n
-            for i in range(start, stop):
-                slope[row, at + i] = worth[i - start, c]
+        _turn_back(worth, offset, n, start, stop, slope)
 
 
 @compiled

@@ -130,14 +130,12 @@ class Library:
         Raises LabelError, NotListedError, or CheckpointError where the file cannot be read or written.
         """
         _, folder = self.coupling(name)
-        if len(given) > MOST_LABELS:
-            raise LabelError(f"that would be {len(given):,} labels, and {MOST_LABELS:,} are kept; drop some")
+        _check_few(given)
         sizes = _sizes(folder)
         checked = {_node_name(node, sizes): _label(node, text) for node, text in given.items()}
         with self._writing:
             labels = {node: text for node, text in {**(_labels(folder) if others else {}), **checked}.items() if text}
-            if len(labels) > MOST_LABELS:
-                raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
+            _check_few(labels)
             try:
                 write_json(folder / LABELS, dict(sorted(labels.items())))
             except OSError as error:
@@ -203,12 +201,11 @@ def _version(folder: Path) -> tuple[Path, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # nobody can fit what people wrote
     try:
-        return read_json(path)
+        return read_json(path, **remedy)
     except CheckpointError as error:
-        text = _without_folders(str(error))
-        mend = "mend it, or move it away" if path.name == LABELS else "fetch or fit it again"
-        raise CheckpointError(text.replace("fetch or fit it again", mend)) from None
+        raise CheckpointError(_without_folders(str(error))) from None
 
 
 def _without_folders(text: str) -> str:
@@ -226,6 +223,11 @@ def _labels(folder: Path) -> dict[str, str]:
     if not all(isinstance(text, str) for text in values.values()):
         raise CheckpointError(f"{LABELS} is damaged: not every label is a text; mend or delete it")
     return values
+
+
+def _check_few(labels: Mapping[str, str]) -> None:
+    if len(labels) > MOST_LABELS:
+        raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
