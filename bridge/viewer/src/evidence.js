@@ -20,7 +20,7 @@ const W = 344,
   SIDE = 6;
 
 /** One measure. */
-export function drawMeasure(measure) {
+function drawMeasure(measure) {
   const { control, ceiling, interval } = measure;
   const asks = asksOf(measure.name);
   const met = measure.passed === null ? ["unknown", "not known"] : measure.passed ? ["met", "met"] : ["missed", "missed"];
@@ -39,7 +39,7 @@ export function drawMeasure(measure) {
       h("b", {}, shown),
       unitOf(measure.name) && measure.value !== null && ` ${unitOf(measure.name)}`,
       asks && h("span", {}, ` ${measure.name}`),
-      h("span", {}, ` · beside ${beside}${control ? `, ${control.draws.toLocaleString("en-US")} draws` : ""}`),
+      h("span", {}, ` · beside ${beside}${control ? `, ${count(control.draws)} draws` : ""}`),
       ceiling && h("span", {}, ` · ceiling ${number(ceiling.mean)}`),
       h("span", {}, ` · aim ${measure.aim.replaceAll("<=", "≤").replaceAll(">=", "≥")}`),
     ),

@@ -23,7 +23,7 @@ const KEPT = [
 const MOMENTARY = ".focus, .front, .hit, .column"; // what is chosen, under the pointer or reached by keys just now
 
 /** One SVG of the three that the circuit is made of, with a caption and a key, its looks written out, readable without this page. */
-export function standalone(parts, title, model, shown) {
+function standalone(parts, title, model, shown) {
   const size = (svg) => [Number(svg.getAttribute("width")), Number(svg.getAttribute("height"))];
   const [across, height] = size(parts.plot),
     [, tokensHeight] = size(parts.tokens);
@@ -54,7 +54,7 @@ export function standalone(parts, title, model, shown) {
 }
 
 /** A name for a file of this explanation: what it is, and the letters and digits at the end of its prompt. */
-export function fileName(what, prompt, ending) {
+function fileName(what, prompt, ending) {
   const words = prompt.toLowerCase().match(/[a-z0-9]+/g) ?? [];
   const told = words
     .join("-")
