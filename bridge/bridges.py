@@ -10,7 +10,7 @@ Hybrid passes are runs in which one model's residual enters the other: `dense_to
 
 A coupling is saved as a folder: `coupling.json` (recipe, and which dense model) and a safetensors file in which sparse weights
 are stored by their nonzeros. The dense model is not in it: it is found again by its name, or beside the folder by its relative
-path, and held to the fingerprint of the weights that were coupled.
+path, and held to the weights and the configuration that were coupled.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from bridge.checkpoint import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
 from bridge.dense import DenseModel, DenseModelError, load_dense
+from bridge.identity import Identity
 from bridge.kernels.products import source_of
 from bridge.kernels.top_k import abs_top_k
 from bridge.recipe import Recipe, resolve
 from bridge.residual import Enter
 from bridge.sparse import SparseTransformer
 
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 
 
@@ -189,7 +190,8 @@ class Coupling:
     def from_pretrained(path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu") -> Coupling:
         """Load a coupling from a folder or a hub id, and its dense model (or take `dense`: a name, a live model, a DenseModel).
 
-        Raises CheckpointError where files are missing or damaged, or the dense model is not the one that was coupled.
+        `dense` may lie anywhere, and must be the same model. Raises CheckpointError where files are missing or damaged, or the
+        dense model is not the one that was coupled, which says in what it differs.
         """
         folder = folder_of(path)
         tensors, facts = read_folder(folder, "coupling")
@@ -202,10 +204,10 @@ class Coupling:
             recipe, known = resolve(facts["recipe"]), facts["dense"]
             sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, recipe.sparse.keep)
-            fingerprint, fitted_to = known["fingerprint"], known["name"]
-            texts = (fingerprint, fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
+            identity, fitted_to = Identity.read(known), known["name"]
+            texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
             if not all(isinstance(text, str) for text in texts):
-                raise TypeError("fingerprint, name and place of its dense model are not texts")
+                raise TypeError("name and place of its dense model are not texts")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
         _check_numbers(folder, tensors, sparse.vocabulary)
@@ -223,12 +225,12 @@ class Coupling:
                 if dense is not None:
                     raise
                 raise CheckpointError(
-                    f"dense model of {str(folder)!r} not found: {error}; or load it in Python with dense=..."
+                    f"dense model of {str(folder)!r} not found: {error}; or say where it is with --dense (in Python dense=...)"
                 ) from None
-        if dense.fingerprint() != fingerprint:
+        if difference := identity.difference(dense.identity()):
             raise CheckpointError(
-                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}, weights "
-                f"{fingerprint[:12]}, found {dense.fingerprint()[:12]}); pass that model, or fit again"
+                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}): {difference}; "
+                "give that model with --dense (in Python dense=...), or fit again"
             )
         state = {}
         for name, parameter in sparse.named_parameters():
@@ -271,12 +273,13 @@ class Coupling:
 
     def _dense(self, path: str | Path | None) -> dict[str, Any]:
         dense = self.dense
+        name = dense.found_at(self.recipe.adapter) or dense.name
         return {
-            "name": dense.name,
-            "beside": _beside(path, dense.name),
+            "name": name,
+            "beside": _beside(path, name),
             "adapter_beside": _beside(path, self.recipe.adapter),
             "revision": dense.revision,
-            "fingerprint": dense.fingerprint(),
+            **dense.identity().to_json(),
             "sublayers": list(dense.sublayers),
             "vocabulary": dense.vocabulary,
             "width": dense.width,
@@ -337,15 +340,15 @@ def reference_text(path: str | Path) -> Tensor | None:
 
 
 def _beside(path: str | Path | None, name: str | None) -> str | None:
-    """A model's folder relative to the coupling's, None where either is no folder here."""
-    return os.path.relpath(name, path) if path and name and Path(name).is_dir() else None
+    """A model's folder or file relative to the coupling's folder, None where either is not here."""
+    return os.path.relpath(name, path) if path and name and Path(name).exists() else None
 
 
 def _locate(folder: Path, name: str, beside: str | None) -> str:
     """Where a model is now: beside the folder as it was when saved, else by its name."""
-    if beside and (folder / beside).is_dir():
+    if beside and (folder / beside).exists():
         short = os.path.normpath(folder / beside)  # another place than meant where the folder is reached by a link
-        same = os.path.isdir(short) and os.path.samefile(short, folder / beside)
+        same = os.path.exists(short) and os.path.samefile(short, folder / beside)
         return short if same else os.path.realpath(folder / beside)
     return name
 

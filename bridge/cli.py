@@ -17,16 +17,19 @@ import typer
 from bridge.task_commands import of_tasks
 from bridge.terminal import (
     Adapter,
+    Dense,
     Device,
+    Gguf,
     Phases,
     Revision,
     Watcher,
     check_outputs,
     choose_device,
-    chosen_coupling,
+    chosen_model,
     evaluation_table,
     held_out_text,
     one_line_errors,
+    opened_coupling,
     print_run,
     print_written,
     seed_of,
@@ -62,22 +65,27 @@ def _of_all(
     """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
 
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face causal LM: hub id or folder.")]
+Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
 
 
 @app.command()
-def info(model: Model, adapter: Adapter = None, revision: Revision = None, device: Device = "auto") -> None:
+def info(
+    model: Model = None, gguf: Gguf = None, adapter: Adapter = None, revision: Revision = None, device: Device = "auto"
+) -> None:
     """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
     with one_line_errors():
         from bridge.dense import load_dense
+        from bridge.recipe import RecipeError
 
-        dense = load_dense(model, adapter=adapter, revision=revision, device=choose_device(device))
+        if (name := chosen_model(model, gguf)) is None:
+            raise RecipeError("which model is not said; give a hub id, a folder or a .gguf file")
+        dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
         kinds = list(dense.sublayers)
         parameters = sum(p.numel() for p in dense.model.parameters())
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         rows = [
             ("model", f"{dense.name} ({type(dense.model).__name__}, {parameters / 1e6:.1f} M parameters)"),
-            ("weights", f"sha256 {dense.fingerprint()[:16]}"),
+            ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
             ("sublayers", f"{len(kinds)}: {counts}"),
             ("width", f"{dense.width}"),
             ("vocabulary", f"{dense.vocabulary:,}" + ("" if dense.tokenizer else " (no tokenizer found)")),
@@ -94,7 +102,7 @@ def info(model: Model, adapter: Adapter = None, revision: Revision = None, devic
 
 @app.command()
 def fit(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; or the recipe's.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder or .gguf file; default the recipe's.")] = None,
     l0: Annotated[float | None, typer.Option(help="Below 1 the fraction of weights that stay, from 1 on their number.")] = None,
     data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
@@ -106,6 +114,7 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     uncoupled: Annotated[bool, typer.Option("--uncoupled", help="No bridge losses: the sparse model learns text alone.")] = False,
     stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
+    gguf: Gguf = None,
     adapter: Adapter = None,
     revision: Revision = None,
     seed: Annotated[int | None, seed_of("Seed of weights, order of text and splices.")] = None,
@@ -128,7 +137,7 @@ def fit(
             adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
             required=not resume,
         )  # fmt: skip
-        name = model or values.get("dense")
+        name = chosen_model(model, gguf, values.get("dense"))
         if name is None and resume and out is not None and (out / "training.json").is_file():
             from bridge.checkpoint import read_json
 
@@ -169,15 +178,15 @@ def eval_(
     bridge: Annotated[Path, typer.Argument(help="A coupling: a folder that `bridge fit` wrote, or a hub id.")],
     data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
     rows: Annotated[int, typer.Option(help="Most rows of text to use.", min=1)] = 256,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
     with one_line_errors():
-        from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.evaluate import evaluate
 
-        coupling = Coupling.from_pretrained(bridge, device=choose_device(device))
+        coupling = opened_coupling(bridge, dense, device)
         result = evaluate(coupling, held_out_text(coupling, bridge, data, rows))
         print(evaluation_table(result))
         if bridge.is_dir():
@@ -197,18 +206,18 @@ def explain(
         str | None, typer.Option(help="For the card: as many tokens, another answer. Means --card.")
     ] = None,
     seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
     with one_line_errors():
-        from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.explain import explain as explain_prompt
         from bridge.explanation import Answered, Drawn, Explanation, render_answer, render_text
         from bridge.page import described_nodes, page_data, render_html, write_page
 
         check_outputs(html=html, json=json)
-        coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
+        coupling = opened_coupling(bridge, dense, device)
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
@@ -233,6 +242,7 @@ def view(
     explanation: Annotated[Path, typer.Argument(help="A file that `bridge explain --json` wrote.")],
     html: Annotated[Path, typer.Option(help="The page to write: one HTML file that needs no other.")],
     bridge: Annotated[str | None, typer.Option(help="Its coupling, to tell of its nodes what `bridge nodes` collected.")] = None,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Make a page of an explanation that was saved as JSON."""
@@ -243,9 +253,7 @@ def view(
         read, nodes = read_explanation(explanation), {}
         check_outputs(html=html, read=[explanation])
         if bridge is not None:
-            from bridge.bridges import Coupling
-
-            nodes = described_nodes(Coupling.from_pretrained(bridge, device=choose_device(device)), read)
+            nodes = described_nodes(opened_coupling(bridge, dense, device), read)
         write_page(html, render_html(page_data(read, nodes)))
         print(f"wrote {html}")
 
@@ -261,6 +269,7 @@ def export(
     ] = None,
     features_url: Annotated[str | None, typer.Option(help="Where the features for Neuronpedia will be hosted.")] = None,
     bridge: Annotated[str | None, typer.Option(help="Coupling with `bridge nodes` facts; default the explanation's.")] = None,
+    dense: Dense = None,
 ) -> None:
     """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
     with one_line_errors():
@@ -277,7 +286,7 @@ def export(
             check_outputs(out=out, read=[explanation])
         else:
             check_outputs(out)
-        pages = pages_for(explained, bridge) if to == "circuit-tracer" or features_url is not None else None
+        pages = pages_for(explained, bridge, dense=dense) if to == "circuit-tracer" or features_url is not None else None
         done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
         about = f", {done.features:,} features" if done.features else ""
         print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
@@ -304,13 +313,13 @@ def steer(
     draws: Annotated[int, typer.Option(help="Random directions beside.", min=1, max=1000)] = 20,
     seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    dense: Dense = None,
     svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
     """Change nodes of the sparse model, carry that into the dense one, and see its answers and text change."""
     with one_line_errors():
-        from bridge.bridges import Coupling
         from bridge.checkpoint import write_json, write_text
         from bridge.moves import chosen_moves
         from bridge.steer import STRENGTHS, check_strengths
@@ -319,7 +328,7 @@ def steer(
 
         check_strengths(strength or STRENGTHS)
         check_outputs(svg=svg, json=json, read=[explanation])
-        coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
+        coupling = opened_coupling(bridge, dense, device)
         text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
             coupling, text, moves, counterfactual=counterfactual, target=target, contrast=contrast,
@@ -345,6 +354,7 @@ def serve(
         str | None,
         typer.Option(envvar="BRIDGE_TOKEN", help="What every request must show; beyond this machine drawn if not given."),
     ] = None,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Serve explanations over HTTP: a page to ask from, and an API that /openapi.json describes."""
@@ -362,7 +372,7 @@ def serve(
         if circuits is None and not bridge and beside.is_dir():
             circuits = beside  # of what ships
         stopped = run_server(
-            folders, host=host, port=port, circuits=circuits, token=token, device=choose_device(device),
+            folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=choose_device(device),
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
         if not stopped:

@@ -16,19 +16,22 @@ Shape legend: b batch row, t token, d width of the residual stream, v vocabulary
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bridge.gguf_file import as_plain_model, find_gguf, loading_options
+from bridge.identity import Identity, fingerprint_of, identity_of
+from bridge.live import check_weights, twin_of, unwrapped
 from bridge.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.wiring import (
     PROBE_ROWS,
@@ -82,14 +85,19 @@ class DenseModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        revision: str | None,
+        *,
+        live: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.name, self.revision = model, tokenizer, name, revision
+        self.model, self.tokenizer, self.name, self.revision, self.live = model, tokenizer, name, revision, live
         who = f"model {name!r}"
         text_config = model.config.get_text_config()
         limits = (getattr(text_config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
         self.context: int | None = next((limit for limit in limits if isinstance(limit, int)), None)
-        self._fingerprint: str | None = None
         # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             tokens_bt = probe_tokens(model, who, self.context)
@@ -139,14 +147,27 @@ class DenseModel:
         return Trace(logits_btv, tuple(run.residuals[site] for site in range(self.n_sites)))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes and fp32 values of the weights: equal fingerprints, equal models."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, weight in sorted(self.model.state_dict().items()):
-                digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-                digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
+        return fingerprint_of(self.model)
+
+    def identity(self) -> Identity:
+        """What tells this model, as it is now, from others, and in what they differ."""
+        with exclusive():
+            return identity_of(self.model, self.context)
+
+    def found_at(self, adapter: str | None = None) -> str | None:
+        """Where loading gives this model, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
+
+        None where there is no such place: the model was made or changed in memory.
+        """
+        where = getattr(self.model.config, "_name_or_path", None) if self.live else self.name
+        if not self.live or not where:
+            return where or None
+        try:
+            there = load_dense(where, adapter=adapter, dtype=next(self.model.parameters()).dtype)
+        except DenseModelError:
+            return None
+        return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
     def _hooked(self, run: _Run) -> Iterator[None]:
@@ -240,23 +261,27 @@ def load_dense(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DenseModel:
-    """Load a causal LM as a DenseModel: a hub id, a folder, or a live PreTrainedModel (or PeftModel).
+    """Load a causal LM as a DenseModel: a hub id, a folder, a .gguf file, or a live PreTrainedModel (or PeftModel).
 
     A live model is left exactly as it is, mode, gradients and hooks included: what runs is a frozen twin that shares its
-    weights (`dtype` and `revision` do not apply; the device is the model's own unless given). Where LoRA weights are merged, from
-    `adapter` or a live PeftModel, it is a copy with weights of its own. Raises DenseModelError.
+    weights, without what torch.compile or DataParallel have put around it (`dtype` and `revision` do not apply; the device is
+    the model's own unless given). Where LoRA weights are merged, from `adapter` or a live PeftModel, it is a copy with weights
+    of its own. Raises DenseModelError.
     """
     named = isinstance(model, (str, Path))
     if named:
         name = str(model)
         loaded, found_tokenizer = _from_pretrained(name, revision, dtype)
         tokenizer = found_tokenizer if tokenizer is None else tokenizer
+        check_weights(loaded, f"model {name!r}")
     else:
+        model = unwrapped(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
+        check_weights(model, f"model {type(model).__name__!r}")
         is_peft = hasattr(model, "merge_and_unload")
         name = type(cast(Any, model).get_base_model() if is_peft else model).__name__
-        loaded: Any = _twin(model) if adapter is None and not is_peft else copy.deepcopy(model)
+        loaded: Any = twin_of(model) if adapter is None and not is_peft else copy.deepcopy(model)
         loaded = _merged(loaded, None, name) if is_peft else loaded
     if adapter is not None:
         loaded = _merged(loaded, str(adapter), name)
@@ -265,16 +290,20 @@ def load_dense(
     if named or device is not None:
         loaded.to(device or "cpu")
     loaded.eval().requires_grad_(False)
-    on_hub = named and not Path(name).is_dir()
-    return DenseModel(loaded, tokenizer, name, getattr(loaded.config, "_commit_hash", None) if on_hub else None)
+    on_hub = named and not Path(name).exists()
+    revision = getattr(loaded.config, "_commit_hash", None) if on_hub else None
+    return DenseModel(loaded, tokenizer, name, revision, live=not named)
 
 
 def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer (None where there is none) of a hub id or a folder."""
+    """Model and tokenizer (None where there is none) of a hub id, a folder or a .gguf file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     who, folder = f"model {name!r}", Path(name)
-    if folder.is_dir():
+    where, file = find_gguf(name) or (name, None)
+    if file is not None:
+        pass
+    elif folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
         if not (folder / "config.json").is_file():
@@ -283,19 +312,22 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
             raise DenseModelError(f"{who} has no *.safetensors; other weight files can run code: convert with save_pretrained")
     elif folder.is_file():
         raise DenseModelError(f"{who} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
-    with _quiet():
+    with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
+                where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                **({} if file is None else loading_options(file)),
+            )  # fmt: skip
             model, info = both
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
             raise DenseModelError(_why_not_loaded(name, who, error)) from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise DenseModelError(f"{who} holds no weights for {missing[0]} ({len(missing)} missing): not a complete causal LM")
+        model = model if file is None else as_plain_model(model, who, where, file, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            its = {} if file is None else {"gguf_file": file}
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
         except Exception:  # a model without a tokenizer can still be coupled to token ids
             tokenizer = None
     # a folder without tokenizer files can give an empty tokenizer rather than an error
@@ -333,15 +365,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _twin(model: nn.Module) -> Any:
-    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own."""
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for weight in model.parameters():
-        plain = type(weight) is nn.Parameter  # quantized weights are classes of their own, and never trained
-        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False) if plain else weight
-    return copy.deepcopy(model, shared)
 
 
 def _merged(model: Any, adapter: str | None, name: str) -> Any:

@@ -99,15 +99,18 @@ def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePa
     return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in {n.name for n in explanation.nodes}}
 
 
-def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, NodePage] | None:
-    """The pages from a coupling that is named, or from the explanation's own if it is still there; None without facts."""
+def pages_for(explanation: Explanation, path: str | None = None, *, dense: str | None = None) -> dict[str, NodePage] | None:
+    """The pages from a coupling that is named, or from the explanation's own if it is still there; None without facts.
+
+    dense says where its dense model is, if not where it was.
+    """
     if path is not None:
-        return node_pages(Coupling.from_pretrained(path), explanation)
+        return node_pages(Coupling.from_pretrained(path, dense=dense), explanation)
     own = explanation.provenance.coupling
     if own is None or not (Path(own) / "nodes.json").is_file():
         return None
     try:
-        return node_pages(Coupling.from_pretrained(own), explanation)
+        return node_pages(Coupling.from_pretrained(own, dense=dense), explanation)
     except ExplainError:  # another one has been put in its place since
         return None
 

@@ -11,6 +11,7 @@ import typer
 
 from bridge.terminal import (
     Adapter,
+    Dense,
     Device,
     Phases,
     Revision,
@@ -20,6 +21,7 @@ from bridge.terminal import (
     chosen_coupling,
     held_out_text,
     one_line_errors,
+    opened_coupling,
     print_written,
     refuse,
     sample_prompt,
@@ -42,7 +44,8 @@ def circuit(
     seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken.", min=1)] = 1,
     seed: Annotated[int, seed_of("The first of the seeds.")] = 0,
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
-    dense: Annotated[bool, typer.Option(help="Prune the dense model too.")] = True,
+    dense: Dense = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuit.")] = False,
     work: Annotated[float, typer.Option(help="Bound on the search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
     device: Device = "auto",
@@ -58,15 +61,14 @@ def circuit(
         from bridge.circuits.masks import Aim
 
         aim = Aim(objective, target_loss)  # pyright: ignore[reportArgumentType]
-        from bridge.bridges import Coupling
         from bridge.circuits.search import WORK, Subjects
         from bridge.circuits.suite import run_suite, run_task
         from bridge.tasks.pairs import task_names
 
         check_outputs(out)
-        subjects = Subjects.of(Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device)))
+        subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch = Phases()
-        options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": dense, "null": null, "work": work * WORK}
+        options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work * WORK}
         if task is not None:
             text = run_task(subjects, task, aim, out=out, progress=watch, width=terminal_width(), **options)
             watch.end()
@@ -91,6 +93,7 @@ def card(
     work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Test a task's circuit on the dense model: four tests with ceilings, controls and intervals; nulls; a verdict."""
@@ -99,7 +102,6 @@ def card(
 
         if (task is not None or circuit is not None) == all_:
             raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
-        from bridge.bridges import Coupling
         from bridge.card.suite import run_cards, wanted_cards
         from bridge.checkpoint import write_json
         from bridge.circuits.search import WORK, Subjects
@@ -107,7 +109,7 @@ def card(
 
         check_outputs(out, json=json, read=[task])
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
-        subjects = Subjects.of(Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device)))
+        subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch, cards = Phases(), []
         for one, text in run_cards(
             subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
@@ -129,11 +131,11 @@ def nulls(
     minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
     work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
     seed: Annotated[int, seed_of("Of all that is random.")] = 0,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole card, and keep them with it; resumable."""
     with one_line_errors():
-        from bridge.bridges import Coupling
         from bridge.card.suite import run_nulls
         from bridge.checkpoint import check_folder
         from bridge.circuits.search import WORK, Subjects
@@ -142,7 +144,7 @@ def nulls(
 
         if against is not None and not (against / "coupling.json").is_file():
             check_folder(against, "--against")
-        subjects = Subjects.of(Coupling.from_pretrained(bridge, device=choose_device(device)))
+        subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch = Phases()
         try:
             for text in run_nulls(
@@ -180,7 +182,7 @@ def sweep(
     objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
     seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
-    dense: Annotated[bool, typer.Option(help="Search the dense model's own circuits too.")] = True,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
     work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
     rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
     adapter: Adapter = None,
@@ -214,7 +216,7 @@ def sweep(
             frontier = run_sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
                 aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
-                seeds=seeds, dense=dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
+                seeds=seeds, dense=not no_dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
                 on_stage=stage, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
@@ -239,6 +241,7 @@ def nodes(
     describe_with: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint to ask for a line.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to use there; a key goes in BRIDGE_DESCRIBE_KEY.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the pages as JSON.")] = None,
+    dense: Dense = None,
     device: Device = "auto",
 ) -> None:
     """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
@@ -250,7 +253,6 @@ def nodes(
         if describe_with is not None and not node and circuit is None:
             raise EndpointError("which nodes to describe is not said; give --node NAME or --circuit DIR")
         endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
-        from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.circuits.result import TaskResult
         from bridge.node_page import describe_node, render_page
@@ -258,7 +260,7 @@ def nodes(
 
         check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
         name = chosen_coupling(bridge)
-        coupling = Coupling.from_pretrained(name, device=choose_device(device))
+        coupling = opened_coupling(name, dense, device)
         sizes = coupling.sparse.locations()
         chosen = [parse_node(text, sizes) for text in node or []]
         if circuit is not None:
@@ -291,7 +293,9 @@ def nodes(
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
-    dense: Annotated[str | None, typer.Option(help="A dense model alone instead: hub id or folder.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="A dense model alone: hub id, folder or .gguf file; with --bridge, where its model is.")
+    ] = None,
     language: Annotated[str | None, typer.Option(help="Only the tasks in python, or in english.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     seed: Annotated[int, seed_of("Seed of names, templates and splits.")] = 0,
@@ -307,23 +311,19 @@ def tasks(
 
         if split not in SPLITS:
             raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
-        if bridge is not None and dense is not None:
-            raise TaskError("--bridge and --dense were both given; a coupling has its own dense model, give one of them")
         check_outputs(json=json, read=names or [])
         chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
         chosen = [task for task in chosen if language in (None, task.language)]
         if not chosen:
             raise TaskError(f"none of the tasks named is in the language {language!r}; leave out --language")
-        if dense is not None:
+        if dense is not None and bridge is None:
             from bridge.dense import load_dense
 
             of = load_dense(dense, device=choose_device(device))
             models: dict[str, Any] = {"dense": of}
             context = of.context
         else:
-            from bridge.bridges import Coupling
-
-            coupling = Coupling.from_pretrained(chosen_coupling(bridge), device=choose_device(device))
+            coupling = opened_coupling(bridge, dense, device)
             of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
         print(f"{split} split, both members of every pair scored, by {of.name}\n")
         columns = "".join(f"{name:>8}" for name in models)

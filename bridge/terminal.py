@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from bridge.training import Progress, Run
 
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
+Dense = Annotated[
+    str | None, typer.Option(help="Where the coupling's dense model is: hub id, folder or .gguf file; default where it was.")
+]
+Gguf = Annotated[str | None, typer.Option(help="A .gguf file, in the model's folder or by its path, to load instead.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -166,6 +170,21 @@ def shipped_coupling() -> str:
         raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
     here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def chosen_model(model: str | None, gguf: str | None, default: str | None = None) -> str | None:
+    """The model that a command names, as a GGUF file where --gguf says so, or the default."""
+    from bridge.gguf_file import named_gguf
+
+    return named_gguf(model or default, gguf) if gguf is not None else model or default
+
+
+def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> Coupling:
+    """The coupling that --bridge names, or the one that ships, with its dense model, of which --dense may say where it is."""
+    from bridge.bridges import Coupling
+
+    name = chosen_coupling(bridge) if bridge is None or isinstance(bridge, str) else bridge
+    return Coupling.from_pretrained(name, dense=dense, device=choose_device(device))
 
 
 def chosen_coupling(bridge: str | None) -> str:

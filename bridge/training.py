@@ -42,6 +42,7 @@ from bridge.bridges import Coupling, new_coupling, reference_text
 from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
+from bridge.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
@@ -549,7 +550,7 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts |= {"fingerprint": coupling.dense.fingerprint(), "native": state.native, "start_l0": asdict(state.start_l0)}
+    facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
     for name in native.held(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
@@ -557,9 +558,13 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
 
 def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
     tensors, facts = read_folder(out, "training")
-    fingerprint = coupling.dense.fingerprint()
-    if facts.get("fingerprint") != fingerprint:
-        raise CheckpointError(f"the run in {str(out)!r} has another dense model than {coupling.dense.name!r}; give that one")
+    try:
+        difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"the run in {str(out)!r} does not say of which dense model it is; fit it again") from None
+    if difference:
+        name = coupling.dense.name
+        raise CheckpointError(f"the run in {str(out)!r} has another dense model than {name!r}: {difference}; give that one")
     for name in facts.get("native") or ():
         weight = coupling.sparse.get_parameter(name)
         pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))

@@ -286,10 +286,12 @@ def with_first_tensor(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict
 
 
 def output_tensor(output: Any) -> Any:
-    """The residual, or what is written to it, in a module's output."""
-    return output[0] if isinstance(output, tuple) and output else output
+    """The residual, or what is written to it, in a module's output: that itself, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def with_output_tensor(output: Any, x: Tensor) -> Any:
-    """The output with another tensor in that place."""
+    """The output, of the same kind, with another tensor in that place."""
+    if isinstance(output, list):
+        return [x, *output[1:]]
     return (x, *output[1:]) if isinstance(output, tuple) else x

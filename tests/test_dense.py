@@ -24,6 +24,7 @@ GEMMA_LIKE = {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["sliding_
 # family: (architecture, settings beyond the common ones, expected sublayers)
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gpt2": ("GPT2", {}, SEQUENTIAL),
+    "openai-gpt": ("OpenAIGPT", {"afn": "gelu"}, SEQUENTIAL),  # its blocks, and their parts, return lists
     "gpt-neo": ("GPTNeo", {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4}, SEQUENTIAL),
     "gpt-neox-parallel": ("GPTNeoX", {}, PARALLEL),
     "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}, SEQUENTIAL),
@@ -62,7 +63,7 @@ def tiny(family: str = "gpt2") -> Any:
     )
     special = dict(num_hidden_layers=LAYERS, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     suffix = "TextConfig" if architecture == "Gemma3" else "Config"
-    head = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
+    head = "LMHeadModel" if architecture in ("GPT2", "OpenAIGPT") else "ForCausalLM"
     config = getattr(hf, architecture + suffix)(**common, **special, **settings)
     torch.manual_seed(0)
     return perturbed(getattr(hf, architecture + head)(config))
@@ -376,7 +377,7 @@ def test_a_folder_loads_and_the_fingerprint_names_its_weights(tmp_path: Path) ->
     assert len(live.fingerprint()) == 64 and int(live.fingerprint(), 16)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.bias[3] += 1e-3
-    assert live.fingerprint() == saved.fingerprint() != load_dense(model).fingerprint()  # cached at first use
+    assert live.fingerprint() == load_dense(model).fingerprint() != saved.fingerprint()
     half = load_dense(tmp_path / "saved", dtype=torch.bfloat16)
     assert half.run(some_tokens()).logits_btv.dtype == torch.bfloat16
 

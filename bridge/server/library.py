@@ -51,16 +51,19 @@ class LabelError(LibraryError):
 class Library:
     """The couplings under some folders, the circuits under another, and what is kept in memory of them.
 
-    Raises LibraryError for folders that are none, that hold no coupling, or of which two have the same name.
+    dense is where the couplings' dense model is, if not where it was. Raises LibraryError for folders that are none, that hold no
+    coupling, or of which two have the same name.
     """
 
-    def __init__(self, couplings: Sequence[Path], circuits: Path | None = None, *, device: str = "cpu") -> None:
+    def __init__(
+        self, couplings: Sequence[Path], circuits: Path | None = None, *, dense: str | None = None, device: str = "cpu"
+    ) -> None:
         self._roots = [_root(path, "--bridge") for path in couplings]
         self._circuits = None if circuits is None else _root(circuits, "--circuits")
         names = [root.name for root in self._roots]
         if twice := [name for name in names if names.count(name) > 1]:
             raise LibraryError(f"two folders of couplings are called {twice[0]!r}; rename one, or serve them one at a time")
-        self.device = device
+        self.dense, self.device = dense, device
         self._loaded: OrderedDict[tuple[Path, int], Coupling] = OrderedDict()
         self._lock = threading.Lock()  # of what is loaded
         self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
@@ -86,7 +89,7 @@ class Library:
             _, folder = self.coupling(name)
             key = _version(folder)
             try:
-                coupling = Coupling.from_pretrained(folder, device=self.device)
+                coupling = Coupling.from_pretrained(folder, dense=self.dense, device=self.device)
             except UserError as error:
                 raise CheckpointError(f"{name!r} cannot be loaded: {_without_folders(str(error))}") from None
             with self._lock:
@@ -110,7 +113,7 @@ class Library:
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
             return {
-                "dense": Path(recipe.dense).name if dense.get("beside") else recipe.dense,
+                "dense": Path(dense["name"]).name if dense.get("beside") else str(dense["name"]),
                 "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
                 "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
             }  # fmt: skip

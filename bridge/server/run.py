@@ -29,10 +29,12 @@ def serve(
     port: int = 8765,
     circuits: Path | None = None,
     token: str | None = None,
+    dense: str | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Serve until interrupted; whether all work had stopped then. `say` is given the lines that a user needs.
+    """Serve until interrupted; whether all work had stopped then. `say` is given the lines that a user needs; dense is where the
+    couplings' dense model is, if not where it was.
 
     Port 0 is any that is free. Raises AddressError for an address that cannot be bound, and LibraryError or CheckpointError
     for folders that cannot be served.
@@ -40,7 +42,7 @@ def serve(
     everyone = not is_loopback(host)
     if everyone and token is None:
         token = secrets.token_urlsafe(24)
-    library = Library(couplings, circuits, device=device)
+    library = Library(couplings, circuits, dense=dense, device=device)
     with bound_socket(host, port) as bound:
         port = bound.getsockname()[1]
         app = create_app(library, Rules.for_address(host, port, token))
