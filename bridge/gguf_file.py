@@ -88,14 +88,15 @@ def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | 
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = f"{where}/{file}"
     path = Path(where) / file
     if not path.is_file():
         from huggingface_hub import hf_hub_download
 
         path = Path(hf_hub_download(where, file, revision=revision))
     _check_whole(model, config.get_text_config(), who, path)
-    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    plain.config._name_or_path = f"{where}/{file}"
+    return plain
 
 
 def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:

@@ -61,6 +61,8 @@ class Identity:
         weights, configuration, dtype = facts["weights"], facts["configuration"], facts["dtype"]
         if not (isinstance(weights, str) and isinstance(configuration, dict) and isinstance(dtype, str)):
             raise TypeError("the identity of its dense model is not texts and settings")
+        if facts["fingerprint"] != _digest(weights, configuration):
+            raise ValueError("the fingerprint of its dense model is not that of the weights and configuration beside it")
         return Identity(weights, configuration, tuple(float(answer) for answer in facts["answers"]), dtype)
 
     def difference(self, now: Identity) -> str | None:

@@ -15,6 +15,7 @@ from bridge.wiring import DenseModelError
 
 # class and attribute of what holds a model whole, and only runs it otherwise
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+PLAIN = (nn.Parameter, Tensor)
 
 
 def unwrapped(model: Any) -> Any:
@@ -36,7 +37,7 @@ def check_weights(model: nn.Module, who: str) -> None:
         if sharded:
             raise DenseModelError(f"{who} cannot be read: {name} is sharded over processes; give the whole model")
         plain = isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
-        if not plain or type(value) not in (nn.Parameter, Tensor) or value.is_quantized:
+        if not plain or type(value) not in PLAIN or value.is_quantized:
             kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
             raise DenseModelError(f"{who} is quantized ({name} is {kind}); give it as it was before, or model.dequantize()")
     if any(type(module).__module__.startswith(("torch.ao.", "torch.quantiz")) for module in model.modules()):

@@ -183,7 +183,7 @@ def test_tasks_of_a_dense_model_alone(dense_folder: Path, tmp_path: Path) -> Non
         (["--language", "latin"], "there are no tasks in the language 'latin'; there are some in python, english"),
         (["ioi", "--language", "python"], "none of the tasks named is in the language 'python'; leave out --language"),
         (["--split", "dev"], "there is no split 'dev'; --split is one of train, validation, test"),
-        (["--bridge", "a", "--dense", "b"], "--bridge and --dense were both given"),
+        (["--bridge", "nowhere", "--dense", "b"], "'nowhere' does not exist"),
     ],
 )
 def test_tasks_refuses(arguments: list[str], message: str) -> None:
@@ -389,7 +389,7 @@ def main_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         ("tasks --seed=-1", ["'--seed'", "-1", "; see bridge tasks --help"]),
         ("tasks --seed=99999999999999999999", ["'--seed'", str(MOST_SEED), "99999999999999999999"]),
         ("explain", ["issing option '--prompt'; see bridge explain --help"]),
-        ("info", ["issing argument"]),
+        ("info", ["which model is not said; give a hub id, a folder or a .gguf file"]),
         ("info a b", ["unexpected extra argument", "b"]),
         ("tasks --frob", ["o such option", "--frob"]),
         ("tasks --seed", ["'--seed' requires an argument"]),

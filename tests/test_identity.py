@@ -1,4 +1,4 @@
-"""A model is its weights, its configuration and what it answers: what is another function is another model, what is not is not."""
+"""A model is its weights, its configuration and its answers: another function is another model, and nothing else is."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_a_configuration_edited_after_the_fit_is_refused_by_its_key(
     result = run("eval", coupling, "--device", "cpu")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and result.stdout == ""
     if said is not None:
-        assert f"is not the one {str(coupling)!r} was fitted to ({str(dense)!r}): its configuration differs: {said}" in result.stderr
+        assert (
+            f"is not the one {str(coupling)!r} was fitted to ({str(dense)!r}): its configuration differs: {said}" in result.stderr
+        )
         assert "give that model with --dense" in result.stderr
         assert load_dense(dense).fingerprint() != before.fingerprint()
 
@@ -163,11 +165,15 @@ def test_answers_may_be_rounded_otherwise() -> None:
 def test_a_coupling_without_its_models_identity_is_refused(tmp_path: Path) -> None:
     _, folder = coupled(tmp_path, tiny())
     facts = json.loads((folder / "coupling.json").read_text())
-    for key in ("weights", "configuration", "answers", "dtype"):
+    for key in ("fingerprint", "weights", "configuration", "answers", "dtype"):
         broken = {**facts, "dense": {name: value for name, value in facts["dense"].items() if name != key}}
         (folder / "coupling.json").write_text(json.dumps(broken))
         with pytest.raises(CheckpointError, match="is no coupling that this version reads"):
             bridge.load(folder)
+    facts["dense"]["configuration"]["n_head"] = 2  # an edit that the fingerprint beside it does not know
+    (folder / "coupling.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="the fingerprint of its dense model is not that of"):
+        bridge.load(folder)
 
 
 # --- where the model of a coupling is
