@@ -28,9 +28,10 @@ from bridge.wiring import PROBE_ROWS, PROBE_TOKENS, forward
 
 # settings that no logit in eval mode depends on: names, precision, training, caches, labels, which tokens are special
 INERT = re.compile(
-    r"_|.*dtype$|transformers_version|architectures|auto_map|quantization_config|.*token_ids?$|.*(dropout|pdrop|layerdrop)"
-    r"|initializer|init_std|use_cache|cache_implementation|return_|output_|id2label|label2id|problem_type|summary_"
-    r"|task_specific_params|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward|.*(aux_loss|z_loss|jitter)"
+    r"_|(torch_)?dtype$|transformers_version|architectures|auto_map|quantization_config|.*token_ids?$|.*(dropout|pdrop|layerdrop)"
+    r"|initializer|init_std|use_cache|cache_implementation|return_dict|output_(attentions|hidden_states|router_logits)|id2label"
+    r"|label2id|problem_type|summary_|task_specific_params|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
+    r"|.*(aux_loss|z_loss)_coef"
 )
 SAME_ANSWERS = 0.1  # nats; TF32 moves a log-probability by up to some .05, another function by far more
 DEFAULT = "its default"
@@ -106,12 +107,17 @@ def identity_of(model: Any, context: int | None) -> Identity:
 
 def configuration_of(model: Any) -> dict[str, Any]:
     """The settings that decide the model's function where they are not its class's defaults, by dotted key."""
+    from transformers.utils import logging
+
     config = model.config.get_text_config()
-    settings = settings_of(config)
+    settings, verbosity = settings_of(config), logging.get_verbosity()
+    logging.set_verbosity_error()  # some classes find fault with their own defaults
     try:
         defaults = settings_of(type(config)())
     except Exception:  # a class that cannot be made without settings has no defaults
         defaults = {}
+    finally:
+        logging.set_verbosity(verbosity)
     kept = {key: value for key, value in settings.items() if value != defaults.get(key)}
     kept |= {key: None for key, value in defaults.items() if value is not None and settings.get(key) is None}
     return {"model_type": config.model_type, **kept}
