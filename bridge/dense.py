@@ -15,28 +15,30 @@ Shape legend: b batch row, t token, d width of the residual stream, v vocabulary
 
 from __future__ import annotations
 
-import copy
+import re
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bridge.adapters import TOKENIZER, adapter_folder, base_of, has_adapter, merged, with_adapter
 from bridge.gguf_file import as_plain_model, find_gguf, loading_options
 from bridge.identity import Identity, fingerprint_of, identity_of
 from bridge.live import check_weights, twin_of, unwrapped
 from bridge.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.wiring import (
+    PARITY_FP32,
     PROBE_ROWS,
     Block,
     DenseModelError,
+    context_of,
     first_line,
     first_tensor,
     forward,
@@ -53,7 +55,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
+# Buffers, masks and their constants, that earlier versions of transformers saved with a model's weights.
+_BUFFER = re.compile(
+    r"\b(attn|attention)\.(bias|masked_bias|causal_mask)$|\b(inv_freq|position_ids|embed_positions|embed_positions\.weights)$"
+)
 
 # Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
 _ONE_AT_A_TIME = threading.RLock()
@@ -95,9 +100,7 @@ class DenseModel:
     ) -> None:
         self.model, self.tokenizer, self.name, self.revision, self.live = model, tokenizer, name, revision, live
         who = f"model {name!r}"
-        text_config = model.config.get_text_config()
-        limits = (getattr(text_config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
-        self.context: int | None = next((limit for limit in limits if isinstance(limit, int)), None)
+        self.context = context_of(model)
         # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             tokens_bt = probe_tokens(model, who, self.context)
@@ -271,33 +274,39 @@ def load_dense(
     named = isinstance(model, (str, Path))
     if named:
         name = str(model)
-        loaded, found_tokenizer = _from_pretrained(name, revision, dtype)
-        tokenizer = found_tokenizer if tokenizer is None else tokenizer
+        loaded, unused = _from_pretrained(name, revision, dtype)
+        found = _tokenizer(name, revision)
         check_weights(loaded, f"model {name!r}")
     else:
         model = unwrapped(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
         check_weights(model, f"model {type(model).__name__!r}")
-        is_peft = hasattr(model, "merge_and_unload")
-        name = type(cast(Any, model).get_base_model() if is_peft else model).__name__
-        loaded: Any = twin_of(model) if adapter is None and not is_peft else copy.deepcopy(model)
-        loaded = _merged(loaded, None, name) if is_peft else loaded
-    if adapter is not None:
-        loaded = _merged(loaded, str(adapter), name)
-    if loaded.config.is_encoder_decoder:
+        name, found, unused = type(base_of(model)).__name__, None, None
+        loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
+    if base_of(loaded).config.is_encoder_decoder:
         raise DenseModelError(f"model {name!r} is an encoder-decoder model; bridge reads decoder-only causal language models")
+    if has_adapter(loaded):
+        loaded = merged(loaded, "its adapter", name)
+    if adapter is not None:
+        folder = adapter_folder(str(adapter))
+        if (folder / TOKENIZER).is_file() and (own := _tokenizer(str(folder), None)) is not None:
+            found = own
+        loaded = with_adapter(loaded, folder, str(adapter), name)
     if named or device is not None:
         loaded.to(device or "cpu")
     loaded.eval().requires_grad_(False)
     on_hub = named and not Path(name).exists()
     revision = getattr(loaded.config, "_commit_hash", None) if on_hub else None
-    return DenseModel(loaded, tokenizer, name, revision, live=not named)
+    dense = DenseModel(loaded, found if tokenizer is None else tokenizer, name, revision, live=not named)
+    if unused:  # now, because of an encoder there is more to say
+        raise DenseModelError(unused)
+    return dense
 
 
-def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer (None where there is none) of a hub id, a folder or a .gguf file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The model of a hub id, a folder or a .gguf file, and why it is not all that its files hold, if so."""
+    from transformers import AutoModelForCausalLM
 
     who, folder = f"model {name!r}", Path(name)
     where, file = find_gguf(name) or (name, None)
@@ -316,24 +325,48 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
                 where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 **({} if file is None else loading_options(file)),
             )  # fmt: skip
             model, info = both
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
             raise DenseModelError(_why_not_loaded(name, who, error)) from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise DenseModelError(f"{who} holds no weights for {missing[0]} ({len(missing)} missing): not a complete causal LM")
-        model = model if file is None else as_plain_model(model, who, where, file, revision)
+        if has_adapter(model):  # a hub id
+            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
+        unused = _unused_weights(who, info)
+        return model if file is None else as_plain_model(model, who, where, file, revision), unused
+
+
+def _unused_weights(who: str, info: dict[str, Any]) -> str | None:
+    """Why a model is not all that its files hold, if so. Raises DenseModelError where they do not hold all of the model."""
+    for key, *(found, wanted) in sorted(info["mismatched_keys"]):
+        sizes = f"{key} of shape {tuple(found)}, and its config.json asks for {tuple(wanted)}"
+        many = len(info["mismatched_keys"])
+        raise DenseModelError(f"{who} has {sizes} ({many} such); give the config.json that its weights were saved with")
+    unused = sorted(key for key in info["unexpected_keys"] if not _BUFFER.search(key))
+    if missing := sorted(info["missing_keys"]):
+        others = f"; its file has {len(unused)} under other names, such as {unused[0]}" if unused else ""
+        problem = f"{who} holds no weights for {missing[0]} ({len(missing)} missing{others})"
+        raise DenseModelError(f"{problem}: not a complete causal LM")
+    if not unused:
+        return None
+    remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
+    return f"{who} has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such); {remedy}"
+
+
+def _tokenizer(name: str, revision: str | None) -> Any:
+    """The tokenizer of a hub id, a folder or a .gguf file; None where there is none, as token ids alone can be coupled."""
+    from transformers import AutoTokenizer
+
+    where, file = find_gguf(name) or (name, None)
+    with _quiet():
         try:
             its = {} if file is None else {"gguf_file": file}
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
-        except Exception:  # a model without a tokenizer can still be coupled to token ids
-            tokenizer = None
+        except Exception:
+            return None
     # a folder without tokenizer files can give an empty tokenizer rather than an error
-    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        tokenizer = None
-    return model, tokenizer
+    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
 
 
 def _why_not_loaded(name: str, who: str, error: Exception) -> str:
@@ -342,6 +375,8 @@ def _why_not_loaded(name: str, who: str, error: Exception) -> str:
         return f"{who} needs code from its own repository, which is not run; only architectures within transformers are read"
     if "Unrecognized configuration class" in reason:
         return f"{who} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
+    if "CONVERSION" in reason:  # it refers to a report that is not printed
+        return f"{who} has experts whose weights do not fit together; its files are incomplete, or config.json is not theirs"
     if Path(name).is_dir():
         return f"{who} cannot be loaded: {reason}"
     if "couldn't connect" in reason or "offline" in reason.lower():
@@ -365,26 +400,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _merged(model: Any, adapter: str | None, name: str) -> Any:
-    """The model with a PEFT adapter merged into its weights; without `adapter`, the one that a live PeftModel has."""
-    from peft import PeftModel
-
-    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise DenseModelError(f"adapter {adapter!r} has no adapter_model.safetensors; give a folder that save_pretrained wrote")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # an adapter of another model
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated"
-            )  # between peft and transformers
-            peft_model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
-        return peft_model.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        which = f"adapter {adapter!r}" if adapter else "its adapter"
-        problem = f"{which} cannot be merged into model {name!r} ({first_line(error)})"
-        raise DenseModelError(f"{problem}; give a LoRA that was trained on it") from error
 
 
 def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:

@@ -48,11 +48,22 @@ def check_weights(model: nn.Module, who: str) -> None:
         raise DenseModelError(f"{who} cannot be read: {what}; load it without device_map, or move it with model.to(...)")
 
 
-def twin_of(model: nn.Module) -> Any:
-    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own."""
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for weight in model.parameters():
-        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
+    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own.
+
+    With `own_weights` it shares nothing.
+    """
+    shared: dict[int, Any] = {}
+    if not own_weights:
+        shared |= {id(buffer): buffer for buffer in model.buffers()}
+        shared |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    while kept:  # torch copies no tensor that has a gradient's history, such as an activation that someone keeps
+        value = kept.pop()
+        if isinstance(value, Tensor) and not value.is_leaf:
+            shared.setdefault(id(value), value.detach())
+        elif isinstance(value, (dict, list, tuple)):
+            kept += value.values() if isinstance(value, dict) else value
     for module in reversed([*model.modules()]):  # the inner ones first: what was compiled in a place is there as it was
         if (inner := unwrapped(module)) is not module:
             shared[id(module)] = copy.deepcopy(inner, shared)

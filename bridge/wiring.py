@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bridge.recipe import UserError
 
 PROBE_ROWS, PROBE_TOKENS = 4, 8
+PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
 
 
 class DenseModelError(UserError):
@@ -117,6 +118,13 @@ class _Call:
     def gives(self, output_btd: Tensor) -> bool:
         """Whether an output is the block's own, to a thousandth of what the block adds (it may be tiny beside the residual)."""
         return largest(output_btd - self.output_btd) <= 1e-3 * largest(self.output_btd - self.x_btd)
+
+
+def context_of(model: Any) -> int | None:
+    """How many positions a model has; None where it says nothing of a limit."""
+    config = model.config.get_text_config()
+    limits = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
+    return next((limit for limit in limits if isinstance(limit, int)), None)
 
 
 def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:

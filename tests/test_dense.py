@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -393,46 +395,6 @@ def test_a_tokenizer_is_found_beside_the_model(tmp_path: Path) -> None:
     assert load_dense(tmp_path, tokenizer=dense.tokenizer).tokenizer is dense.tokenizer
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks transformers 5.23
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_an_adapter_is_merged_before_anything_is_read(family: str, tmp_path: Path) -> None:
-    import peft
-
-    model, tokens_bt = tiny(family), some_tokens()
-    model.save_pretrained(tmp_path / "base")
-    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
-    lora = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
-    adapted = perturbed(peft.get_peft_model(copy.deepcopy(model), lora))
-    adapted.base_model.model.load_state_dict(model.state_dict(), strict=False)
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    base_model = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "adapter"))
-    wanted_btv, base_btv = base_model(tokens_bt).logits.detach(), model(tokens_bt).logits.detach()
-    assert (wanted_btv - base_btv).abs().max() > 0.1
-
-    from_folders = load_dense(tmp_path / "base", adapter=tmp_path / "adapter")
-    onto_live = load_dense(model, adapter=str(tmp_path / "adapter"))
-    from_peft = load_dense(base_model)
-    for dense in (from_folders, onto_live, from_peft):
-        torch.testing.assert_close(dense.run(tokens_bt).logits_btv, wanted_btv, rtol=0, atol=1e-4)
-        assert dense.parity.largest <= 1e-4 and dense.sublayers == SEQUENTIAL
-        assert dense.fingerprint() == from_folders.fingerprint()
-    assert from_peft.name == onto_live.name == type(model).__name__
-    # neither the live model nor the live PeftModel was merged into
-    assert torch.equal(model(tokens_bt).logits, base_btv) and torch.equal(base_model(tokens_bt).logits, wanted_btv)
-
-    with pytest.raises(DenseModelError, match="is an adapter; give the model that it was trained on"):
-        load_dense(tmp_path / "adapter")
-    other = "gpt-neo" if family == "gpt2" else "gpt2"
-    with pytest.raises(
-        DenseModelError, match=r"adapter .* cannot be merged into model .*; give a LoRA that was trained on it"
-    ) as error:
-        load_dense(tiny(other), adapter=tmp_path / "adapter")
-    assert "\n" not in str(error.value)
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(DenseModelError, match=r"has no adapter_model\.safetensors"):
-        load_dense(tmp_path / "base", adapter=tmp_path / "adapter")
-
-
 # --- what is refused
 
 
@@ -518,6 +480,122 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     assert "cannot be loaded" in refusal(deeper)
     (deeper / "config.json").write_text("{")
     assert "cannot be loaded" in refusal(deeper)
+
+
+# --- every weight in the file is used
+
+
+def edited(folder: Path, weights: Callable[[dict[str, Tensor]], Any] | None = None, **config: Any) -> Path:
+    """A saved model with other weights in its file, or other settings."""
+    from safetensors.torch import load, save_file
+
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if weights is not None:
+        path = folder / "model.safetensors"
+        tensors = weights(load(path.read_bytes()))
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def biased() -> Any:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**tiny("llama").config.to_dict(), "attention_bias": True}))
+    return perturbed(model)
+
+
+UNUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str, int]] = {
+    "biases": (biased, {"attention_bias": False}, "model.layers.0.self_attn.k_proj.bias", 12),
+    "opt-biases": (lambda: tiny("opt"), {"enable_bias": False}, "model.decoder.layers.0.fc1.bias", 18),
+    "layers": (lambda: tiny("llama"), {"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight", 9),
+    "gpt2-layers": (tiny, {"n_layer": 2}, "transformer.h.2.attn.c_attn.weight", 11),
+    "expert-layers": (lambda: tiny("mixtral"), {"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight", 9),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+@pytest.mark.parametrize("shards", ["one", "many"])
+def test_weights_that_the_configuration_leaves_out_are_refused(kind: str, shards: str, tmp_path: Path) -> None:
+    make, settings, first, count = UNUSED[kind]
+    model = make()
+    model.save_pretrained(tmp_path, max_shard_size="1GB" if shards == "one" else "10KB")
+    assert len([*tmp_path.glob("*.safetensors")]) == 1 or shards == "many"
+    torch.testing.assert_close(load_dense(tmp_path).run(some_tokens()).logits_btv, model(some_tokens()).logits.detach())
+    assert refusal(edited(tmp_path, **settings)) == (
+        f"model '{tmp_path}' has weights that its config.json makes no use of: {first} ({count} such); mend config.json, "
+        "or leave them out of the file, as save_pretrained of the model in transformers does"
+    )
+
+
+def test_weights_under_other_names_are_refused(tmp_path: Path) -> None:
+    def given(name: str, weights: Callable[[dict[str, Tensor]], Any]) -> Path:
+        tiny("llama").save_pretrained(tmp_path / name)
+        return edited(tmp_path / name, weights)
+
+    extra = given("value-head", lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, WIDTH)})
+    assert "makes no use of: v_head.summary.weight (1 such)" in refusal(extra)
+    extra = given("critic", lambda tensors: {**tensors, **{f"critic.{key}": tensor for key, tensor in tensors.items()}})
+    assert "makes no use of: critic.lm_head.weight (30 such)" in refusal(extra)
+    for prefix in ("_orig_mod.", "base_model.model."):
+        other = given(prefix, lambda tensors, p=prefix: {f"{p}{key}": tensor for key, tensor in tensors.items()})
+        message = refusal(other)
+        assert "holds no weights for lm_head.weight (30 missing; its file has 30 under other names, such as" in message
+        assert f"such as {prefix}lm_head.weight): not a complete causal LM" in message
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("vocabulary", "llama", {"vocab_size": 70}, "lm_head.weight of shape (80, 32), and its config.json asks for (70, 32) (2"),
+        ("mlp", "llama", {"intermediate_size": 40}, "model.layers.0.mlp.down_proj.weight of shape (32, 48), and its config.json"),
+        ("heads", "llama", {"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight of shape (16, 32), and its"),
+        ("experts", "mixtral", {"num_local_experts": 2}, "model.layers.0.mlp.experts.down_proj of shape (4, 32, 48), and its"),
+    ]
+    for name, family, settings, problem in cases:
+        tiny(family).save_pretrained(tmp_path / name)
+        message = refusal(edited(tmp_path / name, **settings))
+        assert f"has {problem}" in message and "such); give the config.json that its weights were saved with" in message
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    tiny("mixtral").save_pretrained(tmp_path / "broken")
+    edited(tmp_path / "broken", lambda tensors: {key: tensor for key, tensor in tensors.items() if key != expert})
+    assert "has experts whose weights do not fit together" in refusal(tmp_path / "broken")
+
+
+@torch.no_grad()
+def test_buffers_of_earlier_versions_are_no_weights(tmp_path: Path) -> None:
+    mask, lowest = torch.ones(1, 1, 16, 16).tril(), torch.tensor(-1e4)
+    for family, block, buffers in (
+        ("gpt2", "transformer.h.{}.attn", {"bias": mask, "masked_bias": lowest}),
+        ("gpt-neo", "transformer.h.{}.attn.attention", {"bias": mask, "masked_bias": lowest}),
+        ("gpt-j", "transformer.h.{}.attn", {"bias": mask, "masked_bias": lowest}),
+        (
+            "gpt-neox-parallel",
+            "gpt_neox.layers.{}.attention",
+            {"bias": mask, "masked_bias": lowest, "rotary_emb.inv_freq": lowest},
+        ),
+        ("llama", "model.layers.{}.self_attn", {"rotary_emb.inv_freq": torch.ones(4)}),
+    ):
+        model, folder = tiny(family), tmp_path / family
+        model.save_pretrained(folder)
+        old = {f"{block.format(layer)}.{key}": tensor for layer in range(LAYERS) for key, tensor in buffers.items()}
+        got_btv = load_dense(edited(folder, lambda tensors, old=old: {**tensors, **old})).run(some_tokens()).logits_btv
+        torch.testing.assert_close(got_btv, model(some_tokens()).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_in_the_file_is_the_head(tmp_path: Path) -> None:
+    model = tiny()
+    wanted_btv = model(some_tokens()).logits
+    for name, factor in (("tied", 1), ("its own", 2)):  # the configuration says that it is tied
+        model.save_pretrained(tmp_path / name)
+        edited(tmp_path / name, lambda ts, by=factor: {**ts, "lm_head.weight": ts["transformer.wte.weight"] * by})
+        got_btv = load_dense(tmp_path / name).run(some_tokens()).logits_btv
+        torch.testing.assert_close(got_btv, factor * wanted_btv, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "untied")
+    assert "holds no weights for lm_head.weight (1 missing)" in refusal(edited(tmp_path / "untied", tie_word_embeddings=False))
+
+
+def test_an_encoder_with_heads_of_its_own_is_called_an_encoder(tmp_path: Path) -> None:
+    hf.BertForPreTraining(bert_config()).save_pretrained(tmp_path)
+    assert "is not causal" in refusal(tmp_path)
 
 
 # --- what cannot be wired is refused by site
