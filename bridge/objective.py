@@ -148,8 +148,9 @@ class Objective(nn.Module):
             if with_nmse or stop > start:
                 h_btd = dense.residuals[site]
                 x_bts = self.bridges[site].encode(torch.cat([h_btd[:with_nmse], h_btd[start:stop]]))
-                encoded.append(x_bts[:with_nmse])
                 entering.append(x_bts[with_nmse:])
+                if with_nmse:
+                    encoded.append(x_bts[:with_nmse])
         x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
 
         sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
@@ -171,7 +172,7 @@ class Objective(nn.Module):
         carried: list[Tensor] = []
         for site in sites:
             x_bts = sparse.residuals[site]
-            if losses.nmse_encoder:
+            if encoded:  # not where every row of a process's share enters
                 nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
             rows = [row for row, other in enumerate(leave) if other == site]
             before = [row for row in rows if row < with_nmse]  # these are decoded for NMSE already

@@ -162,16 +162,27 @@ def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: C
     torch.testing.assert_close(warm["hybrid_out"], torch.stack(left).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_shares_of_a_batch_average_to_the_whole(coupling: Coupling) -> None:
-    """Two processes with half the rows each, and the whole batch's counts, compute what one would."""
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shares_of_a_batch_average_to_the_whole(processes: int, coupling: Coupling) -> None:
+    """Processes with a share of the rows each, and the whole batch's counts, compute what one would: values and gradients.
+
+    Of four processes every one has a row that enters, or one that begins at its tokens, and none has both.
+    """
     module = objective(coupling)
     splice = draw_splice(4, coupling.n_sites, module.losses, torch.Generator().manual_seed(5))
     whole = module(TOKENS_BT, splice)
-    counts = [count / 2 for count in splice.counts()]
-    halves = [module(TOKENS_BT[start : start + 2], splice.rows(start, start + 2), counts) for start in (0, 2)]
+    expected = gradient(module, splice)
+    counts = [count / processes for count in splice.counts()]
+    rows = 4 // processes
+    shares = [
+        module(TOKENS_BT[start : start + rows], splice.rows(start, start + rows), counts) for start in range(0, 4, rows)
+    ]
     for name, value in whole.items():
-        shares = [half[name] for half in halves if name in half]
-        torch.testing.assert_close(sum(shares) / 2, value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sum(share[name] for share in shares if name in share) / processes, value, rtol=1e-4, atol=1e-5)
+    module.zero_grad()
+    (sum(share["total"] for share in shares) / processes).backward()
+    found = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in module.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sites_are_drawn_evenly() -> None:

@@ -528,23 +528,27 @@ def test_killed_processes_end_where_one_left_alone_does() -> None:
 # -- several processes --------------------------------------------------------------------------------------------------
 
 DRIVER = """
+import os
 import sys
 from bridge import training
 from bridge.cli import main
 training.REPORT_SECONDS = 0.0
+assert os.environ["WORLD_SIZE"] == "2"
 sys.argv = ["bridge", *sys.argv[1:]]
 main()
 """
 
 
 def test_two_processes_fit_what_one_does(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """The same global batch, half of it each: the same losses and weights but for the order of sums."""
+    """The same global batch, half of it each: the same losses and weights but for the order of sums.
+
+    In its steps there are shares of which every row enters, and shares of which none does.
+    """
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     fitted(dense_folder, text_file, tmp_path / "one")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(driver),
+    command = [  # `accelerate launch --cpu` would start one process, whatever number it is given
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver),
         "fit", str(dense_folder), "--l0", "0.1", "--data", str(text_file), "--tokens", str(TOKENS), "--device", "cpu",
         "--out", str(tmp_path / "two"),
     ]  # fmt: skip
