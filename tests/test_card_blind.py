@@ -10,9 +10,10 @@ import torch
 from conftest import VOCABULARY, planted_pairs
 from test_card_case import answered, case_of, copied, corpus
 
+from bridge.bootstrap import Draws
 from bridge.bridges import Coupling
 from bridge.card import blind
-from bridge.card.blind import _Draws, _explained, _mistakes, bigram_logits, blind_measures
+from bridge.card.blind import _explained, _mistakes, bigram_logits, blind_measures
 from bridge.card.stress import Stress
 
 
@@ -61,12 +62,12 @@ def test_what_is_explained_is_of_the_same_answers_for_both_members() -> None:
     generator = np.random.default_rng(0)
     dense_b2 = generator.normal(3, 1, size=(120, 2))
     circuit_b2 = dense_b2 + generator.normal(0, 0.5, size=(120, 2))
-    measure = _explained(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2)), (), _Draws(np.arange(120), 0))
+    measure = _explained(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2)), (), Draws(np.arange(120), 0))
     y, x = (np.concatenate([z[:, 0], -z[:, 1]]) for z in (dense_b2, circuit_b2))
     expected = 1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     assert measure.value == pytest.approx(expected) and measure.passed
     assert measure.interval is not None and measure.interval[0] < expected < measure.interval[1]
-    worse = _explained(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2, (), _Draws(np.arange(120), 0))
+    worse = _explained(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2, (), Draws(np.arange(120), 0))
     assert worse.passed is False
 
 
@@ -80,7 +81,7 @@ def test_what_was_made_from_one_pair_is_drawn_together() -> None:
         return lambda weight_kb: weight_kb @ x_b2.mean(1) / weight_kb.sum(1)
 
     single, together, apart = (
-        _Draws(of_b, 0).interval(mean(x_b2))
+        Draws(of_b, 0).interval(mean(x_b2))
         for of_b, x_b2 in ((np.arange(40), one_b2), (source_b, four_b2), (np.arange(160), four_b2))
     )
     assert single is not None and together is not None and apart is not None
@@ -89,7 +90,7 @@ def test_what_was_made_from_one_pair_is_drawn_together() -> None:
 
 
 def test_mistakes_are_to_be_foreseen_and_not_cried() -> None:
-    generator, draws = np.random.default_rng(0), _Draws(np.arange(100), 0)
+    generator, draws = np.random.default_rng(0), Draws(np.arange(100), 0)
     dense_b2 = np.where(np.arange(200).reshape(100, 2) % 5 == 0, -1.0, 2.0)
     right = _mistakes(dense_b2, dense_b2 + 0.1 * generator.normal(size=(100, 2)), dense_b2, draws)
     assert right.value == 1 and right.passed and right.control is not None and right.control.mean == 0

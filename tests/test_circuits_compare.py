@@ -9,10 +9,11 @@ import pytest
 import scipy.stats
 import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
+from test_circuits_judge import switched_on_f
 from test_circuits_result import planted_result
 
-from bridge.circuits.compare import compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
-from bridge.circuits.judge import expected_overlap
+from bridge.circuits.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.circuits.judge import expected_overlap, random_deletions
 from bridge.circuits.result import Size
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
@@ -49,6 +50,15 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
         for b, pairs in enumerate(prompts.values()):
             rise = pairs.loss(subject.logits(pairs, gate)).mean() - pairs.loss(subject.logits(pairs)).mean()
             assert comparison.rise[a][b] == pytest.approx(float(rise), abs=1e-6)
+    # beside it: deletions of nodes that are on for some prompt of the tasks, as the judge's are
+    on_f = torch.stack([switched_on_f(subject, pairs) for pairs in prompts.values()]).any(0)
+    generator = torch.Generator().manual_seed(0)
+    for a, result in enumerate((one, other)):
+        drawn, _ = random_deletions(subject.space, subject.space.join(result.circuit.kept), on_f, generator, DRAWS)
+        for b, pairs in enumerate(prompts.values()):
+            losses = [pairs.loss(subject.logits(pairs, masked_gate(subject, ~gone_f))).mean() for gone_f in drawn]
+            rise = torch.stack(losses).mean() - pairs.loss(subject.logits(pairs)).mean()
+            assert comparison.random[a][b] == pytest.approx(float(rise), abs=1e-6)
     share = comparison.share[0][1]
     assert share is not None and share == pytest.approx(comparison.rise[0][1] / comparison.rise[1][1])
     nodes = next(found for found in comparison.overlaps if found.what == "nodes")

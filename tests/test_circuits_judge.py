@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
-from conftest import VOCABULARY, planted_pairs, planted_sparse
+from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
 from torch import Tensor
 
 from bridge.circuit import kl
-from bridge.circuits.judge import Judged, TaskFaithfulness, expected_overlap, judge, random_circuits
+from bridge.circuits.judge import Judged, TaskFaithfulness, expected_overlap, judge, random_circuits, random_deletions
 from bridge.circuits.masks import Aim, Goal
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
@@ -82,6 +85,36 @@ def test_measures_are_their_definitions(subject: SparseSubject) -> None:
     assert faith.verdict == "refuted" and any("KL" in reason for reason in faith.reasons)
 
 
+def test_necessity_has_an_interval_over_pairs(dense: DenseModel) -> None:
+    """That of scipy, over the mean losses of pairs; both members of one are drawn together."""
+    subject = SparseSubject.over(untrained(dense).sparse.requires_grad_(False), corpus())
+    kept_f = torch.rand(subject.space.size, generator=torch.Generator().manual_seed(0)) < 0.3
+    pairs = planted_pairs(12, seed=2).both()
+    loss_b2 = pairs.loss(subject.logits(pairs, masked_gate(subject, ~kept_f))).view(2, 12).T.double().numpy()
+    options = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(0)}
+    low, high = scipy.stats.bootstrap((loss_b2.mean(1),), np.mean, **options).confidence_interval
+    note = judged(subject, kept_f).loss_without.note
+    told = re.match(r"95% interval (\S+) to (\S+) over pairs", note)
+    assert told is not None and high - low > 0.002
+    assert [float(x) for x in told.groups()] == pytest.approx([low, high], abs=0.1 * (high - low))
+
+
+@pytest.mark.parametrize(("loss", "passed"), [(0.69306, False), (0.69320, True)])
+def test_chance_is_log_2(loss: float, passed: bool, subject: SparseSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows as 0.693 is held to the number: a loss below chance is none of a circuit that is needed."""
+    kept_f = planted_f(subject)
+
+    def logits(goal: Goal, on_f: Tensor, _: object = None) -> Tensor:
+        odds = -math.log(math.expm1(loss)) if torch.equal(on_f, ~kept_f) else 5.0
+        drawn_bv = torch.zeros(len(goal.pairs), VOCABULARY)
+        return drawn_bv.scatter_(1, goal.pairs.answer_bk[:, :1], odds)
+
+    monkeypatch.setattr("bridge.circuits.judge._logits", logits)
+    measure = judged(subject, kept_f).loss_without
+    assert measure.value == pytest.approx(loss, abs=1e-6) and measure.passed is passed
+    assert measure.aim == ">= 0.6931, above random"
+
+
 def test_a_wrong_circuit_and_none_do_not_pass(subject: SparseSubject) -> None:
     wrong = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in subject.space.sizes.items()}
     wrong[Location(0, "mlp_act")][0, 8:14] = True  # decoys
@@ -114,8 +147,6 @@ def test_seeds_and_dense_model_are_controls(subject: SparseSubject) -> None:
 
 
 def test_attention_is_compared_where_values_are_kept(dense: DenseModel) -> None:
-    from conftest import untrained
-
     subject = SparseSubject.over(untrained(dense).sparse.requires_grad_(False), corpus())
     every_f = torch.ones(subject.space.size, dtype=torch.bool)
     goal = Goal(subject, planted_pairs(6).both(), Aim())
@@ -139,3 +170,15 @@ def test_random_circuits_are_as_large_also_where_a_location_has_too_few(subject:
     subject.space.split(pool_f)[Location(0, "mlp_in")].fill_(False)
     assert [int(kept_f.sum()) for kept_f in random_circuits(goal.subject.space, like_f, pool_f, generator)] == [6] * 10
     assert len(random_circuits(goal.subject.space, like_f, like_f & False, generator)) == 0
+
+
+def test_random_deletions_are_of_what_is_on_outside_the_circuit(subject: SparseSubject) -> None:
+    kept_f, generator = planted_f(subject), torch.Generator().manual_seed(0)
+    on_f = switched_on_f(subject, planted_pairs(12).both())
+    gone_cf, note = random_deletions(subject.space, kept_f, on_f, generator, 4)
+    assert len(gone_cf) == 4 and not note
+    assert all(int(gone_f.sum()) == 6 and not bool((gone_f & (kept_f | ~on_f)).any()) for gone_f in gone_cf)
+    few_f = torch.zeros_like(on_f).index_fill_(0, (on_f & ~kept_f).nonzero().flatten()[:3], True)
+    gone_cf, note = random_deletions(subject.space, kept_f, few_f | kept_f, generator)
+    assert torch.equal(gone_cf, few_f[None]) and note == "there are only 3 other nodes: all of them deleted"
+    assert [len(random_deletions(subject.space, kept_f, f, generator)[0]) for f in (kept_f, kept_f & False)] == [0, 0]

@@ -174,13 +174,11 @@ def test_shares_of_a_batch_average_to_the_whole(processes: int, coupling: Coupli
     expected = gradient(module, splice)
     counts = [count / processes for count in splice.counts()]
     rows = 4 // processes
-    shares = [
-        module(TOKENS_BT[start : start + rows], splice.rows(start, start + rows), counts) for start in range(0, 4, rows)
-    ]
+    shares = [module(TOKENS_BT[start : start + rows], splice.rows(start, start + rows), counts) for start in range(0, 4, rows)]
     for name, value in whole.items():
         torch.testing.assert_close(sum(share[name] for share in shares if name in share) / processes, value, rtol=1e-4, atol=1e-5)
     module.zero_grad()
-    (sum(share["total"] for share in shares) / processes).backward()
+    torch.stack([share["total"] for share in shares]).mean().backward()
     found = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in module.parameters()])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 

@@ -17,7 +17,7 @@ for both members of a pair.
 
 Intervals are over the held-out pairs that stress prompts were made from: all that was made from one is drawn together.
 
-Shape legend: b stress pair (row; of `_differences` a prompt), s held-out pair, v vocabulary, k draw.
+Shape legend: b stress pair (row; of `_differences` a prompt), v vocabulary, k draw.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.bootstrap import Draws
 from bridge.card.card import CardMeasure, Point
-from bridge.card.case import Case, interval, numbers
+from bridge.card.case import Case, numbers
 from bridge.card.stress import Stress
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
@@ -59,7 +60,7 @@ def blind_measures(
     progress(f"blind prediction: {prompts} stress prompts of {len(stress)} kinds")
     device = case.coupling.dense.device
     found = {kind: _differences(case, some.pairs.to(device), reference_bt) for kind, some in stress.items()}
-    draws = _Draws(np.concatenate([some.source_b.numpy() for some in stress.values()]), seed)
+    draws = Draws(np.concatenate([some.source_b.numpy() for some in stress.values()]), seed)
     # pairs in rows, their two members in columns
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (np.concatenate([each[name] for each in found.values()]) for name in _NAMES)
     points = tuple(
@@ -74,23 +75,6 @@ def blind_measures(
     note = f"the dense model makes {mistakes} mistakes in {dense_b2.size} prompts{': there is nothing to foresee' if few else ''}"
     signs = _signs(dense_b2, circuit_b2, whole_b2, bigram_b2, note, draws)
     return (explained, signs) if few else (explained, signs, _mistakes(dense_b2, circuit_b2, whole_b2, draws))
-
-
-class _Draws:
-    """Intervals over draws of held-out pairs, each with all the stress pairs that were made from it."""
-
-    def __init__(self, source_b: np.ndarray, seed: int) -> None:
-        _, self.source_b = np.unique(source_b, return_inverse=True)
-        self.sources, self.seed = int(self.source_b.max()) + 1, seed
-
-    def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
-        """That of statistic(weight_kb) -> value_k, weight_kb being how often a stress pair was drawn."""
-
-        def of_picks(pick_ks: np.ndarray) -> np.ndarray:
-            drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])
-            return statistic(drawn_ks[:, self.source_b].astype(float))
-
-        return interval(of_picks, self.sources, self.seed)
 
 
 _NAMES = ("dense", "circuit", "whole", "bigram")
@@ -156,7 +140,7 @@ def _explained(
     whole_b2: np.ndarray,
     bigram_b2: np.ndarray,
     points: tuple[Point, ...],
-    draws: _Draws,
+    draws: Draws,
 ) -> CardMeasure:
     correlation = _correlation(dense_b2, circuit_b2)
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (x_b2 * _ORDER for x_b2 in (dense_b2, circuit_b2, whole_b2, bigram_b2))
@@ -179,7 +163,7 @@ def _explained(
 
 
 def _signs(
-    dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, bigram_b2: np.ndarray, note: str, draws: _Draws
+    dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, bigram_b2: np.ndarray, note: str, draws: Draws
 ) -> CardMeasure:
     value, most, bigram = (_same(dense_b2, x_b2) for x_b2 in (circuit_b2, whole_b2, bigram_b2))
     same_b = ((dense_b2 > 0) == (circuit_b2 > 0)).mean(1)
@@ -190,7 +174,7 @@ def _signs(
     )  # fmt: skip
 
 
-def _mistakes(dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, draws: _Draws) -> CardMeasure:
+def _mistakes(dense_b2: np.ndarray, circuit_b2: np.ndarray, whole_b2: np.ndarray, draws: Draws) -> CardMeasure:
     wrong_b2 = dense_b2 <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (circuit_b2, whole_b2))
     alarms = float(np.mean(circuit_b2[~wrong_b2] <= 0))

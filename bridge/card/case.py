@@ -13,7 +13,7 @@ Shape legend: b pair (row), i item, t token, s sparse width, d dense width, n no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.bootstrap import interval
 from bridge.bridges import Coupling
 from bridge.circuit import NodeSpace, ablation_gate
 from bridge.circuits.subject import SparseSubject, in_order
@@ -29,7 +30,6 @@ from bridge.sparse import Gate, Location
 from bridge.tasks.tokens import TokenPairs
 from bridge.transport import run_changed
 
-BOOTSTRAPS = 2000
 WRITES = ("attn_out", "mlp_out")
 _LOGITS = 2**25  # at most in a batch
 
@@ -181,17 +181,3 @@ def share(part_b: np.ndarray, whole_b: np.ndarray) -> float:
 def share_interval(part_b: np.ndarray, whole_b: np.ndarray, seed: int) -> tuple[float, float] | None:
     """The 95% bootstrap interval of that ratio, over pairs; None of a single one."""
     return interval(lambda pick_kb: part_b[pick_kb].sum(1) / whole_b[pick_kb].sum(1), len(part_b), seed)
-
-
-def interval(statistic: Callable[[np.ndarray], np.ndarray], pairs: int, seed: int) -> tuple[float, float] | None:
-    """The 95% bootstrap interval of statistic(pick_kb) -> value_k over draws of pairs; None where there are too few."""
-    if pairs < 2:
-        return None
-    pick_kb = np.random.default_rng(seed).integers(pairs, size=(BOOTSTRAPS, pairs))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values_k = statistic(pick_kb)
-    values_k = values_k[np.isfinite(values_k)]
-    if len(values_k) < BOOTSTRAPS / 2:
-        return None
-    low, high = np.quantile(values_k, [0.025, 0.975])
-    return float(low), float(high)

@@ -5,7 +5,8 @@
                     N being nodes that are in neither circuit too: a circuit's nodes are never drawn from all alike, so that some
                     overlap beyond chance is to be had of any two tasks
     cross-ablation  with all nodes of task A's circuit at their means, how much the two-way loss of task B rises; the share of
-                    what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has
+                    what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has,
+                    outside A, of those that some task's prompt switches on
     geometric mean  of the sizes over tasks, those without a circuit counted at the whole model's
 
 Shape legend: f all nodes in one row, a, b tasks.
@@ -25,10 +26,12 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuit import Edge
-from bridge.circuits.judge import expected_overlap
+from bridge.circuits.judge import expected_overlap, random_deletions
+from bridge.circuits.masks import switched_on
 from bridge.circuits.result import Size, TaskResult
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.tasks.tokens import TokenPairs
+from bridge.validate import average
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task
@@ -49,13 +52,16 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Overlaps of all pairs; and rise_ab, the rise of b's loss with a's circuit deleted, beside its random control and base_b."""
+    """Overlaps of all pairs; and rise_ab, the rise of b's loss with a's circuit deleted, beside its random control and base_b.
+
+    A control is None where no node outside the circuit is on.
+    """
 
     tasks: tuple[str, ...]
     overlaps: tuple[Overlap, ...]
     base: tuple[float, ...]
     rise: tuple[tuple[float, ...], ...]
-    random: tuple[tuple[float, ...], ...]
+    random: tuple[tuple[float | None, ...], ...]
 
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
@@ -95,6 +101,7 @@ def compare(
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
+    on_f = torch.stack([switched_on(subject, pairs.to(subject.device)) for pairs in prompts.values()]).any(0)
 
     def losses(gone_f: Tensor) -> list[float]:
         gate = masked_gate(subject, ~gone_f)
@@ -105,18 +112,10 @@ def compare(
     for name in names:
         say(f"cross-ablation: without {name}")
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
-        draws = [losses(_alike(subject, kept[name], generator)) for _ in range(DRAWS)]
-        random.append(tuple(sum(column) / DRAWS - y for column, y in zip(zip(*draws, strict=True), base, strict=True)))
+        draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
+        columns = zip(*draws, strict=True) if draws else ((),) * len(names)
+        random.append(tuple(average(list(column)) - y if column else None for column, y in zip(columns, base, strict=True)))
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random))
-
-
-def _alike(subject: SparseSubject, kept_f: Tensor, generator: torch.Generator) -> Tensor:
-    """As many random nodes at each location."""
-    parts = {}
-    for location, kept_1n in subject.space.split(kept_f).items():
-        order_n = torch.randperm(kept_1n.shape[1], generator=generator).to(kept_f.device)
-        parts[location] = kept_1n[:, order_n]
-    return subject.space.join(parts)
 
 
 def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
@@ -175,7 +174,7 @@ def render_comparison(comparison: Comparison) -> str:
     lines = ["CROSS-ABLATION: rise of the column's two-way loss with the row's circuit deleted (random nodes instead)"]
     lines.append(" " * (width + 2) + "  ".join(f"{name:>14}" for name in short))
     for name, rise, random in zip(comparison.tasks, comparison.rise, comparison.random, strict=True):
-        cells = [f"{x:+.2f} ({y:+.2f})" for x, y in zip(rise, random, strict=True)]
+        cells = [f"{x:+.2f} ({'none' if y is None else f'{y:+.2f}'})" for x, y in zip(rise, random, strict=True)]
         lines.append(f"  {name:<{width}}" + "  ".join(f"{cell:>14}" for cell in cells))
     if comparison.apart is not None:
         met = "yes" if comparison.apart <= APART else "NO"

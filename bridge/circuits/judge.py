@@ -4,7 +4,8 @@
     sufficiency   KL(S, S_C) on the prompts of the search and on held-out ones; share of D kept; accuracy of S_C alone; beside
                   random circuits
     company       KL(S, S_(C + U)) over random sets U of outside nodes, mean and worst; beside random circuits in that company
-    necessity     two-way loss with only C deleted; beside random deletions of as many outside nodes
+    necessity     two-way loss with only C deleted, at least that of chance, log 2, with its interval over the held-out pairs;
+                  beside random deletions of as many outside nodes that are on
     size          edges of the circuit; beside those of the dense model, pruned on the same prompts to the same loss
     minimality    share of nodes whose removal raises the loss by more than a hundredth; beside those of a random circuit
     stability     mean overlap (Jaccard) of the seeds' circuits; beside what as many nodes share by chance, of those that are on
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from bridge.attention import variation
+from bridge.bootstrap import Draws
 from bridge.circuit import NodeSpace, kl
 from bridge.circuits.masks import Goal, random_company, switched_on
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
@@ -58,7 +60,7 @@ STABLE = 0.6
 RANDOM_CIRCUITS = 10
 TRIED_NODES = 50
 FEW = 16  # prompts, where there is one run per superset or node
-CHANCE = 0.693  # log 2 as far as it is shown: to be a tenth of a thousandth below it says nothing
+CHANCE = math.log(2)  # of two answers
 
 TaskVerdict = Literal["unsolved", "refuted", "undecided", "behavioural"]
 
@@ -142,7 +144,7 @@ def judge(
     """Every measure of a task's circuit, on the prompts of the search where that is said, else on held-out ones."""
     say = progress or (lambda _: None)
     generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the draws of the search
-    on_f = switched_on(held_out)
+    on_f = switched_on(held_out.subject, held_out.pairs)
     random_cf = random_circuits(held_out.subject.space, judged.kept_f, on_f | judged.kept_f, generator)
     say(f"judging: {len(random_cf)} random circuits")
     alone_bv = _logits(held_out, judged.kept_f, judged.pruned)
@@ -152,7 +154,7 @@ def judge(
     say(f"judging: {SUPERSETS} supersets")
     company_mean, company_worst = _company(_few(held_out), judged, random_cf, generator)
     say("judging: without the circuit")
-    loss_without = _necessity(held_out, judged.kept_f, on_f & ~judged.kept_f, generator)
+    loss_without = _necessity(held_out, judged.kept_f, on_f, generator, seed)
     say(f"judging: {TRIED_NODES} nodes one by one")
     minimal = _minimality(_few(held_out), judged, random_cf, generator)
     note = "" if dense is None else f"the dense model {dense.accuracy:.3f}"
@@ -213,6 +215,20 @@ def random_circuits(
     return torch.stack(drawn)
 
 
+def random_deletions(
+    space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = RANDOM_CIRCUITS
+) -> tuple[Tensor, str]:
+    """gone_cf, beside the deletion of a circuit: as many of the nodes outside it that are on; and a note, or "".
+
+    Where there are fewer, all of them are the one deletion, which the note says; none where there is nothing to delete.
+    """
+    outside_f = on_f & ~kept_f
+    gone_cf = random_circuits(space, kept_f, outside_f, generator, draws)
+    if len(gone_cf) or not kept_f.any() or not outside_f.any():
+        return gone_cf, ""
+    return outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
+
+
 def _sufficiency(
     searched: Goal, held_out: Goal, judged: Judged, random_cf: Tensor, alone_bv: Tensor, random: list[Tensor]
 ) -> tuple[Measure, Measure]:
@@ -260,14 +276,18 @@ def _company(goal: Goal, judged: Judged, random_cf: Tensor, generator: torch.Gen
     return company_measures(values, controls)
 
 
-def _necessity(goal: Goal, kept_f: Tensor, outside_f: Tensor, generator: torch.Generator) -> Measure:
-    random_cf, note = random_circuits(goal.subject.space, kept_f, outside_f, generator), ""
-    if not len(random_cf) and kept_f.any() and outside_f.any():
-        random_cf, note = outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
-    loss, *others = [float(goal.pairs.loss(_logits(goal, ~gone_f)).mean()) for gone_f in (kept_f, *random_cf)]
+def _necessity(goal: Goal, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, seed: int) -> Measure:
+    random_cf, note = random_deletions(goal.subject.space, kept_f, on_f, generator)
+    loss_b, *others = [goal.pairs.loss(_logits(goal, ~gone_f)).double().cpu() for gone_f in (kept_f, *random_cf)]
+    loss, losses = float(loss_b.mean()), [float(other_b.mean()) for other_b in others]
+    # both members of a pair are prompts here, and are drawn together
+    members = zip(goal.pairs.prompt_bt.tolist(), goal.pairs.counterfactual_bt.tolist(), strict=True)
+    pairs = [str(sorted(both)) for both in members]
+    bounds = Draws(pairs, seed).interval(lambda weight_kb: weight_kb @ loss_b.numpy() / weight_kb.sum(1))
+    told = "" if bounds is None else f"95% interval {bounds[0]:.4f} to {bounds[1]:.4f} over pairs"
     return measured(
-        "two-way loss without it", loss, control_of("random", others, max, "worst"), f">= {CHANCE:.3f}, above random",
-        loss >= CHANCE and loss > max(others, default=math.inf), note,
+        "two-way loss without it", loss, control_of("random", losses, max, "worst"), f">= {CHANCE:.4f}, above random",
+        loss >= CHANCE and loss > max(losses, default=math.inf), "; ".join(filter(None, (told, note))),
     )  # fmt: skip
 
 

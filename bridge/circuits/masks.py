@@ -267,16 +267,16 @@ def drawn(goal: Goal, rows: int, generator: torch.Generator) -> tuple[Tensor, Te
     return row_b.to(goal.subject.device), company_bf.to(goal.subject.device)
 
 
-def switched_on(goal: Goal) -> Tensor:
+def switched_on(subject: Subject, pairs: TokenPairs) -> Tensor:
     """Nodes_f that some prompt switches on, at any of its tokens."""
-    values = recorded(goal.subject, goal.pairs)
-    on = {at: ((values[at] != 0) & goal.pairs.there_bt[..., None]).any((0, 1))[None] for at in goal.subject.space.sizes}
-    return goal.subject.space.join(on)
+    values = recorded(subject, pairs)
+    on = {at: ((values[at] != 0) & pairs.there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
+    return subject.space.join(on)
 
 
 def candidates(goal: Goal) -> Tensor:
     """Nodes_f that some prompt switches on, where leaving out the others costs at most a quarter of the bound; else all."""
-    on_f = switched_on(goal)
+    on_f = switched_on(goal.subject, goal.pairs)
     everything_f = torch.ones_like(on_f)
     both = goal.loss(torch.stack([everything_f, on_f]))
     return on_f if float(both[1] - both[0]) <= goal.bound / 4 else everything_f

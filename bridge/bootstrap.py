@@ -1,0 +1,46 @@
+"""95% bootstrap intervals: the same statistic of the independent things that were measured, drawn again with replacement.
+
+Shape legend: b measurement, s source (what measurements were made from), k draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+BOOTSTRAPS = 2000
+
+Interval = tuple[float, float]
+
+
+def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int) -> Interval | None:
+    """The 95% interval of statistic(pick_kb) -> value_k over draws of `count` things; None where there are too few."""
+    if count < 2:
+        return None
+    pick_kb = np.random.default_rng(seed).integers(count, size=(BOOTSTRAPS, count))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values_k = statistic(pick_kb)
+    values_k = values_k[np.isfinite(values_k)]
+    if len(values_k) < BOOTSTRAPS / 2:
+        return None
+    low, high = np.quantile(values_k, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Draws:
+    """Draws of the sources of some measurements: what was made from one source is drawn together."""
+
+    def __init__(self, source_b: np.ndarray | Sequence[str], seed: int) -> None:
+        """`source_b` names the source of each measurement."""
+        found, self.source_b = np.unique(np.asarray(source_b), return_inverse=True)
+        self.sources, self.seed = len(found), seed
+
+    def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval | None:
+        """That of statistic(weight_kb) -> value_k, weight_kb being how often a measurement was drawn."""
+
+        def of_picks(pick_ks: np.ndarray) -> np.ndarray:
+            drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])
+            return statistic(drawn_ks[:, self.source_b].astype(float))
+
+        return interval(of_picks, self.sources, self.seed)
