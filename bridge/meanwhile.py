@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import Lock, Thread, get_ident
 from typing import TypeVar
 
 import torch
@@ -17,19 +17,55 @@ T = TypeVar("T")
 GRACE = 5  # seconds at most that a step of work which is no longer wanted may go on
 
 
+_changing = Lock()
+_limits: list[tuple[int, int]] = []  # of the blocks that have not ended: the thread, and how many cores
+_whole = 1  # cores outside of all blocks
+
+
 class _Left(BaseException):
     """Ends work that nobody waits for any longer."""
 
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """At most so many cores for what torch and the kernels do here, and in threads that begin meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(count, before))
+    """At most so many cores for what torch and the kernels do here, and in threads that begin meanwhile.
+
+    Blocks may overlap, in one thread or several, and end in any order: each holds until it ends, and after the last of them
+    there are as many cores as before the first.
+    """
+    global _whole
+    limit = (get_ident(), count)
+    with _changing:
+        if not _limits:
+            _whole = _in_new_thread(torch.get_num_threads)
+        _limits.append(limit)
+        _limit_threads()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _changing:
+            _limits.remove(limit)
+            _limit_threads()
+
+
+def _limit_threads() -> None:
+    """Hold this thread to the blocks that it is in, and threads that begin from now on to all there are.
+
+    Torch keeps a number of threads for each thread, and one for those to come; to set the first sets the second too.
+    """
+    own = min([_whole, *(count for thread, count in _limits if thread == get_ident())])
+    every = min([_whole, *(count for _, count in _limits)])
+    torch.set_num_threads(own)
+    if every != own:
+        _in_new_thread(lambda: torch.set_num_threads(every))
+
+
+def _in_new_thread(work: Callable[[], T]) -> T:
+    results: list[T] = []
+    thread = Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 @contextmanager
