@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bridge import native
 from bridge.bridges import Coupling, new_coupling, reference_text
-from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder
+from bridge.checkpoint import CheckpointError, check_new, read_folder, read_json, write_folder, write_text
 from bridge.data import Blocks, load_blocks
 from bridge.dense import DenseModel, load_dense
 from bridge.identity import Identity
@@ -404,9 +404,9 @@ class _Log:
             path = out / "log.jsonl"
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-                kept = [line for line in lines if _step_of(line) <= step]  # what came after the saved state is run again
-                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                if path.exists():  # what came after the saved state is run again
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                    write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
                 self.file = path.open("a", encoding="utf-8")
             except OSError as error:
                 raise CheckpointError(f"could not write {str(path)!r} ({error.strerror}); name another folder") from None

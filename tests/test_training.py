@@ -477,6 +477,24 @@ def test_a_damaged_state_is_refused(dense_folder: Path, text_file: Path, tmp_pat
             prepare(dense_folder, values(text_file), out=out, resume=True, device="cpu")
 
 
+def test_a_log_is_the_earlier_one_or_the_new_one(
+    dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when a resumed run drops the lines that are run again costs no line."""
+    out = tmp_path / "run"
+    begun(dense_folder, text_file, out)
+    before = (out / "log.jsonl").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = prepare(dense_folder, values(text_file), out=out, resume=True, device="cpu")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"could not write '.*log\.jsonl' \(No space left on device\); name another folder"):
+        list(train(run))
+    assert before and (out / "log.jsonl").read_bytes() == before
+
+
 def test_resume_starts_a_run_that_never_saved(dense_folder: Path, text_file: Path, tmp_path: Path, uncut) -> None:
     out = tmp_path / "run"
     out.mkdir()
