@@ -239,12 +239,29 @@ def read_explanation(path: str | Path) -> Explanation:
         ) from None
 
 
-def check_coupling(explanation: Explanation, coupling: Coupling) -> None:
-    """Raise ExplainError where an explanation is not of a coupling: of another dense model, or of other sparse weights."""
+@dataclass(frozen=True)
+class Fingerprints:
+    """What tells a coupling's dense and sparse model from others; every weight is read for it."""
+
+    dense: str
+    sparse: str
+
+    @staticmethod
+    def of(coupling: Coupling) -> Fingerprints:
+        """Those of a coupling as it is now."""
+        return Fingerprints(coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse))
+
+
+def check_coupling(explanation: Explanation, coupling: Coupling, known: Fingerprints | None = None) -> None:
+    """Raise ExplainError where an explanation is not of a coupling: of another dense model, or of other sparse weights.
+
+    `known` are the coupling's fingerprints, where it is one that does not change.
+    """
     made, where = explanation.provenance, coupling.path or "this coupling"
-    if coupling.dense.fingerprint() != made.dense_fingerprint:
+    known = Fingerprints.of(coupling) if known is None else known
+    if known.dense != made.dense_fingerprint:
         raise ExplainError(f"the explanation is not of {coupling.dense.name!r}, to which {where!r} is coupled; name its own")
-    if made.coupling_fingerprint not in (None, sparse_fingerprint(coupling.sparse)):
+    if made.coupling_fingerprint not in (None, known.sparse):
         raise ExplainError(
             f"the explanation is of {made.coupling!r} with other weights than {where!r} has; name its own, or explain again"
         )

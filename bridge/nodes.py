@@ -183,8 +183,11 @@ def collect_nodes(
     return NodeFacts(facts.fingerprint, seed, tokens_bt, facts.order_p, facts.rows_done, _to_cpu(facts.parts))
 
 
-def stored_facts(coupling: Coupling, folder: str | Path | None = None) -> NodeFacts | None:
-    """The complete facts beside a coupling (or in another folder), None where there are none that are of its weights."""
+def stored_facts(coupling: Coupling, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
+    """The complete facts beside a coupling (or in another folder), None where there are none that are of its weights.
+
+    `fingerprint` is that of its sparse weights, where it is known.
+    """
     folder = coupling.path if folder is None else folder
     if folder is None or not (Path(folder) / "nodes.json").is_file():
         return None
@@ -192,7 +195,8 @@ def stored_facts(coupling: Coupling, folder: str | Path | None = None) -> NodeFa
         facts = NodeFacts.load(folder)
     except CheckpointError:
         return None
-    return facts if facts.complete and facts.fingerprint == sparse_fingerprint(coupling.sparse) else None
+    fingerprint = sparse_fingerprint(coupling.sparse) if fingerprint is None else fingerprint
+    return facts if facts.complete and facts.fingerprint == fingerprint else None
 
 
 def sparse_fingerprint(sparse: SparseTransformer) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, check_target, write_text
-from bridge.explanation import Explanation, check_coupling
+from bridge.explanation import Explanation, Fingerprints, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
@@ -54,14 +54,15 @@ def page_data(
     return {**values, "served": job is not None, "job": job, "pending": pending}
 
 
-def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, dict[str, Any]]:
+def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerprints | None = None) -> dict[str, dict[str, Any]]:
     """Pages of an explanation's strongest nodes by name, from facts stored beside the coupling; {} without any.
 
-    The dense direction's entries are left out, its length is put in: a page draws no vectors. Raises ExplainError for another
-    coupling than the explanation's.
+    The dense direction's entries are left out, its length is put in: a page draws no vectors. `known` are the coupling's
+    fingerprints, where it is one that does not change. Raises ExplainError for another coupling than the explanation's.
     """
-    check_coupling(explanation, coupling)
-    facts = stored_facts(coupling)
+    known = Fingerprints.of(coupling) if known is None else known
+    check_coupling(explanation, coupling, known)
+    facts = stored_facts(coupling, fingerprint=known.sparse)
     if facts is None:
         return {}
     sizes, pages = coupling.sparse.locations(), {}

@@ -37,7 +37,7 @@ from bridge.explain import explain
 from bridge.explanation import Explanation
 from bridge.recipe import UserError
 from bridge.server.app import create_app
-from bridge.server.library import LONGEST_LABEL, Library
+from bridge.server.library import LONGEST_LABEL, Library, finite_json
 from bridge.server.schema import LONGEST_PROMPT
 from bridge.server.security import Rules
 from bridge.steer import steer
@@ -503,6 +503,38 @@ def test_couplings_under_the_roots_are_listed_and_nothing_else(
             refused(client.get("/api/labels", params={"bridge": name}), 404, name)
 
 
+def test_lists_are_made_in_one_walk(root: Path, circuits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is listed: the folders are walked once for it, and not once for each."""
+    for index in range(4):
+        shutil.copytree(root / "deep" / "tiny", root / f"copy{index}")
+    walks: list[str] = []
+    walk = os.walk
+    with client_of(Library([root], circuits)) as client:
+        monkeypatch.setattr("os.walk", lambda top, *options: (walks.append(str(top)), walk(top, *options))[1])
+        assert len(client.get("/api/couplings").json()) == 5 and walks == [str(root)]
+        assert len(client.get("/api/circuits").json()) == 4 and walks == [str(root), str(circuits)]
+
+
+def test_weights_are_read_once_for_all_pages(root: Path, explanation: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An explanation is held to its coupling by fingerprints that were taken when that was loaded."""
+    with client_of(Library([root]), lambda *_, **__: explanation) as client:
+        id = ask(client)
+        over(client, id)
+        for taken in (
+            "bridge.dense.DenseModel.fingerprint",
+            "bridge.explanation.sparse_fingerprint",
+            "bridge.nodes.sparse_fingerprint",
+        ):
+            monkeypatch.setattr(taken, lambda _: pytest.fail("weights were read again"))
+        assert client.get(f"/api/explanations/{id}/page").status_code == 200
+        monkeypatch.undo()
+        other = replace(explanation, provenance=replace(explanation.provenance, coupling_fingerprint="0" * 64))
+    with client_of(Library([root]), lambda *_, **__: other) as client:
+        id = ask(client)
+        over(client, id)
+        refused(client.get(f"/api/explanations/{id}/page"), 422, "with other weights than")
+
+
 def test_what_cannot_be_loaded_is_told_without_its_folders(root: Path) -> None:
     library = Library([root])
     name, folder = library.coupling(None)
@@ -522,7 +554,8 @@ def test_damaged_files_are_told_without_their_folders(root: Path, tmp_path: Path
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / "circuit.json").write_text("{")
     (folder / "labels.json").write_text("{")
-    for read in (lambda: library.circuit(next(iter(library.circuits()))), lambda: library.labels(name)):
+    _, found = library.circuit(next(iter(library.circuits())))
+    for read in (lambda: finite_json(found / "circuit.json"), lambda: library.labels(name)):
         with pytest.raises(CheckpointError, match="damaged") as caught:
             read()
         assert str(tmp_path) not in str(caught.value) and str(folder) not in str(caught.value)

@@ -40,7 +40,7 @@ from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema
 from bridge.server.jobs import Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
-from bridge.server.library import Library, NotListedError
+from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.steer import steer
 from bridge.tasks.pairs import load_task, task_names
@@ -165,7 +165,8 @@ def _reading(app: FastAPI, library: Library) -> None:
 
     @app.get("/api/couplings", summary="The couplings that prompts can be explained with")
     def couplings() -> list[schema.CouplingEntry]:
-        return [_coupling_entry(library, name, not index) for index, name in enumerate(library.couplings())]
+        listed = library.couplings().items()
+        return [_coupling_entry(library, name, folder, not index) for index, (name, folder) in enumerate(listed)]
 
     @app.get("/api/tasks", summary="The built-in tasks")
     def tasks() -> list[schema.TaskEntry]:
@@ -184,11 +185,11 @@ def _reading(app: FastAPI, library: Library) -> None:
 
     @app.get("/api/circuits", summary="The circuits of tasks that `bridge circuit --out` wrote")
     def circuits() -> list[schema.CircuitEntry]:
-        return [_circuit_entry(library, name) for name in library.circuits()]
+        return [_circuit_entry(name, folder) for name, folder in library.circuits().items()]
 
     @app.get("/api/circuits/{name:path}", summary="A task's circuit and its evidence", responses=refusals(404, 409))
     def circuit(name: str) -> schema.CircuitDetail:
-        return _circuit_detail(library, name)
+        return _circuit_detail(*library.circuit(name))
 
     @app.get("/api/labels", summary="What people call the nodes of a coupling", responses=refusals(404, 409))
     def labels(bridge: Bridge = None) -> dict[str, str]:
@@ -205,17 +206,16 @@ def _reading(app: FastAPI, library: Library) -> None:
         return library.relabel(bridge, labels, others=True)
 
 
-def _coupling_entry(library: Library, name: str, default: bool) -> schema.CouplingEntry:
+def _coupling_entry(library: Library, name: str, folder: Path, default: bool) -> schema.CouplingEntry:
     try:
-        _, folder = library.coupling(name)
-        loaded = library.loaded(name) is not None
+        loaded = library.in_memory(folder) is not None
         return schema.CouplingEntry(name=name, default=default, loaded=loaded, **library.facts(folder))
     except UserError as error:
         return schema.CouplingEntry(name=name, default=default, loaded=False, error=one_line(str(error)))
 
 
-def _circuit_detail(library: Library, name: str) -> schema.CircuitDetail:
-    values = library.circuit(name)
+def _circuit_detail(name: str, folder: Path) -> schema.CircuitDetail:
+    values = finite_json(folder / "circuit.json")
     if "failed" in values:
         raise CheckpointError(f"{name!r} holds no circuit: {values['failed']}")
     try:
@@ -225,9 +225,9 @@ def _circuit_detail(library: Library, name: str) -> schema.CircuitDetail:
         raise CheckpointError(f"{name!r} is no circuit that this version of bridge reads ({first}); search again") from None
 
 
-def _circuit_entry(library: Library, name: str) -> schema.CircuitEntry:
+def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
     try:
-        found = _circuit_detail(library, name)
+        found = _circuit_detail(name, folder)
     except UserError as error:
         return schema.CircuitEntry(name=name, error=one_line(str(error)))
     facts = found.facts
@@ -340,7 +340,8 @@ def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> s
 def _page(library: Library, job: Job, found: Explanation) -> str:
     """The explanation as a self-contained page that may ask this server, for its card too where that is still computed."""
     bridge = job.asked.bridge
-    nodes = described_nodes(library.load(bridge), found)
+    coupling, known = library.load_known(bridge)
+    nodes = described_nodes(coupling, found, known)
     return render_html(page_data(found, nodes, library.labels(bridge), job=job.id, pending=not job.over))
 
 

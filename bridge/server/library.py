@@ -23,6 +23,7 @@ import torch
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json
+from bridge.explanation import Fingerprints
 from bridge.nodes import NodeError, parse_node
 from bridge.recipe import UserError, resolve
 from bridge.sparse import Location, SparseTransformer
@@ -64,7 +65,7 @@ class Library:
         if twice := [name for name in names if names.count(name) > 1]:
             raise LibraryError(f"two folders of couplings are called {twice[0]!r}; rename one, or serve them one at a time")
         self.dense, self.device = dense, device
-        self._loaded: OrderedDict[tuple[Path, int], Coupling] = OrderedDict()
+        self._loaded: OrderedDict[tuple[Path, int], tuple[Coupling, Fingerprints]] = OrderedDict()
         self._lock = threading.Lock()  # of what is loaded
         self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
         if not self.couplings():
@@ -83,24 +84,34 @@ class Library:
 
     def load(self, name: str) -> Coupling:
         """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
+        return self.load_known(name)[0]
+
+    def load_known(self, name: str) -> tuple[Coupling, Fingerprints]:
+        """The same and its fingerprints, which are taken once, when it is loaded."""
         with self._loading:
-            if (there := self.loaded(name)) is not None:
-                return there
             _, folder = self.coupling(name)
+            if (there := self.in_memory(folder)) is not None:
+                return there
             key = _version(folder)
             try:
                 coupling = Coupling.from_pretrained(folder, dense=self.dense, device=self.device)
             except UserError as error:
                 raise CheckpointError(f"{name!r} cannot be loaded: {_without_folders(str(error))}") from None
+            known = coupling, Fingerprints.of(coupling)
             with self._lock:
-                self._loaded[key] = coupling
+                self._loaded[key] = known
                 while len(self._loaded) > LOADED:
                     self._loaded.popitem(last=False)
-            return coupling
+            return known
 
     def loaded(self, name: str) -> Coupling | None:
         """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
-        key = _version(self.coupling(name)[1])
+        there = self.in_memory(self.coupling(name)[1])
+        return None if there is None else there[0]
+
+    def in_memory(self, folder: Path) -> tuple[Coupling, Fingerprints] | None:
+        """What `load_known` gives of a listed folder as it is on disk now, if it is in memory. Raises NotListedError."""
+        key = _version(folder)
         with self._lock:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
@@ -153,9 +164,9 @@ class Library:
         """The folders of circuits by name; none where no folder of circuits is served."""
         return {} if self._circuits is None else dict(_found(self._circuits, "circuit.json"))
 
-    def circuit(self, name: str) -> dict[str, Any]:
-        """What is known of a circuit, as `bridge circuit --out` wrote it. Raises NotListedError or CheckpointError."""
-        return finite_json(_pick(name, self.circuits(), "circuit", "/api/circuits")[1] / "circuit.json")
+    def circuit(self, name: str) -> tuple[str, Path]:
+        """The name and folder of a circuit. Raises NotListedError."""
+        return _pick(name, self.circuits(), "circuit", "/api/circuits")
 
 
 def finite_json(path: Path) -> dict[str, Any]:
