@@ -1,9 +1,19 @@
-"""Corpora -> token blocks: text is tokenized, packed and cut into rows of one context each.
+"""Corpora -> token blocks: pieces are tokenized, packed and cut into rows of one context each.
 
-    documents(source)          text, in an order fixed by the seed
+    corpora                    pieces of text, of tokens and of chat, in an order fixed by the seed
       -> tokenize              one document after another, an end-of-text token between two
       -> cut                   blocks of `context` tokens, each starting with BOS where the tokenizer adds one
       -> split                 every 50th document is held out, for `bridge eval`
+
+Chats are written out by the tokenizer's template. A document that brings its BOS or its end-of-text token along has it once.
+
+Of token ids that are given, padding goes: what an attention mask says (`records`), else the padding token at both ends. Where that
+is the end-of-text token, or there is none, several end-of-text tokens before a row are padding, and behind it all but one.
+
+    as long as the context   a block, as it is
+    longer, all of a length  packed: no document ends where the row does. Cut into blocks as they are where the length is a number
+                             of contexts and no BOS has to be put before each; else one row after another, like documents
+    any other length         a document
 
 A batch is a pure function of (seed, step): epoch after epoch, a seeded permutation of the blocks is read off. So "the data
 position" of a run is its step number, and a resumed run sees what an uninterrupted one would have seen.
@@ -13,38 +23,30 @@ Shape legend: n blocks, t token, b batch row.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridge.recipe import UserError, not_text
+from bridge.corpora import Corpus, open_corpus
+from bridge.records import DataError, Piece
+from bridge.wiring import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
-TEXT_COLUMNS = ("text", "content", "code", "document")
 HELD_OUT_EVERY = 50
 MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
 MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
 STEPS_TOLD = 200  # how often, in all, reading says how far it is
-MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
 PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
 SAMPLED_ROWS = 64
-
-
-class DataError(UserError):
-    """A corpus that cannot be read, in one line that names what to do."""
+LOOKED_AT = 16  # rows of tokens that tell whether all are of one length
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,19 @@ class Blocks:
         wanted_b = torch.arange(step * rows, (step + 1) * rows)
         picked_b = torch.empty_like(wanted_b)
         for epoch in torch.unique(wanted_b // n_blocks).tolist():
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            permutation_n = torch.randperm(n_blocks, generator=generator)
             here_b = wanted_b // n_blocks == epoch
-            picked_b[here_b] = permutation_n[wanted_b[here_b] % n_blocks]
+            picked_b[here_b] = _permutation(n_blocks, seed, epoch)[wanted_b[here_b] % n_blocks]
         return self.train_nt[picked_b].long()
 
     def heldout(self, rows: int) -> Tensor:
         """The first `rows` held-out blocks, tokens_bt int64 (all of them where there are fewer)."""
         return self.heldout_nt[:rows].long()
+
+
+@lru_cache(maxsize=2)  # a step may take the end of one epoch and the beginning of the next
+def _permutation(n_blocks: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(n_blocks, generator=generator)
 
 
 def load_blocks(
@@ -82,7 +88,7 @@ def load_blocks(
     dense: PreTrainedModel | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Blocks:
-    """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
+    """Read `source` (see `corpora`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
     `dense` is what `self` samples from, and what token ids are checked against; progress is told how far this is, which takes
     long for large corpora and longer for sampled ones. Raises DataError where the source does not exist or has no text, where an
@@ -90,220 +96,141 @@ def load_blocks(
     """
     if not source.strip():
         raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
-    bos = _added_bos(tokenizer)
-    end = getattr(tokenizer, "eos_token_id", None)
-    body = context - len(bos)
+    prefix = _added_bos(tokenizer)
+    end, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "pad"))
+    body = context - len(prefix)
     limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
             raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
-        pieces = (("tokens", row[len(bos) :]) for row in _sampled(dense, tokenizer, context, seed))
-        end = None  # a sample is one block, and does not end where a text would
+        corpus = Corpus(("tokens", row) for row in _sampled(dense, tokenizer, context, seed))
+        end = pad = None  # a sample is a block, whatever tokens it has
     else:
-        pieces = _pieces(source, seed)
-    streams = (array("i"), array("i"))  # 4 bytes a token, where a list takes 36
+        corpus = open_corpus(source, seed)
+    packed, pieces = _packed(corpus.pieces, context)
+    parts = (_Part(), _Part())
     count = index = told = 0
-    for tokens, ends in _tokenized(pieces, tokenizer):
-        stream = streams[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    for run in _tokenized(pieces, tokenizer):
+        part = parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        ids = _without_padding(run.ids, pad, end, prefix) if run.given else run.ids
+        if not ids:
+            continue
         try:
-            stream.extend(tokens)
+            tokens = array("i", ids)
         except (TypeError, OverflowError) as error:
             raise DataError(f"data {source!r} has input_ids that are not whole numbers ({error}); tokenize it again") from None
-        if ends:
-            index += 1
-            if end is not None and stream[-1:] != array("i", [end]):
-                stream.append(end)
+        whole = run.given and len(tokens) == packed  # of a packed row: no document ends with it
+        if run.given and (len(tokens) == context or (whole and not prefix and len(tokens) % context == 0)):
+            part.rows.extend(tokens)
+        else:
+            brought = run.begins and tokens[: len(prefix)].tolist() == prefix
+            part.stream.extend(tokens[len(prefix) :] if brought else tokens)
+            if run.ends and not whole and end is not None and part.stream[-1:] != array("i", [end]):
+                part.stream.append(end)
+        index += run.ends
         count += len(tokens)
         if progress is not None and count - told > limit // STEPS_TOLD:
             told = count
             progress(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most")
         if count >= limit:
             break
-    train, heldout = streams
-    if min(len(train), len(heldout)) < body:  # few documents: hold out the tail instead
-        both = train + heldout
-        cut = len(both) - max(body, len(both) // HELD_OUT_EVERY)
-        train, heldout = both[: max(0, cut)], both[max(0, cut) :]
-    if min(len(train), len(heldout)) < body:
+    blocks = [part.cut(context, prefix) for part in _with_held_out(*parts, context, body)]
+    if not all(map(len, blocks)):
         raise DataError(
             f"data {source!r} holds {count} tokens; at least {2 * context} are needed (one block of {context} to train on, one "
             "held out); give more text or a shorter context (--set context=N)"
         )
-    train_nt, heldout_nt = (_cut(stream, body, bos) for stream in (train, heldout))
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
-    for block_nt in (train_nt, heldout_nt):
+    for block_nt in blocks:
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             rule = "ids start at 0" if low < 0 else f"the dense model's vocabulary is {vocabulary}"
             wrong = low if low < 0 else high
             raise DataError(f"data {source!r} has the token id {wrong}, but {rule}; tokenize it with the model's own tokenizer")
+    train_nt, heldout_nt = blocks
     description = f"{source}: {train_nt.numel():,} tokens to train on, {heldout_nt.numel():,} held out, blocks of {context}"
-    return Blocks(train_nt, heldout_nt, description)
+    return Blocks(train_nt, heldout_nt, f"{description}; left out: {corpus.left_out}" if corpus.left_out else description)
 
 
-def documents(source: str, seed: int = 0) -> Iterator[str]:
-    """The documents of a text corpus, in an order fixed by the seed.
+@dataclass
+class _Part:
+    """What is trained on, or held out: rows that are blocks already, and a stream to be cut; 4 bytes a token, a list takes 36."""
 
-    `stdlib` is the source of the Python library on this machine, `stdlib+packages` adds the packages installed beside it; a
-    file or folder is read as text or records (txt, md, rst, py, jsonl, json, parquet); anything else is a hub data set, streamed.
+    rows: array[int] = field(default_factory=lambda: array("i"))
+    stream: array[int] = field(default_factory=lambda: array("i"))
+
+    def cut(self, context: int, prefix: list[int]) -> Tensor:
+        """block_nt, int32: the rows, then the stream behind the prefix; what is left of the stream is dropped."""
+        row_nt, body_nt = _matrix(self.rows, context), _matrix(self.stream, context - len(prefix))
+        prefix_nt = torch.tensor(prefix, dtype=torch.int32).expand(len(body_nt), -1)
+        return torch.cat([row_nt, torch.cat([prefix_nt, body_nt], 1)])
+
+
+def _matrix(tokens: array[int], width: int) -> Tensor:
+    if not (n := len(tokens) // width):
+        return torch.empty(0, width, dtype=torch.int32)
+    return torch.frombuffer(tokens, dtype=torch.int32)[: n * width].clone().view(n, width)
+
+
+def _with_held_out(train: _Part, heldout: _Part, context: int, body: int) -> tuple[_Part, _Part]:
+    """The two parts; where one has not a block, as of few documents, the tail of everything is held out instead."""
+    if all(len(part.rows) >= context or len(part.stream) >= body for part in (train, heldout)):
+        return train, heldout
+    rows, stream = train.rows + heldout.rows, train.stream + heldout.stream
+    n_rows = len(rows) // context
+    if n_rows > 1 or (n_rows and len(stream) >= body):
+        cut = (n_rows - max(1, n_rows // HELD_OUT_EVERY)) * context
+        return _Part(rows[:cut], stream), _Part(rows[cut:])
+    cut = max(0, len(stream) - max(body, len(stream) // HELD_OUT_EVERY))
+    return _Part(rows, stream[:cut]), _Part(stream=stream[cut:])
+
+
+def _packed(pieces: Iterator[Piece], context: int) -> tuple[int | None, Iterator[Piece]]:
+    """The length beyond the context that the first rows of tokens all have, None where they do not; and all the pieces."""
+    first = list(islice(pieces, LOOKED_AT))
+    lengths = {len(value) if kind == "tokens" else 0 for kind, value in first}
+    one = lengths.pop() if len(lengths) == 1 and len(first) > 1 else 0
+    return one if one > context else None, chain(first, pieces)
+
+
+def _without_padding(ids: list[Any], pad: int | None, end: int | None, prefix: list[int]) -> list[Any]:
+    """The ids less those of padding at both ends.
+
+    Where what pads also begins or ends a text, one of it before a text is no padding, nor the one behind that ends it.
     """
-    for kind, value in _pieces(source, seed):
-        if kind == "text":
-            yield value
+    token = end if pad is None else pad
+    before = next((at for at, one in enumerate(ids) if one != token), len(ids))
+    if token is None or before == len(ids):
+        return ids if token is None else []
+    behind = next(at for at, one in enumerate(reversed(ids)) if one != token)
+    before = 0 if before == 1 and token in (end, *prefix) else before
+    behind = max(0, behind - 1) if token == end else behind
+    return ids[before : len(ids) - behind]
 
 
-def _pieces(source: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """('text', str) or ('tokens', list of int), document by document."""
-    if source in ("stdlib", "stdlib+packages"):
-        yield from (("text", text) for text in _python_source(packages=source != "stdlib", seed=seed))
-    elif Path(source).expanduser().exists():
-        yield from _local(Path(source).expanduser(), seed)
-    elif source.startswith((".", "/", "~")) or Path(source).suffix in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        raise DataError(f"data {source!r} does not exist; name a file, a folder, 'stdlib', 'self' or a hub data set")
-    else:
-        yield from _streamed(source)
+class _Run(NamedTuple):
+    """Token ids; whether a document begins with them, and ends; whether they were given, and not read from text."""
+
+    ids: list[Any]
+    begins: bool
+    ends: bool
+    given: bool = False
 
 
-def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    if packages:
-        roots += [Path(sysconfig.get_paths()["purelib"])]
-    files = {}
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            inside = path.relative_to(root).parts
-            if "__pycache__" in inside or ("site-packages" in inside and root == roots[0]):
-                continue
-            files["/".join(inside)] = path
-    names = sorted(files)
-    random.Random(seed).shuffle(names)
-    seen: set[bytes] = set()
-    for name in names:
-        try:
-            if files[name].stat().st_size > MAX_DOCUMENT_BYTES:
-                continue
-            text = files[name].read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if text.strip() and digest not in seen:  # vendored copies are common
-            seen.add(digest)
-            yield text
-
-
-def _local(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
-    files = [path]
-    if path.is_dir():
-        suffixes = TEXT_SUFFIXES + RECORD_SUFFIXES
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        files = sorted(p for p in inside if p.is_file() and p.suffix.lower() in suffixes)
-        random.Random(seed).shuffle(files)
-        if not files:
-            raise DataError(f"data {str(path)!r} holds no file ending in {', '.join(suffixes)}")
-    for file in files:
-        suffix = file.suffix.lower()
-        try:
-            if suffix == ".parquet":
-                yield from _parquet_rows(file)
-            elif suffix in (".jsonl", ".json"):
-                yield from (_record(row, str(file)) for row in _json_rows(file))
-            else:
-                yield "text", file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise DataError(f"data {str(file)!r} is not UTF-8 text; convert it, or give jsonl or parquet") from None
-        except OSError as error:
-            raise DataError(f"data {str(file)!r} cannot be read ({error.strerror})") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        columns = table.schema_arrow.names
-        wanted = [column for column in ("input_ids", *TEXT_COLUMNS) if column in columns]  # the others may be large
-        for batch in table.iter_batches(1024, columns=wanted or columns):
-            yield from (_record(row, str(file)) for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
-        raise DataError(f"data {str(file)!r} is not a readable parquet file ({_first_line(error)})") from None
-
-
-def _json_rows(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8-sig") as lines:
-        if file.suffix.lower() == ".json":
-            text = lines.read()
-            try:
-                rows = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"data {str(file)!r} is not JSON ({error})") from None
-            yield from rows if isinstance(rows, list) else [rows]
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line.strip())
-                except json.JSONDecodeError as error:
-                    where = f"line {number}, column {error.colno}"
-                    raise DataError(f"data {str(file)!r} is not JSON lines ({error.msg}: {where})") from None
-                except (ValueError, RecursionError) as error:
-                    why = str(error).partition(";")[0]
-                    raise DataError(f"data {str(file)!r} is not JSON lines ({why}: line {number})") from None
-
-
-def _streamed(source: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    name, _, configuration = source.partition(":")
-    try:
-        for row in load_dataset(name, configuration or None, split="train", streaming=True):
-            yield _record(row, source)
-    except DataError:
-        raise
-    except Exception as error:
-        reason = _first_line(error)
-        raise DataError(f"data {source!r} is no file here, nor could the hub stream it ({reason}); name another") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _record(row: Any, where: str) -> tuple[str, Any]:
-    if isinstance(row, str):
-        return "text", _checked(row, where)
-    if isinstance(row, dict):
-        if isinstance(row.get("input_ids"), list):
-            return "tokens", row["input_ids"]
-        for column in TEXT_COLUMNS:
-            if column in row and isinstance(row[column], str | None):
-                return "text", _checked(row[column] or "", where)
-        found = ", ".join(map(str, row)) or "none"
-    else:
-        found = type(row).__name__
-    raise DataError(f"data {where!r} has no text column (found: {found}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
-
-
-def _checked(text: str, where: str) -> str:
-    if wrong := not_text(text):
-        raise DataError(f"data {where!r} holds {wrong}, which is no character of UTF-8 text; write it again without")
-    return text
-
-
-def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[list[int], bool]]:
-    """Token ids, and whether a document ends after them; empty documents are left out.
+def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[_Run]:
+    """Runs of token ids; empty documents are left out.
 
     Texts are tokenized 256 at a time (the fast tokenizers use every core on a batch), long ones in parts.
     """
-    waiting: list[tuple[str, bool]] = []
+    waiting: list[tuple[str, bool, bool]] = []
     characters = 0
 
-    def flush() -> Iterator[tuple[list[int], bool]]:
+    def flush() -> Iterator[_Run]:
         if waiting:
             assert tokenizer is not None
-            texts = [text for text, _ in waiting]
-            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            yield from zip(ids, [ends for _, ends in waiting], strict=True)
+            texts = [text for text, _, _ in waiting]
+            rows: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            yield from [_Run(row, begins, ends) for row, (_, begins, ends) in zip(rows, waiting, strict=True)]
             waiting.clear()
 
     for kind, value in pieces:
@@ -311,19 +238,33 @@ def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizer
             yield from flush()
             characters = 0
             if value:
-                yield value, True
+                yield _Run(value, True, True, given=True)
             continue
         if tokenizer is None:
             raise DataError("the data is text and the model came without a tokenizer; pass one, or data with input_ids")
-        if not value.strip():
+        text = _written_out(*value, tokenizer) if kind == "chat" else value
+        if not text.strip():
             continue
-        for text, ends in _parts(value):
-            waiting.append((text, ends))
-            characters += len(text)
+        begins = True
+        for part, ends in _parts(text):
+            waiting.append((part, begins, ends))
+            begins = False
+            characters += len(part)
             if len(waiting) == 256 or characters >= PART_CHARACTERS:
                 yield from flush()
                 characters = 0
     yield from flush()
+
+
+def _written_out(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation as the text that the tokenizer's chat template makes of it."""
+    if not tokenizer.chat_template:
+        raise DataError(f"data {where!r} is chat, and the model's tokenizer has no chat template; give it as text")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # whatever a template raises
+        why = first_line(error)
+        raise DataError(f"data {where!r} holds a chat that the tokenizer's template refuses ({why}); leave it out") from None
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
@@ -364,11 +305,3 @@ def _added_bos(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if tokenizer is None or bos is None:
         return []
     return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def _cut(stream: array[int], body: int, bos: list[int]) -> Tensor:
-    n_blocks = len(stream) // body
-    block_nt = torch.frombuffer(stream, dtype=torch.int32)[: n_blocks * body].clone().view(n_blocks, body)
-    if bos:
-        block_nt = torch.cat([torch.full((n_blocks, 1), bos[0], dtype=torch.int32), block_nt], dim=1)
-    return block_nt

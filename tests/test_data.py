@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridge import data
-from bridge.data import HELD_OUT_EVERY, Blocks, DataError, documents, load_blocks
+from bridge.corpora import documents
+from bridge.data import HELD_OUT_EVERY, Blocks, DataError, load_blocks
 
 END, BEGIN = 0, 1
 
@@ -312,8 +313,9 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
 
 def test_a_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\xff")
-    known = ".txt, .md, .rst, .py, .jsonl, .json, .parquet"
-    assert refusal(tmp_path) == f"data {str(tmp_path)!r} holds no file ending in {known}"
+    known = ".txt, .md, .rst, .py, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
+    packed = ".gz, .bz2, .xz, .zst"
+    assert refusal(tmp_path) == f"data {str(tmp_path)!r} holds no file ending in {known} (also with {packed} behind it)"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "is not JSON lines (Expecting value: line 3, column 9)"),
         ("a.json", b"[1, 2", "is not JSON (Expecting ',' delimiter: line 1 column 6 (char 5))"),
         ("a.jsonl", b'{"body": "a", "id": 3}', "has no text column (found: body, id); name one of "),
-        ("a.jsonl", b'{"text": 3}', "has no text column (found: text); name one of text, content, code, document or input_ids"),
+        ("a.jsonl", b'{"text": 3}', "holds a number in its column 'text'; make it one text a row"),
         ("a.jsonl", b"{}", "has no text column (found: none); name one of "),
         (
             "a.jsonl",
