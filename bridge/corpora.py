@@ -120,12 +120,12 @@ def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
         return _saved(path)
     inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     files = sorted(p for p in inside if p.is_file() and suffix_of(p) in SUFFIXES)
-    if configuration is not None or _has_card(path, files):
-        splits = _resolved(path, configuration, where)
-        if splits:
-            chosen = _to_train_on(splits, where, "a file of it")
-            files, left = splits[chosen], [name for name in splits if name != chosen]
-            return Corpus(_shuffled(files, seed), _splits(left))
+    card = _card(path)
+    about_data = _records(files) or not CARD_KEYS.isdisjoint(card or ())
+    asked = configuration is not None or (card is not None and about_data)
+    if asked and (splits := _resolved(path, configuration, where, card or {})):
+        chosen = _to_train_on(splits, where, "a file of it")
+        return Corpus(_shuffled(splits[chosen], seed), _splits(name for name in splits if name != chosen))
     files, left = _without_others(path, files)
     if left and not files:
         raise DataError(f"data {where!r} has nothing to train on but its {_splits(left)}; name a file of it to take that")
@@ -147,7 +147,7 @@ def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str
 
     Code and prose that lie beside records say what these are; a text file is of a split where another is called train.
     """
-    records = [file for file in files if suffix_of(file) in RECORD_SUFFIXES and file.name not in FACTS]
+    records = _records(files)
     data = [*records, *(file for file in files if suffix_of(file) == ".txt")]
     split = {file: _split_of(file.relative_to(path)) for file in data}
     if "train" in split.values():
@@ -201,38 +201,40 @@ def _saved_rows(table: Any, where: str) -> Iterator[Piece]:
         raise DataError(f"data {where!r} cannot be read ({first_line(error)}); save it again") from None
 
 
-def _has_card(path: Path, files: list[Path]) -> bool:
-    """Whether a folder is a data set as hubs keep them: its README begins with facts, of a data set or beside records."""
+def _records(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if suffix_of(file) in RECORD_SUFFIXES and file.name not in FACTS]
+
+
+def _card(path: Path) -> dict[str, Any] | None:
+    """The facts that a folder's README.md begins with; None where it does not."""
     try:
         text = (path / "README.md").read_text(encoding="utf-8-sig")
         facts = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    records = any(suffix_of(file) in RECORD_SUFFIXES and file.name not in FACTS for file in files)
-    return isinstance(facts, dict) and (records or not CARD_KEYS.isdisjoint(facts))
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
-def _resolved(path: Path, configuration: str | None, where: str) -> dict[str, list[Path]]:
-    """The files of a data set by split, as `datasets` finds them by its card and by their names; {} where it finds none."""
-    from datasets import get_dataset_config_names, load_dataset_builder
-    from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError
+def _resolved(path: Path, configuration: str | None, where: str, card: dict[str, Any]) -> dict[str, list[Path]]:
+    """The files of a data set by split, as `datasets` finds them by its card and by their names; {} where it knows of none."""
+    from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
     here = str(path.resolve())
     with tempfile.TemporaryDirectory() as nowhere:  # its cache stays as it is
         try:
             names = get_dataset_config_names(here)
+            if configuration is None and len(names) > 1:
+                configuration = get_dataset_default_config_name(here)
             if configuration not in (None, *names) or (configuration is None and len(names) > 1):
                 raise DataError(f"data {where!r} has the configurations {', '.join(names)}; name one, as in {path}:{names[0]}")
-            builder = load_dataset_builder(here, configuration, cache_dir=nowhere)
+            found = load_dataset_builder(here, configuration, cache_dir=nowhere).config.data_files or {}
         except DataError:
             raise
-        except (DataFilesNotFoundError, EmptyDatasetError):
-            return {}
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and configuration is None and "configs" not in card:
+                return {}
             why = first_line(error)
             raise DataError(f"data {where!r} is a data set that cannot be resolved ({why}); name its data files") from None
-        found = builder.config.data_files or {}
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 

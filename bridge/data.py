@@ -7,8 +7,8 @@
 
 Chats are written out by the tokenizer's template. A document that brings its BOS or its end-of-text token along has it once.
 
-Of token ids that are given, padding goes: what an attention mask says (`records`), else the padding token at both ends. Where that
-is the end-of-text token, or there is none, several end-of-text tokens before a row are padding, and behind it all but one.
+Of token ids that are given, padding goes: what an attention mask says (`records`), else the padding token at both ends. Where
+that is the end-of-text token, or there is none, several of this before a row are padding, and behind it all but one.
 
     as long as the context   a block, as it is
     longer, all of a length  packed: no document ends where the row does. Cut into blocks as they are where the length is a number
@@ -242,7 +242,7 @@ def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | Non
             continue
         if tokenizer is None:
             raise DataError("the data is text and the model came without a tokenizer; pass one, or data with input_ids")
-        text = _written_out(*value, tokenizer) if kind == "chat" else value
+        text = _written_out(value, tokenizer) if kind == "chat" else value
         if not text.strip():
             continue
         begins = True
@@ -256,8 +256,9 @@ def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | Non
     yield from flush()
 
 
-def _written_out(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTokenizerBase) -> str:
     """A conversation as the text that the tokenizer's chat template makes of it."""
+    messages, where = chat
     if not tokenizer.chat_template:
         raise DataError(f"data {where!r} is chat, and the model's tokenizer has no chat template; give it as text")
     try:

@@ -168,6 +168,16 @@ def test_a_batch_is_a_pure_function() -> None:
     assert blocks.batch(0, 4, seed=2**62).shape == (4, 3)
 
 
+def test_an_epochs_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = torch.randperm
+    monkeypatch.setattr("torch.randperm", lambda n, **options: (drawn.append(n), draw(n, **options))[1])
+    blocks = numbered(1001)
+    for step in range(300):
+        blocks.batch(step, 8, seed=77)
+    assert drawn == [1001] * 3
+
+
 def test_held_out_blocks_come_first_ones_first() -> None:
     blocks = Blocks(torch.zeros(1, 2, dtype=torch.int32), torch.arange(6, dtype=torch.int32).view(3, 2), "")
     assert blocks.heldout(2).tolist() == [[0, 1], [2, 3]]
