@@ -88,7 +88,7 @@ def info(
             ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
             ("sublayers", f"{len(kinds)}: {counts}"),
             ("width", f"{dense.width}"),
-            ("vocabulary", f"{dense.vocabulary:,}" + ("" if dense.tokenizer else " (no tokenizer found)")),
+            ("vocabulary", f"{dense.vocabulary:,}" + (f" ({missing})" if (missing := dense.prompts.missing) else "")),
             ("context", f"{dense.context:,}" if dense.context else "unlimited"),
             ("sites", f"{dense.n_sites}"),
             ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),

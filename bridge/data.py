@@ -2,7 +2,7 @@
 
     documents(source)          text, in an order fixed by the seed
       -> tokenize              one document after another, an end-of-text token between two
-      -> cut                   blocks of `context` tokens, each starting with BOS where the tokenizer adds one
+      -> cut                   blocks of `context` tokens, each starting with what the tokenizer puts before a text
       -> split                 every 50th document is held out, for `bridge eval`
 
 A batch is a pure function of (seed, step): epoch after epoch, a seeded permutation of the blocks is read off. So "the data
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bridge.prompts import Prompts
 from bridge.recipe import UserError, not_text
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Blocks:
 
 def load_blocks(
     source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Prompts | PreTrainedTokenizerBase | None,
     context: int,
     *,
     max_tokens: int | None = None,
@@ -84,26 +85,32 @@ def load_blocks(
 ) -> Blocks:
     """Read `source` (see `documents`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
-    `dense` is what `self` samples from, and what token ids are checked against; progress is told how far this is, which takes
-    long for large corpora and longer for sampled ones. Raises DataError where the source does not exist or has no text, where an
-    id is none of the dense model's, and where there is too little for a training and a held-out block.
+    `prompts` is the dense model's, or a tokenizer. `dense` is what `self` samples from, and what token ids are checked against;
+    progress is told how far this is, which takes long for large corpora and longer for sampled ones. Raises PromptError where
+    text cannot be read, and DataError where the source does not exist or has no text, where an id is none of the dense model's,
+    and where there is too little for a training and a held-out block.
     """
     if not source.strip():
         raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
-    bos = _added_bos(tokenizer)
-    end = getattr(tokenizer, "eos_token_id", None)
-    body = context - len(bos)
+    vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
+    prompts = Prompts.of(prompts, vocabulary)
+    prefix, end = prompts.prefix, prompts.end
+    body = context - len(prefix)
+    if body < 1:
+        raise DataError(
+            f"a context of {context} holds no text: the tokenizer puts {len(prefix)} tokens before it; give a longer one"
+        )
     limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
             raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
-        pieces = (("tokens", row[len(bos) :]) for row in _sampled(dense, tokenizer, context, seed))
+        pieces = (("tokens", row[len(prefix) :]) for row in _sampled(dense, prompts, context, seed))
         end = None  # a sample is one block, and does not end where a text would
     else:
         pieces = _pieces(source, seed)
     streams = (array("i"), array("i"))  # 4 bytes a token, where a list takes 36
     count = index = told = 0
-    for tokens, ends in _tokenized(pieces, tokenizer):
+    for tokens, ends in _tokenized(pieces, prompts):
         stream = streams[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         try:
             stream.extend(tokens)
@@ -129,8 +136,7 @@ def load_blocks(
             f"data {source!r} holds {count} tokens; at least {2 * context} are needed (one block of {context} to train on, one "
             "held out); give more text or a shorter context (--set context=N)"
         )
-    train_nt, heldout_nt = (_cut(stream, body, bos) for stream in (train, heldout))
-    vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
+    train_nt, heldout_nt = (_cut(stream, body, prefix) for stream in (train, heldout))
     for block_nt in (train_nt, heldout_nt):
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -290,7 +296,7 @@ def _checked(text: str, where: str) -> str:
     return text
 
 
-def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[list[int], bool]]:
+def _tokenized(pieces: Iterable[tuple[str, Any]], prompts: Prompts) -> Iterator[tuple[list[int], bool]]:
     """Token ids, and whether a document ends after them; empty documents are left out.
 
     Texts are tokenized 256 at a time (the fast tokenizers use every core on a batch), long ones in parts.
@@ -300,10 +306,7 @@ def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizer
 
     def flush() -> Iterator[tuple[list[int], bool]]:
         if waiting:
-            assert tokenizer is not None
-            texts = [text for text, _ in waiting]
-            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            yield from zip(ids, [ends for _, ends in waiting], strict=True)
+            yield from zip(prompts.bodies([text for text, _ in waiting]), [ends for _, ends in waiting], strict=True)
             waiting.clear()
 
     for kind, value in pieces:
@@ -313,8 +316,8 @@ def _tokenized(pieces: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizer
             if value:
                 yield value, True
             continue
-        if tokenizer is None:
-            raise DataError("the data is text and the model came without a tokenizer; pass one, or data with input_ids")
+        if prompts.missing:
+            raise DataError(f"the data is text, and {prompts.missing}; give it one that can be read, or data with input_ids")
         if not value.strip():
             continue
         for text, ends in _parts(value):
@@ -337,20 +340,20 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 @torch.no_grad()
-def _sampled(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int, seed: int) -> Iterator[list[int]]:
-    """Sequences of `context` tokens sampled from the dense model at temperature 1, its beginning-of-text token first; endless.
+def _sampled(dense: PreTrainedModel, prompts: Prompts, context: int, seed: int) -> Iterator[list[int]]:
+    """Sequences of `context` tokens sampled from the dense model at temperature 1, what stands before a text first; endless.
 
     Sampled here and not by `generate`, which would follow the penalties, bans and end token of the model's generation settings.
     """
     configuration = dense.config.get_text_config()
-    candidates = [getattr(tokenizer, "bos_token_id", None)]
+    candidates = [getattr(prompts.tokenizer, "bos_token_id", None)]
     candidates += [getattr(configuration, name, None) for name in ("bos_token_id", "eos_token_id")]
-    start = next((c for c in candidates if isinstance(c, int) and 0 <= c < configuration.vocab_size), 0)
+    start = prompts.prefix or (next((c for c in candidates if isinstance(c, int) and 0 <= c < configuration.vocab_size), 0),)
     generator = torch.Generator(dense.device).manual_seed(seed)
     while True:
-        column_bt = torch.full((SAMPLED_ROWS, 1), start, device=dense.device)
+        column_bt = torch.tensor(start, device=dense.device).expand(SAMPLED_ROWS, -1)
         columns, past = [column_bt], None
-        for _ in range(context - 1):
+        for _ in range(context - len(start)):
             output = dense(column_bt, past_key_values=past, use_cache=True)
             past = output.past_key_values
             column_bt = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
@@ -358,17 +361,7 @@ def _sampled(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         yield from torch.cat(columns, dim=1).tolist()
 
 
-def _added_bos(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """[bos] where the tokenizer itself puts one before a text, else []: BOS belongs to the tokenizer, not to the model."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if tokenizer is None or bos is None:
-        return []
-    return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def _cut(stream: array[int], body: int, bos: list[int]) -> Tensor:
+def _cut(stream: array[int], body: int, prefix: tuple[int, ...]) -> Tensor:
     n_blocks = len(stream) // body
     block_nt = torch.frombuffer(stream, dtype=torch.int32)[: n_blocks * body].clone().view(n_blocks, body)
-    if bos:
-        block_nt = torch.cat([torch.full((n_blocks, 1), bos[0], dtype=torch.int32), block_nt], dim=1)
-    return block_nt
+    return torch.cat([torch.tensor(prefix, dtype=torch.int32).expand(n_blocks, -1), block_nt], dim=1)
