@@ -156,7 +156,7 @@ def _question(
     chosen = first if target is None else prompts.target(target, prompt)
     against = (second if chosen == first else first) if contrast is None else prompts.target(contrast, prompt, "contrast")
     if chosen == against:
-        whose = "the dense model's own answer" if target is None else f"both {prompts.shown(chosen)}"
+        whose = "the dense model's own answer" if target is None else f"both {token_of(prompts, chosen)}"
         raise ExplainError(f"target and contrast are {whose}; name two different tokens")
     return Question(tokens_t, chosen, against)
 

@@ -161,11 +161,6 @@ class Prompts:
             self._texts[token] = self._name(token)
         return self._texts[token]
 
-    def shown(self, token: int) -> str:
-        """A token as it is said: its name as Python would write it, and its id."""
-        text = self.text(token)
-        return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
-
     # -- a text to the token that it names ------------------------------------------------------------------------------
 
     def target(self, said: str | int, prompt: str, role: str = "target") -> int:
@@ -213,7 +208,7 @@ class Prompts:
         near = [t for t in meant if t is not None and t != unknown and (self.vocabulary is None or t < self.vocabulary)]
         pieces = f"{role} {said!r} is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
         if near:
-            return f"{pieces} and no single one after the prompt; it may mean {' or '.join(map(self.shown, near))}: give the #id"
+            return f"{pieces} and no single one after the prompt; it may mean {' or '.join(map(self._shown, near))}: give the #id"
         such = f", such as {self.text(tokens[0])!r}" if tokens else ""
         return f"{pieces}, and only a single token can be explained; give one{such}"
 
@@ -221,12 +216,8 @@ class Prompts:
 
     def _there(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            remedy = (
-                "; mend its files, or load the model with another"
-                if self.damage
-                else ", so no text can be read; load it with one"
-            )
-            raise PromptError(f"{self.missing}{remedy}")
+            absent, damaged = ", so no text can be read; load it with one", "; mend its files, or load the model with another"
+            raise PromptError(f"{self.missing}{damaged if self.damage else absent}")
         return self.tokenizer
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -241,9 +232,12 @@ class Prompts:
         """Raise PromptError for a token beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
             raise PromptError(
-                f"{whose} {self.shown(beyond)}, and {self._who} has the ids 0 to {self.vocabulary - 1}: tokens were added to the "
-                "tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave the token out"
+                f"{whose} {self._shown(beyond)}, and {self._who} has the ids 0 to {self.vocabulary - 1}: tokens were added to "
+                "the tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave the token out"
             )
+
+    def _shown(self, token: int) -> str:
+        return shown(self.text(token), token)
 
     def _listed(self, tokens: Sequence[int]) -> str:
         names = [repr(self.text(token)) for token in tokens[:_SHOWN]]
@@ -297,6 +291,11 @@ class Prompts:
             return self._added[token]
         head = [] if self._joined or not self._places else self._places[0][1]
         return self.continued(head, [token]) if head else self.decode([token])
+
+
+def shown(text: str, token: int) -> str:
+    """A token as it is said: its name as Python would write it, and its id."""
+    return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTokenizerBase | None, str]:

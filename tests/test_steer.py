@@ -18,6 +18,7 @@ from bridge.dense import DenseModel
 from bridge.explain import explain
 from bridge.moves import Steerer, SteerError, carry, parse_move
 from bridge.nodes import NodeError
+from bridge.prompts import PromptError
 from bridge.steer import Steering, random_like, steer
 from bridge.steer_figure import render_steering, steering_plot
 from tests.conftest import CONTEXT, untrained
