@@ -83,14 +83,14 @@ class Prompts:
         if self.tokenizer is None and not self.damage:
             return ()
         tokenizer: Any = self._there()
-        size = len(tokenizer)
-        texts = ["a", "1 b.", *(self.decode([token]) for token in range(0, size, max(1, size // _PROBES)))]
+        ordinary = sorted(self._ids - self._added.keys())
+        texts = ["a", "1 b.", *(self.decode([token]) for token in ordinary[:: 1 + len(ordinary) // _PROBES])]
         rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         pairs = [(row, body) for row, body in zip(rows, self._plain(texts), strict=True) if body]
         starts = [{at for at in range(len(row)) if row[at : at + len(body)] == body} for row, body in pairs]
         both = set.intersection(*starts) if starts else {0}
         prefixes = {tuple(row[: min(both)]) for row, _ in pairs} if both else set()
-        if both and len(prefixes) > 1 or not both:
+        if not both or len(prefixes) > 1:
             raise PromptError(f"the tokenizer of {self._who} changes a text's own tokens when it adds to them; give another one")
         prefix = prefixes.pop() if prefixes else ()
         self._hold(prefix, "its tokenizer puts before every text")
@@ -268,9 +268,9 @@ class Prompts:
         return token if token is not None and tokenizer.convert_ids_to_tokens(token) == text else None
 
     def _name(self, token: int) -> str:
-        piece: Any = None if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(token)
-        if not isinstance(piece, str):  # padding of the model's vocabulary
+        if token not in self._ids:  # padding of the model's vocabulary, or there is no tokenizer
             return f"#{token}"
+        piece: Any = self._there().convert_ids_to_tokens(token)
         own = self._own(token)
         for text in dict.fromkeys((own, piece)):
             if _NUMBER.fullmatch(text) or not_text(text):
@@ -280,6 +280,10 @@ class Prompts:
             if after == {token} or (spelled and self._spelled(text) == token):
                 return text
         return f"#{token}"
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.get_vocab().values())
 
     @cached_property
     def _added(self) -> dict[int, str]:

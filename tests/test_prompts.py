@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, tiny_gpt2, tiny_tokenizer, untrained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from bridge.bridges import Coupling
 from bridge.data import load_blocks
@@ -122,6 +123,7 @@ KINDS = {
     "WordPiece": wordpiece,
     "end of word": end_of_word,
     "words": tiny_tokenizer,
+    "bytes, in Python": ByT5Tokenizer,
 }
 
 
@@ -147,9 +149,7 @@ def of_kinds(*names: str) -> Any:
 
 @of_kinds()
 def test_what_is_printed_is_taken_back_as_the_same_token(kind: Any) -> None:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(kind.backend_tokenizer.to_str()), **kind.special_tokens_map
-    )
+    tokenizer = copy.deepcopy(kind)
     tokenizer.add_tokens(["<tool>", "#5", "two words"])
     size = len(tokenizer) + 3  # a model's vocabulary is often padded
     prompts = Prompts(tokenizer, size)
