@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bridge.gguf_file import find_gguf
 from bridge.recipe import UserError, not_text
 from bridge.wiring import first_line
 
@@ -303,16 +304,18 @@ def shown(text: str, token: int) -> str:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The tokenizer of a folder or hub id, None where there is none; and, where there is one that cannot be read, why."""
+    """The tokenizer of a folder, hub id or .gguf file, None where there is none; and, where one cannot be read, why."""
     from transformers import AutoTokenizer
 
+    where, gguf = find_gguf(name) or (name, None)
+    its = {} if gguf is None else {"gguf_file": gguf}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
     except Exception as error:  # a model without a tokenizer can still be coupled to token ids
-        return None, f"{type(error).__name__}: {first_line(error)}" if _has_files(name, revision) else ""
+        return None, f"{type(error).__name__}: {first_line(error)}" if gguf or _has_files(where, revision) else ""
     # a folder without tokenizer files can give an empty tokenizer rather than an error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        return None, "its files hold no tokens but special ones" if _has_files(name, revision) else ""
+        return None, "its files hold no tokens but special ones" if gguf or _has_files(where, revision) else ""
     return tokenizer, ""
 
 
