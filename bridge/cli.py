@@ -88,7 +88,7 @@ def info(
             ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
             ("sublayers", f"{len(kinds)}: {counts}"),
             ("width", f"{dense.width}"),
-            ("vocabulary", f"{dense.vocabulary:,}" + ("" if dense.tokenizer else " (no tokenizer found)")),
+            ("vocabulary", f"{dense.vocabulary:,}" + (f" ({missing})" if (missing := dense.prompts.missing) else "")),
             ("context", f"{dense.context:,}" if dense.context else "unlimited"),
             ("sites", f"{dense.n_sites}"),
             ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),
@@ -197,7 +197,7 @@ def eval_(
 def explain(
     prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
-    target: Annotated[str | None, typer.Option(help="Explain this token; default the dense model's answer.")] = None,
+    target: Annotated[str | None, typer.Option(help="Explain this token, by text or #id; default the dense model's.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Against this token; default the dense model's second choice.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
@@ -307,7 +307,9 @@ def steer(
     explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
     site: Annotated[int | None, typer.Option(help="Add the whole change at this site; default at each sublayer's own.")] = None,
-    target: Annotated[str | None, typer.Option(help="Follow this token; default the answer to the prompt.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Follow this token, by text or #id; default the answer to the prompt.")
+    ] = None,
     contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
     draws: Annotated[int, typer.Option(help="Random directions beside.", min=1, max=1000)] = 20,

@@ -2,7 +2,7 @@
 
     corpora                    pieces of text, of tokens and of chat, in an order fixed by the seed
       -> tokenize              one document after another, an end-of-text token between two
-      -> cut                   blocks of `context` tokens, each starting with BOS where the tokenizer adds one
+      -> cut                   blocks of `context` tokens, each starting with what the tokenizer puts before a text
       -> split                 every 50th document is held out, for `bridge eval`
 
 Chats are written out by the tokenizer's template. A document that brings its BOS or its end-of-text token along has it once.
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from bridge.corpora import Corpus, open_corpus
+from bridge.prompts import Prompts
 from bridge.records import DataError, Piece
 from bridge.wiring import first_line
 
@@ -80,7 +81,7 @@ def _permutation(n_blocks: int, seed: int, epoch: int) -> Tensor:
 
 def load_blocks(
     source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Prompts | PreTrainedTokenizerBase | None,
     context: int,
     *,
     max_tokens: int | None = None,
@@ -90,27 +91,34 @@ def load_blocks(
 ) -> Blocks:
     """Read `source` (see `corpora`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
 
-    `dense` is what `self` samples from, and what token ids are checked against; progress is told how far this is, which takes
-    long for large corpora and longer for sampled ones. Raises DataError where the source does not exist or has no text, where an
-    id is none of the dense model's, and where there is too little for a training and a held-out block.
+    `prompts` is the dense model's, or a tokenizer. `dense` is what `self` samples from, and what token ids are checked against;
+    progress is told how far this is, which takes long for large corpora and longer for sampled ones. Raises PromptError where
+    text cannot be read, and DataError where the source does not exist or has no text, where an id is none of the dense model's,
+    and where there is too little for a training and a held-out block.
     """
     if not source.strip():
         raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
-    prefix = _added_bos(tokenizer)
-    end, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "pad"))
+    vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
+    prompts = Prompts.of(prompts, vocabulary)
+    prefix, end = list(prompts.prefix), prompts.end
+    pad = getattr(prompts.tokenizer, "pad_token_id", None)
     body = context - len(prefix)
+    if body < 1:
+        raise DataError(
+            f"a context of {context} holds no text: the tokenizer puts {len(prefix)} tokens before it; give a longer one"
+        )
     limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
             raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
-        corpus = Corpus(("tokens", row) for row in _sampled(dense, tokenizer, context, seed))
+        corpus = Corpus(("tokens", row) for row in _sampled(dense, prompts, context, seed))
         end = pad = None  # a sample is a block, whatever tokens it has
     else:
         corpus = open_corpus(source, seed)
     packed, pieces = _packed(corpus.pieces, context)
     parts = (_Part(), _Part())
     count = index = told = 0
-    for run in _tokenized(pieces, tokenizer):
+    for run in _tokenized(pieces, prompts):
         part = parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         ids = _without_padding(run.ids, pad, end, prefix) if run.given else run.ids
         if not ids:
@@ -140,7 +148,6 @@ def load_blocks(
             f"data {source!r} holds {count} tokens; at least {2 * context} are needed (one block of {context} to train on, one "
             "held out); give more text or a shorter context (--set context=N)"
         )
-    vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     for block_nt in blocks:
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -217,7 +224,7 @@ class _Run(NamedTuple):
     given: bool = False
 
 
-def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[_Run]:
+def _tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[_Run]:
     """Runs of token ids; empty documents are left out.
 
     Texts are tokenized 256 at a time (the fast tokenizers use every core on a batch), long ones in parts.
@@ -227,9 +234,7 @@ def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | Non
 
     def flush() -> Iterator[_Run]:
         if waiting:
-            assert tokenizer is not None
-            texts = [text for text, _, _ in waiting]
-            rows: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            rows = prompts.bodies([text for text, _, _ in waiting])
             yield from [_Run(row, begins, ends) for row, (_, begins, ends) in zip(rows, waiting, strict=True)]
             waiting.clear()
 
@@ -240,9 +245,9 @@ def _tokenized(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase | Non
             if value:
                 yield _Run(value, True, True, given=True)
             continue
-        if tokenizer is None:
-            raise DataError("the data is text and the model came without a tokenizer; pass one, or data with input_ids")
-        text = _written_out(value, tokenizer) if kind == "chat" else value
+        if prompts.missing or prompts.tokenizer is None:
+            raise DataError(f"the data is text, and {prompts.missing}; give it one that can be read, or data with input_ids")
+        text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
         if not text.strip():
             continue
         begins = True
@@ -279,30 +284,22 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 @torch.no_grad()
-def _sampled(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int, seed: int) -> Iterator[list[int]]:
-    """Sequences of `context` tokens sampled from the dense model at temperature 1, its beginning-of-text token first; endless.
+def _sampled(dense: PreTrainedModel, prompts: Prompts, context: int, seed: int) -> Iterator[list[int]]:
+    """Sequences of `context` tokens sampled from the dense model at temperature 1, what stands before a text first; endless.
 
     Sampled here and not by `generate`, which would follow the penalties, bans and end token of the model's generation settings.
     """
     configuration = dense.config.get_text_config()
-    candidates = [getattr(tokenizer, "bos_token_id", None)]
+    candidates = [getattr(prompts.tokenizer, "bos_token_id", None)]
     candidates += [getattr(configuration, name, None) for name in ("bos_token_id", "eos_token_id")]
-    start = next((c for c in candidates if isinstance(c, int) and 0 <= c < configuration.vocab_size), 0)
+    start = prompts.prefix or (next((c for c in candidates if isinstance(c, int) and 0 <= c < configuration.vocab_size), 0),)
     generator = torch.Generator(dense.device).manual_seed(seed)
     while True:
-        column_bt = torch.full((SAMPLED_ROWS, 1), start, device=dense.device)
+        column_bt = torch.tensor(start, device=dense.device).expand(SAMPLED_ROWS, -1)
         columns, past = [column_bt], None
-        for _ in range(context - 1):
+        for _ in range(context - len(start)):
             output = dense(column_bt, past_key_values=past, use_cache=True)
             past = output.past_key_values
             column_bt = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
             columns.append(column_bt)
         yield from torch.cat(columns, dim=1).tolist()
-
-
-def _added_bos(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """[bos] where the tokenizer itself puts one before a text, else []: BOS belongs to the tokenizer, not to the model."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if tokenizer is None or bos is None:
-        return []
-    return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []

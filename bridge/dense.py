@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from bridge.adapters import TOKENIZER, adapter_folder, base_of, has_adapter, mer
 from bridge.gguf_file import as_plain_model, find_gguf, loading_options
 from bridge.identity import Identity, fingerprint_of, identity_of
 from bridge.live import check_weights, twin_of, unwrapped
+from bridge.prompts import Prompts, load_tokenizer
 from bridge.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.wiring import (
     PARITY_FP32,
@@ -97,6 +98,7 @@ class DenseModel:
         revision: str | None,
         *,
         live: bool = False,
+        damage: str = "",
     ) -> None:
         self.model, self.tokenizer, self.name, self.revision, self.live = model, tokenizer, name, revision, live
         who = f"model {name!r}"
@@ -106,6 +108,8 @@ class DenseModel:
             tokens_bt = probe_tokens(model, who, self.context)
             calls, logits_btv = watch_blocks(model, who, tokens_bt)
             self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
+            rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+            self.prompts = Prompts(tokenizer, min(rows, self.vocabulary), name=name, damage=damage)
             self._blocks = wire(who, calls)
             kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
@@ -275,14 +279,14 @@ def load_dense(
     if named:
         name = str(model)
         loaded, unused = _from_pretrained(name, revision, dtype)
-        found = _tokenizer(name, revision)
+        found = _tokenizer(name, revision)  # or why there is none
         check_weights(loaded, f"model {name!r}")
     else:
         model = unwrapped(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
         check_weights(model, f"model {type(model).__name__!r}")
-        name, found, unused = type(base_of(model)).__name__, None, None
+        name, found, unused = type(base_of(model)).__name__, (None, ""), None
         loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
     if base_of(loaded).config.is_encoder_decoder:
         raise DenseModelError(f"model {name!r} is an encoder-decoder model; bridge reads decoder-only causal language models")
@@ -290,15 +294,16 @@ def load_dense(
         loaded = merged(loaded, "its adapter", name)
     if adapter is not None:
         folder = adapter_folder(str(adapter))
-        if (folder / TOKENIZER).is_file() and (own := _tokenizer(str(folder), None)) is not None:
-            found = own
+        if (folder / TOKENIZER).is_file():
+            found = _tokenizer(str(folder), None)
         loaded = with_adapter(loaded, folder, str(adapter), name)
     if named or device is not None:
         loaded.to(device or "cpu")
     loaded.eval().requires_grad_(False)
     on_hub = named and not Path(name).exists()
     revision = getattr(loaded.config, "_commit_hash", None) if on_hub else None
-    dense = DenseModel(loaded, found if tokenizer is None else tokenizer, name, revision, live=not named)
+    found, damage = found if tokenizer is None else (tokenizer, "")
+    dense = DenseModel(loaded, found, name, revision, live=not named, damage=damage)
     if unused:  # now, because of an encoder there is more to say
         raise DenseModelError(unused)
     return dense
@@ -354,19 +359,9 @@ def _unused_weights(who: str, info: dict[str, Any]) -> str | None:
     return f"{who} has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such); {remedy}"
 
 
-def _tokenizer(name: str, revision: str | None) -> Any:
-    """The tokenizer of a hub id, a folder or a .gguf file; None where there is none, as token ids alone can be coupled."""
-    from transformers import AutoTokenizer
-
-    where, file = find_gguf(name) or (name, None)
+def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase | None, str]:
     with _quiet():
-        try:
-            its = {} if file is None else {"gguf_file": file}
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
-        except Exception:
-            return None
-    # a folder without tokenizer files can give an empty tokenizer rather than an error
-    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
+        return load_tokenizer(name, revision)
 
 
 def _why_not_loaded(name: str, who: str, error: Exception) -> str:

@@ -1,6 +1,6 @@
 """A prompt -> an Explanation: what the dense model answers, the circuit of the sparse model that answers so, and the evidence.
 
-    tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
+    tokens      `prompts`: the prompt as the dense model is given it; target and contrast, by default its first and second answer
     means       of every sparse node over the coupling's reference text
     search      `prune.find_circuit`: candidates, scores, masks, deletions
     levels      `levels.nested_circuits`: smaller circuits within it; and nodes deleted alone, for what each does there
@@ -41,15 +41,14 @@ from bridge.explanation import (
     Provenance,
     Searched,
     Token,
-    quoted,
 )
 from bridge.flow import Edges, draw_edges
 from bridge.levels import nested_circuits
 from bridge.meanwhile import cores, meanwhile
 from bridge.node_page import node_labels
-from bridge.nodes import sparse_fingerprint, token_text
+from bridge.nodes import sparse_fingerprint
+from bridge.prompts import Prompts
 from bridge.prune import Found, find_circuit
-from bridge.recipe import not_text
 from bridge.validate import Measure, validate
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
@@ -63,8 +62,8 @@ def explain(
     coupling: Coupling,
     prompt: str,
     *,
-    target: str | None = None,
-    contrast: str | None = None,
+    target: str | int | None = None,
+    contrast: str | int | None = None,
     card: bool = False,
     counterfactual: str | None = None,
     seed: int = 0,
@@ -72,13 +71,13 @@ def explain(
     progress: Callable[[str], None] | None = None,
     stage: Callable[[Answered | Drawn | Explanation], None] | None = None,
 ) -> Explanation:
-    """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
+    """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`: texts, #id, or ids.
 
     With `card` the circuit is also tested on the dense model; counterfactual is a prompt of as many tokens whose answer is
     another, which the first of these tests needs. reference_bt, tokens over which corpus means are taken, is by default the
     coupling's own; what is computed from them is kept with the coupling. progress is told the phases, stage what is known so
     far: an Answered, then a Drawn, then, with `card`, the whole Explanation (itself an Answered) but for the card. Either may
-    raise to end the work. Raises ExplainError, or CardError for a counterfactual that cannot be used.
+    raise to end the work. Raises PromptError, ExplainError, or CardError for a counterfactual that cannot be used.
     """
     say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
     dense, sparse = coupling.dense, coupling.sparse
@@ -90,15 +89,15 @@ def explain(
     say("tokens: both models' answers")
     dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
     sparse_v = sparse.run(tokens_t[None], last_only=True).logits_btv[0, -1]
-    question = _question(coupling, tokens_t, dense_v, target, contrast)
-    tokenizer = dense.tokenizer
+    prompts = dense.prompts
+    question = _question(prompts, prompt, tokens_t, dense_v, target, contrast)
     answered = Answered(
         prompt=prompt,
-        tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
-        target=token_of(tokenizer, question.target),
-        contrast=token_of(tokenizer, question.contrast),
-        dense=top_answers(tokenizer, dense_v),
-        sparse=top_answers(tokenizer, sparse_v),
+        tokens=tuple(token_of(prompts, token) for token in tokens_t.tolist()),
+        target=token_of(prompts, question.target),
+        contrast=token_of(prompts, question.contrast),
+        dense=top_answers(prompts, dense_v),
+        sparse=top_answers(prompts, sparse_v),
         dense_difference=float(question.difference(dense_v)),
         sparse_difference=float(question.difference(sparse_v)),
     )
@@ -146,58 +145,32 @@ def _known_of(
 
 
 def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
-    """tokens_t of a prompt under the dense model's tokenizer. Raises ExplainError where it is empty or too long."""
-    tokenizer = coupling.dense.tokenizer
-    if tokenizer is None:
-        raise ExplainError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
-    if wrong := not_text(prompt):
-        raise ExplainError(f"the prompt holds {wrong}, which is no character of UTF-8 text; give it in UTF-8")
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
-    if not any(token not in tokenizer.all_special_ids for token in ids):
-        raise ExplainError("the prompt is empty; give the text whose next token is to be explained")
-    if len(ids) > coupling.context:
-        raise ExplainError(
-            f"the prompt is {len(ids)} tokens long, and the context is {coupling.context}; give its last part only"
-        )
-    return torch.tensor(ids, device=coupling.dense.device)
+    """tokens_t of a prompt. Raises PromptError where it cannot be read, is empty, or too long."""
+    return torch.tensor(coupling.dense.prompts.read(prompt, coupling.context), device=coupling.dense.device)
 
 
-def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
+def _question(
+    prompts: Prompts, prompt: str, tokens_t: Tensor, dense_v: Tensor, target: str | int | None, contrast: str | int | None
+) -> Question:
     first, second = dense_v.topk(2).indices.tolist()
-    chosen = first if target is None else one_token(coupling, target, "target")
-    against = (second if chosen == first else first) if contrast is None else one_token(coupling, contrast, "contrast")
+    chosen = first if target is None else prompts.target(target, prompt)
+    against = (second if chosen == first else first) if contrast is None else prompts.target(contrast, prompt, "contrast")
     if chosen == against:
-        whose = "the dense model's own answer" if target is None else f"both {target!r}"
+        whose = "the dense model's own answer" if target is None else f"both {token_of(prompts, chosen)}"
         raise ExplainError(f"target and contrast are {whose}; name two different tokens")
     return Question(tokens_t, chosen, against)
 
 
-def one_token(coupling: Coupling, text: str, role: str) -> int:
-    """The id of a text that is a single token; role is what it is called where it is refused. Raises ExplainError."""
-    tokenizer = coupling.dense.tokenizer
-    assert tokenizer is not None
-    if wrong := not_text(text):
-        raise ExplainError(f"{role} {text!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if len(ids) != 1:
-        pieces = " ".join(quoted(token_of(tokenizer, token).text) for token in ids) or "none"
-        remedy = f"; give one, such as {quoted(token_of(tokenizer, ids[0]).text)}" if ids else "; give one"
-        raise ExplainError(f"{role} {text!r} is {len(ids)} tokens ({pieces}), and only a single token can be explained{remedy}")
-    if ids[0] == tokenizer.unk_token_id:
-        raise ExplainError(f"{role} {text!r} is not in the dense model's vocabulary; give one of its tokens")
-    return ids[0]
+def token_of(prompts: Prompts, token: int) -> Token:
+    """A token with the text that names it."""
+    return Token(token, prompts.text(token))
 
 
-def token_of(tokenizer: Any, token: int) -> Token:
-    """A token with its text."""
-    return Token(token, token_text(tokenizer, token))
-
-
-def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
+def top_answers(prompts: Prompts, logits_v: Tensor) -> tuple[Answer, ...]:
     """The likeliest next tokens, at most 5."""
     best = logits_v.softmax(-1).topk(5)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
+    return tuple(Answer(token_of(prompts, token), probability) for token, probability in pairs)
 
 
 def _explained(coupling: Coupling, ablations: Ablations, found: Found, level_f: Tensor) -> tuple[ExplainedNode, ...]:

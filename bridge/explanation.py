@@ -23,6 +23,7 @@ from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
 from bridge.levels import Level
 from bridge.nodes import sparse_fingerprint
+from bridge.prompts import shown
 from bridge.recipe import UserError
 from bridge.sparse import ATTENTION_KINDS, MLP_KINDS
 from bridge.validate import EVIDENCE, Faithfulness, Measure, evidence
@@ -37,10 +38,14 @@ class ExplainError(UserError):
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the vocabulary."""
+    """A token of the vocabulary: its id, and the text that names it and no other (`Prompts.text`)."""
 
     id: int
     text: str
+
+    def __str__(self) -> str:
+        """The text as Python would write it, and the id."""
+        return shown(self.text, self.id)
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,7 @@ def _render_answer(explanation: Answered) -> list[str]:
         f"prompt    {quoted(explanation.prompt)}  ({_tokens(len(explanation.tokens))})",
         f"dense     {listed(explanation.dense)}",
         f"sparse    {listed(explanation.sparse)}  {'agrees' if explanation.agree else 'DISAGREES'}",
-        f"question  why {quoted(explanation.target.text)} rather than {quoted(explanation.contrast.text)}{own}",
+        f"question  why {explanation.target} rather than {explanation.contrast}{own}",
         "          D is {:+.2f} in the dense model, {:+.2f} in the sparse one".format(*differences),
     ]
 

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import EMBEDDING, Node
-from bridge.nodes import Context, NodeFacts, stored_facts, token_text
+from bridge.nodes import Context, NodeFacts, stored_facts
+from bridge.prompts import Prompts
 from bridge.sparse import Location
 
 TOKENS = 6  # promoted, demoted or embedded tokens that are listed
@@ -124,7 +125,7 @@ class NodePage:
 @torch.no_grad()
 def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
     """The page of a node, from the facts collected on text and from the coupling's weights."""
-    sparse, tokenizer = coupling.sparse, coupling.dense.tokenizer
+    sparse, prompts = coupling.sparse, coupling.dense.prompts
     at, index = node.location, node.index
     mean, second = (float(x_n[index]) for x_n in (facts.mean(at), facts.second_moment(at)))
     kind, promotes, demotes = _tokens(coupling, node)
@@ -138,7 +139,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
         mean=mean,
         deviation=max(0.0, second - mean * mean) ** 0.5,
         active=float(facts.active(at)[index]),
-        **{name: tuple(_excerpt(tokenizer, facts.tokens_bt, each) for each in found) for name, found in contexts.items()},
+        **{name: tuple(_excerpt(prompts, facts.tokens_bt, each) for each in found) for name, found in contexts.items()},
         tokens=kind,
         promotes=promotes,
         demotes=demotes,
@@ -191,11 +192,11 @@ def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
 
 def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
     """How tokens are meant, those of the largest scores above 0, and those of the smallest below."""
-    sparse, tokenizer = coupling.sparse, coupling.dense.tokenizer
+    sparse, prompts = coupling.sparse, coupling.dense.prompts
     if node.location.kind in _READS:
-        return "embedded", *_ends(tokenizer, sparse.embedding[:, node.index])
+        return "embedded", *_ends(prompts, sparse.embedding[:, node.index])
     found = write_of(coupling, node)
-    return ("none", (), ()) if found is None else ("promoted", *_ends(tokenizer, sparse.unembedding.weight @ found[1]))
+    return ("none", (), ()) if found is None else ("promoted", *_ends(prompts, sparse.unembedding.weight @ found[1]))
 
 
 def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
@@ -207,7 +208,7 @@ def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
     lens_vd = _output_embedding(coupling)
     promotes, demotes = None, None
     if lens_vd is not None:
-        promotes, demotes = _ends(coupling.dense.tokenizer, lens_vd.float() @ direction_d.to(lens_vd.device))
+        promotes, demotes = _ends(coupling.dense.prompts, lens_vd.float() @ direction_d.to(lens_vd.device))
     read_by = (*coupling.sparse.sublayer_kinds, "unembed")[site]
     return DenseDirection(site, read_by, tuple(direction_d.tolist()), promotes, demotes)
 
@@ -223,13 +224,13 @@ def _output_embedding(coupling: Coupling) -> Tensor | None:
     return weight.detach()[: coupling.dense.vocabulary]
 
 
-def _ends(tokenizer: Any, score_v: Tensor) -> tuple[tuple[TokenScore, ...], tuple[TokenScore, ...]]:
+def _ends(prompts: Prompts, score_v: Tensor) -> tuple[tuple[TokenScore, ...], tuple[TokenScore, ...]]:
     """The tokens of the largest scores above 0 and of the smallest below 0; of equal ones the lower id."""
     ends = []
     for sign in (1, -1):
         id_k = (sign * score_v).argsort(descending=True, stable=True)[:TOKENS].tolist()
         scored = [(token, float(score_v[token])) for token in id_k]
-        ends.append(tuple(TokenScore(token, token_text(tokenizer, token), s) for token, s in scored if s * sign > 0))
+        ends.append(tuple(TokenScore(token, prompts.text(token), s) for token, s in scored if s * sign > 0))
     return ends[0], ends[1]
 
 
@@ -282,7 +283,7 @@ def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
 
 def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
     """(label, summary), short and long: what the contexts of a side (default the stronger) share, and what is done there."""
-    tokenizer = coupling.dense.tokenizer
+    prompts = coupling.dense.prompts
     high, low = facts.extremes(node, "high"), facts.extremes(node, "low")
     if not high and not low:
         return "never active", f"never active in {facts.n_tokens:,} tokens"
@@ -294,10 +295,10 @@ def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None 
         known = Counter(token for token in tokens if token is not None)
         token, count = min(known.items(), key=lambda item: (-item[1], item[0]), default=(0, 0))
         if count >= 2 and 2 * count >= len(contexts):
-            parts.append(f"{word}{token_text(tokenizer, token)!r}")
+            parts.append(f"{word}{prompts.text(token)!r}")
             counts.append(f"{count}/{len(contexts)}")
         elif not offset:
-            sort = _sort_of([token_text(tokenizer, token) for token in tokens if token is not None])
+            sort = _sort_of([prompts.text(token) for token in tokens if token is not None])
             parts, counts = ([f"at {sort}"], [f"{len(contexts)}/{len(contexts)}"]) if sort else (parts, counts)
     if len(contexts) > 1 and len({context.position for context in contexts}) == 1:
         parts.append(f"at position {contexts[0].position}")
@@ -332,9 +333,9 @@ def _token_at(tokens_bt: Tensor, context: Context, offset: int) -> int | None:
     return int(tokens_bt[context.row, place]) if 0 <= place < tokens_bt.shape[1] else None
 
 
-def _excerpt(tokenizer: Any, tokens_bt: Tensor, context: Context) -> Excerpt:
+def _excerpt(prompts: Prompts, tokens_bt: Tensor, context: Context) -> Excerpt:
     row, position = tokens_bt[context.row].tolist(), context.position
-    texts = [token_text(tokenizer, token) for token in row[max(0, position - BEFORE) : position + 1 + AFTER]]
+    texts = [prompts.text(token) for token in row[max(0, position - BEFORE) : position + 1 + AFTER]]
     at = min(position, BEFORE)
     before, after = "".join(texts[:at]), "".join(texts[at + 1 :])
     return Excerpt(context.value, context.quantile, context.row, position, before, texts[at], after)

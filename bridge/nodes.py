@@ -229,17 +229,6 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
     return Node(location, index)
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """A token as text; a part of a character, which has no text of its own, as the tokenizer writes it; without one, its id."""
-    if tokenizer is None:
-        return f"#{token}"
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space before a first word
-        text = f" {text}"
-    return piece if "\ufffd" in text else text
-
-
 def render_summary(facts: NodeFacts) -> str:
     """What was collected, a line per location."""
     lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]

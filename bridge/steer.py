@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.explain import one_token, prompt_tokens, token_of, top_answers
+from bridge.explain import prompt_tokens, token_of, top_answers
 from bridge.explanation import Answer, Token
 from bridge.moves import Move, Moved, Steerer, SteerError, carry, every_node, parse_move
+from bridge.prompts import Prompts
 from bridge.residual import Trace
 
 STRENGTHS = tuple(place / 10 for place in range(11))
@@ -147,14 +148,14 @@ def steer(
     """The dense model's answers with some nodes changed, against the strength; random directions of equal norm beside.
 
     moves are Move, or text such as "1.mlp_act[37]@4=2.5"; None changes every node to its counterfactual value. Target and
-    contrast are tokens, or their ids. At strength 0 and at the largest one `tokens` tokens are generated. Raises SteerError,
-    NodeError or ExplainError.
+    contrast are texts of tokens, #id, or ids. At strength 0 and at the largest one `tokens` tokens are generated. Raises
+    SteerError, NodeError or PromptError.
     """
     strengths = check_strengths(strengths)
     if not 1 <= draws <= MOST_DRAWS:
         why = "no control" if draws < 1 else "more than are held at once"
         raise SteerError(f"{draws:,} random directions are {why}; give 1 to {MOST_DRAWS:,}")
-    dense, sizes = coupling.dense, coupling.sparse.locations()
+    dense, prompts, sizes = coupling.dense, coupling.dense.prompts, coupling.sparse.locations()
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else prompt_tokens(coupling, counterfactual)
     if other_t is not None and torch.equal(other_t, tokens_t):
@@ -170,7 +171,7 @@ def steer(
     plain = dense.run(tokens_t[None])
     plain_v = plain.logits_btv[0, -1].float()
     swapped_v = None if other_t is None else dense.run(other_t[None]).logits_btv[0, -1].float()
-    target_id, contrast_id = _sides(coupling, plain_v, swapped_v, target, contrast)
+    target_id, contrast_id = _sides(prompts, prompt, plain_v, swapped_v, target, contrast)
     pair = torch.tensor([target_id, contrast_id], device=plain_v.device)
 
     changes = steerer.changes(tokens_t[None])
@@ -188,17 +189,15 @@ def steer(
             every = Steerer(coupling, tokens_t, every_node(sizes), other_t, site=site).changes(tokens_t[None])
             every_k2 = torch.cat([every_k2, _pair_of(logits_at(coupling, tokens_t, plain, every, above)[0], pair)])
 
-    probability_k2, tokenizer = _pair_of(logits_kv, pair), dense.tokenizer
+    probability_k2 = _pair_of(logits_kv, pair)
     swapped = None if swapped_v is None else _pair_of(swapped_v, pair).tolist()
     curve, beside = [], []
     for k, strength in enumerate(strengths):
         text = None
         if tokens > 0 and strength in (strengths[0], strengths[-1]):
-            assert tokenizer is not None
-            written = steerer.generate(strength, tokens).tolist()
-            text = str(tokenizer.decode(written, clean_up_tokenization_spaces=False))
+            text = prompts.continued(tokens_t.tolist(), steerer.generate(strength, tokens).tolist())
         of_target, of_contrast = probability_k2[k].tolist()
-        curve.append(Steered(strength, top_answers(tokenizer, logits_kv[k]), of_target, of_contrast, text))
+        curve.append(Steered(strength, top_answers(prompts, logits_kv[k]), of_target, of_contrast, text))
         every_target, every_contrast = (None, None) if every_k2 is None else every_k2[k].tolist()
         by_chance = _spread(random_rk2[:, k, 0]), _spread(random_rk2[:, k, 1])
         beside.append(Beside(strength, *by_chance, every_target, every_contrast))
@@ -206,9 +205,9 @@ def steer(
     return Steering(
         prompt=prompt,
         counterfactual=counterfactual,
-        tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
-        target=token_of(tokenizer, target_id),
-        contrast=token_of(tokenizer, contrast_id),
+        tokens=tuple(token_of(prompts, token) for token in tokens_t.tolist()),
+        target=token_of(prompts, target_id),
+        contrast=token_of(prompts, contrast_id),
         n_moved=n_moved,
         moved=moved,
         sites=steerer.sites,
@@ -224,20 +223,12 @@ def steer(
 
 
 def _sides(
-    coupling: Coupling, plain_v: Tensor, swapped_v: Tensor | None, target: str | int | None, contrast: str | int | None
+    prompts: Prompts, prompt: str, plain_v: Tensor, swapped_v: Tensor | None, target: str | int | None, contrast: str | int | None
 ) -> tuple[int, int]:
     """Ids of target and contrast: as named, else what the dense model answers to the prompt, and to the counterfactual."""
-
-    def named(token: str | int, role: str) -> int:
-        if isinstance(token, str):
-            return one_token(coupling, token, role)
-        if not 0 <= token < len(plain_v):
-            raise SteerError(f"{role} {token} is no token; ids go from 0 to {len(plain_v) - 1}")
-        return token
-
-    first = int(plain_v.argmax()) if target is None else named(target, "target")
+    first = int(plain_v.argmax()) if target is None else prompts.target(target, prompt)
     if contrast is not None:
-        second = named(contrast, "contrast")
+        second = prompts.target(contrast, prompt, "contrast")
     else:
         ranked = (plain_v if swapped_v is None else swapped_v).topk(2).indices.tolist()
         second = ranked[1] if ranked[0] == first else ranked[0]

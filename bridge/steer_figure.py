@@ -107,6 +107,7 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     lines = [f"prompt          {steering.prompt!r}  ({len(steering.tokens)} tokens)"]
     if steering.counterfactual is not None:
         lines.append(f"counterfactual  {steering.counterfactual!r}")
+    lines.append(f"question        {steering.contrast} against {steering.target}")
     low, high = min(steering.norms), max(steering.norms)
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
     changed = f"{_changed(steering)}; norm {norms} of the residual's"

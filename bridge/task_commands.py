@@ -330,7 +330,7 @@ def tasks(
         print(f"{'task':<27}{columns}{'pairs':>7}{'dropped':>9}  a prompt, and its answer")
         rows: list[dict[str, Any]] = []
         for task in chosen:
-            resolved = resolve(task, of.tokenizer, context=context, splits=(split,))
+            resolved = resolve(task, of.prompts, context=context, splits=(split,))
             pairs = resolved.splits[split]
             scores = {name: score(model, pairs.to(of.device)) for name, model in models.items()} if len(pairs) else {}
             rows.append(

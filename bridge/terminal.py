@@ -158,7 +158,7 @@ def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: 
         return coupling.reference_bt[:rows]
     limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
     dense, seed = coupling.dense, coupling.recipe.seed
-    return load_blocks(data, dense.tokenizer, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
+    return load_blocks(data, dense.prompts, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
 
 
 def shipped_coupling() -> str:

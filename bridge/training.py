@@ -154,7 +154,7 @@ def prepare(
         copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     blocks = load_blocks(
         recipe.data.source,
-        dense.tokenizer,
+        dense.prompts,
         recipe.data.context,
         max_tokens=recipe.budget.tokens,
         seed=recipe.seed,

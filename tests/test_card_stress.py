@@ -13,6 +13,7 @@ from conftest import CONTEXT, VOCABULARY, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from bridge.card.stress import _is_code, _names, _renamed, _rules, stress_pairs
+from bridge.prompts import Prompts
 from bridge.tasks.pairs import Example, load_task
 from bridge.tasks.tokens import TokenPairs, resolve
 
@@ -21,19 +22,19 @@ PAIR = Example("for x in data:\n  data", "if x is data:\n  data", (" data",), ("
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DENSE)
+def prompts():
+    return Prompts(AutoTokenizer.from_pretrained(DENSE))
 
 
-def task_pairs(name: str, tokenizer) -> TokenPairs:
-    return resolve(load_task(name), tokenizer, context=128, splits=("test",)).splits["test"].rows(torch.arange(64))
+def task_pairs(name: str, prompts: Prompts) -> TokenPairs:
+    return resolve(load_task(name), prompts, context=128, splits=("test",)).splits["test"].rows(torch.arange(64))
 
 
 @pytest.mark.parametrize("name", ["while_return_true", "class_init", "with_as"])
-def test_every_kind_makes_new_pairs_that_end_as_they_did(name: str, tokenizer) -> None:
-    pairs = task_pairs(name, tokenizer)
+def test_every_kind_makes_new_pairs_that_end_as_they_did(name: str, prompts) -> None:
+    pairs = task_pairs(name, prompts)
     reference_bt = torch.randint(10, 2000, (8, 128), generator=torch.Generator().manual_seed(0))
-    found = stress_pairs(pairs, tokenizer, reference_bt, 128, seed=0)
+    found = stress_pairs(pairs, prompts, reference_bt, 128, seed=0)
     assert set(found) == {"distractor", "context", "rename", "swap", "paraphrase"}
     assert sum(2 * len(some) for some in found.values()) >= 200
     known = {example.prompt for example in pairs.examples} | {example.counterfactual for example in pairs.examples}
@@ -46,9 +47,9 @@ def test_every_kind_makes_new_pairs_that_end_as_they_did(name: str, tokenizer) -
             assert example.prompt.count("\n") == example.counterfactual.count("\n")
         assert some.prompt_bt.shape[1] == int(some.last_b.max()) + 1
     assert {len(some) for some in found.values()} == {24}
-    again = stress_pairs(pairs, tokenizer, reference_bt, 128, seed=0)
+    again = stress_pairs(pairs, prompts, reference_bt, 128, seed=0)
     assert all(torch.equal(found[kind].pairs.prompt_bt, again[kind].pairs.prompt_bt) for kind in found)
-    other = stress_pairs(pairs, tokenizer, reference_bt, 128, seed=1)
+    other = stress_pairs(pairs, prompts, reference_bt, 128, seed=1)
     assert not all(torch.equal(found[kind].pairs.prompt_bt, other[kind].pairs.prompt_bt) for kind in found)
 
 
@@ -66,8 +67,8 @@ def test_names_of_a_users_task_are_the_words_that_vary() -> None:
     assert _names(other, (PAIR, other)) == ["lines", "row"]
 
 
-def test_each_kind_is_what_it_is_called(tokenizer) -> None:
-    examples = task_pairs("while_return_true", tokenizer).examples
+def test_each_kind_is_what_it_is_called(prompts) -> None:
+    examples = task_pairs("while_return_true", prompts).examples
     rules = _rules(examples, True, ["a = 1\nb = 2"])
     generator, example = random.Random(0), examples[0]
     distracted = rules["distractor"](example, generator)
@@ -104,23 +105,23 @@ def test_text_that_is_no_code_has_a_lead_in() -> None:
 
 
 def test_what_does_not_fit_is_left_out() -> None:
-    tokenizer = tiny_tokenizer()
+    prompts = Prompts(tiny_tokenizer())
     words = [f"w{index} w{index + 1} w{index + 2}" for index in range(6, 30)]
     examples = tuple(Example(f"{text} w2", f"{text} w3", (" w4",), (" w5",)) for text in words)
     from bridge.tasks.pairs import Task
 
-    pairs = resolve(Task("tiny", "user", "", {"test": examples}, {"test": 24}), tokenizer, splits=("test",)).splits["test"]
+    pairs = resolve(Task("tiny", "user", "", {"test": examples}, {"test": 24}), prompts, splits=("test",)).splits["test"]
     reference_bt = torch.randint(2, VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
-    found = stress_pairs(pairs, tokenizer, reference_bt, CONTEXT, language="user")
+    found = stress_pairs(pairs, prompts, reference_bt, CONTEXT, language="user")
     assert set(found) >= {"distractor", "rename", "swap", "paraphrase"}
     assert all(int(some.pairs.last_b.max()) < CONTEXT for some in found.values())
-    short = stress_pairs(pairs, tokenizer, reference_bt, 4, language="user")
+    short = stress_pairs(pairs, prompts, reference_bt, 4, language="user")
     assert set(short) <= {"rename", "swap"}  # of as many tokens as the prompts have
 
 
-def test_kinds_that_fit_make_up_for_those_that_do_not(tokenizer) -> None:
-    pairs = task_pairs("while_return_true", tokenizer)
+def test_kinds_that_fit_make_up_for_those_that_do_not(prompts) -> None:
+    pairs = task_pairs("while_return_true", prompts)
     nothing = torch.zeros(0, 128, dtype=torch.long)  # no text, so no stretches of it
-    found = stress_pairs(pairs, tokenizer, nothing, 128, seed=0)
+    found = stress_pairs(pairs, prompts, nothing, 128, seed=0)
     assert set(found) == {"distractor", "rename", "swap", "paraphrase"}
     assert {len(some) for some in found.values()} == {30}

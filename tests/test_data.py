@@ -397,7 +397,7 @@ def test_token_ids_that_the_model_does_not_have(ids: list[Any], reason: str, tmp
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match="the data is text and the model came without a tokenizer; pass one, or"):
+    with pytest.raises(DataError, match="the data is text, and the model has no tokenizer; give it one that can be read, or"):
         load_blocks(str(tmp_path / "a.txt"), None, 4)
 
 

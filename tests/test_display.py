@@ -51,7 +51,7 @@ def explanation(dense: DenseModel) -> Explanation:
 def test_an_explanation_shows_its_verdict_and_its_strongest_nodes(explanation: Explanation) -> None:
     page = Page(explanation._repr_html_())
     assert explanation.faithfulness.verdict in page.words
-    assert f"why {explanation.target.text!r} rather than {explanation.contrast.text!r}" in page.words
+    assert f"why {explanation.target} rather than {explanation.contrast}" in page.words
     strongest = max(explanation.nodes, key=lambda node: abs(node.effect or 0))
     assert strongest.name in page.words and f"{strongest.effect:+.2f}" in page.words
     for measure in explanation.faithfulness.measures:

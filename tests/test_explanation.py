@@ -15,6 +15,7 @@ from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
 from bridge.explain import explain
 from bridge.explanation import Answered, Drawn, ExplainedNode, ExplainError, Explanation, render_answer, render_text
+from bridge.prompts import PromptError
 from bridge.recipe import UserError
 from bridge.sparse import Location
 from tests.conftest import CONTEXT, tiny_gpt2, untrained
@@ -239,14 +240,14 @@ def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Ex
         ({"target": "w5 w6"}, "; give one, such as 'w5'"),
         ({"contrast": ""}, "contrast '' is 0 tokens (none), and only a single token can be explained; give one"),
         ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
-        ({"target": "w7", "contrast": "w7"}, "target and contrast are both 'w7'; name two different tokens"),
+        ({"target": "w7", "contrast": "#7"}, "target and contrast are both 'w7' (#7); name two different tokens"),
         ({"prompt": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text; give it in UTF-8"),
         ({"target": "\ud800"}, r"target '\ud800' holds '\ud800', which is no character of UTF-8 text; give one token in UTF-8"),
         ({"counterfactual": "w5 \ud800"}, r"the prompt holds '\ud800'"),
         ({"contrast": first}, "target and contrast are the dense model's own answer; name two different tokens"),
     ]  # fmt: skip
     for arguments, message in cases:
-        with pytest.raises(ExplainError) as error:
+        with pytest.raises((ExplainError, PromptError)) as error:
             explain(coupled, arguments.pop("prompt", PROMPT), **arguments)
         assert message in str(error.value), arguments
         assert "\n" not in str(error.value) and isinstance(error.value, UserError)
@@ -258,7 +259,7 @@ def test_a_coupling_that_cannot_explain_says_why(coupled: Coupling):
     with pytest.raises(ExplainError, match="no reference text"):
         explain(coupled, PROMPT, reference_bt=torch.zeros(0, 16, dtype=torch.long))
     silent = dataclasses.replace(coupled, dense=load_dense(tiny_gpt2()))
-    with pytest.raises(ExplainError, match="'GPT2LMHeadModel' has no tokenizer, so no text can be read; load it with one"):
+    with pytest.raises(PromptError, match="'GPT2LMHeadModel' has no tokenizer, so no text can be read; load it with one"):
         explain(silent, PROMPT)
 
 

@@ -30,7 +30,8 @@ from bridge.endpoint import KEY, Descriptions, Endpoint, EndpointError
 from bridge.explain import explain
 from bridge.explanation import Explanation
 from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_of
-from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts, token_text
+from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
+from bridge.prompts import Prompts
 from bridge.sparse import Location
 
 ROWS = 24
@@ -283,7 +284,7 @@ def test_a_page_is_plain_json(pair: Coupling, facts: NodeFacts) -> None:
 
 
 def test_without_a_tokenizer_tokens_are_ids() -> None:
-    assert token_text(None, 7) == "#7"
+    assert Prompts(None).text(7) == "#7"
 
 
 # -- the endpoint -----------------------------------------------------------------------------------------------------------

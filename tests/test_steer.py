@@ -16,9 +16,9 @@ import bridge
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel
 from bridge.explain import explain
-from bridge.explanation import ExplainError
 from bridge.moves import Steerer, SteerError, carry, parse_move
 from bridge.nodes import NodeError
+from bridge.prompts import PromptError
 from bridge.steer import Steering, random_like, steer
 from bridge.steer_figure import render_steering, steering_plot
 from tests.conftest import CONTEXT, untrained
@@ -131,7 +131,8 @@ def test_text_is_written_at_the_ends(coupled: Coupling, steered: Steering) -> No
         tokens_t[None], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones(1, 6)
     )
     assert coupled.dense.tokenizer is not None
-    assert steered.curve[0].text == coupled.dense.tokenizer.decode(own[0, 6:])
+    decode = coupled.dense.tokenizer.decode
+    assert f"{decode(tokens_t)}{steered.curve[0].text}" == decode(own[0])  # what follows the prompt, with the space before it
 
 
 def test_refusals_are_one_line(coupled: Coupling) -> None:
@@ -147,7 +148,7 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
         ({"moves": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are the same token; name two different ones"),
         ({"contrast": "w7 w8"}, "contrast 'w7 w8' is 2 tokens"),
-        ({"target": 40}, "target 40 is no token; ids go from 0 to 39"),
+        ({"target": 40}, "target 40 is no token of the dense model; ids go from 0 to 39"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text"),
         ({"counterfactual": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text"),
@@ -155,7 +156,7 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
     ]
     for options, message in cases:
         arguments = {"prompt": PROMPT, "moves": ["0.v[5]=1"], **options}
-        with pytest.raises((SteerError, NodeError, ExplainError)) as error:
+        with pytest.raises((SteerError, NodeError, PromptError)) as error:
             steer(coupled, **arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -227,7 +227,9 @@ def test_what_is_dropped_and_why(example: Example, context: int | None, reason: 
 
 
 def test_a_model_without_a_tokenizer_has_no_tasks() -> None:
-    with pytest.raises(TaskError, match="task 'ioi' is text, and the model has no tokenizer; load it with one"):
+    with pytest.raises(
+        TaskError, match="task 'ioi' cannot be read: the model has no tokenizer, so no text can be read; load it with one"
+    ):
         resolve(load_task("ioi"), None)
 
 

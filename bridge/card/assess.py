@@ -64,8 +64,6 @@ def task_card(
     say, started = progress or (lambda _: None), time.monotonic()
     coupling, whole = subjects.coupling, subjects.sparse
     check_circuit(result, subjects)
-    if coupling.dense.tokenizer is None:
-        raise CardError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no text can be read; load it with one")
     chosen = held_out(task) if pairs is None else pairs
     say("card: the dense model on the task")
     tested = alter(chosen)
@@ -73,7 +71,7 @@ def task_card(
     case = Case.of(coupling, whole, alone(whole, circuit), circuit.kept, tested)
     reference_bt = subjects.reference_bt if coupling.reference_bt is None else coupling.reference_bt
     stress = stress_pairs(
-        chosen, coupling.dense.tokenizer, reference_bt, coupling.context, language=task.language, seed=seed
+        chosen, coupling.dense.prompts, reference_bt, coupling.context, language=task.language, seed=seed
     )  # fmt: skip
     tests = (
         _gate(coupling, case.pairs),

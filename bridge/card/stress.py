@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from bridge.prompts import Prompts
 from bridge.tasks.pairs import Example, Task
 from bridge.tasks.tokens import TokenPairs, resolve
 
@@ -55,7 +55,7 @@ class Stress:
 
 def stress_pairs(
     pairs: TokenPairs,
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
     reference_bt: Tensor,
     context: int,
     *,
@@ -64,7 +64,7 @@ def stress_pairs(
 ) -> dict[str, Stress]:
     """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
     examples = pairs.examples
-    rules = _rules(examples, _is_code(examples, language), _stretches(tokenizer, reference_bt, seed))
+    rules = _rules(examples, _is_code(examples, language), _stretches(prompts, reference_bt, seed))
     wanted = PROMPTS // 2
     found: dict[str, Stress] = {}
     for kind, rule in rules.items():
@@ -72,7 +72,7 @@ def stress_pairs(
         order = generator.sample(range(len(examples)), len(examples))
         made = _distinct(((index, rule(examples[index], generator)) for index in order), examples)
         task = Task(kind, language, kind, {"test": tuple(made)}, {"test": wanted})
-        resolved = resolve(task, tokenizer, context=context, splits=("test",)).splits["test"]
+        resolved = resolve(task, prompts, context=context, splits=("test",)).splits["test"]
         if len(resolved):
             found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
     while sum(map(len, found.values())) > wanted:  # from the kinds that have most
@@ -168,15 +168,15 @@ def _is_code(examples: Sequence[Example], language: str) -> bool:
     return language == "python" or any("\n" in example.prompt for example in examples)
 
 
-def _stretches(tokenizer: PreTrainedTokenizerBase, reference_bt: Tensor, seed: int) -> list[str]:
+def _stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> list[str]:
     """Stretches of held-out text, from the beginning of a line to the end of one where they have lines."""
     generator = random.Random(f"{seed} stretches")
-    found = []
+    special, found = prompts.special, []
     for row_t in reference_bt[:64].tolist():
-        ids = [token for token in row_t if token not in tokenizer.all_special_ids]
+        ids = [token for token in row_t if token not in special]
         length = generator.randint(*STRETCH)
         start = generator.randrange(max(1, len(ids) - length))
-        text = str(tokenizer.decode(ids[start : start + length]))
+        text = prompts.decode(ids[start : start + length])
         lines = text.split("\n")
         text = "\n".join(lines[1:-1]) if len(lines) > 3 else text
         if text.strip():

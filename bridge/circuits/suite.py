@@ -28,7 +28,7 @@ from bridge.circuits.search import (
     whole_size,
 )
 from bridge.node_page import node_labels
-from bridge.tasks.pairs import TaskError, load_task
+from bridge.tasks.pairs import load_task
 from bridge.tasks.tokens import Resolved, resolve
 from bridge.wiring import DenseModelError
 
@@ -38,9 +38,7 @@ Say = Callable[[str], None]
 def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
     """A task under the coupling's tokenizer. Raises TaskError."""
     coupling = subjects.coupling
-    if coupling.dense.tokenizer is None:
-        raise TaskError(f"the dense model {coupling.dense.name!r} has no tokenizer, so no task can be read; load it with one")
-    return resolve(load_task(name, seed=seed), coupling.dense.tokenizer, context=coupling.context)
+    return resolve(load_task(name, seed=seed), coupling.dense.prompts, context=coupling.context)
 
 
 def folder_name(name: str) -> str:

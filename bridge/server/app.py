@@ -34,7 +34,7 @@ from starlette.exceptions import HTTPException
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens
 from bridge.checkpoint import CheckpointError
-from bridge.explain import explain, one_token, prompt_tokens
+from bridge.explain import explain, prompt_tokens
 from bridge.explanation import Explanation
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
@@ -255,7 +255,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
                 counterfactual_tokens(prompt_tokens(coupling, body.counterfactual), tokens_t)
             for role, text in (("target", body.target), ("contrast", body.contrast)):
                 if text is not None:
-                    one_token(coupling, text, role)
+                    coupling.dense.prompts.target(text, body.prompt, role)
         job = jobs.submit(schema.asked_of(body, name))
         response.headers["Location"] = f"/api/explanations/{job.id}"
         return schema.JobEntry.of(job)

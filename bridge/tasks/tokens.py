@@ -1,6 +1,6 @@
 """A task's tokens under any tokenizer, and how well a model does on them.
 
-    resolve     Task, tokenizer -> Resolved: per split the TokenPairs that are left, and what was dropped and why
+    resolve     Task, `prompts` -> Resolved: per split the TokenPairs that are left, and what was dropped and why
     score       model, TokenPairs -> Scores
 
 Both members of a pair have as many tokens. An answer is read at the first token that tells it from the wrong one, and is a set of
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bridge.prompts import PromptError, Prompts
 from bridge.residual import ResidualModel
 from bridge.tasks.pairs import SPLITS, Example, Split, Task, TaskError, swapped
 
@@ -187,7 +188,7 @@ class _Read:
 
 def resolve(
     task: Task,
-    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Prompts | PreTrainedTokenizerBase | None,
     *,
     context: int | None = None,
     splits: Sequence[Split] = SPLITS,
@@ -195,23 +196,29 @@ def resolve(
     """The pairs of a task as tokens, of at most `context` each, by split; a split is empty where nothing is left.
 
     Of a template's pairs those with names of few tokens come first, the templates in turn, until there are as many as the task
-    wants. Raises TaskError where there is no tokenizer.
+    wants. `prompts` is a dense model's, or a tokenizer. Raises TaskError where the text cannot be read.
     """
-    if tokenizer is None:
-        raise TaskError(f"task {task.name!r} is text, and the model has no tokenizer; load it with one")
+    try:
+        return _resolve(task, Prompts.of(prompts), context, splits)
+    except PromptError as error:
+        raise TaskError(f"task {task.name!r} cannot be read: {error}") from None
+
+
+def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence[Split]) -> Resolved:
+    prompts.check()
     seen, dropped = 0, Counter[str]()
     resolved: dict[Split, TokenPairs] = {}
     for split in splits:
         rows = []
-        for example in _in_order(task.examples[split], tokenizer):
+        for example in _in_order(task.examples[split], prompts):
             if len(rows) == task.wanted[split]:
                 break
             seen += 1
             reason = ""
             for variant in (example, *example.variants):
-                reads = _resolved(variant, tokenizer, context)
+                reads = _resolved(variant, prompts, context)
                 if not isinstance(reads, str):
-                    rows.append((variant, *reads, _token_spans(variant, reads, tokenizer)))
+                    rows.append((variant, *reads, _token_spans(variant, reads, prompts)))
                     break
                 reason = reason or reads
             else:
@@ -220,14 +227,14 @@ def resolve(
     return Resolved(task.name, task.language, resolved, seen, dict(dropped))
 
 
-def _in_order(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
     """A user's examples as they are; of generated ones the templates in turn, each beginning with its names of fewest tokens."""
     if not any(example.template for example in examples):
         yield from examples
         return
     names = {example: [example.prompt[slice(*s.prompt)] for s in example.spans if s.label != "differs"] for example in examples}
     words = list({name for some in names.values() for name in some})
-    plain, spaced = _encoded(words, tokenizer), _encoded([f" {word}" for word in words], tokenizer)
+    plain, spaced = prompts.encode(words), prompts.encode([f" {word}" for word in words])
     tokens = {word: max(len(a), len(b)) for word, a, b in zip(words, plain, spaced, strict=True)}
     by_template: dict[str, list[Example]] = {}
     for example in examples:
@@ -237,10 +244,10 @@ def _in_order(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -
         yield from (example for example in row if example is not None)
 
 
-def _resolved(example: Example, tokenizer: PreTrainedTokenizerBase, context: int | None) -> tuple[_Read, _Read] | str:
+def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[_Read, _Read] | str:
     """Both members of a pair, or why it is dropped."""
-    prompt = _read(example.prompt, example.answer, example.wrong, tokenizer)
-    counterfactual = _read(example.counterfactual, example.wrong, example.answer, tokenizer)
+    prompt = _read(example.prompt, example.answer, example.wrong, prompts)
+    counterfactual = _read(example.counterfactual, example.wrong, example.answer, prompts)
     if isinstance(prompt, str) or isinstance(counterfactual, str):
         return prompt if isinstance(prompt, str) else str(counterfactual)
     if len(prompt.tokens) != len(counterfactual.tokens):
@@ -252,10 +259,10 @@ def _resolved(example: Example, tokenizer: PreTrainedTokenizerBase, context: int
     return prompt, counterfactual
 
 
-def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> _Read | str:
+def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
     moved = _movable(prompt) if answer and wrong else 0  # what is not an answer cannot be told from a mark before it
     heads = [prompt[: len(prompt) - n] for n in range(moved + 1)]
-    encoded = _encoded([*(prompt + spelling for spelling in (*answer, *wrong)), *heads], tokenizer)
+    encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
     sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
     for head in encoded[len(answer) + len(wrong) :]:
         right, left = ([ids for ids in side if ids[: len(head)] == head and len(ids) > len(head)] for side in sides)
@@ -281,18 +288,11 @@ def _shared(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens as the model is given them: with what the tokenizer puts before a text, without what it puts after."""
-    ends: list[Any] = [tokenizer.eos_token_id, tokenizer.sep_token_id]
-    rows: Any = tokenizer(texts)["input_ids"]
-    return [row[:-1] if row and row[-1] in ends else row for row in rows]
-
-
-def _token_spans(example: Example, reads: tuple[_Read, _Read], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSpan, ...]:
+def _token_spans(example: Example, reads: tuple[_Read, _Read], prompts: Prompts) -> tuple[TokenSpan, ...]:
     """The spans in tokens; none where the tokenizer cannot say what characters its tokens are of."""
-    if not tokenizer.is_fast:
+    offsets = prompts.offsets([example.prompt, example.counterfactual])
+    if offsets is None:
         return ()
-    offsets: Any = tokenizer([example.prompt, example.counterfactual], return_offsets_mapping=True)["offset_mapping"]
     rows = [row[: len(read.tokens)] for row, read in zip(offsets, reads, strict=True)]
     return tuple(TokenSpan(s.label, _tokens(s.prompt, rows[0]), _tokens(s.counterfactual, rows[1])) for s in example.spans)
 
