@@ -5,14 +5,14 @@
       -> cut                   blocks of `context` tokens, each starting with what the tokenizer puts before a text
       -> split                 every 50th document is held out, for `bridge eval`
 
-Chats are written out by the tokenizer's template. A document that brings its BOS or its end-of-text token along has it once.
+Chats are written out by the tokenizer's template. A document that brings this or its end-of-text token along has it once.
 
 Of token ids that are given, padding goes: what an attention mask says (`records`), else the padding token at both ends. Where
 that is the end-of-text token, or there is none, several of this before a row are padding, and behind it all but one.
 
     as long as the context   a block, as it is
     longer, all of a length  packed: no document ends where the row does. Cut into blocks as they are where the length is a number
-                             of contexts and no BOS has to be put before each; else one row after another, like documents
+                             of contexts and nothing has to be put before each; else one row after another, like documents
     any other length         a document
 
 A batch is a pure function of (seed, step): epoch after epoch, a seeded permutation of the blocks is read off. So "the data
@@ -100,8 +100,7 @@ def load_blocks(
         raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     prompts = Prompts.of(prompts, vocabulary)
-    prefix, end = list(prompts.prefix), prompts.end
-    pad = getattr(prompts.tokenizer, "pad_token_id", None)
+    prefix, end, pad = [*prompts.prefix], prompts.end, getattr(prompts.tokenizer, "pad_token_id", None)
     body = context - len(prefix)
     if body < 1:
         raise DataError(
@@ -245,7 +244,7 @@ def _tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[_Run]:
             if value:
                 yield _Run(value, True, True, given=True)
             continue
-        if prompts.missing or prompts.tokenizer is None:
+        if prompts.tokenizer is None:
             raise DataError(f"the data is text, and {prompts.missing}; give it one that can be read, or data with input_ids")
         text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
         if not text.strip():
