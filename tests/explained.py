@@ -173,6 +173,13 @@ def _edges(draw: random.Random, nodes: list[dict[str, Any]], tokens: int, layers
         for kind in READ_BY.get(node["kind"], ()):
             targets = by_kind.get((node["layer"], kind), [])
             edges += [(node["id"], target, "weight") for target in draw.sample(targets, min(3, len(targets)))]
+        later = [
+            id for (layer, kind), ids in by_kind.items() if layer > node["layer"] and kind in ("attn_in", "mlp_in") for id in ids
+        ]
+        if node["kind"] in ("attn_out", "mlp_out", "error"):
+            edges += [(node["id"], target, "residual") for target in draw.sample(later, min(2, len(later)))]
+        if node["kind"] in ("attn_in", "mlp_in"):
+            edges.append((f"embedding[{node['index'] % 8}]@{node['position']}", node["id"], "embedding"))
         if node["kind"] in ("attn_out", "mlp_out", "error"):
             edges.append((node["id"], last, "unembedding"))
     found = [
