@@ -56,11 +56,12 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
 
 _HOW_TO_READ = (
     "How to read this: d is the log-odds in question, in nats; the span is what d loses when every node and every error is at "
-    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's, as a share of the span. A "
-    "node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at a site and "
-    "token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a group alone is "
-    "ablated from the circuit; the dense effect is the same ablation carried through the bridge into the dense model. An edge's "
-    "effect is first order. What holds in the sparse model holds for the dense one only as far as the evidence on it goes."
+    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
+    "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
+    "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
+    "group alone is ablated from the circuit; the dense effect is the same ablation carried through the bridge into the dense "
+    "model. An edge's effect is first order. What holds in the sparse model holds for the dense one only as far as the "
+    "evidence on it goes."
 )
 
 
