@@ -53,11 +53,12 @@ class Answer:
 class ExplainedNode:
     """A node of the opening circuit or of the one above it, in the order of the computation; an error is a node of kind `error`.
 
-    activation and mean are its value in the smaller of the two circuits that has it and its mean over text, which replaces it
+    activation and mean are its value in the smaller of the two circuits that has it, and its mean over text, which replaces it
     elsewhere (of an error the length of its vector, and of its mean); effect is what d loses, in nats, when the node alone is
-    ablated from the opening circuit, None where it is not of it, or was not measured: of a circuit of thousands only the nodes
-    that matter most are. An error's layer is its site. level is the place of the first of the nested circuits that has the node; group that of its group
-    among the groups, None for nodes above the opening circuit. label is a few words on the channel, where `bridge nodes` was run.
+    ablated from the opening circuit, None where it is not of it, or was not measured: in a circuit of thousands only the nodes
+    that matter most are. level is the place of the first of the nested circuits that has the node; group that of its group among
+    the groups, None for errors and for nodes above the opening circuit. An error's layer is its site. label is a few words on the
+    channel, where `bridge nodes` was run.
     """
 
     id: str
