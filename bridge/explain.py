@@ -29,8 +29,9 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Node, corpus_means
 from bridge.circuits.attention import explain_attention
+from bridge.circuits.attribution import Edges, draw_edges
 from bridge.circuits.error_nodes import error_means, follow
-from bridge.circuits.flow import Edges, draw_edges
+from bridge.circuits.flow import flow_through
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested, find_nested
@@ -106,13 +107,14 @@ def explain(
         nested = find_nested(loss, say) if abs(loss.span) >= config.least_span else _none_found(loss)
         kept_f = nested.kept(config.opening)
         say("edges")
-        edges = draw_edges(masked, kept_f, MOST_EDGES, say)
+        flow = flow_through(masked, kept_f)
+        edges = draw_edges(flow, MOST_EDGES, say)
         say("groups")
-        groups = group_nodes(coupling, masked, kept_f, edges)
+        groups = group_nodes(coupling, flow, edges)
         drawn = _drawn(coupling, loss, nested, edges, groups)
         hand_over(drawn)
         say("attention")
-        attention = explain_attention(masked, kept_f)
+        attention = explain_attention(flow)
         evidence = gather(
             coupling, loss, nested, followed, [group.kept_f for group in groups], other_t, config=config, seed=seed, progress=say
         )

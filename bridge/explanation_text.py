@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from bridge import display
-from bridge.attention import Read
+from bridge.circuits.attention import Read
 from bridge.columns import columns
 from bridge.evidence.measures import Measure
 from bridge.evidence.sufficiency import NestedCircuit
