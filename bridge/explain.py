@@ -32,10 +32,12 @@ from bridge.circuits.attention import explain_attention
 from bridge.circuits.attribution import Edges, draw_edges
 from bridge.circuits.error_nodes import error_means, follow
 from bridge.circuits.flow import flow_through
+from bridge.circuits.groups import Groups, group_nodes, replacement_and_completeness
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested, find_nested
 from bridge.circuits.question import Question
+from bridge.evidence.prompt import gather
 from bridge.explanation import (
     Answer,
     Answered,
@@ -111,13 +113,12 @@ def explain(
         edges = draw_edges(flow, MOST_EDGES, say)
         say("groups")
         groups = group_nodes(coupling, flow, edges)
+        replacement, completeness = replacement_and_completeness(flow, edges)
         drawn = _drawn(coupling, loss, nested, edges, groups)
         hand_over(drawn)
         say("attention")
         attention = explain_attention(flow)
-        evidence = gather(
-            coupling, loss, nested, followed, [group.kept_f for group in groups], other_t, config=config, seed=seed, progress=say
-        )
+        evidence = gather(coupling, loss, nested, followed, groups.masks, other_t, config=config, seed=seed, progress=say)
     return Explanation(
         **vars(answered),
         report=evidence.report,

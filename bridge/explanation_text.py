@@ -23,7 +23,7 @@ from bridge.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, 
 from bridge.sparse import ERROR
 
 LISTED_NODES = 40
-LISTED_EDGES = 3  # into each of them
+LISTED_EDGES = 2  # into each of them
 LISTED_GROUPS = 20
 LISTED_HEADS = 6
 PATHS = 3
@@ -103,18 +103,19 @@ def _verdict(explanation: Explanation, width: int) -> list[str]:
 
 def _circuits(explanation: Explanation, width: int) -> list[str]:
     """The nested circuits as a table, and what of the span flows through errors."""
-    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "through errors")
+    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     rows: list[tuple[str, ...]] = [heads]
     for place, each in enumerate(explanation.nested):
         mark = ">" if place == explanation.opening else " "
         name = "all of KL" if each.asked is None else f"F {each.asked:g}"
-        rows.append((f"{mark} {name}{'' if each.within else ' (missed)'}", *_numbers(each)))
+        rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
     if not circuit.nodes:
         return lines
+    missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
-        f"> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
@@ -361,7 +362,7 @@ def render_html(explanation: Explanation) -> str:
         ("sparse", _answers(explanation.sparse), f"{explanation.sparse_d:+.2f}"),
         ("everything at its mean", "", f"{explanation.nothing_d:+.2f}"),
     )
-    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "through errors")
+    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     nested = [("all of KL" if each.asked is None else f"F {each.asked:g}", *_numbers(each)) for each in explanation.nested]
     report, counts = explanation.report, explanation.counts
     size = f"{counts.nodes:,} nodes, {counts.edges:,} edges"
