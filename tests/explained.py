@@ -91,7 +91,7 @@ def made_up(
         "span": 2.2 - nothing,
     }  # fmt: skip
     pages = {node["name"]: _page(draw, node) for node in listed[:500] if node["kind"] != "error"}
-    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None, "pending": False}
+    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None}
 
 
 def _answer(token: int, text: str, probability: float) -> dict[str, Any]:
