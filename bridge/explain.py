@@ -241,9 +241,7 @@ def _none_found(loss: CircuitLoss) -> Nested:
     return Nested(levels, level_f, (torch.inf,) * len(levels))
 
 
-def _drawn(
-    coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]
-) -> Drawn:
+def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]) -> Drawn:
     masked, opening = loss.masked, loss.config.opening
     all_f = torch.ones_like(flow.kept_f)
     active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
@@ -283,8 +281,7 @@ def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
 def _nodes(
     coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
-    """The nodes of the opening circuit and of the one above it, those first that the answer's gradient is largest of; and the
-    labels of their channels."""
+    """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
     masked, opening = loss.masked, loss.config.opening
     kept_f = nested.kept(opening)
     above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))

@@ -154,7 +154,7 @@ def _path(explanation: Explanation, width: int) -> list[str]:
                 words.append(_end(explanation, each))
             else:
                 count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
-                words.append(f"[{group.id}: {group.label or group.name} ({count})]")
+                words.append(f"[{group.id}: {_where(group)}: {group.label or group.name} ({count})]")
                 told.add(each)
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
@@ -193,7 +193,8 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
     dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
     count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
     head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
-    lines = _wrap(head, f"{group.name} ({count}){f': {group.label}' if group.label else ''}", width, " " * 33)
+    what = f"{_where(group)}: {group.name} ({count}){f': {group.label}' if group.label else ''}"
+    lines = _wrap(head, what, width, " " * 33)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
         joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
@@ -202,6 +203,13 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
             ends = ", ".join(_keep(f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}") for edge in joined[:6])
             lines += _kept(_wrap(f"{'':33}{word} ", ends, width, " " * 38))
     return lines
+
+
+def _where(group: ExplainedGroup) -> str:
+    """Block, part of the block and tokens of a group."""
+    first, last = group.layers[0], group.layers[-1]
+    layers = f"L{first}" if first == last else f"L{first}-{last}"
+    return f"{'' if group.kind == ERROR else f'{layers} '}{group.kind} at {', '.join(map(str, group.positions))}"
 
 
 def _nodes(explanation: Explanation, width: int) -> list[str]:
@@ -363,7 +371,7 @@ def _group_table(explanation: Explanation) -> str:
     largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
     rows = [
         (
-            str(group.id), group.name, f"{len(group.nodes):,}", display.Cell(f"{group.effect:+.2f}", group.effect / largest),
+            str(group.id), f"{_where(group)}: {group.name}", f"{len(group.nodes):,}", display.Cell(f"{group.effect:+.2f}", group.effect / largest),
             "" if group.dense_effect is None else f"{group.dense_effect:+.2f}", group.label or "",
         )
         for group in explanation.groups

@@ -132,9 +132,10 @@ def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, 
     for number, ((layer, part, position), members) in enumerate(parted.items()):
         for node in members:
             node["group"] = number
+        name = f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'"
         groups.append(
             {
-                "id": number, "name": f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'", "nodes": [node["id"] for node in members],
+                "id": number, "name": name, "nodes": [node["id"] for node in members],
                 "positions": [position], "layers": [layer], "kind": part, "effect": sum(node["effect"] for node in members),
                 "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
             }
