@@ -116,7 +116,7 @@ def explain(
         flow = flow_through(masked, kept_f)
         edges = draw_edges(flow, MOST_SUMMED, say)
         say("groups")
-        groups = group_nodes(flow, edges)
+        groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
         drawn = _drawn(coupling, loss, nested, flow, edges, groups)
         hand_over(drawn)
         say("attention")

@@ -369,14 +369,13 @@ def render_html(explanation: Explanation) -> str:
 
 def _group_table(explanation: Explanation) -> str:
     largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
-    rows = [
-        (
-            str(group.id), f"{_where(group)}: {group.name}", f"{len(group.nodes):,}", display.Cell(f"{group.effect:+.2f}", group.effect / largest),
-            "" if group.dense_effect is None else f"{group.dense_effect:+.2f}", group.label or "",
-        )
-        for group in explanation.groups
-    ]  # fmt: skip
-    return display.table(("group", "what it is", "nodes", "effect", "dense", ""), rows)
+    rows = []
+    for group in explanation.groups:
+        dense = "" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+        effect = display.Cell(f"{group.effect:+.2f}", group.effect / largest)
+        what = f"{_where(group)}: {group.label or group.name}"
+        rows.append((str(group.id), what, f"{len(group.nodes):,}", effect, dense))
+    return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
 
 
 def _node_table(explanation: Explanation) -> str:

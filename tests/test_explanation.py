@@ -273,7 +273,7 @@ def test_any_explanation_has_a_text_that_fits(shape: dict[str, Any], width: int)
     if made.backup is not None:
         assert all(name in text for name in made.backup.strongest)
     if not made.counts.nodes:
-        assert "NO EXPLANATION" in text and "a span of 0.4 nats" in text
+        assert "NO EXPLANATION" in text and "a span of 0.4 nats" in " ".join(text.split())
 
 
 def test_the_table_of_circuits_has_their_numbers(explanation: Explanation):
@@ -296,7 +296,7 @@ def test_where_the_span_is_too_small_nothing_is_explained(coupled: Coupling):
     assert nothing.report.verdict == "no explanation" and nothing.counts.nodes == 0 and not nothing.nodes
     assert Explanation.from_json(nothing.to_json()) == nothing
     text = render_text(nothing)
-    assert "VERDICT   NO EXPLANATION" in text and f"a span of {abs(nothing.span):.1f} nats" in text
+    assert "VERDICT   NO EXPLANATION" in text and f"a span of {abs(nothing.span):.1f} nats" in " ".join(text.split())
 
 
 def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, coupled: Coupling):
@@ -308,7 +308,7 @@ def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, c
 
 
 def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explanation):
-    first, second, third = [answer.token for answer in explanation.dense if answer.token.text.startswith("w")][:3]
+    first, second, third = [answer.token for answer in explanation.dense if answer.token.id > 1][:3]
     logits_v = coupled.dense.run(torch.tensor([[token.id for token in explanation.tokens]])).logits_btv[0, -1]
     chosen = explain(coupled, PROMPT, target=third.text)
     assert (chosen.answer, chosen.contrast) == (third, None)
