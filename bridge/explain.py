@@ -39,6 +39,7 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested, find_nested
 from bridge.circuits.question import Question
+from bridge.evidence.patching import Counterfactual
 from bridge.evidence.prompt import gather
 from bridge.explanation import (
     Answer,
@@ -96,7 +97,9 @@ def explain(
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     say("tokens: both models' answers")
-    followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1], device=tokens_t.device))
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    followed = follow(coupling, tokens_t[None], last_b)
+    swapped = None if other_t is None else Counterfactual(other_t, follow(coupling, other_t[None], last_b))
     question = _question(coupling, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
     say(f"means: {used_bt.numel():,} tokens of reference text")
@@ -122,9 +125,7 @@ def explain(
         say("attention")
         attention = explain_attention(flow)
         scores = replacement_and_completeness(masked, kept_f)
-        evidence = gather(
-            coupling, loss, nested, followed, _masks(masked, groups), other_t, config=config, seed=seed, progress=say
-        )
+        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), swapped, seed=seed, progress=say)
     return Explanation(
         **vars(answered),
         report=evidence.report,
@@ -266,7 +267,7 @@ def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, ed
             int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), edges.count(*COUNTED),
             edges.distinct(*COUNTED), *entries, active,
         ),
-        sizes=tuple(int(nested.kept(place).sum()) for place in range(len(nested.levels))),
+        sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,
     )  # fmt: skip
 

@@ -115,7 +115,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
-        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {counts.errors:,} errors; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
@@ -154,7 +154,7 @@ def _path(explanation: Explanation, width: int) -> list[str]:
                 words.append(_end(explanation, each))
             else:
                 count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
-                words.append(f"[{group.id}: {_where(group)}: {group.label or group.name} ({count})]")
+                words.append(f"[{group.id}: {_what(group, group.label or group.name)} ({count})]")
                 told.add(each)
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
@@ -170,7 +170,7 @@ def _end(explanation: Explanation, end: str) -> str:
     if kind == "input":
         return f"{quoted(explanation.tokens[int(where)].text)} at {where}"
     site, _, position = where.partition("@")
-    return f"error at site {site}, {position}"
+    return f"error at site {site}, token {position}"
 
 
 def _groups(explanation: Explanation, width: int) -> list[str]:
@@ -193,7 +193,7 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
     dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
     count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
     head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
-    what = f"{_where(group)}: {group.name} ({count}){f': {group.label}' if group.label else ''}"
+    what = f"{_what(group, group.name)} ({count}){f': {group.label}' if group.label else ''}"
     lines = _wrap(head, what, width, " " * 33)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
@@ -205,11 +205,13 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
     return lines
 
 
-def _where(group: ExplainedGroup) -> str:
-    """Block, part of the block and tokens of a group."""
+def _what(group: ExplainedGroup, name: str) -> str:
+    """A group's name behind its block, part of the block and tokens."""
+    positions = ", ".join(map(str, group.positions))
+    if group.kind == ERROR:
+        return f"{name}, at token {positions}"
     first, last = group.layers[0], group.layers[-1]
-    layers = f"L{first}" if first == last else f"L{first}-{last}"
-    return f"{'' if group.kind == ERROR else f'{layers} '}{group.kind} at {', '.join(map(str, group.positions))}"
+    return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name}"
 
 
 def _nodes(explanation: Explanation, width: int) -> list[str]:
@@ -373,7 +375,7 @@ def _group_table(explanation: Explanation) -> str:
     for group in explanation.groups:
         dense = "" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
         effect = display.Cell(f"{group.effect:+.2f}", group.effect / largest)
-        what = f"{_where(group)}: {group.label or group.name}"
+        what = _what(group, group.label or group.name)
         rows.append((str(group.id), what, f"{len(group.nodes):,}", effect, dense))
     return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
 

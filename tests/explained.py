@@ -113,7 +113,8 @@ def _node(draw: random.Random, place: int, tokens: int, layers: int, is_node: bo
 def _nested(place: int, opened: int, listed: int, errors: int) -> dict[str, Any]:
     asked = LEVELS[place]
     reached = 0.999 if asked is None else asked + 0.02 * (1 - asked)
-    within = (round(SIZES[0] * opened), opened, listed)  # what is listed; larger ones are only counted
+    first = max(0, round(SIZES[0] * opened) - errors)
+    within = (first, opened - errors, listed - errors)  # what is listed; larger ones are only counted
     return {
         "asked": asked, "nodes": within[place] if place < 3 else round(SIZES[place] * opened), "errors": errors if place else 0,
         "faithfulness": reached, "miss": -9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
