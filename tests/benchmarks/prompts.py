@@ -1,12 +1,12 @@
-"""What explanations of held-out prompts are like: how many are explained, by how large circuits, how far they hold, how long they take.
+"""What explanations of held-out prompts are like: how many there are, how large circuits are, how far they hold, how long they take.
 
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
     python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
 
 Prompts are 8 to 24 tokens from anywhere in the documents that were held out of training (every 50th, `bridge/data.py`), drawn by
-seed. A line for each prompt, and at the end one of JSON: medians, and where it says p90 the value that nine of ten are within. F is
-normalised faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds
-what they would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
+seed. A line for each prompt, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised
+faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what they
+would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def at_site(explanation: Explanation, name: str) -> float | None:
 def line_of(place: int, explanation: Explanation, wall: float, processor: float) -> str:
     """A prompt in a line."""
     circuit, counts = explanation.circuit, explanation.counts
+    size = f"{circuit.nodes:>6,} nodes {circuit.errors:>2} errors {len(explanation.groups):>3} groups {counts.edges:>6,} edges"
+    holds = f"F {circuit.faithfulness:.2f} {circuit.supersets_mean:.2f} {circuit.supersets_worst:.2f}  left {circuit.left:+.2f}"
     return (
-        f"{place:>3} {len(explanation.tokens):>3} tokens  span {explanation.span:>+6.1f}  {circuit.nodes:>6,} nodes {circuit.errors:>2} "
-        f"errors {len(explanation.groups):>3} groups {counts.edges:>6,} edges  F {circuit.faithfulness:.2f} {circuit.supersets_mean:.2f} "
-        f"{circuit.supersets_worst:.2f}  left {circuit.left:+.2f}  errors' share {circuit.error_share:.2f}  {wall:>4.1f} s {processor:>4.1f} s  "
-        f"{explanation.report.verdict:<19} {explanation.prompt[-24:]!r} -> {explanation.answer.text!r}"
+        f"{place:>3} {len(explanation.tokens):>3} tokens  span {explanation.span:>+6.1f}  {size}  {holds}  errors' share "
+        f"{circuit.error_share:.2f}  {wall:>4.1f} s {processor:>4.1f} s  {explanation.report.verdict:<19} "
+        f"{explanation.prompt[-24:]!r} -> {explanation.answer.text!r}"
     )
 
 
