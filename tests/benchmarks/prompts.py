@@ -1,12 +1,12 @@
-"""What explanations of held-out prompts are like: how many there are, how large circuits are, how far they hold, how long they take.
+"""What explanations of held-out prompts are like: how many are explained, by how much, how far it holds, how long it takes.
 
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
     python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
 
 Prompts are 8 to 24 tokens from anywhere in the documents that were held out of training (every 50th, `bridge/data.py`), drawn by
 seed. A line for each prompt, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised
-faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what they
-would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
+faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what
+they would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
 """
 
 from __future__ import annotations
