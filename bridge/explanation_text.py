@@ -46,7 +46,7 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
         *((render_answer(explanation, width).split("\n"),) if answer else ()),
         _verdict(explanation, width),
         _circuits(explanation, width),
-        *(drawn if explanation.circuit.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
+        *(drawn if explanation.counts.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
         evidence_table(explanation.report.measures, width),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
@@ -111,7 +111,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
-    if not circuit.nodes:
+    if not counts.nodes:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
@@ -134,7 +134,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
 def _numbers(each: NestedCircuit) -> tuple[str, ...]:
     adversary = "" if each.adversary is None else f"{each.adversary:.2f}"
     return (
-        f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:+.2f}", f"{each.kl:.3f}",
+        f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:.2f}", f"{each.kl:.3f}",
         f"{each.supersets_mean:.3f}", f"{each.supersets_worst:.2f}", adversary, f"{each.left:.2f}", f"{each.error_share:.2f}",
     )  # fmt: skip
 

@@ -117,7 +117,7 @@ def _nested(place: int, opened: int, listed: int, errors: int) -> dict[str, Any]
     within = (first, opened - errors, listed - errors)  # what is listed; larger ones are only counted
     return {
         "asked": asked, "nodes": within[place] if place < 3 else round(SIZES[place] * opened), "errors": errors if place else 0,
-        "faithfulness": reached, "miss": -9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
+        "faithfulness": reached, "miss": 9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
         "supersets_rms": 1.5 * (1 - reached), "supersets_worst": reached - 0.2, "adversary": 0.4 if place == OPENING else None,
         "left": 0.15, "error_share": 0.06 if place else 0.0, "within": True,
     }  # fmt: skip

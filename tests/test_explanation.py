@@ -136,7 +136,7 @@ def test_nodes_say_what_their_ablation_does(explanation: Explanation, coupled: C
     literal = Literal(coupled, torch.tensor([[token.id for token in explanation.tokens]]), opened)
     alone = log_odds(literal.logits(), explanation.answer.id)
     seen = dict(literal.seen)
-    assert explanation.circuit.miss == pytest.approx(alone - explanation.dense_d, abs=1e-3)
+    assert explanation.circuit.miss == pytest.approx(abs(alone - explanation.dense_d), abs=1e-3)
     assert explanation.circuit.faithfulness == pytest.approx(
         1 - abs(alone - explanation.dense_d) / abs(explanation.span), abs=1e-3
     )
@@ -281,7 +281,7 @@ def test_the_table_of_circuits_has_their_numbers(explanation: Explanation):
     first = next(place for place, line in enumerate(lines) if line.startswith("CIRCUITS"))
     for place, circuit in enumerate(explanation.nested):
         cells = lines[first + 1 + place].split()
-        assert f"{circuit.nodes:,}" in cells and f"{circuit.faithfulness:.3f}" in cells and f"{circuit.miss:+.2f}" in cells
+        assert f"{circuit.nodes:,}" in cells and f"{circuit.faithfulness:.3f}" in cells and f"{circuit.miss:.2f}" in cells
         assert cells[0].startswith(">") == (place == explanation.opening)
 
 
