@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,15 @@ class Explanation(Answered):
             raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
 
     def __str__(self) -> str:
-        from bridge.explanation_text import render_text
-
-        return render_text(self)
+        return _rendering().render_text(self)
 
     def _repr_html_(self) -> str:
-        from bridge.explanation_text import render_html
+        return _rendering().render_html(self)
 
-        return render_html(self)
+
+def _rendering() -> Any:
+    """The module that renders explanations, which needs them first."""
+    return import_module("bridge.explanation_text")
 
 
 _READER = TypeAdapter(Explanation)
