@@ -234,9 +234,7 @@ def _nodes(explanation: Explanation, width: int) -> list[str]:
             group = "" if node.group is None else f"[{node.group}]"
             head = f"        {names[node.id]:<{longest}}  {group:<5}{value:>8}{node.mean:>+9.2f}{node.effect or 0:>+9.2f}   "
             lines += _kept(_wrap(head, arrows, width)) if arrows else [head.rstrip()]
-            lines += (
-                textwrap.wrap(node.label, width - 12, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
-            )
+            lines += textwrap.wrap(node.label, width, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
     last = len(explanation.tokens) - 1
     answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     lines += _kept(_wrap("        d from ", ", ".join(map(_keep, answer[:8])), width)) if answer else []
