@@ -61,10 +61,10 @@ class SearchConfig:
     room: float = 0.7  # of what a level allows, within which all nodes must be before errors are let in
     densities: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # of the supersets that a circuit is held to
     alphas: int = 8  # of integrated gradients
-    steps: int = 30  # of the descent at the level that the explanation opens at
-    steps_above: int = 16  # at the level after it
-    supersets: int = 3  # at each step
-    rate: float = 0.07  # of Adam; masks live between -4 and 1
+    steps: int = 60  # of the descent at the level that the explanation opens at
+    steps_above: int = 30  # at the level after it
+    supersets: int = 1  # at each step: more steps of one find smaller circuits than fewer of three
+    rate: float = 0.1  # of Adam; masks live between -4 and 1
     rounds: int = 8  # of nodes added, where a descent ends beyond the bounds
     sweeps: int = 2  # of deletions
     seed: int = 0
