@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.attention import explain_attention
+from bridge.circuits.attention import explain_attention
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens, prompt_card
 from bridge.circuit import COUNTED, Ablations, Node, Question, corpus_means
@@ -43,7 +43,7 @@ from bridge.explanation import (
     Token,
     quoted,
 )
-from bridge.flow import Edges, draw_edges
+from bridge.circuits.attribution import Edges, draw_edges
 from bridge.levels import nested_circuits
 from bridge.meanwhile import cores, meanwhile
 from bridge.node_page import node_labels

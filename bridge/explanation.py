@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bridge.attention import ExplainedHead
+from bridge.circuits.attention import ExplainedHead
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind

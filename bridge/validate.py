@@ -42,7 +42,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from bridge.attention import variation
+from bridge.circuits.attention import variation
 from bridge.bridges import Coupling
 from bridge.circuit import Ablations, Circuit, ablation_gate, kl, recording_gate
 from bridge.columns import columns

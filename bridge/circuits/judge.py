@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.attention import variation
+from bridge.circuits.attention import variation
 from bridge.circuit import NodeSpace, kl
 from bridge.circuits.masks import Goal, random_company, switched_on
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
