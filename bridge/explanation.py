@@ -19,6 +19,7 @@ from bridge.circuits.attention import ExplainedHead
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
+from bridge.circuits.groups import GroupEdge
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Report
 from bridge.evidence.sufficiency import Backup, NestedCircuit
@@ -102,19 +103,6 @@ class ExplainedGroup:
     effect: float
     dense_effect: float | None
     label: str | None = None
-
-
-@dataclass(frozen=True)
-class GroupEdge:
-    """What one group (or the input at a token, or the answer) adds to another: the sum of the effects of the edges between them.
-
-    source and target are `group:3`, `input:7` (the embedding of token 7), `error:4@7` (an error) or `answer`.
-    """
-
-    source: str
-    target: str
-    effect: float
-    edges: int
 
 
 @dataclass(frozen=True)
