@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.circuits.attention import explain_attention
 from bridge.bridges import Coupling
 from bridge.card.assess import counterfactual_tokens, prompt_card
 from bridge.circuit import COUNTED, Ablations, Node, Question, corpus_means
+from bridge.circuits.attention import explain_attention
+from bridge.circuits.attribution import Edges, draw_edges
 from bridge.explanation import (
     Answer,
     Answered,
@@ -43,7 +44,6 @@ from bridge.explanation import (
     Token,
     quoted,
 )
-from bridge.circuits.attribution import Edges, draw_edges
 from bridge.levels import nested_circuits
 from bridge.meanwhile import cores, meanwhile
 from bridge.node_page import node_labels

@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bridge.circuits.attention import ExplainedHead
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
+from bridge.circuits.attention import ExplainedHead
 from bridge.circuits.groups import GroupEdge
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Report
