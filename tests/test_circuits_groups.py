@@ -60,7 +60,7 @@ def test_every_node_is_in_one_group_and_groups_keep_their_guards(kinds: tuple[st
         assert group.kind == " and ".join(sorted({kind for _, kind in parts}))
         assert len(group.nodes) <= config.largest
         if group.kind == ERROR:
-            assert len(group.nodes) == 1
+            assert len(group.nodes) == 1 and str(group) == f"error at site {group.layers[0]}, token {group.positions[0]}"
         else:
             places = [order.index(each) for each in parts]
             assert max(places) - min(places) <= 1
@@ -237,3 +237,17 @@ def test_embedding_is_the_end_of_a_tokens_edges() -> None:
     }
     assert tokens and all(node.position == token for token, node in tokens.items())
     assert {node.location.kind for node in tokens.values()} <= {EMBEDDING.kind, "bigram"}
+
+
+def test_a_name_says_which_other_tokens_would_be_read(dense: DenseModel) -> None:
+    flow = two_chains(dense)
+    sparse = flow.sparse
+    with torch.no_grad():
+        sparse.embedding[11, 0], sparse.embedding[12, 1] = 2, 2
+    flow = flow_through(flow.masked, flow.kept_f)
+    edges = draw_edges(flow)
+    groups = group_nodes(flow, edges)
+    names = group_names(flow, edges, groups, ablate_groups(flow, groups), tiny_tokenizer())
+    assert names[0].startswith("reads 'w2'@2 (like 'w11'), ")
+    told = group_names(flow, edges, groups, ablate_groups(flow, groups), tiny_tokenizer(), {"L0.mlp_act[0]": "at words"})
+    assert "like" not in told[0]

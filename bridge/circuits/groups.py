@@ -64,6 +64,8 @@ class Group:
     kind: str
 
     def __str__(self) -> str:
+        if self.kind == ERROR:
+            return f"error at site {self.layers[0]}, token {self.positions[0]}"
         layers = "-".join(map(str, dict.fromkeys((self.layers[0], self.layers[-1]))))
         return f"L{layers} {self.kind} at {self.positions[-1]}"
 
