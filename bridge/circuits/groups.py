@@ -145,10 +145,9 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 @torch.no_grad()
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
     """What becomes of the answer when all of a group is ablated from the circuit, by intervention, for each group."""
-    kept_gf = flow.kept_f.repeat(len(groups), 1)
-    for kept_f, group in zip(kept_gf, groups, strict=True):
-        kept_f[[flow.masked.space.place(node) for node in group.nodes]] = False
-    logits_gv = flow.masked.logits(kept_gf) if groups else flow.logits_v[None][:0]
+    place = flow.masked.space.place
+    sets = [torch.tensor([place(node) for node in group.nodes], device=flow.kept_f.device) for group in groups]
+    logits_gv = flow.masked.logits_without_sets(flow.kept_f, sets)
     d_g = flow.masked.question.difference(logits_gv, torch.zeros(len(groups), dtype=torch.long, device=logits_gv.device))
     return Ablated(tuple((flow.difference - d_g).tolist()), logits_gv)
 

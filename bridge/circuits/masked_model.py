@@ -17,7 +17,7 @@ position, channel by channel), k some of them by their place, s sparse width, v 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -159,16 +159,34 @@ class MaskedModel:
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """logits_kv of the one prompt under a mask less one node, for each of node_k: each run from the node's sublayer on."""
+
+        def less(kept_rf: Tensor, some_k: Tensor) -> None:
+            kept_rf[torch.arange(len(some_k)), node_k[some_k]] = False
+
+        return self._logits_less(kept_f, less, self.site_f[node_k.cpu()])
+
+    @torch.no_grad()
+    def logits_without_sets(self, kept_f: Tensor, sets: Sequence[Tensor]) -> Tensor:
+        """logits_kv of the one prompt under a mask less all of some nodes, for each of the sets."""
+
+        def less(kept_rf: Tensor, some_k: Tensor) -> None:
+            for row, k in enumerate(some_k.tolist()):
+                kept_rf[row, sets[k]] = False
+
+        sites = [int(self.site_f[node_s.cpu()].min()) for node_s in sets]
+        return self._logits_less(kept_f, less, torch.tensor(sites, dtype=torch.long))
+
+    def _logits_less(self, kept_f: Tensor, less: Callable[[Tensor, Tensor], None], site_k: Tensor) -> Tensor:
+        """logits_kv of a mask from which `less` takes nodes whose sublayers read site_k or later ones."""
         whole = self.run(kept_f[None], narrow=True)
-        logits_kv = whole.logits_btv[:, -1].repeat(len(node_k), 1)
-        site_k = self.site_f[node_k.cpu()]
+        logits_kv = whole.logits_btv[:, -1].repeat(len(site_k), 1)
         late_k = site_k >= self.sparse.narrow_from  # there the stream is that of the last position alone
         for part_k in (~late_k, late_k):
             place_k = part_k.nonzero().flatten()
             place_k = place_k[torch.argsort(site_k[place_k], stable=True)]
             for some_k in place_k.split(self.rows) if len(place_k) else ():
                 kept_rf = kept_f.repeat(len(some_k), 1)
-                kept_rf[torch.arange(len(some_k)), node_k[some_k]] = False
+                less(kept_rf, some_k)
                 site_r = site_k[some_k]
                 x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_r.tolist()])
                 logits_kv[some_k] = self.run(kept_rf, None, Enter(site_r, x_rts), narrow=True).logits_btv[:, -1]
