@@ -119,16 +119,16 @@ def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, No
 
 def to_networkx(explanation: Explanation) -> nx.DiGraph:
     """The opening circuit as a networkx graph, texts written as JSON does; attributes that are None in it are absent."""
-    contrast = {} if explanation.contrast is None else {"contrast": json.dumps(explanation.contrast.text)}
     graph = nx.DiGraph(
         prompt=json.dumps(explanation.prompt),
         answer=json.dumps(explanation.answer.text),
-        **contrast,
         dense_d=explanation.dense_d,
         sparse_d=explanation.sparse_d,
         nothing_d=explanation.nothing_d,
         verdict=explanation.report.verdict,
     )
+    if explanation.contrast is not None:
+        graph.graph["contrast"] = json.dumps(explanation.contrast.text)
     for node in opened(explanation):
         known = {"activation": node.activation, "mean": node.mean, "effect": node.effect}
         label = {} if node.label is None else {"label": json.dumps(node.label)}

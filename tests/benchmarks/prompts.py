@@ -54,7 +54,7 @@ def held_out_prompts(coupling: Coupling, count: int, seed: int) -> list[str]:
         row, length = draw.choice(rows), draw.randint(*LENGTHS)
         start = draw.randrange(0, max(1, len(row) - length))
         ids = row[start : start + length]
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         again = tokenizer(text)["input_ids"]
         if special.isdisjoint(ids) and text.strip() and again[-length:] == ids:
             prompts.append(text)
