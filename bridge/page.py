@@ -1,7 +1,7 @@
 """An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
 
     {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text},
-     "served": bool, "job": the explanation's id on the server or null, "pending": whether its card was being computed}
+     "served": bool, "job": the explanation's id on the server or null}
 
 is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
 element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
@@ -27,6 +27,7 @@ from bridge.explanation import Explanation, Fingerprints, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
+from bridge.sparse import ERROR
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in: as many as the viewer draws unasked
 
@@ -44,14 +45,13 @@ def page_data(
     labels: Mapping[str, str] | None = None,
     *,
     job: str | None = None,
-    pending: bool = False,
 ) -> dict[str, Any]:
     """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name.
 
-    job is the explanation's id where a server shows it, pending whether that is still at its card.
+    job is the explanation's id where a server shows it.
     """
     values = {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {})}
-    return {**values, "served": job is not None, "job": job, "pending": pending}
+    return {**values, "served": job is not None, "job": job}
 
 
 def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerprints | None = None) -> dict[str, dict[str, Any]]:
@@ -67,7 +67,7 @@ def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerp
         return {}
     sizes, pages = coupling.sparse.locations(), {}
     for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]:
-        if node.name not in pages:
+        if node.kind != ERROR and node.name not in pages:
             page = describe_node(coupling, facts, parse_node(node.name, sizes)).to_json()
             if page["dense"] is not None:
                 page["dense"]["length"] = sum(x * x for x in page["dense"].pop("direction")) ** 0.5
@@ -86,7 +86,7 @@ def render_html(data: Mapping[str, Any]) -> str:
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     prompt = " ".join(data["explanation"]["prompt"].split())
-    title = f"{prompt[-60:]} \u2192 {data['explanation']['target']['text'].strip()}"
+    title = f"{prompt[-60:]} \u2192 {data['explanation']['answer']['text'].strip()}"
     parts = {
         "policy": escape(policy),
         "title": escape(title.encode(errors="replace").decode()),

@@ -39,6 +39,13 @@ from bridge.residual import Enter, Trace, run
 
 ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
 MLP_KINDS = ("mlp_in", "mlp_act", "mlp_out")
+# which matrix of a block leads from which kind of node to which; "o" reads the values through the attention pattern
+MATRICES = {
+    "q": ("attn_in", "q"), "k": ("attn_in", "k"), "v": ("attn_in", "v"), "o": ("v", "attn_out"),
+    "up": ("mlp_in", "mlp_act"), "down": ("mlp_act", "mlp_out"),
+}  # fmt: skip
+READ_KINDS, WRITE_KINDS = ("attn_in", "mlp_in"), ("attn_out", "mlp_out")  # of the residual stream
+ERROR = "error"  # the kind of what is added to the stream at a site, where the dense model is followed (`circuits/error_nodes`)
 
 
 @dataclass(frozen=True, order=True)
@@ -161,10 +168,14 @@ class SparseTransformer(nn.Module):
         enter: Enter | None = None,
         gate: Gate = identity_gate,
         *,
+        correct: Gate | None = None,
         last_only: bool = False,
         narrow: bool = False,
     ) -> Trace:
         """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
+
+        `correct((site, error), x_bts)` is what becomes of the stream where it arrives at a site, and of the logits, whose site is
+        the number of sites; a row that enters at a site is not corrected there.
 
         With last_only the logits are those of the last position alone (b1v), which spares a search the vocabulary's products.
         With narrow, also, whatever comes after the last keys and values is computed at that position alone: so are the nodes
@@ -179,7 +190,16 @@ class SparseTransformer(nn.Module):
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
-        return run(self._embed, sublayers, self._unembed_last if last_only else self._unembed, tokens_bt, enter)
+        unembed = self._unembed_last if last_only else self._unembed
+        if correct is None:
+            return run(self.embed, sublayers, unembed, tokens_bt, enter)
+
+        def corrected(site: int, part: Callable[..., Tensor], *given: Tensor) -> Tensor:
+            return correct(Location(site, ERROR), part(*given))
+
+        embed, unembed = partial(corrected, 0, self.embed), partial(corrected, self.n_sites, unembed)
+        sublayers = [partial(corrected, site, sublayer) for site, sublayer in enumerate(sublayers, 1)]
+        return run(embed, sublayers, unembed, tokens_bt, enter)
 
     @property
     def narrow_from(self) -> int:
@@ -244,7 +264,8 @@ class SparseTransformer(nn.Module):
         assert isinstance(block, _Block)
         return block
 
-    def _embed(self, tokens_bt: Tensor) -> Tensor:
+    def embed(self, tokens_bt: Tensor) -> Tensor:
+        """x_bts of the tokens, with their positions."""
         matrix = self._matrix("embedding", self.embedding)
         x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]

@@ -15,7 +15,7 @@ import networkx as nx
 
 import bridge
 
-shipped = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
+shipped = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge-32"
 out = Path(os.environ.get("EXAMPLE_OUT", "runs/example"))
 coupling = bridge.load(os.environ.get("EXAMPLE_BRIDGE", shipped))
 print(f"{coupling.dense.name}: {coupling.n_sites} sites, {coupling.sparse.achieved_l0():.1%} of the sparse weights not 0")
@@ -31,19 +31,22 @@ evaluation
 explanation = coupling.explain(os.environ.get("EXAMPLE_PROMPT", "def read(self):\n    while True"))
 explanation
 
-# %% The verdict follows from the measures, each beside its control, and cannot be set.
-print(f"\n{explanation.faithfulness.verdict.upper()}.", *explanation.faithfulness.reasons)
-for measure in explanation.faithfulness.measures:
+# %% The verdict follows from the measures by a table of rules, each beside its control, and cannot be set.
+print(f"\n{explanation.report.verdict.upper()}.", *explanation.report.reasons)
+for measure in explanation.report.measures:
     value = "-" if measure.value is None else f"{measure.value:.3f}"
     beside = "nothing" if measure.control is None else f"{measure.control.what} {measure.control.mean:.3f}"
-    print(f"  {measure.name:<30} {value:>8}  beside {beside}; asked: {measure.aim}")
+    print(f"  {measure.name:<42} {value:>8}  beside {beside}; asked: {measure.criterion or 'nothing'}")
 
-# %% The circuit: channels of the sparse model at tokens of the prompt, and what deleting one of them takes from the answer.
-strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))
-print(f"\n{len(explanation.nodes)} nodes; the largest effects on D, the logit of the answer less that of the next best:")
-for node in strongest[:8]:
-    token = explanation.tokens[node.position].text
-    print(f"  {node.name:<16} at {token!r:<12} {node.activation:+.2f}; D owes it {node.effect or 0:+.2f}")
+# %% Nested circuits, from few nodes that keep most of the answer to many that keep the whole distribution. One is drawn.
+for circuit in explanation.nested:
+    level = "all" if circuit.asked is None else f"F {circuit.asked:g}"
+    print(f"  {level:<7} {circuit.nodes:>7,} nodes, {circuit.errors} errors: F {circuit.faithfulness:.3f}, KL {circuit.kl:.3f}")
+
+# %% Its nodes by the job they do, and what the answer's log-odds lose without each, in the sparse model and in the dense one.
+for group in sorted(explanation.groups, key=lambda group: -abs(group.effect))[:8]:
+    dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+    print(f"  {group.effect:+.2f} {dense:>6}  {group.name} ({len(group.nodes)} nodes)")
 
 # %% The same as a networkx graph, for what one likes to ask of graphs: which tokens does the answer rest on?
 graph = bridge.to_networkx(explanation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 KINDS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")
@@ -13,6 +14,9 @@ READ_BY = {
     "mlp_act": ("mlp_out",),
     "attn_out": ("mlp_in",),
 }
+LEVELS = (0.8, 0.9, 0.95, 0.99, None)
+OPENING = 1
+SIZES = (0.6, 1.0, 2.5, 40.0, 400.0)  # of the nested circuits, in multiples of the opening one
 
 
 def made_up(
@@ -20,61 +24,144 @@ def made_up(
     tokens: int = 9,
     *,
     layers: int = 4,
-    levels: int = 3,
+    above: float = 1.5,
+    errors: int = 1,
+    contrast: bool = False,
     attention: bool = True,
-    card: bool = True,
+    backup: bool = False,
+    explained: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The data of a page: a circuit of so many nodes on a prompt of so many tokens, every text of it harmless."""
+    """The data of a page: an opening circuit of so many nodes (errors among them) on a prompt of so many tokens.
+
+    `above` times as many nodes are listed of the level above it. Where not `explained` nothing was searched: the span is too
+    small. Every text of it is harmless, and `Explanation.from_json` reads it.
+    """
     draw = random.Random(seed)
+    nodes = nodes if explained else 0
     texts = [draw.choice(("def", " read", "(", "self", "):", "\n    ", " while", " True", "x1")) for _ in range(tokens)]
-    listed = [_node(draw, place, tokens, layers, nodes) for place in range(nodes)]
-    listed = list({node["id"]: node for node in listed}.values())
-    for place, node in enumerate(sorted(listed, key=lambda node: -abs(node["effect"] or 0))):
-        node["level"] = min(levels - 1, place * levels // max(1, len(listed)))
+    opened = [_node(draw, place, tokens, layers, place < nodes - min(errors, nodes)) for place in range(nodes)]
+    opened = list({node["id"]: node for node in opened}.values())
+    more = [_node(draw, nodes + place, tokens, layers, True, opened=False) for place in range(int(above * nodes))]
+    listed = sorted(opened + more, key=lambda node: (node["layer"], (*KINDS, "error").index(node["kind"]), node["position"]))
+    for place, node in enumerate(sorted(opened, key=lambda node: -abs(node["effect"]))):
+        node["level"] = 0 if place < SIZES[0] * len(opened) else OPENING
+    groups = _groups(draw, [node for node in listed if node["effect"] is not None])
+    edges = _edges(draw, [node for node in listed if node["effect"] is not None], tokens, layers)
+    n_errors = sum(node["kind"] == "error" for node in opened)
+    nested = (
+        [_nested(place, len(opened), len(listed), n_errors) for place in range(len(LEVELS))]
+        if explained
+        else [_nested(1, 0, 0, 0)]
+    )
+    nothing = -7.2 if explained else 1.8
     explanation: dict[str, Any] = {
+        "format": 2,
         "prompt": "".join(texts),
         "tokens": [{"id": place, "text": text} for place, text in enumerate(texts)],
-        "target": {"id": 900, "text": ":"},
-        "contrast": {"id": 901, "text": " and"},
+        "answer": {"id": 900, "text": ":"},
+        "contrast": {"id": 901, "text": " and"} if contrast else None,
         "dense": [_answer(900, ":", 0.9), _answer(901, " and", 0.05), _answer(902, " or", 0.01)],
         "sparse": [_answer(900, ":", 0.7), _answer(901, " and", 0.1), _answer(903, " is", 0.05)],
-        "dense_difference": 2.9,
-        "sparse_difference": 1.9,
-        "agree": True,
-        "faithfulness": _faithfulness(draw, listed),
+        "dense_d": 2.2,
+        "sparse_d": 1.9,
+        "nothing_d": nothing,
+        "report": _report(draw, explained, [node["name"] for node in opened[:40]]),
+        "nested": nested,
+        "opening": OPENING if explained else 0,
         "nodes": listed,
-        "edges": _edges(draw, listed, tokens, layers),
-        "counts": {"nodes": len(listed), "edges": 3 * nodes, "weights": 2 * nodes, "embedding": 1, "unembedding": 1, "bigram": 1},
-        "searched": {"active": 10 * nodes, "candidates": 20 * nodes, "silenced": True, "complete": True},
+        "edges": edges,
+        "groups": groups,
+        "group_edges": _group_edges(edges, {node["id"]: node for node in listed}, tokens),
+        "attention": [_head(draw, layer, tokens) for layer in range(layers)] if attention and explained else [],
+        "attention_left_out": 3 if explained else 0,
+        "counts": {
+            "nodes": len(opened), "errors": n_errors, "edges": 3 * nodes, "weights": 2 * nodes, "embedding": 1, "unembedding": 1,
+            "bigram": 1, "active": 400 * max(1, nodes),
+        },
+        "replacement": 0.71,
+        "completeness": 0.88,
+        "backup": {"left": 0.4, "nodes": 31, "strongest": ["L1.mlp_out[3]@2", "L2.attn_out[4]@5"]} if backup else None,
+        "config": _config(),
         "provenance": {
             "dense": "checkpoints/dense", "dense_fingerprint": "d" * 64, "coupling": "checkpoints/bridge", "l0": 0.03, "seed": 0,
             "version": "0.1.0", "reference": "4096 tokens of held-out text", "coupling_fingerprint": f"{seed:064}",
         },
+        "agree": True,
+        "span": 2.2 - nothing,
     }  # fmt: skip
-    if levels > 1:
-        counts = [sum(node["level"] <= level for node in listed) for level in range(levels)]
-        explanation["levels"] = [{"nodes": count, "kl": 0.5 / (1 + level), "share": 0.9} for level, count in enumerate(counts)]
-    explanation["attention"] = [_head(draw, layer, tokens) for layer in range(layers)] if attention else []
-    explanation["card"] = _card() if card else None
-    pages = {node["name"]: _page(draw, node) for node in listed[:500]}
-    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None, "pending": False}
+    pages = {node["name"]: _page(draw, node) for node in listed[:500] if node["kind"] != "error"}
+    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None}
 
 
 def _answer(token: int, text: str, probability: float) -> dict[str, Any]:
     return {"token": {"id": token, "text": text}, "probability": probability}
 
 
-def _node(draw: random.Random, place: int, tokens: int, layers: int, nodes: int) -> dict[str, Any]:
-    layer, kind, index = draw.randrange(layers), draw.choice(KINDS), place
+def _node(draw: random.Random, place: int, tokens: int, layers: int, is_node: bool, *, opened: bool = True) -> dict[str, Any]:
+    layer = draw.randrange(layers)
+    kind, index = (draw.choice(KINDS), place) if is_node else ("error", 0)
     position = max(0, tokens - 1 - int(draw.expovariate(1.2)))
-    effect = draw.gauss(0, 1) ** 3 / 4 if place < max(10, 3 * nodes // 4) else None
-    name = f"L{layer}.{kind}[{index}]"
+    name = f"L{layer}.{kind}[{index}]" if is_node else f"error[{layer}]"  # of an error the layer is its site
     return {
         "id": f"{name}@{position}", "name": name, "layer": layer, "kind": kind, "index": index, "position": position,
-        "activation": draw.gauss(0, 3), "mean": draw.gauss(0, 0.5), "importance": None if effect is None else abs(effect) / 3,
-        "effect": effect, "label": f"after 'x{place}'",
+        "activation": draw.gauss(0, 3), "mean": draw.gauss(0, 0.5), "effect": draw.gauss(0, 1) ** 3 / 4 if opened else None,
+        "level": OPENING if opened else OPENING + 1, "group": None, "label": f"after 'x{place}'" if is_node else None,
     }  # fmt: skip
+
+
+def _nested(place: int, opened: int, listed: int, errors: int) -> dict[str, Any]:
+    asked = LEVELS[place]
+    reached = 0.999 if asked is None else asked + 0.02 * (1 - asked)
+    first = max(0, round(SIZES[0] * opened) - errors)
+    within = (first, opened - errors, listed - errors)  # what is listed; larger ones are only counted
+    return {
+        "asked": asked, "nodes": within[place] if place < 3 else round(SIZES[place] * opened), "errors": errors if place else 0,
+        "faithfulness": reached, "miss": 9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
+        "supersets_rms": 1.5 * (1 - reached), "supersets_worst": reached - 0.2, "adversary": 0.4 if place == OPENING else None,
+        "left": 0.15, "error_share": 0.06 if place else 0.0, "within": True,
+    }  # fmt: skip
+
+
+def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of nodes of one layer, kind and position (attention and mlp are kinds), every error one; nodes are told theirs."""
+    parted: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for node in nodes:
+        part = "error" if node["kind"] == "error" else "mlp" if node["kind"].startswith("mlp") else "attention"
+        parted.setdefault((node["layer"], part, node["position"]), []).append(node)
+    groups = []
+    for number, ((layer, part, position), members) in enumerate(parted.items()):
+        for node in members:
+            node["group"] = number
+        name = f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'"
+        groups.append(
+            {
+                "id": number, "name": name, "nodes": [node["id"] for node in members],
+                "positions": [position], "layers": [layer], "kind": part, "effect": sum(node["effect"] for node in members),
+                "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
+            }
+        )  # fmt: skip
+    return groups
+
+
+def _group_edges(edges: list[dict[str, Any]], node_of: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    def end(node_id: str) -> str:
+        name, _, position = node_id.partition("@")
+        if name.startswith(("embedding", "bigram")):
+            return f"input:{position}"
+        if ".answer[" in name:
+            return "answer"
+        node = node_of[node_id]
+        return f"error:{node['layer']}@{position}" if node["kind"] == "error" else f"group:{node['group']}"
+
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    for edge in edges:
+        ends = end(edge["source"]), end(edge["target"])
+        effect, count = sums.get(ends, (0.0, 0))
+        if ends[0] != ends[1]:
+            sums[ends] = effect + edge["effect"], count + 1
+    found = [{"source": s, "target": t, "effect": effect, "edges": n} for (s, t), (effect, n) in sums.items()]
+    return sorted(found, key=lambda edge: -abs(edge["effect"]))
 
 
 def _edges(draw: random.Random, nodes: list[dict[str, Any]], tokens: int, layers: int) -> list[dict[str, Any]]:
@@ -82,12 +169,20 @@ def _edges(draw: random.Random, nodes: list[dict[str, Any]], tokens: int, layers
     by_kind: dict[tuple[int, str], list[str]] = {}
     for node in nodes:
         by_kind.setdefault((node["layer"], node["kind"]), []).append(node["id"])
-    edges = [("embedding[3]@0", nodes[0]["id"], "embedding"), (f"bigram[7]@{tokens - 1}", last, "bigram")] if nodes else []
+    inside = [node for node in nodes if node["kind"] != "error"]
+    edges = [("embedding[3]@0", inside[0]["id"], "embedding"), (f"bigram[7]@{tokens - 1}", last, "bigram")] if inside else []
     for node in nodes:
         for kind in READ_BY.get(node["kind"], ()):
             targets = by_kind.get((node["layer"], kind), [])
             edges += [(node["id"], target, "weight") for target in draw.sample(targets, min(3, len(targets)))]
-        if node["kind"] in ("attn_out", "mlp_out"):
+        later = [
+            id for (layer, kind), ids in by_kind.items() if layer > node["layer"] and kind in ("attn_in", "mlp_in") for id in ids
+        ]
+        if node["kind"] in ("attn_out", "mlp_out", "error"):
+            edges += [(node["id"], target, "residual") for target in draw.sample(later, min(2, len(later)))]
+        if node["kind"] in ("attn_in", "mlp_in"):
+            edges.append((f"embedding[{node['index'] % 8}]@{node['position']}", node["id"], "embedding"))
+        if node["kind"] in ("attn_out", "mlp_out", "error"):
             edges.append((node["id"], last, "unembedding"))
     found = [
         {"source": source, "target": target, "kind": kind, "weight": draw.gauss(0, 1), "effect": draw.gauss(0, 0.4) ** 3}
@@ -96,34 +191,56 @@ def _edges(draw: random.Random, nodes: list[dict[str, Any]], tokens: int, layers
     return sorted(found, key=lambda edge: -abs(edge["effect"]))[:5000]
 
 
-def _measure(
-    name: str, value: float | None, mean: float, bar: float, aim: str, passed: bool | None, **more: Any
-) -> dict[str, Any]:
-    control = None if value is None else {"what": "random", "draws": 20, "mean": mean, "bar": bar, "bar_is": "best"}
-    return {"name": name, "value": value, "control": control, "aim": aim, "passed": passed, "note": "", **more}
+def _measure(key: str, name: str, value: float | None, op: str, bound: float, **more: Any) -> dict[str, Any]:
+    control = None if value is None else {"what": "matched", "draws": 8, "mean": 0.05, "bar": 0.3, "bar_is": "best"}
+    criterion = {"op": op, "bound": bound, "beyond_control": False, "control_bound": None}
+    passed = None if value is None else value >= bound if op == ">=" else value <= bound
+    given = {"criterion": criterion, "control": control, "interval": None, "ceiling": None, "note": "", "points": []}
+    return {"key": key, "name": name, "value": value, **given, **more, "passed": passed}
 
 
-def _faithfulness(draw: random.Random, nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    effects = [
-        {"node": node["id"], "inside": True, "site": node["layer"] + 1, "sparse": node["effect"], "dense": draw.gauss(0, 0.3)}
-        for node in nodes[:60]
-        if node["effect"] is not None
+def _report(draw: random.Random, explained: bool, names: Iterable[str]) -> dict[str, Any]:
+    """Some measures of the form that evidence has; their keys and rules are made up as well."""
+    if not explained:
+        span = _measure("span", "span to explain, nats", 0.4, ">=", 1.0, control=None)
+        rule = {"verdict": "undecided", "needs": ["span"], "says": "There is something to explain.", "refuted": "no explanation"}
+        reasons = ["Span to explain, nats is 0.4, not >= 1."]
+        return {"measures": [span], "rules": [rule], "verdict": "no explanation", "reasons": reasons}
+    sites = [{"label": f"site {site}", "values": {"dense": 0.6 + site / 100, "sparse": 0.8}} for site in range(1, 9)]
+    nodes = [{"label": name, "values": {"sparse": draw.gauss(0, 1), "dense": draw.gauss(0, 1)}} for name in names]
+    measures = [
+        _measure("span", "span to explain, nats", 9.4, ">=", 1.0, control=None),
+        _measure("faithfulness", "faithfulness of the circuit alone", 0.93, ">=", 0.9),
+        _measure("supersets_mean", "faithfulness in random supersets, mean", 0.95, ">=", 0.9),
+        _measure("supersets_worst", "faithfulness in random supersets, worst", 0.74, ">=", 0.6),
+        _measure("adversary", "faithfulness, adversarial superset", 0.41, ">=", 0.0, criterion=None) | {"passed": None},
+        _measure("left", "share of the span left without it", 0.15, "<=", 0.2, note="matched nodes deleted leave .97"),
+        _measure("dense_loss", "dense over sparse loss, least site", 0.71, ">=", 0.6, interval=[0.6, 0.8], points=sites),
+        _measure("profile", "rank correlation of effects", 0.64, ">=", 0.6, interval=[0.46, 0.79], points=nodes),
+        _measure("patching", "share of the interchange", None, ">=", 0.5, ceiling=None, note="no counterfactual was given"),
     ]
+    rules = [
+        {"verdict": "undecided", "needs": ["span"], "says": "There is something to explain.", "refuted": "no explanation"},
+        {
+            "verdict": "behavioural", "needs": ["faithfulness", "supersets_mean", "supersets_worst", "left"],
+            "says": "The circuit alone keeps the answer.", "refuted": "refuted",
+        },
+        {"verdict": "representational", "needs": ["dense_loss"], "says": "Its deletion takes the dense answer.", "refuted": None},
+        {"verdict": "mechanistic support", "needs": ["profile", "patching"], "says": "All tests hold.", "refuted": None},
+    ]  # fmt: skip
+    reasons = [
+        "Its deletion takes the dense answer.",
+        "Share of the interchange could not be judged (no counterfactual was given).",
+    ]
+    return {"measures": measures, "rules": rules, "verdict": "representational", "reasons": reasons}
+
+
+def _config() -> dict[str, Any]:
     return {
-        "agreement": _measure("KL(dense, sparse)", 0.22, 0.39, 0.8, "same answer", True),
-        "kl_kept": _measure("KL of the circuit alone", 0.024, 4.2, 2.9, "<= 0.1, below random", True),
-        "share_kept": _measure("share of D it keeps", 0.99, 1.2, 0.98, "0.9 to 1.1", True),
-        "company_mean": _measure("KL in random company, mean", 0.06, 3.0, 3.0, "<= 0.2, below random", True),
-        "company_worst": _measure("KL in random company, worst", 0.19, 3.0, 5.1, "<= 0.6", True),
-        "kl_lost": _measure("KL with the circuit deleted", 4.8, 0.24, 0.74, "above random", True),
-        "share_lost": _measure("share of D left without it", 1.3, 0.96, 0.68, "<= 0", False),
-        "profile": _measure("rank correlation in dense", 0.64, 0.02, 0.18, ">= 0.6, above the null", True),
-        "profile_interval": [0.46, 0.79],
-        "profile_p": 0.0005,
-        "effects": effects,
-        "verdict": "behavioural",
-        "reasons": ["The circuit alone keeps the answer.", "In the dense model its effects rank alike."],
-    }
+        "levels": [0.8, 0.9, 0.95, 0.99], "opens_at": 0.9, "kl": 0.05, "superset_mean": 1.0, "superset_rms": 2.0,
+        "superset_worst": 3.5, "left": 0.2, "least_span": 1.0, "room": 0.7, "densities": [0.15, 0.3, 0.45, 0.6, 0.75, 0.9],
+        "alphas": 8, "steps": 30, "steps_above": 16, "supersets": 3, "rate": 0.07, "rounds": 8, "sweeps": 2, "seed": 0,
+    }  # fmt: skip
 
 
 def _head(draw: random.Random, layer: int, tokens: int) -> dict[str, Any]:
@@ -133,35 +250,12 @@ def _head(draw: random.Random, layer: int, tokens: int) -> dict[str, Any]:
             "position": position, "weight": 0.8 * weight / sum(weights), "score": draw.gauss(0, 2),
             "terms": [{"channel": 3, "query_value": 1.5, "key_value": -2.0, "product": -3.0}],
             "moved": [{"node": f"L{layer}.v[7]@{position}", "value": 1.2, "effect": 0.3}],
+            "others": 0.1, "effect": 0.3,
         }
         for position, weight in enumerate(weights)
     ]  # fmt: skip
     effects = {"effect": 0.7, "pattern_effect": 0.4, "value_effect": 0.2, "interaction": 0.1}
     return {"layer": layer, "head": layer, "query": tokens - 1, "sink": 0.2, "reads": reads, **effects}
-
-
-def _card() -> dict[str, Any]:
-    ceiling = {"what": "all nodes", "draws": 64, "mean": 0.9, "bar": 0.9, "bar_is": "mean"}
-    tests = [
-        _measure(
-            "share of the full swap",
-            0.61,
-            0.01,
-            0.08,
-            ">= 0.5, above random",
-            True,
-            interval=[0.5, 0.7],
-            ceiling=ceiling,
-            test="swap",
-        ),
-        _measure("D kept in the loop", None, 0, 0, ">= 0.8", None, interval=None, ceiling=None, test="loop"),
-    ]
-    return {
-        "tests": tests,
-        "nulls": None,
-        "verdict": "representational",
-        "reasons": ["The nodes' changes change the dense answer."],
-    }
 
 
 def _page(draw: random.Random, node: dict[str, Any]) -> dict[str, Any]:
@@ -213,9 +307,15 @@ def hostile(data: dict[str, Any]) -> dict[str, Any]:
     explanation["prompt"] = "".join(token["text"] for token in explanation["tokens"])
     for place, answer in enumerate([*explanation["dense"], *explanation["sparse"]]):
         answer["token"]["text"] = texts[place]
-    explanation["target"]["text"], explanation["contrast"]["text"] = texts[0], texts[7]
-    explanation["faithfulness"]["reasons"] = texts[:4]
-    explanation["faithfulness"]["agreement"]["note"] = texts[1]
+    explanation["answer"]["text"], explanation["contrast"] = texts[0], {"id": 901, "text": texts[7]}
+    explanation["report"]["reasons"] = texts[:4]
+    for place, measure in enumerate(explanation["report"]["measures"]):
+        measure["note"] = texts[place % len(texts)]
+        for point in measure["points"]:
+            point["label"] = texts[place % len(texts)]
+    for place, group in enumerate(explanation["groups"]):
+        group["name"], group["label"] = texts[place % len(texts)], texts[(place + 1) % len(texts)]
+    explanation["backup"] = {"left": 0.4, "nodes": 31, "strongest": texts[:5]}
     explanation["provenance"]["dense"] = texts[1]
     for place, node in enumerate(explanation["nodes"]):
         node["label"] = texts[place % len(texts)]

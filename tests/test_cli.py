@@ -481,6 +481,20 @@ def test_what_has_diverged_is_not_written(dense_folder: Path, text_file: Path, t
     assert not (out / "coupling.json").exists()
 
 
+def test_explain_says_the_question_first_and_writes_what_it_found(coupling_folder: Path, tmp_path: Path) -> None:
+    files = tmp_path / "why.json", tmp_path / "why.html"
+    command = ("explain", "--bridge", coupling_folder, "--prompt", "w30 w31 w4 w8", "--device", "cpu")
+    result = run(*command, "--json", files[0], "--html", files[1])
+    assert result.exit_code == 0, result.output
+    values = json.loads(files[0].read_text())
+    told = [line.split(" ")[0] for line in result.stdout.splitlines() if line[:1].isalpha()]
+    assert told[:8] == ["prompt", "dense", "sparse", "question", "VERDICT", "CIRCUITS", "PATH", "GROUPS"]
+    assert values["contrast"] is None and f"why {values['answer']['text']!r} at all" in result.stdout
+    assert values["report"]["verdict"].upper() in result.stdout and files[1].read_text().startswith("<!")
+    against = run(*command, "--contrast", "w7", "--target", "w9")
+    assert against.exit_code == 0 and "why 'w9' rather than 'w7', which is not the dense model's answer" in against.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

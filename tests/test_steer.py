@@ -14,6 +14,7 @@ from test_cli import assert_refused, run
 
 import bridge
 from bridge.bridges import Coupling
+from bridge.circuits.loss import SearchConfig
 from bridge.dense import DenseModel
 from bridge.explain import explain
 from bridge.moves import Steerer, SteerError, carry, parse_move
@@ -199,7 +200,8 @@ def test_the_command(folder: Path, coupled: Coupling, tmp_path: Path) -> None:
     ElementTree.fromstring(files[0].read_text())
     values = json.loads(files[1].read_text())
     assert values["sites"] == [1, 2, 3] and [each["strength"] for each in values["curve"]] == [0, 1]
-    explanation = explain(coupled, PROMPT)
+    explanation = explain(coupled, PROMPT, config=SearchConfig(least_span=0.0))
+    assert explanation.nodes
     (tmp_path / "explanation.json").write_text(json.dumps(explanation.to_json()))
     result = run("steer", "--bridge", folder, "--explanation", tmp_path / "explanation.json", "--counterfactual", OTHER, *options)
     assert result.exit_code == 0, result.output

@@ -7,8 +7,7 @@
 
 Nothing of size t x t is stored: the backward pass makes a query's scores again from l. The keys' channels lie in rows of tokens,
 so that a query's scores are a weighted sum of rows and its output a row of inner products, as in `products`. Where rows are
-short and many (masked copies of a prompt) a vector holds as many rows instead, at one token each; or rows of several heads, since
-each lane has a sink of its own.
+short and many (masked copies of a prompt) torch's own batched products take less time, and the scores are stored.
 
 Queries may be those of the last positions alone.
 
@@ -39,7 +38,6 @@ from bridge.kernels.lanes import (
 
 NEVER = -1e30  # the logit of a sink that takes nothing
 SHORT, MANY = 64, 8  # tokens of a short row; rows that are many
-LANES = 16  # rows in a vector
 
 
 def attend(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None = None) -> Tensor:
@@ -47,10 +45,20 @@ def attend(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: T
     sink_h = q_bqn.new_full((q_bqn.shape[-1] // channels,), NEVER) if sink_h is None else sink_h
     rows, tokens, _ = k_btn.shape
     if tokens < SHORT and rows >= MANY:
-        return _AttentionOfMany.apply(q_bqn, k_btn, v_btn, sink_h, channels)  # type: ignore[no-any-return]
+        return _of_short_rows(q_bqn, k_btn, v_btn, sink_h, channels)
     earlier = tokens - q_bqn.shape[1]
     q_btn = F.pad(q_bqn, (0, 0, earlier, 0)) if earlier else q_bqn
     return _Attention.apply(q_btn, k_btn, v_btn, sink_h, channels)[:, earlier:]  # type: ignore[no-any-return]
+
+
+def _of_short_rows(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
+    q_bhqc, k_bhtc, v_bhtc = (x.float().unflatten(-1, (-1, channels)).transpose(1, 2) for x in (q_bqn, k_btn, v_btn))
+    score_bhqt = q_bhqc @ k_bhtc.transpose(-1, -2) / math.sqrt(channels)
+    queries, tokens = score_bhqt.shape[-2:]
+    future_qt = torch.ones(queries, tokens, dtype=torch.bool, device=score_bhqt.device).triu(1 + tokens - queries)
+    sink_bhq1 = sink_h.view(1, -1, 1, 1).expand(*score_bhqt.shape[:3], 1)
+    with_sink = torch.cat([sink_bhq1, score_bhqt.masked_fill(future_qt, -torch.inf)], -1)
+    return (with_sink.softmax(-1)[..., 1:] @ v_bhtc).transpose(1, 2).flatten(2)
 
 
 def _inside(x_btn: Tensor) -> Tensor:
@@ -85,46 +93,6 @@ class _Attention(torch.autograd.Function):
         in_parallel(lambda start, stop: _backward(*arrays, channels, tokens, start, stop), heads, q_bnt.numel() * tokens)
         d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
         return (*d_btn, dsink_bh.sum(0), None)
-
-
-def _rows_inside(x_btn: Tensor) -> Tensor:
-    """x_ntb, contiguous, padded to whole vectors of rows."""
-    b, t, n = x_btn.shape
-    x_ntb = torch.zeros(n, t, -(-b // LANES) * LANES)
-    x_ntb[:, :, :b] = x_btn.detach().permute(2, 1, 0)
-    return x_ntb
-
-
-def _rows_outside(x_ntb: Tensor, rows: int) -> Tensor:
-    """x_btn of it, end to end with tokens innermost."""
-    return x_ntb[:, :, :rows].transpose(1, 2).contiguous().permute(1, 2, 0)
-
-
-class _AttentionOfMany(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
-        q_nqb, k_ntb, v_ntb = (_rows_inside(x) for x in (q_bqn, k_btn, v_btn))
-        z_nqb = torch.empty_like(q_nqb)
-        l_hqb = torch.empty(q_nqb.shape[0] // channels, *q_nqb.shape[1:])
-        sink_hb = sink_h.detach().float()[:, None].repeat(1, q_nqb.shape[2])
-        tensors = (q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb)
-        arrays, work = [tensor.numpy() for tensor in tensors], q_nqb.numel() * k_ntb.shape[1]
-        in_parallel(lambda start, stop: _forward_many(*arrays, channels, start, stop), len(l_hqb), work)
-        ctx.save_for_backward(*tensors)
-        ctx.channels, ctx.rows = channels, q_bqn.shape[0]
-        return _rows_outside(z_nqb, ctx.rows)
-
-    @staticmethod
-    def backward(ctx: Any, dz_bqn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb = ctx.saved_tensors
-        dq_nqb, dk_ntb, dv_ntb = torch.empty_like(q_nqb), torch.zeros_like(k_ntb), torch.zeros_like(v_ntb)
-        dsink_hb = torch.zeros(l_hqb.shape[0], l_hqb.shape[2])
-        given = (q_nqb, k_ntb, v_ntb, sink_hb, z_nqb, l_hqb, _rows_inside(dz_bqn))
-        arrays = [tensor.numpy() for tensor in (*given, dq_nqb, dk_ntb, dv_ntb, dsink_hb)]
-        work = 2 * q_nqb.numel() * k_ntb.shape[1]
-        in_parallel(lambda start, stop: _backward_many(*arrays, ctx.channels, start, stop), len(l_hqb), work)
-        d_btn = [_rows_outside(d_ntb, ctx.rows) for d_ntb in (dq_nqb, dk_ntb, dv_ntb)]
-        return (*d_btn, dsink_hb[:, : ctx.rows].sum(1), None)
 
 
 @compiled
@@ -228,94 +196,3 @@ def _backward(
                 dq[at + c * tokens + i] = out[c] * scale
                 add_scaled(dk, at + c * tokens, query[c], ds, upto // 16)
                 add_scaled(dv, at + c * tokens, given[c], p, upto // 16)
-
-
-@compiled
-def _add_products(x: np.ndarray, y: np.ndarray, scale: np.float32, out: np.ndarray) -> None:
-    """out[l] += scale x[l] y[l]."""
-    for lane in range(out.shape[0]):
-        out[lane] += scale * x[lane] * y[lane]
-
-
-@compiled
-def _scores_of_many(
-    q: np.ndarray, k: np.ndarray, query: int, upto: int, first: int, channels: int, scale: np.float32, score: np.ndarray
-) -> None:
-    """score[j, l] of one query for keys j < upto, over the channels of a head."""
-    score[:upto] = 0
-    for j in range(upto):
-        for c in range(first, first + channels):
-            _add_products(q[c, query], k[c, j], scale, score[j])
-
-
-@compiled
-def _forward_many(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int, start: int,
-    stop: int,
-) -> None:  # fmt: skip
-    queries, tokens, rows = q.shape[1], k.shape[1], q.shape[2]
-    score, scale = np.empty((tokens, rows), np.float32), np.float32(1 / math.sqrt(channels))
-    largest, total, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.float32(1)
-    for head in range(start, stop):
-        first = head * channels
-        for query in range(queries):
-            upto = tokens - queries + query + 1
-            _scores_of_many(q, k, query, upto, first, channels, scale, score)
-            largest[:] = sink[head]
-            for j in range(upto):
-                for lane in range(rows):
-                    largest[lane] = max(largest[lane], score[j, lane])
-            for j in range(upto):
-                for lane in range(rows):
-                    score[j, lane] -= largest[lane]
-            total[:] = sink[head]
-            total -= largest
-            flat = score.reshape(-1)
-            exponentials(total, 0, rows // 16, np.float32(0))
-            exponentials(flat, 0, upto * rows // 16, np.float32(0))
-            for j in range(upto):
-                for lane in range(rows):
-                    total[lane] += score[j, lane]
-            for lane in range(rows):
-                log_sum[head, query, lane] = largest[lane] + math.log(total[lane])
-                total[lane] = 1 / total[lane]
-            for c in range(first, first + channels):
-                z[c, query] = 0
-                for j in range(upto):
-                    _add_products(score[j], v[c, j], one, z[c, query])
-                for lane in range(rows):
-                    z[c, query, lane] *= total[lane]
-
-
-@compiled
-def _backward_many(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, dz: np.ndarray,
-    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, start: int, stop: int,
-) -> None:  # fmt: skip
-    queries, tokens, rows = q.shape[1], k.shape[1], q.shape[2]
-    p, ds = np.empty((tokens, rows), np.float32), np.empty((tokens, rows), np.float32)
-    through, scale, one = np.empty(rows, np.float32), np.float32(1 / math.sqrt(channels)), np.float32(1)
-    for head in range(start, stop):
-        first = head * channels
-        for query in range(queries):
-            upto = tokens - queries + query + 1
-            _scores_of_many(q, k, query, upto, first, channels, scale, p)
-            _scores_of_many(dz, v, query, upto, first, channels, one, ds)
-            for j in range(upto):
-                for lane in range(rows):
-                    p[j, lane] -= log_sum[head, query, lane]
-            exponentials(p.reshape(-1), 0, upto * rows // 16, np.float32(0))
-            through[:] = 0
-            for c in range(first, first + channels):
-                _add_products(dz[c, query], z[c, query], one, through)
-            for lane in range(rows):
-                dsink[head, lane] -= math.exp(sink[head, lane] - log_sum[head, query, lane]) * through[lane]
-            for j in range(upto):
-                for lane in range(rows):
-                    ds[j, lane] = p[j, lane] * (ds[j, lane] - through[lane])
-            for c in range(first, first + channels):
-                dq[c, query] = 0
-                for j in range(upto):
-                    _add_products(ds[j], k[c, j], scale, dq[c, query])
-                    _add_products(ds[j], q[c, query], scale, dk[c, j])
-                    _add_products(p[j], dz[c, query], one, dv[c, j])

@@ -1,0 +1,79 @@
+"""Error nodes: what makes the sparse model follow the dense one exactly on a prompt.
+
+With h_i the dense residual and f_i the encoder at site i, S_i the sparse sublayer there (the stream added), E and U the sparse
+embedding and unembedding, N the last site and y the dense logits, the errors are
+
+    e_0 = f_0(h_0) - E(tokens)        e_(i+1) = f_(i+1)(h_(i+1)) - S_i(f_i(h_i))        e_(N+1) = y - U(f_N(h_N))
+
+one vector per site and token, and one on the logits after the prompt. Each is a node like any other: added to the stream as it is
+where it is kept, at its mean over a reference corpus where it is not. With every node and every error kept the sparse model gives
+the dense logits; with the errors at their means it speaks for itself.
+
+Attribution graphs have the same nodes (Ameisen et al. 2025, circuit-tracer). See also method, section 6.
+
+Shape legend: b prompt (row), t token, s sparse width, d dense width, v vocabulary, e site, the logits being the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.residual import Enter, Trace
+from bridge.sparse import ERROR, Location
+
+_ROWS = 8  # of the reference corpus at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """A dense run, and the errors by which the sparse model follows it.
+
+    errors maps (site, error) to error_bts, and (number of sites, error) to error_b1v of the logits after each prompt.
+    """
+
+    dense: Trace
+    dense_bv: Tensor
+    errors: Mapping[Location, Tensor]
+
+
+def error_locations(n_sites: int) -> Iterator[Location]:
+    """The places of error nodes, in the order of the computation; the last is that of the logits."""
+    return (Location(site, ERROR) for site in range(n_sites + 1))
+
+
+@torch.no_grad()
+def follow(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:
+    """The errors on some prompts, whose answers come after position last_b."""
+    dense, errors = _errors(coupling, prompt_bt)
+    row_b, logits_at = torch.arange(len(prompt_bt), device=prompt_bt.device), Location(coupling.n_sites, ERROR)
+    errors[logits_at] = errors[logits_at][row_b, last_b][:, None]
+    return Followed(dense, dense.logits_btv[row_b, last_b].float(), errors)
+
+
+@torch.no_grad()
+def error_means(coupling: Coupling, corpus_bt: Tensor) -> dict[Location, Tensor]:
+    """mean_s of every error over a reference corpus, and mean_v of that on the logits. Raises ValueError without tokens."""
+    if not corpus_bt.numel():
+        raise ValueError("means of errors need reference tokens, and there are none; give at least one block")
+    totals: dict[Location, Tensor] = {}
+    for rows_bt in corpus_bt.to(coupling.sparse.device).split(_ROWS):
+        for at, error_bts in _errors(coupling, rows_bt)[1].items():
+            totals[at] = totals.get(at, 0) + error_bts.sum((0, 1))
+    return {at: total / corpus_bt.numel() for at, total in totals.items()}
+
+
+def _errors(coupling: Coupling, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:
+    """The dense run of some text, and every error at every token, that on the logits included."""
+    sparse, last = coupling.sparse, coupling.n_sites - 1
+    dense = coupling.dense.run(tokens_bt)
+    targets = [coupling.bridges[site].encode(h_btd.float()) for site, h_btd in enumerate(dense.residuals)]
+    reached = [sparse.embed(tokens_bt), *(sparse.sublayer(site)(x_bts) for site, x_bts in enumerate(targets[:-1]))]
+    targets.append(dense.logits_btv.float())
+    reached.append(sparse.run(tokens_bt, Enter.at(last, targets[last])).logits_btv)
+    pairs = zip(error_locations(coupling.n_sites), targets, reached, strict=True)
+    return dense, {at: target_bts - reached_bts for at, target_bts, reached_bts in pairs}

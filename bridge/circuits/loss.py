@@ -1,0 +1,169 @@
+"""How far a circuit is from what it explains, on a scale of its own: normalised faithfulness, alone, in supersets, and deleted.
+
+With d the question's log-odds, C the nodes (and errors) kept, U a random set of the others, and everything else at its mean,
+
+    span       d(model) - d(everything at its mean)          model: all nodes and errors, so that d(model) is the dense model's
+    miss(C)    (d(C) - d(model)) / |span|                    faithfulness F(C) = 1 - |miss(C)|, two-sided
+    alone      |miss(C)|                                     at most 1 - F at a level F
+    supersets  |miss(C + U)| over random U                   mean at most 1 - F, rms twice, worst 3.5 times that
+    left       (d(nodes outside C) - d(everything at its mean)) / span: what remains when C is deleted, all errors at their means
+
+The strictest level asks for the next-token distribution instead: KL(model, C) <= .05 alone and <= .1 in supersets, in nats. Of
+several prompts d is the mean, and so is every KL.
+
+Without supersets a search finds circuits whose deletions cancel each other (method, section 3). Without deletion it finds one of
+several ways to the answer.
+
+Shape legend: c circuit, u superset, r masked copy of a prompt, b prompt, f all nodes in one row, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.circuit import kl
+from bridge.circuits.masked_model import MaskedModel
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one of the nested circuits is held to: a normalised faithfulness, or the whole next-token distribution (None)."""
+
+    faithfulness: float | None
+
+    @property
+    def allowed(self) -> float:
+        """The largest miss alone, as a share of the span."""
+        return 1.0 if self.faithfulness is None else 1 - self.faithfulness
+
+    def __str__(self) -> str:
+        return "full distribution" if self.faithfulness is None else f"F {self.faithfulness:g}"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What a search is bounded by and how long it takes; saved with its result.
+
+    levels are the faithfulness of the nested circuits, smallest first; the explanation opens at `opens_at`, one of them.
+    """
+
+    levels: tuple[float, ...] = (0.8, 0.9, 0.95, 0.99)
+    opens_at: float = 0.9  # what attribution graphs are read at
+    kl: float = 0.05  # nats, of the last level alone; twice that in supersets
+    superset_mean: float = 1.0  # times 1 - F
+    superset_rms: float = 2.0  # times 1 - F: random ablation of everything else moves any logit by about a nat
+    superset_worst: float = 3.5
+    left: float = 0.2  # share of the span left without the circuit that the search does not try to lower further
+    least_span: float = 1.0  # nats; below it there is nothing to explain
+    room: float = 0.7  # of what a level allows, within which all nodes must be before errors are let in
+    densities: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # of the supersets that a circuit is held to
+    alphas: int = 8  # of integrated gradients
+    steps: int = 60  # of the descent at the level that the explanation opens at
+    steps_above: int = 30  # at the level after it
+    supersets: int = 1  # at each step: more steps of one find smaller circuits than fewer of three
+    rate: float = 0.1  # of Adam; masks live between -4 and 1
+    rounds: int = 8  # of nodes added, where a descent ends beyond the bounds
+    sweeps: int = 2  # of deletions
+    seed: int = 0
+
+    def nested(self) -> tuple[Level, ...]:
+        """All levels, the full distribution last."""
+        return (*(Level(faithfulness) for faithfulness in self.levels), Level(None))
+
+    @property
+    def opening(self) -> int:
+        """The place, among the levels, of that which the explanation opens at."""
+        return self.levels.index(self.opens_at)
+
+
+class CircuitLoss:
+    """Measures circuits of a masked model against the answer of the model that it stands for."""
+
+    def __init__(self, masked: MaskedModel, model_bv: Tensor, config: SearchConfig) -> None:
+        """model_bv are the logits, after each prompt, of what is to be explained: the dense model's where errors are followed."""
+        self.masked, self.config, self.model_bv = masked, config, model_bv
+        count = len(masked.question)
+        nothing_bf = torch.zeros(count, masked.space.size, dtype=torch.bool, device=model_bv.device)
+        self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
+        self.nothing_b = masked.difference(nothing_bf)
+        self.model, self.nothing = float(self.model_b.mean()), float(self.nothing_b.mean())
+        self.nodes_f = ~masked.is_error_f
+        generator = torch.Generator().manual_seed(config.seed)
+        draw_uf = torch.rand(len(config.densities), masked.space.size, generator=generator)
+        self.superset_uf = (draw_uf < torch.tensor(config.densities)[:, None]).to(model_bv.device)
+
+    @property
+    def span(self) -> float:
+        """D of the model less that of everything at its mean, in nats; what a circuit has to account for."""
+        return self.model - self.nothing
+
+    def miss(self, logits_rv: Tensor) -> Tensor:
+        """miss_r of masked copies of the one prompt."""
+        return (self._difference(logits_rv) - self.model) / max(abs(self.span), 1e-6)
+
+    def left(self, logits_rv: Tensor) -> Tensor:
+        """left_r, the share of the span that masked copies of the one prompt still have."""
+        return (self._difference(logits_rv) - self.nothing) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
+
+    def kl(self, logits_rv: Tensor) -> Tensor:
+        """kl_r from the model's next-token distribution, in nats."""
+        return kl(self.model_bv, logits_rv)
+
+    def complement(self, kept_cf: Tensor) -> Tensor:
+        """The masks with a circuit deleted: every other node kept, all errors at their means."""
+        return ~kept_cf & self.nodes_f
+
+    def off(self, logits_rv: Tensor, level: Level) -> Tensor:
+        """off_r of circuits alone, in multiples of what the level allows."""
+        return self.kl(logits_rv) / self.config.kl if level.faithfulness is None else self.miss(logits_rv).abs() / level.allowed
+
+    def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
+        """The same of one circuit's supersets, by the bound that is missed most."""
+        if level.faithfulness is None:
+            return float(self.kl(logits_uv).mean()) / (2 * self.config.kl)
+        off_u, config = self.off(logits_uv, level), self.config
+        rms = float(off_u.square().mean().sqrt())
+        return max(
+            float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
+        )
+
+    def worst(self, kept_f: Tensor, level: Level) -> float:
+        """Of all that a level asks of a circuit, how far it is off by what it misses most: within it where at most 1."""
+        logits_rv = self.masked.logits(torch.cat([kept_f[None], kept_f | self.superset_uf]))
+        return max(float(self.off(logits_rv[:1], level)), self.off_in_supersets(logits_rv[1:], level))
+
+    def within(self, kept_f: Tensor, level: Level) -> bool:
+        """Whether a circuit is within all that a level asks of it."""
+        return float(self.off(self.masked.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
+
+    def terms(self, logits_rv: Tensor, level: Level) -> Tensor:
+        """What a descent makes small: squared misses of a circuit (the first row), of its supersets, and of its complement.
+
+        In multiples of what the level allows; the complement, a last row beyond `config.supersets`, where it is left with more
+        than `config.left` of the span.
+        """
+        config = self.config
+        count = min(len(logits_rv), 1 + config.supersets)
+        return self._squared(logits_rv[:count], level, logits_rv[count:])
+
+    def superset_terms(self, logits_rv: Tensor, level: Level) -> Tensor:
+        """The same of a circuit (the first row) and any number of its supersets."""
+        return self._squared(logits_rv, level, logits_rv[:0])
+
+    def _squared(self, logits_rv: Tensor, level: Level, without_rv: Tensor) -> Tensor:
+        off_r = self.kl(logits_rv) / self.config.kl if level.faithfulness is None else (self.miss(logits_rv) / level.allowed) ** 2
+        bound = 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
+        scale_r = torch.ones_like(off_r)
+        scale_r[1:] = 1 / bound
+        left_r = (self.left(without_rv) - self.config.left).clamp(min=0) / self.config.left
+        return torch.cat([off_r * scale_r, left_r.square()])
+
+    def _difference(self, logits_rv: Tensor) -> Tensor:
+        first_r = torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device)
+        return self.masked.question.difference(logits_rv, first_r)
+
+
+_TIGHTER = 1.2  # times the mean miss allowed in supersets, is what their squares are held to: the mean of squares is above it

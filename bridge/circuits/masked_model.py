@@ -1,0 +1,232 @@
+"""The sparse model with any of its nodes, and of its errors, at their means: what every search and every measure runs.
+
+With a_i what AbsTopK has left of node i and m_i its mean over a reference corpus, and k_i the node's mask (bool, or a number that
+mixes), the masked model has, in the order of the computation,
+
+    y_i = m_i + k_i (a_i - m_i)            gradient of a loss L with respect to the mask:  dL/dk_i = dL/dy_i (a_i - m_i)
+
+so that with every mask 1 it is the model itself, exactly. Where the model follows the dense one (`error_nodes`) the errors are
+nodes as well, one per site and token: m_e + k_e (e - m_e) is added to the stream there, and to the logits.
+
+What a node is, the granularity says: of a prompt a channel of a location at one token; of a task a channel at every token of
+every prompt. A mean that is missing is an error: zero is another model.
+
+Shape legend: r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row (location by location, position by
+position, channel by channel), k some of them by their place, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bridge.circuit import NodeSpace, check_means
+from bridge.circuits.error_nodes import error_locations
+from bridge.circuits.question import Question
+from bridge.kernels.cpu import tokens_contiguous
+from bridge.kernels.products import tokens_inside
+from bridge.kernels.top_k import choose
+from bridge.residual import Enter, Trace
+from bridge.sparse import ERROR, Gate, Location, SparseTransformer
+
+_ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
+_ROW_NODES = 1 << 24  # and mask entries, which outnumber the tokens by the nodes of a token
+
+
+class MaskedModel:
+    """The sparse model on a question's prompts, with masks over its nodes and errors.
+
+    means maps every location, and the place of every error where `errors` are given, to its mean; errors are those of the
+    question's prompts (`error_nodes.follow`). Raises ValueError where a mean is missing.
+    """
+
+    def __init__(
+        self,
+        sparse: SparseTransformer,
+        question: Question,
+        means: Mapping[Location, Tensor],
+        errors: Mapping[Location, Tensor] | None = None,
+        *,
+        by_position: bool = True,
+    ) -> None:
+        if by_position and len(question) != 1:
+            raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
+        self.sparse, self.question, self.means, self.errors = sparse, question, means, errors
+        sizes = sparse.locations()
+        if errors is not None:
+            sizes |= dict.fromkeys(error_locations(sparse.n_sites), 1)
+        self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
+        check_means(self.space.sizes, means)
+        self._narrow = question.whole_rows
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a prompt, padding included."""
+        return self.question.prompt_bt.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """How many masked copies make a batch of sensible size."""
+        return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
+
+    @cached_property
+    def is_error_f(self) -> Tensor:
+        """Which places of a row are errors."""
+        parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
+        return self.space.join(parts).to(self.sparse.device)
+
+    @cached_property
+    def site_f(self) -> Tensor:
+        """The site that a node's sublayer reads, on the CPU; of an error the site before its own, which it is added behind."""
+        sites = {
+            at: torch.full((self.space.n_tokens, n), at.layer - 1 if at.kind == ERROR else self.sparse.site(at))
+            for at, n in self.space.sizes.items()
+        }
+        return self.space.join(sites)
+
+    # -- runs -----------------------------------------------------------------------------------------------------------
+
+    def run(self, kept_rf: Tensor, row_r: Tensor | None = None, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
+        """A masked copy for every mask, of the prompts row_r (by default of the one prompt, or row by row).
+
+        With narrow the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
+        come in the order of their sites, since a sublayer sees only those that have entered.
+        """
+        row_r = self._prompts(kept_rf, row_r)
+        return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
+
+    def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
+        """The gate and the correction under which the sparse model is the masked copies; without errors nothing is corrected."""
+        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
+
+        def correct(location: Location, x_rts: Tensor) -> Tensor:
+            if self.errors is None:
+                return x_rts
+            return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
+
+        return gate, correct
+
+    @torch.no_grad()
+    def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """logits_rv after the prompts, of any number of masks."""
+        row_r = self._prompts(kept_rf, row_r)
+        rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
+        return torch.cat([self._answer(self.run(some_rf, some_r, narrow=self._narrow), some_r) for some_rf, some_r in rows])
+
+    @torch.no_grad()
+    def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """d_r of the question under any number of masks."""
+        return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
+
+    def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
+        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+        through: dict[Location, Tensor] = {}
+        change: dict[Location, Tensor] = {}
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            y_rtn = self._masked(location, parts[location], x_rtn)
+            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
+            through[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
+            return through[location]
+
+        def correct(location: Location, x_rts: Tensor) -> Tensor:
+            change[location] = self._excess(location, row_r, x_rts)
+            through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
+            return x_rts + through[location]
+
+        with torch.enable_grad():
+            logits_rv = self._answer(self._run(row_r, None, gate, correct, self._narrow), row_r)
+            loss_r = loss(logits_rv)
+            slopes = torch.autograd.grad(loss_r.sum(), list(through.values()))
+        gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
+        into = self.space.split(gradient_rf)
+        for (location, change_rtn), y_rtn in zip(change.items(), slopes, strict=True):
+            entry_rtn = y_rtn * change_rtn
+            entry_rtn = entry_rtn.sum(-1, keepdim=True) if location.kind == ERROR else entry_rtn
+            if self.space.n_tokens == 1:
+                into[location][:, 0] = entry_rtn.sum(1)
+            else:
+                into[location][:, -entry_rtn.shape[1] :] = entry_rtn
+        return gradient_rf, loss_r.detach()
+
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less one node, for each of node_k: each run from the node's sublayer on."""
+
+        def less(kept_rf: Tensor, some_k: Tensor) -> None:
+            kept_rf[torch.arange(len(some_k)), node_k[some_k]] = False
+
+        return self._logits_less(kept_f, less, self.site_f[node_k.cpu()])
+
+    @torch.no_grad()
+    def logits_without_sets(self, kept_f: Tensor, sets: Sequence[Tensor]) -> Tensor:
+        """logits_kv of the one prompt under a mask less all of some nodes, for each of the sets."""
+
+        def less(kept_rf: Tensor, some_k: Tensor) -> None:
+            for row, k in enumerate(some_k.tolist()):
+                kept_rf[row, sets[k]] = False
+
+        sites = [int(self.site_f[node_s.cpu()].min()) for node_s in sets]
+        return self._logits_less(kept_f, less, torch.tensor(sites, dtype=torch.long))
+
+    def _logits_less(self, kept_f: Tensor, less: Callable[[Tensor, Tensor], None], site_k: Tensor) -> Tensor:
+        """logits_kv of a mask from which `less` takes nodes whose sublayers read site_k or later ones."""
+        whole = self.run(kept_f[None], narrow=True)
+        logits_kv = whole.logits_btv[:, -1].repeat(len(site_k), 1)
+        late_k = site_k >= self.sparse.narrow_from  # there the stream is that of the last position alone
+        for part_k in (~late_k, late_k):
+            place_k = part_k.nonzero().flatten()
+            place_k = place_k[torch.argsort(site_k[place_k], stable=True)]
+            for some_k in place_k.split(self.rows) if len(place_k) else ():
+                kept_rf = kept_f.repeat(len(some_k), 1)
+                less(kept_rf, some_k)
+                site_r = site_k[some_k]
+                x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_r.tolist()])
+                logits_kv[some_k] = self.run(kept_rf, None, Enter(site_r, x_rts), narrow=True).logits_btv[:, -1]
+        return logits_kv
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _prompts(self, kept_rf: Tensor, row_r: Tensor | None) -> Tensor:
+        if row_r is not None:
+            return row_r
+        if len(self.question) == 1:
+            return torch.zeros(len(kept_rf), dtype=torch.long, device=self.sparse.device)
+        return torch.arange(len(self.question), device=self.sparse.device)
+
+    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, narrow: bool) -> Trace:
+        tokens_rt = self.question.prompt_bt[row_r]
+        used = correct if self.errors is not None else None
+        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=narrow, narrow=narrow)
+
+    def _answer(self, trace: Trace, row_r: Tensor) -> Tensor:
+        """logits_rv after each row's prompt."""
+        if self._narrow:
+            return trace.logits_btv[:, -1]
+        return trace.logits_btv[torch.arange(len(row_r), device=row_r.device), self.question.last_b[row_r]]
+
+    def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
+        """Nodes under their masks: of a narrow run the last position alone."""
+        kept_rtn = kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
+        if kept_rtn.dtype == torch.bool:
+            return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
+        kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+        return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
+
+    def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
+        """How much an error of each row differs from its mean."""
+        assert self.errors is not None
+        excess_bts = self.errors[location] - self.means[location]
+        return excess_bts[:, -x_rts.shape[1] :][row_r]
+
+    def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
+        """What is added to the stream for an error under its masks."""
+        kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
+        return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))

@@ -1,0 +1,245 @@
+"""The search for nested circuits: few nodes at every level of faithfulness, each circuit inside the next, in one order.
+
+The level that the explanation opens at comes first; those above it add to its circuit, those below take from it:
+
+1. errors     None is let in where all nodes, with the errors at their means, are well within what the level allows. Else the
+              fewest that bring them there, those first by whose gradient the answer moves most towards the model's.
+2. scores     Integrated gradients of d over one mask that mixes all nodes, 8 values; ranked by magnitude, since a node that works
+              against the answer belongs to the circuit as well.
+3. descent    tau_i starts from the rank, above 0 for the fewest that get the answer about right. Steps of Adam on
+                  [alone^2 + mean_U supersets^2 + left^2] / 2 + lambda |C|,    C = {tau > 0}          (`CircuitLoss.terms`)
+              Heaviside forward, sigmoid's derivative backward, fresh U at each step; lambda rises while the terms are small and
+              falls while they are not.
+4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
+5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
+              as the bounds allow.
+
+The next level repeats this with the circuit kept and fewer steps. The last two take nodes by integrated gradients from where they
+are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient of d.
+
+Ranking by score alone stops short in models whose nodes interact: it left hundreds of nodes where descents leave tens.
+
+Shape legend: r masked copy, u superset, f all nodes and errors in one row, k some of them by their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.loss import CircuitLoss, Level
+
+_BETAS = 0.7, 0.95
+_TAU = -4.0, 1.0  # the steps can bring any node up or down
+_SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
+_STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes above 0 at first; times what the level allows
+_SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
+_RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
+_ADDED = 2, 5, 12, 30, 80  # nodes, at a time
+_DELETED = 1500  # nodes; of more, none is deleted alone
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """Circuits found: level_f, the place of the first level that has a node (the number of levels where none has).
+
+    off says how far each circuit is from what its level asks, by what it misses most; at most 1 where it is within.
+    """
+
+    levels: tuple[Level, ...]
+    level_f: Tensor
+    off: tuple[float, ...]
+
+    def kept(self, place: int) -> Tensor:
+        """kept_f of the circuit at a level, by its place among them."""
+        return self.level_f <= place
+
+
+def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: None) -> Nested:
+    """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work."""
+    return _Search(loss, progress).run()
+
+
+class _Search:
+    def __init__(self, loss: CircuitLoss, progress: Callable[[str], None]) -> None:
+        self.loss, self.config, self.masked, self.progress = loss, loss.config, loss.masked, progress
+        self.generator = torch.Generator().manual_seed(self.config.seed + 17)
+        self.nodes_f = loss.nodes_f
+
+    def run(self) -> Nested:
+        levels, opening = self.config.nested(), self.config.opening
+        none_f = torch.zeros_like(self.nodes_f)
+        kept_f, score_f, circuits = none_f, self._scores(none_f), dict[int, Tensor]()
+        for place in range(opening, len(levels)):
+            kept_f = kept_f | self._errors(kept_f, levels[place])
+            if place == opening:
+                kept_f = self._by_descent(kept_f, score_f, levels[place], self.config.steps, True)
+            elif place == opening + 1:
+                kept_f = self._by_descent(kept_f, score_f, levels[place], self.config.steps_above, False)
+            else:
+                kept_f = self._fewest(kept_f, self._scores(kept_f).abs(), 1000, levels[place])
+            circuits[place] = kept_f
+            self.progress(f"{levels[place]}: {int(kept_f.sum()):,} nodes")
+        kept_f = circuits[opening]
+        for place in range(opening - 1, -1, -1):
+            gradient_1f, _ = self.masked.gradient(kept_f[None], self.loss.miss)
+            kept_f = self._fewest(none_f, gradient_1f[0].abs(), int(kept_f.sum()) // 2, levels[place], kept_f)
+            circuits[place] = kept_f
+        kept_lf = torch.stack([circuits[place] for place in range(len(levels))])
+        off = tuple(self.loss.worst(kept_f, level) for kept_f, level in zip(kept_lf, levels, strict=True))
+        return Nested(levels, (~kept_lf).sum(0), off)
+
+    # -- 1, 2 -----------------------------------------------------------------------------------------------------------
+
+    def _errors(self, kept_f: Tensor, level: Level) -> Tensor:
+        """The errors that all nodes, and what is kept, need beside them at a level."""
+        all_f, none_f = self.nodes_f | kept_f, torch.zeros_like(kept_f)
+        if self.masked.errors is None or float(self._off(all_f[None], level)) <= self.config.room:
+            return none_f
+        alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
+        mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
+        gradient_rf, _ = self.masked.gradient(mask_rf, lambda logits_rv: self.loss.off(logits_rv, level))
+        gradient_f = torch.where(all_f, torch.inf, gradient_rf.sum(0))
+        order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
+        sizes = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
+        sizes = [size for size in sizes if size <= len(order_k)]
+        if not sizes:
+            return none_f
+        off_c = self._off(torch.stack([all_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
+        good = (off_c <= self.config.room).nonzero().flatten().tolist()
+        return none_f.index_fill(0, order_k[: sizes[good[0] if good else int(off_c.argmin())]], True)
+
+    def _off(self, kept_cf: Tensor, level: Level) -> Tensor:
+        return self.loss.off(self.masked.logits(kept_cf), level)
+
+    def _scores(self, kept_f: Tensor) -> Tensor:
+        """Integrated gradients of d from a circuit to all nodes."""
+        count = self.config.alphas
+        alpha_r1 = (torch.arange(count, device=kept_f.device)[:, None] + 0.5) / count
+        total_f = torch.zeros(kept_f.shape, device=kept_f.device)
+        for some_r1 in alpha_r1.split(self.masked.rows):
+            total_f += self.masked.gradient(torch.where(kept_f, 1.0, some_r1 * self.nodes_f), self.loss.miss)[0].sum(0)
+        return torch.where(self.nodes_f & ~kept_f, total_f / count, 0)
+
+    # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
+
+    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, steps: int, necessary: bool) -> Tensor:
+        """The core and few nodes more, within the level's bounds; all nodes at most."""
+        tau_f = self._descended(core_f, score_f, level, steps, necessary)
+        kept_f, within = self._added(core_f | (tau_f > 0), level)
+        if not within:
+            return self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
+        tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
+        kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
+        return self._deleted(core_f, kept_f, level)
+
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, steps: int, necessary: bool) -> Tensor:
+        """tau_f after some steps; -inf of what is no candidate."""
+        count = self.config.supersets
+        node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
+        rank_k = _ranks(score_f[node_k].abs())
+        tau_k = (_SPREAD * ((self._start(core_f, node_k, rank_k, level) + 1) / (rank_k + 1)).log()).clamp(*_TAU)
+        mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
+        kept_rf = core_f.repeat(1 + count + necessary, 1)
+        offset_u1 = torch.arange(count, device=tau_k.device)[:, None] / count
+        size_weight = _SIZE_WEIGHT
+        for step in range(steps):
+            kept_k = tau_k > 0
+            # one draw serves all supersets, rotated by a different angle for each
+            draw_f = torch.rand(len(core_f), generator=self.generator).to(tau_k.device)
+            density = float(torch.rand((), generator=self.generator)) / count
+            superset_uf = ((draw_f + offset_u1) % 1 < offset_u1 + density) & self.nodes_f
+            inside_f = core_f.index_fill(0, node_k[kept_k], True)
+            kept_rf[0], kept_rf[1 : 1 + count] = inside_f, inside_f | superset_uf
+            if necessary:
+                kept_rf[-1] = self.loss.complement(inside_f)
+            gradient_rf, term_r = self.masked.gradient(kept_rf, lambda logits_rv: self.loss.terms(logits_rv, level))
+            gradient_rk = gradient_rf[:, node_k]
+            # where a superset has a node anyway, the node's own mask changes nothing
+            in_supersets_uk = torch.where(superset_uf[:, node_k] & ~kept_k, 0, gradient_rk[1 : 1 + count])
+            gradient_k = gradient_rk[0] / 2 + in_supersets_uk.mean(0) / 2
+            off = max(float(term_r[0]), float(term_r[1 : 1 + count].mean()))
+            if necessary:  # a node that is kept is missing from the complement
+                gradient_k = gradient_k - gradient_rk[-1] / 2
+            size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
+            size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
+            sigmoid_k = torch.sigmoid(2 * tau_k)
+            gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
+            mean_k = _BETAS[0] * mean_k + (1 - _BETAS[0]) * gradient_k
+            square_k = _BETAS[1] * square_k + (1 - _BETAS[1]) * gradient_k.square()
+            deviation_k = (square_k / (1 - _BETAS[1] ** (step + 1))).sqrt() + 1e-8
+            rate = self.config.rate * (1 - step / steps)
+            tau_k = (tau_k - rate * mean_k / (1 - _BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU)
+        self.progress(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes")
+        tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
+        return tau_f.index_copy_(0, node_k, tau_k)
+
+    def _start(self, core_f: Tensor, node_k: Tensor, rank_k: Tensor, level: Level) -> int:
+        """How many of the best-ranked nodes get the answer about right."""
+        order_k = node_k[rank_k.argsort()]
+        sizes = [size for size in _STARTS if size < len(order_k)] or [len(order_k)]
+        off_c = self._off(torch.stack([core_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
+        good = (off_c <= _START_OFF).nonzero().flatten().tolist()
+        return sizes[good[0] if good else -1]
+
+    def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
+        """The circuit with the nodes added by whose gradient it comes nearest to the level's bounds; and whether it is within."""
+        absent_uf = ~self.loss.superset_uf
+        off = self.loss.worst(kept_f, level)
+        for _ in range(self.config.rounds):
+            if off <= 1:
+                break
+            rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
+            gradient_rf, _ = self.masked.gradient(rows_rf, lambda logits_rv: self.loss.superset_terms(logits_rv, level))
+            in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
+            gradient_f = torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, torch.inf)
+            order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
+            tried = [kept_f.index_fill(0, order_k[:size], True) for size in _ADDED if size <= len(order_k)]
+            offs = [self.loss.worst(each_f, level) for each_f in tried]
+            best = min(range(len(tried)), key=lambda place: max(1.0, offs[place]), default=None)
+            if best is None or offs[best] >= off:
+                break
+            kept_f, off = tried[best], offs[best]
+        return kept_f, off <= 1
+
+    def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
+        """The circuit less the nodes outside its core that are missed least when they are deleted alone."""
+        for _ in range(self.config.sweeps):
+            node_k = (kept_f & ~core_f).nonzero().flatten()
+            if not 0 < len(node_k) <= _DELETED:
+                break
+            off_k = self.loss.miss(self.masked.logits_without(kept_f, node_k)).abs()
+            order_f = torch.zeros(kept_f.shape, device=kept_f.device).index_copy_(0, node_k, off_k)
+            kept_f = self._fewest(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
+            if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
+                break
+        return kept_f
+
+    def _fewest(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
+        """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""
+        others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
+        order_k = torch.where(others_f, order_f, -torch.inf).argsort(descending=True, stable=True)[: int(others_f.sum())]
+        low, high = -1, len(order_k)  # low is not within, high is taken to be
+        size, factor = min(max(1, guess), high - 1), 1.6
+        while high - low > max(1, high // 25):
+            if self.loss.within(core_f.index_fill(0, order_k[:size], True), level):
+                high = size
+            else:
+                low = size
+            if low < 0:
+                size, factor = int(high / factor), factor * 1.2
+            elif high == len(order_k):
+                size, factor = min(int(low * factor) + 1, (low + high + 1) // 2), factor * 1.3
+            else:
+                size = round(((low + 1) * (high + 1)) ** 0.5) - 1
+            size = min(max(size, low + 1), high - 1)
+        return core_f.index_fill(0, order_k[:high], True)
+
+
+def _ranks(value_k: Tensor) -> Tensor:
+    """Rank of every value, the largest 0."""
+    order_k = value_k.argsort(descending=True, stable=True)
+    return torch.empty_like(order_k).index_copy_(0, order_k, torch.arange(len(order_k), device=order_k.device))

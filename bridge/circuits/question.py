@@ -1,0 +1,108 @@
+"""The question that a circuit answers: why these tokens, rather than others, follow these prompts.
+
+    d = log sum over answer of exp(logit) - log sum over against of exp(logit)
+
+is the log-odds of the answer against all other tokens by default ("why this token at all"); against one token it is a logit
+difference; a task has sets of tokens on either side. A prompt's question has one row, a task's a row for every prompt.
+
+Shape legend: b prompt (row), t token, k token ids of a side, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Prompts, and which next tokens are asked about.
+
+    prompt_bt              int64, padded on the right
+    last_b                 int64, the position after which the answer comes
+    answer_bk, against_bk  int64, token ids of either side, -1 where there are fewer than k
+    answer_not_b, against_not_b  bool: the side is every token but the ids listed for it
+
+    Raises ValueError where there is nothing to ask.
+    """
+
+    prompt_bt: Tensor
+    last_b: Tensor
+    answer_bk: Tensor
+    against_bk: Tensor
+    answer_not_b: Tensor
+    against_not_b: Tensor
+
+    def __post_init__(self) -> None:
+        if self.prompt_bt.dim() != 2 or not self.prompt_bt.numel():
+            raise ValueError(f"prompts are rows of at least one token, not a tensor of shape {tuple(self.prompt_bt.shape)}")
+        same = (self.answer_bk[:, :1] == self.against_bk[:, :1]).all(1) & (self.answer_not_b == self.against_not_b)
+        if bool(same.any()):
+            raise ValueError(
+                f"answer and contrast are both token {int(self.answer_bk[same][0, 0])}; ask about two different ones"
+            )
+
+    @staticmethod
+    def of_prompt(tokens_t: Tensor, answer: int, against: int | None = None) -> Question:
+        """Why one token follows a prompt: against one other, or against all others where `against` is None."""
+        if tokens_t.dim() != 1 or not len(tokens_t):
+            raise ValueError(f"a prompt is a row of at least one token, not a tensor of shape {tuple(tokens_t.shape)}")
+        device, every = tokens_t.device, against is None
+        answer_bk = torch.tensor([[answer]], device=device)
+        against_bk = torch.tensor([[answer if against is None else against]], device=device)
+        last_b, no_b = torch.tensor([len(tokens_t) - 1], device=device), torch.zeros(1, dtype=torch.bool, device=device)
+        return Question(tokens_t[None], last_b, answer_bk, against_bk, no_b, no_b | every)
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.last_b)
+
+    @property
+    def tokens_t(self) -> Tensor:
+        """The tokens of the one prompt. Raises ValueError where there are several."""
+        if len(self) != 1:
+            raise ValueError(f"the question has {len(self)} prompts; this is about a single one")
+        return self.prompt_bt[0]
+
+    @property
+    def answer(self) -> int:
+        """The first answer token of the one prompt."""
+        return int(self.answer_bk[0, 0]) if self.tokens_t is not None else -1
+
+    @property
+    def contrast(self) -> int | None:
+        """The token that the one prompt's answer is held against; None where that is every other."""
+        return None if bool(self.against_not_b[0]) else int(self.against_bk[0, 0])
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether every prompt ends at the last position."""
+        return bool((self.last_b == self.prompt_bt.shape[1] - 1).all())
+
+    def rows(self, row_b: Tensor) -> Question:
+        """Some of the prompts, by index, no longer than they need to be."""
+        few = {field.name: getattr(self, field.name)[row_b] for field in fields(self)}
+        few["prompt_bt"] = few["prompt_bt"][:, : int(few["last_b"].max()) + 1]
+        return replace(self, **few)
+
+    def difference(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """d_r in nats of the logits after the prompts of row_r; by default row by row, or all rows after the one prompt."""
+        sides = (self.answer_bk, self.answer_not_b), (self.against_bk, self.against_not_b)
+        logits_rv = logits_rv if logits_rv.dtype == torch.float64 else logits_rv.float()
+        row_r = torch.arange(len(self), device=self.last_b.device) if row_r is None else row_r
+        over, under = (log_sum(logits_rv, id_bk[row_r], not_b[row_r]) for id_bk, not_b in sides)
+        return over - under
+
+
+def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
+    """Log of the summed exponentials of the logits listed, or of all others where not_r; one row of ids serves all rows."""
+    there_rk = id_rk >= 0
+    picked_rk = logits_rv.gather(-1, id_rk.clamp(min=0).expand(len(logits_rv), -1)).masked_fill(~there_rk, -torch.inf)
+    listed_r = picked_rk.logsumexp(-1)
+    if not bool(not_r.any()):
+        return listed_r
+    place_rk = torch.where(there_rk, id_rk, id_rk[:, :1]).expand(len(logits_rv), -1)
+    others_r = logits_rv.scatter(-1, place_rk, -torch.inf).logsumexp(-1)
+    return torch.where(not_r, others_r, listed_r)

@@ -1,0 +1,172 @@
+"""A measure beside its control, what it is held to, and the verdict that follows from a table of rules.
+
+    Criterion   value >= bound or <= bound, and the control on the other side; it judges, and it prints as it judges
+    Measure     a value, its interval, the control, the criterion (None: it is said, and bounds nothing)
+    Rule        a verdict and the measures that it takes; a Report has the rules in order, weakest verdict first
+    Report      the measures of one circuit; verdict and reasons follow from them and cannot be set
+
+What could not be measured grants nothing: a measure without a value, or without the control that its criterion asks for, has not
+passed, and its note says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Op = Literal[">=", "<="]
+Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
+
+    what: str
+    draws: int
+    mean: float
+    bar: float
+    bar_is: str
+
+    @staticmethod
+    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
+        """The control of some draws; None where there are none."""
+        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
+
+    def text(self, number: Callable[[float], str] = "{:.3f}".format) -> str:
+        """In words: what it is and its mean, and the bar where that says more."""
+        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {number(self.bar)})"
+        return f"{self.what} {number(self.mean)}{bar}"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a value is held to: `op` bound, and where beyond_control is set, beyond the control's bar as well.
+
+    control_bound, where given, is what the control's mean must be on the other side of: a circuit that does something which other
+    nodes do too shows nothing.
+    """
+
+    op: Op
+    bound: float
+    beyond_control: bool = False
+    control_bound: float | None = None
+
+    def met(self, value: float, control: Control | None) -> bool | None:
+        """Whether a value meets it; None where it asks for a control and there is none."""
+        if control is None and (self.beyond_control or self.control_bound is not None):
+            return None
+        up = self.op == ">="
+        good = value >= self.bound if up else value <= self.bound
+        if self.beyond_control and control is not None:
+            good = good and (value > control.bar if up else value < control.bar)
+        if self.control_bound is not None and control is not None:
+            good = good and (control.mean <= self.control_bound if up else control.mean >= self.control_bound)
+        return good
+
+    def __str__(self) -> str:
+        parts = [f"{self.op} {self.bound:g}"]
+        if self.beyond_control:
+            parts.append(f"{'above' if self.op == '>=' else 'below'} the control")
+        if self.control_bound is not None:
+            parts.append(f"control {'<=' if self.op == '>=' else '>='} {self.control_bound:g}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One of the values behind a measure, such as a site's, a group's or a node's: what it is of, and its numbers by name."""
+
+    label: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure. key names it in rules and in JSON, name in print; value and control are in the measure's own unit.
+
+    interval is a 95 % interval, where one can be had; ceiling what the best possible circuit reaches.
+    """
+
+    key: str
+    name: str
+    value: float | None
+    criterion: Criterion | None = None
+    control: Control | None = None
+    interval: tuple[float, float] | None = None
+    ceiling: float | None = None
+    note: str = ""
+    points: tuple[Point, ...] = ()
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the criterion is met; None where there is none, or it could not be judged."""
+        if self.value is None or self.criterion is None:
+            return None
+        return self.criterion.met(self.value, self.control)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A verdict, the keys of the measures that it takes beyond those of weaker verdicts, and what it says in a sentence.
+
+    `refuted` tells whether a needed measure that fails refutes the circuit, rather than leaving it at the verdict before.
+    """
+
+    verdict: Verdict
+    needs: tuple[str, ...]
+    says: str
+    refuted: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measures of a circuit, and the rules that they were judged by, weakest verdict first."""
+
+    measures: tuple[Measure, ...]
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        known = {measure.key for measure in self.measures}
+        missing = [key for rule in self.rules for key in rule.needs if key not in known]
+        if missing:
+            raise ValueError(f"a rule needs the measure {missing[0]!r}, which the report has not; leave none out")
+
+    def __getitem__(self, key: str) -> Measure:
+        """The measure of a key. Raises KeyError where there is none."""
+        return next((measure for measure in self.measures if measure.key == key), None) or _no_measure(key)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The strongest verdict of which every rule up to it holds."""
+        return self._judged()[0]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the verdict is what it is: a sentence each."""
+        return self._judged()[1]
+
+    def _judged(self) -> tuple[Verdict, tuple[str, ...]]:
+        verdict: Verdict = "undecided"
+        said: tuple[str, ...] = ()
+        for rule in self.rules:
+            needed = [self[key] for key in rule.needs]
+            failed = [
+                f"{m.name} is {m.value:.3g}, not {m.criterion}." for m in needed if m.passed is False and m.value is not None
+            ]
+            unknown = [f"{m.name} could not be judged ({m.note or 'no control'})." for m in needed if m.passed is None]
+            if failed and rule.refuted is not None:
+                return rule.refuted, tuple(map(_sentence, failed))
+            if failed or unknown:
+                return verdict, (*said, *map(_sentence, failed + unknown))
+            verdict, said = rule.verdict, (rule.says,)
+        return verdict, said
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _no_measure(key: str) -> Measure:
+    raise KeyError(f"there is no measure {key!r}")
