@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss
+from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested
 from bridge.evidence.controls import active_nodes, integrated_gradients
 
@@ -171,5 +172,9 @@ def backup(loss: CircuitLoss, kept_f: Tensor) -> Backup | None:
     if not len(node_k):
         return None
     left = float(loss.left(loss.masked.logits(loss.complement(kept_f)[None])))
-    strongest = tuple(str(loss.masked.space.node(place)) for place in node_k[:_STRONGEST].tolist())
-    return Backup(left, len(node_k), strongest)
+    return Backup(left, len(node_k), strongest(loss.masked, node_k))
+
+
+def strongest(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:
+    """The names of the first few of some nodes."""
+    return tuple(str(masked.space.node(place)) for place in node_k[:_STRONGEST].tolist())
