@@ -112,7 +112,8 @@ class Nulls:
     def _keep(self, done: Mapping[str, NullResult]) -> None:
         self.__dict__.pop("_settings", None)  # the uncoupled model may have come to be since
         values = asdict(Stored(FORMAT, self._settings, tuple(done.values())))
-        write_json(self._folder / FILE, values)
+        there: dict[str, Any] = read_json(self._folder / FILE) if (self._folder / FILE).is_file() else {}
+        write_json(self._folder / FILE, {**there, **values})  # those of prompts stay
 
     def _subjects(self, name: NullName, progress: Say) -> Subjects:
         """The coupling of a null."""

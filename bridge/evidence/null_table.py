@@ -1,7 +1,7 @@
 """The nulls of prompts kept with a coupling: of how many explanations each null earns "representational" or better.
 
-nulls.json in the coupling's folder has them under the key `prompts`, beside those of tasks, with what they depend on: the coupling,
-and the bounds of search and evidence. Others' are never taken for this one's.
+nulls.json in the coupling's folder has them under the key `prompts`, beside those of tasks, with what they depend on: the
+coupling, and the bounds of search and evidence. Others' are never taken for this one's.
 """
 
 from __future__ import annotations

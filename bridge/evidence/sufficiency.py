@@ -72,22 +72,15 @@ class Backup:
 
 
 def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
-    """Every nested circuit measured; of the two largest few supersets are drawn, and no adversary is sent."""
-    levels = len(nested.levels)
-    kept_lf = torch.stack([nested.kept(place) for place in range(levels)])
-    large = max(levels - _LARGE, 1)
-    adversary_l = [*adversary(loss, kept_lf[:large]).tolist(), *[None] * (levels - large)]
-    return tuple(
-        measure_circuit(
-            loss,
-            kept_f,
-            superset_draws(loss, _DRAWS if place < large else _DRAWS_LARGE, seed + place),
-            nested.levels[place].faithfulness,
-            adversary_l[place],
-            nested.off[place] <= 1,
-        )
-        for place, kept_f in enumerate(kept_lf)
-    )
+    """Every nested circuit measured; of the two largest few supersets are drawn, and the adversary is sent to the opening one."""
+    opening, large = loss.config.opening, len(nested.levels) - _LARGE
+    measured = []
+    for place, level in enumerate(nested.levels):
+        kept_f = nested.kept(place)
+        superset_uf = superset_draws(loss, _DRAWS if place < large or place == opening else _DRAWS_LARGE, seed + place)
+        lowest = float(adversary(loss, kept_f[None])[0]) if place == opening else None  # half of the time that evidence takes
+        measured.append(measure_circuit(loss, kept_f, superset_uf, level.faithfulness, lowest, nested.off[place] <= 1))
+    return tuple(measured)
 
 
 def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
