@@ -1,7 +1,7 @@
 """Of some nodes (or edges) the fewest that are good enough: as many of a ranking as it takes, then deletions over and over.
 
-What is good, and what each is worth, a Judge says: the search of a prompt's circuit, of its levels, and of a task's nodes and
-edges have one each, and share what follows from it.
+What is good, and what each is worth, a Judge says: the searches of a task's nodes and of its edges have one each, and share what
+follows from it.
 
     fewest      the first few of a ranking that meet the bounds: sizes around a guess are tried in one batch, then between the
                 largest that did not and the smallest that did

@@ -265,12 +265,14 @@ def _tree(distance_mm: Array, sublayer_m: Array) -> Array:
 
 def _cut(trees: list[tuple[Array, Array]], config: GroupConfig) -> float:
     """The height at which all trees are cut: `distance`, or the least above it that leaves `most` groups, or as few as can be."""
-    heights = np.concatenate([tree[:, 2] for _, tree in trees]) if trees else np.zeros(0)
-    heights = np.sort(heights[(heights > config.distance) & (heights < _APART)])
-    total = sum(len(here_m) for here_m, _ in trees)
-    joined = sum(int((tree[:, 2] <= config.distance).sum()) for _, tree in trees)
-    more = total - joined - config.most  # every join leaves a group less
-    return float(heights[min(more, len(heights)) - 1]) if more > 0 and len(heights) else config.distance
+    heights = np.concatenate([tree[:, 2] for _, tree in trees])
+    heights = [config.distance, *np.unique(heights[(heights > config.distance) & (heights < _APART)]).tolist()]
+    low, high = 0, len(heights) - 1
+    while low < high:
+        middle = (low + high) // 2
+        count = sum(len(_clusters(len(here_m), tree, heights[middle], config.largest)) for here_m, tree in trees)
+        low, high = (low, middle) if count <= config.most else (middle + 1, high)
+    return float(heights[low])
 
 
 def _clusters(count: int, tree: Array, cut: float, largest: int) -> list[list[int]]:

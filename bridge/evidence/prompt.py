@@ -47,7 +47,7 @@ class EvidenceConfig:
     behind: float = 1 / 3  # of the sparse loss, that a change must carry for its site to count: elsewhere 0 is divided by 0
     # dense over sparse loss at its least: shuffled bridges reach at most .20 where their circuits are searched without errors (an
     # uncoupled model about .1), the shipped couplings .3 to 1.1, with a median of .65; with errors few nulls come so far
-    ratio: float = 0.3
+    ratio: float = 0.25
     best: float = 0.6  # of the span, lost in the dense model at the best site
     matched_lost: float = 0.1  # of the span, by deleting matched nodes, carried into dense at the same sites
     lost: float = 0.8  # of the span, by deleting the circuit, or it and its backup

@@ -41,6 +41,7 @@ from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
+from bridge.sparse import ERROR
 from bridge.steer import steer
 from bridge.tasks.pairs import load_task, task_names
 from bridge.tasks.templates import TASKS
@@ -292,7 +293,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )  # fmt: skip
     async def steered(id: str, body: schema.Steering) -> schema.Steered:
         job, found = await asyncio.to_thread(_readable, jobs, id)
-        if body.node not in {node.id for node in found.nodes}:
+        if body.node not in {node.id for node in found.nodes if node.kind != ERROR}:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit; name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
