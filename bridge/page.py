@@ -1,13 +1,13 @@
 """An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
 
     {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text},
-     "served": bool, "job": the explanation's id on the server or null, "pending": whether its card was being computed}
+     "served": bool, "job": the explanation's id on the server or null}
 
 is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
 element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
 head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
 
-Pages of nodes are there where `bridge nodes` has been run on the coupling, for the nodes that the page draws at first.
+Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit that the page opens at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
 
-DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in: as many as the viewer draws unasked
+DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
 
 
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
@@ -44,14 +44,13 @@ def page_data(
     labels: Mapping[str, str] | None = None,
     *,
     job: str | None = None,
-    pending: bool = False,
 ) -> dict[str, Any]:
     """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name.
 
-    job is the explanation's id where a server shows it, pending whether that is still at its card.
+    job is the explanation's id where a server shows it.
     """
     values = {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {})}
-    return {**values, "served": job is not None, "job": job, "pending": pending}
+    return {**values, "served": job is not None, "job": job}
 
 
 def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, dict[str, Any]]:
@@ -85,7 +84,7 @@ def render_html(data: Mapping[str, Any]) -> str:
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     prompt = " ".join(data["explanation"]["prompt"].split())
-    title = f"{prompt[-60:]} \u2192 {data['explanation']['target']['text'].strip()}"
+    title = f"{prompt[-60:]} \u2192 {data['explanation']['answer']['text'].strip()}"
     parts = {
         "policy": escape(policy),
         "title": escape(title.encode(errors="replace").decode()),
