@@ -20,7 +20,7 @@ export function drawBar(model, bar, state, set, graph) {
   const { nested, opening } = model.explanation;
   const circuit = nested[state.level];
   const listed = model.nodes.filter((node) => node.level <= state.level).length;
-  const told = `${levelName(circuit)}: ${nodeCount(circuit.nodes)}${circuit.errors ? `, ${count(circuit.errors)} of them ${circuit.errors === 1 ? "an error" : "errors"}` : ""}`;
+  const told = `${levelName(circuit)}: ${nodeCount(circuit.nodes)}${circuit.errors ? ` (${count(circuit.errors)} ${circuit.errors === 1 ? "error" : "errors"})` : ""}`;
   const levels =
     nested.length > 1 &&
     h(
@@ -51,18 +51,18 @@ export function drawBar(model, bar, state, set, graph) {
       ),
     );
   const notes = [
-    !circuit.within && h("p", { class: "note bad" }, "The search did not reach all that it asks of this circuit."),
+    !circuit.within && "The search did not reach all that it asks of this circuit.",
     state.level !== opening &&
       nested.length > 1 &&
-      h("p", { class: "note" }, `Verdict, effects and edges are of the circuit at ${levelName(nested[opening])}.`),
+      `Verdict, effects and edges are of the circuit at ${levelName(nested[opening])}.`,
     listed < circuit.nodes &&
-      h("p", { class: "note" }, `${count(listed)} drawn; ${nodeCount(circuit.nodes - listed)} more are counted and measured, not drawn.`),
+      `${count(listed)} are drawn; ${count(circuit.nodes - listed)} more are counted and measured, not drawn.`,
   ];
   const closed = graph.groups().some((key) => !state.open.has(key));
   const input = bar.querySelector("#level");
   const line = [
-    h("div", { class: "bar-text" }, h("h2", { id: "level-text" }, told), notes),
-    h(
+    h("h2", { id: "level-text" }, told),
+    circuit.nodes > 0 && h(
       "dl",
       { class: "facts" },
       FACTS.map(([name, what, text]) => h("div", { title: what }, h("dt", {}, name), h("dd", {}, text(circuit)))),
@@ -73,6 +73,7 @@ export function drawBar(model, bar, state, set, graph) {
         { type: "button", id: "open-all", class: "link", onclick: () => set({ open: new Set(closed ? graph.groups() : []) }) },
         closed ? "Open all groups" : "Close all groups",
       ),
+    notes.some(Boolean) && h("p", { class: "note", id: "level-note" }, notes.filter(Boolean).join(" ")),
   ];
   if (input && levels) {
     // the slider stays the same element while it is dragged

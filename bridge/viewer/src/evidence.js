@@ -138,7 +138,7 @@ export function drawEvidence(model, sheet, choose, set, level) {
   const { report, nested, opening, backup } = model.explanation;
   put(
     sheet,
-    h(
+    nested[opening].nodes > 0 && h(
       "section",
       {},
       h("h3", {}, "Nested circuits"),
@@ -157,7 +157,7 @@ export function drawEvidence(model, sheet, choose, set, level) {
       "section",
       {},
       h("h3", {}, "Evidence"),
-      h("p", { class: "lead" }, `Of the circuit at ${levelName(nested[opening])}. A dot is the measure, a bar its control from mean to hardest draw, the tinted region what passes.`),
+      h("p", { class: "lead" }, `${nested[opening].nodes ? `Of the circuit at ${levelName(nested[opening])}. ` : ""}A dot is the measure, a bar its control from mean to hardest draw, the tinted region what passes.`),
       report.measures.map((measure) => drawMeasure(measure, choose, model)),
     ),
     h(

@@ -67,7 +67,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const label = (row, place) => {
       const [layer, step] = heightName(row.name),
         middle = row.y + row.height / 2 + 4,
-        again = place > 0 && heightName(rows[place - 1].name)[0] === layer;
+        again = rows.slice(0, place).some((other) => heightName(other.name)[0] === layer);
       return [
         !again && s("text", { class: "layer", x: 10, y: middle }, layer),
         s("text", { class: "kind", x: LABELS - 6, y: middle, "text-anchor": "end" }, step),
@@ -78,6 +78,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       bands,
       rows.map((row) => s("rect", { class: "band", x: 0, y: row.y, width, height: row.height, rx: 4 })),
       columns.slice(1).map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: 48, y2: height })),
+      !rows.length && s("text", { class: "nothing", x: width / 2, y: height / 2, "text-anchor": "middle" }, "There is no circuit to draw: the verdict says why."),
     );
     const { x, y } = layout.answer,
       { answer: asked } = model.explanation;
@@ -89,7 +90,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         "g",
         { class: "goal", transform: `translate(${x},${y})` },
         s("title", {}, dOf(model.explanation, plain).join("")),
-        s("rect", { x: -54, y: -16, width: 108, height: 30, rx: 15 }),
+        s("rect", { x: -64, y: -16, width: 128, height: 30, rx: 15 }),
         s("text", { y: 4, "text-anchor": "middle" }, first ? `${text}  ${percent(first.probability)}` : text),
       ),
     );
@@ -124,7 +125,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
           s("rect", { class: "query", x: column.x + 3, y: 3, width: column.width - 6, height: height - 6, rx: 5 }),
         column.upright
           ? s("text", { transform: `translate(${column.center + 4},${height - 8}) rotate(-90)` }, column.text)
-          : s("text", { x: column.center, y: height - 12, "text-anchor": "middle" }, column.text),
+          : s("text", { x: column.center, y: height / 2 + 4, "text-anchor": "middle" }, column.text),
         s("title", {}, `${told}${size ? `\nattention ${percent(size)}` : ""}`),
       );
     };
@@ -206,12 +207,12 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   function edges(group, list) {
     const most = Math.max(Math.abs(links[0]?.effect ?? 0), 1e-9);
     const thick = scaleSqrt().domain([0, most]).range([0.5, 8]).clamp(true);
-    const drawn = portsOf(layout, list).map((each) =>
+    const drawn = portsOf(layout, list).map((each, lane) =>
       s(
         "path",
         {
           class: side(each.link.effect),
-          d: route(each),
+          d: route(layout, each, lane),
           "stroke-width": thick(Math.abs(each.link.effect)).toFixed(2),
           "stroke-opacity": (0.22 + 0.5 * Math.sqrt(Math.abs(each.link.effect) / most)).toFixed(2),
         },

@@ -11,7 +11,7 @@ export const PAD = 9;
 const CARDS = [170, 146]; // widths of a card, the second where there is little room
 const LINE = 14,
   GAP = 9,
-  GUTTER = 12,
+  GUTTER = 16,
   ROW_GAP = 11,
   TOP = 44, // the answer
   LEAF = 21,
@@ -147,7 +147,7 @@ function columnsOf(tokens, cards, read, free) {
     const [position] = positions;
     const has = widest.has(position);
     const text = positions.length > 1 ? `${positions.length} tokens` : null;
-    const lines = fitLines(text ?? tokens[position].text, 88, TOKEN_FONT, 1);
+    const lines = fitLines(text ?? tokens[position].text, upright && !has && position !== last ? UPRIGHT - 14 : 88, TOKEN_FONT, 1);
     const flat = 7.3 * [...lines[0]].length + 8;
     const own = positions.length > 1 ? 70 : upright && !has && position !== last ? 15 : Math.max(22, flat);
     return {
@@ -156,7 +156,7 @@ function columnsOf(tokens, cards, read, free) {
       run: positions.length > 1,
       upright: upright && positions.length === 1 && own < flat && !has,
       cards: has,
-      wide: Math.max(own, widest.get(position) ?? 0, position === last ? 120 : 0),
+      wide: Math.max(own, widest.get(position) ?? 0, position === last ? 134 : 0),
     };
   };
   const every = tokens.map((_, position) => [position]);
@@ -196,7 +196,7 @@ function placeLeaves(box, leaves) {
 
 /** The box that a key is drawn as; null where it is not drawn. */
 export function boxOf(layout, key) {
-  if (key === "answer") return { key, x: layout.answer.x - 50, y: 6, w: 100, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
+  if (key === "answer") return { key, x: layout.answer.x - 64, y: 6, w: 128, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
   if (key.startsWith("input:")) {
     const column = layout.columns.find((each) => each.positions.includes(Number(key.slice(6))));
     return column ? { key, x: column.x + 4, y: layout.height, w: column.width - 8, h: 0, row: layout.rows.length, column } : null;
@@ -235,24 +235,15 @@ export function portsOf(layout, links) {
   return boxed;
 }
 
-/** The path of an edge: straight up to the next row, else through the gutter beside a column, so that it crosses no card. */
-export function route({ from, to, start, stop }) {
-  if (from.row === to.row) {
-    const right = to.x >= from.x + from.w,
-      [x, u] = right ? [from.x + from.w, to.x] : [from.x, to.x + to.w];
-    const aside = right || to.x + to.w <= from.x;
-    const y = from.y + from.h / 2 + (aside ? 0 : -6),
-      v = to.y + to.h / 2;
-    if (aside) return `M${x} ${y}C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u} ${v}`;
-    const side = Math.min(from.x, to.x) - 14; // one above the other
-    return `M${from.x} ${y}C${side} ${y} ${side} ${v} ${to.x} ${v}`;
-  }
+/** The path of an edge: straight where nothing is between, else around the cards, in one of the lanes of a gutter. */
+export function route(layout, { from, to, start, stop }, lane) {
+  const aside = (lane % 4) * 3.5 - 5;
+  if (from.row === to.row && from.row >= 0 && from.row < layout.rows.length) return across(layout, from, to, start, stop, aside);
   const up = Math.min(34, Math.abs(start.y - stop.y) / 2);
-  const near = from.row - to.row === 1;
-  if (near || stop.y >= start.y)
+  if (from.row - to.row === 1 || stop.y >= start.y)
     return `M${start.x} ${start.y}C${start.x} ${start.y - up} ${stop.x} ${stop.y + up} ${stop.x} ${stop.y}`;
   const left = to.column === from.column ? start.x <= from.column.center : to.column.x < from.column.x;
-  const gutter = left ? from.column.x + 3 : from.column.x + from.column.width - 3;
+  const gutter = aside + (left ? from.column.x : from.column.x + from.column.width);
   return bundled([
     [start.x, start.y],
     [start.x, start.y - 8],
@@ -261,4 +252,29 @@ export function route({ from, to, start, stop }) {
     [stop.x, stop.y + 10],
     [stop.x, stop.y],
   ]);
+}
+
+/** An edge within a row: from side to side, or over what stands between. */
+function across(layout, from, to, start, stop, aside) {
+  const y = from.y + from.h / 2,
+    v = to.y + to.h / 2;
+  const right = to.x >= from.x + from.w,
+    leftwards = from.x >= to.x + to.w;
+  const [x, u] = right ? [from.x + from.w, to.x] : [from.x, to.x + to.w];
+  const [low, high] = [Math.min(x, u), Math.max(x, u)];
+  const between = [...layout.at.values()].some((box) => box.row === from.row && box.x < high - 1 && box.x + box.w > low + 1);
+  if ((right || leftwards) && !between) return `M${x} ${y}C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u} ${v}`;
+  if (right || leftwards) {
+    const over = layout.rows[from.row].y - 5 + aside / 2;
+    return bundled([
+      [start.x, from.y],
+      [start.x, over],
+      [start.x, over],
+      [stop.x, over],
+      [stop.x, over],
+      [stop.x, to.y],
+    ]);
+  }
+  const edge = Math.min(from.x, to.x) - 10 + aside; // one above the other
+  return `M${from.x} ${y}C${edge} ${y} ${edge} ${v} ${to.x} ${v}`;
 }
