@@ -33,11 +33,11 @@ from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
 from bridge.kernels.top_k import choose
 from bridge.residual import Enter, Trace
-from bridge.sparse import Gate, Location, SparseTransformer
+from bridge.sparse import ERROR, Gate, Location, SparseTransformer
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
 BIGRAM = Location(-1, "bigram")
-EdgeKind = Literal["weight", "value", "score", "residual", "embedding", "unembedding", "bigram"]
+EdgeKind = Literal["weight", "value", "score", "residual", "embedding", "unembedding", "bigram", "error"]
 KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
 COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
 _ROW_TOKENS = 4096  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
@@ -54,7 +54,9 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The node without its position, as `L0.mlp_act[37]`."""
+        """The node without its position, as `L0.mlp_act[37]`; of an error its site, as `error[3]`."""
+        if self.location.kind == ERROR:
+            return f"error[{self.location.layer}]"
         layer = f"L{self.location.layer}." if self.location.layer >= 0 else ""
         return f"{layer}{self.location.kind}[{self.index}]"
 

@@ -1,18 +1,19 @@
-"""A prompt -> an Explanation: what the dense model answers, the circuit of the sparse model that answers so, and the evidence.
+"""A prompt -> an Explanation: what the dense model answers, nested circuits of the sparse model that follow it, and the evidence.
 
-    tokens      the prompt under the dense model's tokenizer; target and contrast, by default its first and second answer
-    means       of every sparse node over the coupling's reference text
-    search      `prune.find_circuit`: candidates, scores, masks, deletions
-    levels      `levels.nested_circuits`: smaller circuits within it; and nodes deleted alone, for what each does there
-    edges       `flow.draw_edges`, begun with the levels
-    attention   `attention.explain_attention`: what the circuit's heads read, why, and what they move
-    evidence    `validate.validate`, on the sparse and on the dense model
-    card        on demand `card.assess.prompt_card`: further tests on the dense model
+    tokens      the prompt under the dense model's tokenizer; target, by default the dense model's answer, against all other
+                tokens, or against a contrast that is named
+    errors      the dense run, and what makes the sparse model follow it (`circuits/error_nodes`)
+    means       of every node and every error over the coupling's reference text; kept with the coupling
+    search      `circuits/nested`: the nested circuits. Where the span is too small there is nothing to explain, and no search
+    edges       `circuits/flow`: what flows through the opening circuit; attention: what its heads read, why, and what that does
+    groups      `circuits/groups`: nodes that do one job, as one
+    evidence    `evidence/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
 
-Who waits is told before all is known: `explain` hands over an Answered at once, a Drawn, the circuit with the first two
-measures, before the slower evidence, and, where a card is asked for, the Explanation without it before it is computed.
+Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the opening circuit, before the
+slower evidence.
 
-Shape legend: b batch row, t token, f all nodes of a prompt in one row, k the circuit's nodes, v vocabulary.
+Shape legend: b batch row (one), t token, n nodes of a location, f all nodes and errors of a prompt in one row, k some of them by
+their place, s sparse width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.attention import explain_attention
 from bridge.bridges import Coupling
-from bridge.card.assess import counterfactual_tokens, prompt_card
-from bridge.circuit import COUNTED, Ablations, Node, Question, corpus_means
+from bridge.circuit import COUNTED, Node, corpus_means
+from bridge.circuits.attention import explain_attention
+from bridge.circuits.attribution import Edges, draw_edges
+from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.flow import flow_through
+from bridge.circuits.groups import Groups, group_nodes, replacement_and_completeness
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.nested import Nested, find_nested
+from bridge.circuits.question import Question
+from bridge.evidence.prompt import gather
 from bridge.explanation import (
     Answer,
     Answered,
@@ -39,23 +48,20 @@ from bridge.explanation import (
     ExplainError,
     Explanation,
     Provenance,
-    Searched,
     Token,
-    quoted,
 )
-from bridge.flow import Edges, draw_edges
-from bridge.levels import nested_circuits
-from bridge.meanwhile import cores, meanwhile
+from bridge.explanation_text import quoted
+from bridge.meanwhile import cores
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint, token_text
-from bridge.prune import Found, find_circuit
 from bridge.recipe import not_text
-from bridge.validate import Measure, validate
+from bridge.sparse import ERROR, Location
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
-DELETED_TOKENS = 2000  # of masked copies, in which nodes are deleted one by one
+MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
+MOST_EDGES = 5000  # and edges, the strongest ones
+DELETED_TOKENS = 8000  # of masked copies, in which nodes are ablated one by one
 SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a pass than two that wait for each other
-MOST_EDGES = 5000  # that an explanation holds, the strongest ones; what there is beyond is only counted
 
 
 @torch.no_grad()
@@ -65,84 +71,77 @@ def explain(
     *,
     target: str | None = None,
     contrast: str | None = None,
-    card: bool = False,
     counterfactual: str | None = None,
+    config: SearchConfig | None = None,
     seed: int = 0,
     reference_bt: Tensor | None = None,
     progress: Callable[[str], None] | None = None,
-    stage: Callable[[Answered | Drawn | Explanation], None] | None = None,
+    stage: Callable[[Answered | Drawn], None] | None = None,
 ) -> Explanation:
-    """Explain the dense model's next token after a prompt, or why it prefers `target` to `contrast`.
+    """Explain the dense model's next token after a prompt: why it is `target` at all, or rather than `contrast`.
 
-    With `card` the circuit is also tested on the dense model; counterfactual is a prompt of as many tokens whose answer is
-    another, which the first of these tests needs. reference_bt, tokens over which corpus means are taken, is by default the
-    coupling's own; what is computed from them is kept with the coupling. progress is told the phases, stage what is known so
-    far: an Answered, then a Drawn, then, with `card`, the whole Explanation (itself an Answered) but for the card. Either may
-    raise to end the work. Raises ExplainError, or CardError for a counterfactual that cannot be used.
+    counterfactual, a prompt of as many tokens whose answer is another, adds patching to the evidence. reference_bt, tokens over
+    which means are taken, is by default the coupling's own; what is computed from them is kept with the coupling. progress is
+    told the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the work. Raises ExplainError.
     """
     say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
-    dense, sparse = coupling.dense, coupling.sparse
+    config = replace(config or SearchConfig(), seed=seed)
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
     tokens_t = prompt_tokens(coupling, prompt)
-    swapped_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
+    other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     say("tokens: both models' answers")
-    dense_v = dense.run(tokens_t[None]).logits_btv[0, -1].float()
-    sparse_v = sparse.run(tokens_t[None], last_only=True).logits_btv[0, -1]
-    question = _question(coupling, tokens_t, dense_v, target, contrast)
-    tokenizer = dense.tokenizer
-    answered = Answered(
-        prompt=prompt,
-        tokens=tuple(token_of(tokenizer, token) for token in tokens_t.tolist()),
-        target=token_of(tokenizer, question.target),
-        contrast=token_of(tokenizer, question.contrast),
-        dense=top_answers(tokenizer, dense_v),
-        sparse=top_answers(tokenizer, sparse_v),
-        dense_difference=float(question.difference(dense_v)),
-        sparse_difference=float(question.difference(sparse_v)),
-    )
-    hand_over(answered)
-
-    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(sparse.device)
+    followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1], device=tokens_t.device))
+    question = _question(coupling, tokens_t, followed.dense_bv[0], target, contrast)
+    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
     say(f"means: {used_bt.numel():,} tokens of reference text")
-    ablations = Ablations(sparse, question, coupling.once("means", used_bt, lambda: corpus_means(sparse, used_bt)))
-    every = torch.get_num_threads()
-    short = 1 if ablations.space.size <= SHORT else every
-    with cores(short if ablations.copies is None else every):  # whose halves do not wait for each other
-        found = find_circuit(ablations, seed=seed, progress=say)
-    with cores(short):
-        known = _known_of(coupling, ablations, found, used_bt, seed, say, hand_over)
-    explanation = Explanation(**vars(answered), **known, provenance=_provenance(coupling, used_bt, seed))
-    if not card:
-        return explanation
-    hand_over(explanation)
-    tested = prompt_card(coupling, found.circuit, explanation.faithfulness, swapped_t, seed=seed, progress=say)
-    return replace(explanation, card=tested)
+    means = {
+        **coupling.once("means", used_bt, lambda: corpus_means(coupling.sparse, used_bt)),
+        **coupling.once("error means", used_bt, lambda: error_means(coupling, used_bt)),
+    }
+    masked = MaskedModel(coupling.sparse, question, means, followed.errors)
+    with cores(1 if masked.space.size <= SHORT else torch.get_num_threads()):
+        loss = CircuitLoss(masked, followed.dense_bv, config)
+        answered = _answered(coupling, prompt, loss)
+        hand_over(answered)
+        say("search")
+        nested = find_nested(loss, say) if abs(loss.span) >= config.least_span else _none_found(loss)
+        kept_f = nested.kept(config.opening)
+        say("edges")
+        flow = flow_through(masked, kept_f)
+        edges = draw_edges(flow, MOST_EDGES, say)
+        say("groups")
+        groups = group_nodes(coupling, flow, edges)
+        replacement, completeness = replacement_and_completeness(flow, edges)
+        drawn = _drawn(coupling, loss, nested, edges, groups)
+        hand_over(drawn)
+        say("attention")
+        attention = explain_attention(flow)
+        evidence = gather(coupling, loss, nested, followed, groups.masks, other_t, config=config, seed=seed, progress=say)
+    return Explanation(
+        **vars(answered),
+        report=evidence.report,
+        nested=evidence.nested,
+        opening=drawn.opening,
+        nodes=drawn.nodes,
+        edges=drawn.edges,
+        groups=tuple(
+            replace(group, dense_effect=effect) for group, effect in zip(drawn.groups, evidence.group_dense_effects, strict=True)
+        ),
+        group_edges=drawn.group_edges,
+        attention=attention.heads,
+        attention_left_out=attention.left_out,
+        counts=drawn.counts,
+        replacement=replacement,
+        completeness=completeness,
+        backup=evidence.backup,
+        config=config,
+        provenance=_provenance(coupling, used_bt, seed),
+    )
 
 
-def _known_of(
-    coupling: Coupling, ablations: Ablations, found: Found, used_bt: Tensor, seed: int, say: Callable[[str], None],
-    hand_over: Callable[[Drawn], None],
-) -> dict[str, Any]:  # fmt: skip
-    """What an Explanation holds of a circuit that was found. Edges are drawn in a thread, beside all that needs none."""
-    sparse, circuit = coupling.sparse, found.circuit
-    known: dict[str, Any] = {"searched": Searched(found.n_active, found.n_candidates, found.silenced, found.complete)}
-
-    def draw(*sufficiency: Measure) -> None:
-        edges = drawn()
-        known["edges"] = tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest)
-        known["counts"] = _counts(found, edges)
-        hand_over(Drawn(**known, sufficiency=(sufficiency[0], sufficiency[1])))
-
-    say("levels")
-    with meanwhile(lambda tell: draw_edges(sparse, circuit, MOST_EDGES, tell), say) as drawn:
-        known["levels"], level_f = nested_circuits(ablations, found.kept_f)
-        known["nodes"] = _explained(coupling, ablations, found, level_f)
-        known["faithfulness"] = validate(coupling, ablations, circuit, used_bt, seed=seed, progress=say, sufficient=draw)
-    say("attention")
-    attention = explain_attention(sparse, circuit)
-    return {**known, "attention": attention.heads, "attention_left_out": attention.left_out}
+# -- the question -------------------------------------------------------------------------------------------------------------
 
 
 def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
@@ -162,14 +161,23 @@ def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
     return torch.tensor(ids, device=coupling.dense.device)
 
 
+def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
+    """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises ExplainError."""
+    if len(other_t) != len(tokens_t):
+        counts = f"{len(other_t)} tokens and the prompt {len(tokens_t)}"
+        raise ExplainError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
+    if torch.equal(other_t.to(tokens_t), tokens_t):
+        raise ExplainError("the counterfactual is the prompt itself; change what decides the answer")
+    return other_t
+
+
 def _question(coupling: Coupling, tokens_t: Tensor, dense_v: Tensor, target: str | None, contrast: str | None) -> Question:
-    first, second = dense_v.topk(2).indices.tolist()
-    chosen = first if target is None else one_token(coupling, target, "target")
-    against = (second if chosen == first else first) if contrast is None else one_token(coupling, contrast, "contrast")
-    if chosen == against:
+    answer = int(dense_v.argmax()) if target is None else one_token(coupling, target, "target")
+    against = None if contrast is None else one_token(coupling, contrast, "contrast")
+    if answer == against:
         whose = "the dense model's own answer" if target is None else f"both {target!r}"
         raise ExplainError(f"target and contrast are {whose}; name two different tokens")
-    return Question(tokens_t, chosen, against)
+    return Question.of_prompt(tokens_t, answer, against)
 
 
 def one_token(coupling: Coupling, text: str, role: str) -> int:
@@ -200,36 +208,112 @@ def top_answers(tokenizer: Any, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(token_of(tokenizer, token), probability) for token, probability in pairs)
 
 
-def _explained(coupling: Coupling, ablations: Ablations, found: Found, level_f: Tensor) -> tuple[ExplainedNode, ...]:
-    question, kept_f = found.circuit.question, found.kept_f
-    place_k = kept_f.nonzero().flatten()
-    if not len(place_k):
+def _answered(coupling: Coupling, prompt: str, loss: CircuitLoss) -> Answered:
+    question, tokenizer = loss.masked.question, coupling.dense.tokenizer
+    sparse_v = coupling.sparse.run(question.prompt_bt, last_only=True).logits_btv[0, -1].float()
+    contrast = question.contrast
+    return Answered(
+        prompt=prompt,
+        tokens=tuple(token_of(tokenizer, token) for token in question.tokens_t.tolist()),
+        answer=token_of(tokenizer, question.answer),
+        contrast=None if contrast is None else token_of(tokenizer, contrast),
+        dense=top_answers(tokenizer, loss.model_bv[0]),
+        sparse=top_answers(tokenizer, sparse_v),
+        dense_d=loss.model,
+        sparse_d=float(question.difference(sparse_v[None])),
+        nothing_d=loss.nothing,
+    )
+
+
+# -- the circuit --------------------------------------------------------------------------------------------------------------
+
+
+def _none_found(loss: CircuitLoss) -> Nested:
+    """Empty circuits, where there is nothing to search for."""
+    levels = loss.config.nested()
+    level_f = torch.full((loss.masked.space.size,), len(levels), device=loss.model_bv.device)
+    return Nested(levels, level_f, (torch.inf,) * len(levels))
+
+
+def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, edges: Edges, groups: Groups) -> Drawn:
+    masked, opening = loss.masked, loss.config.opening
+    all_1f = torch.ones(1, masked.space.size, dtype=torch.bool, device=nested.level_f.device)
+    active = int(((values_in(masked, all_1f[0]) != 0) & loss.nodes_f).sum())
+    kept_f = nested.kept(opening)
+    entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
+    return Drawn(
+        nodes=_nodes(coupling, loss, nested, groups),
+        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest),
+        groups=groups.groups,
+        group_edges=groups.edges,
+        counts=Counts(
+            int(kept_f.sum()), int((kept_f & masked.is_error_f).sum()), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries,
+            active,
+        ),
+        sizes=tuple(int(nested.kept(place).sum()) for place in range(len(nested.levels))),
+        opening=opening,
+    )  # fmt: skip
+
+
+def _nodes(coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: Groups) -> tuple[ExplainedNode, ...]:
+    """The nodes of the opening circuit and of the one above it, those first that the answer's gradient is largest of."""
+    masked, opening = loss.masked, loss.config.opening
+    kept_f = nested.kept(opening)
+    above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))
+    if not bool(above_f.any()):
         return ()
-    slope_1f, _ = ablations.slopes(kept_f[None], question.difference)
-    most = max(1, 2 * DELETED_TOKENS // ablations.space.n_tokens)  # a deletion runs half of the model, on average
-    measured_k = slope_1f[0, place_k].abs().argsort(descending=True, stable=True)[:most]
-    whole_1v, without_kv = ablations.logits(kept_f[None]), ablations.logits_without(kept_f, place_k[measured_k])
-    rise_k = (ablations.kl(without_kv) - ablations.kl(whole_1v)).tolist()
-    lost_k = (question.difference(whole_1v) - question.difference(without_kv)).tolist()
-    measured = dict(zip(measured_k.tolist(), zip(rise_k, lost_k, strict=True), strict=True))
-    columns = zip(*(each_f[place_k].tolist() for each_f in (ablations.value_f, ablations.mean_f, level_f)), strict=True)
-    kept = found.circuit.kept
-    channels = [Node(at, index) for at, kept_tn in kept.items() for index in kept_tn.any(0).nonzero().flatten().tolist()]
-    labels, names = node_labels(coupling, channels), {(node.location, node.index): node.name for node in channels}
+    gradient_1f, _ = masked.gradient(kept_f[None], loss.miss)
+    order_f = gradient_1f[0].abs() + torch.where(kept_f, torch.finfo(torch.float32).max / 4, 0.0)
+    place_k = torch.where(above_f, order_f, -1).argsort(descending=True, stable=True)[: min(MOST_NODES, int(above_f.sum()))]
+    most = max(1, 2 * DELETED_TOKENS // masked.n_tokens)  # an ablation runs half of the model, on average
+    measured_k = place_k[kept_f[place_k]][:most]
+    whole_1v, without_kv = masked.logits(kept_f[None]), masked.logits_without(kept_f, measured_k)
+    lost_k = masked.question.difference(whole_1v, _first(whole_1v)) - masked.question.difference(without_kv, _first(without_kv))
+    effects = dict(zip(measured_k.tolist(), lost_k.tolist(), strict=True))
+    value_f = torch.where(kept_f, values_in(masked, kept_f), values_in(masked, above_f)).tolist()
+    mean_f, level_f = _means_of(masked).tolist(), nested.level_f.tolist()
+    found = [(place, masked.space.node(place)) for place in sorted(place_k.tolist())]
+    channels = [Node(node.location, node.index) for _, node in found if node.location.kind != ERROR]
+    labels = node_labels(coupling, channels)
     nodes = []
-    for at, kept_tn in kept.items():
-        for position, index in kept_tn.nonzero().tolist():
-            importance, effect = measured.get(len(nodes), (None, None))
-            (value, mean, level), name = next(columns), names[at, index]
-            where = (f"{name}@{position}", name, at.layer, at.kind, index, position)
-            label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
-            nodes.append(ExplainedNode(*where, value, mean, importance, effect, level, label))
+    for place, node in found:
+        value, name, at = value_f[place], node.name, node.location
+        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
+        where = (str(node), name, at.layer, at.kind, node.index, node.position or 0)
+        nodes.append(
+            ExplainedNode(*where, value, mean_f[place], effects.get(place), level_f[place], groups.of.get(str(node)), label)
+        )
     return tuple(nodes)
 
 
-def _counts(found: Found, edges: Edges) -> Counts:
-    entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
-    return Counts(int(found.kept_f.sum()), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries)
+def _first(logits_rv: Tensor) -> Tensor:
+    return torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device)
+
+
+@torch.no_grad()
+def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
+    """value_f of every node of the one prompt where a mask is kept: what AbsTopK has left of it; of errors their lengths."""
+    assert masked.errors is not None
+    gate, correct = masked.gates(kept_f[None])
+    values = {at: torch.zeros(1, masked.space.n_tokens, n, device=kept_f.device) for at, n in masked.space.sizes.items()}
+
+    def recording(at: Location, x_1tn: Tensor) -> Tensor:
+        values[at][:, -x_1tn.shape[1] :] = x_1tn
+        return gate(at, x_1tn)
+
+    for at, error_1ts in masked.errors.items():
+        values[at][:, -error_1ts.shape[1] :] = error_1ts.norm(dim=-1, keepdim=True)
+    masked.sparse.run(masked.question.prompt_bt, gate=recording, correct=correct, last_only=True)
+    return masked.space.join(values)[0]
+
+
+def _means_of(masked: MaskedModel) -> Tensor:
+    """mean_f of every node, and of errors the length of theirs."""
+    means = {
+        at: (mean.norm()[None] if at.kind == ERROR else mean).expand(masked.space.n_tokens, -1)
+        for at, mean in ((at, masked.means[at]) for at in masked.space.sizes)
+    }
+    return masked.space.join(means)
 
 
 def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:

@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bridge.attention import ExplainedHead
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
+from bridge.circuits.attention import ExplainedHead
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Report
 from bridge.evidence.sufficiency import Backup, NestedCircuit
@@ -53,10 +53,12 @@ class Answer:
 class ExplainedNode:
     """A node of the opening circuit or of the one above it, in the order of the computation; an error is a node of kind `error`.
 
-    activation and mean are its value in the circuit and its mean over text, which replaces it elsewhere (of an error the length
-    of its vector, and of its mean); effect is what d loses, in nats, when the node alone is ablated from the opening circuit,
-    None where it is not of it. level is the place of the first of the nested circuits that has the node; group that of its group
-    among the groups, None for nodes above the opening circuit. label is a few words on the channel, where `bridge nodes` was run.
+    activation and mean are its value in the smaller of the two circuits that has it, and its mean over text, which replaces it
+    elsewhere (of an error the length of its vector, and of its mean); effect is what d loses, in nats, when the node alone is
+    ablated from the opening circuit, None where it is not of it, or was not measured: in a circuit of thousands only the nodes
+    that matter most are. level is the place of the first of the nested circuits that has the node; group that of its group among
+    the groups, None for errors and for nodes above the opening circuit. An error's layer is its site. label is a few words on the
+    channel, where `bridge nodes` was run.
     """
 
     id: str
@@ -75,7 +77,7 @@ class ExplainedNode:
 
 @dataclass(frozen=True)
 class ExplainedEdge:
-    """An edge between two nodes of the opening circuit, named by their ids; see `flow` for kinds, weights and effects."""
+    """An edge between two nodes of the opening circuit, named by their ids; `circuits/flow` has kinds, weights and effects."""
 
     source: str
     target: str
@@ -179,14 +181,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is known before all the evidence is: the opening circuit, drawn."""
+    """What is known before the evidence is: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
+
+    What groups do in the dense model is not known yet.
+    """
 
     nodes: tuple[ExplainedNode, ...]
     edges: tuple[ExplainedEdge, ...]
     groups: tuple[ExplainedGroup, ...]
     group_edges: tuple[GroupEdge, ...]
     counts: Counts
-    nested: tuple[NestedCircuit, ...]
+    sizes: tuple[int, ...]
     opening: int
 
 

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from bridge import display
-from bridge.attention import Read
+from bridge.circuits.attention import Read
 from bridge.columns import columns
 from bridge.evidence.measures import Measure
 from bridge.evidence.sufficiency import NestedCircuit
@@ -23,7 +23,7 @@ from bridge.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, 
 from bridge.sparse import ERROR
 
 LISTED_NODES = 40
-LISTED_EDGES = 3  # into each of them
+LISTED_EDGES = 2  # into each of them
 LISTED_GROUPS = 20
 LISTED_HEADS = 6
 PATHS = 3
@@ -56,11 +56,12 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
 
 _HOW_TO_READ = (
     "How to read this: d is the log-odds in question, in nats; the span is what d loses when every node and every error is at "
-    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's, as a share of the span. A "
-    "node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at a site and "
-    "token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a group alone is "
-    "ablated from the circuit; the dense effect is the same ablation carried through the bridge into the dense model. An edge's "
-    "effect is first order. What holds in the sparse model holds for the dense one only as far as the evidence on it goes."
+    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
+    "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
+    "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
+    "group alone is ablated from the circuit; the dense effect is the same ablation carried through the bridge into the dense "
+    "model. An edge's effect is first order. What holds in the sparse model holds for the dense one only as far as the "
+    "evidence on it goes."
 )
 
 
@@ -102,18 +103,19 @@ def _verdict(explanation: Explanation, width: int) -> list[str]:
 
 def _circuits(explanation: Explanation, width: int) -> list[str]:
     """The nested circuits as a table, and what of the span flows through errors."""
-    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "through errors")
+    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     rows: list[tuple[str, ...]] = [heads]
     for place, each in enumerate(explanation.nested):
         mark = ">" if place == explanation.opening else " "
         name = "all of KL" if each.asked is None else f"F {each.asked:g}"
-        rows.append((f"{mark} {name}{'' if each.within else ' (missed)'}", *_numbers(each)))
+        rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
     if not circuit.nodes:
         return lines
+    missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
-        f"> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
@@ -360,7 +362,7 @@ def render_html(explanation: Explanation) -> str:
         ("sparse", _answers(explanation.sparse), f"{explanation.sparse_d:+.2f}"),
         ("everything at its mean", "", f"{explanation.nothing_d:+.2f}"),
     )
-    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "through errors")
+    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     nested = [("all of KL" if each.asked is None else f"F {each.asked:g}", *_numbers(each)) for each in explanation.nested]
     report, counts = explanation.report, explanation.counts
     size = f"{counts.nodes:,} nodes, {counts.edges:,} edges"

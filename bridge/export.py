@@ -27,7 +27,8 @@ from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
 from bridge.explanation import ExplainError, Explanation, check_coupling
 from bridge.node_page import NodePage, describe_node
 from bridge.nodes import parse_node, stored_facts
-from bridge.viewer_graph import ExportError, features_json, graph_json, origin, place
+from bridge.sparse import ERROR
+from bridge.viewer_graph import ExportError, features_json, graph_json, opened, origin, place
 
 Format = Literal["circuit-tracer", "neuronpedia", "graphml"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -63,7 +64,7 @@ def export(
 ) -> Exported:
     """Write an explanation for another program: `path` is a folder for circuit-tracer, a file for the others.
 
-    slug names the graph, by default after prompt and target; scan is Neuronpedia's id of the model, and features_url where
+    slug names the graph, by default after prompt and answer; scan is Neuronpedia's id of the model, and features_url where
     `features/` will be hosted, if anywhere; pages, by node name, fill the features (see `node_pages`). Raises ExportError.
     """
     path = Path(path)
@@ -96,7 +97,8 @@ def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePa
     if facts is None:
         return None
     sizes = coupling.sparse.locations()
-    return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in {n.name for n in explanation.nodes}}
+    names = {node.name for node in opened(explanation) if node.kind != ERROR}
+    return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in names}
 
 
 def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, NodePage] | None:
@@ -116,27 +118,35 @@ def pages_for(explanation: Explanation, path: str | None = None) -> dict[str, No
 
 
 def to_networkx(explanation: Explanation) -> nx.DiGraph:
-    """The explanation as a networkx graph, texts written as JSON does; attributes that are None in it are absent."""
+    """The opening circuit as a networkx graph, texts written as JSON does; attributes that are None in it are absent."""
+    contrast = {} if explanation.contrast is None else {"contrast": json.dumps(explanation.contrast.text)}
     graph = nx.DiGraph(
         prompt=json.dumps(explanation.prompt),
-        target=json.dumps(explanation.target.text),
-        contrast=json.dumps(explanation.contrast.text),
-        dense_difference=explanation.dense_difference,
-        sparse_difference=explanation.sparse_difference,
-        verdict=explanation.faithfulness.verdict,
+        answer=json.dumps(explanation.answer.text),
+        **contrast,
+        dense_d=explanation.dense_d,
+        sparse_d=explanation.sparse_d,
+        nothing_d=explanation.nothing_d,
+        verdict=explanation.report.verdict,
     )
-    for node in explanation.nodes:
-        known = {"activation": node.activation, "mean": node.mean, "importance": node.importance, "effect": node.effect}
+    for node in opened(explanation):
+        known = {"activation": node.activation, "mean": node.mean, "effect": node.effect}
         label = {} if node.label is None else {"label": json.dumps(node.label)}
+        group = {} if node.group is None else {"group": node.group, "group_name": json.dumps(_name(explanation, node.group))}
         graph.add_node(
-            node.id, **place(explanation, node.id), **{k: float(v) for k, v in known.items() if v is not None}, **label
-        )
+            node.id, layer=node.layer, kind=node.kind, index=node.index, position=node.position, level=node.level,
+            **{k: float(v) for k, v in known.items() if v is not None}, **label, **group,
+        )  # fmt: skip
     for edge in explanation.edges:
         for end in (edge.source, edge.target):
             if end not in graph:
                 graph.add_node(end, **_where(explanation, end))
         graph.add_edge(edge.source, edge.target, kind=edge.kind, weight=float(edge.weight), effect=float(edge.effect))
     return graph
+
+
+def _name(explanation: Explanation, group: int) -> str:
+    return explanation.groups[group].label or explanation.groups[group].name
 
 
 def _where(explanation: Explanation, name: str) -> dict[str, Any]:
@@ -183,7 +193,7 @@ def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mappi
 def _write_neuronpedia(
     explanation: Explanation, file: Path, slug: str, scan: str, features_url: str | None, pages: Mapping[str, NodePage]
 ) -> Exported:
-    if all(node.layer == 0 for node in explanation.nodes):
+    if all(node.layer == 0 for node in opened(explanation) if node.kind != ERROR):
         raise ExportError("no node is above block 0, and Neuronpedia opens no such graph; export --to circuit-tracer or graphml")
     extra: dict[str, Any] = {"node_threshold": SHOWN, **origin(explanation)}
     if features_url is None:
@@ -230,8 +240,8 @@ def _slug(explanation: Explanation) -> str:
     where = explanation.provenance
     asked = (
         explanation.prompt,
-        explanation.target.id,
-        explanation.contrast.id,
+        explanation.answer.id,
+        None if explanation.contrast is None else explanation.contrast.id,
         where.coupling,
         where.dense_fingerprint,
         where.seed,

@@ -37,14 +37,11 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import EMBEDDING, Node
 from bridge.nodes import Context, NodeFacts, stored_facts, token_text
-from bridge.sparse import Location
+from bridge.sparse import MATRICES, READ_KINDS, WRITE_KINDS, Location
 
 TOKENS = 6  # promoted, demoted or embedded tokens that are listed
 LINKS = 8  # and links, each way
 BEFORE, AFTER = 12, 5  # tokens of a context
-_MATRICES = {"q": ("q", "attn_in"), "k": ("k", "attn_in"), "v": ("v", "attn_in"), "attn_out": ("o", "v"),
-             "mlp_act": ("up", "mlp_in"), "mlp_out": ("down", "mlp_act")}  # fmt: skip
-_READS, _WRITES = ("attn_in", "mlp_in"), ("attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -186,13 +183,13 @@ def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
         return site + 1, sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")[:, index]
     unit_s = torch.zeros(sparse.width, device=sparse.device, dtype=sparse.unembedding.weight.dtype)
     unit_s[index] = 1
-    return site + (at.kind in _WRITES), unit_s
+    return site + (at.kind in WRITE_KINDS), unit_s
 
 
 def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
     """How tokens are meant, those of the largest scores above 0, and those of the smallest below."""
     sparse, tokenizer = coupling.sparse, coupling.dense.tokenizer
-    if node.location.kind in _READS:
+    if node.location.kind in READ_KINDS:
         return "embedded", *_ends(tokenizer, sparse.embedding[:, node.index])
     found = write_of(coupling, node)
     return ("none", (), ()) if found is None else ("promoted", *_ends(tokenizer, sparse.unembedding.weight @ found[1]))
@@ -245,20 +242,20 @@ def _entries(weight_n: Tensor, location: Location) -> Iterator[Link]:
 
 def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
-    if at.kind in _MATRICES:
-        name, source = _MATRICES[at.kind]
-        yield from _entries(sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")[node.index], Location(at.layer, source))
-    elif at.kind in _READS:
+    for name, (source, target) in MATRICES.items():
+        if target == at.kind:
+            yield from _entries(sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")[node.index], Location(at.layer, source))
+    if at.kind in READ_KINDS:
         if sparse.embedding[:, node.index].any():
             yield Link(Node(EMBEDDING, node.index).name, "residual", None)
         for other in sparse.locations():
-            if other.kind in _WRITES and sparse.site(other) < sparse.site(at):
+            if other.kind in WRITE_KINDS and sparse.site(other) < sparse.site(at):
                 yield Link(Node(other, node.index).name, "residual", None)
 
 
 def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
-    for target, (name, source) in _MATRICES.items():
+    for name, (source, target) in MATRICES.items():
         if source == at.kind:
             weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")
             yield from _entries(weight_ji[:, node.index], Location(at.layer, target))
@@ -269,9 +266,9 @@ def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
         for partner in sorted(partners):
             other = Location(at.layer, "k" if at.kind == "q" else "q")
             yield Link(Node(other, head * sparse.shape.head_channels + partner).name, "score", None)
-    if at.kind in _WRITES:
+    if at.kind in WRITE_KINDS:
         for other in sparse.locations():
-            if other.kind in _READS and sparse.site(other) > sparse.site(at):
+            if other.kind in READ_KINDS and sparse.site(other) > sparse.site(at):
                 yield Link(Node(other, node.index).name, "residual", None)
         if sparse.unembedding.weight[:, node.index].any():
             yield Link(f"unembedding[{node.index}]", "residual", None)

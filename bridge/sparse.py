@@ -39,6 +39,12 @@ from bridge.residual import Enter, Trace, run
 
 ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
 MLP_KINDS = ("mlp_in", "mlp_act", "mlp_out")
+# which matrix of a block leads from which kind of node to which; "o" reads the values through the attention pattern
+MATRICES = {
+    "q": ("attn_in", "q"), "k": ("attn_in", "k"), "v": ("attn_in", "v"), "o": ("v", "attn_out"),
+    "up": ("mlp_in", "mlp_act"), "down": ("mlp_act", "mlp_out"),
+}  # fmt: skip
+READ_KINDS, WRITE_KINDS = ("attn_in", "mlp_in"), ("attn_out", "mlp_out")  # of the residual stream
 ERROR = "error"  # the kind of what is added to the stream at a site, where the dense model is followed (`circuits/error_nodes`)
 
 

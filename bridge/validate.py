@@ -42,9 +42,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from bridge.attention import variation
 from bridge.bridges import Coupling
 from bridge.circuit import Ablations, Circuit, ablation_gate, kl, recording_gate
+from bridge.circuits.attention import variation
 from bridge.columns import columns
 from bridge.prune import reachable
 from bridge.sparse import Gate, Location

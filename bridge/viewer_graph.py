@@ -1,9 +1,10 @@
 """An explanation as the graph that circuit-tracer's front end and Neuronpedia draw, and the features of its nodes, as plain JSON.
 
-A link's weight is the edge's `effect`: what D, the logit of the target less that of the contrast, owes to it, in logits, to
-first order. An edge into the answer is two links, half of the effect into the target and minus half into the contrast, whose
-difference is the effect. What a token's embedding channels and its bigram entry do is summed into one node per token; links of
-effect 0 (into what AbsTopK silences) are left out.
+A link's weight is the edge's `effect`: what d, the log-odds of the answer, owes to it, in nats, to first order. Where the answer
+is held against a contrast, an edge into it is two links, half of the effect into the answer and minus half into the contrast,
+whose difference is the effect. What a token's embedding channels and its bigram entry do is summed into one node per token; links
+of effect 0 (into what AbsTopK makes 0) are left out. Of the nodes those of the opening circuit are there. Errors are error nodes.
+Groups are the supernodes.
 
 Both viewers colour activations from 0 up, and show a feature by a number. A channel is therefore two features, of its positive
 and of its negative values, numbered apart from all others of the row, and the activation shown is the magnitude:
@@ -12,7 +13,7 @@ and of its negative values, numbered apart from all others of the row, and the a
     feature     (row + index)(row + index + 1) / 2 + index           the Cantor pair of row and index
     influence   share of the summed |effect| that the nodes of larger |effect| have, and the node itself
 
-A node whose deletion was not measured has the influence 1. Both viewers put labels and tokens into the page as HTML, so a `<`
+A node whose ablation was not measured has the influence 1. Both viewers put labels and tokens into the page as HTML, so a `<`
 that would open a tag becomes the fullwidth one there; `metadata.prompt` has the text as it is.
 """
 
@@ -21,19 +22,20 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridge.explanation import ExplainedNode, Explanation, Token
+from bridge.explanation_text import question
 from bridge.node_page import Excerpt, NodePage
 from bridge.recipe import UserError
-from bridge.sparse import ATTENTION_KINDS, MLP_KINDS
+from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
 
 KINDS = ATTENTION_KINDS + MLP_KINDS
-PINNED = 12  # nodes of the subgraph that is open at first
+PINNED = 120  # nodes of the subgraph that is open at first, the strongest
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
@@ -54,27 +56,29 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     """The graph: metadata, the state of the page, nodes and links; `rows` to a block."""
     if len(explanation.tokens) < 2:
         raise ExportError("the prompt is a single token, of which the viewers drop every node; export --to graphml")
-    last, answer = len(explanation.tokens) - 1, rows * (1 + max((node.layer for node in explanation.nodes), default=0)) + 1
-    target, contrast = (f"{answer}_{token.id}_{last}" for token in (explanation.target, explanation.contrast))
-    names = {node.id: _node_id(node, rows) for node in explanation.nodes}
+    last, answer = len(explanation.tokens) - 1, rows * _blocks(explanation) + 1
+    asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
+    logits = [f"{answer}_{token.id}_{last}" for token in asked]
+    into_answer = list(zip(logits, (0.5, -0.5) if len(logits) == 2 else (1.0,), strict=True))
+    drawn = opened(explanation)
+    names = {node.id: _node_id(node, rows, answer) for node in drawn}
     weights: dict[tuple[str, str], float] = defaultdict(float)
     for edge in explanation.edges:
         position = place(explanation, edge.source)["position"]
         source = names.get(edge.source, f"E_{explanation.tokens[position].id}_{position}")
-        answers = ((target, 0.5), (contrast, -0.5))
-        for end, share in ((names[edge.target], 1.0),) if edge.target in names else answers:
+        for end, share in ((names[edge.target], 1.0),) if edge.target in names else into_answer:
             weights[source, end] += share * edge.effect
     links = [{"source": source, "target": end, "weight": weight} for (source, end), weight in weights.items() if weight]
 
-    given: dict[str, float] = defaultdict(float)  # what D owes to a token, through whichever of its channels
+    given: dict[str, float] = defaultdict(float)  # what d owes to a token, through whichever of its channels
     for (source, _), weight in weights.items():
         given[source] += abs(weight)
     nodes = [_token_node(position, token.id, given) for position, token in enumerate(explanation.tokens)]
-    nodes += [_feature_node(node, rows) for node in explanation.nodes]
+    nodes += [_error_node(node, rows, answer) if node.kind == ERROR else _feature_node(node, rows, answer) for node in drawn]
     scores = [node.pop("score") for node in nodes]
     nodes = [node | {"influence": share} for node, share in zip(nodes, _cumulative(scores), strict=True)]
-    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:PINNED]
-    nodes += [_logit_node(explanation, explanation.target, answer), _logit_node(explanation, explanation.contrast, answer)]
+    nodes += [_logit_node(explanation, token, answer) for token in asked]
+    strongest = sorted(drawn, key=lambda node: -abs(node.effect or 0))[:PINNED]
     return {
         "metadata": {
             "slug": slug,
@@ -85,10 +89,10 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
             **extra,
         },
         "qParams": {
-            "pinnedIds": [*(names[node.id] for node in strongest), target, contrast],
-            "supernodes": _supernodes(strongest, rows),
+            "pinnedIds": [*(names[node.id] for node in strongest), *logits],
+            "supernodes": _supernodes(explanation, {node.id: names[node.id] for node in strongest}),
             "linkType": "both",
-            "clickedId": target,
+            "clickedId": logits[0],
             "sg_pos": "",
         },
         "nodes": nodes,
@@ -96,7 +100,21 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     }
 
 
-def _row(node: ExplainedNode, rows: int) -> int:
+def opened(explanation: Explanation) -> list[ExplainedNode]:
+    """The nodes of the opening circuit, errors among them: those of the level above are listed, not drawn."""
+    return [node for node in explanation.nodes if node.level <= explanation.opening]
+
+
+def _blocks(explanation: Explanation) -> int:
+    """How many blocks the sparse model has, as far as edges into the answer or nodes tell."""
+    answers = (place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram"))
+    highest = max((node.layer for node in explanation.nodes if node.kind != ERROR), default=0)
+    return max(1 + highest, max((answer["layer"] for answer in answers), default=0))
+
+
+def _row(node: ExplainedNode, rows: int, answer: int) -> int:
+    if node.kind == ERROR:  # before the sublayer that reads its site, where blocks have two; the last below the answer
+        return min(node.layer * rows // 2, answer - 1)
     if node.kind not in KINDS:
         raise ExportError(f"the explanation has a node {node.id!r} of a kind {node.kind!r} that there is not; explain again")
     return rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
@@ -106,22 +124,43 @@ def _index(node: ExplainedNode) -> int:
     return 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
 
 
-def _feature(node: ExplainedNode, rows: int) -> int:
-    row, index = _row(node, rows), _index(node)
+def _feature(node: ExplainedNode, rows: int, answer: int) -> int:
+    row, index = _row(node, rows, answer), _index(node)
     return (row + index) * (row + index + 1) // 2 + index
 
 
-def _node_id(node: ExplainedNode, rows: int) -> str:
-    return f"{_row(node, rows)}_{_index(node)}_{node.position}"
+def _node_id(node: ExplainedNode, rows: int, answer: int) -> str:
+    return (
+        f"error_{node.layer}_{node.position}"
+        if node.kind == ERROR
+        else f"{_row(node, rows, answer)}_{_index(node)}_{node.position}"
+    )
 
 
-def _feature_node(node: ExplainedNode, rows: int) -> dict[str, Any]:
-    name, told = _node_id(node, rows), f": {node.label}" if node.label else ""
+def _error_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
+    name = _node_id(node, rows, answer)
+    return {
+        "node_id": name,
+        "jsNodeId": name,
+        "feature": -1 - node.layer,  # no feature has it, and two errors of a row stay two
+        "layer": str(_row(node, rows, answer)),
+        "ctx_idx": node.position,
+        "feature_type": "mlp reconstruction error",  # of which the viewers draw a node without a feature
+        "clerp": f"error at site {node.layer}",
+        "activation": abs(node.activation),
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "score": abs(node.effect or 0.0),
+    }
+
+
+def _feature_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
+    name, told = _node_id(node, rows, answer), f": {node.label}" if node.label else ""
     return {
         "node_id": name,
         "jsNodeId": name,  # which some versions of the viewers take for the id, so as unique
-        "feature": _feature(node, rows),
-        "layer": str(_row(node, rows)),
+        "feature": _feature(node, rows, answer),
+        "layer": str(_row(node, rows, answer)),
         "ctx_idx": node.position,
         "feature_type": "cross layer transcoder",  # the only type that opens the feature's panel
         "clerp": _plain(f"{node.name} {node.activation:+.2f}{told}"),
@@ -160,7 +199,7 @@ def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, A
         "feature_type": "logit",
         "clerp": f'Output "{shown}" (p={probability:.3f})',
         "token_prob": probability,
-        "is_target_logit": token.id == explanation.target.id,
+        "is_target_logit": token.id == explanation.answer.id,
         "influence": 0.0,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
@@ -168,10 +207,17 @@ def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, A
 
 
 def _probability(explanation: Explanation, token: Token) -> float:
-    """A token's probability in the dense model: as listed, else from the other's and D; 0 where neither is listed."""
+    """A token's probability in the dense model: as listed, else from d, and from the other token's where that is d's contrast.
+
+    0 where neither is known.
+    """
     listed = {answer.token.id: answer.probability for answer in explanation.dense}
-    other, sign = (explanation.contrast, 1) if token.id == explanation.target.id else (explanation.target, -1)
-    return listed.get(token.id, listed.get(other.id, 0.0) * math.exp(sign * explanation.dense_difference))
+    if token.id in listed:
+        return listed[token.id]
+    if explanation.contrast is None:
+        return 1 / (1 + math.exp(-explanation.dense_d))
+    other, sign = (explanation.contrast, 1) if token.id == explanation.answer.id else (explanation.answer, -1)
+    return listed.get(other.id, 0.0) * math.exp(sign * explanation.dense_d)
 
 
 def _cumulative(scores: list[float]) -> list[float]:
@@ -184,12 +230,15 @@ def _cumulative(scores: list[float]) -> list[float]:
     return np.where(score_n > 0, share_n, 1.0).tolist()
 
 
-def _supernodes(nodes: Iterable[ExplainedNode], rows: int) -> list[list[str]]:
-    """Nodes of one sublayer at one position, where there are several, as one group."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for node in nodes:
-        groups[f"L{node.layer} {'mlp' if node.kind in MLP_KINDS else 'attn'} @{node.position}"].append(_node_id(node, rows))
-    return [[label, *members] for label, members in groups.items() if len(members) > 1]
+def _supernodes(explanation: Explanation, names: Mapping[str, str]) -> list[list[str]]:
+    """The groups that have several of some nodes, whose names are given by id."""
+    groups = ((group, [names[node] for node in group.nodes if node in names]) for group in explanation.groups)
+    return [[_in_address(group.label or group.name), *members] for group, members in groups if len(members) > 1]
+
+
+def _in_address(text: str) -> str:
+    """A label as it can stand in the page's address, which is decoded twice."""
+    return _plain(text.replace("%", "\uff05").encode(errors="replace").decode())
 
 
 def _plain(text: str) -> str:
@@ -198,12 +247,12 @@ def _plain(text: str) -> str:
 
 def origin(explanation: Explanation) -> dict[str, Any]:
     """What a graph says of where it comes from, folders by their names alone; and how its numbers are meant."""
-    where, faithfulness = explanation.provenance, explanation.faithfulness
-    question = f"why {explanation.target.text!r} rather than {explanation.contrast.text!r}"
+    where, report = explanation.provenance, explanation.report
+    against = "" if explanation.contrast is None else "into the answer, half to each logit. "
     told = (
-        f"{faithfulness.verdict.upper()}. {' '.join(faithfulness.reasons)} Asked: {question}. D is the logit of the first "
-        "less that of the second. Links are what D owes to an edge, in logits; into the answer, half to each logit. Nodes are "
-        "channels of a weight-sparse model coupled to the dense one, two features each: of positive and of negative values."
+        f"{report.verdict.upper()}. {' '.join(report.reasons)} Asked: {question(explanation)}. d is the log-odds in question. "
+        f"Links are what d owes to an edge, in nats; {against}Nodes are channels of a weight-sparse model coupled to the dense "
+        "one, two features each: of positive and of negative values. Errors are what that model misses of the dense one."
     )
     settings: dict[str, Any] = {"dense": Path(where.dense).name, "dense_fingerprint": where.dense_fingerprint, "l0": where.l0}
     if where.coupling is not None:
@@ -220,8 +269,10 @@ def origin(explanation: Explanation) -> dict[str, Any]:
 def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, rows: int) -> dict[int, dict[str, Any]]:
     """Every feature of the graph by its number: from the channel's page, or of this prompt alone where there is none."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
-    for node in explanation.nodes:
-        nodes[_feature(node, rows)].append(node)
+    answer = rows * _blocks(explanation) + 1
+    for node in opened(explanation):
+        if node.kind != ERROR:
+            nodes[_feature(node, rows, answer)].append(node)
     return {
         number: _from_page(number, same[0], pages[same[0].name])
         if same[0].name in pages

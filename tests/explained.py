@@ -102,7 +102,7 @@ def _node(draw: random.Random, place: int, tokens: int, layers: int, is_node: bo
     layer = draw.randrange(layers)
     kind, index = (draw.choice(KINDS), place) if is_node else ("error", 0)
     position = max(0, tokens - 1 - int(draw.expovariate(1.2)))
-    name = f"L{layer}.{kind}[{index}]"
+    name = f"L{layer}.{kind}[{index}]" if is_node else f"error[{layer}]"  # of an error the layer is its site
     return {
         "id": f"{name}@{position}", "name": name, "layer": layer, "kind": kind, "index": index, "position": position,
         "activation": draw.gauss(0, 3), "mean": draw.gauss(0, 0.5), "effect": draw.gauss(0, 1) ** 3 / 4 if opened else None,

@@ -18,10 +18,9 @@ from bridge.explanation import FORMAT, ExplainError, Explanation
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "explanation-json.md"
 WRITTEN_OUT = {  # properties that stand in the JSON beside the fields
-    "Explanation": {"format": "int", "agree": "bool"},
-    "Faithfulness": {"verdict": "str", "reasons": "tuple[str, ...]"},
-    "Card": {"verdict": "str", "reasons": "tuple[str, ...]"},
-    "NullResult": {"passed": "bool"},
+    "Explanation": {"format": "int", "agree": "bool", "span": "float"},
+    "Report": {"verdict": "str", "reasons": "tuple[str, ...]"},
+    "Measure": {"passed": "bool | None"},
 }
 
 
@@ -64,7 +63,7 @@ def test_every_field_of_an_explanation_is_described() -> None:
 
 @pytest.fixture(scope="module")
 def explanation(dense: DenseModel) -> Explanation:
-    return explain(agreeing(dense), PROMPT, card=True)
+    return explain(agreeing(dense), PROMPT)
 
 
 def test_what_is_written_is_what_is_described(explanation: Explanation) -> None:
@@ -86,7 +85,7 @@ def test_what_is_written_is_what_is_described(explanation: Explanation) -> None:
     written = explanation.to_json()
     check(written, Explanation)
     assert written["format"] == FORMAT
-    assert 0 <= written["target"]["id"] < VOCABULARY
+    assert 0 <= written["answer"]["id"] < VOCABULARY
 
 
 @pytest.mark.parametrize("found", [None, 0, FORMAT + 1, "1"])
@@ -101,7 +100,7 @@ def test_a_field_that_is_not_known_is_ignored(explanation: Explanation) -> None:
 
 def test_numbers_that_are_no_json_are_refused(explanation: Explanation) -> None:
     with pytest.raises(ExplainError, match="not an explanation"):
-        Explanation.from_json(explanation.to_json() | {"dense_difference": float("nan")})
+        Explanation.from_json(explanation.to_json() | {"dense_d": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +109,7 @@ def test_numbers_that_are_no_json_are_refused(explanation: Explanation) -> None:
         ({"dense": []}, "dense is empty"),
         ({"tokens": []}, "tokens is empty"),
         ({"prompt": 3}, "prompt: "),
+        ({"opening": 9}, "it opens at circuit 9 of "),
     ],
 )
 def test_what_does_not_fit_together_is_refused(explanation: Explanation, change: dict[str, Any], why: str) -> None:
@@ -117,7 +117,7 @@ def test_what_does_not_fit_together_is_refused(explanation: Explanation, change:
         Explanation.from_json(explanation.to_json() | change)
 
 
-@pytest.mark.parametrize(("field", "value"), [("position", 999), ("position", -1), ("kind", "soul")])
+@pytest.mark.parametrize(("field", "value"), [("position", 999), ("position", -1), ("kind", "soul"), ("group", 999)])
 def test_a_node_that_cannot_be_is_refused(explanation: Explanation, field: str, value: Any) -> None:
     values = explanation.to_json()
     values["nodes"][0][field] = value

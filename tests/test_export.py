@@ -22,11 +22,13 @@ from bridge import viewer_graph
 from bridge.bridges import Coupling
 from bridge.dense import DenseModel, load_dense
 from bridge.explain import explain
-from bridge.explanation import ExplainError, Explanation, Token
+from bridge.explanation import ExplainedEdge, ExplainedGroup, ExplainedNode, ExplainError, Explanation, Token
 from bridge.export import ExportError, export, node_pages, to_networkx
 from bridge.node_page import NodePage
 from bridge.nodes import collect_nodes
 from bridge.recipe import UserError
+from bridge.sparse import ERROR
+from bridge.viewer_graph import opened
 
 HERE = Path(__file__).parent
 GRAPH, FEATURE = (
@@ -45,10 +47,28 @@ def coupled(dense: DenseModel) -> Coupling:
 
 @pytest.fixture(scope="module")
 def explanation(coupled: Coupling) -> Explanation:
+    """Why one token rather than another, with an error beside the circuit's own nodes."""
     found = explain(coupled, PROMPT)
-    signs = {node.activation > 0 for node in found.nodes}
-    assert signs == {True, False} and {node.layer for node in found.nodes} == {0, 1}
+    contrast = found.dense[1].token
+    found = with_error(explain(coupled, PROMPT, contrast=contrast.text))
+    signs = {node.activation > 0 for node in channels(found)}
+    assert signs == {True, False} and {node.layer for node in channels(found)} == {0, 1}
     return found
+
+
+def with_error(explanation: Explanation) -> Explanation:
+    """The same explanation with an error of the opening circuit, at its last token, and an edge of it."""
+    last = len(explanation.tokens) - 1
+    if any(node.kind == ERROR for node in opened(explanation)):
+        return explanation
+    found = ExplainedNode(f"error[2]@{last}", "error[2]", 2, ERROR, 0, last, 1.5, 0.5, 0.25, explanation.opening, None)
+    edge = ExplainedEdge(found.id, f"L2.answer[{explanation.answer.id}]@{last}", "error", 0.25, 0.25)
+    return replace(explanation, nodes=(*explanation.nodes, found), edges=(*explanation.edges, edge))
+
+
+def channels(explanation: Explanation) -> list[ExplainedNode]:
+    """The nodes of the opening circuit that are no errors."""
+    return [node for node in opened(explanation) if node.kind != ERROR]
 
 
 def local(explanation: Explanation, folder: Path, **options: Any) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def test_a_graph_is_what_the_schema_says(graph: dict[str, Any], explanation: Exp
     checked(graph)
     assert graph["metadata"]["prompt"] == explanation.prompt
     assert graph["metadata"]["prompt_tokens"] == [token.text for token in explanation.tokens]
-    assert explanation.faithfulness.verdict.upper() in graph["metadata"]["info"]["description"]
+    assert explanation.report.verdict.upper() in graph["metadata"]["info"]["description"]
 
 
 def test_every_node_is_there_once(graph: dict[str, Any], explanation: Explanation) -> None:
@@ -98,9 +118,9 @@ def test_every_node_is_there_once(graph: dict[str, Any], explanation: Explanatio
     for key in (lambda n: n["node_id"], lambda n: n["jsNodeId"], lambda n: (n["layer"], n["feature"], n["ctx_idx"])):
         assert len({key(node) for node in nodes}) == len(nodes)
     features = of_type(graph, "cross layer transcoder")
-    assert len(features) == len(explanation.nodes)
+    assert len(features) == len(channels(explanation))
     assert [node["ctx_idx"] for node in of_type(graph, "embedding")] == list(range(len(explanation.tokens)))
-    for shown, node in zip(features, explanation.nodes, strict=True):
+    for shown, node in zip(features, channels(explanation), strict=True):
         row, index = unpaired(shown["feature"])
         assert shown["layer"] == str(row) and shown["node_id"] == f"{row}_{index}_{node.position}"
         assert row == (2 * node.layer + node.kind.startswith("mlp") if graph["rows"] == 2 else node.layer)
@@ -110,14 +130,16 @@ def test_every_node_is_there_once(graph: dict[str, Any], explanation: Explanatio
 
 def test_a_feature_is_a_kind_a_channel_and_a_sign(graph: dict[str, Any], explanation: Explanation) -> None:
     meant = defaultdict(set)
-    for shown, node in zip(of_type(graph, "cross layer transcoder"), explanation.nodes, strict=True):
+    for shown, node in zip(of_type(graph, "cross layer transcoder"), channels(explanation), strict=True):
         meant[shown["feature"]].add((node.layer, node.kind, node.index, node.activation < 0))
     assert all(len(each) == 1 for each in meant.values())
-    assert len(meant) == len({(n.name, n.activation < 0) for n in explanation.nodes})
+    assert len(meant) == len({(n.name, n.activation < 0) for n in channels(explanation)})
 
 
 def test_links_are_the_effects_of_edges(graph: dict[str, Any], explanation: Explanation) -> None:
-    names = {n.id: s["node_id"] for s, n in zip(of_type(graph, "cross layer transcoder"), explanation.nodes, strict=True)}
+    shown = zip(of_type(graph, "cross layer transcoder"), channels(explanation), strict=True)
+    names = {node.id: each["node_id"] for each, node in shown}
+    names |= {node.id: f"error_{node.layer}_{node.position}" for node in opened(explanation) if node.kind == ERROR}
     ends = {node["node_id"] for node in graph["nodes"]}
     into: dict[str, float] = defaultdict(float)
     for link in graph["links"]:
@@ -139,7 +161,8 @@ def test_links_are_the_effects_of_edges(graph: dict[str, Any], explanation: Expl
 
 def test_logits_have_a_probability_that_the_viewers_can_read(graph: dict[str, Any], explanation: Explanation) -> None:
     shown = of_type(graph, "logit")
-    assert [node["feature"] for node in shown] == [explanation.target.id, explanation.contrast.id]
+    assert explanation.contrast is not None
+    assert [node["feature"] for node in shown] == [explanation.answer.id, explanation.contrast.id]
     assert [node["is_target_logit"] for node in shown] == [True, False]
     highest = max(int(node["layer"]) for node in of_type(graph, "cross layer transcoder"))
     for node, answer in zip(shown, explanation.dense, strict=False):
@@ -156,8 +179,37 @@ def test_a_probability_that_is_not_listed_follows_from_the_difference(explanatio
     assert shown["token_prob"] < known
 
 
+def test_against_every_other_token_there_is_one_logit(coupled: Coupling, tmp_path: Path) -> None:
+    alone = explain(coupled, PROMPT)
+    graph = checked(local(alone, tmp_path))
+    (shown,) = of_type(graph, "logit")
+    assert shown["feature"] == alone.answer.id and alone.contrast is None
+    into = sum(link["weight"] for link in graph["links"] if link["target"] == shown["node_id"])
+    drawn = {node.id for node in opened(alone)}
+    assert into == pytest.approx(sum(edge.effect for edge in alone.edges if edge.target not in drawn), abs=1e-5)
+    (again,) = of_type(local(replace(alone, dense=alone.dense[1:]), tmp_path), "logit")
+    assert again["token_prob"] == pytest.approx(shown["token_prob"], rel=1e-4)  # which follows from d
+
+
+def test_errors_are_error_nodes(graph: dict[str, Any], explanation: Explanation) -> None:
+    errors = [node for node in opened(explanation) if node.kind == ERROR]
+    shown = of_type(graph, "mlp reconstruction error")
+    assert errors and [(node["ctx_idx"], node["activation"]) for node in shown] == [(e.position, e.activation) for e in errors]
+    assert all(node["feature"] < 0 for node in shown)
+    answer = int(of_type(graph, "logit")[0]["layer"])
+    assert all(int(node["layer"]) == min(graph["rows"] * e.layer // 2, answer - 1) for node, e in zip(shown, errors, strict=True))
+
+
+def test_groups_are_supernodes(explanation: Explanation, tmp_path: Path) -> None:
+    members = tuple(node.id for node in channels(explanation)[:3])
+    group = ExplainedGroup(0, "L0: reads 50%", members, (0,), (0,), "MLP", 1.0, None)
+    grouped = replace(explanation, groups=(group, replace(group, id=1, nodes=members[:1])))
+    (found,) = checked(local(grouped, tmp_path))["qParams"]["supernodes"]
+    assert found[0] == "L0: reads 50\uff05" and len(found) == 4
+
+
 def test_influence_is_a_cumulative_share(graph: dict[str, Any], explanation: Explanation) -> None:
-    effects = [abs(node.effect or 0) for node in explanation.nodes]
+    effects = [abs(node.effect or 0) for node in channels(explanation)]
     shares = [node["influence"] for node in of_type(graph, "cross layer transcoder")]
     order = sorted(range(len(effects)), key=lambda place: -effects[place])
     assert [shares[place] for place in order] == sorted(shares)
@@ -165,7 +217,8 @@ def test_influence_is_a_cumulative_share(graph: dict[str, Any], explanation: Exp
     for link in graph["links"]:
         given[link["source"]] += abs(link["weight"])
     tokens = [given[node["node_id"]] for node in of_type(graph, "embedding")]
-    total, most = sum(effects) + sum(tokens), max(*effects, *tokens)
+    errors = [abs(node.effect or 0) for node in opened(explanation) if node.kind == ERROR]
+    total, most = sum(effects) + sum(errors) + sum(tokens), max(*effects, *errors, *tokens)
     assert min(node["influence"] for node in graph["nodes"] if node["feature_type"] != "logit") == pytest.approx(most / total)
     assert max(shares) == pytest.approx(1)
 
@@ -175,7 +228,7 @@ def test_the_page_opens_at_nodes_that_are_there(graph: dict[str, Any]) -> None:
     assert state["clickedId"] == of_type(graph, "logit")[0]["node_id"]
     assert set(state["pinnedIds"]) <= ends and len(state["pinnedIds"]) > 2
     for label, *members in state["supernodes"]:
-        assert set(members) <= set(state["pinnedIds"]) and re.fullmatch(r"L\d (attn|mlp) @\d+", label)
+        assert set(members) <= set(state["pinnedIds"]) and len(members) > 1 and label
 
 
 def test_what_the_profiles_differ_in(explanation: Explanation, tmp_path: Path) -> None:
@@ -234,8 +287,13 @@ def test_a_list_of_graphs_that_is_none_is_left_alone(explanation: Explanation, t
 
 def test_a_name_is_made_of_the_question_alone(explanation: Explanation, tmp_path: Path) -> None:
     one, two = (local(explanation, tmp_path / name)["metadata"]["slug"] for name in "ab")
-    other = local(replace(explanation, target=explanation.contrast, contrast=explanation.target), tmp_path / "c")
-    assert one == two != other["metadata"]["slug"]
+    assert explanation.contrast is not None
+    others = (
+        replace(explanation, answer=explanation.contrast, contrast=explanation.answer),
+        replace(explanation, contrast=None),
+    )
+    slugs = {local(other, tmp_path / "c")["metadata"]["slug"] for other in others}
+    assert one == two and len({one, *slugs}) == 3
 
 
 # -- features -----------------------------------------------------------------------------------------------------------------
@@ -265,7 +323,7 @@ def pages(coupled: Coupling, explanation: Explanation, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("coupling")
     collect_nodes(coupled, folder=folder)
     found = node_pages(replace(coupled, path=str(folder)), explanation)
-    assert found is not None and set(found) == {node.name for node in explanation.nodes}
+    assert found is not None and set(found) == {node.name for node in channels(explanation)}
     return found
 
 
@@ -274,7 +332,7 @@ def test_with_facts_a_feature_shows_its_side_of_the_channel(
 ) -> None:
     graph = local(explanation, tmp_path, pages=pages)
     found = features(tmp_path)
-    for shown, node in zip(of_type(graph, "cross layer transcoder"), explanation.nodes, strict=True):
+    for shown, node in zip(of_type(graph, "cross layer transcoder"), channels(explanation), strict=True):
         feature, page = found[shown["feature"]], pages[node.name]
         side = page.low if node.activation < 0 else page.high
         strongest = [e for q in feature["examples_quantiles"] if q["quantile_name"] == "strongest" for e in q["examples"]]
@@ -313,7 +371,7 @@ def test_graphml_read_back_is_the_explanation(explanation: Explanation, tmp_path
         (source, target, values["kind"], values["weight"], values["effect"])
         for source, target, values in sorted(read.edges(data=True), key=lambda edge: order(explanation)[edge[:2]])
     ]
-    for node in explanation.nodes:
+    for node in opened(explanation):
         values = read.nodes[node.id]
         assert values["activation"] == node.activation and values.get("effect") == node.effect
         assert (values["layer"], values["kind"], values["index"], values["position"]) == (
@@ -330,12 +388,15 @@ def order(explanation: Explanation) -> dict[tuple[str, str], int]:
 
 
 def disguised(explanation: Explanation, texts: list[str]) -> Explanation:
-    """The same explanation with other texts: of the prompt, of tokens, target, contrast, answers and labels."""
+    """The same explanation with other texts: of the prompt, of tokens, answer, contrast, groups and labels."""
     count = len(explanation.tokens)
     tokens = tuple(replace(token, text=texts[place % len(texts)]) for place, token in enumerate(explanation.tokens))
     nodes = tuple(replace(node, label=texts[place % len(texts)]) for place, node in enumerate(explanation.nodes))
-    target, contrast = Token(explanation.target.id, texts[0]), Token(explanation.contrast.id, texts[-1])
-    return replace(explanation, prompt="".join(texts), tokens=tokens[:count], nodes=nodes, target=target, contrast=contrast)
+    assert explanation.contrast is not None
+    answer, contrast = Token(explanation.answer.id, texts[0]), Token(explanation.contrast.id, texts[-1])
+    groups = tuple(replace(group, label=texts[place % len(texts)]) for place, group in enumerate(explanation.groups))
+    same = {"tokens": tokens[:count], "nodes": nodes, "groups": groups}
+    return replace(explanation, prompt="".join(texts), answer=answer, contrast=contrast, **same)
 
 
 @pytest.mark.parametrize("place", range(len(HOSTILE)))
@@ -354,7 +415,7 @@ def test_hostile_text_survives_as_text(explanation: Explanation, tmp_path: Path,
     read = nx.read_graphml(tmp_path / "graph.graphml")
     assert same(read, to_networkx(odd))
     assert json.loads(read.graph["prompt"]) == odd.prompt
-    assert [json.loads(read.nodes[node.id]["label"]) for node in odd.nodes] == [node.label for node in odd.nodes]
+    assert [json.loads(read.nodes[node.id]["label"]) for node in opened(odd)] == [node.label for node in opened(odd)]
 
 
 def test_a_circuit_without_nodes_is_a_graph_of_tokens_and_logits(explanation: Explanation, tmp_path: Path) -> None:
@@ -367,9 +428,9 @@ def test_a_circuit_without_nodes_is_a_graph_of_tokens_and_logits(explanation: Ex
 def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     one = replace(explanation, tokens=explanation.tokens[:1])
-    low = replace(explanation, nodes=tuple(node for node in explanation.nodes if not node.layer), edges=())
+    low = replace(explanation, nodes=tuple(node for node in channels(explanation) if not node.layer), edges=())
     lost = replace(explanation, edges=(replace(explanation.edges[0], target="L0.mlp_act[3]@99"),))
-    strange = replace(explanation, nodes=(replace(explanation.nodes[0], kind="router"),), edges=())
+    strange = replace(explanation, nodes=(replace(explanation.nodes[0], kind="router", level=0),), edges=())
     neuronpedia: dict[str, Any] = {"to": "neuronpedia", "scan": "gpt2-small"}
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
         (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
@@ -448,7 +509,7 @@ def test_the_command_takes_features_from_the_coupling(
         (None, "there is no file"),
         ("{", "holds no explanation"),
         ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain --json` wrote"),
-        ("{}", "this is not an explanation that this version of bridge reads (format None, not 1); explain again"),
+        ("{}", "this is not an explanation that this version of bridge reads (format None, not 2); explain again"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, content: str | None, message: str) -> None:

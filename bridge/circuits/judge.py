@@ -30,8 +30,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.attention import variation
 from bridge.circuit import NodeSpace, kl
+from bridge.circuits.attention import variation
 from bridge.circuits.masks import Goal, random_company, switched_on
 from bridge.circuits.subject import SparseSubject, masked_gate, recorded
 from bridge.sparse import Location

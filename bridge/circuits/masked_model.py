@@ -95,16 +95,22 @@ class MaskedModel:
         With narrow the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
-        parts = self.space.split(kept_rf)
         row_r = self._prompts(kept_rf, row_r)
+        return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
+
+    def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
+        """The gate and the correction under which the sparse model is the masked copies; without errors nothing is corrected."""
+        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
 
         def gate(location: Location, x_rtn: Tensor) -> Tensor:
             return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
 
         def correct(location: Location, x_rts: Tensor) -> Tensor:
+            if self.errors is None:
+                return x_rts
             return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
 
-        return self._run(row_r, enter, gate, correct, narrow)
+        return gate, correct
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:

@@ -29,16 +29,11 @@ from torch import Tensor, nn
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.kernels.top_k import mix
 from bridge.residual import Enter, Trace
-from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
+from bridge.sparse import MATRICES, Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
 
 ATTENDED = "attended"
 _CORPUS_ROWS = 16
-# which matrix of a block leads from which kind of node to which; "o" reads the values through the attention pattern
-_MATRICES = {
-    "q": ("attn_in", "q"), "k": ("attn_in", "k"), "v": ("attn_in", "v"), "o": ("v", "attn_out"),
-    "up": ("mlp_in", "mlp_act"), "down": ("mlp_act", "mlp_out"),
-}  # fmt: skip
 
 # Measured on two slow cores, forwards and backwards, in both models: a node is normalised, gated, and held by AbsTopK.
 NODE_COST = 128  # entries of a dense matrix
@@ -164,7 +159,7 @@ class SparseSubject:
                 f"blocks.{layer}.{name}", column_i,
             )
             for layer in range(len(self.sparse.blocks))
-            for name, (source, target) in _MATRICES.items()
+            for name, (source, target) in MATRICES.items()
             for weight_ji in [self.sparse.get_parameter(f"blocks.{layer}.{name}.weight").detach()]
             for row_j, column_i in [(torch.arange(n, device=weight_ji.device) for n in weight_ji.shape)]
         )  # fmt: skip

@@ -1,22 +1,22 @@
-"""What the attention heads of a prompt's circuit read, why, what they move, and what that is worth.
+"""What the attention heads of a prompt's circuit read, why, what they move, and what that does to the answer.
 
-All of it is of S_C, the sparse model with every node outside the circuit at its corpus mean (`circuit`). For a head with channels
+All of it is of S_C, the sparse model with every node and error outside the circuit at its mean (`flow`). For a head with channels
 c, at a query position p, with P its pattern and v, m the values and means of its v channels:
 
     score      S_pp' = sum over c of q_pc k_p'c / sqrt(channels)           a `ScoreTerm` per channel; exact, they sum to the score
     weight     P_pp' = exp S_pp' / (exp sink + sum over p'' <= p of exp S_pp'')     `sink` is the share that goes nowhere
     moved      z_p = sum over p' of P_pp' v_p', which W_o hands on to attn_out
 
-With rotary positions q and k stand here as they are multiplied: turned, by which a channel mixes with its partner. A `ValueTerm`
-is what a v channel at p' adds to D: P_pp' (v_p'c - m_c) times the slope of D along W_o's column, summed over the circuit's
-attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`flow`).
+With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner. A
+`ValueTerm` is what a v channel at p' adds to d: P_pp' (v_p'c - m_c) times the gradient of d along W_o's column, summed over the
+circuit's attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`attribution`).
 
-What a head is worth at p is measured by intervening. Its circuit nodes are deleted, q and k (the pattern becomes P') or v (the
+What a head at p does to d is measured by intervening. Its circuit nodes are ablated, q and k (the pattern becomes P') or v (the
 values become v') or both, at every position, but the result is taken at p alone, and S_C runs on from there:
 
-    effect          D(P, v) - D(P', v')          both deleted
-    pattern_effect  D(P, v) - D(P', v)           the pattern alone; values frozen
-    value_effect    D(P, v) - D(P, v')           the values alone; pattern frozen
+    effect          d(P, v) - d(P', v')          both ablated
+    pattern_effect  d(P, v) - d(P', v)           the pattern alone; values frozen
+    value_effect    d(P, v) - d(P, v')           the values alone; pattern frozen
     interaction     effect - pattern_effect - value_effect
 
 Not every head at every position is measured: those are whose largest effect of the three is largest to first order. How many more
@@ -29,21 +29,20 @@ width; p pairs of a head and a query.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bridge.circuit import Circuit, Node
-from bridge.flow import flow_through
-from bridge.residual import Enter
-from bridge.sparse import Gate, Location, SparseTransformer
+from bridge.circuit import Node
+from bridge.circuits.flow import Flow
+from bridge.residual import Enter, Trace
+from bridge.sparse import ERROR, Gate, Location
 
 HEADS = 16  # at a query position, that are measured
 READS = 4  # positions listed of each, those of the largest weights
 TERMS = 6  # channels listed of each score, and of what is moved
-_WAYS = (("q", "k", "v"), ("q", "k"), ("v",))  # what is deleted: everything, the pattern's, the values'
+_WAYS = (("q", "k", "v"), ("q", "k"), ("v",))  # what is ablated: everything, the pattern's, the values'
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ScoreTerm:
 
 @dataclass(frozen=True)
 class ValueTerm:
-    """A v node of the circuit that is moved: its value, and what it adds to D by way of this head at this query."""
+    """A v node of the circuit that is moved: its value, and what it adds to d by way of this head at this query."""
 
     node: str
     value: float
@@ -69,7 +68,7 @@ class ValueTerm:
 class Read:
     """A position that a head reads: its weight, its score and the terms of that, largest first, and what is moved from there.
 
-    others is what channels that are not listed add to the score, effect the whole of what is moved from there adds to D.
+    others is what channels that are not listed add to the score, effect the whole of what is moved from there adds to d.
     """
 
     position: int
@@ -83,7 +82,7 @@ class Read:
 
 @dataclass(frozen=True)
 class ExplainedHead:
-    """A head at a query position: what it reads, largest weight first, and what it is worth, in logits of D."""
+    """A head at a query position: what it reads, largest weight first, and what d loses without it, in nats."""
 
     layer: int
     head: int
@@ -106,41 +105,34 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's attention in S_C: scores and pattern, turned q and k, v less its mean, and how D falls along z (slope_thc)."""
+    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, and the gradient of d along z (gradient_thc)."""
 
     q_htc: Tensor
     k_htc: Tensor
     pattern_htt: Tensor
     change_thc: Tensor
-    slope_thc: Tensor
+    gradient_thc: Tensor
     first_order_3th: Tensor
 
 
 @torch.no_grad()
-def explain_attention(sparse: SparseTransformer, circuit: Circuit, *, most: int = HEADS) -> Attention:
-    """The heads of a prompt's circuit that matter most to its answer; see the module's docstring for what each number is.
-
-    Raises ValueError for the circuit of a task, which has no prompt.
-    """
-    flow = flow_through(sparse, circuit)
-    layers = {
-        at.layer: _layer(sparse, circuit, flow.value, flow.slope[at], at.layer) for at in circuit.kept if at.kind == "attn_out"
-    }
-    worth = [
-        (float(worth), layer, head, query)
+def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
+    """The heads of a prompt's circuit that matter most to its answer; see the module's docstring for what each number is."""
+    layers = {at.layer: _layer(flow, at.layer) for at in flow.locations("attn_out")}
+    sizes = [
+        (size, layer, head, query)
         for layer, its in layers.items()
-        for query, worth_h in enumerate(its.first_order_3th.abs().amax(0).tolist())
-        for head, worth in enumerate(worth_h)
-        if worth > 0
+        for query, size_h in enumerate(its.first_order_3th.abs().amax(0).tolist())
+        for head, size in enumerate(size_h)
+        if size > 0
     ]
-    pairs = [pair for _, *pair in sorted(worth, reverse=True)[:most]]
-    effects = _effects(sparse, circuit, pairs)
+    pairs = [pair for _, *pair in sorted(sizes, reverse=True)[:most]]
+    effects = _effects(flow, pairs)
     heads = [
-        _explained(sparse, circuit, flow.value, layers[layer], layer, head, query, its)
-        for (layer, head, query), its in zip(pairs, effects, strict=True)
+        _explained(flow, layers[layer], layer, head, query, its) for (layer, head, query), its in zip(pairs, effects, strict=True)
     ]
     heads.sort(key=lambda each: -max(abs(each.effect), abs(each.pattern_effect), abs(each.value_effect)))
-    return Attention(tuple(heads), len(worth) - len(pairs))
+    return Attention(tuple(heads), len(sizes) - len(pairs))
 
 
 def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:
@@ -149,97 +141,95 @@ def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:
     return 0.5 * (change_bhtt.abs().sum(-1) + change_bhtt.sum(-1).abs())
 
 
-def _layer(sparse: SparseTransformer, circuit: Circuit, value: Mapping[Location, Tensor], slope_tn: Tensor, layer: int) -> _Layer:
+def _layer(flow: Flow, layer: int) -> _Layer:
+    sparse, value = flow.sparse, flow.value
     channels = sparse.shape.head_channels
     q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
-    mean = {at: circuit.means[at].to(value[at].dtype).expand_as(value[at]) for at in (q, k, v)}
-    pattern_htt, deleted_htt = (sparse.pattern(layer, of[q][None], of[k][None])[0] for of in (value, mean))
-    write_nm = sparse.get_parameter(f"blocks.{layer}.o.weight")
-    slope_thc = ((slope_tn * circuit.kept[out]) @ write_nm).unflatten(-1, (-1, channels))
+    mean = {at: flow.masked.means[at].to(value[at].dtype).expand_as(value[at]) for at in (q, k, v)}
+    pattern_htt, ablated_htt = (sparse.pattern(layer, of[q][None], of[k][None])[0] for of in (value, mean))
+    gradient_thc = ((flow.gradient[out] * flow.kept[out]) @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
     v_htc, mean_htc = (of[v].unflatten(-1, (-1, channels)).transpose(0, 1) for of in (value, mean))
     z_htc = pattern_htt @ v_htc
-    lost_3htc = z_htc - torch.stack([deleted_htt @ mean_htc, deleted_htt @ v_htc, pattern_htt @ mean_htc])
+    lost_3htc = z_htc - torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
     return _Layer(
         q_htc=sparse.heads(value[q][None], rotate=True)[0],
         k_htc=sparse.heads(value[k][None], rotate=True)[0],
         pattern_htt=pattern_htt,
         change_thc=(v_htc - mean_htc).transpose(0, 1),
-        slope_thc=slope_thc,
-        first_order_3th=(lost_3htc.transpose(1, 2) * slope_thc).sum(-1),
+        gradient_thc=gradient_thc,
+        first_order_3th=(lost_3htc.transpose(1, 2) * gradient_thc).sum(-1),
     )
 
 
-def _effects(sparse: SparseTransformer, circuit: Circuit, pairs: list[list[int]]) -> list[list[float]]:
-    """What D loses for each pair of head and query by each of the ways of deleting."""
+def _effects(flow: Flow, pairs: list[list[int]]) -> list[list[float]]:
+    """What d loses for each pair of head and query by each of the ways of ablating."""
     if not pairs:
         return []
-    question = circuit.question
-    tokens_1t = question.tokens_t.to(sparse.device)[None]
-    whole = sparse.run(tokens_1t, gate=circuit.gate, last_only=True)
-    site_r, x_rts = [], []
+    sparse, masked = flow.sparse, flow.masked
+    whole, (_, correct) = _run(flow, 1), masked.gates(flow.kept_f[None])
+    order, site_r, x_rts = [], [], []
     for layer in sorted({layer for layer, _, _ in pairs}):
         site = sparse.site(Location(layer, "attn_out"))
         here = [(head, query) for at, head, query in pairs if at == layer]
         heads = sorted({head for head, _ in here})
         rows = [(head, ways) for head in heads for ways in _WAYS]
-        deleted_rts = sparse.sublayer(site, _without(sparse, circuit, layer, rows))(whole.residuals[site].repeat(len(rows), 1, 1))
+        ablated = sparse.sublayer(site, _without(flow, layer, rows))(whole.residuals[site].repeat(len(rows), 1, 1))
+        ablated_rts = correct(Location(site + 1, ERROR), ablated)
         for head, query in here:
             first = heads.index(head) * len(_WAYS)
             x_3ts = whole.residuals[site + 1].repeat(len(_WAYS), 1, 1)
-            x_3ts[:, query] = deleted_rts[first : first + len(_WAYS), query]
+            x_3ts[:, query] = ablated_rts[first : first + len(_WAYS), query]
+            order.append((layer, head, query))
             site_r += [site + 1] * len(_WAYS)
             x_rts.append(x_3ts)
-    trace = sparse.run(
-        tokens_1t.expand(len(site_r), -1), Enter(torch.tensor(site_r), torch.cat(x_rts)), circuit.gate, last_only=True
-    )
-    lost_r = question.difference(whole.logits_btv[0, -1]) - question.difference(trace.logits_btv[:, -1])
-    order = [pair for layer in sorted({at for at, _, _ in pairs}) for pair in pairs if pair[0] == layer]
-    lost = dict(zip(map(tuple, order), lost_r.unflatten(0, (-1, len(_WAYS))).tolist(), strict=True))
-    return [lost[tuple(pair)] for pair in pairs]
+    parts = torch.cat(x_rts).split(masked.rows), torch.tensor(site_r).split(masked.rows)
+    logits_rv = torch.cat([
+        _run(flow, len(some_r), Enter(some_r, some_rts)).logits_btv[:, -1] for some_rts, some_r in zip(*parts, strict=True)
+    ])  # fmt: skip
+    lost_r = flow.difference - masked.question.difference(logits_rv, torch.zeros(len(site_r), dtype=torch.long))
+    lost = dict(zip(order, lost_r.unflatten(0, (-1, len(_WAYS))).tolist(), strict=True))
+    return [lost[layer, head, query] for layer, head, query in pairs]
 
 
-def _without(sparse: SparseTransformer, circuit: Circuit, layer: int, rows: list[tuple[int, tuple[str, ...]]]) -> Gate:
-    """S_C's gate under which a head's nodes of some kinds are deleted, a head and kinds for every row."""
-    channels = sparse.shape.head_channels
+def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
+    """S_C on some copies of the prompt; logits of the last position."""
+    gate, correct = flow.masked.gates(flow.kept_f.expand(rows, -1))
+    return flow.sparse.run(flow.tokens_t.expand(rows, -1), enter, gate, correct=correct, last_only=True)
+
+
+def _without(flow: Flow, layer: int, rows: list[tuple[int, tuple[str, ...]]]) -> Gate:
+    """S_C's gate under which a head's nodes of some kinds are ablated, a head and kinds for every row."""
+    channels, (keep, _) = flow.sparse.shape.head_channels, flow.masked.gates(flow.kept_f[None])
 
     def gate(location: Location, x_rtn: Tensor) -> Tensor:
-        x_rtn = circuit.gate(location, x_rtn)
+        x_rtn = keep(location, x_rtn)
         if location.layer != layer or location.kind not in _WAYS[0]:
             return x_rtn
         x_rtn = x_rtn.clone()
         for row, (head, kinds) in enumerate(rows):
             if location.kind in kinds:
                 part = slice(head * channels, (head + 1) * channels)
-                x_rtn[row, :, part] = circuit.means[location][part].to(x_rtn.dtype)
+                x_rtn[row, :, part] = flow.masked.means[location][part].to(x_rtn.dtype)
         return x_rtn
 
     return gate
 
 
-def _explained(
-    sparse: SparseTransformer,
-    circuit: Circuit,
-    value: Mapping[Location, Tensor],
-    its: _Layer,
-    layer: int,
-    head: int,
-    query: int,
-    effects: list[float],
-) -> ExplainedHead:
+def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
     effect, pattern_effect, value_effect = effects
     weight_t = its.pattern_htt[head, query]
-    v, first = Location(layer, "v"), head * sparse.shape.head_channels
+    v, first = Location(layer, "v"), head * flow.sparse.shape.head_channels
     reads = []
     for position in weight_t[: query + 1].topk(min(READS, query + 1)).indices.tolist():
         query_c, key_c = its.q_htc[head, query], its.k_htc[head, position]
         product_c = query_c * key_c / math.sqrt(len(query_c))
         listed = [c for c in product_c.abs().topk(min(TERMS, len(product_c))).indices.tolist() if product_c[c] != 0]
         terms = tuple(ScoreTerm(first + c, float(query_c[c]), float(key_c[c]), float(product_c[c])) for c in listed)
-        effect_c = weight_t[position] * its.change_thc[position, head] * its.slope_thc[query, head]
-        nodes = circuit.kept[v][position, first : first + len(effect_c)].nonzero().flatten().tolist()
+        effect_c = weight_t[position] * its.change_thc[position, head] * its.gradient_thc[query, head]
+        nodes = flow.kept[v][position, first : first + len(effect_c)].nonzero().flatten().tolist()
         moved = sorted(
             (
-                ValueTerm(str(Node(v, first + c, position)), float(value[v][position, first + c]), float(effect_c[c]))
+                ValueTerm(str(Node(v, first + c, position)), float(flow.value[v][position, first + c]), float(effect_c[c]))
                 for c in nodes
             ),
             key=lambda term: -abs(term.effect),

@@ -1,0 +1,127 @@
+"""What runs through a prompt's circuit: values, their changes from the means, and gradients of the answer.
+
+Everything is read off S_C, the sparse model with every node and every error outside the circuit C at its mean (`masked_model`).
+With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, r_v = dd / d logits there,
+
+    change      a_i - m_i;  of the embedding E - mean E;  of a kept error e - mean e, a vector for each site and token
+    gradient    dd / d what the node is before AbsTopK (of MLP neurons before GELU); 0 where AbsTopK makes it 0
+    scale       1 / rms of the residual stream, per token, at every site
+    read_v      r_v; against one other token it is 1 for the answer, -1 for the contrast, exactly and everywhere; against all
+                others it is 1 for the answer, minus each other token's share of the others' probability, and first order
+
+Shape legend: t token, n nodes of a location, f all nodes and errors in one row, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge.circuit import EMBEDDING, check_means
+from bridge.circuits.masked_model import MaskedModel
+from bridge.kernels.top_k import gelu
+from bridge.sparse import ERROR, Location, SparseTransformer, norm_scale
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What runs through a circuit of one prompt, without the batch axis; see the module's docstring.
+
+    kept are the circuit's masks per location, errors' kept_t1; change has those of the embedding and of kept errors (change_ts,
+    0 where an error is not kept; change_1v of the logits'); difference is d.
+    """
+
+    masked: MaskedModel
+    kept_f: Tensor
+    kept: Mapping[Location, Tensor]
+    value: Mapping[Location, Tensor]
+    change: Mapping[Location, Tensor]
+    gradient: Mapping[Location, Tensor]
+    scale: tuple[Tensor, ...]
+    logits_v: Tensor
+    read_v: Tensor
+    difference: float
+
+    @property
+    def sparse(self) -> SparseTransformer:
+        """The sparse model."""
+        return self.masked.sparse
+
+    @property
+    def tokens_t(self) -> Tensor:
+        """The prompt."""
+        return self.masked.question.tokens_t
+
+    @property
+    def answer(self) -> Location:
+        """Where the answer is, as the end of edges."""
+        return Location(len(self.sparse.blocks), "answer")
+
+    @cached_property
+    def read_s(self) -> Tensor:
+        """read_v through the unembedding: what a unit of the normed last residual adds to d."""
+        return self.read_v @ self.sparse.unembedding.weight
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """weight_ji of a block's matrix."""
+        return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
+
+    def locations(self, *kinds: str) -> list[Location]:
+        """The locations of some kinds that have a kept node."""
+        return [at for at, kept_tn in self.kept.items() if at.kind in kinds and bool(kept_tn.any())]
+
+
+@torch.no_grad()
+def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = None) -> Flow:
+    """What runs through a circuit alone; or, with run_f, through the nodes and errors of that mask.
+
+    Raises ValueError where there are several prompts, or the means lack that of the embedding (`corpus_means` gives it).
+    """
+    sparse, question = masked.sparse, masked.question
+    check_means([EMBEDDING], masked.means)
+    tokens_1t = question.tokens_t[None]
+    gate, correct = masked.gates((kept_f if run_f is None else run_f)[None])
+    value: dict[Location, Tensor] = {}
+    probe: dict[Location, Tensor] = {}
+
+    def probing(location: Location, x_1tn: Tensor) -> Tensor:
+        probe[location] = torch.zeros_like(x_1tn).requires_grad_()  # adds nothing, and receives dd / d node
+        value[location] = gate(location, x_1tn) + probe[location]
+        return value[location]
+
+    with torch.enable_grad():
+        trace = sparse.run(tokens_1t, gate=probing, correct=correct, last_only=True)
+        logits_1v = trace.logits_btv[:, -1]
+        d_1 = question.difference(logits_1v)
+        read_1v, *gradients = torch.autograd.grad(d_1.sum(), [logits_1v, *probe.values()])
+    value = {at: value_1tn[0].detach() for at, value_1tn in value.items()}
+    gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
+    for at in gradient:
+        if at.kind == "mlp_act":
+            gradient[at] = gradient[at] * _gelu_slope(sparse, at.layer, value[Location(at.layer, "mlp_in")])
+    kept = masked.space.split(kept_f)
+    change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}
+    change[EMBEDDING] = sparse.embed(tokens_1t)[0] - masked.means[EMBEDDING]
+    for at, error_bts in (masked.errors or {}).items():
+        kept_t1 = kept[at] if at.layer < sparse.n_sites else kept[at][-1:]
+        change[at] = (error_bts[0] - masked.means[at]) * kept_t1
+    scale = tuple(norm_scale(x_1ts.detach())[0, :, 0] for x_1ts in trace.residuals)
+    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_1v[0].detach(), read_1v[0], float(d_1))
+
+
+def errors_before(flow: Flow, site: int) -> list[Location]:
+    """The places of the kept errors that the residual stream has at a site."""
+    return [at for at in flow.locations(ERROR) if at.layer <= site]
+
+
+def _gelu_slope(sparse: SparseTransformer, layer: int, read_tn: Tensor) -> Tensor:
+    up = f"blocks.{layer}.up"
+    with torch.enable_grad():
+        before_tn = F.linear(read_tn, sparse.get_parameter(f"{up}.weight"), sparse.get_parameter(f"{up}.bias"))
+        before_tn = before_tn.detach().requires_grad_()
+        return torch.autograd.grad(gelu(before_tn).sum(), before_tn)[0]
