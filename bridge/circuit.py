@@ -129,6 +129,15 @@ class NodeSpace:
                 yield location, here_k, node_k[here_k] - start
             start += self.n_tokens * n
 
+    def place(self, node: Node) -> int:
+        """The place of a node in the row."""
+        start = 0
+        for location, n in self.sizes.items():
+            if location == node.location:
+                return start + (node.position or 0) * n + node.index
+            start += self.n_tokens * n
+        raise KeyError(f"there is no node {node}")
+
     def node(self, flat: int) -> Node:
         """The node at a place of the row."""
         for location, n in self.sizes.items():

@@ -189,14 +189,13 @@ def explain(
     prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     target: Annotated[str | None, typer.Option(help="Explain this token; default the dense model's answer.")] = None,
-    contrast: Annotated[str | None, typer.Option(help="Against this token; default the dense model's second choice.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Rather than this token; default than any other.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
-    card: Annotated[bool, typer.Option("--card", help="Also test the circuit on the dense model.")] = False,
     counterfactual: Annotated[
-        str | None, typer.Option(help="For the card: as many tokens, another answer. Means --card.")
+        str | None, typer.Option(help="As many tokens, another answer: adds patching to the evidence.")
     ] = None,
-    seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
+    seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
@@ -204,7 +203,8 @@ def explain(
         from bridge.bridges import Coupling
         from bridge.checkpoint import write_json
         from bridge.explain import explain as explain_prompt
-        from bridge.explanation import Answered, Drawn, Explanation, render_answer, render_text
+        from bridge.explanation import Answered, Drawn
+        from bridge.explanation_text import render_answer, render_text
         from bridge.page import described_nodes, page_data, render_html, write_page
 
         check_outputs(html=html, json=json)
@@ -212,13 +212,13 @@ def explain(
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
-        def show(known: Answered | Drawn | Explanation) -> None:
-            if isinstance(known, Answered) and not isinstance(known, Explanation):
+        def show(known: Answered | Drawn) -> None:
+            if isinstance(known, Answered):
                 tell(f"{render_answer(known, width)}\n")
 
         explanation = explain_prompt(
-            coupling, prompt, target=target, contrast=contrast, card=card or counterfactual is not None,
-            counterfactual=counterfactual, seed=seed, progress=note, stage=show,
+            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=note,
+            stage=show,
         )  # fmt: skip
         if json is not None:
             write_json(json, explanation.to_json())
@@ -255,7 +255,7 @@ def export(
     explanation: Annotated[Path, typer.Argument(help="What `bridge explain --json` wrote.")],
     to: Annotated[str, typer.Option(help="circuit-tracer, neuronpedia or graphml.")],
     out: Annotated[Path, typer.Option(help="Where to: a folder for circuit-tracer, a file for the others.")],
-    slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and target.")] = None,
+    slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and answer.")] = None,
     scan: Annotated[
         str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small; it asks for one.")
     ] = None,

@@ -31,8 +31,10 @@ from bridge.circuit import COUNTED, Node, corpus_means
 from bridge.circuits.attention import explain_attention
 from bridge.circuits.attribution import Edges, draw_edges
 from bridge.circuits.error_nodes import error_means, follow
-from bridge.circuits.flow import flow_through
-from bridge.circuits.groups import Groups, group_nodes, replacement_and_completeness
+from bridge.circuits.flow import Flow, flow_through
+from bridge.circuits.graph_scores import replacement_and_completeness
+from bridge.circuits.group_names import group_names
+from bridge.circuits.groups import Group, ablate_groups, group_edges, group_nodes
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested, find_nested
@@ -44,6 +46,7 @@ from bridge.explanation import (
     Counts,
     Drawn,
     ExplainedEdge,
+    ExplainedGroup,
     ExplainedNode,
     ExplainError,
     Explanation,
@@ -60,6 +63,7 @@ from bridge.sparse import ERROR, Location
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
 MOST_EDGES = 5000  # and edges, the strongest ones
+MOST_SUMMED = 100_000  # edges that groups are made of and that are summed between them, the strongest ones
 DELETED_TOKENS = 8000  # of masked copies, in which nodes are ablated one by one
 SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a pass than two that wait for each other
 
@@ -110,15 +114,17 @@ def explain(
         kept_f = nested.kept(config.opening)
         say("edges")
         flow = flow_through(masked, kept_f)
-        edges = draw_edges(flow, MOST_EDGES, say)
+        edges = draw_edges(flow, MOST_SUMMED, say)
         say("groups")
-        groups = group_nodes(coupling, flow, edges)
-        replacement, completeness = replacement_and_completeness(flow, edges)
-        drawn = _drawn(coupling, loss, nested, edges, groups)
+        groups = group_nodes(flow, edges)
+        drawn = _drawn(coupling, loss, nested, flow, edges, groups)
         hand_over(drawn)
         say("attention")
         attention = explain_attention(flow)
-        evidence = gather(coupling, loss, nested, followed, groups.masks, other_t, config=config, seed=seed, progress=say)
+        scores = replacement_and_completeness(masked, kept_f)
+        evidence = gather(
+            coupling, loss, nested, followed, _masks(masked, groups), other_t, config=config, seed=seed, progress=say
+        )
     return Explanation(
         **vars(answered),
         report=evidence.report,
@@ -133,8 +139,8 @@ def explain(
         attention=attention.heads,
         attention_left_out=attention.left_out,
         counts=drawn.counts,
-        replacement=replacement,
-        completeness=completeness,
+        replacement=scores.replacement,
+        completeness=scores.completeness,
         backup=evidence.backup,
         config=config,
         provenance=_provenance(coupling, used_bt, seed),
@@ -235,55 +241,75 @@ def _none_found(loss: CircuitLoss) -> Nested:
     return Nested(levels, level_f, (torch.inf,) * len(levels))
 
 
-def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, edges: Edges, groups: Groups) -> Drawn:
+def _drawn(
+    coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]
+) -> Drawn:
     masked, opening = loss.masked, loss.config.opening
-    all_1f = torch.ones(1, masked.space.size, dtype=torch.bool, device=nested.level_f.device)
-    active = int(((values_in(masked, all_1f[0]) != 0) & loss.nodes_f).sum())
-    kept_f = nested.kept(opening)
+    all_f = torch.ones_like(flow.kept_f)
+    active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
+    nodes, labels = _nodes(coupling, loss, nested, groups)
     entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
+    ablated = ablate_groups(flow, groups)
+    names = group_names(flow, edges, groups, ablated, coupling.dense.tokenizer, labels)
+    listed = {name: getattr(edges, name)[:MOST_EDGES] for name in ("kind_e", "source_e", "target_e", "weight_e", "effect_e")}
     return Drawn(
-        nodes=_nodes(coupling, loss, nested, groups),
-        edges=tuple(ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in edges.strongest),
-        groups=groups.groups,
-        group_edges=groups.edges,
+        nodes=nodes,
+        edges=tuple(
+            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in replace(edges, **listed).strongest
+        ),
+        groups=tuple(
+            ExplainedGroup(
+                place, name, tuple(map(str, group.nodes)), group.positions, group.layers, group.kind, effect, None
+            )
+            for place, (group, name, effect) in enumerate(zip(groups, names, ablated.effect_g, strict=True))
+        ),
+        group_edges=group_edges(flow, edges, groups),
         counts=Counts(
-            int(kept_f.sum()), int((kept_f & masked.is_error_f).sum()), edges.count(*COUNTED), edges.distinct(*COUNTED), *entries,
-            active,
+            int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), edges.count(*COUNTED),
+            edges.distinct(*COUNTED), *entries, active,
         ),
         sizes=tuple(int(nested.kept(place).sum()) for place in range(len(nested.levels))),
         opening=opening,
     )  # fmt: skip
 
 
-def _nodes(coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: Groups) -> tuple[ExplainedNode, ...]:
-    """The nodes of the opening circuit and of the one above it, those first that the answer's gradient is largest of."""
+def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
+    """kept_f of each group's nodes alone."""
+    none_f = torch.zeros_like(masked.is_error_f)
+    places = [[masked.space.place(node) for node in group.nodes] for group in groups]
+    return [none_f.index_fill(0, torch.tensor(place_k, device=none_f.device), True) for place_k in places]
+
+
+def _nodes(
+    coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
+) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
+    """The nodes of the opening circuit and of the one above it, those first that the answer's gradient is largest of; and the
+    labels of their channels."""
     masked, opening = loss.masked, loss.config.opening
     kept_f = nested.kept(opening)
     above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))
     if not bool(above_f.any()):
-        return ()
+        return (), {}
     gradient_1f, _ = masked.gradient(kept_f[None], loss.miss)
-    order_f = gradient_1f[0].abs() + torch.where(kept_f, torch.finfo(torch.float32).max / 4, 0.0)
+    order_f = torch.where(kept_f, 1.0, 0.0) + gradient_1f[0].abs() / (gradient_1f.abs().max() * 2).clamp(min=1e-30)
     place_k = torch.where(above_f, order_f, -1).argsort(descending=True, stable=True)[: min(MOST_NODES, int(above_f.sum()))]
-    most = max(1, 2 * DELETED_TOKENS // masked.n_tokens)  # an ablation runs half of the model, on average
-    measured_k = place_k[kept_f[place_k]][:most]
+    measured_k = place_k[kept_f[place_k]][: max(1, 2 * DELETED_TOKENS // masked.n_tokens)]  # an ablation runs half of the model
     whole_1v, without_kv = masked.logits(kept_f[None]), masked.logits_without(kept_f, measured_k)
     lost_k = masked.question.difference(whole_1v, _first(whole_1v)) - masked.question.difference(without_kv, _first(without_kv))
     effects = dict(zip(measured_k.tolist(), lost_k.tolist(), strict=True))
     value_f = torch.where(kept_f, values_in(masked, kept_f), values_in(masked, above_f)).tolist()
     mean_f, level_f = _means_of(masked).tolist(), nested.level_f.tolist()
     found = [(place, masked.space.node(place)) for place in sorted(place_k.tolist())]
-    channels = [Node(node.location, node.index) for _, node in found if node.location.kind != ERROR]
-    labels = node_labels(coupling, channels)
+    labels = node_labels(coupling, [Node(node.location, node.index) for _, node in found if node.location.kind != ERROR])
+    group_of = {str(node): number for number, group in enumerate(groups) for node in group.nodes}
     nodes = []
     for place, node in found:
         value, name, at = value_f[place], node.name, node.location
         label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
         where = (str(node), name, at.layer, at.kind, node.index, node.position or 0)
-        nodes.append(
-            ExplainedNode(*where, value, mean_f[place], effects.get(place), level_f[place], groups.of.get(str(node)), label)
-        )
-    return tuple(nodes)
+        measured = (value, mean_f[place], effects.get(place), level_f[place], group_of.get(str(node)))
+        nodes.append(ExplainedNode(*where, *measured, label))
+    return tuple(nodes), labels
 
 
 def _first(logits_rv: Tensor) -> Tensor:

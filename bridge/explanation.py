@@ -19,6 +19,7 @@ from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json
 from bridge.circuit import EdgeKind
 from bridge.circuits.attention import ExplainedHead
+from bridge.circuits.groups import GroupEdge
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Report
 from bridge.evidence.sufficiency import Backup, NestedCircuit
@@ -57,7 +58,7 @@ class ExplainedNode:
     elsewhere (of an error the length of its vector, and of its mean); effect is what d loses, in nats, when the node alone is
     ablated from the opening circuit, None where it is not of it, or was not measured: in a circuit of thousands only the nodes
     that matter most are. level is the place of the first of the nested circuits that has the node; group that of its group among
-    the groups, None for errors and for nodes above the opening circuit. An error's layer is its site. label is a few words on the
+    the groups, None for nodes above the opening circuit. An error's layer is its site. label is a few words on the
     channel, where `bridge nodes` was run.
     """
 
@@ -104,19 +105,6 @@ class ExplainedGroup:
     effect: float
     dense_effect: float | None
     label: str | None = None
-
-
-@dataclass(frozen=True)
-class GroupEdge:
-    """What one group (or the input at a token, or the answer) adds to another: the sum of the effects of the edges between them.
-
-    source and target are `group:3`, `input:7` (the embedding of token 7), `error:4@7` (an error) or `answer`.
-    """
-
-    source: str
-    target: str
-    effect: float
-    edges: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from bridge import display
 from bridge.circuits.attention import Read
+from bridge.circuits.paths import strongest_paths
 from bridge.columns import columns
 from bridge.evidence.measures import Measure
 from bridge.evidence.sufficiency import NestedCircuit
@@ -28,7 +29,6 @@ LISTED_GROUPS = 20
 LISTED_HEADS = 6
 PATHS = 3
 _LEAST = 0.005  # nats; weaker edges are not shown
-_WEAK = 0.1  # of the strongest way into the answer, below which a path is not told
 _HEAD = 10  # columns, in which a section's name stands
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
@@ -142,35 +142,13 @@ def _numbers(each: NestedCircuit) -> tuple[str, ...]:
 # -- the path ---------------------------------------------------------------------------------------------------------------
 
 
-def strongest_paths(explanation: Explanation, most: int = PATHS) -> list[list[str]]:
-    """The strongest ways into the answer, each as the ends it goes through: from a token, or an error, by groups, to `answer`.
-
-    Followed back from the answer by the edge of largest effect in the same direction as the one before.
-    """
-    into: dict[str, list[tuple[float, str]]] = {}
-    for edge in explanation.group_edges:
-        into.setdefault(edge.target, []).append((edge.effect, edge.source))
-    for edges in into.values():
-        edges.sort(key=lambda edge: -abs(edge[0]))
-    last = [(effect, source) for effect, source in into.get("answer", []) if effect]
-    paths = []
-    for effect, source in last[:most]:
-        if abs(effect) < _WEAK * abs(last[0][0]):
-            break
-        path = ["answer", source]
-        while before := next((each for effect, each in into.get(path[-1], []) if effect > 0 and each not in path), None):
-            path.append(before)
-        paths.append(path[::-1])
-    return paths
-
-
 def _path(explanation: Explanation, width: int) -> list[str]:
     groups = {f"group:{group.id}": group for group in explanation.groups}
     lines: list[str] = []
     told: set[str] = set()
-    for path in strongest_paths(explanation):
+    for path in strongest_paths(explanation.group_edges, PATHS):
         words = []
-        for each in path:
+        for each in path.steps:
             group = groups.get(each)
             if group is None or each in told:
                 words.append(_end(explanation, each))

@@ -42,7 +42,7 @@ from bridge.explanation import check_coupling, read_explanation
 from bridge.nodes import parse_node, sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.residual import Trace
-from bridge.sparse import Gate, Location
+from bridge.sparse import ERROR, Gate, Location
 from bridge.transport import Change, run_changed
 
 MOST_MOVED = 1000  # nodes that a result lists
@@ -120,13 +120,15 @@ def circuit_moves(path: str | Path, coupling: Coupling) -> list[Move]:
 
 
 def explanation_moves(path: str | Path, coupling: Coupling) -> tuple[str, list[Move]]:
-    """The prompt of an explanation that was written as JSON, and its nodes, to their counterfactual values.
+    """The prompt of an explanation that was written as JSON, and its opening circuit's nodes, to their counterfactual values.
 
     Raises UserError where there is none, or it is of another coupling.
     """
     explanation = read_explanation(path)
     check_coupling(explanation, coupling)
-    return explanation.prompt, [parse_move(node.id, coupling.sparse.locations()) for node in explanation.nodes]
+    sizes = coupling.sparse.locations()
+    opened = [node for node in explanation.nodes if node.level <= explanation.opening and node.kind != ERROR]
+    return explanation.prompt, [parse_move(node.id, sizes) for node in opened]
 
 
 def chosen_moves(

@@ -27,6 +27,7 @@ from bridge.explanation import Explanation, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
+from bridge.sparse import ERROR
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
 
@@ -65,7 +66,7 @@ def described_nodes(coupling: Coupling, explanation: Explanation) -> dict[str, d
         return {}
     sizes, pages = coupling.sparse.locations(), {}
     for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]:
-        if node.name not in pages:
+        if node.kind != ERROR and node.name not in pages:
             page = describe_node(coupling, facts, parse_node(node.name, sizes)).to_json()
             if page["dense"] is not None:
                 page["dense"]["length"] = sum(x * x for x in page["dense"].pop("direction")) ** 0.5

@@ -161,7 +161,7 @@ def shipped_coupling() -> str:
     """The coupling that ships, or a line that says to name one."""
     from bridge.checkpoint import CheckpointError
 
-    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge"
+    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
         raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
     here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed

@@ -46,7 +46,7 @@ def made_up(
     listed = sorted(opened + more, key=lambda node: (node["layer"], (*KINDS, "error").index(node["kind"]), node["position"]))
     for place, node in enumerate(sorted(opened, key=lambda node: -abs(node["effect"]))):
         node["level"] = 0 if place < SIZES[0] * len(opened) else OPENING
-    groups = _groups(draw, [node for node in listed if node["effect"] is not None and node["kind"] != "error"])
+    groups = _groups(draw, [node for node in listed if node["effect"] is not None])
     edges = _edges(draw, [node for node in listed if node["effect"] is not None], tokens, layers)
     n_errors = sum(node["kind"] == "error" for node in opened)
     nested = (
@@ -91,7 +91,7 @@ def made_up(
         "span": 2.2 - nothing,
     }  # fmt: skip
     pages = {node["name"]: _page(draw, node) for node in listed[:500] if node["kind"] != "error"}
-    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None, "pending": False}
+    return {"explanation": explanation, "nodes": pages, "labels": {}, "served": False, "job": None}
 
 
 def _answer(token: int, text: str, probability: float) -> dict[str, Any]:
@@ -123,10 +123,10 @@ def _nested(place: int, opened: int, listed: int, errors: int) -> dict[str, Any]
 
 
 def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of nodes of one layer, kind and position (attention and MLP are kinds); each node is told its group."""
+    """Groups of nodes of one layer, kind and position (attention and mlp are kinds), every error one; nodes are told theirs."""
     parted: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for node in nodes:
-        part = "MLP" if node["kind"].startswith("mlp") else "attention"
+        part = "error" if node["kind"] == "error" else "mlp" if node["kind"].startswith("mlp") else "attention"
         parted.setdefault((node["layer"], part, node["position"]), []).append(node)
     groups = []
     for number, ((layer, part, position), members) in enumerate(parted.items()):
@@ -134,7 +134,7 @@ def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, 
             node["group"] = number
         groups.append(
             {
-                "id": number, "name": f"L{layer} {part} at {position}: promotes ':'", "nodes": [node["id"] for node in members],
+                "id": number, "name": f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'", "nodes": [node["id"] for node in members],
                 "positions": [position], "layers": [layer], "kind": part, "effect": sum(node["effect"] for node in members),
                 "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
             }

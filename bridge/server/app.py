@@ -3,7 +3,7 @@
     GET  /                                  a page to ask from
     GET  /api/health /api/couplings /api/tasks /api/circuits
     POST /api/explanations                  202 and an id; GET it until its status is done, DELETE it to cancel
-    GET  /api/explanations/{id}/page        the explanation as a page; its card comes into it while it is open
+    GET  /api/explanations/{id}/page        the explanation as a page
     POST /api/explanations/{id}/steer       the dense model with a node of the circuit changed
     GET, PUT, PATCH /api/labels             what people call nodes
     GET  /openapi.json                      all of it described
@@ -18,7 +18,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -32,14 +32,13 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bridge.bridges import Coupling
-from bridge.card.assess import counterfactual_tokens
 from bridge.checkpoint import CheckpointError
-from bridge.explain import explain, one_token, prompt_tokens
-from bridge.explanation import Explanation
+from bridge.explain import counterfactual_tokens, explain, one_token, prompt_tokens
+from bridge.explanation import Answered, Drawn, Explanation
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema
-from bridge.server.jobs import Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
+from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
 from bridge.server.library import Library, NotListedError
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.steer import steer
@@ -80,13 +79,12 @@ def create_app(
         say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
         coupling = library.load(asked.bridge)
 
-        def stage(known: object) -> None:
-            if isinstance(known, Explanation):
-                publish(_as_listed(known, coupling, asked.bridge).to_json())
+        def stage(known: Answered | Drawn) -> None:
+            publish("answered" if isinstance(known, Answered) else "drawn", asdict(known))
 
         explanation = explain(
-            coupling, asked.prompt, target=asked.target, contrast=asked.contrast, card=asked.card,
-            counterfactual=asked.counterfactual, progress=say, stage=stage,
+            coupling, asked.prompt, target=asked.target, contrast=asked.contrast, counterfactual=asked.counterfactual,
+            progress=say, stage=stage,
         )  # fmt: skip
         return _as_listed(explanation, coupling, asked.bridge).to_json()
 
@@ -102,9 +100,9 @@ def create_app(
         summary="Explanations of a dense language model by circuits of a weight-sparse transformer coupled to it.",
         description=(
             "Ask for an explanation, then poll it: `POST /api/explanations`, `GET /api/explanations/{id}`. One is worked on at a "
-            "time, the others queue; a full queue answers 429 and says when to come again. With `card` the explanation is "
-            "`readable` while its card is still computed. Every refusal is `{\"detail\": ...}`: one line that names the value, "
-            "the rule and the remedy."
+            "time, the others queue; a full queue answers 429 and says when to come again. The question and both answers are "
+            "there first, then the circuit, then the evidence on it. Every refusal is `{\"detail\": ...}`: one line that names "
+            "the value, the rule and the remedy."
         ),
         version=version("bridge"),
         docs_url=None,  # its scripts come from a CDN
@@ -261,18 +259,18 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         return schema.JobEntry.of(job)
 
     @app.get(
-        "/api/explanations/{id}", summary="Where an explanation is, and itself once it is readable",
+        "/api/explanations/{id}", summary="Where an explanation is, and what is known of it",
         response_model=schema.ExplanationJob, responses=refusals(404),
     )  # fmt: skip
     def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
         entry = schema.JobEntry.of(job).model_dump_json().encode()
-        result = (None if brief else job.result) or b"null"
-        return Response(entry[:-1] + b',"explanation":' + result + b"}", media_type="application/json")
+        known = NOTHING if brief else job.known
+        return Response(entry[:-1] + b"," + known[1:], media_type="application/json")
 
     @app.delete(
         "/api/explanations/{id}",
-        summary="Cancel an explanation; one that runs stops at its next phase, a readable one stays so without its card",
+        summary="Cancel an explanation; one that runs stops at its next phase, and what is known of it stays",
         responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
@@ -302,11 +300,11 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
 
 
 def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
-    """A job and its explanation, which may still be without its card. Raises UnknownJobError or NotDoneError."""
+    """A job and its explanation. Raises UnknownJobError or NotDoneError."""
     job = jobs.get(id)
-    if job.result is None:
+    if not job.readable:
         raise NotDoneError(f"explanation {id!r} is {job.status}; GET it until its status is done")
-    return job, Explanation.from_json(json.loads(job.result))
+    return job, Explanation.from_json(json.loads(job.known)["explanation"])
 
 
 def _as_listed(explanation: Explanation, coupling: Coupling, name: str) -> Explanation:
@@ -316,11 +314,7 @@ def _as_listed(explanation: Explanation, coupling: Coupling, name: str) -> Expla
     made = replace(
         made, coupling=name, dense=_without_folder(made.dense), reference=made.reference.replace(source, _without_folder(source))
     )
-    card = explanation.card
-    if card is not None:
-        provenance = {**card.provenance, "coupling": name, "dense": made.dense}
-        card = replace(card, provenance=provenance, nulls_note=card.nulls_note.replace(coupling.path or name, name))
-    return replace(explanation, provenance=made, card=card)
+    return replace(explanation, provenance=made)
 
 
 def _without_folder(name: str) -> str:
@@ -332,16 +326,16 @@ def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> s
     """The dense model with the node set, at the strength asked for."""
     curve = steer(
         coupling, found.prompt, [f"{body.node}={body.value!r}"], strengths=(body.strength,), draws=1,
-        target=found.target.id, contrast=found.contrast.id,
+        target=found.answer.id, contrast=None if found.contrast is None else found.contrast.id,
     ).curve  # fmt: skip
     return schema.Steered.model_validate(curve[-1], from_attributes=True)
 
 
 def _page(library: Library, job: Job, found: Explanation) -> str:
-    """The explanation as a self-contained page that may ask this server, for its card too where that is still computed."""
+    """The explanation as a self-contained page that may ask this server."""
     bridge = job.asked.bridge
     nodes = described_nodes(library.load(bridge), found)
-    return render_html(page_data(found, nodes, library.labels(bridge), job=job.id, pending=not job.over))
+    return render_html(page_data(found, nodes, library.labels(bridge), job=job.id))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@
               another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
     phases    a job is told where it is by `say`; there it stops when it was cancelled, and there short work, such as steering,
               is done, so that nobody waits for a whole explanation
-    results   JSON, compressed; of the jobs that ended the least recently used are forgotten. Work may `publish` what it has
-              before it is done, which stays readable if it is cancelled or fails after that
+    stages    work may `publish` what it knows before it is done: what is asked, then the circuit. That stays if it is cancelled
+              or fails after that
+    results   JSON, compressed; of the jobs that ended the least recently used are forgotten
 
 A Job is a frozen snapshot: what a request reads does not change under it.
 """
@@ -25,13 +26,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bridge.recipe import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 Say = Callable[[str], None]
-Publish = Callable[[Mapping[str, Any]], None]
+Stage = Literal["answered", "drawn", "explanation"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Publish = Callable[[Stage, Mapping[str, Any]], None]
+NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # what is known at first
 
 FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
 LONGEST_WAIT = 600  # seconds that a client is ever told to wait
@@ -56,9 +60,9 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be explained: the coupling as it is listed, the prompt, and which tokens; None is the dense model's choice.
+    """What is to be explained: the coupling as it is listed, the prompt, and which token, rather than which.
 
-    With `card` the circuit is tested on the dense model too, on the counterfactual where there is one, which means `card`.
+    Without a target it is the dense model's answer, without a contrast against every other token.
     """
 
     bridge: str
@@ -66,7 +70,6 @@ class Asked:
     target: str | None = None
     contrast: str | None = None
     counterfactual: str | None = None
-    card: bool = False
 
 
 def _now() -> datetime:
@@ -75,10 +78,11 @@ def _now() -> datetime:
 
 @dataclass(frozen=True)
 class Job:
-    """Where an explanation is: phase says what it is at, error why it failed, packed is its compressed JSON as far as known.
+    """Where an explanation is: phase says what it is at, error why it failed, packed what is known, as compressed JSON.
 
-    place is its place in the queue, from 1; stopping, that it was cancelled and the phase it is at has not ended; verdict and
-    card_verdict are what packed holds of them.
+    That has a value for each stage, null for those that are not reached, and for those before the last; `stage` is the last.
+    place is its place in the queue, from 1; stopping, that it was cancelled and the phase it is at has not ended; verdict is the
+    explanation's.
     """
 
     id: str
@@ -87,8 +91,8 @@ class Job:
     phase: str = "waiting"
     error: str | None = None
     packed: bytes | None = None
+    stage: Stage | None = None
     verdict: str | None = None
-    card_verdict: str | None = None
     place: int | None = None
     stopping: bool = False
     asked_at: datetime = field(default_factory=_now)
@@ -101,9 +105,14 @@ class Job:
         return self.status in ("done", "failed", "cancelled")
 
     @property
-    def result(self) -> bytes | None:
-        """The JSON of the result, or of what was published of it; None before that."""
-        return None if self.packed is None else zlib.decompress(self.packed)
+    def readable(self) -> bool:
+        """Whether the explanation itself is there."""
+        return self.stage == "explanation"
+
+    @property
+    def known(self) -> bytes:
+        """The JSON of what is known, an object with a value for each stage."""
+        return NOTHING if self.packed is None else zlib.decompress(self.packed)
 
 
 class Jobs:
@@ -163,7 +172,7 @@ class Jobs:
     def cancel(self, id: str) -> Job:
         """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is.
 
-        What one has published stays: an explanation whose card was cancelled is one without a card.
+        What one has published stays.
         """
         job = self.get(id)
         with self._change:
@@ -247,14 +256,14 @@ class Jobs:
             self._do_short()
             self._stop_if_cancelled(id)
 
-        def publish(values: Mapping[str, Any]) -> None:
+        def publish(stage: Stage, values: Mapping[str, Any]) -> None:
             self._stop_if_cancelled(id)
-            known = _known(values)
+            known = _known(stage, values)
             with self._change:
                 self._set(id, **known)
 
         try:
-            known = _known(self._work(asked, say, publish))
+            known = _known("explanation", self._work(asked, say, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -285,11 +294,10 @@ class Jobs:
                 future.set_exception(error)
 
 
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job holds of a result: the result itself, compressed, and its verdicts, which lists show."""
-    packed = zlib.compress(json.dumps(values, allow_nan=False).encode(), level=3)
-    card = values["card"] or {}
-    return {"packed": packed, "verdict": values["faithfulness"]["verdict"], "card_verdict": card.get("verdict")}
+def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job holds of what is known: that itself, compressed, how far it is, and its verdict, which lists show."""
+    packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
+    return {"packed": packed, "stage": stage, "verdict": values["report"]["verdict"] if stage == "explanation" else None}
 
 
 def _inside(error: Exception) -> str:

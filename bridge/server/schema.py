@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bridge.circuits.judge import TaskFaithfulness
 from bridge.circuits.result import TaskFacts
-from bridge.explanation import Answer, Explanation
-from bridge.server.jobs import Asked, Job, Status
+from bridge.explanation import Answer, Answered, Drawn, Explanation
+from bridge.server.jobs import Asked, Job, Stage, Status
 
 LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
 Text = Annotated[str, Field(max_length=200)]
@@ -111,17 +111,9 @@ class Prompted(Asking):
         default=None, description="A coupling as /api/couplings names it; the default one where none is given."
     )
     target: Text | None = Field(default=None, description="Explain this token; the dense model's answer where none is given.")
-    contrast: Text | None = Field(
-        default=None, description="Against this token; the dense model's next choice where none is given."
-    )
-    card: bool = Field(
-        default=False,
-        description="Also test the circuit on the dense model; the explanation is there before the card is. "
-        "A counterfactual means it too.",
-    )
+    contrast: Text | None = Field(default=None, description="Rather than this token; than any other where none is given.")
     counterfactual: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)] | None = Field(
-        default=None,
-        description="For the card, which it means: a prompt of as many tokens with another answer, for its first test.",
+        default=None, description="A prompt of as many tokens with another answer, which adds patching to the evidence."
     )
 
 
@@ -134,20 +126,17 @@ class JobEntry(BaseModel):
     target: str | None
     contrast: str | None
     counterfactual: str | None
-    card: bool = Field(description="Whether the circuit is also tested on the dense model.")
     status: Status
     phase: str = Field(description="What it is at, for a person to read.")
     error: str | None = Field(default=None, description="Why it failed, in one line.")
     place: int | None = Field(description="Its place in the queue, 1 for the next; null where it does not wait.")
     stopping: bool = Field(description="Whether it was cancelled and stops once the phase that it is at ends.")
-    verdict: str | None = Field(description="What the evidence comes to, without the card; null before it is readable.")
-    card_verdict: str | None = Field(description="What the card comes to; null where there is none, or none yet.")
+    stage: Stage | None = Field(description="How much is known: the question and both answers, the circuit, or all of it.")
+    verdict: str | None = Field(description="What the evidence comes to; null before it is readable.")
     asked_at: datetime
     began_at: datetime | None = Field(description="When work on it began; null before.")
     ended_at: datetime | None = Field(description="When it was done, failed or cancelled; null before.")
-    readable: bool = Field(
-        description="Whether the explanation is there: once it is done, with `card` before that, while the card is computed."
-    )
+    readable: bool = Field(description="Whether the explanation is there.")
 
     @staticmethod
     def of(job: Job) -> JobEntry:
@@ -155,21 +144,21 @@ class JobEntry(BaseModel):
         asked = job.asked
         return JobEntry(
             id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
-            counterfactual=asked.counterfactual, card=asked.card, status=job.status, phase=job.phase, error=job.error,
-            place=job.place, stopping=job.stopping, verdict=job.verdict, card_verdict=job.card_verdict, asked_at=job.asked_at,
-            began_at=job.began_at, ended_at=job.ended_at, readable=job.packed is not None,
+            counterfactual=asked.counterfactual, status=job.status, phase=job.phase, error=job.error, place=job.place,
+            stopping=job.stopping, stage=job.stage, verdict=job.verdict, asked_at=job.asked_at, began_at=job.began_at,
+            ended_at=job.ended_at, readable=job.readable,
         )  # fmt: skip
 
 
 class ExplanationJob(JobEntry):
-    """An explanation that was asked for, and itself once it is readable.
+    """An explanation that was asked for, and what is known of it: the last stage that was reached, the others null."""
 
-    With a card it is there, its `card` null, while the status is still running; it stays so where the card is cancelled or fails.
-    """
-
+    answered: Answered | None = Field(None, description="The question, both models' answers, and the span, at once.")
+    drawn: Drawn | None = Field(None, description="The opening circuit, before the evidence on it.")
     explanation: Explanation | None = Field(
         None,
-        description="As `Explanation.to_json` writes it: besides these fields `agree`, and in faithfulness verdict and reasons.",
+        description="As `Explanation.to_json` writes it: besides these fields `format`, `agree`, `span`, and in the report "
+        "verdict and reasons.",
     )
 
 
@@ -187,11 +176,10 @@ class Steered(BaseModel):
     strength: float
     dense: list[Answer] = Field(description="Its next tokens, the likeliest first.")
     probability_target: float
-    probability_contrast: float
+    probability_contrast: float = Field(description="Of the contrast; where there is none, of its second answer.")
     text: str = Field(description="What it goes on to write.")
 
 
 def asked_of(body: Prompted, bridge: str) -> Asked:
-    """What a body asks for, of a coupling that is listed under that name; a counterfactual means the card."""
-    card = body.card or body.counterfactual is not None
-    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual, card)
+    """What a body asks for, of a coupling that is listed under that name."""
+    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual)
