@@ -98,7 +98,8 @@ export function drawLegend(model, legend, graph) {
     h("span", {}, swatch("for"), "supports the answer"),
     h("span", {}, swatch("against"), "works against it"),
     model.nodes.some((node) => node.kind === "error") && h("span", {}, swatch("error"), "error: unexplained by the sparse model"),
-    h("span", { title: "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model" }, "on cards: nats lost without it, sparse then dense"),
+    h("span", { title: "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model" }, "on cards: nats lost without it, sparse / dense"),
+    graph.small() && h("span", {}, `small: under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),
     circuit.nodes > 0 &&
       h(

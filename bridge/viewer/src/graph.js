@@ -158,7 +158,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const told = `${part.title}: ${size}, ${part.effect === null ? "effect not measured" : `effect ${signed(part.effect)} nats`}`;
     const about = () => aboutPart(part);
     const cls = `card ${part.type} ${look(part.effect)} ${box.open ? "open" : ""}`;
-    if (part.type === "more" && !box.open)
+    if (box.small)
       return s(
         "g",
         { class: cls, ...button(part.key, `part-${part.key}`, told, about) },
@@ -183,7 +183,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
             "text",
             { class: "effect", x: x + w - PAD, y: base, "text-anchor": "end" },
             s("tspan", {}, nats(part.effect)),
-            part.dense !== null && s("tspan", { class: "dense" }, `${layout.narrow ? " / " : "  dense "}${nats(part.dense)}`),
+            part.dense !== null && s("tspan", { class: "dense" }, ` / ${nats(part.dense)}`),
           ),
       ),
       box.open && part.nodes.map((node) => drawLeaf(node, layout.leaves.get(node.id))),
@@ -334,6 +334,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     groups: () => [...parts.values()].filter((part) => part.type === "group").map((part) => part.key),
     shown: () => [...parts.values()].reduce((sum, part) => sum + part.nodes.length, 0),
     edges: () => [lines.childElementCount, links.length],
+    small: () => [...layout.at.values()].some((box) => box.small && box.part.weak),
     nameOf,
   };
 }

@@ -5,10 +5,11 @@
 
 import { curveBundle, line } from "d3-shape";
 import { fitLines } from "./dom.js";
+import { nodeCount } from "./model.js";
 
 export const LABELS = 74; // width of the rows' names
 export const PAD = 9;
-const CARDS = [170, 146]; // widths of a card, the second where there is little room
+const CARDS = [164, 146]; // widths of a card, the second where there is little room
 const LINE = 14,
   GAP = 9,
   GUTTER = 16,
@@ -22,7 +23,7 @@ export const NAME_FONT = '500 11.5px "Inter", sans-serif',
   TOKEN_FONT = '12px "JetBrains Mono", monospace';
 const bundled = line().curve(curveBundle.beta(0.9));
 
-/** How large a part is drawn, closed or open. */
+/** How large a part is drawn, closed or open; what does next to nothing, and what was not measured, is drawn small. */
 function sized(part, open, card, most) {
   if (open) {
     const many = part.nodes.length;
@@ -31,7 +32,8 @@ function sized(part, open, card, most) {
     const head = lines.length * LINE + LINE + 8;
     return { open, across, lines, head, w: across * (LEAF_WIDE + 4) + 8, h: head + Math.ceil(many / across) * LEAF + 7 };
   }
-  if (part.type === "more") return { w: 40, h: 20, lines: [`+${part.nodes.length}`] };
+  if (part.type === "more") return { small: true, w: 40, h: 20, lines: [`+${part.nodes.length}`] };
+  if (part.weak) return { small: true, w: 62, h: 20, lines: [nodeCount(part.nodes.length)] };
   const lines = fitLines(part.title, card - 2 * PAD, NAME_FONT, most);
   return { w: card, h: lines.length * LINE + LINE + 11, lines };
 }
@@ -135,7 +137,7 @@ function placed(tokens, parts, open, read, width, tall, card, most) {
   }
   const height = Math.max(y + extra / 2, tall - tokensHeight);
   const last = columns[columns.length - 1];
-  return { width: Math.max(x + GUTTER, width - LABELS), height, tokensHeight, rows, columns, at, leaves, answer: { x: last.center, y: 22 }, narrow: card === CARDS[1] };
+  return { width: Math.max(x + GUTTER, width - LABELS), height, tokensHeight, rows, columns, at, leaves, answer: { x: last.center, y: 22 } };
 }
 
 /** Columns from left to right; a run of tokens that nothing reads is one where there is no room for each. */
@@ -154,7 +156,7 @@ function columnsOf(tokens, cards, read, free) {
       positions,
       text: lines[0],
       run: positions.length > 1,
-      upright: upright && positions.length === 1 && own < flat && !has,
+      upright: upright && positions.length === 1 && own < flat - 8 && !has,
       cards: has,
       wide: Math.max(own, widest.get(position) ?? 0, position === last ? 134 : 0),
     };

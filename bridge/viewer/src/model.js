@@ -30,6 +30,7 @@ export function read(data) {
     for (const edge of edges) found.set(edge[key], [...(found.get(edge[key]) ?? []), edge]);
     return (id) => found.get(id) ?? [];
   };
+  const strongestGroup = Math.max(...explanation.groups.map((group) => Math.abs(group.effect)), 1e-9);
   return {
     data,
     explanation,
@@ -42,7 +43,8 @@ export function read(data) {
     outs: ends("source"),
     strongest: Math.max(...nodes.map((node) => Math.abs(node.effect ?? 0)), 1e-9),
     strongestEdge: Math.abs(edges[0]?.effect ?? 0) || 1e-9,
-    strongestGroup: Math.max(...explanation.groups.map((group) => Math.abs(group.effect)), 1e-9),
+    strongestGroup,
+    weak: Math.min(0.05, strongestGroup / 40), // nats; groups that do less are drawn small
   };
 }
 
@@ -100,7 +102,8 @@ export function partsOf(model, level) {
       total: group ? group.nodes.length : nodes.length,
       title: type === "error" ? errorName(nodes[0]) : group ? (group.label ?? group.name) : `added at ${addedAt(model, nodes)}`,
       effect: group ? group.effect : nodes[0].effect,
-      dense: group ? group.dense_effect : null,
+      dense: group && type !== "error" ? group.dense_effect : null,
+      weak: type === "group" && Math.abs(group.effect) < model.weak,
       position: mostly(nodes, (node) => node.position),
       height: mostly(nodes, heightOf),
     };

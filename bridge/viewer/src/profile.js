@@ -19,7 +19,7 @@ export function drawPoints(model, measure, choose) {
   if (paired && points.length >= MANY) return scatter(model, points, choose);
   return h(
     "details",
-    { class: "points" },
+    { class: "points", open: points.length <= MANY },
     h("summary", {}, `${points.length} ${points.length === 1 ? "value" : "values"}`),
     h(
       "table",
