@@ -3,15 +3,17 @@
 import { count, h, nats, number, percent, put, s } from "./dom.js";
 import { levelName, nodeCount } from "./model.js";
 
+const two = (x) => (x === null ? "–" : x.toFixed(2).replace("-", "−"));
+
 /** Measures of a nested circuit: their names, what they say, and their texts. */
 export const FACTS = [
-  ["F", "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span", (c) => number(c.faithfulness)],
+  ["F", "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span", (c) => two(c.faithfulness)],
   ["miss", "nats from the dense model's d", (c) => nats(c.miss)],
   ["KL", "of the next-token distribution, nats", (c) => number(c.kl)],
-  ["supersets", "F in random supersets, mean", (c) => number(c.supersets_mean)],
-  ["worst", "the lowest F in random supersets", (c) => number(c.supersets_worst)],
-  ["adversary", "F in the superset that 20 sign steps against the circuit find; it bounds nothing", (c) => number(c.adversary)],
-  ["left", "share of the span that is left when the circuit is ablated", (c) => number(c.left)],
+  ["supersets", "F in random supersets, mean", (c) => two(c.supersets_mean)],
+  ["worst", "the lowest F in random supersets", (c) => two(c.supersets_worst)],
+  ["adversary", "F in the superset that 20 sign steps against the circuit find; it bounds nothing", (c) => two(c.adversary)],
+  ["left", "share of the span that is left when the circuit is ablated", (c) => two(c.left)],
   ["via errors", "share of the span that flows through its errors", (c) => percent(Math.max(0, c.error_share))],
 ];
 
@@ -99,7 +101,7 @@ export function drawLegend(model, legend, graph) {
     h("span", {}, swatch("against"), "works against it"),
     model.nodes.some((node) => node.kind === "error") && h("span", {}, swatch("error"), "error: unexplained by the sparse model"),
     h("span", { title: "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model" }, "on cards: nats lost without it, sparse / dense"),
-    graph.small() && h("span", {}, `small: under ${number(model.weak)} nats`),
+    graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),
     circuit.nodes > 0 &&
       h(

@@ -5,7 +5,6 @@
 
 import { curveBundle, line } from "d3-shape";
 import { fitLines } from "./dom.js";
-import { nodeCount } from "./model.js";
 
 export const LABELS = 74; // width of the rows' names
 export const PAD = 9;
@@ -18,10 +17,17 @@ const LINE = 14,
   LEAF = 21,
   LEAF_WIDE = 150,
   TOKENS = 34,
-  UPRIGHT = 76;
+  UPRIGHT = 76,
+  SLIM = 40; // the widest of what is drawn small
 export const NAME_FONT = '500 11.5px "Inter", sans-serif',
   TOKEN_FONT = '12px "JetBrains Mono", monospace';
 const bundled = line().curve(curveBundle.beta(0.9));
+
+/** A part's title without what its column says: the token that it is at. */
+function shortTitle(part) {
+  const found = /^(?:at|reads) .*?@(\d+), (?=.)/s.exec(part.title);
+  return found && !part.group?.label && Number(found[1]) === part.position ? part.title.slice(found[0].length) : part.title;
+}
 
 /** How large a part is drawn, closed or open; what does next to nothing, and what was not measured, is drawn small. */
 function sized(part, open, card, most) {
@@ -33,8 +39,8 @@ function sized(part, open, card, most) {
     return { open, across, lines, head, w: across * (LEAF_WIDE + 4) + 8, h: head + Math.ceil(many / across) * LEAF + 7 };
   }
   if (part.type === "more") return { small: true, w: 40, h: 20, lines: [`+${part.nodes.length}`] };
-  if (part.weak) return { small: true, w: 62, h: 20, lines: [nodeCount(part.nodes.length)] };
-  const lines = fitLines(part.title, card - 2 * PAD, NAME_FONT, most);
+  if (part.weak) return { small: true, w: 32, h: 20, lines: [String(part.nodes.length)] };
+  const lines = fitLines(shortTitle(part), card - 2 * PAD, NAME_FONT, most);
   return { w: card, h: lines.length * LINE + LINE + 11, lines };
 }
 
@@ -58,20 +64,28 @@ const wideOf = (inLine) => inLine.reduce((sum, card) => sum + card.w + GAP, -GAP
  * Cards are smaller where they would not fit otherwise.
  */
 export function place(tokens, parts, open, read, width, tall) {
-  const wide = (layout) => layout.width > width - LABELS + 1;
-  const over = (layout) => layout.height + layout.tokensHeight - tall;
-  const draw = (card, most) => placed(tokens, parts, open, read, width, tall, card, most);
-  let layout = draw(CARDS[0], 2);
-  if (over(layout) > 1) layout = draw(CARDS[0], 1);
-  if (!wide(layout) && over(layout) < tall / 5) return layout;
-  const narrow = draw(CARDS[1], 2);
-  return over(narrow) > 1 ? draw(CARDS[1], 1) : narrow;
+  const ways = [
+    [CARDS[0], 2, 0],
+    [CARDS[0], 2, 1],
+    [CARDS[0], 1, 1],
+    [CARDS[1], 2, 1],
+    [CARDS[1], 1, 1],
+  ];
+  let best = null,
+    least = Infinity;
+  for (const [card, most, folded] of ways) {
+    const layout = placed(tokens, parts, open, read, width, tall, card, most, folded);
+    const over = 3 * Math.max(0, layout.width - width + LABELS) + Math.max(0, layout.height + layout.tokensHeight - tall);
+    if (over < least - 20) ((best = layout), (least = over));
+    if (least < 2) break;
+  }
+  return best;
 }
 
-function placed(tokens, parts, open, read, width, tall, card, most) {
+function placed(tokens, parts, open, read, width, tall, card, most, folded) {
   const cards = [...parts.values()].map((part) => ({ part, key: part.key, ...sized(part, open.has(part.key), card, most) }));
   const free = width - LABELS - 2 * GUTTER;
-  const columns = columnsOf(tokens, cards, read, free);
+  const columns = columnsOf(tokens, cards, read, free, folded);
   const columnAt = new Map(columns.flatMap((column) => column.positions.map((position) => [position, column])));
   const heights = [...new Set(cards.map((card) => card.part.height))].sort((a, b) => b - a); // from the top
   const cells = new Map();
@@ -80,7 +94,8 @@ function placed(tokens, parts, open, read, width, tall, card, most) {
     cells.set(key, [...(cells.get(key) ?? []), card]);
   }
   const cell = (height, column) => cells.get(`${height}|${column.place}`) ?? [];
-  const rowTall = (height) => Math.max(...columns.map((column) => tallOf(packed(cell(height, column), column.wide)) || 0), 0);
+  const filled = new Map(heights.map((height) => [height, columns.filter((column) => cell(height, column).length)]));
+  const rowTall = (height) => Math.max(...filled.get(height).map((column) => tallOf(packed(cell(height, column), column.wide))));
   const upright = columns.some((column) => column.upright);
   const tokensHeight = upright ? UPRIGHT : TOKENS;
   const room = tall - TOP - tokensHeight - ROW_GAP;
@@ -141,22 +156,23 @@ function placed(tokens, parts, open, read, width, tall, card, most) {
 }
 
 /** Columns from left to right; a run of tokens that nothing reads is one where there is no room for each. */
-function columnsOf(tokens, cards, read, free) {
+function columnsOf(tokens, cards, read, free, folded) {
   const widest = new Map();
   for (const { part, w } of cards) widest.set(part.position, Math.max(w, widest.get(part.position) ?? 0));
   const last = tokens.length - 1;
   const make = (positions, upright) => {
     const [position] = positions;
     const has = widest.has(position);
+    const slim = upright && (widest.get(position) ?? 0) <= SLIM && position !== last;
     const text = positions.length > 1 ? `${positions.length} tokens` : null;
-    const lines = fitLines(text ?? tokens[position].text, upright && !has && position !== last ? UPRIGHT - 14 : 88, TOKEN_FONT, 1);
+    const lines = fitLines(text ?? tokens[position].text, slim ? UPRIGHT - 14 : 88, TOKEN_FONT, 1);
     const flat = 7.3 * [...lines[0]].length + 8;
-    const own = positions.length > 1 ? 70 : upright && !has && position !== last ? 15 : Math.max(22, flat);
+    const own = positions.length > 1 ? 70 : slim ? 15 : Math.max(22, flat);
     return {
       positions,
       text: lines[0],
       run: positions.length > 1,
-      upright: upright && positions.length === 1 && own < flat - 8 && !has,
+      upright: slim && positions.length === 1 && Math.max(own, widest.get(position) ?? 0) < flat - 8,
       cards: has,
       wide: Math.max(own, widest.get(position) ?? 0, position === last ? 134 : 0),
     };
@@ -175,7 +191,7 @@ function columnsOf(tokens, cards, read, free) {
     () => runs.map((positions) => make(positions, false)),
     () => runs.map((positions) => make(positions, true)),
   ];
-  const made = ways.reduce((found, way) => (found && fits(found) ? found : way()), null);
+  const made = ways.slice(folded).reduce((found, way) => (found && fits(found) ? found : way()), null);
   made.forEach((column, place) => (column.place = place));
   return made;
 }

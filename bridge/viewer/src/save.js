@@ -39,7 +39,9 @@ function standalone(graph, title, model, level) {
   );
   whole.append(s("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor }));
   const focused = parts.plot.classList.contains("focused");
+  const chosen = parts.plot.querySelectorAll(".chosen");
   parts.plot.classList.remove("focused"); // nothing stands back for what is chosen
+  chosen.forEach((each) => each.classList.remove("chosen"));
   const lasting = (svg) => [...svg.children].filter((each) => !each.matches(MOMENTARY));
   for (const [svg, x, y] of [
     [parts.names, 0, caption.height],
@@ -49,6 +51,7 @@ function standalone(graph, title, model, level) {
     whole.append(s("g", { transform: `translate(${x},${y})` }, lasting(svg).map(dressed)));
   }
   parts.plot.classList.toggle("focused", focused);
+  chosen.forEach((each) => each.classList.add("chosen"));
   key.drawing.setAttribute("transform", `translate(0,${caption.height + height + tokensHeight})`);
   whole.append(caption.drawing, key.drawing);
   return new XMLSerializer().serializeToString(whole);
