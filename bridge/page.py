@@ -7,7 +7,7 @@ is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separat
 element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
 head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
 
-Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit that the page opens at.
+Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit.
 """
 
 from __future__ import annotations
