@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.card.card import Card
+    from bridge.circuits.loss import SearchConfig
     from bridge.circuits.masks import Aim
     from bridge.circuits.result import TaskResult
     from bridge.circuits.search import Subjects, search_task
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
+    from bridge.evidence.measures import Report
     from bridge.explain import explain
     from bridge.explanation import Explanation
     from bridge.export import Exported, export, node_pages, to_networkx
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from bridge.steer import Steering, steer
     from bridge.sweep import sweep
     from bridge.training import Progress
-    from bridge.validate import Faithfulness
 
 __version__ = "0.1.0"
 
@@ -39,13 +40,14 @@ _HOME = {
     "Evaluation": "evaluate",
     "Explanation": "explanation",
     "Exported": "export",
-    "Faithfulness": "validate",
     "Frontier": "frontier",
     "Move": "moves",
     "NodeFacts": "nodes",
     "NodePage": "node_page",
     "Progress": "training",
     "Recipe": "recipe",
+    "Report": "evidence.measures",
+    "SearchConfig": "circuits.loss",
     "Steering": "steer",
     "Subjects": "circuits.search",
     "TaskResult": "circuits.result",
@@ -73,13 +75,14 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "Exported",
-    "Faithfulness",
     "Frontier",
     "Move",
     "NodeFacts",
     "NodePage",
     "Progress",
     "Recipe",
+    "Report",
+    "SearchConfig",
     "Steering",
     "Subjects",
     "TaskResult",

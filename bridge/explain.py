@@ -39,6 +39,7 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import Nested, find_nested
 from bridge.circuits.question import Question
+from bridge.evidence.patching import Counterfactual
 from bridge.evidence.prompt import gather
 from bridge.explanation import (
     Answer,
@@ -96,7 +97,9 @@ def explain(
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     say("tokens: both models' answers")
-    followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1], device=tokens_t.device))
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    followed = follow(coupling, tokens_t[None], last_b)
+    swapped = None if other_t is None else Counterfactual(other_t, follow(coupling, other_t[None], last_b))
     question = _question(coupling, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
     say(f"means: {used_bt.numel():,} tokens of reference text")
@@ -116,15 +119,13 @@ def explain(
         flow = flow_through(masked, kept_f)
         edges = draw_edges(flow, MOST_SUMMED, say)
         say("groups")
-        groups = group_nodes(flow, edges)
+        groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
         drawn = _drawn(coupling, loss, nested, flow, edges, groups)
         hand_over(drawn)
         say("attention")
         attention = explain_attention(flow)
         scores = replacement_and_completeness(masked, kept_f)
-        evidence = gather(
-            coupling, loss, nested, followed, _masks(masked, groups), other_t, config=config, seed=seed, progress=say
-        )
+        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), swapped, seed=seed, progress=say)
     return Explanation(
         **vars(answered),
         report=evidence.report,
@@ -241,9 +242,7 @@ def _none_found(loss: CircuitLoss) -> Nested:
     return Nested(levels, level_f, (torch.inf,) * len(levels))
 
 
-def _drawn(
-    coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]
-) -> Drawn:
+def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]) -> Drawn:
     masked, opening = loss.masked, loss.config.opening
     all_f = torch.ones_like(flow.kept_f)
     active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
@@ -268,7 +267,7 @@ def _drawn(
             int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), edges.count(*COUNTED),
             edges.distinct(*COUNTED), *entries, active,
         ),
-        sizes=tuple(int(nested.kept(place).sum()) for place in range(len(nested.levels))),
+        sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,
     )  # fmt: skip
 
@@ -283,8 +282,7 @@ def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
 def _nodes(
     coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
-    """The nodes of the opening circuit and of the one above it, those first that the answer's gradient is largest of; and the
-    labels of their channels."""
+    """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
     masked, opening = loss.masked, loss.config.opening
     kept_f = nested.kept(opening)
     above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))

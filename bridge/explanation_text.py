@@ -46,7 +46,7 @@ def render_text(explanation: Explanation, width: int = 100, *, answer: bool = Tr
         *((render_answer(explanation, width).split("\n"),) if answer else ()),
         _verdict(explanation, width),
         _circuits(explanation, width),
-        *(drawn if explanation.circuit.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
+        *(drawn if explanation.counts.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
         evidence_table(explanation.report.measures, width),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
@@ -111,11 +111,11 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
-    if not circuit.nodes:
+    if not counts.nodes:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
-        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, {counts.errors:,} of them errors; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {counts.errors:,} errors; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
@@ -134,7 +134,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
 def _numbers(each: NestedCircuit) -> tuple[str, ...]:
     adversary = "" if each.adversary is None else f"{each.adversary:.2f}"
     return (
-        f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:+.2f}", f"{each.kl:.3f}",
+        f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:.2f}", f"{each.kl:.3f}",
         f"{each.supersets_mean:.3f}", f"{each.supersets_worst:.2f}", adversary, f"{each.left:.2f}", f"{each.error_share:.2f}",
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _path(explanation: Explanation, width: int) -> list[str]:
                 words.append(_end(explanation, each))
             else:
                 count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
-                words.append(f"[{group.id}: {group.label or group.name} ({count})]")
+                words.append(f"[{group.id}: {_what(group, group.label or group.name)} ({count})]")
                 told.add(each)
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
@@ -170,7 +170,7 @@ def _end(explanation: Explanation, end: str) -> str:
     if kind == "input":
         return f"{quoted(explanation.tokens[int(where)].text)} at {where}"
     site, _, position = where.partition("@")
-    return f"error at site {site}, {position}"
+    return f"error at site {site}, token {position}"
 
 
 def _groups(explanation: Explanation, width: int) -> list[str]:
@@ -193,7 +193,8 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
     dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
     count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
     head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
-    lines = _wrap(head, f"{group.name} ({count}){f': {group.label}' if group.label else ''}", width, " " * 33)
+    what = f"{_what(group, group.name)} ({count}){f': {group.label}' if group.label else ''}"
+    lines = _wrap(head, what, width, " " * 33)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
         joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
@@ -202,6 +203,15 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
             ends = ", ".join(_keep(f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}") for edge in joined[:6])
             lines += _kept(_wrap(f"{'':33}{word} ", ends, width, " " * 38))
     return lines
+
+
+def _what(group: ExplainedGroup, name: str) -> str:
+    """A group's name behind its block, part of the block and tokens."""
+    positions = ", ".join(map(str, group.positions))
+    if group.kind == ERROR:
+        return f"{name}, at token {positions}"
+    first, last = group.layers[0], group.layers[-1]
+    return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name}"
 
 
 def _nodes(explanation: Explanation, width: int) -> list[str]:
@@ -361,14 +371,13 @@ def render_html(explanation: Explanation) -> str:
 
 def _group_table(explanation: Explanation) -> str:
     largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
-    rows = [
-        (
-            str(group.id), group.name, f"{len(group.nodes):,}", display.Cell(f"{group.effect:+.2f}", group.effect / largest),
-            "" if group.dense_effect is None else f"{group.dense_effect:+.2f}", group.label or "",
-        )
-        for group in explanation.groups
-    ]  # fmt: skip
-    return display.table(("group", "what it is", "nodes", "effect", "dense", ""), rows)
+    rows = []
+    for group in explanation.groups:
+        dense = "" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+        effect = display.Cell(f"{group.effect:+.2f}", group.effect / largest)
+        what = _what(group, group.label or group.name)
+        rows.append((str(group.id), what, f"{len(group.nodes):,}", effect, dense))
+    return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
 
 
 def _node_table(explanation: Explanation) -> str:

@@ -10,6 +10,7 @@ Both viewers colour activations from 0 up, and show a feature by a number. A cha
 and of its negative values, numbered apart from all others of the row, and the activation shown is the magnitude:
 
     index       (8 channel + kind) 2 + (value < 0)                   kind by its place in ATTENTION_KINDS + MLP_KINDS
+                1,000,000 + site                                     of an error
     feature     (row + index)(row + index + 1) / 2 + index           the Cantor pair of row and index
     influence   share of the summed |effect| that the nodes of larger |effect| have, and the node itself
 
@@ -35,6 +36,7 @@ from bridge.recipe import UserError
 from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
 
 KINDS = ATTENTION_KINDS + MLP_KINDS
+ERRORS = 1_000_000  # the index from which on errors are numbered, by site: more than there are channels
 PINNED = 120  # nodes of the subgraph that is open at first, the strongest
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
@@ -121,6 +123,8 @@ def _row(node: ExplainedNode, rows: int, answer: int) -> int:
 
 
 def _index(node: ExplainedNode) -> int:
+    if node.kind == ERROR:
+        return ERRORS + node.layer
     return 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
 
 
@@ -130,11 +134,7 @@ def _feature(node: ExplainedNode, rows: int, answer: int) -> int:
 
 
 def _node_id(node: ExplainedNode, rows: int, answer: int) -> str:
-    return (
-        f"error_{node.layer}_{node.position}"
-        if node.kind == ERROR
-        else f"{_row(node, rows, answer)}_{_index(node)}_{node.position}"
-    )
+    return f"{_row(node, rows, answer)}_{_index(node)}_{node.position}"
 
 
 def _error_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _error_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
     return {
         "node_id": name,
         "jsNodeId": name,
-        "feature": -1 - node.layer,  # no feature has it, and two errors of a row stay two
+        "feature": _feature(node, rows, answer),  # of which there is no file
         "layer": str(_row(node, rows, answer)),
         "ctx_idx": node.position,
         "feature_type": "mlp reconstruction error",  # of which the viewers draw a node without a feature

@@ -113,10 +113,11 @@ def _node(draw: random.Random, place: int, tokens: int, layers: int, is_node: bo
 def _nested(place: int, opened: int, listed: int, errors: int) -> dict[str, Any]:
     asked = LEVELS[place]
     reached = 0.999 if asked is None else asked + 0.02 * (1 - asked)
-    within = (round(SIZES[0] * opened), opened, listed)  # what is listed; larger ones are only counted
+    first = max(0, round(SIZES[0] * opened) - errors)
+    within = (first, opened - errors, listed - errors)  # what is listed; larger ones are only counted
     return {
         "asked": asked, "nodes": within[place] if place < 3 else round(SIZES[place] * opened), "errors": errors if place else 0,
-        "faithfulness": reached, "miss": -9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
+        "faithfulness": reached, "miss": 9.4 * (1 - reached), "kl": 0.5 / (1 + place) ** 2, "supersets_mean": reached - 0.01,
         "supersets_rms": 1.5 * (1 - reached), "supersets_worst": reached - 0.2, "adversary": 0.4 if place == OPENING else None,
         "left": 0.15, "error_share": 0.06 if place else 0.0, "within": True,
     }  # fmt: skip
@@ -132,9 +133,10 @@ def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, 
     for number, ((layer, part, position), members) in enumerate(parted.items()):
         for node in members:
             node["group"] = number
+        name = f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'"
         groups.append(
             {
-                "id": number, "name": f"error at {position}" if part == "error" else f"L{layer} {part} at {position}: promotes ':'", "nodes": [node["id"] for node in members],
+                "id": number, "name": name, "nodes": [node["id"] for node in members],
                 "positions": [position], "layers": [layer], "kind": part, "effect": sum(node["effect"] for node in members),
                 "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
             }

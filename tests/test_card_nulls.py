@@ -18,11 +18,12 @@ from bridge.bridges import Coupling
 from bridge.card import nulls as nulls_module
 from bridge.card.card import NULLS, CardError
 from bridge.card.kept import fingerprint, stored_nulls
-from bridge.card.nulls import Nulls, ridge, ridge_bridges, shuffled_bridges, uncoupled
+from bridge.card.nulls import Nulls
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.dense import load_dense
+from bridge.evidence.null_couplings import NullError, ridge, ridge_bridges, shuffled_bridges, uncoupled
 from bridge.tasks.tokens import Resolved
 
 
@@ -154,7 +155,7 @@ def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) 
 def test_the_uncoupled_model_must_be_one(planted: Path, against: Path) -> None:
     coupling = Coupling.from_pretrained(planted)
     assert uncoupled(coupling, against, 1, 0, lambda _: None).sparse.width == coupling.sparse.width
-    with pytest.raises(CardError, match="was coupled"):
+    with pytest.raises(NullError, match="was coupled"):
         uncoupled(coupling, planted, 1, 0, lambda _: None)
 
 

@@ -13,10 +13,10 @@ from test_card_case import answered, case_of, copied, dense_difference, some_nod
 from bridge.bridges import Coupling
 from bridge.card.card import CardMeasure
 from bridge.card.case import Case, numbers
-from bridge.card.nulls import shuffled_bridges
 from bridge.card.swap import Swap, _turned, swap_measures
 from bridge.circuit import recording_gate
 from bridge.dense import DenseModel
+from bridge.evidence.null_couplings import shuffled_bridges
 from bridge.residual import Enter
 
 

@@ -1,4 +1,4 @@
-"""Attention: scores, patterns and what is moved are those written out by hand; what a head is worth, an intervention finds."""
+"""Attention: scores, patterns and what is moved are those written out by hand; the effect of a head, an intervention finds."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ import math
 
 import pytest
 import torch
-from test_circuit import PARALLEL, SEQUENTIAL, VOCABULARY, model, prompt
+from test_circuit import PARALLEL, SEQUENTIAL, model
+from test_circuits_attribution import Frozen, edges_of, masked_model, some_kept
 from torch import Tensor
 
-from bridge import attention as module
-from bridge.attention import Attention, ExplainedHead, explain_attention, variation
-from bridge.circuit import Circuit, Question, corpus_means, recording_gate
-from bridge.flow import draw_edges
+from bridge.circuits import attention as module
+from bridge.circuits.attention import Attention, ExplainedHead, explain_attention, variation
+from bridge.circuits.flow import Flow, flow_through
 from bridge.sparse import Location, SparseTransformer
 
 
-def random_circuit(sparse: SparseTransformer, density: float = 0.7, length: int = 6) -> Circuit:
-    tokens_bt = torch.randint(VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(1))
-    means = {at: mean_n.double() for at, mean_n in corpus_means(sparse, tokens_bt).items()}
-    generator = torch.Generator().manual_seed(2)
-    kept = {at: torch.rand(length, n, generator=generator) < density for at, n in sparse.locations().items()}
-    return Circuit(Question(prompt(length), 3, 4), kept, means, {})
+def random_flow(sparse: SparseTransformer, density: float = 0.7) -> Flow:
+    masked = masked_model(sparse)
+    return flow_through(masked, some_kept(masked, density))
 
 
-def nodes_of(sparse: SparseTransformer, circuit: Circuit) -> dict[Location, Tensor]:
-    values: dict[Location, Tensor] = {}
-    sparse.run(circuit.question.tokens_t[None], gate=recording_gate(values, circuit.gate))
-    return {at: value_1tn[0] for at, value_1tn in values.items()}
+def nodes_of(flow: Flow) -> dict[Location, Tensor]:
+    return {at: value_1tn[0] for at, value_1tn in Frozen(flow.masked, flow.kept_f).values.items()}
 
 
 def score(sparse: SparseTransformer, q_n: Tensor, k_n: Tensor, head: int, query: int, position: int) -> float:
@@ -65,9 +60,9 @@ SHAPES = [{"positions": "learned"}, {"positions": "rotary"}, {"positions": "none
 @pytest.mark.usefixtures("everything")
 def test_scores_and_weights_are_the_literal_ones(shape: dict) -> None:
     sparse = model(**shape)
-    circuit = random_circuit(sparse)
-    values = nodes_of(sparse, circuit)
-    heads = explain_attention(sparse, circuit, most=1000).heads
+    flow = random_flow(sparse)
+    values = nodes_of(flow)
+    heads = explain_attention(flow, most=1000).heads
     assert {head.layer for head in heads} == {0, 1} and len(heads) > 8
     for head in heads:
         q_tn, k_tn = values[Location(head.layer, "q")], values[Location(head.layer, "k")]
@@ -88,28 +83,31 @@ def test_scores_and_weights_are_the_literal_ones(shape: dict) -> None:
                     assert term.key_value == pytest.approx(float(k_tn[read.position, term.channel]))
 
 
-def without(sparse: SparseTransformer, circuit: Circuit, head: ExplainedHead, kinds: str) -> float:
-    """D of S_C with what the head writes at the query worked out by hand from its deleted nodes."""
-    values, layer, p = nodes_of(sparse, circuit), head.layer, head.query
+def without(flow: Flow, head: ExplainedHead, kinds: str) -> float:
+    """d of S_C with what the head writes at the query worked out by hand from its ablated nodes."""
+    sparse, masked = flow.sparse, flow.masked
+    values, layer, p = nodes_of(flow), head.layer, head.query
     part = slice(head.head * 4, head.head * 4 + 4)
     held = {kind: values[Location(layer, kind)].clone() for kind in "qkv"}
     z_n = torch.cat([_read(sparse, layer, held, other, p) for other in range(sparse.width // 4)])
     for kind in kinds:
-        held[kind][:, part] = circuit.means[Location(layer, kind)][part]
+        held[kind][:, part] = masked.means[Location(layer, kind)][part]
     z_n[part] = _read(sparse, layer, held, head.head, p)
     out_n = sparse.get_parameter(f"blocks.{layer}.o.weight") @ z_n + sparse.get_parameter(f"blocks.{layer}.o.bias")
     top = out_n.abs().topk(round(sparse.shape.keep * len(out_n))).indices
     out_n = torch.zeros_like(out_n).scatter(0, top, out_n[top])
     at = Location(layer, "attn_out")
-    out_n = torch.where(circuit.kept[at][p], out_n, circuit.means[at])
+    out_n = torch.where(flow.kept[at][p], out_n, masked.means[at])
+    keep, correct = masked.gates(flow.kept_f[None])
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        x_btn = circuit.gate(location, x_btn).clone()
+        x_btn = keep(location, x_btn).clone()
         if location == at:
             x_btn[0, p] = out_n
         return x_btn
 
-    return float(circuit.question.difference(sparse.run(circuit.question.tokens_t[None], gate=gate).logits_btv[0, -1]))
+    logits_1v = sparse.run(masked.question.prompt_bt, gate=gate, correct=correct).logits_btv[:, -1]
+    return float(masked.question.difference(logits_1v))
 
 
 def _read(sparse: SparseTransformer, layer: int, held: dict[str, Tensor], head: int, query: int) -> Tensor:
@@ -118,15 +116,15 @@ def _read(sparse: SparseTransformer, layer: int, held: dict[str, Tensor], head: 
 
 
 @pytest.mark.parametrize("kinds", [SEQUENTIAL, PARALLEL], ids=["sequential", "parallel"])
-def test_what_a_head_is_worth_is_what_an_intervention_finds(kinds: tuple[str, ...]) -> None:
+def test_the_effect_of_a_head_is_what_an_intervention_finds(kinds: tuple[str, ...]) -> None:
     sparse = model(kinds)
-    circuit = random_circuit(sparse)
-    whole = without(sparse, circuit, ExplainedHead(0, 0, 0, 0, (), 0, 0, 0, 0), "")
-    heads = explain_attention(sparse, circuit).heads
+    flow = random_flow(sparse)
+    whole = without(flow, ExplainedHead(0, 0, 0, 0, (), 0, 0, 0, 0), "")
+    heads = explain_attention(flow).heads
     assert len(heads) == module.HEADS and len({head.layer for head in heads}) == 2
     for head in heads:
         for kinds_deleted, effect in (("qkv", head.effect), ("qk", head.pattern_effect), ("v", head.value_effect)):
-            assert effect == pytest.approx(whole - without(sparse, circuit, head, kinds_deleted), abs=1e-9)
+            assert effect == pytest.approx(whole - without(flow, head, kinds_deleted), abs=1e-9)
         assert head.pattern_effect + head.value_effect + head.interaction == pytest.approx(head.effect)
     sizes = [max(abs(h.effect), abs(h.pattern_effect), abs(h.value_effect)) for h in heads]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1e-3
@@ -135,10 +133,10 @@ def test_what_a_head_is_worth_is_what_an_intervention_finds(kinds: tuple[str, ..
 @pytest.mark.usefixtures("everything")
 def test_what_is_moved_is_the_sum_of_value_edges() -> None:
     sparse = model()
-    circuit = random_circuit(sparse)
-    edges = [edge for edge in draw_edges(sparse, circuit).strongest if edge.kind == "value"]
+    flow = random_flow(sparse)
+    edges = [edge for edge in edges_of(flow.masked, flow.kept_f).strongest if edge.kind == "value"]
     assert edges
-    heads = explain_attention(sparse, circuit, most=1000).heads
+    heads = explain_attention(flow, most=1000).heads
     told: dict[tuple[str, int | None], float] = {
         (term.node, head.query): term.effect for head in heads for read in head.reads for term in read.moved
     }
@@ -155,8 +153,8 @@ def test_what_is_moved_is_the_sum_of_value_edges() -> None:
 
 def test_only_the_heads_that_matter_most_are_told() -> None:
     sparse = model()
-    circuit = random_circuit(sparse)
-    every, some = explain_attention(sparse, circuit, most=1000), explain_attention(sparse, circuit, most=3)
+    flow = random_flow(sparse)
+    every, some = explain_attention(flow, most=1000), explain_attention(flow, most=3)
     assert every.left_out == 0 and len(some.heads) == 3 and some.left_out == len(every.heads) - 3
     assert all(len(head.reads) <= module.READS for head in some.heads)
     assert all(len(read.terms) <= module.TERMS and len(read.moved) <= module.TERMS for h in some.heads for read in h.reads)
@@ -166,10 +164,19 @@ def test_only_the_heads_that_matter_most_are_told() -> None:
 
 def test_an_empty_circuit_has_no_heads() -> None:
     sparse = model()
-    assert explain_attention(sparse, random_circuit(sparse, density=-1)) == Attention((), 0)
+    assert explain_attention(random_flow(sparse, density=-1)) == Attention((), 0)
 
 
 def test_variation_counts_the_sink() -> None:
     before, after = torch.tensor([0.5, 0.3]), torch.tensor([0.1, 0.4])  # sinks .2 and .5
     literal = 0.5 * (0.4 + 0.1 + 0.3)
     assert float(variation(before[None, None, None], after[None, None, None])) == pytest.approx(literal)
+
+
+def test_rows_in_batches_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = random_flow(model())
+    whole = explain_attention(flow)
+    monkeypatch.setattr("bridge.circuits.masked_model._ROW_TOKENS", 24)
+    assert flow.masked.rows == 4
+    for head, same in zip(whole.heads, explain_attention(flow).heads, strict=True):
+        assert same.effect == pytest.approx(head.effect, abs=1e-12) and same.query == head.query

@@ -50,11 +50,14 @@ def explanation(dense: DenseModel) -> Explanation:
 
 def test_an_explanation_shows_its_verdict_and_its_strongest_nodes(explanation: Explanation) -> None:
     page = Page(explanation._repr_html_())
-    assert explanation.faithfulness.verdict in page.words
-    assert f"why {explanation.target.text!r} rather than {explanation.contrast.text!r}" in page.words
+    assert explanation.report.verdict in page.words
+    assert f"why {explanation.answer.text!r} at all" in page.words
     strongest = max(explanation.nodes, key=lambda node: abs(node.effect or 0))
-    assert strongest.name in page.words and f"{strongest.effect:+.2f}" in page.words
-    for measure in explanation.faithfulness.measures:
+    assert f"{strongest.effect:+.2f}" in page.words
+    assert strongest.kind == "error" or strongest.name in page.words
+    for circuit in explanation.nested:
+        assert f"{circuit.nodes:,}" in page.words and f"{circuit.faithfulness:.3f}" in page.words
+    for measure in explanation.report.measures:
         assert measure.name in page.words
 
 
@@ -63,7 +66,7 @@ def test_hostile_text_is_text(explanation: Explanation) -> None:
         explanation,
         prompt=HOSTILE,
         tokens=tuple(dataclasses.replace(token, text=HOSTILE) for token in explanation.tokens),
-        target=dataclasses.replace(explanation.target, text=HOSTILE),
+        answer=dataclasses.replace(explanation.answer, text=HOSTILE),
         nodes=tuple(dataclasses.replace(node, label=HOSTILE) for node in explanation.nodes),
     )
     page = Page(hostile._repr_html_())

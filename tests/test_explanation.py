@@ -136,7 +136,7 @@ def test_nodes_say_what_their_ablation_does(explanation: Explanation, coupled: C
     literal = Literal(coupled, torch.tensor([[token.id for token in explanation.tokens]]), opened)
     alone = log_odds(literal.logits(), explanation.answer.id)
     seen = dict(literal.seen)
-    assert explanation.circuit.miss == pytest.approx(alone - explanation.dense_d, abs=1e-3)
+    assert explanation.circuit.miss == pytest.approx(abs(alone - explanation.dense_d), abs=1e-3)
     assert explanation.circuit.faithfulness == pytest.approx(
         1 - abs(alone - explanation.dense_d) / abs(explanation.span), abs=1e-3
     )
@@ -273,7 +273,7 @@ def test_any_explanation_has_a_text_that_fits(shape: dict[str, Any], width: int)
     if made.backup is not None:
         assert all(name in text for name in made.backup.strongest)
     if not made.counts.nodes:
-        assert "NO EXPLANATION" in text and "a span of 0.4 nats" in text
+        assert "NO EXPLANATION" in text and "a span of 0.4 nats" in " ".join(text.split())
 
 
 def test_the_table_of_circuits_has_their_numbers(explanation: Explanation):
@@ -281,7 +281,7 @@ def test_the_table_of_circuits_has_their_numbers(explanation: Explanation):
     first = next(place for place, line in enumerate(lines) if line.startswith("CIRCUITS"))
     for place, circuit in enumerate(explanation.nested):
         cells = lines[first + 1 + place].split()
-        assert f"{circuit.nodes:,}" in cells and f"{circuit.faithfulness:.3f}" in cells and f"{circuit.miss:+.2f}" in cells
+        assert f"{circuit.nodes:,}" in cells and f"{circuit.faithfulness:.3f}" in cells and f"{circuit.miss:.2f}" in cells
         assert cells[0].startswith(">") == (place == explanation.opening)
 
 
@@ -296,7 +296,7 @@ def test_where_the_span_is_too_small_nothing_is_explained(coupled: Coupling):
     assert nothing.report.verdict == "no explanation" and nothing.counts.nodes == 0 and not nothing.nodes
     assert Explanation.from_json(nothing.to_json()) == nothing
     text = render_text(nothing)
-    assert "VERDICT   NO EXPLANATION" in text and f"a span of {abs(nothing.span):.1f} nats" in text
+    assert "VERDICT   NO EXPLANATION" in text and f"a span of {abs(nothing.span):.1f} nats" in " ".join(text.split())
 
 
 def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, coupled: Coupling):
@@ -308,7 +308,7 @@ def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, c
 
 
 def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explanation):
-    first, second, third = [answer.token for answer in explanation.dense if answer.token.text.startswith("w")][:3]
+    first, second, third = [answer.token for answer in explanation.dense if answer.token.id > 1][:3]
     logits_v = coupled.dense.run(torch.tensor([[token.id for token in explanation.tokens]])).logits_btv[0, -1]
     chosen = explain(coupled, PROMPT, target=third.text)
     assert (chosen.answer, chosen.contrast) == (third, None)
@@ -396,7 +396,8 @@ def test_a_counterfactual_adds_patching(coupled: Coupling, explanation: Explanat
     assert other.nodes == explanation.nodes
     values = {measure.key: measure.value for measure in explanation.report.measures}
     more = [measure for measure in other.report.measures if measure.value is not None and values.get(measure.key) is None]
-    assert [measure.key for measure in more] == ["patching"]
+    assert {measure.key for measure in more} <= {"patching"}
+    assert "patching" in {measure.key for measure in other.report.measures} - set(values)
 
 
 def test_work_that_is_ended_leaves_nothing_behind(dense: DenseModel, explanation: Explanation):
@@ -427,4 +428,4 @@ def test_circuits_go_from_few_nodes_to_many(explanation: Explanation):
     sizes = [circuit.nodes for circuit in explanation.nested]
     assert sizes == sorted(sizes) and len(sizes) == len(explanation.config.levels) + 1
     for number, circuit in enumerate(explanation.nested[: explanation.opening + 2]):
-        assert sum(node.level <= number for node in explanation.nodes) == circuit.nodes
+        assert sum(node.level <= number for node in explanation.nodes) == circuit.nodes + circuit.errors

@@ -139,7 +139,8 @@ def test_a_feature_is_a_kind_a_channel_and_a_sign(graph: dict[str, Any], explana
 def test_links_are_the_effects_of_edges(graph: dict[str, Any], explanation: Explanation) -> None:
     shown = zip(of_type(graph, "cross layer transcoder"), channels(explanation), strict=True)
     names = {node.id: each["node_id"] for each, node in shown}
-    names |= {node.id: f"error_{node.layer}_{node.position}" for node in opened(explanation) if node.kind == ERROR}
+    errors = [node for node in opened(explanation) if node.kind == ERROR]
+    names |= {node.id: each["node_id"] for each, node in zip(of_type(graph, "mlp reconstruction error"), errors, strict=True)}
     ends = {node["node_id"] for node in graph["nodes"]}
     into: dict[str, float] = defaultdict(float)
     for link in graph["links"]:
@@ -195,13 +196,14 @@ def test_errors_are_error_nodes(graph: dict[str, Any], explanation: Explanation)
     errors = [node for node in opened(explanation) if node.kind == ERROR]
     shown = of_type(graph, "mlp reconstruction error")
     assert errors and [(node["ctx_idx"], node["activation"]) for node in shown] == [(e.position, e.activation) for e in errors]
-    assert all(node["feature"] < 0 for node in shown)
+    assert {node["feature"] for node in shown}.isdisjoint(node["feature"] for node in of_type(graph, "cross layer transcoder"))
     answer = int(of_type(graph, "logit")[0]["layer"])
     assert all(int(node["layer"]) == min(graph["rows"] * e.layer // 2, answer - 1) for node, e in zip(shown, errors, strict=True))
 
 
 def test_groups_are_supernodes(explanation: Explanation, tmp_path: Path) -> None:
-    members = tuple(node.id for node in channels(explanation)[:3])
+    strongest = sorted(channels(explanation), key=lambda node: -abs(node.effect or 0))
+    members = tuple(node.id for node in strongest[:3])
     group = ExplainedGroup(0, "L0: reads 50%", members, (0,), (0,), "MLP", 1.0, None)
     grouped = replace(explanation, groups=(group, replace(group, id=1, nodes=members[:1])))
     (found,) = checked(local(grouped, tmp_path))["qParams"]["supernodes"]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -34,7 +34,7 @@ from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
 from bridge.dense import DenseModel
 from bridge.explain import explain
-from bridge.explanation import Explanation
+from bridge.explanation import Answered, Drawn, Explanation
 from bridge.recipe import UserError
 from bridge.server.app import create_app
 from bridge.server.library import LONGEST_LABEL, Library
@@ -42,8 +42,8 @@ from bridge.server.schema import LONGEST_PROMPT
 from bridge.server.security import Rules
 from bridge.steer import steer
 
-PROMPT = "w5 w9 w12 w5"
-OTHER = "w5 w9 w12 w7"
+PROMPT = "w30 w31 w4 w8"
+OTHER = "w30 w31 w4 w9"
 RULES = Rules.for_address("127.0.0.1", 8765, None)
 STEERING = {"value": 1.5, "strength": 0.5}
 PATIENCE = 60.0  # seconds after which a test gives up
@@ -57,11 +57,6 @@ def coupled(coupling_folder: Path) -> Coupling:
 @pytest.fixture(scope="module")
 def explanation(coupled: Coupling) -> Explanation:
     return explain(coupled, PROMPT)
-
-
-@pytest.fixture(scope="module")
-def carded(coupled: Coupling) -> Explanation:
-    return explain(coupled, PROMPT, card=True, counterfactual=OTHER)
 
 
 @pytest.fixture
@@ -103,13 +98,21 @@ class Held:
         return replace(self.explanation, prompt=prompt)
 
 
-class Carded(Held):
-    """The same of an explanation that it has at once, and whose card it is at."""
+class Staged(Held):
+    """The same that hands over what is known early, and is then held up."""
 
     def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
-        assert more["card"] and self.explanation.card is not None
-        more["stage"](replace(self.explanation, prompt=prompt, card=None))
+        for known in stages_of(self.explanation):
+            more["stage"](known)
         return super().__call__(coupling, prompt, progress=progress)
+
+
+def stages_of(explanation: Explanation) -> tuple[Answered, Drawn]:
+    """What is known of an explanation before it is whole."""
+    sizes = tuple(circuit.nodes for circuit in explanation.nested)
+    names = [field.name for field in fields(Drawn) if field.name != "sizes"]
+    answered = Answered(**{field.name: getattr(explanation, field.name) for field in fields(Answered)})
+    return answered, Drawn(**{name: getattr(explanation, name) for name in names}, sizes=sizes)
 
 
 def ask(client: TestClient, prompt: str = PROMPT, **more: Any) -> str:
@@ -167,12 +170,12 @@ def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> No
         values = over(client, id)
         assert (values["id"], values["status"], values["error"], values["bridge"]) == (id, "done", None, "models/deep/tiny")
         told = values["explanation"]
-        assert (told["target"]["text"], told["contrast"]["text"]) == ("w7", "w8")
+        assert (told["answer"]["text"], told["contrast"]["text"]) == ("w7", "w8")
         expected = explain(coupled, PROMPT, target="w7", contrast="w8").to_json()
         expected["provenance"] |= {"coupling": "models/deep/tiny", "dense": "tiny"}  # and not the folders they were loaded from
         assert told == json.loads(json.dumps(expected))
         assert Explanation.from_json(told).agree == told["agree"]
-        assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "levels" in said
+        assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "groups" in said
         assert client.get("/api/couplings").json()[0]["loaded"]
 
 
@@ -235,29 +238,30 @@ def test_a_cancelled_job_whose_work_ends_anyway_is_cancelled(root: Path, explana
         assert over(client, id)["status"] == "cancelled" and not over(client, id)["stopping"]
 
 
-def test_the_list_tells_places_times_and_verdicts(root: Path, carded: Explanation) -> None:
+def test_the_list_tells_places_times_and_verdicts(root: Path, explanation: Explanation) -> None:
     def told(client: TestClient, *ids: str) -> list[dict[str, Any]]:
         jobs = {job["id"]: job for job in client.get("/api/explanations").json()}
         return [jobs[id] for id in ids]
 
-    held = Carded(carded)
-    assert carded.card is not None
+    held, verdict = Staged(explanation), explanation.report.verdict
     with client_of(Library([root]), held) as client:
-        running, *waiting = (ask(client, f"w{index}", card=True) for index in range(2, 5))
+        running, *waiting = (ask(client, f"w{index}") for index in range(2, 5))
         until(lambda: client.get(f"/api/explanations/{running}").json()["phase"] == "held")
         jobs = told(client, running, *waiting)
         assert [job["place"] for job in jobs] == [None, 1, 2]
         assert [job["began_at"] is None for job in jobs] == [False, True, True]
         assert all(job["ended_at"] is None and not job["stopping"] for job in jobs)
-        assert [(job["verdict"], job["card_verdict"]) for job in jobs] == [(carded.faithfulness.verdict, None)] + [
-            (None, None)
-        ] * 2
+        assert [(job["stage"], job["verdict"]) for job in jobs] == [("drawn", None), (None, None), (None, None)]
         client.delete(f"/api/explanations/{waiting[0]}")
         assert told(client, waiting[1])[0]["place"] == 1
         held.go.set()
         over(client, waiting[1])
         jobs = told(client, running, *waiting)
-        assert [job["card_verdict"] for job in jobs] == [carded.card.verdict, None, carded.card.verdict]
+        assert [(job["stage"], job["verdict"]) for job in jobs] == [
+            ("explanation", verdict),
+            (None, None),
+            ("explanation", verdict),
+        ]
         for job in jobs:
             times = [datetime.fromisoformat(job[key]) for key in ("asked_at", "began_at", "ended_at") if job[key] is not None]
             assert times == sorted(times) and len(times) == (2 if job["status"] == "cancelled" else 3)
@@ -296,7 +300,7 @@ def test_work_that_fails_is_a_line_and_the_next_goes_on(root: Path, error: Excep
 
 
 def test_numbers_that_json_has_not_never_leave(root: Path, explanation: Explanation) -> None:
-    with client_of(Library([root]), lambda *_, **__: replace(explanation, dense_difference=math.nan)) as client:
+    with client_of(Library([root]), lambda *_, **__: replace(explanation, dense_d=math.nan)) as client:
         id = ask(client)
         assert over(client, id)["status"] == "failed"
         assert "NaN" not in client.get(f"/api/explanations/{id}").text
@@ -313,88 +317,72 @@ def test_stopping_cancels_everything(root: Path, explanation: Explanation) -> No
     assert jobs.stop(0)
 
 
-# -- the card, which comes later ----------------------------------------------------------------------------------------
+# -- what is known early ------------------------------------------------------------------------------------------------
 
 
-def readable(client: TestClient, held: Carded, **more: Any) -> str:
-    """An explanation that was asked for with a card and is there without one."""
-    id = ask(client, card=True, **more)
-    until(lambda: client.get(f"/api/explanations/{id}").json()["phase"] == "held")
-    assert held.begun.is_set() and client.get(f"/api/explanations/{id}").json()["readable"]
-    return id
+def plain(value: Any) -> Any:
+    """A dataclass as JSON has it."""
+    return json.loads(json.dumps(asdict(value)))
 
 
-def pending(client: TestClient, id: str) -> bool:
-    """What the page of an explanation says of its card."""
-    answer = client.get(f"/api/explanations/{id}/page")
-    assert answer.status_code == 200, answer.text
-    assert f'"served":true,"job":"{id}","pending":' in answer.text
-    return f'"job":"{id}","pending":true' in answer.text
+def test_what_is_known_early_is_read_before_the_rest(root: Path, explanation: Explanation) -> None:
+    answered, drawn = stages_of(explanation)
+    go = {name: threading.Event() for name in ("answered", "drawn")}
 
+    def staged(*_: Any, stage: Callable[[Answered | Drawn], None], **__: Any) -> Explanation:
+        for name, known in (("answered", answered), ("drawn", drawn)):
+            stage(known)
+            assert go[name].wait(PATIENCE)
+        return explanation
 
-def test_an_explanation_is_read_while_its_card_is_computed(root: Path, explanation: Explanation, carded: Explanation) -> None:
-    held = Carded(carded)
-    with client_of(Library([root]), held) as client:
-        id = readable(client, held, counterfactual=OTHER)
-        job = client.get(f"/api/explanations/{id}").json()
-        assert (job["status"], job["phase"], job["card"], job["counterfactual"]) == ("running", "held", True, OTHER)
-        assert job["explanation"]["card"] is None and Explanation.from_json(job["explanation"]).nodes == explanation.nodes
-        assert client.get("/api/explanations").json()[0]["readable"]
-        assert client.get(f"/api/explanations/{id}", params={"brief": True}).json() == job | {"explanation": None}
-        assert pending(client, id)
-        node = explanation.nodes[0].id
-        assert client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).status_code == 200
-        held.go.set()
+    def known(stage: str) -> dict[str, Any]:
+        return until(lambda: (job := client.get(f"/api/explanations/{id}").json())["stage"] == stage and job)
+
+    with client_of(Library([root]), staged) as client:
+        id = ask(client)
+        first = known("answered")
+        assert (first["answered"], first["drawn"], first["explanation"]) == (plain(answered), None, None)
+        refused(client.get(f"/api/explanations/{id}/page"), 409, "running")
+        go["answered"].set()
+        second = known("drawn")
+        assert (second["answered"], second["drawn"], second["explanation"]) == (None, plain(drawn), None)
+        assert not second["readable"] and client.get("/api/explanations").json()[0]["stage"] == "drawn"
+        brief = client.get(f"/api/explanations/{id}", params={"brief": True}).json()
+        assert brief == second | {"drawn": None}
+        go["drawn"].set()
         done = over(client, id)
-        assert (done["status"], done["readable"]) == ("done", True)
-        assert carded.card is not None and done["explanation"]["card"]["verdict"] == carded.card.verdict
-        assert done["explanation"] == job["explanation"] | {"card": done["explanation"]["card"]}
-        assert not pending(client, id)
-
-
-def test_a_counterfactual_means_the_card_as_it_does_for_the_command(root: Path, carded: Explanation) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def watched(*_: Any, **more: Any) -> Explanation:
-        asked.append(more)
-        return carded
-
-    with client_of(Library([root]), watched) as client:
-        kinds: list[dict[str, Any]] = [{}, {"card": False}, {"card": True}]
-        for more in kinds:
-            assert over(client, ask(client, counterfactual=OTHER, **more))["card"]
-        assert not over(client, ask(client))["card"]
-    assert [(one["card"], one["counterfactual"]) for one in asked] == [(True, OTHER)] * 3 + [(False, None)]
+        assert (done["stage"], done["readable"], done["verdict"]) == ("explanation", True, explanation.report.verdict)
+        assert (done["answered"], done["drawn"]) == (None, None)
+        assert Explanation.from_json(done["explanation"]).nodes == explanation.nodes
+        page = client.get(f"/api/explanations/{id}/page")
+        assert page.status_code == 200 and f'"served":true,"job":"{id}"' in page.text
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
-def test_what_was_there_before_the_card_stays(root: Path, carded: Explanation, end: str) -> None:
-    held = Carded(carded)
+def test_what_was_known_before_the_end_stays(root: Path, explanation: Explanation, end: str) -> None:
+    held = Staged(explanation)
     with client_of(Library([root]), held) as client:
-        id = readable(client, held)
+        id = ask(client)
+        until(lambda: client.get(f"/api/explanations/{id}").json()["phase"] == "held")
         if end == "cancelled":
             client.delete(f"/api/explanations/{id}")
         else:
-            held.explanation = replace(carded, dense_difference=math.nan)  # which JSON has not
+            held.explanation = replace(explanation, dense_d=math.nan)  # which JSON has not
             held.go.set()
         job = over(client, id)
-        assert (job["status"], job["readable"]) == (end, True)
-        assert job["explanation"]["card"] is None and Explanation.from_json(job["explanation"]).nodes == carded.nodes
-        assert not pending(client, id)
+        assert (job["status"], job["stage"], job["readable"], job["explanation"]) == (end, "drawn", False, None)
+        assert job["drawn"] == plain(stages_of(explanation)[1])
 
 
-def test_a_prompts_card_is_that_of_the_library_and_says_nothing_of_this_machine(root: Path, carded: Explanation) -> None:
+def test_an_explanation_says_nothing_of_this_machine(root: Path, explanation: Explanation) -> None:
     with client_of(Library([root])) as client:
-        id = ask(client, card=True, counterfactual=OTHER)
+        id = ask(client, counterfactual=OTHER)
         assert over(client, id)["status"] == "done"
         told = over(client, id)["explanation"]
-        assert carded.card is not None and [test["value"] for test in told["card"]["tests"]] == [
-            test.value for test in carded.card.tests
-        ]
-        assert told["provenance"]["coupling"] == told["card"]["provenance"]["coupling"] == "models/deep/tiny"
+        assert told["provenance"]["coupling"] == "models/deep/tiny"
         for text in (client.get(f"/api/explanations/{id}").text, client.get(f"/api/explanations/{id}/page").text):
             assert "models/deep/tiny" in text
-            for place in (str(root.parent), carded.provenance.dense, str(carded.provenance.coupling)):
+            for place in (str(root.parent), explanation.provenance.dense, str(explanation.provenance.coupling)):
                 assert Path(place).is_absolute() and place not in text
 
 
@@ -421,12 +409,11 @@ def test_text_that_was_read_from_a_file_is_named_without_its_folder(root: Path, 
         ({"prompt": "   "}, ["empty"]),
         ({"prompt": PROMPT, "target": "w5 w6"}, ["target 'w5 w6' is 2 tokens"]),
         ({"prompt": PROMPT, "contrast": "nowhere"}, ["contrast 'nowhere'", "vocabulary"]),
-        ({"prompt": PROMPT, "card": True, "counterfactual": "w5"}, ["has 1 tokens and the prompt 4", "equal length"]),
-        ({"prompt": PROMPT, "card": True, "counterfactual": PROMPT}, ["the prompt itself"]),
-        ({"prompt": PROMPT, "card": True, "counterfactual": ""}, ["counterfactual ''", "at least 1"]),
-        ({"prompt": PROMPT, "card": True, "counterfactual": "w5 " * LONGEST_PROMPT}, ["counterfactual", "at most"]),
+        ({"prompt": PROMPT, "counterfactual": "w5"}, ["has 1 tokens and the prompt 4", "equal length"]),
         ({"prompt": PROMPT, "counterfactual": PROMPT}, ["the prompt itself"]),
-        ({"prompt": PROMPT, "card": "perhaps"}, ["card 'perhaps'", "boolean"]),
+        ({"prompt": PROMPT, "counterfactual": ""}, ["counterfactual ''", "at least 1"]),
+        ({"prompt": PROMPT, "counterfactual": "w5 " * LONGEST_PROMPT}, ["counterfactual", "at most"]),
+        ({"prompt": PROMPT, "card": True}, ["card", "not permitted"]),
         ({"prompt": PROMPT, "targt": "w5"}, ["targt", "not permitted"]),
         ({"prompt": 5}, ["prompt 5", "string"]),
         ([PROMPT], ["the body"]),
@@ -446,7 +433,7 @@ def test_a_prompt_too_long_for_a_coupling_not_yet_loaded_fails_in_the_same_words
 
 def test_a_counterfactual_is_checked_before_the_coupling_is_loaded_or_after(root: Path) -> None:
     with client_of(Library([root])) as client:
-        values = over(client, ask(client, card=True, counterfactual="w5"))
+        values = over(client, ask(client, counterfactual="w5"))
         assert values["status"] == "failed" and "equal length" in values["error"] and not values["readable"]
 
 
@@ -735,14 +722,17 @@ def test_the_first_page_marks_what_is_unseen_as_the_explanations_pages_do(client
         assert line in page
 
 
+def steered_node(explanation: Explanation) -> str:
+    return next(node.id for node in explanation.nodes if node.kind != "error")
+
+
 def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, explanation: Explanation) -> None:
     id = ask(client)
     over(client, id)
-    node = explanation.nodes[0].id
+    node = steered_node(explanation)
     told = client.post(f"/api/explanations/{id}/steer", json={"node": node, **STEERING}).json()
-    sides = explanation.target.id, explanation.contrast.id
     moves, at = [f"{node}=1.5"], (0.5,)
-    expected = steer(coupled, explanation.prompt, moves, strengths=at, target=sides[0], contrast=sides[1]).curve[-1]
+    expected = steer(coupled, explanation.prompt, moves, strengths=at, target=explanation.answer.id).curve[-1]
     assert told["probability_target"] == pytest.approx(expected.probability_target, rel=1e-4)
     assert told["text"] == expected.text
 
@@ -750,7 +740,7 @@ def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, 
 def test_steering_what_cannot_be_steered(client: TestClient, explanation: Explanation) -> None:
     id = ask(client)
     over(client, id)
-    where, node = f"/api/explanations/{id}/steer", explanation.nodes[0].id
+    where, node = f"/api/explanations/{id}/steer", steered_node(explanation)
     refused(client.post(where, json={"node": "L9.mlp_act[1]@0", **STEERING}), 404, "'L9.mlp_act[1]@0'")
     refused(client.post("/api/explanations/none/steer", json={"node": node, **STEERING}), 404, "'none'")
     for odd in ({"strength": 1.5}, {"strength": -1}, {"value": 1e9}, {"value": "x"}, {"more": 1}):
@@ -773,7 +763,7 @@ def test_steering_is_done_between_two_phases_of_what_runs(
         return SimpleNamespace(curve=at)
 
     monkeypatch.setattr("bridge.server.app.steer", steered)
-    node = explanation.nodes[0].id
+    node = steered_node(explanation)
     with client_of(Library([root]), held) as client:
         held.go.set()
         id = ask(client)

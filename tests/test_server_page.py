@@ -32,19 +32,19 @@ class Deaf:
     def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
         progress(PHASE)
         assert self.go.wait(PATIENCE)
-        return replace(self.explanation, prompt=prompt, card=self.explanation.card if more["card"] else None)
+        return replace(self.explanation, prompt=prompt)
 
 
 @pytest.fixture(scope="module")
-def carded(coupling_folder: Path) -> Explanation:
-    return explain(Coupling.from_pretrained(coupling_folder), PROMPT, card=True, counterfactual=OTHER)
+def explanation(coupling_folder: Path) -> Explanation:
+    return explain(Coupling.from_pretrained(coupling_folder), PROMPT, counterfactual=OTHER)
 
 
 @pytest.fixture
-def served(coupling_folder: Path, carded: Explanation, tmp_path: Path) -> Iterator[tuple[str, Deaf]]:
+def served(coupling_folder: Path, explanation: Explanation, tmp_path: Path) -> Iterator[tuple[str, Deaf]]:
     """The address of a real server of two couplings, and what holds up its explanations."""
     second = Path(shutil.copytree(coupling_folder, tmp_path / "second"))
-    deaf = Deaf(carded)
+    deaf = Deaf(explanation)
     with serving(Library([coupling_folder, second]), deaf) as address:
         yield address, deaf
         deaf.go.set()
@@ -84,25 +84,14 @@ def posted(page: Any, address: str, **body: Any) -> str:
     return answer.json()["id"]
 
 
-def test_an_examples_counterfactual_is_used_or_seen_to_be_taken_out(page: Any) -> None:
+def test_an_examples_counterfactual_is_used(page: Any) -> None:
     page.get_by_role("button", name="Fill in").click()
     page.locator("#said", has_text="Example 1 of 8").wait_for()
-    counterfactual, card = page.locator("#counterfactual"), page.locator("#card")
-    text = counterfactual.input_value()
-    assert text and card.is_checked()
-    card.uncheck()
-    assert counterfactual.input_value() == "" and "Taken out" in page.locator("#counterfactual-note").inner_text()
-    card.check()
-    assert counterfactual.input_value() == text and page.locator("#counterfactual-note").inner_text() == ""
-    counterfactual.fill("")
-    assert card.is_checked()  # it was wanted for itself
-    card.uncheck()
-    counterfactual.fill(text)
-    assert card.is_checked()
+    text = page.locator("#counterfactual").input_value()
     sent = asking(page)
-    assert (sent["card"], sent["counterfactual"], sent["prompt"]) == (True, text, page.locator("#prompt").input_value())
+    assert text and (sent["counterfactual"], sent["prompt"]) == (text, page.locator("#prompt").input_value())
     assert "target" not in sent and "contrast" not in sent
-    page.locator("#jobs li", has_text="card asked for, with a counterfactual").wait_for()
+    page.locator("#jobs li", has_text="with a counterfactual").wait_for()
 
 
 def test_tokens_are_shown_as_they_are_taken(page: Any) -> None:
@@ -117,15 +106,13 @@ def test_tokens_are_shown_as_they_are_taken(page: Any) -> None:
     page.locator("#contrast").press("Shift+Enter")  # a line end; without shift it asks
     with page.expect_request(lambda request: request.method == "POST") as sent:
         page.locator("#target").press("Enter")
-    assert sent.value.post_data_json == {"prompt": PROMPT, "bridge": page.locator("#bridge").input_value(), "card": False} | {
-        "contrast": "\n"
-    }
+    assert sent.value.post_data_json == {"prompt": PROMPT, "bridge": page.locator("#bridge").input_value()} | {"contrast": "\n"}
     page.locator("#jobs li code", has_text="↵").wait_for()
 
 
-def test_the_list_tells_where_each_is_and_what_was_asked(page: Any, served: tuple[str, Deaf], carded: Explanation) -> None:
+def test_the_list_tells_where_each_is_and_what_was_asked(page: Any, served: tuple[str, Deaf], explanation: Explanation) -> None:
     address, deaf = served
-    running = posted(page, address, prompt=f"<i>one</i> {HOSTILE[1]}\n\u202eend ", target=" w7", contrast="w8", card=True)
+    running = posted(page, address, prompt=f"<i>one</i> {HOSTILE[1]}\n\u202eend ", target=" w7", contrast="w8")
     posted(page, address, prompt="   ", bridge="second")  # which is not loaded, and so cannot say that this is empty
     posted(page, address, prompt=f"w5 {'x' * 400}", contrast="w8")
     page.reload()
@@ -135,7 +122,7 @@ def test_the_list_tells_where_each_is_and_what_was_asked(page: Any, served: tupl
     first.locator(".note", has_text="Deletions: 2,971 nodes, 300 to try").wait_for()
     assert first.locator(".said").text_content() == f"<i>one</i> {HOSTILE[1]}↵\\u202eend·"
     assert page.locator("#jobs img").count() == 0
-    assert first.locator(".about").text_content().startswith("·w7 rather than w8card asked for")
+    assert first.locator(".about").text_content().startswith("·w7 rather than w8")
     assert blank.locator(".said").text_content() == "···" and "Next in the queue" in blank.inner_text()
     assert "Place 2 of 2 in the queue" in last.inner_text() and "the model's answer rather than w8" in last.inner_text()
     assert len(last.locator(".said").text_content()) < 300  # and the end of it
@@ -158,13 +145,11 @@ def test_the_list_tells_where_each_is_and_what_was_asked(page: Any, served: tupl
     deaf.go.set()
     first.locator(".state", has_text="cancelled").wait_for()
     last.locator(".state", has_text="done").wait_for()
-    assert "no card" in last.inner_text()
     posted(page, address, prompt=PROMPT, counterfactual=OTHER)
-    done = page.locator("#jobs > li", has_text="with card").first
-    done.wait_for()
-    assert carded.card is not None
+    done = page.locator("#jobs > li", has_text="with a counterfactual").first
+    done.locator("a").wait_for()
     shown = done.locator(".about").inner_text().lower()
-    assert shown.startswith(carded.card.verdict) and "took" in shown
+    assert shown.startswith(explanation.report.verdict) and "took" in shown
     assert done.get_by_role("link", name=f"Open {PROMPT.replace(' ', '·')}").count() == 1
     assert running not in page.url
 

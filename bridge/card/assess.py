@@ -1,9 +1,7 @@
-"""The card of a task's circuit, and of a prompt's: the gate, the four tests, and what is said beside them.
+"""The card of a task's circuit: the gate, the four tests, and what is said beside them.
 
-    task     the circuit that `circuits.search` left, on at most 64 pairs of the test split, every second one the other way round;
-             stress prompts made of the same pairs; sufficiency and the agreement of seeds from the search's own evidence
-    prompt   the circuit of an Explanation, on that prompt: transport if a counterfactual of as many tokens is given, the loop,
-             and the effect profile that the explanation holds already. No intervals, no blind prediction: one prompt has neither
+It is of the circuit that `circuits.search` left, on at most 64 pairs of the test split, every second one the other way round, and
+on stress prompts made of the same pairs; sufficiency and the agreement of seeds are from the search's own evidence.
 
 Shape legend: b pair (row), n nodes of a location, f all nodes in one row, v vocabulary.
 """
@@ -15,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.card.blind import blind_measures
 from bridge.card.card import Card, CardError, CardMeasure, NullResult
 from bridge.card.case import Case
-from bridge.card.kept import stored_nulls
 from bridge.card.loop import loop_measures
 from bridge.card.profile import profile_measures
 from bridge.card.stress import stress_pairs
@@ -33,15 +29,10 @@ from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects
 from bridge.circuits.subject import SparseSubject
 from bridge.nodes import sparse_fingerprint
-from bridge.tasks.pairs import Example
 from bridge.tasks.tokens import Resolved, TokenPairs, score
-from bridge.validate import Control, Faithfulness, Measure
+from bridge.validate import Control
 
 PAIRS = 64
-_ONE_PROMPT = (
-    "One prompt has no intervals over pairs, and says nothing of other prompts: blind prediction takes a task.",
-    "Its effect profile is over this prompt alone; the nulls are run on tasks.",
-)
 
 
 @torch.no_grad()
@@ -136,70 +127,3 @@ def _gate(coupling: Coupling, pairs: TokenPairs) -> CardMeasure:
         "accuracy of the dense model", scores.accuracy, Control("chance", 1, 0.5, 0.5, "it"), f">= {SOLVED:g}",
         scores.accuracy >= SOLVED, test="gate",
     )  # fmt: skip
-
-
-@torch.no_grad()
-def prompt_card(
-    coupling: Coupling,
-    circuit: Circuit,
-    faithfulness: Faithfulness,
-    counterfactual_t: Tensor | None,
-    *,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> Card:
-    """The card of a prompt's circuit, from its Faithfulness and what is measured here, with the coupling's nulls.
-
-    counterfactual_t are as many tokens as the prompt has, or None (`counterfactual_tokens`).
-    """
-    say, started = progress or (lambda _: None), time.monotonic()
-    question = circuit.question
-    tokens_t = question.tokens_t
-    swapped_t = tokens_t if counterfactual_t is None else counterfactual_t.to(tokens_t)
-    no_b = torch.zeros(1, dtype=torch.bool)
-    pairs = TokenPairs(
-        tokens_t[None].cpu(), swapped_t[None].cpu(), torch.tensor([len(tokens_t) - 1]), torch.tensor([[question.target]]),
-        torch.tensor([[question.contrast]]), no_b, no_b, (Example("", "", ("",), ("",)),), ((),),
-    )  # fmt: skip
-    whole = SparseSubject(coupling.sparse, circuit.means)
-    nulls, nulls_note = stored_nulls(coupling)
-    case = Case.of(coupling, whole, whole, circuit.kept, pairs)
-    without = "no counterfactual was given; give --counterfactual, a prompt of as many tokens"
-    tests = (
-        _from(faithfulness.agreement, "gate"),
-        *(
-            swap_measures(case, seed, say)
-            if counterfactual_t is not None
-            else (CardMeasure("share of the swap carried", None, None, "", None, without, test="swap"),)
-        ),
-        *loop_measures(case, seed, say),
-        replace(_from(faithfulness.profile, "profile"), interval=faithfulness.profile_interval),
-    )
-    return Card(
-        about=f"{len(tokens_t)} tokens",
-        kind="prompt",
-        pairs=0 if counterfactual_t is None else 1,
-        sparse=faithfulness.verdict,
-        stable=None,
-        tests=tests,
-        nulls=nulls,
-        nulls_note=nulls_note,
-        notes=_ONE_PROMPT,
-        provenance={**coupling.provenance, "seed": seed, "nodes": len(circuit.nodes)},
-        seconds=time.monotonic() - started,
-    )
-
-
-def counterfactual_tokens(swapped_t: Tensor, tokens_t: Tensor) -> Tensor:
-    """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises CardError."""
-    if len(swapped_t) != len(tokens_t):
-        counts = f"{len(swapped_t)} tokens and the prompt {len(tokens_t)}"
-        raise CardError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
-    if torch.equal(swapped_t.to(tokens_t), tokens_t):
-        raise CardError("the counterfactual is the prompt itself; change what decides the answer")
-    return swapped_t
-
-
-def _from(measure: Measure, test: str) -> CardMeasure:
-    values = {name: getattr(measure, name) for name in ("name", "value", "control", "aim", "passed", "note")}
-    return CardMeasure(**values, test=test)  # pyright: ignore[reportArgumentType]

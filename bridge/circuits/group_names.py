@@ -3,6 +3,8 @@
     reads      The tokens from whose positions most flows into the group: by the effects of its incoming edges, an embedding's
                token, or, of a group at another position, the token there. Where only groups at its own position feed it, it is
                `at` its token. A group that no kept node and no token feeds writes the same on every prompt: `constant`.
+    like       Where a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
+               gradients of what it reads; said where the prompt's own is among the FIT first, as it is if that is what it reads.
     promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens whose p - p' is
                largest, and where what it takes most from is the answer itself, that it does so.
 
@@ -17,16 +19,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from bridge.circuit import EMBEDDING
 from bridge.circuits.attribution import Edges
 from bridge.circuits.flow import Flow
 from bridge.circuits.groups import Ablated, Group, GroupEdge, group_edges, node_effects
 from bridge.nodes import token_text
-from bridge.sparse import ERROR
+from bridge.sparse import ERROR, READ_KINDS
 
 LONGEST = 60  # characters of a name
 _TOKEN = 14  # and of a token in it
 _READS = 2  # tokens
 _SHARE = 0.25  # of the strongest source or token, at least, that is named as well
+FIT = 20
+_LIKE = 2  # tokens
 _LEAST = 1e-3  # probability moved, below which it is not said where to
 
 
@@ -45,6 +52,7 @@ def group_names(
     strength = node_effects(edges)
     names = []
     for number, group in enumerate(groups):
+        known = ""
         if group.kind == ERROR:
             site = group.layers[0]
             reads = f"error at site {site}" if site < flow.sparse.n_sites else "error of the logits"
@@ -52,7 +60,9 @@ def group_names(
             known = _label(flow, group, strength, labels or {})
             reads = known or _reads(flow, group, groups, into.get(f"group:{number}", []), tokenizer)
         does = _promotes(flow, ablated, number, tokenizer)
-        names.append(_shortened(f"{reads}, {does}" if does else reads))
+        like = "" if known or group.kind == ERROR else _like(flow, group, tokenizer)
+        every = (f"{reads}{also}{', ' if does else ''}{does}" for also in (like, ""))
+        names.append(next((name for name in every if len(name) <= LONGEST), None) or _shortened(f"{reads}, {does}"))
     return tuple(names)
 
 
@@ -85,6 +95,25 @@ def _reads(flow: Flow, group: Group, groups: Sequence[Group], into: Sequence[Gro
     most = by_position[positions[0]]
     named = [position for position in positions[:_READS] if position >= 0 and by_position[position] >= _SHARE * most]
     return f"reads {' and '.join(_token(flow, position, tokenizer) for position in named)}" if named else there
+
+
+def _like(flow: Flow, group: Group, tokenizer: Any) -> str:
+    """Other tokens that would feed a group as its own does; '' where its own is not among them."""
+    own, pull_s = group.positions[-1], torch.zeros_like(flow.read_s)
+    for node in group.nodes:
+        if node.location.kind in READ_KINDS:
+            scale = flow.scale[flow.sparse.site(node.location)][own]
+            pull_s[node.index] += flow.gradient[node.location][own, node.index] * scale
+    entry_vs = flow.sparse.embedding
+    token = int(flow.tokens_t[own])
+    if not bool((pull_s * entry_vs[token]).any()):
+        return ""
+    pull_v = (entry_vs - flow.masked.means[EMBEDDING]) @ pull_s
+    if float(pull_v[token]) <= 0 or int((pull_v > pull_v[token]).sum()) >= FIT:
+        return ""
+    ranked = [other for other in pull_v.topk(_LIKE + 1).indices.tolist() if other != token][:_LIKE]
+    others = [_text(tokenizer, other) for other in ranked if pull_v[other] >= _SHARE * pull_v[token]]
+    return f" (like {', '.join(others)})" if others else ""
 
 
 def _promotes(flow: Flow, ablated: Ablated, number: int, tokenizer: Any) -> str:

@@ -64,6 +64,8 @@ class Group:
     kind: str
 
     def __str__(self) -> str:
+        if self.kind == ERROR:
+            return f"error at site {self.layers[0]}, token {self.positions[0]}"
         layers = "-".join(map(str, dict.fromkeys((self.layers[0], self.layers[-1]))))
         return f"L{layers} {self.kind} at {self.positions[-1]}"
 
@@ -100,6 +102,8 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
     """The groups of a circuit, in the order of their first nodes; every node is in exactly one."""
     config = config or GroupConfig()
     nodes, place_k = _nodes(flow)
+    if not nodes:
+        return ()
     sublayer_k, position_k = _sublayers(flow, nodes), np.array([node.position for node in nodes], dtype=int)
     if len(nodes) > config.clustered:
         label_k = np.unique(np.stack([position_k, sublayer_k]), axis=1, return_inverse=True)[1].reshape(-1)
@@ -211,13 +215,13 @@ class _Profiles:
         inner_e = (from_e >= 0) & (to_e >= 0) & (bucket_k[from_e] == bucket_k[to_e])
         buckets, tokens = int(bucket_k.max(initial=-1)) + 1, edges.ends.n_tokens
         wide = buckets + tokens + 1  # sublayers at positions, tokens, the answer
-        outside_from_e = np.where(from_e >= 0, bucket_k[from_e], buckets + np.maximum(token_e, 0)) if count else from_e
-        outside_to_e = np.where(to_e >= 0, bucket_k[to_e], wide - 1) if count else to_e
+        outside_from_e = np.where(from_e >= 0, bucket_k[from_e], buckets + np.maximum(token_e, 0))
+        outside_to_e = np.where(to_e >= 0, bucket_k[to_e], wide - 1)
         self.profiles = []
         for mine_e, other_e, outside_e in ((to_e, from_e, outside_from_e), (from_e, to_e, outside_to_e)):
             there_e = mine_e >= 0
             total_k = np.bincount(mine_e[there_e], np.abs(effect_e[there_e]), count)
-            share_e = effect_e / np.where(total_k > 0, total_k, 1)[mine_e] if count else effect_e
+            share_e = effect_e / np.where(total_k > 0, total_k, 1)[mine_e]
             outer_e, chain_e = there_e & ~inner_e, there_e & inner_e
             outer = csr_matrix((share_e[outer_e], (mine_e[outer_e], outside_e[outer_e])), shape=(count, wide))
             chain = csr_matrix((np.abs(share_e[chain_e]), (mine_e[chain_e], other_e[chain_e])), shape=(count, count))

@@ -1,8 +1,36 @@
-"""Nested circuits measured in the sparse model: alone, in random supersets, against an adversary, deleted; and what backs them up."""
+"""Nested circuits measured in the sparse model: alone, in random supersets, against an adversary, deleted; and their backup.
+
+With d the question's log-odds and C a circuit of nodes and errors, E its errors, everything else at its mean:
+
+    supersets    F(C + U) over random sets U of nodes outside, of densities .1 to .9; not those of the search
+    adversary    the lowest F(C + k) over 20 steps k <- clamp(k + .1 sign of the gradient of miss^2), k_i in [0, 1] for every node
+                 outside, from 1/2; it bounds nothing, since such mixtures are far from anything that the model does
+    left         what remains of the span when C is deleted
+    error share  mean over both orders of what E adds: ((d(C) - d(C - E)) + (d(E) - d(nothing))) / (2 span)
+    backup       where much is left: the fewest other active nodes that have to go as well, in the order of the integrated
+                 gradients of `left` over what is left
+
+Shape legend: r masked copy of the prompt, u superset, l level, f all nodes and errors in one row, k some of them by their place.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.loss import CircuitLoss
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.nested import Nested
+from bridge.evidence.controls import active_nodes, integrated_gradients
+
+_DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model
+_LARGE = 2
+_DENSITIES = 0.1, 0.9
+_STEPS, _STEP = 20, 0.1  # of the adversary: from 1/2 any mask can be reached in five
+_STRONGEST = 5  # nodes that a backup names
+_ALPHAS = 4
 
 
 @dataclass(frozen=True)
@@ -41,3 +69,105 @@ class Backup:
     left: float
     nodes: int
     strongest: tuple[str, ...]
+
+
+def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
+    """Every nested circuit measured; of the two largest few supersets are drawn, and the adversary is sent to the opening one."""
+    opening, large = loss.config.opening, len(nested.levels) - _LARGE
+    measured = []
+    for place, level in enumerate(nested.levels):
+        kept_f = nested.kept(place)
+        superset_uf = superset_draws(loss, _DRAWS if place < large or place == opening else _DRAWS_LARGE, seed + place)
+        lowest = float(adversary(loss, kept_f[None])[0]) if place == opening else None  # half of the time that evidence takes
+        measured.append(measure_circuit(loss, kept_f, superset_uf, level.faithfulness, lowest, nested.off[place] <= 1))
+    return tuple(measured)
+
+
+def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
+    """superset_uf: random sets of nodes, no errors, of densities between .1 and .9; other sets than the search's."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
+    density_u1 = torch.linspace(*_DENSITIES, draws)[:, None]
+    return (torch.rand(draws, len(loss.nodes_f), generator=generator) < density_u1).to(loss.nodes_f.device) & loss.nodes_f
+
+
+def measure_circuit(
+    loss: CircuitLoss, kept_f: Tensor, superset_uf: Tensor, asked: float | None, adversary: float | None, within: bool
+) -> NestedCircuit:
+    """One circuit measured, in one batch of masked copies."""
+    error_f = kept_f & loss.masked.is_error_f
+    rows_rf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
+    logits_rv = loss.masked.logits(torch.cat([rows_rf, kept_f | superset_uf]))
+    miss_r, left_r = loss.miss(logits_rv), loss.left(logits_rv)
+    supersets_u = 1 - miss_r[4:].abs()
+    share = (left_r[0] - left_r[2] + left_r[3]) / 2 if bool(error_f.any()) else torch.zeros(())
+    return NestedCircuit(
+        asked=asked,
+        nodes=int(kept_f.sum()) - int(error_f.sum()),
+        errors=int(error_f.sum()),
+        faithfulness=1 - float(miss_r[0].abs()),
+        miss=float(miss_r[0].abs()) * abs(loss.span),
+        kl=float(loss.kl(logits_rv[:1])),
+        supersets_mean=float(supersets_u.mean()),
+        supersets_rms=float(miss_r[4:].square().mean().sqrt()),
+        supersets_worst=float(supersets_u.min()),
+        adversary=adversary,
+        left=float(left_r[1]),
+        error_share=float(share),
+        within=within,
+    )
+
+
+def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
+    """lowest_c faithfulness that sign steps on one mask of the nodes outside find for each circuit."""
+    outside_cf = loss.complement(kept_cf)
+    mask_cf = torch.where(outside_cf, 0.5, kept_cf.float())
+    lowest_c = torch.full((len(kept_cf),), torch.inf, device=kept_cf.device)
+    for _ in range(_STEPS):
+        gradient_cf, square_c = loss.masked.gradient(mask_cf, lambda logits_rv: loss.miss(logits_rv).square())
+        lowest_c = torch.minimum(lowest_c, 1 - square_c.sqrt())
+        mask_cf = torch.where(outside_cf, (mask_cf + _STEP * gradient_cf.sign()).clamp(0, 1), mask_cf)
+    return torch.minimum(lowest_c, 1 - loss.miss(loss.masked.logits(mask_cf)).abs())
+
+
+def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
+    """node_k: the fewest other active nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
+
+    As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
+    """
+    whole_f, allowed = loss.complement(kept_f), loss.config.left
+
+    def left(order_k: Tensor, sizes: list[int]) -> list[float]:
+        masks = torch.stack([whole_f.index_fill(0, order_k[:size], False) for size in sizes])
+        return loss.left(loss.masked.logits(masks)).tolist()
+
+    none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
+    if left(none_k, [0])[0] <= allowed:
+        return none_k
+    pool_f = active_nodes(loss.masked) & ~kept_f
+    score_f = torch.where(pool_f, integrated_gradients(loss.masked, whole_f, loss.left, _ALPHAS), -torch.inf)
+    order_k = score_f.argsort(descending=True, stable=True)[: int(pool_f.sum())]
+    low, high = 0, len(order_k)  # of low more is left, high is taken to do
+    tried = [size for size in (2**power for power in range(high.bit_length())) if size < high]
+    while tried:
+        for size, share in zip(tried, left(order_k, tried), strict=True):
+            if share <= allowed:
+                high = size
+                break
+            low = size
+        few = max(1, high // 25)
+        tried = sorted({low + round((high - low) * part / 5) for part in range(1, 5)} - {low, high}) if high - low > few else []
+    return order_k[:high]
+
+
+def backup(loss: CircuitLoss, kept_f: Tensor) -> Backup | None:
+    """What keeps up the answer where a circuit is deleted; None where no more of the span is left than the search asks."""
+    node_k = backup_nodes(loss, kept_f)
+    if not len(node_k):
+        return None
+    left = float(loss.left(loss.masked.logits(loss.complement(kept_f)[None])))
+    return Backup(left, len(node_k), strongest(loss.masked, node_k))
+
+
+def strongest(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:
+    """The names of the first few of some nodes."""
+    return tuple(str(masked.space.node(place)) for place in node_k[:_STRONGEST].tolist())

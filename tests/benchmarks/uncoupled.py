@@ -22,10 +22,11 @@ from bridge.bridges import Coupling
 from bridge.card.assess import task_card
 from bridge.card.card import TESTS, Card
 from bridge.card.kept import stored_nulls
-from bridge.card.nulls import MOST_TOKENS, WORK_SHARE, null_task, ridge_bridges
+from bridge.card.nulls import WORK_SHARE, null_task
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, search_task
 from bridge.circuits.suite import resolved
+from bridge.evidence.null_couplings import MOST_TOKENS, ridge_bridges
 
 
 def trained(coupling: Coupling, options: argparse.Namespace) -> Coupling:

@@ -1,0 +1,123 @@
+"""Effect profile: what ablating one node does to the answer in the sparse model, and carried in the dense one.
+
+For nodes i, half of them inside the circuit and as many active ones outside, from the same locations where there are enough,
+
+    sparse_i    d(R) - d(R less i)                                            shares of the span
+    dense_i     by the change of the residual at the site after the node's sublayer, carried (`carry`)
+
+compared by rank, ties sharing theirs; what lies within RESOLUTION of 0 is 0, so that rounding is not ranked. The null permutes
+the nodes within a site: effects of late sites are larger in both models, which proves nothing. Errors are left out: the dense
+model has nothing that corresponds to them.
+
+Shape legend: p node of the profile, n nodes of a location, t token, f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from bridge.evidence.carry import Carrier
+from bridge.evidence.controls import active_nodes
+from bridge.evidence.measures import Control, Criterion, Measure, Point
+
+NODES = 60
+FEWEST = 10  # nodes, below which ranks say nothing
+RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
+DRAWS = 500  # of the null, and of the bootstrap
+QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What ablating one node takes from d, in shares of the span: in the sparse model and, carried at `site`, in dense."""
+
+    node: str
+    inside: bool
+    site: int
+    sparse: float
+    dense: float
+
+
+def profile_nodes(carrier: Carrier, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """node_p: at most half of them the circuit's, and as many active ones outside, of the same locations as far as there are."""
+    masked = carrier.masked
+    inside_p = _some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
+    inside = masked.space.split(torch.zeros_like(circuit_f).index_fill(0, inside_p, True))
+    outside_f = active_nodes(masked) & ~circuit_f
+    places = masked.space.split(torch.where(outside_f, torch.arange(len(outside_f), device=outside_f.device), -1))
+    outside = [_some(place_tn[place_tn >= 0], int(inside[at].sum()), generator) for at, place_tn in places.items()]
+    return torch.cat([inside_p, *outside])
+
+
+def effect_profile(carrier: Carrier, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
+    """The effect on d of ablating each node alone, in both models."""
+    if not len(node_p):
+        return ()
+    masked, site_f = carrier.masked, carrier.masked.site_f
+    single_pf = torch.zeros(len(node_p), len(circuit_f), dtype=torch.bool, device=circuit_f.device)
+    single_pf[torch.arange(len(node_p)), node_p] = True
+    changes, sparse_p = carrier.runs(carrier.deleted(single_pf))
+    site_p = (site_f[node_p.cpu()] + 1).tolist()
+    dense_p = carrier.dense_lost(site_p, [changes[site][place] for place, site in enumerate(site_p)])
+    return tuple(
+        Effect(str(masked.space.node(place)), bool(circuit_f[place]), site, sparse, dense)
+        for place, site, sparse, dense in zip(node_p.tolist(), site_p, sparse_p.tolist(), dense_p.tolist(), strict=True)
+    )
+
+
+def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> tuple[Measure, float | None]:
+    """The rank correlation of the effects beside its null, with a bootstrap interval; and its p-value under the null."""
+    key, name = "profile", "rank correlation of effects in dense"
+    points = tuple(Point(f"{effect.node}", {"sparse": effect.sparse, "dense": effect.dense}) for effect in effects)
+
+    def unknown(note: str) -> tuple[Measure, None]:
+        return Measure(key, name, None, criterion, note=note, points=points), None
+
+    sparse_p, dense_p = (np.array([getattr(effect, side) for effect in effects]) for side in ("sparse", "dense"))
+    sparse_p, dense_p = (np.where(np.abs(x) < RESOLUTION, 0.0, x) for x in (sparse_p, dense_p))
+    site_p = np.array([effect.site for effect in effects])
+    if len(effects) < FEWEST:
+        return unknown(f"{len(effects)} nodes are too few to rank")
+    if np.ptp(sparse_p) == 0 or np.ptp(dense_p) == 0:
+        return unknown(f"no node has an effect in the {'sparse' if np.ptp(sparse_p) == 0 else 'dense'} model")
+    if np.unique(site_p).size == len(effects):
+        return unknown("no two nodes are of one site, so nothing can be permuted")
+    generator = np.random.default_rng(seed)
+    value = float(rank_correlation(sparse_p, dense_p))
+    null = permuted_null(sparse_p, dense_p, site_p, generator)
+    p_value = float((1 + np.sum(null >= value)) / (1 + len(null)))
+    control = Control("permuted", len(null), float(null.mean()), float(np.quantile(null, QUANTILE)), f"{QUANTILE:.0%}")
+    pick = generator.integers(len(effects), size=(DRAWS, len(effects)))
+    low, high = np.nanquantile(rank_correlation(sparse_p[pick], dense_p[pick]), [0.025, 0.975])
+    inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
+    note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
+    return Measure(key, name, value, criterion, control, (float(low), float(high)), note=note, points=points), p_value
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
+    x, y = (rankdata(values, axis=-1) for values in (x, y))
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def permuted_null(
+    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = DRAWS
+) -> np.ndarray:
+    """Rank correlations with the values of x permuted among the nodes of the same site."""
+    permuted = np.tile(rankdata(x_p), (draws, 1))
+    for site in np.unique(site_p):
+        here = np.flatnonzero(site_p == site)
+        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
+    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))
+
+
+def _some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """As many of the places as are wanted, or as there are, at random."""
+    return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

@@ -1,0 +1,90 @@
+"""The nulls of a coupling on prompts: the same search and the same evidence on couplings that must fail them.
+
+For each null (`null_couplings`) and each prompt the dense model's own answer is asked about, the null's sparse model is made to
+follow it, circuits are searched and judged by the same bounds; what is kept is how many explanations of each verdict there are.
+None may earn "representational" or better. A prompt without enough of a span counts as no explanation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.circuit import corpus_means
+from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.nested import find_nested
+from bridge.circuits.question import Question
+from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
+from bridge.evidence.null_table import PromptNull, keep_prompt_nulls, rules_of
+from bridge.evidence.prompt import EvidenceConfig, gather
+from bridge.sparse import Location
+
+ROWS = 32  # of the reference text, for means
+
+Means = dict[Location, Tensor]
+
+
+def prompt_means(coupling: Coupling) -> Means:
+    """The means of every node and every error over the coupling's reference text, kept with it. It must have some."""
+    assert coupling.reference_bt is not None
+    text_bt = coupling.reference_bt[:ROWS]
+
+    def compute() -> Means:
+        return {**corpus_means(coupling.sparse, text_bt), **error_means(coupling, text_bt)}
+
+    return coupling.once("means of nodes and errors", text_bt, compute)
+
+
+def judged(
+    coupling: Coupling, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
+) -> tuple[str, float | None]:
+    """The verdict on one prompt's explanation, and the ratio of dense to sparse loss by the circuit's deletion."""
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    followed = follow(coupling, tokens_t[None], last_b)
+    question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
+    loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
+    if abs(loss.span) < search.least_span:
+        return "no explanation", None
+    report = gather(coupling, loss, find_nested(loss), followed, config=config, seed=seed).report
+    return report.verdict, report["dense_ratio"].value
+
+
+def run_prompt_nulls(
+    coupling: Coupling,
+    prompts: Sequence[Tensor],
+    against: Path | None,
+    *,
+    names: Sequence[NullName] = NULL_NAMES,
+    search: SearchConfig | None = None,
+    config: EvidenceConfig | None = None,
+    minutes: float = MINUTES,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[PromptNull, ...]:
+    """Each null on the prompts, written to the coupling's folder where it is in one.
+
+    The uncoupled model is found, or trained for some minutes, in the folder `against`. Raises NullError where it has none.
+    """
+    search, config = search or SearchConfig(), config or EvidenceConfig()
+    nulls: list[PromptNull] = []
+    for name in names:
+        progress(f"{name}: the coupling")
+        null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
+        means = prompt_means(null)
+        verdicts: list[str] = []
+        ratios: list[float | None] = []
+        for place, tokens_t in enumerate(prompts):
+            verdict, ratio = judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed)
+            progress(f"{name}, prompt {place + 1} of {len(prompts)}: {verdict}")
+            verdicts.append(verdict)
+            ratios.append(ratio)
+        nulls.append(PromptNull.of(name, verdicts, ratios))
+    if coupling.path is not None:
+        keep_prompt_nulls(coupling, tuple(nulls), rules_of(search, config))
+    return tuple(nulls)
