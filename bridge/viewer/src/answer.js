@@ -58,7 +58,15 @@ export function drawAnswers({ explanation }, holder) {
       { class: "pairs" },
       dense.slice(0, 4).map((each) => [
         token(each.token.text, each.token.id === answer.id ? "for" : each.token.id === contrast?.id ? "against" : ""),
-        h("div", {}, bar("dense", each), bar("sparse", sparse.find((other) => other.token.id === each.token.id))),
+        h(
+          "div",
+          {},
+          bar("dense", each),
+          bar(
+            "sparse",
+            sparse.find((other) => other.token.id === each.token.id),
+          ),
+        ),
       ]),
     ),
     h(

@@ -27,14 +27,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
   const { tokens } = model.explanation,
     { attention } = model;
   if (!attention.length) {
-    put(
-      sheet,
-      h(
-        "div",
-        { class: "empty" },
-        h("p", {}, "No head of the circuit has an effect: there is no attention to show."),
-      ),
-    );
+    put(sheet, h("div", { class: "empty" }, h("p", {}, "No head of the circuit has an effect: there is no attention to show.")));
     return;
   }
   const place = Math.min(state.head ?? 0, attention.length - 1);
@@ -132,12 +125,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
       ),
     ),
     open && terms(model, open, choose),
-    h(
-      "section",
-      {},
-      h("h3", {}, "What d loses without it, nats"),
-      effectBars(effects, most),
-    ),
+    h("section", {}, h("h3", {}, "What d loses without it, nats"), effectBars(effects, most)),
   );
 }
 

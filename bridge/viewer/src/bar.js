@@ -7,7 +7,11 @@ const two = (x) => (x === null ? "–" : x.toFixed(2).replace("-", "−"));
 
 /** Measures of a nested circuit: their names, what they say, and their texts. */
 export const FACTS = [
-  ["F", "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span", (c) => two(c.faithfulness)],
+  [
+    "F",
+    "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span",
+    (c) => two(c.faithfulness),
+  ],
   ["miss", "nats from the dense model's d", (c) => nats(c.miss)],
   ["KL", "of the next-token distribution, nats", (c) => number(c.kl)],
   ["supersets", "F in random supersets, mean", (c) => two(c.supersets_mean)],
@@ -64,11 +68,12 @@ export function drawBar(model, bar, state, set, graph) {
   const input = bar.querySelector("#level");
   const line = [
     h("h2", { id: "level-text" }, told),
-    circuit.nodes > 0 && h(
-      "dl",
-      { class: "facts" },
-      FACTS.map(([name, what, text]) => h("div", { title: what }, h("dt", {}, name), h("dd", {}, text(circuit)))),
-    ),
+    circuit.nodes > 0 &&
+      h(
+        "dl",
+        { class: "facts" },
+        FACTS.map(([name, what, text]) => h("div", { title: what }, h("dt", {}, name), h("dd", {}, text(circuit)))),
+      ),
     graph.groups().length > 0 &&
       h(
         "button",
@@ -93,14 +98,32 @@ export function drawLegend(model, legend, graph) {
   const [drawn, all] = graph.edges();
   const circuit = explanation.nested[explanation.opening];
   const swatch = (name) =>
-    s("svg", { width: 20, height: 12, "aria-hidden": "true" }, s("g", { class: `card ${name}` }, s("rect", { class: "frame", x: 1, y: 1, width: 18, height: 10, rx: 3 }), name.includes("error") ? s("rect", { class: "hatched", x: 1, y: 1, width: 18, height: 10, rx: 3, fill: "url(#hatch)" }) : s("rect", { class: "wash", x: 1, y: 1, width: 18, height: 10, rx: 3, "fill-opacity": 0.45 })));
+    s(
+      "svg",
+      { width: 20, height: 12, "aria-hidden": "true" },
+      s(
+        "g",
+        { class: `card ${name}` },
+        s("rect", { class: "frame", x: 1, y: 1, width: 18, height: 10, rx: 3 }),
+        name.includes("error")
+          ? s("rect", { class: "hatched", x: 1, y: 1, width: 18, height: 10, rx: 3, fill: "url(#hatch)" })
+          : s("rect", { class: "wash", x: 1, y: 1, width: 18, height: 10, rx: 3, "fill-opacity": 0.45 }),
+      ),
+    );
   const share = Math.max(0, circuit.error_share);
   put(
     legend,
     h("span", {}, swatch("for"), "supports the answer"),
     h("span", {}, swatch("against"), "works against it"),
     model.nodes.some((node) => node.kind === "error") && h("span", {}, swatch("error"), "error: unexplained by the sparse model"),
-    h("span", { title: "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model" }, "on cards: nats lost without it, sparse / dense"),
+    h(
+      "span",
+      {
+        title:
+          "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model",
+      },
+      "on cards: nats lost without it, sparse / dense",
+    ),
     graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),
     circuit.nodes > 0 &&

@@ -59,7 +59,10 @@ export function keyOf(width) {
     [{ fill: colour("for") }, "supports the answer"],
     [{ fill: colour("against") }, "works against it"],
     [{ fill: "none", stroke: colour("faint"), "stroke-dasharray": "2 2" }, "error: unexplained by the sparse model"],
-    [null, "numbers: nats that d loses without the group, in the sparse and in the dense model; width of an edge: what it adds to d"],
+    [
+      null,
+      "numbers: nats that d loses without the group, in the sparse and in the dense model; width of an edge: what it adds to d",
+    ],
   ];
   let x = PAD,
     y = PAD + 6;

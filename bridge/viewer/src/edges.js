@@ -8,7 +8,11 @@ const FIRST = 12; // listed each way at first
 /** A bar to the left or the right of a middle line. */
 export function diverging(value, scale) {
   const width = `${50 * Math.min(1, Math.abs(value ?? 0) / scale)}%`;
-  return h("span", { class: "diverging" }, value !== null && h("i", { class: side(value), style: { [value >= 0 ? "left" : "right"]: "50%", width } }));
+  return h(
+    "span",
+    { class: "diverging" },
+    value !== null && h("i", { class: side(value), style: { [value >= 0 ? "left" : "right"]: "50%", width } }),
+  );
 }
 
 /** A row with a name, an effect, and something below. */
@@ -18,16 +22,17 @@ export function effectRow(name, effect, most, under, choose, title = null) {
       "span",
       { class: "row-main" },
       h("span", { class: "row-name" }, plainLabel(name)),
-      h(
-        "span",
-        { class: "row-numbers" },
-        diverging(effect, most),
-        h("b", {}, effect === null ? "–" : signed(effect)),
-      ),
+      h("span", { class: "row-numbers" }, diverging(effect, most), h("b", {}, effect === null ? "–" : signed(effect))),
     ),
     under && h("span", { class: "row-under" }, under),
   ];
-  return h("li", {}, choose ? h("button", { type: "button", class: "row two", title, onclick: choose }, inner) : h("span", { class: "row two", title }, inner));
+  return h(
+    "li",
+    {},
+    choose
+      ? h("button", { type: "button", class: "row two", title, onclick: choose }, inner)
+      : h("span", { class: "row two", title }, inner),
+  );
 }
 
 const placed = (model, name, position) => `${name} at ${plain(model.explanation.tokens[position].text, 12)} (${position})`;
@@ -35,7 +40,14 @@ const placed = (model, name, position) => `${name} at ${plain(model.explanation.
 /** A node in a list. */
 export function nodeRow(model, node, choose, labels) {
   const label = labels.get(node.name) ?? node.label ?? "";
-  return effectRow(placed(model, node.name, node.position), node.effect, model.strongest, plainLabel(label), () => choose(node.id), label);
+  return effectRow(
+    placed(model, node.name, node.position),
+    node.effect,
+    model.strongest,
+    plainLabel(label),
+    () => choose(node.id),
+    label,
+  );
 }
 
 /** What feeds a node and what it feeds. */
@@ -53,10 +65,27 @@ export function edgeLists(model, id, choose) {
           const node = model.byId.get(edge[end]),
             key = outerKey(edge[end]);
           const position = /@(\d+)$/.exec(edge[end])?.[1];
-          const name = key === "answer" ? "the answer" : position === undefined ? edge[end] : placed(model, edge[end].replace(/@\d+$/, ""), Number(position));
-          return effectRow(name, edge.effect, model.strongestEdge, `${edge.kind}, weight ${signed(edge.weight)}`, node ? () => choose(node.id) : null, node?.label ?? null);
+          const name =
+            key === "answer"
+              ? "the answer"
+              : position === undefined
+                ? edge[end]
+                : placed(model, edge[end].replace(/@\d+$/, ""), Number(position));
+          return effectRow(
+            name,
+            edge.effect,
+            model.strongestEdge,
+            `${edge.kind}, weight ${signed(edge.weight)}`,
+            node ? () => choose(node.id) : null,
+            node?.label ?? null,
+          );
         }),
-        list.length > most && h("li", {}, h("button", { type: "button", class: "link", onclick: () => show(list.length) }, `${list.length - most} more`)),
+        list.length > most &&
+          h(
+            "li",
+            {},
+            h("button", { type: "button", class: "link", onclick: () => show(list.length) }, `${list.length - most} more`),
+          ),
       );
     show(FIRST);
     return h(

@@ -138,26 +138,33 @@ export function drawEvidence(model, sheet, choose, set, level) {
   const { report, nested, opening, backup } = model.explanation;
   put(
     sheet,
-    nested[opening].nodes > 0 && h(
-      "section",
-      {},
-      h("h3", {}, "Nested circuits"),
-      h("p", { class: "lead" }, "Each inside the next. Sizes count nodes, never groups."),
-      nestedTable(nested, opening, level, set),
-      backup &&
-        h(
-          "p",
-          { class: "measure-note" },
-          `Without the circuit ${number(backup.left)} of the span is left: ${count(backup.nodes)} other nodes back it up`,
-          backup.strongest.length ? [", most of all ", backup.strongest.slice(0, 4).map((id, place) => [place ? ", " : "", h("code", {}, id)])] : null,
-          ".",
-        ),
-    ),
+    nested[opening].nodes > 0 &&
+      h(
+        "section",
+        {},
+        h("h3", {}, "Nested circuits"),
+        h("p", { class: "lead" }, "Each inside the next. Sizes count nodes, never groups."),
+        nestedTable(nested, opening, level, set),
+        backup &&
+          h(
+            "p",
+            { class: "measure-note" },
+            `Without the circuit ${number(backup.left)} of the span is left: ${count(backup.nodes)} other nodes back it up`,
+            backup.strongest.length
+              ? [", most of all ", backup.strongest.slice(0, 4).map((id, place) => [place ? ", " : "", h("code", {}, id)])]
+              : null,
+            ".",
+          ),
+      ),
     h(
       "section",
       {},
       h("h3", {}, "Evidence"),
-      h("p", { class: "lead" }, `${nested[opening].nodes ? `Of the circuit at ${levelName(nested[opening])}. ` : ""}A dot is the measure, a bar its control from mean to hardest draw, the tinted region what passes.`),
+      h(
+        "p",
+        { class: "lead" },
+        `${nested[opening].nodes ? `Of the circuit at ${levelName(nested[opening])}. ` : ""}A dot is the measure, a bar its control from mean to hardest draw, the tinted region what passes.`,
+      ),
       report.measures.map((measure) => drawMeasure(measure, choose, model)),
     ),
     h(
@@ -171,7 +178,14 @@ export function drawEvidence(model, sheet, choose, set, level) {
         h(
           "tbody",
           {},
-          report.rules.map((rule) => h("tr", {}, h("th", { scope: "row" }, rule.refuted ? `else ${rule.refuted}` : rule.verdict), h("td", {}, needed(rule, report.measures)))),
+          report.rules.map((rule) =>
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, rule.refuted ? `else ${rule.refuted}` : rule.verdict),
+              h("td", {}, needed(rule, report.measures)),
+            ),
+          ),
         ),
       ),
     ),
@@ -191,15 +205,33 @@ function needed(rule, measures) {
 
 /** A column for each nested circuit, a row for each measure. */
 function nestedTable(nested, opening, level, set) {
-  const look = (place) => ({ class: `${place === opening ? "opening" : ""} ${place === level ? "here" : ""}`, onclick: () => set({ level: place }) });
+  const look = (place) => ({
+    class: `${place === opening ? "opening" : ""} ${place === level ? "here" : ""}`,
+    onclick: () => set({ level: place }),
+  });
   const row = ([name, what, text]) =>
-    h("tr", {}, h("th", { scope: "row", title: what }, name), nested.map((circuit, place) => h("td", look(place), text(circuit))));
+    h(
+      "tr",
+      {},
+      h("th", { scope: "row", title: what }, name),
+      nested.map((circuit, place) => h("td", look(place), text(circuit))),
+    );
   const heads = nested.map((circuit, place) =>
-    h("th", { scope: "col", ...look(place) }, circuit.asked === null ? "full KL" : levelName(circuit), !circuit.within && h("small", { class: "bad", title: "the search did not reach all that it asks" }, " ✗")),
+    h(
+      "th",
+      { scope: "col", ...look(place) },
+      circuit.asked === null ? "full KL" : levelName(circuit),
+      !circuit.within && h("small", { class: "bad", title: "the search did not reach all that it asks" }, " ✗"),
+    ),
   );
   const sizes = [
     ["nodes", "errors among them", (circuit) => count(circuit.nodes)],
     ["errors", null, (circuit) => count(circuit.errors)],
   ];
-  return h("table", { class: "nested" }, h("thead", {}, h("tr", {}, h("td", {}), heads)), h("tbody", {}, [...sizes, ...FACTS].map(row)));
+  return h(
+    "table",
+    { class: "nested" },
+    h("thead", {}, h("tr", {}, h("td", {}), heads)),
+    h("tbody", {}, [...sizes, ...FACTS].map(row)),
+  );
 }

@@ -78,7 +78,12 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       bands,
       rows.map((row) => s("rect", { class: "band", x: 0, y: row.y, width, height: row.height, rx: 4 })),
       columns.slice(1).map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: 48, y2: height })),
-      !rows.length && s("text", { class: "nothing", x: width / 2, y: height / 2, "text-anchor": "middle" }, "There is no circuit to draw: the verdict says why."),
+      !rows.length &&
+        s(
+          "text",
+          { class: "nothing", x: width / 2, y: height / 2, "text-anchor": "middle" },
+          "There is no circuit to draw: the verdict says why.",
+        ),
     );
     const { x, y } = layout.answer,
       { answer: asked } = model.explanation;
@@ -121,7 +126,8 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
             height: (height - 6) * Math.min(1, size),
             rx: 3,
           }),
-        attention && column.positions.includes(attention.query) &&
+        attention &&
+          column.positions.includes(attention.query) &&
           s("rect", { class: "query", x: column.x + 3, y: 3, width: column.width - 6, height: height - 6, rx: 5 }),
         column.upright
           ? s("text", { transform: `translate(${column.center + 4},${height - 8}) rotate(-90)` }, column.text)
@@ -133,7 +139,8 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   }
 
   const look = (effect) => (effect === null ? "unmeasured" : side(effect));
-  const wash = (effect, most) => (effect === null ? 0 : (0.06 + 0.3 * Math.sqrt(Math.min(1, Math.abs(effect) / most))).toFixed(3));
+  const wash = (effect, most) =>
+    effect === null ? 0 : (0.06 + 0.3 * Math.sqrt(Math.min(1, Math.abs(effect) / most))).toFixed(3);
 
   /** The listeners and names of what can be chosen. */
   const button = (key, id, name, about) => ({
@@ -174,7 +181,15 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         button(part.key, `part-${part.key}`, told, about),
         s("rect", { class: "frame", x, y, width: w, height: tall, rx: 7 }),
         part.type === "error" && s("rect", { class: "hatched", x, y, width: w, height: tall, rx: 7, fill: "url(#hatch)" }),
-        s("rect", { class: "wash", x, y, width: w, height: box.open ? box.head - 3 : tall, rx: 7, "fill-opacity": wash(part.effect, model.strongestGroup) }),
+        s("rect", {
+          class: "wash",
+          x,
+          y,
+          width: w,
+          height: box.open ? box.head - 3 : tall,
+          rx: 7,
+          "fill-opacity": wash(part.effect, model.strongestGroup),
+        }),
         s("rect", { class: "edge-mark", x, y: y + 5, width: 3, height: (box.open ? box.head : tall) - 10, rx: 1.5 }),
         title.map((text, line) => s("text", { class: "name", x: x + PAD, y: y + 15 + 14 * line }, text)),
         s("text", { class: "size", x: x + PAD, y: base }, part.type === "error" ? "unexplained" : size),
@@ -199,7 +214,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       s("rect", { class: "frame", x, y, width: w, height: tall, rx: 4 }),
       s("rect", { class: "wash", x, y, width: w, height: tall, rx: 4, "fill-opacity": wash(node.effect, model.strongest) }),
       s("text", { class: "name", x: x + 6, y: y + 13 }, text),
-      s("text", { class: "effect", x: x + w - 5, y: y + 13, "text-anchor": "end" }, node.effect === null ? "–" : nats(node.effect)),
+      s(
+        "text",
+        { class: "effect", x: x + w - 5, y: y + 13, "text-anchor": "end" },
+        node.effect === null ? "–" : nats(node.effect),
+      ),
     );
   }
 
@@ -216,7 +235,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
           "stroke-width": thick(Math.abs(each.link.effect)).toFixed(2),
           "stroke-opacity": (0.22 + 0.5 * Math.sqrt(Math.abs(each.link.effect) / most)).toFixed(2),
         },
-        s("title", {}, `${nameOf(each.link.source)} → ${nameOf(each.link.target)}: ${signed(each.link.effect)} nats by ${each.link.edges} ${each.link.edges === 1 ? "edge" : "edges"}`),
+        s(
+          "title",
+          {},
+          `${nameOf(each.link.source)} → ${nameOf(each.link.target)}: ${signed(each.link.effect)} nats by ${each.link.edges} ${each.link.edges === 1 ? "edge" : "edges"}`,
+        ),
       ),
     );
     put(group, drawn);
@@ -241,7 +264,9 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     // an open group is its nodes
     const own = new Set([key, ...(layout.at.get(key)?.open ? parts.get(key).nodes.map((node) => node.id) : [])]);
     const near = key ? links.filter((link) => own.has(link.source) || own.has(link.target)).slice(0, FOCUS_EDGES) : [];
-    const lit = sought ? new Set([...sought].map(shownFor)) : new Set([...own, ...near.flatMap((link) => [link.source, link.target])]);
+    const lit = sought
+      ? new Set([...sought].map(shownFor))
+      : new Set([...own, ...near.flatMap((link) => [link.source, link.target])]);
     plot.classList.toggle("focused", Boolean(sought || (key && boxOf(layout, key))));
     edges(focusLines, near);
     const chosen = shownFor(state.selected);
@@ -255,7 +280,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   }
 
   const numbersOf = (effect, dense) => [
-    h("p", { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` }, effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`),
+    h(
+      "p",
+      { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` },
+      effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`,
+    ),
     dense !== null && h("p", { class: "tip-numbers" }, `carried to the dense model: ${signed(dense)} nats`),
   ];
 
@@ -264,14 +293,27 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const at = [...new Set(part.nodes.map((node) => node.position))].sort((a, b) => a - b);
     return [
       h("p", { class: "tip-head" }, part.title),
-      h("p", { class: "tip-label" }, part.type === "error" ? "what the sparse model misses of the dense one" : sizeOf(part), " at ", at.slice(0, 6).map((each) => [token(texts[each].text), h("small", {}, ` ${each} `)])),
+      h(
+        "p",
+        { class: "tip-label" },
+        part.type === "error" ? "what the sparse model misses of the dense one" : sizeOf(part),
+        " at ",
+        at.slice(0, 6).map((each) => [token(texts[each].text), h("small", {}, ` ${each} `)]),
+      ),
       numbersOf(part.effect, part.dense),
       h("p", { class: "tip-numbers" }, part.type === "error" ? null : "click to open or close"),
     ];
   }
 
   const aboutNode = (node) => [
-    h("p", { class: "tip-head" }, h("code", {}, node.name), " at ", token(model.explanation.tokens[node.position].text), h("small", {}, ` ${node.position}`)),
+    h(
+      "p",
+      { class: "tip-head" },
+      h("code", {}, node.name),
+      " at ",
+      token(model.explanation.tokens[node.position].text),
+      h("small", {}, ` ${node.position}`),
+    ),
     h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
     h("p", { class: "tip-numbers" }, `value ${signed(node.activation)}, mean ${signed(node.mean)}`),
     numbersOf(node.effect, null),
@@ -314,7 +356,8 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   function reveal(key) {
     const box = boxOf(layout, shownFor(key) ?? "");
     if (!box) return;
-    const seen = (now, room, low, size) => (low < now + 8 || low + size > now + room - 8 ? Math.max(0, low + size / 2 - room / 2) : now);
+    const seen = (now, room, low, size) =>
+      low < now + 8 || low + size > now + room - 8 ? Math.max(0, low + size / 2 - room / 2) : now;
     holder.scrollTo({
       left: seen(holder.scrollLeft, holder.clientWidth - LABELS, box.x, box.w),
       top: seen(holder.scrollTop, holder.clientHeight - layout.tokensHeight, box.y, box.h),

@@ -34,7 +34,9 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
     h(
       "p",
       { class: "who" },
-      error ? "unexplained by the sparse model, " : `${sizeOf(part)}, ${layers.length > 1 ? "layers" : "layer"} ${layers.join(", ")}, `,
+      error
+        ? "unexplained by the sparse model, "
+        : `${sizeOf(part)}, ${layers.length > 1 ? "layers" : "layer"} ${layers.join(", ")}, `,
       "at ",
       positions.slice(0, 8).map((position) => [token(tokens[position].text), h("small", {}, ` ${position} `)]),
       positions.length > 8 && `and ${positions.length - 8} more`,
@@ -46,26 +48,44 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
         `What the dense model adds here beyond the sparse one. Its length is ${number(part.nodes[0].activation)}; that of its mean, by which it is replaced elsewhere, ${number(part.nodes[0].mean)}.`,
       ),
     part.type === "more"
-      ? h("p", { class: "row-text quiet" }, "Nodes that the larger circuit has beside the one that was measured: not grouped, effects not measured.")
+      ? h(
+          "p",
+          { class: "row-text quiet" },
+          "Nodes that the larger circuit has beside the one that was measured: not grouped, effects not measured.",
+        )
       : h(
           "section",
           {},
           h("h3", {}, "Ablated alone, d loses"),
           effectBars(
-            [
-              ["in the circuit, nats", part.effect],
-              ...(error ? [] : [["carried to the dense model", part.dense]]),
-            ],
+            [["in the circuit, nats", part.effect], ...(error ? [] : [["carried to the dense model", part.dense]])],
             scale,
           ),
         ),
-    joined("From", links.filter((link) => link.target === part.key), "source", nameOf, choose),
-    joined("To", links.filter((link) => link.source === part.key), "target", nameOf, choose),
+    joined(
+      "From",
+      links.filter((link) => link.target === part.key),
+      "source",
+      nameOf,
+      choose,
+    ),
+    joined(
+      "To",
+      links.filter((link) => link.source === part.key),
+      "target",
+      nameOf,
+      choose,
+    ),
     !error &&
       h(
         "section",
         {},
-        h("h3", {}, `Its ${part.nodes.length === 1 ? "node" : "nodes"}`, h("small", {}, isOpen ? "" : "click the card to draw them")),
+        h(
+          "h3",
+          {},
+          `Its ${part.nodes.length === 1 ? "node" : "nodes"}`,
+          h("small", {}, isOpen ? "" : "click the card to draw them"),
+        ),
         h(
           "ul",
           { class: "edges-list" },
@@ -89,7 +109,12 @@ function joined(title, links, end, nameOf, choose) {
         const under = `${link.edges} ${link.edges === 1 ? "edge" : "edges"}`;
         return effectRow(nameOf(key), link.effect, most, under, fixed ? null : () => choose(key));
       }),
-      links.length > many && h("li", {}, h("button", { type: "button", class: "link", onclick: () => show(links.length) }, `${links.length - many} more`)),
+      links.length > many &&
+        h(
+          "li",
+          {},
+          h("button", { type: "button", class: "link", onclick: () => show(links.length) }, `${links.length - many} more`),
+        ),
     );
   show(FIRST);
   return h("section", { class: "listed" }, h("h3", {}, title, h("small", {}, "nats of d by its edges, first order")), body);
@@ -105,13 +130,22 @@ export function drawParts(model, sheet, level, choose) {
   put(
     sheet,
     h("h3", {}, "Groups and errors"),
-    h("p", { class: "lead" }, "By what d loses, in nats, when each alone is ablated from the circuit; below, the same carried to the dense model. Choose one, or a node in it."),
+    h(
+      "p",
+      { class: "lead" },
+      "By what d loses, in nats, when each alone is ablated from the circuit; below, the same carried to the dense model. Choose one, or a node in it.",
+    ),
     h(
       "ul",
       { class: "edges-list" },
       parts.map((part) => {
-        const under = [part.type === "error" ? "unexplained by the sparse model" : sizeOf(part), part.dense === null ? null : `dense ${signed(part.dense)}`];
-        return effectRow(part.title, part.effect, model.strongestGroup, under.filter(Boolean).join(" · "), () => choose(part.key));
+        const under = [
+          part.type === "error" ? "unexplained by the sparse model" : sizeOf(part),
+          part.dense === null ? null : `dense ${signed(part.dense)}`,
+        ];
+        return effectRow(part.title, part.effect, model.strongestGroup, under.filter(Boolean).join(" · "), () =>
+          choose(part.key),
+        );
       }),
     ),
   );

@@ -24,8 +24,14 @@ const WORDS = [
   ["adversary", "the superset that is worst for F, by 20 sign steps; it bounds nothing"],
   ["left", "the share of the span that is left when the circuit alone is ablated"],
   ["ablated", "set to its mean over text"],
-  ["error", "what the dense model has at a site and token beyond the sparse one; with all errors the sparse model gives the dense answer exactly"],
-  ["replacement, completeness", "shares of the paths from input to answer, and of the inputs of nodes, that flow through nodes rather than errors"],
+  [
+    "error",
+    "what the dense model has at a site and token beyond the sparse one; with all errors the sparse model gives the dense answer exactly",
+  ],
+  [
+    "replacement, completeness",
+    "shares of the paths from input to answer, and of the inputs of nodes, that flow through nodes rather than errors",
+  ],
 ];
 
 const pairs = (list) =>
@@ -42,9 +48,21 @@ export function makeHelp(dialog) {
     dialog,
     h("form", { method: "dialog" }, h("button", { "aria-label": "Close" }, "Close")),
     h("h2", {}, "How to read this"),
-    h("p", {}, "Tokens run from left to right, the computation from the embeddings below to the answer above. A node is a channel of the sparse model at one token. Nodes that do one job are drawn as a card; a click opens it into its nodes."),
-    h("p", {}, "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when that is carried through the bridge. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained."),
-    h("p", {}, "The slider walks the nested circuits. A circuit is found in the sparse model; what holds there holds for the dense one only as far as the evidence on the dense model goes. The strongest verdict says support, never proof."),
+    h(
+      "p",
+      {},
+      "Tokens run from left to right, the computation from the embeddings below to the answer above. A node is a channel of the sparse model at one token. Nodes that do one job are drawn as a card; a click opens it into its nodes.",
+    ),
+    h(
+      "p",
+      {},
+      "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when that is carried through the bridge. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained.",
+    ),
+    h(
+      "p",
+      {},
+      "The slider walks the nested circuits. A circuit is found in the sparse model; what holds there holds for the dense one only as far as the evidence on the dense model goes. The strongest verdict says support, never proof.",
+    ),
     h("h2", {}, "Words"),
     pairs(WORDS),
     h("h2", {}, "Keys"),

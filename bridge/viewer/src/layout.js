@@ -102,7 +102,7 @@ function placed(tokens, parts, open, read, width, tall, card, most, folded) {
   const total = () => heights.reduce((sum, height) => sum + rowTall(height) + ROW_GAP, 0);
 
   let spare = free - columns.reduce((sum, column) => sum + column.wide + GUTTER, 0);
-  for (let now = total(); now > room; ) {
+  for (let now = total(); now > room;) {
     const tried = columns
       .filter((column) => column.cards && card + GAP <= spare)
       .map((column) => {
@@ -152,7 +152,16 @@ function placed(tokens, parts, open, read, width, tall, card, most, folded) {
   }
   const height = Math.max(y + extra / 2, tall - tokensHeight);
   const last = columns[columns.length - 1];
-  return { width: Math.max(x + GUTTER, width - LABELS), height, tokensHeight, rows, columns, at, leaves, answer: { x: last.center, y: 22 } };
+  return {
+    width: Math.max(x + GUTTER, width - LABELS),
+    height,
+    tokensHeight,
+    rows,
+    columns,
+    at,
+    leaves,
+    answer: { x: last.center, y: 22 },
+  };
 }
 
 /** Columns from left to right; a run of tokens that nothing reads is one where there is no room for each. */
@@ -214,7 +223,8 @@ function placeLeaves(box, leaves) {
 
 /** The box that a key is drawn as; null where it is not drawn. */
 export function boxOf(layout, key) {
-  if (key === "answer") return { key, x: layout.answer.x - 64, y: 6, w: 128, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
+  if (key === "answer")
+    return { key, x: layout.answer.x - 64, y: 6, w: 128, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
   if (key.startsWith("input:")) {
     const column = layout.columns.find((each) => each.positions.includes(Number(key.slice(6))));
     return column ? { key, x: column.x + 4, y: layout.height, w: column.width - 8, h: 0, row: layout.rows.length, column } : null;

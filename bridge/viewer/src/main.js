@@ -61,7 +61,12 @@ function choose(key, toggle = false) {
   if (node && node.kind !== "error") open.add(part);
   else if (toggle && !key.startsWith("error:") && !open.delete(key)) open.add(key);
   const level = node ? Math.max(state.level, node.level) : state.level;
-  set({ level, open: same(open, state.open) ? state.open : open, selected: node?.kind === "error" ? partOf(node) : key, tab: "chosen" });
+  set({
+    level,
+    open: same(open, state.open) ? state.open : open,
+    selected: node?.kind === "error" ? partOf(node) : key,
+    tab: "chosen",
+  });
   graph.reveal(state.selected);
   say(graph.nameOf(state.selected));
 }

@@ -127,7 +127,11 @@ function numbers(model, node, page) {
     ),
     drawing,
     node.effect === null
-      ? h("p", { class: "row-text quiet" }, `It is of the larger circuit at ${levelName(model.explanation.nested[node.level])}; its effect was not measured.`)
+      ? h(
+          "p",
+          { class: "row-text quiet" },
+          `It is of the larger circuit at ${levelName(model.explanation.nested[node.level])}; its effect was not measured.`,
+        )
       : effectBars([["ablated alone, d loses, nats", node.effect]], model.strongest),
   );
 }
@@ -136,7 +140,15 @@ function numbers(model, node, page) {
 function partLink(model, node, choose) {
   const group = node.group === null ? null : model.explanation.groups[node.group];
   if (!group) return null;
-  return h("p", { class: "heads" }, h("button", { type: "button", class: "link", onclick: () => choose(partOf(node)) }, `Group: ${plainLabel(group.label ?? group.name)}`));
+  return h(
+    "p",
+    { class: "heads" },
+    h(
+      "button",
+      { type: "button", class: "link", onclick: () => choose(partOf(node)) },
+      `Group: ${plainLabel(group.label ?? group.name)}`,
+    ),
+  );
 }
 
 function heads(model, node, showHead) {

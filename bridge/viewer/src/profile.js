@@ -24,8 +24,28 @@ export function drawPoints(model, measure, choose) {
     h(
       "table",
       {},
-      h("thead", {}, h("tr", {}, h("td", {}), names.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, points.slice(0, 60).map((point) => h("tr", {}, h("th", { scope: "row" }, point.label), names.map((name) => h("td", {}, number(point.values[name])))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("td", {}),
+          names.map((name) => h("th", { scope: "col" }, name)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        points.slice(0, 60).map((point) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, point.label),
+            names.map((name) => h("td", {}, number(point.values[name]))),
+          ),
+        ),
+      ),
     ),
   );
 }
@@ -97,10 +117,6 @@ function upTicks({ scale, ticks }) {
       s("line", { class: base(tick === 0), x1: LEFT, x2: W - RIGHT, y1: scale(tick), y2: scale(tick) }),
       s("text", { class: "tick-text", x: LEFT - 4, y: scale(tick) + 3, "text-anchor": "end" }, tick ? told(tick) : "0"),
     ]),
-    s(
-      "text",
-      { class: "tick-text", transform: `translate(9,${TOP}) rotate(-90)`, "text-anchor": "end" },
-      "dense model, nats",
-    ),
+    s("text", { class: "tick-text", transform: `translate(9,${TOP}) rotate(-90)`, "text-anchor": "end" }, "dense model, nats"),
   ];
 }

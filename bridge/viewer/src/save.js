@@ -70,9 +70,11 @@ function fileName(what, prompt, ending) {
 function dressed(element) {
   const copy = element.cloneNode(false);
   const looks = getComputedStyle(element);
-  for (const name of ["class", "style", "tabindex", "role", "aria-label", "aria-pressed", "data-key", "data-position"]) copy.removeAttribute(name);
+  for (const name of ["class", "style", "tabindex", "role", "aria-label", "aria-pressed", "data-key", "data-position"])
+    copy.removeAttribute(name);
   if (element.localName !== "pattern") copy.removeAttribute("id");
-  if (!["g", "title", "defs", "pattern"].includes(element.localName)) KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
+  if (!["g", "title", "defs", "pattern"].includes(element.localName))
+    KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
   else if (looks.opacity !== "1") copy.setAttribute("opacity", looks.opacity);
   for (const child of element.childNodes) {
     if (child.nodeType !== 1) copy.append(child.cloneNode());
