@@ -75,7 +75,7 @@ export function drawAnswers({ explanation }, holder) {
       h("span", {}, h("i", { class: "swatch dense" }), `dense, d ${signed(explanation.dense_d)}`),
       h("span", {}, h("i", { class: "swatch sparse" }), `sparse, ${signed(explanation.sparse_d)}`),
     ),
-    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The sparse model alone answers otherwise.")),
+    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The sparse model disagrees.")),
   );
 }
 

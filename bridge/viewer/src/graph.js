@@ -3,8 +3,8 @@
 
 import { scaleSqrt } from "d3-scale";
 import { fitLines, h, nats, percent, plain, put, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, sizeOf } from "./model.js";
-import { LABELS, NAME_FONT, PAD, TOKEN_FONT, boxOf, place, portsOf, route } from "./layout.js";
+import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, shortSize, sizeOf } from "./model.js";
+import { LABELS, NAME_FONT, PAD, boxOf, place, portsOf, route } from "./layout.js";
 
 const MOST_EDGES = 90;
 const LEAST = 0.01; // of the strongest edge; weaker ones are drawn where they are asked for
@@ -88,7 +88,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const { x, y } = layout.answer,
       { answer: asked } = model.explanation;
     const first = model.explanation.dense.find((each) => each.token.id === asked.id);
-    const text = fitLines(plain(asked.text), 62, TOKEN_FONT, 1)[0];
+    const text = plain(asked.text, 9);
     put(
       answer,
       s(
@@ -173,6 +173,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         s("text", { class: "count", x: x + w / 2, y: y + 14, "text-anchor": "middle" }, title[0]),
       );
     const base = y + 15 + 14 * title.length;
+    const numbers = part.effect === null ? "" : `${nats(part.effect)}${part.dense === null ? "" : ` / ${nats(part.dense)}`}`;
     return s(
       "g",
       { class: cls },
@@ -192,7 +193,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         }),
         s("rect", { class: "edge-mark", x, y: y + 5, width: 3, height: (box.open ? box.head : tall) - 10, rx: 1.5 }),
         title.map((text, line) => s("text", { class: "name", x: x + PAD, y: y + 15 + 14 * line }, text)),
-        s("text", { class: "size", x: x + PAD, y: base }, part.type === "error" ? "unexplained" : size),
+        s(
+          "text",
+          { class: "size", x: x + PAD, y: base },
+          part.type === "error" ? "unexplained" : fitLines(shortSize(part), w - 2 * PAD - 6.4 * numbers.length, NAME_FONT, 1)[0],
+        ),
         part.effect !== null &&
           s(
             "text",

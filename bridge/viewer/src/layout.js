@@ -18,6 +18,7 @@ const LINE = 14,
   LEAF_WIDE = 150,
   TOKENS = 34,
   UPRIGHT = 76,
+  MOST_SPREAD = 64, // added to each column where there is room
   SLIM = 40; // the widest of what is drawn small
 export const NAME_FONT = '500 11.5px "Inter", sans-serif',
   TOKEN_FONT = '12px "JetBrains Mono", monospace';
@@ -70,6 +71,8 @@ export function place(tokens, parts, open, read, width, tall) {
     [CARDS[0], 1, 1],
     [CARDS[1], 2, 1],
     [CARDS[1], 1, 1],
+    [CARDS[0], 1, 2],
+    [CARDS[1], 1, 2],
   ];
   let best = null,
     least = Infinity;
@@ -118,9 +121,9 @@ function placed(tokens, parts, open, read, width, tall, card, most, folded) {
     now = best[0];
   }
   const more = Math.max(0, spare) / Math.max(1, columns.length);
-  let x = GUTTER;
+  let x = GUTTER + (Math.max(0, more - MOST_SPREAD) * columns.length) / 2;
   for (const column of columns) {
-    column.width = column.wide + GUTTER + Math.min(64, more);
+    column.width = column.wide + GUTTER + Math.min(MOST_SPREAD, more);
     Object.assign(column, { x, center: x + column.width / 2 });
     x += column.width;
   }

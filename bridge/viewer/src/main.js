@@ -207,7 +207,7 @@ $("theme").addEventListener("click", switchTheme);
 $("help-open").addEventListener("click", () => $("help").showModal());
 document.addEventListener("keydown", onKey);
 document.addEventListener("click", (event) => event.target.closest("#save") || ($("save").open = false));
-document.fonts.ready.then(() => set({ fonts: true })); // texts were fitted to other fonts
+document.fonts.ready.then(() => set({ fonts: true, ...room() })); // texts were fitted to other fonts
 new ResizeObserver(
   () => (Math.abs(room().width - state.width) > 8 || Math.abs(room().height - state.height) > 24) && set(room()),
 ).observe($("plot"));

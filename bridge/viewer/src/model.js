@@ -153,9 +153,10 @@ export const effectOf = (node) => (node.effect === null ? "not measured" : `${si
 /** How many nodes, in words. */
 export const nodeCount = (many) => `${many.toLocaleString("en-US")} ${many === 1 ? "node" : "nodes"}`;
 
-/** How large a part is, in words: all its leaves, and how many of them are in a smaller circuit. */
+/** How large a part is, in words: all its leaves, and how many of them are in a smaller circuit or listed. */
 export const sizeOf = (part) =>
   part.nodes.length < part.total ? `${part.nodes.length} of ${nodeCount(part.total)}` : nodeCount(part.total);
+export const shortSize = (part) => sizeOf(part).replace(" of ", "/");
 
 /** The question in words: what d is the log-odds of. */
 export const dOf = ({ answer, contrast }, name) =>
