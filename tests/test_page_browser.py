@@ -183,7 +183,7 @@ def test_the_slider_walks_the_nested_circuits(show: Callable[[dict[str, Any]], W
     slider.fill("0")
     smaller = next(key for key, nodes in parts_of(data, 0).items() if len(nodes) < len(parts_of(data, 1)[key]))
     size, whole = len(parts_of(data, 0)[smaller]), len(parts_of(data, 1)[smaller])
-    assert f"{size}/{whole}" in page.locator(f'[id="part-{smaller}"]').text_content()
+    assert f"{size} of {whole} nodes" in page.locator(f'[id="part-{smaller}"]').get_attribute("aria-label")
     slider.fill("1")
     page.get_by_role("button", name="Open all groups").click()
     inside = [node for node in explanation["nodes"] if node["level"] <= 1 and node["kind"] != "error"]

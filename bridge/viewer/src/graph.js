@@ -3,7 +3,7 @@
 
 import { scaleSqrt } from "d3-scale";
 import { fitLines, h, nats, percent, plain, put, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, shortSize, sizeOf } from "./model.js";
+import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, sizeOf } from "./model.js";
 import { LABELS, NAME_FONT, PAD, boxOf, place, portsOf, route } from "./layout.js";
 
 const MOST_EDGES = 90;
@@ -196,7 +196,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         s(
           "text",
           { class: "size", x: x + PAD, y: base },
-          part.type === "error" ? "unexplained" : fitLines(shortSize(part), w - 2 * PAD - 6.4 * numbers.length, NAME_FONT, 1)[0],
+          part.type === "error" ? "unexplained" : shortened(size, w - 2 * PAD - 5.9 * numbers.length),
         ),
         part.effect !== null &&
           s(
@@ -208,6 +208,12 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       ),
       box.open && part.nodes.map((node) => drawLeaf(node, layout.leaves.get(node.id))),
     );
+  }
+
+  /** A size in the words that there is room for. */
+  function shortened(size, wide) {
+    const ways = [size, size.replace(" of ", "/"), size.replace(" of ", "/").replace(/ nodes?$/, "")];
+    return ways.find((way) => 5.8 * way.length <= wide) ?? ways[2];
   }
 
   function drawLeaf(node, { x, y, w, h: tall }) {

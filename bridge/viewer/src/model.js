@@ -99,7 +99,9 @@ export function partsOf(model, level) {
       type,
       nodes,
       group,
-      total: group ? group.nodes.length : nodes.length,
+      // of a smaller circuit it says how many it has of all; what a large one has is not all listed
+      total: group && type !== "error" ? group.nodes.length : nodes.length,
+      partly: level < model.explanation.opening && group !== null && nodes.length < group.nodes.length,
       title: type === "error" ? errorName(nodes[0]) : group ? (group.label ?? group.name) : `added at ${addedAt(model, nodes)}`,
       effect: group ? group.effect : nodes[0].effect,
       dense: group && type !== "error" ? group.dense_effect : null,
@@ -153,10 +155,8 @@ export const effectOf = (node) => (node.effect === null ? "not measured" : `${si
 /** How many nodes, in words. */
 export const nodeCount = (many) => `${many.toLocaleString("en-US")} ${many === 1 ? "node" : "nodes"}`;
 
-/** How large a part is, in words: all its leaves, and how many of them are in a smaller circuit or listed. */
-export const sizeOf = (part) =>
-  part.nodes.length < part.total ? `${part.nodes.length} of ${nodeCount(part.total)}` : nodeCount(part.total);
-export const shortSize = (part) => sizeOf(part).replace(" of ", "/");
+/** How large a part is, in words: its leaves, and how many of them a smaller circuit has. */
+export const sizeOf = (part) => (part.partly ? `${part.nodes.length} of ${nodeCount(part.total)}` : nodeCount(part.total));
 
 /** The question in words: what d is the log-odds of. */
 export const dOf = ({ answer, contrast }, name) =>
