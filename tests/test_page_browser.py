@@ -161,7 +161,7 @@ def test_a_group_opens_into_its_nodes_and_a_node_says_what_it_is(show: Callable[
     assert sheet.locator("section.listed").first.locator("li").count() == min(len(ins), 13)
     sheet.get_by_role("button", name=f"Group: {group['name']}").click()
     assert page.locator(".plot .leaf").count() == many  # to look at it closes nothing
-    page.locator(f'[id="part-group:{group["id"]}"]').click()
+    page.locator(f'[id="part-group:{group["id"]}"]').click(position={"x": 20, "y": 8})
     assert page.locator(".plot .leaf").count() == 0
 
 
@@ -580,7 +580,8 @@ def test_the_circuit_is_saved_as_svg_and_as_png(show: Callable[[dict[str, Any]],
     assert saved(page, "Circuit as SVG", tmp_path) == bare  # what is chosen for the moment is no part of it
     assert page.locator(".plot.focused").count() == 1
     texts = " ".join(text.strip() for text in ElementTree.fromstring(bare).itertext())
-    for told in ("log-odds of : against all other tokens", "verdict: representational", "checkpoints/bridge", "30 nodes, F 0.90"):
+    size = f"circuit at F 0.9: {data['explanation']['nested'][1]['nodes']} nodes, F 0.90"
+    for told in ("log-odds of : against all other tokens", "verdict: representational", "checkpoints/bridge", size):
         assert told in texts
     names = sorted(path.name for path in tmp_path.glob("circuit*"))
     assert names and all(name.startswith("circuit-") and "true" in name for name in names)
