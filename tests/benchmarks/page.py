@@ -1,4 +1,4 @@
-"""How long until a page of an explanation can be used, in Chromium: opened from a file, groups opened, a node chosen, the slider moved.
+"""How long until a page of an explanation can be used, in Chromium: opened from a file, groups opened, the slider moved.
 
     python tests/benchmarks/page.py [--nodes 20 500 3000] [--tokens 100] [--rounds 5]
 
@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -73,7 +72,7 @@ def main() -> None:
             for _ in range(asked.rounds):
                 page = browser.new_page(viewport={"width": 1440, "height": 900})
                 rounds.append(times(page, file))
-                drawn = page.locator(".plot .node").count()
+                drawn = page.locator(".plot .card").count()
                 page.close()
             row = {name: median(each[name] for each in rounds) for name in rounds[0]}
             print(

@@ -153,10 +153,10 @@ function placed(tokens, parts, open, read, width, tall, card, most, folded) {
     }
     y += row.height + ROW_GAP;
   }
-  const height = Math.max(y + extra / 2, tall - tokensHeight);
+  const height = Math.ceil(Math.max(y + extra / 2, tall - tokensHeight));
   const last = columns[columns.length - 1];
   return {
-    width: Math.max(x + GUTTER, width - LABELS),
+    width: Math.ceil(Math.max(x + GUTTER, width - LABELS)),
     height,
     tokensHeight,
     rows,
