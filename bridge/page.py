@@ -7,7 +7,7 @@ is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separat
 element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
 head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
 
-Pages of nodes are there where `bridge nodes` has been run on the coupling, for the nodes that the page draws at first.
+Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
 from bridge.sparse import ERROR
 
-DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in: as many as the viewer draws unasked
+DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
 
 
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed

@@ -1,4 +1,4 @@
-"""How long until a page of an explanation can be used, in Chromium: opened from a file, a node chosen, the slider moved.
+"""How long until a page of an explanation can be used, in Chromium: opened from a file, groups opened, the slider moved.
 
     python tests/benchmarks/page.py [--nodes 20 500 3000] [--tokens 100] [--rounds 5]
 
@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -31,19 +30,13 @@ _AFTER = """(act) => new Promise((done) => {
   requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began)));
 })"""
 _ACTS = {
-    "choose": "document.querySelectorAll('.plot .node')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}))",
-    "hover": "document.querySelectorAll('.plot .node')[9].dispatchEvent(new PointerEvent('pointerenter'))",
+    "open": "document.querySelectorAll('.plot [data-key]')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}))",
+    "open all": "document.getElementById('open-all').click()",
+    "choose": "document.querySelectorAll('.plot .leaf')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}))",
+    "hover": "document.querySelectorAll('.plot .leaf')[9].dispatchEvent(new PointerEvent('pointerenter'))",
     "slide": "const slider = document.getElementById('level'); slider.value = 0; slider.dispatchEvent(new Event('input'))",
     "find": "const box = document.getElementById('find'); box.value = 'mlp'; box.dispatchEvent(new Event('input'))",
 }
-
-
-def all_drawn(data: dict[str, Any]) -> dict[str, Any]:
-    """The data with every node in its first level, so that as many as may be are drawn at once."""
-    for node in data["explanation"]["nodes"]:
-        node["level"] = 0
-    data["explanation"]["levels"] = [{"nodes": len(data["explanation"]["nodes"]), "kl": 0.01, "share": 1.0}] * 2
-    return data
 
 
 def times(page: Page, file: Path) -> dict[str, float]:
@@ -69,7 +62,7 @@ def main() -> None:
         print(f"Chromium {browser.version}, {asked.tokens} tokens, median of {asked.rounds} rounds in ms\n")
         print(f"{'nodes':>6}{'drawn':>7}{'MB':>6}{'render':>8}{'interactive':>13}" + "".join(f"{name:>8}" for name in _ACTS))
         for nodes in asked.nodes:
-            data = all_drawn(made_up(nodes, asked.tokens))
+            data = made_up(nodes, asked.tokens, above=0)
             began = time.perf_counter()
             html = render_html(data)
             rendered = 1000 * (time.perf_counter() - began)
@@ -79,7 +72,7 @@ def main() -> None:
             for _ in range(asked.rounds):
                 page = browser.new_page(viewport={"width": 1440, "height": 900})
                 rounds.append(times(page, file))
-                drawn = page.locator(".plot .node").count()
+                drawn = page.locator(".plot .card").count()
                 page.close()
             row = {name: median(each[name] for each in rounds) for name in rounds[0]}
             print(

@@ -1,27 +1,15 @@
-// What a reader sees first: the prompt and the answer, how sure both models are, the verdict and why.
+// What a reader sees first: the prompt and the question, both models' answers, the verdict and why.
 
 import { count, h, number, percent, put, running, signed, token } from "./dom.js";
+import { dOf } from "./model.js";
 
-const LADDER = ["refuted", "behavioural", "representational", "mechanistic support"];
+const LADDER = ["behavioural", "representational", "mechanistic support"];
 const SMALL = "(max-width: 1180px), (max-height: 800px)"; // the circuit needs the room: reasons are opened when asked for
-const MEANING = {
-  "no explanation": "The sparse model does not answer as the dense one does, so it cannot explain it here.",
-  refuted: "The circuit fails a test that it must pass. Do not rely on it.",
-  undecided: "A test that is needed could not be taken.",
-  behavioural: "The circuit suffices on the sparse model. It is not shown that the dense model computes it this way.",
-  representational: "The circuit's changes, carried into the dense model, move its answer too.",
-  "mechanistic support": "All tests on the dense model hold and the nulls fail. This is support, not proof.",
-};
 
-/** The verdict that counts: the card's where there is one. */
-export const verdictOf = (explanation) => (explanation.card?.verdict ? explanation.card : explanation.faithfulness);
-
-/** The prompt and the question. */
-export function drawAsk(model, holder) {
-  const { explanation } = model;
-  const own = explanation.target.id === explanation.dense[0].token.id;
-  const first = explanation.dense.find((answer) => answer.token.id === explanation.target.id);
-  const second = explanation.dense.find((answer) => answer.token.id === explanation.contrast.id);
+/** The prompt, and what there is to explain. */
+export function drawAsk({ explanation }, holder) {
+  const { answer, contrast, dense } = explanation;
+  const own = answer.id === dense[0].token.id;
   put(
     holder,
     h(
@@ -33,28 +21,34 @@ export function drawAsk(model, holder) {
     h(
       "h1",
       {},
-      own ? "continues with " : "might continue with ",
-      h("span", {}, token(explanation.target.text, "for"), first && h("small", {}, percent(first.probability))),
-      " rather than ",
-      h("span", {}, token(explanation.contrast.text, "against"), second && h("small", {}, percent(second.probability))),
+      own ? "Why does " : "Why might ",
+      token(answer.text, "for"),
+      own ? " follow" : " have followed",
+      contrast ? [" rather than ", token(contrast.text, "against")] : " at all",
+      "?",
     ),
-    !own && h("p", { class: "note" }, "The dense model's own answer is ", token(explanation.dense[0].token.text), "."),
+    h(
+      "p",
+      { class: "question" },
+      dOf(explanation, (text) => token(text)),
+      ": ",
+      h("b", {}, `${number(Math.abs(explanation.span))} nats`),
+      ` from everything at its mean (${signed(explanation.nothing_d)}) to the dense model (${signed(explanation.dense_d)}).`,
+    ),
+    !own && h("p", { class: "note" }, "The dense model\u2019s own answer is ", token(dense[0].token.text), "."),
   );
 }
 
 /** Both models' answers beside each other. */
-export function drawAnswers(model, holder) {
-  const { explanation } = model;
-  const shown = explanation.dense
-    .slice(0, 4)
-    .map((answer) => [answer, explanation.sparse.find((other) => other.token.id === answer.token.id)]);
-  const most = Math.max(explanation.dense[0]?.probability ?? 0, explanation.sparse[0]?.probability ?? 0, 1e-9);
-  const bar = (name, answer) =>
+export function drawAnswers({ explanation }, holder) {
+  const { answer, contrast, dense, sparse } = explanation;
+  const most = Math.max(dense[0]?.probability ?? 0, sparse[0]?.probability ?? 0, 1e-9);
+  const bar = (name, each) =>
     h(
       "div",
       { class: `track ${name}` },
-      answer && h("i", { style: { width: `${(100 * answer.probability) / most}%` } }),
-      h("span", {}, answer ? percent(answer.probability) : `not in its top ${explanation.sparse.length}`),
+      each && h("i", { style: { width: `${(100 * each.probability) / most}%` } }),
+      h("span", {}, each ? percent(each.probability) : `not in its top ${sparse.length}`),
     );
   put(
     holder,
@@ -62,49 +56,55 @@ export function drawAnswers(model, holder) {
     h(
       "div",
       { class: "pairs" },
-      shown.map(([answer, other]) => [
-        token(
-          answer.token.text,
-          answer.token.id === explanation.target.id ? "for" : answer.token.id === explanation.contrast.id ? "against" : "",
+      dense.slice(0, 4).map((each) => [
+        token(each.token.text, each.token.id === answer.id ? "for" : each.token.id === contrast?.id ? "against" : ""),
+        h(
+          "div",
+          {},
+          bar("dense", each),
+          bar(
+            "sparse",
+            sparse.find((other) => other.token.id === each.token.id),
+          ),
         ),
-        h("div", {}, bar("dense", answer), bar("sparse", other)),
       ]),
     ),
     h(
       "p",
       { class: "key" },
-      h("span", {}, h("i", { class: "swatch dense" }), `dense, D ${signed(explanation.dense_difference)}`),
-      h("span", {}, h("i", { class: "swatch sparse" }), `sparse, D ${signed(explanation.sparse_difference)}`),
+      h("span", {}, h("i", { class: "swatch dense" }), `dense, d ${signed(explanation.dense_d)}`),
+      h("span", {}, h("i", { class: "swatch sparse" }), `sparse, ${signed(explanation.sparse_d)}`),
     ),
-    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The two models disagree.")),
+    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The sparse model disagrees.")),
   );
 }
 
 /** The verdict on a ladder, and the reasons. */
-export function drawVerdict(model, holder) {
-  const { explanation } = model;
-  const { verdict, reasons } = verdictOf(explanation);
-  const before = holder.querySelector("details"); // as a person left it
+export function drawVerdict({ explanation }, holder) {
+  const { verdict, reasons, rules } = explanation.report;
   const reached = LADDER.indexOf(verdict);
-  const steps = LADDER.map((step, place) =>
-    h(
-      "li",
-      {
-        class: `${place === reached ? "here" : ""} ${reached > 0 && place > 0 && place <= reached ? "met" : ""} ${step === "refuted" ? "bad" : ""}`,
-        "aria-current": place === reached ? "step" : null,
-      },
-      step,
-    ),
-  );
   put(
     holder,
     h("h2", {}, "Verdict"),
-    h("p", { class: `word ${verdict.replace(/\W+/g, "-")}` }, verdict[0].toUpperCase() + verdict.slice(1)),
-    h("p", { class: "meaning" }, MEANING[verdict] ?? ""),
-    h("ol", { class: "ladder" }, steps),
+    h("p", { class: `verdict-word ${verdict.replace(/\W+/g, "-")}` }, verdict[0].toUpperCase() + verdict.slice(1)),
+    h(
+      "ol",
+      { class: "ladder" },
+      LADDER.map((step, place) =>
+        h(
+          "li",
+          {
+            class: `${place === reached ? "here" : ""} ${place <= reached ? "met" : ""}`,
+            title: rules.find((rule) => rule.verdict === step)?.says ?? null,
+            "aria-current": place === reached ? "step" : null,
+          },
+          step,
+        ),
+      ),
+    ),
     h(
       "details",
-      { class: "why", open: before ? before.open : !matchMedia(SMALL).matches },
+      { class: "why", open: !matchMedia(SMALL).matches },
       h("summary", {}, "Why"),
       h(
         "ul",
@@ -115,13 +115,15 @@ export function drawVerdict(model, holder) {
   );
 }
 
-/** Where it comes from. */
-export function drawMade(model, models, made) {
-  const where = model.explanation.provenance;
+/** Which models these are. */
+export function drawModels({ explanation }, holder) {
+  const where = explanation.provenance;
   const name = (path) => String(path).split("/").filter(Boolean).pop() ?? "";
-  put(models, name(where.dense), " explained by ", where.coupling ? name(where.coupling) : "a coupling in memory");
-  put(
-    made,
-    `bridge ${where.version} · seed ${where.seed} · ${where.coupling ?? "a coupling in memory"}, L0 ${where.l0 < 1 ? number(where.l0) : count(where.l0)} · dense model ${where.dense} (${where.dense_fingerprint.slice(0, 12)}) · means over ${where.reference}`,
-  );
+  put(holder, name(where.dense), " explained by ", where.coupling ? name(where.coupling) : "a coupling in memory");
+}
+
+/** Where the explanation comes from, in words. */
+export function madeOf({ explanation }) {
+  const where = explanation.provenance;
+  return `bridge ${where.version} · seed ${where.seed} · ${where.coupling ?? "a coupling in memory"}, L0 ${where.l0 < 1 ? number(where.l0) : count(where.l0)} · dense model ${where.dense} (${where.dense_fingerprint.slice(0, 12)}) · means over ${where.reference}`;
 }

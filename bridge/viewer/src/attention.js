@@ -1,6 +1,8 @@
 // The attention of a head over the prompt: which positions it reads, why by query and key channels, and what it moves.
 
-import { h, number, percent, plain, put, running, side, signed, token } from "./dom.js";
+import { h, number, percent, plain, put, running, signed, token } from "./dom.js";
+import { diverging } from "./edges.js";
+import { effectBars } from "./group.js";
 
 /** The places in `model.attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
 export function headsOf(model, node) {
@@ -15,19 +17,17 @@ export function headsOf(model, node) {
   return found;
 }
 
+function leftOut({ explanation }) {
+  const more = explanation.attention_left_out;
+  return more ? ` ${more} more heads at a position have smaller effects and are not listed.` : "";
+}
+
 /** Draw the sheet; `state.head` is the place of the head chosen, `state.read` the position whose terms are shown. */
 export function drawAttention(model, sheet, state, { set, choose }) {
   const { tokens } = model.explanation,
     { attention } = model;
   if (!attention.length) {
-    put(
-      sheet,
-      h(
-        "div",
-        { class: "empty" },
-        h("p", {}, "This explanation holds no attention: which positions its heads read was not taken."),
-      ),
-    );
+    put(sheet, h("div", { class: "empty" }, h("p", {}, "No head of the circuit has an effect: there is no attention to show.")));
     return;
   }
   const place = Math.min(state.head ?? 0, attention.length - 1);
@@ -62,21 +62,12 @@ export function drawAttention(model, sheet, state, { set, choose }) {
     ),
   );
   const effects = [
-    ["everything it does here", head.effect],
+    ["pattern and values", head.effect],
     ["pattern alone, values frozen", head.pattern_effect],
     ["values alone, pattern frozen", head.value_effect],
     ["interaction of the two", head.interaction],
   ];
   const most = Math.max(...effects.map(([, value]) => Math.abs(value)), 1e-9);
-  const diverging = (value, scale) =>
-    h(
-      "span",
-      { class: "diverging" },
-      h("i", {
-        class: side(value),
-        style: { [value >= 0 ? "left" : "right"]: "50%", width: `${(50 * Math.abs(value)) / scale}%` },
-      }),
-    );
   const reads = [...head.reads].sort((a, b) => b.weight - a.weight);
   const open = head.reads.find((read) => read.position === state.read) ?? reads[0] ?? null;
   put(
@@ -89,7 +80,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
       h(
         "p",
         { class: "lead" },
-        "Heads are listed by what D loses without them. Tokens are tinted by how much the outlined one reads of them.",
+        `By what d loses without them, in nats. Tokens are tinted by how much the outlined one reads of them.${leftOut(model)}`,
       ),
       prompt,
     ),
@@ -133,21 +124,12 @@ export function drawAttention(model, sheet, state, { set, choose }) {
           ),
       ),
     ),
-    open && terms(model, head, open, choose, diverging),
-    h(
-      "section",
-      {},
-      h("h3", {}, "What D owes to it"),
-      h(
-        "dl",
-        { class: "effects" },
-        effects.map(([name, value]) => [h("dt", {}, name), h("dd", {}, diverging(value, most), h("b", {}, signed(value)))]),
-      ),
-    ),
+    open && terms(model, open, choose),
+    h("section", {}, h("h3", {}, "What d loses without it, nats"), effectBars(effects, most)),
   );
 }
 
-function terms(model, head, read, choose, diverging) {
+function terms(model, read, choose) {
   const scores = [...read.terms].sort((a, b) => Math.abs(b.product) - Math.abs(a.product)),
     moved = [...read.moved].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
   const top = Math.abs(scores[0]?.product ?? 1),
@@ -187,7 +169,7 @@ function terms(model, head, read, choose, diverging) {
     h(
       "section",
       {},
-      h("h3", {}, "What it moves from there", h("small", {}, "value in the circuit, what it adds to D")),
+      h("h3", {}, "What it moves from there", h("small", {}, "value in the circuit, nats that it adds to d")),
       moved.length
         ? h(
             "ul",

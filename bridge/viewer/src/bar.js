@@ -1,138 +1,136 @@
-// What stands above and below the circuit: how much of it is drawn, and what colours and sizes mean.
+// What stands above and below the circuit: the nested circuits and the measures of the one that is drawn; what colours mean.
 
-import { count, h, number, put, s, token } from "./dom.js";
-import { missedBy } from "./measures.js";
-import { MOST_NODES, drawn, keptEdges } from "./model.js";
+import { count, h, nats, number, percent, put, s } from "./dom.js";
+import { levelName, nodeCount } from "./model.js";
 
-/** The line above the circuit: how much of it is shown, the levels, and what was left out. */
-export function drawBar(model, bar, state, set) {
-  const { explanation, levels } = model;
-  const level = levels[state.level];
-  const nodes = drawn(model, state.level, state.all);
-  const whole = model.nodes.length;
-  const told = level.whole
-    ? `the whole circuit: ${count(level.count)} nodes`
-    : level.kl === null
-      ? `the ${count(level.count)} strongest of ${count(whole)} nodes`
-      : `${count(level.count)} of ${count(whole)} nodes`;
-  const facts = level.kl !== null ? checked(level, explanation) : level.whole ? null : "only the whole was checked";
-  const slider =
-    levels.length > 1 &&
+const two = (x) => (x === null ? "–" : x.toFixed(2).replace("-", "−"));
+
+/** Measures of a nested circuit: their names, what they say, and their texts. */
+export const FACTS = [
+  [
+    "F",
+    "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span",
+    (c) => two(c.faithfulness),
+  ],
+  ["miss", "nats from the dense model's d", (c) => nats(c.miss)],
+  ["KL", "of the next-token distribution, nats", (c) => number(c.kl)],
+  ["supersets", "F in random supersets, mean", (c) => two(c.supersets_mean)],
+  ["worst", "the lowest F in random supersets", (c) => two(c.supersets_worst)],
+  ["adversary", "F in the superset that 20 sign steps against the circuit find; it bounds nothing", (c) => two(c.adversary)],
+  ["left", "share of the span that is left when the circuit is ablated", (c) => two(c.left)],
+  ["via errors", "share of the span that flows through its errors", (c) => percent(Math.max(0, c.error_share))],
+];
+
+/** The line above the circuit: the slider over the nested circuits, what was measured of this one, what is not drawn. */
+export function drawBar(model, bar, state, set, graph) {
+  const { nested, opening } = model.explanation;
+  const circuit = nested[state.level];
+  const listed = model.nodes.filter((node) => node.level <= state.level).length;
+  const told = `${levelName(circuit)}: ${nodeCount(circuit.nodes)}${circuit.errors ? ` (${count(circuit.errors)} ${circuit.errors === 1 ? "error" : "errors"})` : ""}`;
+  const levels =
+    nested.length > 1 &&
     h(
-      "label",
+      "div",
       { class: "levels" },
-      h("span", {}, "smaller"),
       h("input", {
         type: "range",
         id: "level",
         min: 0,
-        max: levels.length - 1,
+        max: nested.length - 1,
         step: 1,
         value: state.level,
-        "aria-label": "How much of the circuit is drawn",
+        "aria-label": "Nested circuit",
         "aria-valuetext": told,
         oninput: (event) => set({ level: Number(event.target.value) }),
       }),
-      h("span", {}, "whole"),
-      levelMarks(levels, explanation),
+      h(
+        "ol",
+        { "aria-hidden": "true" },
+        nested.map((each, place) =>
+          h(
+            "li",
+            { class: place === state.level ? "here" : "", onclick: () => set({ level: place }) },
+            h("b", {}, each.asked === null ? "full" : `F ${each.asked}`),
+            h("small", { class: each.within ? "" : "missed" }, count(each.nodes)),
+          ),
+        ),
+      ),
     );
+  const notes = [
+    !circuit.within && "The search did not reach all that it asks of this circuit.",
+    state.level !== opening &&
+      nested.length > 1 &&
+      `Verdict, effects and edges are of the circuit at ${levelName(nested[opening])}.`,
+    listed < circuit.nodes &&
+      `${count(listed)} are drawn; ${count(circuit.nodes - listed)} more are counted and measured, not drawn.`,
+  ];
+  const closed = graph.groups().some((key) => !state.open.has(key));
   const input = bar.querySelector("#level");
-  const more = [];
-  if (!level.whole) more.push(h("p", { class: "note" }, `Verdict and evidence are of the whole circuit, ${count(whole)} nodes.`));
-  if (nodes.length < level.nodes.length) {
-    more.push(
+  const line = [
+    h("h2", { id: "level-text" }, told),
+    circuit.nodes > 0 &&
       h(
-        "p",
-        { class: "note" },
-        `Drawn are the ${count(nodes.length)} strongest. `,
-        h(
-          "button",
-          { type: "button", class: "link", onclick: () => set({ all: true }) },
-          `Draw all ${count(level.nodes.length)}`,
-        ),
+        "dl",
+        { class: "facts" },
+        FACTS.map(([name, what, text]) => h("div", { title: what }, h("dt", {}, name), h("dd", {}, text(circuit)))),
       ),
-    );
-  } else if (state.all && level.nodes.length > MOST_NODES) {
-    more.push(
+    graph.groups().length > 0 &&
       h(
-        "p",
-        { class: "note" },
-        h(
-          "button",
-          { type: "button", class: "link", onclick: () => set({ all: false }) },
-          `Draw the ${MOST_NODES} strongest only`,
-        ),
+        "button",
+        { type: "button", id: "open-all", class: "link", onclick: () => set({ open: new Set(closed ? graph.groups() : []) }) },
+        closed ? "Open all groups" : "Close all groups",
       ),
-    );
-  }
-  if (!explanation.searched.complete)
-    more.push(h("p", { class: "note" }, "The search was cut short: a smaller circuit may exist."));
-  const text = h(
-    "p",
-    { class: "level-text", id: "level-text" },
-    h("b", {}, told[0].toUpperCase() + told.slice(1)),
-    facts && h("span", {}, " · ", facts),
-  );
-  if (input && slider) {
-    // the slider stays the element that is being dragged
+    notes.some(Boolean) && h("p", { class: "note", id: "level-note" }, notes.filter(Boolean).join(" ")),
+  ];
+  if (input && levels) {
+    // the slider stays the same element while it is dragged
     input.value = state.level;
     input.setAttribute("aria-valuetext", told);
-    put(bar.querySelector(".bar-text"), text, more);
-  } else put(bar, h("h2", {}, "Circuit"), slider, h("div", { class: "bar-text" }, text, more));
+    bar.querySelector(".levels ol").replaceWith(levels.querySelector("ol"));
+    [...bar.children].slice(1).forEach((each) => each.remove());
+    bar.append(...line.filter(Boolean));
+  } else put(bar, levels, line);
 }
 
-/** What a level keeps, and what it misses of the aims of the whole. */
-function checked(level, { sparse_difference: difference }) {
-  const [kl, share] = missedBy(level, difference);
-  const fact = (text, missed, aim) => (missed ? h("em", {}, `${text} (✗ ${aim})`) : text);
-  return [
-    fact(`KL ${number(level.kl)} nats`, kl, "aim ≤ 0.1"),
-    ", ",
-    fact(`keeps ${number(level.share)} of D`, share, "aim 0.9 to 1.1"),
-  ];
-}
-
-/** A mark below each step of the slider: hollow where that level misses an aim. */
-function levelMarks(levels, { sparse_difference: difference }) {
-  const mark = (level) => {
-    const missed = level.kl !== null && missedBy(level, difference).some(Boolean);
-    const told = `${count(level.count)} nodes${level.kl === null ? "" : missed ? ": misses the aims" : ": meets the aims"}`;
-    return h("i", { class: missed ? "missed" : "", title: told });
-  };
-  return h("span", { class: "marks", "aria-hidden": "true" }, levels.map(mark));
-}
-
-/** What colours and sizes mean, and how many edges are drawn. */
-export function drawLegend(model, legend, edges) {
-  const { target, contrast } = model.explanation;
-  const kept = keptEdges(model.explanation);
-  const dot = (name) =>
+/** What colours and hatching mean, how many edges are drawn, and how the answer divides between nodes and errors. */
+export function drawLegend(model, legend, graph) {
+  const { explanation } = model;
+  const [drawn, all] = graph.edges();
+  const circuit = explanation.nested[explanation.opening];
+  const swatch = (name) =>
     s(
       "svg",
-      { width: 12, height: 12, viewBox: "-6 -6 12 12", "aria-hidden": "true" },
-      s("g", { class: name }, s("circle", { class: "dot", r: 4.6 })),
+      { width: 20, height: 12, "aria-hidden": "true" },
+      s(
+        "g",
+        { class: `card ${name}` },
+        s("rect", { class: "frame", x: 1, y: 1, width: 18, height: 10, rx: 3 }),
+        name.includes("error")
+          ? s("rect", { class: "hatched", x: 1, y: 1, width: 18, height: 10, rx: 3, fill: "url(#hatch)" })
+          : s("rect", { class: "wash", x: 1, y: 1, width: 18, height: 10, rx: 3, "fill-opacity": 0.45 }),
+      ),
     );
-  const sizes = s(
-    "svg",
-    { width: 34, height: 14, viewBox: "0 -7 34 14", "aria-hidden": "true" },
-    [
-      [4, 2.4],
-      [13, 4],
-      [26, 6.4],
-    ].map(([cx, r]) => s("circle", { class: "size", cx, r })),
-  );
+  const share = Math.max(0, circuit.error_share);
   put(
     legend,
-    h("span", {}, dot("for"), "towards ", token(target.text)),
-    h("span", {}, dot("against"), "towards ", token(contrast.text)),
-    h("span", {}, sizes, "what D loses without the node"),
-    model.nodes.some((node) => node.known && !node.measured) && h("span", {}, dot("for estimated"), "estimated from its edges"),
-    model.nodes.some((node) => !node.known) && h("span", {}, dot("unmeasured"), "not measured"),
+    h("span", {}, swatch("for"), "supports the answer"),
+    h("span", {}, swatch("against"), "works against it"),
+    model.nodes.some((node) => node.kind === "error") && h("span", {}, swatch("error"), "error: unexplained by the sparse model"),
     h(
       "span",
-      {},
-      `the ${count(edges)} strongest of ${kept ? `the edges that were kept (${kept})` : `${count(model.edges.length)} edges`}`,
+      {
+        title:
+          "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model",
+      },
+      "on cards: nats lost without it, sparse / dense",
     ),
-    h("span", { class: "quiet defined" }, "D is the logit of the first less that of the second"),
+    graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
+    all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),
+    circuit.nodes > 0 &&
+      h(
+        "span",
+        { class: "shares" },
+        `span through nodes ${percent(1 - share)}, errors ${percent(share)} · replacement ${number(explanation.replacement)}, completeness ${number(explanation.completeness)}`,
+      ),
   );
 }

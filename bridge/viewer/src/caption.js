@@ -1,7 +1,7 @@
-// What a saved picture of the circuit says by itself: the prompt and the answer, D, the verdict, and what its marks mean.
+// What a saved picture of the circuit says by itself: the prompt and the question, the verdict, and what its marks mean.
 
-import { count, h, plain, s, signed } from "./dom.js";
-import { verdictOf } from "./answer.js";
+import { count, h, number, plain, s, signed } from "./dom.js";
+import { dOf, levelName } from "./model.js";
 
 const LINE = 19,
   LETTER = 7.3, // widths of a letter, of the larger and of the smaller text
@@ -31,14 +31,16 @@ function lines(text, most) {
 }
 
 /** What stands above: {drawing, height}. */
-export function captionOf(model, shown, width) {
+export function captionOf(model, level, shown, width) {
   const { explanation } = model;
-  const { target, contrast, provenance } = explanation;
-  const asked = `${plain([...explanation.prompt].slice(-160).join(""))} → ${plain(target.text, 20)} rather than ${plain(contrast.text, 20)}`;
+  const { answer, provenance, nested } = explanation;
+  const asked = `${plain([...explanation.prompt].slice(-160).join(""))} → ${plain(answer.text, 20)}`;
+  const circuit = nested[level];
   const told = [
-    `D ${signed(explanation.dense_difference)} in the dense model, ${signed(explanation.sparse_difference)} in the sparse one`,
-    `verdict: ${verdictOf(explanation).verdict}`,
-    `${count(shown)} of the circuit's ${count(model.nodes.length)} nodes`,
+    dOf(explanation, (text) => plain(text, 20)).join(""),
+    `span ${number(Math.abs(explanation.span))} nats, ${signed(explanation.dense_d)} in the dense model`,
+    `verdict: ${explanation.report.verdict}`,
+    `circuit at ${levelName(circuit)}: ${count(circuit.nodes)} nodes, F ${number(circuit.faithfulness)}${shown < circuit.nodes ? `, ${count(shown)} drawn` : ""}`,
     `${provenance.coupling ?? "a coupling in memory"}, bridge ${provenance.version}`,
   ].join(" · ");
   const rows = [
@@ -52,18 +54,15 @@ export function captionOf(model, shown, width) {
 }
 
 /** What stands below: what colours and sizes mean. */
-export function keyOf(model, width) {
-  const { target, contrast } = model.explanation;
-  const blue = colour("for"),
-    orange = colour("against"),
-    grey = colour("faint"),
-    ground = getComputedStyle(document.body).backgroundColor;
+export function keyOf(width) {
   const items = [
-    [{ fill: blue }, `towards ${plain(target.text, 12)}`],
-    [{ fill: orange }, `towards ${plain(contrast.text, 12)}`],
-    [{ fill: ground, stroke: blue }, "estimated from its edges"],
-    [{ fill: ground, stroke: grey }, "not measured"],
-    [null, "size: what D loses without the node; width of an edge: what D owes to it"],
+    [{ fill: colour("for") }, "supports the answer"],
+    [{ fill: colour("against") }, "works against it"],
+    [{ fill: "none", stroke: colour("faint"), "stroke-dasharray": "2 2" }, "error: unexplained by the sparse model"],
+    [
+      null,
+      "numbers: nats that d loses without the group, in the sparse and in the dense model; width of an edge: what it adds to d",
+    ],
   ];
   let x = PAD,
     y = PAD + 6;

@@ -58,6 +58,34 @@ export function plain(text, most = Infinity) {
   return letters.length > most ? `${letters.slice(0, most - 1).join("")}…` : letters.join("");
 }
 
+const ruler = document.createElement("canvas").getContext("2d");
+
+/** A text in at most `most` lines no wider than `width` in a font, broken at spaces where there are any; the rest is cut off. */
+export function fitLines(text, width, font, most) {
+  ruler.font = font;
+  const fits = (one) => ruler.measureText(one).width <= width;
+  const out = [];
+  let rest = [...plain(text).replaceAll("·", " ").replace(/^ /, "·")].slice(0, 400);
+  while (rest.length && out.length < most) {
+    let end = rest.length;
+    const last = out.length === most - 1;
+    if (!fits(rest.join(""))) {
+      let low = 1,
+        high = rest.length;
+      while (high - low > 1) {
+        const middle = (low + high) >> 1;
+        if (fits(rest.slice(0, middle).join("") + (last ? "…" : ""))) low = middle;
+        else high = middle;
+      }
+      const space = rest.lastIndexOf(" ", low);
+      end = !last && space > low / 2 ? space : low;
+    }
+    out.push(rest.slice(0, end).join("") + (last && end < rest.length ? "…" : ""));
+    rest = rest.slice(rest[end] === " " ? end + 1 : end);
+  }
+  return out.length ? out : ["∅"];
+}
+
 /** A label as text: its spaces as they are, the rest of what is unseen spelled out. */
 export const plainLabel = (text) => plain(text).replaceAll("·", " ");
 
@@ -87,6 +115,8 @@ export function number(x, signed = false) {
 }
 
 export const signed = (x) => number(x, true);
+/** An effect in nats, to the second digit, where there is little room. */
+export const nats = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(2)}`;
 export const percent = (x) => (x >= 0.9995 ? "100%" : x < 0.0005 ? "<0.1%" : `${(100 * x).toFixed(1)}%`);
 export const count = (x) => x.toLocaleString("en-US");
 export const side = (x) => (x >= 0 ? "for" : "against");

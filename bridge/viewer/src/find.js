@@ -1,7 +1,7 @@
-// Finding a node by its name, its label, its kind or its token.
+// Finding a node by its name, its label, its group, its kind or its token.
 
 import { h, put, signed, token } from "./dom.js";
-import { KIND_NAMES } from "./model.js";
+import { KIND_NAMES, errorName } from "./model.js";
 
 const LISTED = 40;
 
@@ -10,12 +10,17 @@ export function makeFind(model, input, list, { seek, choose, labelOf }) {
   let found = [],
     active = -1;
 
+  function groupOf(node) {
+    const group = model.explanation.groups[node.group];
+    return node.kind === "error" ? errorName(node) : group ? `${group.name} ${group.label ?? ""}` : "";
+  }
+
   function search() {
     const words = input.value.toLowerCase().trim().split(/\s+/).filter(Boolean);
     const { tokens } = model.explanation;
     const fits = (node) => {
       const text =
-        `${node.id} ${node.kind} ${KIND_NAMES[node.kind]} ${labelOf(node) ?? ""} ${node.label ?? ""} ${tokens[node.position].text}`.toLowerCase();
+        `${node.id} ${KIND_NAMES[node.kind]} ${labelOf(node) ?? ""} ${node.label ?? ""} ${groupOf(node)} ${tokens[node.position].text}`.toLowerCase();
       return words.every((word) => text.includes(word));
     };
     found = words.length ? model.nodes.filter(fits) : [];
@@ -34,7 +39,7 @@ export function makeFind(model, input, list, { seek, choose, labelOf }) {
                   h("code", {}, node.name),
                   token(tokens[node.position].text),
                   h("span", { class: "row-label" }, labelOf(node) ?? ""),
-                  node.known ? h("b", {}, signed(node.shown)) : h("small", {}, "not measured"),
+                  node.effect === null ? h("small", {}, "not measured") : h("b", {}, signed(node.effect)),
                 ),
               ),
             h(
@@ -44,7 +49,7 @@ export function makeFind(model, input, list, { seek, choose, labelOf }) {
                 ? `and ${found.length - LISTED} more`
                 : found.length
                   ? ""
-                  : "No node has this in its name, label or token.",
+                  : "No node has this in its name, label, group or token.",
             ),
           ]
         : [],

@@ -1,260 +1,337 @@
-// The circuit: tokens along one axis, sublayers along the other; nodes by sign and strength, the strongest edges, and those of a node.
+// The circuit: tokens from left to right, the computation from the inputs up to the answer; a card for each group of nodes, which
+// opens into its nodes, the edges between them as wide as their effect, and the edges of what is chosen or under the pointer.
 
-import { select } from "d3-selection";
 import { scaleSqrt } from "d3-scale";
-import { h, percent, plain, put, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES, drawn, effectOf, linkOf } from "./model.js";
-import { LABELS, end, place, route } from "./layout.js";
-import { fit } from "./scroll.js";
+import { fitLines, h, nats, percent, plain, put, s, side, signed, token } from "./dom.js";
+import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, sizeOf } from "./model.js";
+import { LABELS, NAME_FONT, PAD, boxOf, place, portsOf, route } from "./layout.js";
 
-const DEFAULT_EDGES = 160;
-const FOCUS_EDGES = 400;
-const KEPT_IN_VIEW = 40; // neighbours of a node that is gone to, the strongest
+const MOST_EDGES = 90;
+const LEAST = 0.01; // of the strongest edge; weaker ones are drawn where they are asked for
+const FOCUS_EDGES = 300;
 
-/** Draw into `holder`; `choose(id)` on a click, `hover(id)` on the pointer. Returns what the page may ask of it. */
+/** Draw into `holder`; `choose(key)` on a click. Returns what the page may ask of it. */
 export function makeGraph(model, holder, tip, { choose, labelOf }) {
   const names = s("svg", { class: "names", "aria-hidden": "true" });
-  const plot = s("svg", { class: "plot", role: "group", "aria-label": "Nodes of the circuit" });
+  const plot = s("svg", { class: "plot", role: "group", "aria-label": "Groups and nodes of the circuit" });
   const corner = h("div", { class: "corner", "aria-hidden": "true" });
   const tokens = s("svg", { class: "tokens", "aria-hidden": "true" });
   put(holder, names, plot, corner, tokens);
   const bands = s("g"),
     lines = s("g", { class: "edges" }),
+    cards = s("g", { class: "cards" }),
     focusLines = s("g", { class: "edges focus" }),
-    dots = s("g", { class: "dots" }),
-    front = s("g", { class: "front" }),
     answer = s("g");
-  plot.append(bands, lines, focusLines, dots, front, answer); // edges below nodes: either has its own words under the pointer
-  const radius = scaleSqrt().domain([0, model.strongest]).range([2.4, 8]).clamp(true);
-  const thick = scaleSqrt().domain([0, model.strongestEdge]).range([0.35, 5]).clamp(true);
+  const hatch = s(
+    "pattern",
+    { id: "hatch", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+    s("line", { class: "hatching", x1: 0, x2: 0, y1: 0, y2: 7 }),
+  );
+  plot.append(s("defs", {}, hatch), bands, lines, focusLines, cards, answer);
   let layout = null,
-    nodes = [],
+    parts = new Map(),
+    links = [],
     state = null,
     hovered = null,
-    pressed = null,
     attention = null;
 
   function draw(next) {
-    const again =
-      !layout ||
-      !state ||
-      next.level !== state.level ||
-      next.all !== state.all ||
-      next.width !== state.width ||
-      next.height !== state.height;
+    const again = !state || ["level", "open", "width", "height", "fonts"].some((name) => next[name] !== state[name]);
+    const before = layout && [holder.scrollWidth - holder.scrollLeft, holder.scrollTop]; // from the answer's side
     state = next;
     if (again) {
-      nodes = drawn(model, state.level, state.all);
-      const stays = !layout || Math.abs(holder.scrollLeft - answerAt()) < 4; // a view of the answer stays one
-      layout = place(model, nodes, state.width, state.height);
+      parts = partsOf(model, state.level);
+      const open = new Set([...state.open].filter((key) => parts.has(key)));
+      links = linksOf(model, parts, open, state.level);
+      const read = new Set(strong().flatMap(({ source }) => (source.startsWith("input:") ? [Number(source.slice(6))] : [])));
+      layout = place(model.explanation.tokens, parts, open, read, state.width, state.height);
       drawFrame();
-      drawNodes();
-      drawEdges();
-      if (stays) toAnswer();
+      drawCards();
+      edges(lines, strong());
+      const [left, top] = before ?? [0, 0];
+      holder.scrollTo(holder.scrollWidth - left, top);
     }
     focus();
   }
 
+  const strong = () => links.slice(0, MOST_EDGES).filter((link) => Math.abs(link.effect) >= LEAST * Math.abs(links[0].effect));
+
   function drawFrame() {
-    const { width, height, rows, layers, columns } = layout;
-    const { explanation } = model;
+    const { width, height, rows, columns } = layout;
     for (const [svg, w, tall] of [
       [names, LABELS, height],
       [plot, width, height],
     ]) {
       (svg.setAttribute("width", w), svg.setAttribute("height", tall), svg.setAttribute("viewBox", `0 0 ${w} ${tall}`));
     }
-    put(
-      names,
-      layers.map((layer) =>
-        s("text", { class: "layer", x: 10, y: layer.y + Math.min(layer.height / 2 + 4, 16) }, `L${layer.layer}`),
-      ),
-      rows.map((row) =>
-        s(
-          "text",
-          { class: "kind", x: LABELS - 8, y: row.middle + 3.5, "text-anchor": "end" },
-          row.kind,
-          s("title", {}, KIND_NAMES[row.kind]),
-        ),
-      ),
-      s("text", { class: "layer", x: 10, y: layout.top.y + 4 }, "answer"),
-    );
+    const label = (row, place) => {
+      const [layer, step] = heightName(row.name),
+        middle = row.y + row.height / 2 + 4,
+        again = rows.slice(0, place).some((other) => heightName(other.name)[0] === layer);
+      return [
+        !again && s("text", { class: "layer", x: 10, y: middle }, layer),
+        s("text", { class: "kind", x: LABELS - 6, y: middle, "text-anchor": "end" }, step),
+      ];
+    };
+    put(names, rows.map(label), s("text", { class: "layer", x: 10, y: layout.answer.y + 4 }, "answer"));
     put(
       bands,
-      layers.map((layer) => s("rect", { class: "band", x: 0, y: layer.y, width, height: layer.height, rx: 4 })),
-      rows
-        .slice(1)
-        .filter((row, place) => row.layer === rows[place].layer)
-        .map((row) => s("line", { class: "rule", x1: 0, x2: width, y1: row.y, y2: row.y })),
-      columns.map((column) => s("rect", { class: "column", x: column.x, y: 0, width: column.width, height })),
-      columns
-        .slice(1)
-        .map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: layout.layers[0]?.y ?? 0, y2: height })),
+      rows.map((row) => s("rect", { class: "band", x: 0, y: row.y, width, height: row.height, rx: 4 })),
+      columns.slice(1).map((column) => s("line", { class: "rule", x1: column.x, x2: column.x, y1: 48, y2: height })),
+      !rows.length &&
+        s(
+          "text",
+          { class: "nothing", x: width / 2, y: height / 2, "text-anchor": "middle" },
+          "There is no circuit to draw: the verdict says why.",
+        ),
     );
-    const sides = [
-      ["for", explanation.target.text, layout.top.for],
-      ["against", explanation.contrast.text, layout.top.against],
-    ];
+    const { x, y } = layout.answer,
+      { answer: asked } = model.explanation;
+    const first = model.explanation.dense.find((each) => each.token.id === asked.id);
+    const text = plain(asked.text, 9);
     put(
       answer,
-      sides.map(([name, text, x]) =>
-        s(
-          "g",
-          { class: `side ${name}`, transform: `translate(${x},${layout.top.y})` },
-          s("rect", { x: -33, y: -13, width: 66, height: 26, rx: 13 }),
-          s("text", { y: 4.5, "text-anchor": "middle" }, plain(text, 7)),
-        ),
+      s(
+        "g",
+        { class: "goal", transform: `translate(${x},${y})` },
+        s("title", {}, dOf(model.explanation, plain).join("")),
+        s("rect", { x: -64, y: -16, width: 128, height: 30, rx: 15 }),
+        s("text", { y: 4, "text-anchor": "middle" }, first ? `${text}  ${percent(first.probability)}` : text),
       ),
     );
     drawTokens();
   }
 
   function drawTokens() {
-    const { columns, width, upright, tokensHeight: height } = layout;
-    (tokens.setAttribute("width", width),
-      tokens.setAttribute("height", height),
-      tokens.setAttribute("viewBox", `0 0 ${width} ${height}`));
+    const { columns, width, tokensHeight: height } = layout;
+    (tokens.setAttribute("width", width), tokens.setAttribute("height", height));
+    tokens.setAttribute("viewBox", `0 0 ${width} ${height}`);
     corner.style.height = `${height}px`;
     put(corner, h("span", {}, attention ? `L${attention.layer} head ${attention.head} reads` : "tokens"));
     const weight = new Map((attention?.reads ?? []).map((read) => [read.position, read.weight]));
-    put(
-      tokens,
-      columns.map((column, position) => {
-        const label = plain(column.token.text, 9);
-        const text = upright
-          ? s("text", { transform: `translate(${column.center + 4},${height - 6}) rotate(-90)` }, label)
-          : s("text", { x: column.center, y: 23, "text-anchor": "middle" }, label);
-        const size = weight.get(position) ?? 0;
-        return s(
-          "g",
-          { class: "word", "data-position": position },
-          s("rect", { class: "cell", x: column.x + 1, y: 1, width: column.width - 2, height: height - 2, rx: 3 }),
-          size > 0.004 &&
-            s("rect", {
-              class: "weight",
-              x: column.x + 3,
-              y: height - 2 - (height - 6) * size,
-              width: column.width - 6,
-              height: (height - 6) * size,
-              rx: 2,
-            }),
-          attention?.query === position &&
-            s("rect", { class: "query", x: column.x + 2, y: 2, width: column.width - 4, height: height - 4, rx: 3 }),
-          text,
-          s("title", {}, `${position}: ${plain(column.token.text)}${size ? `, attention ${percent(size)}` : ""}`),
-          columns.length > 12 &&
-            !upright &&
-            s("text", { class: "index", x: column.center, y: 36, "text-anchor": "middle" }, position),
-        );
-      }),
-    );
+    const cell = (column) => {
+      const [position] = column.positions;
+      const size = column.positions.reduce((sum, each) => sum + (weight.get(each) ?? 0), 0);
+      const told = column.positions.map((each) => `${each}: ${plain(model.explanation.tokens[each].text)}`).join("\n");
+      return s(
+        "g",
+        { class: `word ${column.run ? "run" : ""}`, "data-position": position },
+        s("rect", { class: "cell", x: column.x + 3, y: 3, width: column.width - 6, height: height - 6, rx: 5 }),
+        size > 0.004 &&
+          s("rect", {
+            class: "weight",
+            x: column.x + 3,
+            y: height - 3 - (height - 6) * Math.min(1, size),
+            width: column.width - 6,
+            height: (height - 6) * Math.min(1, size),
+            rx: 3,
+          }),
+        attention &&
+          column.positions.includes(attention.query) &&
+          s("rect", { class: "query", x: column.x + 3, y: 3, width: column.width - 6, height: height - 6, rx: 5 }),
+        column.upright
+          ? s("text", { transform: `translate(${column.center + 4},${height - 8}) rotate(-90)` }, column.text)
+          : s("text", { x: column.center, y: height / 2 + 4, "text-anchor": "middle" }, column.text),
+        s("title", {}, `${told}${size ? `\nattention ${percent(size)}` : ""}`),
+      );
+    };
+    put(tokens, columns.map(cell));
   }
 
-  const look = (node) => {
-    if (!node.known) return "unmeasured";
-    return node.strength < 1e-9 ? "none" : `${side(node.shown)}${node.measured ? "" : " estimated"}`;
-  };
+  const look = (effect) => (effect === null ? "unmeasured" : side(effect));
+  const wash = (effect, most) =>
+    effect === null ? 0 : (0.06 + 0.3 * Math.sqrt(Math.min(1, Math.abs(effect) / most))).toFixed(3);
 
-  function drawNodes() {
-    const join = select(dots)
-      .selectAll("g.node")
-      .data(nodes, (node) => node.id);
-    join.exit().remove();
-    const made = join.enter().append("g").attr("role", "button").attr("tabindex", -1);
-    made.append("circle").attr("class", "hit").attr("r", 8);
-    made.append("circle").attr("class", "dot");
-    made
-      .attr("id", (node) => `node-${node.id}`)
-      .on("click", (_, node) => choose(node.id))
-      .on("pointerenter", (event, node) => ((hovered = node.id), showTip(event, node), focus()))
-      .on("pointermove", moveTip)
-      .on("pointerleave", () => ((hovered = null), (tip.hidden = true), focus()));
-    made
-      .merge(join)
-      .attr("class", (node) => `node ${look(node)}`)
-      .attr(
-        "aria-label",
-        (node) =>
-          `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`,
-      )
-      .attr("transform", (node) => `translate(${layout.at.get(node.id).x},${layout.at.get(node.id).y})`)
-      .select("circle.dot")
-      .attr("r", (node) => radius(node.strength));
+  /** The listeners and names of what can be chosen. */
+  const button = (key, id, name, about) => ({
+    id,
+    role: "button",
+    tabindex: -1,
+    "data-key": key,
+    "aria-label": name,
+    onclick: (event) => (event.stopPropagation(), choose(key, true)),
+    onpointerenter: (event) => ((hovered = key), showTip(event, about), focus()),
+    onpointermove: moveTip,
+    onpointerleave: () => ((hovered = null), (tip.hidden = true), focus()),
+  });
+
+  function drawCards() {
+    put(cards, [...layout.at.values()].map(drawCard));
   }
 
-  const ends = (edge) => [end(layout, edge.source, edge.effect), end(layout, edge.target, edge.effect)];
-
-  function paths(group, edges, most) {
-    const found = [];
-    for (const edge of edges) {
-      const [from, to] = ends(edge);
-      if (from && to)
-        found.push(
-          s(
-            "path",
-            { class: side(edge.effect), d: route(layout, from, to), "stroke-width": thick(edge.size).toFixed(2) },
-            s("title", {}, `${edge.source} → ${edge.target}: ${linkOf(edge)}`),
-          ),
-        );
-      if (found.length >= most) break;
-    }
-    put(group, found);
-  }
-
-  const drawEdges = () => paths(lines, model.edges, DEFAULT_EDGES);
-
-  /** Bring out one node and what it is linked to, or what is sought; the others stand back, all at once, and these are drawn again. */
-  function focus() {
-    const id = hovered ?? state.selected;
-    const node = id && layout.at.has(id) ? id : null;
-    const links = node ? [...model.ins(node), ...model.outs(node)].sort((a, b) => b.size - a.size) : [];
-    const sought = hovered ? null : state.found;
-    const near = sought ?? new Set(node ? [node, ...links.flatMap((edge) => [edge.source, edge.target])] : []);
-    plot.classList.toggle("focused", Boolean(node || sought));
-    paths(focusLines, links, FOCUS_EDGES);
-    put(
-      front,
-      [...near]
-        .filter((each) => layout.at.has(each))
-        .map((each) => {
-          const one = model.byId.get(each),
-            { x, y } = layout.at.get(each);
-          return s(
-            "g",
-            { class: look(one), transform: `translate(${x},${y})` },
-            sought && s("circle", { class: "ring", r: 9 }),
-            s("circle", { class: "dot", r: radius(one.strength) }),
-          );
+  function drawCard(box) {
+    const { part, x, y, w, h: tall, lines: title } = box;
+    const size = sizeOf(part);
+    const told = `${part.title}: ${size}, ${part.effect === null ? "effect not measured" : `effect ${signed(part.effect)} nats`}`;
+    const about = () => aboutPart(part);
+    const cls = `card ${part.type} ${look(part.effect)} ${box.open ? "open" : ""}`;
+    if (box.small)
+      return s(
+        "g",
+        { class: cls, ...button(part.key, `part-${part.key}`, told, about) },
+        s("rect", { class: "frame", x, y, width: w, height: tall, rx: tall / 2 }),
+        s("text", { class: "count", x: x + w / 2, y: y + 14, "text-anchor": "middle" }, title[0]),
+      );
+    const base = y + 15 + 14 * title.length;
+    const numbers = part.effect === null ? "" : `${nats(part.effect)}${part.dense === null ? "" : ` / ${nats(part.dense)}`}`;
+    return s(
+      "g",
+      { class: cls },
+      s(
+        "g",
+        button(part.key, `part-${part.key}`, told, about),
+        s("rect", { class: "frame", x, y, width: w, height: tall, rx: 7 }),
+        part.type === "error" && s("rect", { class: "hatched", x, y, width: w, height: tall, rx: 7, fill: "url(#hatch)" }),
+        s("rect", {
+          class: "wash",
+          x,
+          y,
+          width: w,
+          height: box.open ? box.head - 3 : tall,
+          rx: 7,
+          "fill-opacity": wash(part.effect, model.strongestGroup),
         }),
+        s("rect", { class: "edge-mark", x, y: y + 5, width: 3, height: (box.open ? box.head : tall) - 10, rx: 1.5 }),
+        title.map((text, line) => s("text", { class: "name", x: x + PAD, y: y + 15 + 14 * line }, text)),
+        s(
+          "text",
+          { class: "size", x: x + PAD, y: base },
+          part.type === "error" ? "unexplained" : shortened(size, w - 2 * PAD - 5.9 * numbers.length),
+        ),
+        part.effect !== null &&
+          s(
+            "text",
+            { class: "effect", x: x + w - PAD, y: base, "text-anchor": "end" },
+            s("tspan", {}, nats(part.effect)),
+            part.dense !== null && s("tspan", { class: "dense" }, ` / ${nats(part.dense)}`),
+          ),
+      ),
+      box.open && part.nodes.map((node) => drawLeaf(node, layout.leaves.get(node.id))),
     );
-    press(pressed, false);
-    press((pressed = state.selected), true);
-    const place = node ? layout.at.get(node).column : -1;
-    bands.querySelectorAll(".column").forEach((column, position) => column.classList.toggle("here", position === place));
   }
 
-  function press(id, on) {
-    const element = id && document.getElementById(`node-${id}`);
-    if (!element) return;
-    element.classList.toggle("chosen", on);
-    element.setAttribute("tabindex", on ? 0 : -1);
-    element.setAttribute("aria-pressed", String(on));
-    if (on) front.append(s("circle", { class: "ring chosen", cx: layout.at.get(id).x, cy: layout.at.get(id).y, r: 10.5 }));
+  /** A size in the words that there is room for. */
+  function shortened(size, wide) {
+    const ways = [size, size.replace(" of ", "/"), size.replace(" of ", "/").replace(/ nodes?$/, "")];
+    return ways.find((way) => 5.8 * way.length <= wide) ?? ways[2];
   }
 
-  function showTip(event, node) {
-    const text = model.explanation.tokens[node.position].text;
-    put(
-      tip,
-      h("p", { class: "tip-head" }, h("code", {}, node.name), " at ", token(text)),
-      h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
+  function drawLeaf(node, { x, y, w, h: tall }) {
+    const told = `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`;
+    const text = fitLines(labelOf(node) ?? node.name, w - 58, '10.5px "Inter", sans-serif', 1)[0];
+    return s(
+      "g",
+      { class: `leaf ${look(node.effect)}`, ...button(node.id, `node-${node.id}`, told, () => aboutNode(node)) },
+      s("rect", { class: "frame", x, y, width: w, height: tall, rx: 4 }),
+      s("rect", { class: "wash", x, y, width: w, height: tall, rx: 4, "fill-opacity": wash(node.effect, model.strongest) }),
+      s("text", { class: "name", x: x + 6, y: y + 13 }, text),
+      s(
+        "text",
+        { class: "effect", x: x + w - 5, y: y + 13, "text-anchor": "end" },
+        node.effect === null ? "–" : nats(node.effect),
+      ),
+    );
+  }
+
+  /** The edges of a list, drawn. */
+  function edges(group, list) {
+    const most = Math.max(Math.abs(links[0]?.effect ?? 0), 1e-9);
+    const thick = scaleSqrt().domain([0, most]).range([0.5, 8]).clamp(true);
+    const drawn = portsOf(layout, list).map((each, lane) =>
+      s(
+        "path",
+        {
+          class: side(each.link.effect),
+          d: route(layout, each, lane),
+          "stroke-width": thick(Math.abs(each.link.effect)).toFixed(2),
+          "stroke-opacity": (0.22 + 0.5 * Math.sqrt(Math.abs(each.link.effect) / most)).toFixed(2),
+        },
+        s(
+          "title",
+          {},
+          `${nameOf(each.link.source)} → ${nameOf(each.link.target)}: ${signed(each.link.effect)} nats by ${each.link.edges} ${each.link.edges === 1 ? "edge" : "edges"}`,
+        ),
+      ),
+    );
+    put(group, drawn);
+  }
+
+  /** What a key is called. */
+  function nameOf(key) {
+    if (key === "answer") return "the answer";
+    if (key.startsWith("input:")) return `embedding of ${plain(model.explanation.tokens[Number(key.slice(6))].text, 20)}`;
+    const part = parts.get(key),
+      node = model.byId.get(key);
+    return part ? `${part.title} at ${part.position}` : node ? `${node.name}@${node.position}` : key;
+  }
+
+  /** What is drawn for a key that may be a node of a closed group. */
+  const shownFor = (key) => (key === null || boxOf(layout, key) ? key : model.byId.has(key) ? partOf(model.byId.get(key)) : null);
+
+  /** Bring out what is chosen or under the pointer with its edges, or what is sought; the rest stands back. */
+  function focus() {
+    const key = shownFor(hovered ?? state.selected);
+    const sought = hovered ? null : state.found;
+    // an open group is its nodes
+    const own = new Set([key, ...(layout.at.get(key)?.open ? parts.get(key).nodes.map((node) => node.id) : [])]);
+    const near = key ? links.filter((link) => own.has(link.source) || own.has(link.target)).slice(0, FOCUS_EDGES) : [];
+    const lit = sought
+      ? new Set([...sought].map(shownFor))
+      : new Set([...own, ...near.flatMap((link) => [link.source, link.target])]);
+    plot.classList.toggle("focused", Boolean(sought || (key && boxOf(layout, key))));
+    edges(focusLines, near);
+    const chosen = shownFor(state.selected);
+    for (const each of cards.querySelectorAll("[data-key]")) {
+      const is = each.dataset.key;
+      each.classList.toggle("lit", lit.has(is) || (layout.leaves.has(is) && lit.has(partOf(model.byId.get(is)))));
+      each.classList.toggle("chosen", is === chosen);
+      each.setAttribute("tabindex", is === chosen ? 0 : -1);
+      each.setAttribute("aria-pressed", String(is === chosen));
+    }
+  }
+
+  const numbersOf = (effect, dense) => [
+    h(
+      "p",
+      { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` },
+      effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`,
+    ),
+    dense !== null && h("p", { class: "tip-numbers" }, `carried to the dense model: ${signed(dense)} nats`),
+  ];
+
+  function aboutPart(part) {
+    const { tokens: texts } = model.explanation;
+    const at = [...new Set(part.nodes.map((node) => node.position))].sort((a, b) => a - b);
+    return [
+      h("p", { class: "tip-head" }, part.title),
       h(
         "p",
-        { class: "tip-numbers" },
-        `value in the whole model ${node.activation ? signed(node.activation) : "off"}, mean ${signed(node.mean)}`,
+        { class: "tip-label" },
+        part.type === "error" ? "what the sparse model misses of the dense one" : sizeOf(part),
+        " at ",
+        at.slice(0, 6).map((each) => [token(texts[each].text), h("small", {}, ` ${each} `)]),
       ),
-      h("p", { class: `tip-effect ${node.known ? side(node.shown) : "quiet"}` }, `effect on D ${effectOf(node)}`),
-    );
+      numbersOf(part.effect, part.dense),
+      h("p", { class: "tip-numbers" }, part.type === "error" ? null : "click to open or close"),
+    ];
+  }
+
+  const aboutNode = (node) => [
+    h(
+      "p",
+      { class: "tip-head" },
+      h("code", {}, node.name),
+      " at ",
+      token(model.explanation.tokens[node.position].text),
+      h("small", {}, ` ${node.position}`),
+    ),
+    h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
+    h("p", { class: "tip-numbers" }, `value ${signed(node.activation)}, mean ${signed(node.mean)}`),
+    numbersOf(node.effect, null),
+  ];
+
+  function showTip(event, about) {
+    put(tip, about());
     tip.hidden = false;
     moveTip(event);
   }
@@ -266,57 +343,36 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     tip.style.top = `${event.clientY + 18 + tall > innerHeight ? event.clientY - tall - 12 : event.clientY + 18}px`;
   }
 
-  /** The node next to one in a direction; without one the strongest. */
-  function next(id, key) {
-    const from = id && layout.at.get(id);
-    if (!from) return nodes[0]?.id ?? null;
-    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
+  const boxes = () => [...layout.at.values()].map((box) => box).concat([...layout.leaves.values()]);
+
+  /** What stands next to something in a direction; without it the strongest. */
+  function next(key, arrow) {
+    const from = key && boxOf(layout, shownFor(key) ?? "");
+    if (!from) return layout.at.keys().next().value ?? null;
+    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[arrow];
+    const middle = (box) => [box.x + box.w / 2, box.y + (box.open ? 10 : box.h / 2)];
+    const [x, y] = middle(from);
     let best = null,
       least = Infinity;
-    for (const node of nodes) {
-      const to = layout.at.get(node.id);
-      const along = (to.x - from.x) * dx + (to.y - from.y) * dy,
-        across = Math.abs((to.x - from.x) * dy) + Math.abs((to.y - from.y) * dx);
-      if (along > 0.5 && along + 3 * across < least) ((least = along + 3 * across), (best = node.id));
+    for (const box of boxes()) {
+      const [u, v] = middle(box);
+      const along = (u - x) * dx + (v - y) * dy,
+        across = Math.abs((u - x) * dy) + Math.abs((v - y) * dx);
+      if (along > 0.5 && along + 3 * across < least) ((least = along + 3 * across), (best = box.key));
     }
-    return best ?? id;
+    return best ?? key;
   }
 
-  const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const roomy = () => [holder.clientWidth - LABELS, holder.clientHeight - layout.tokensHeight]; // what names and tokens leave free
-
-  /** Go to a node, and show what it is linked to as far as there is room. */
-  function reveal(id) {
-    const at = layout?.at.get(id);
-    if (!at) return;
-    const links = [...model.ins(id), ...model.outs(id)].sort((a, b) => b.size - a.size).slice(0, KEPT_IN_VIEW);
-    const near = links.flatMap((edge) => [layout.at.get(edge.source), layout.at.get(edge.target)]).filter(Boolean);
-    const [wide, tall] = roomy();
-    const left = fit(
-        holder.scrollLeft,
-        wide,
-        at.x,
-        near.map((one) => one.x),
-      ),
-      top = fit(
-        holder.scrollTop,
-        tall,
-        at.y,
-        near.map((one) => one.y),
-      );
-    holder.scrollTo({ left, top, behavior: still() ? "auto" : "smooth" });
-  }
-
-  /** How far to the right the answer is seen with as much as there is room for on both its sides. */
-  function answerAt() {
-    const [wide] = roomy(),
-      last = layout.columns[layout.columns.length - 1];
-    const most = Math.max(0, holder.scrollWidth - holder.clientWidth);
-    return last && last.width > wide ? Math.min(most, Math.max(0, last.center - wide / 2)) : most;
-  }
-
-  function toAnswer() {
-    holder.scrollLeft = answerAt();
+  /** Scroll to where something is drawn. */
+  function reveal(key) {
+    const box = boxOf(layout, shownFor(key) ?? "");
+    if (!box) return;
+    const seen = (now, room, low, size) =>
+      low < now + 8 || low + size > now + room - 8 ? Math.max(0, low + size / 2 - room / 2) : now;
+    holder.scrollTo({
+      left: seen(holder.scrollLeft, holder.clientWidth - LABELS, box.x, box.w),
+      top: seen(holder.scrollTop, holder.clientHeight - layout.tokensHeight, box.y, box.h),
+    });
   }
 
   return {
@@ -324,14 +380,15 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     next,
     reveal,
     parts: { names, plot, tokens },
-    has: (id) => layout.at.has(id),
-    focusNode: (id) => document.getElementById(`node-${id}`)?.focus({ preventScroll: true }),
+    focusOn: (key) => plot.querySelector(`[data-key="${CSS.escape(shownFor(key) ?? "")}"]`)?.focus({ preventScroll: true }),
     attend(head) {
       attention = head;
       drawTokens();
     },
-    toAnswer,
-    shown: () => nodes.length,
-    strongestEdges: () => lines.childElementCount,
+    groups: () => [...parts.values()].filter((part) => part.type === "group").map((part) => part.key),
+    shown: () => [...parts.values()].reduce((sum, part) => sum + part.nodes.length, 0),
+    edges: () => [lines.childElementCount, links.length],
+    small: () => [...layout.at.values()].some((box) => box.small && box.part.weak),
+    nameOf,
   };
 }

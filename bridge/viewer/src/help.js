@@ -4,28 +4,34 @@ import { h, put } from "./dom.js";
 
 const KEYS = [
   ["/", "find a node"],
-  ["← ↑ → ↓", "to the next node"],
-  ["Enter", "to the node's sheet"],
-  ["Esc", "let go of the node"],
+  ["← ↑ → ↓", "to the next group or node"],
+  ["Enter", "open or close the group"],
+  ["o", "open or close all groups"],
+  ["Esc", "let go of what is chosen"],
   ["[ ]", "a smaller, a larger circuit"],
-  ["1 2 3", "evidence, node, attention"],
+  ["1 2 3", "evidence, what is chosen, attention"],
   ["l", "label the node"],
   ["t", "light or dark"],
   ["?", "this help"],
 ];
 
 const WORDS = [
-  ["D", "the logit of the answer less that of the contrast, at the last token"],
-  ["KL", "how far one model's next-token probabilities are from another's, in nats; 0 where they are the same"],
-  ["random company", "the circuit with random other nodes beside it: what only works where all else is silent fails there"],
+  ["d", "the log-odds of the answer at the last token, in nats: against all other tokens, or against one"],
+  ["span", "d of the dense model less d with every node and every error at its mean: what there is to explain"],
+  ["F", "normalised faithfulness: 1 less the distance of d from the dense model's, as a share of the span"],
+  ["KL", "how far the next-token probabilities are from the dense model's, in nats"],
+  ["random supersets", "the circuit with random other nodes kept as well; what works only while all else is ablated fails there"],
+  ["adversary", "the superset that is worst for F, by 20 sign steps; it bounds nothing"],
+  ["left", "the share of the span that is left when the circuit alone is ablated"],
+  ["ablated", "set to its mean over text"],
   [
-    "steps of the slider",
-    "smaller circuits within the circuit, each tried alone; a hollow mark misses the aims of KL and share of D",
+    "error",
+    "what the dense model has at a site and token beyond the sparse one; with all errors the sparse model gives the dense answer exactly",
   ],
-  ["attn_in, mlp_in", "what a sublayer reads of the residual, normalized"],
-  ["q, k, v", "queries, keys and values of the heads"],
-  ["mlp_act", "neurons of the MLP"],
-  ["attn_out, mlp_out", "what a sublayer writes to the residual"],
+  [
+    "replacement, completeness",
+    "shares of the paths from input to answer, and of the inputs of nodes, that flow through nodes rather than errors",
+  ],
 ];
 
 const pairs = (list) =>
@@ -45,17 +51,17 @@ export function makeHelp(dialog) {
     h(
       "p",
       {},
-      "A node is a channel of the sparse model at one token. What is not in the circuit stands at its average over text.",
+      "Tokens run from left to right, the computation from the embeddings below to the answer above. A node is a channel of the sparse model at one token. Nodes that do one job are drawn as a card; a click opens it into its nodes.",
     ),
     h(
       "p",
       {},
-      "A node's size and colour are its effect: what D loses when it alone is deleted from the circuit. Where that was not measured, the node is hollow, and its effect estimated from its edges; where no edge of it was kept, it is grey. An edge's width and colour are what D owes to it. The strongest edges are drawn, and all that were kept of the node under the pointer.",
+      "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when that is carried through the bridge. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained.",
     ),
     h(
       "p",
       {},
-      "A circuit is found in the sparse model. What holds there holds for the dense one only as far as the evidence on the dense model goes: that is what the verdict says. The strongest verdict there is says support, never proof.",
+      "The slider walks the nested circuits. A circuit is found in the sparse model; what holds there holds for the dense one only as far as the evidence on the dense model goes. The strongest verdict says support, never proof.",
     ),
     h("h2", {}, "Words"),
     pairs(WORDS),

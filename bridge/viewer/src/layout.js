@@ -1,166 +1,311 @@
-// Where everything stands: a column for each token, a row for each sublayer's location, nodes packed in cells, edges routed.
+// Where everything stands: a column for each token, a row for each height of the computation, cards packed in cells, edges routed.
 //
-// Edges leave their cell for the gutter beside its column, run there to the target's row, and enter. The route's corners are the
-// control points of a bundled curve (d3's, after Holten 2006), so that edges between the same two cells share a trunk.
+// Columns without cards are as narrow as their tokens; where there is no room for them, those that nothing reads are drawn as one.
+// Columns with cards are widened, one card at a time, where that saves most height, until the graph is as tall as its room.
 
 import { curveBundle, line } from "d3-shape";
-import { plain } from "./dom.js";
-import { KINDS, outer } from "./model.js";
+import { fitLines } from "./dom.js";
 
-const STEP = 15,
-  ROW = 23,
-  MOST_LINES = 4,
-  EMPTY = 12,
-  NARROW = 26,
-  PAD = 12,
-  ANSWER = 62,
-  LAYER_GAP = 10;
-const UPRIGHT = 78,
-  LEVEL = 40; // heights of the tokens' names
-export const LABELS = 96; // width of the rows' names
-const bundled = line().curve(curveBundle.beta(0.82));
+export const LABELS = 74; // width of the rows' names
+export const PAD = 9;
+const CARDS = [164, 146]; // widths of a card, the second where there is little room
+const LINE = 14,
+  GAP = 9,
+  GUTTER = 16,
+  ROW_GAP = 11,
+  TOP = 44, // the answer
+  LEAF = 21,
+  LEAF_WIDE = 150,
+  TOKENS = 34,
+  UPRIGHT = 76,
+  MOST_SPREAD = 64, // added to each column where there is room
+  SLIM = 40; // the widest of what is drawn small
+export const NAME_FONT = '500 11.5px "Inter", sans-serif',
+  TOKEN_FONT = '12px "JetBrains Mono", monospace';
+const bundled = line().curve(curveBundle.beta(0.9));
 
-/** Places of a line from its middle outwards, so that the strongest of a cell stand below the answer and stay in view. */
-const fromMiddle = (place, many) => Math.floor((many - 1) / 2) + (place % 2 ? 1 : -1) * Math.ceil(place / 2);
+/** A part's title without what its column says: the token that it is at. */
+function shortTitle(part) {
+  const found = /^(?:at|reads) .*?@(\d+), (?=.)/s.exec(part.title);
+  return found && !part.group?.label && Number(found[1]) === part.position ? part.title.slice(found[0].length) : part.title;
+}
 
-/** Positions of the nodes, columns and rows, for a width and a height to fill. */
-export function place(model, nodes, width, tall) {
-  const tokens = model.explanation.tokens;
+/** How large a part is drawn, closed or open; what does next to nothing, and what was not measured, is drawn small. */
+function sized(part, open, card, most) {
+  if (open) {
+    const many = part.nodes.length;
+    const across = many <= 5 ? 1 : many <= 16 ? 2 : many <= 45 ? 3 : 5;
+    const lines = fitLines(part.title, across * LEAF_WIDE - 18, NAME_FONT, 2);
+    const head = lines.length * LINE + LINE + 8;
+    return { open, across, lines, head, w: across * (LEAF_WIDE + 4) + 8, h: head + Math.ceil(many / across) * LEAF + 7 };
+  }
+  if (part.type === "more") return { small: true, w: 40, h: 20, lines: [`+${part.nodes.length}`] };
+  if (part.weak) return { small: true, w: 32, h: 20, lines: [String(part.nodes.length)] };
+  const lines = fitLines(shortTitle(part), card - 2 * PAD, NAME_FONT, most);
+  return { w: card, h: lines.length * LINE + LINE + 11, lines };
+}
+
+/** A cell's cards in lines no wider than `wide`: [[cards], ...]. */
+function packed(cards, wide) {
+  const lines = [];
+  let room = 0;
+  for (const card of cards) {
+    if (!lines.length || card.w + GAP > room) (lines.push([]), (room = wide + GAP));
+    lines[lines.length - 1].push(card);
+    room -= card.w + GAP;
+  }
+  return lines;
+}
+
+const tallOf = (lines) => lines.reduce((sum, inLine) => sum + Math.max(...inLine.map((card) => card.h)) + GAP, -GAP);
+const wideOf = (inLine) => inLine.reduce((sum, card) => sum + card.w + GAP, -GAP);
+
+/**
+ * Places of parts, their leaves, columns and rows, for a width and a height to fill; `read` are the positions of inputs with edges.
+ * Cards are smaller where they would not fit otherwise.
+ */
+export function place(tokens, parts, open, read, width, tall) {
+  const ways = [
+    [CARDS[0], 2, 0],
+    [CARDS[0], 2, 1],
+    [CARDS[0], 1, 1],
+    [CARDS[1], 2, 1],
+    [CARDS[1], 1, 1],
+    [CARDS[0], 1, 2],
+    [CARDS[1], 1, 2],
+  ];
+  let best = null,
+    least = Infinity;
+  for (const [card, most, folded] of ways) {
+    const layout = placed(tokens, parts, open, read, width, tall, card, most, folded);
+    const over = 3 * Math.max(0, layout.width - width + LABELS) + Math.max(0, layout.height + layout.tokensHeight - tall);
+    if (over < least - 20) ((best = layout), (least = over));
+    if (least < 2) break;
+  }
+  return best;
+}
+
+function placed(tokens, parts, open, read, width, tall, card, most, folded) {
+  const cards = [...parts.values()].map((part) => ({ part, key: part.key, ...sized(part, open.has(part.key), card, most) }));
+  const free = width - LABELS - 2 * GUTTER;
+  const columns = columnsOf(tokens, cards, read, free, folded);
+  const columnAt = new Map(columns.flatMap((column) => column.positions.map((position) => [position, column])));
+  const heights = [...new Set(cards.map((card) => card.part.height))].sort((a, b) => b - a); // from the top
   const cells = new Map();
-  for (const node of nodes) {
-    const key = `${node.layer}.${node.kind}|${node.position}`;
-    if (!cells.has(key)) cells.set(key, []);
-    cells.get(key).push(node);
+  for (const card of cards) {
+    const key = `${card.part.height}|${columnAt.get(card.part.position).place}`;
+    cells.set(key, [...(cells.get(key) ?? []), card]);
   }
-  const columns = tokens.map((token) => ({
-    token,
-    most: 0,
-    least: Math.max(NARROW, Math.min(74, 7.4 * plain(token.text, 9).length + 10)),
-  }));
-  for (const [key, cell] of cells) {
-    const column = columns[Number(key.slice(key.indexOf("|") + 1))];
-    column.most = Math.max(column.most, cell.length);
-  }
-  const free = width - LABELS - 2 * PAD;
-  if (columns.reduce((sum, column) => sum + column.least, 0) > free) columns.forEach((column) => (column.least = NARROW)); // names upright
-  const last = columns[columns.length - 1];
-  if (last) last.least = Math.max(last.least, 150); // the answer's two tokens stand above it
-  // As few lines to a cell as the width allows, then what is spare to all.
-  const needed = (column, lines) => Math.max(column.least, Math.ceil(column.most / lines) * STEP + 22);
-  const widthAt = (lines) => columns.reduce((sum, column) => sum + needed(column, lines), 0);
-  let lines = 1;
-  while (lines < MOST_LINES && widthAt(lines) > free) lines += 1;
-  const spare = Math.max(0, free - widthAt(lines));
-  for (const column of columns) {
-    column.across = Math.max(1, Math.ceil(column.most / lines));
-    column.width = needed(column, lines) + Math.min(60, spare / columns.length);
-  }
-  let x = PAD;
-  for (const column of columns) (Object.assign(column, { x, center: x + column.width / 2 }), (x += column.width));
-  const total = x + PAD;
+  const cell = (height, column) => cells.get(`${height}|${column.place}`) ?? [];
+  const filled = new Map(heights.map((height) => [height, columns.filter((column) => cell(height, column).length)]));
+  const rowTall = (height) => Math.max(...filled.get(height).map((column) => tallOf(packed(cell(height, column), column.wide))));
+  const upright = columns.some((column) => column.upright);
+  const tokensHeight = upright ? UPRIGHT : TOKENS;
+  const room = tall - TOP - tokensHeight - ROW_GAP;
+  const total = () => heights.reduce((sum, height) => sum + rowTall(height) + ROW_GAP, 0);
 
-  // From the top: the answer, the layers downwards, the embedding; what height is spare is shared by the rows.
-  const rows = [],
-    layers = [];
-  const heightOf = (inRow) =>
-    Math.max(ROW, Math.max(...inRow.map((size, position) => Math.ceil(size / columns[position].across))) * STEP + 7);
-  const sizesOf = (layer, kind) => columns.map((column, position) => cells.get(`${layer}.${kind}|${position}`)?.length ?? 0);
-  const used = model.layers.map((layer) => KINDS.map((kind) => sizesOf(layer, kind)).filter((inRow) => inRow.some(Boolean)));
-  const heights = used.map((inLayer) => inLayer.reduce((sum, inRow) => sum + heightOf(inRow), 0) || EMPTY);
-  const upright = columns.some((column) => plain(column.token.text, 9).length * 7.4 > column.width - 2);
-  const least = ANSWER + heights.reduce((sum, height) => sum + height + LAYER_GAP, 0) + 8 + (upright ? UPRIGHT : LEVEL);
-  const extra = Math.max(0, Math.min(22, (tall - least) / Math.max(1, used.flat().length)));
-  let y = ANSWER;
-  for (const layer of [...model.layers].reverse()) {
-    const top = y;
-    for (const kind of [...KINDS].reverse()) {
-      const inRow = sizesOf(layer, kind);
-      if (!inRow.some(Boolean)) continue;
-      const height = heightOf(inRow) + extra;
-      rows.push({ layer, kind, y, height, middle: y + height / 2 });
-      y += height;
-    }
-    if (y === top) y += EMPTY;
-    layers.push({ layer, y: top, height: y - top });
-    y += LAYER_GAP;
-  }
-  const at = new Map();
-  for (const row of rows) {
-    columns.forEach((column, position) => {
-      const cell = cells.get(`${row.layer}.${row.kind}|${position}`) ?? [];
-      const lines = Math.ceil(cell.length / column.across);
-      cell.forEach((node, place) => {
-        const down = Math.floor(place / column.across);
-        const here = down === lines - 1 ? cell.length - down * column.across : column.across;
-        const across = fromMiddle(place % column.across, here);
-        at.set(node.id, {
-          x: column.center + (across - (here - 1) / 2) * STEP,
-          y: row.middle + (down - (lines - 1) / 2) * STEP,
-          column: position,
-          row,
-        });
+  let spare = free - columns.reduce((sum, column) => sum + column.wide + GUTTER, 0);
+  for (let now = total(); now > room;) {
+    const tried = columns
+      .filter((column) => column.cards && card + GAP <= spare)
+      .map((column) => {
+        column.wide += card + GAP;
+        const then = total();
+        column.wide -= card + GAP;
+        return [then, column];
       });
-    });
+    const best = tried.sort((a, b) => a[0] - b[0])[0];
+    if (!best || best[0] >= now) break;
+    best[1].wide += card + GAP;
+    spare -= card + GAP;
+    now = best[0];
   }
-  const bottom = y + 4;
+  const more = Math.max(0, spare) / Math.max(1, columns.length);
+  let x = GUTTER + (Math.max(0, more - MOST_SPREAD) * columns.length) / 2;
+  for (const column of columns) {
+    column.width = column.wide + GUTTER + Math.min(MOST_SPREAD, more);
+    Object.assign(column, { x, center: x + column.width / 2 });
+    x += column.width;
+  }
+
+  const extra = Math.max(0, Math.min(40, (room - total()) / Math.max(1, heights.length + 1)));
+  const rows = [],
+    at = new Map(),
+    leaves = new Map();
+  let y = TOP + ROW_GAP + extra / 2;
+  for (const height of heights) {
+    const row = { name: height, y: y - extra / 2, height: rowTall(height) + extra };
+    rows.push(row);
+    for (const column of columns) {
+      const lines = packed(cell(height, column), column.wide);
+      let top = row.y + (row.height - (tallOf(lines) || 0)) / 2;
+      for (const inLine of lines) {
+        const high = Math.max(...inLine.map((card) => card.h));
+        let left = column.center - wideOf(inLine) / 2;
+        for (const card of inLine) {
+          const box = { ...card, x: left, y: top + (high - card.h) / 2, row: rows.length - 1, column };
+          at.set(card.key, box);
+          if (card.open) placeLeaves(box, leaves);
+          left += card.w + GAP;
+        }
+        top += high + GAP;
+      }
+    }
+    y += row.height + ROW_GAP;
+  }
+  const height = Math.ceil(Math.max(y + extra / 2, tall - tokensHeight));
+  const last = columns[columns.length - 1];
   return {
-    columns,
+    width: Math.ceil(Math.max(x + GUTTER, width - LABELS)),
+    height,
+    tokensHeight,
     rows,
-    layers,
+    columns,
     at,
-    upright,
-    tokensHeight: upright ? UPRIGHT : LEVEL,
-    width: total,
-    height: bottom,
-    top: { y: 30, for: last?.center - 36, against: last?.center + 36 },
+    leaves,
+    answer: { x: last.center, y: 22 },
   };
 }
 
-/** Where an end of an edge is, null if it is not drawn. An embedding stands at its token, the answer at the side it speaks for. */
-export function end(layout, id, effect) {
-  const found = layout.at.get(id);
-  if (found) return found;
-  const what = outer(id);
-  const column = layout.columns[what.position];
-  if (what.kind === "embedding" || what.kind === "bigram") {
-    return column && { x: column.center, y: layout.height, column: what.position, row: { y: layout.height, height: 0 } };
+/** Columns from left to right; a run of tokens that nothing reads is one where there is no room for each. */
+function columnsOf(tokens, cards, read, free, folded) {
+  const widest = new Map();
+  for (const { part, w } of cards) widest.set(part.position, Math.max(w, widest.get(part.position) ?? 0));
+  const last = tokens.length - 1;
+  const make = (positions, upright) => {
+    const [position] = positions;
+    const has = widest.has(position);
+    const slim = upright && (widest.get(position) ?? 0) <= SLIM && position !== last;
+    const text = positions.length > 1 ? `${positions.length} tokens` : null;
+    const lines = fitLines(text ?? tokens[position].text, slim ? UPRIGHT - 14 : 88, TOKEN_FONT, 1);
+    const flat = 7.3 * [...lines[0]].length + 8;
+    const own = positions.length > 1 ? 70 : slim ? 15 : Math.max(22, flat);
+    return {
+      positions,
+      text: lines[0],
+      run: positions.length > 1,
+      upright: slim && positions.length === 1 && Math.max(own, widest.get(position) ?? 0) < flat - 8,
+      cards: has,
+      wide: Math.max(own, widest.get(position) ?? 0, position === last ? 134 : 0),
+    };
+  };
+  const every = tokens.map((_, position) => [position]);
+  const fits = (columns) => columns.reduce((sum, column) => sum + column.wide + GUTTER, 0) <= free;
+  const runs = [];
+  for (const [position] of every) {
+    const idle = !widest.has(position) && !read.has(position) && position !== last;
+    const before = runs[runs.length - 1];
+    if (idle && before?.idle) before.push(position);
+    else runs.push(Object.assign([position], { idle }));
   }
-  if (what.kind !== "answer") return null;
-  const x = effect >= 0 ? layout.top.for : layout.top.against;
-  return { x, y: layout.top.y + 13, column: layout.columns.length - 1, row: { y: layout.top.y, height: 16 } };
+  const ways = [
+    () => every.map((positions) => make(positions, false)),
+    () => runs.map((positions) => make(positions, false)),
+    () => runs.map((positions) => make(positions, true)),
+  ];
+  const made = ways.slice(folded).reduce((found, way) => (found && fits(found) ? found : way()), null);
+  made.forEach((column, place) => (column.place = place));
+  return made;
 }
 
-/** The path of an edge between two places. */
-export function route(layout, from, to) {
-  const [source, target] = [layout.columns[from.column], layout.columns[to.column]];
-  const out = from.row.y - 2,
-    into = to.row.y + to.row.height + 3;
-  if (from.column !== to.column) {
-    const right = from.column < to.column;
-    const gutters = [right ? source.x + source.width - 2 : source.x + 2, right ? target.x + 2 : target.x + target.width - 2];
+function placeLeaves(box, leaves) {
+  box.part.nodes.forEach((node, place) => {
+    const across = place % box.across,
+      down = Math.floor(place / box.across);
+    leaves.set(node.id, {
+      key: node.id,
+      x: box.x + 6 + across * (LEAF_WIDE + 4),
+      y: box.y + box.head + down * LEAF,
+      w: LEAF_WIDE,
+      h: LEAF - 3,
+      row: box.row,
+      column: box.column,
+    });
+  });
+}
+
+/** The box that a key is drawn as; null where it is not drawn. */
+export function boxOf(layout, key) {
+  if (key === "answer")
+    return { key, x: layout.answer.x - 64, y: 6, w: 128, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
+  if (key.startsWith("input:")) {
+    const column = layout.columns.find((each) => each.positions.includes(Number(key.slice(6))));
+    return column ? { key, x: column.x + 4, y: layout.height, w: column.width - 8, h: 0, row: layout.rows.length, column } : null;
+  }
+  return layout.leaves.get(key) ?? layout.at.get(key) ?? null;
+}
+
+/** Where each end of an edge meets its box: edges of a side are spread over it in the order of what they go to. */
+export function portsOf(layout, links) {
+  const sides = new Map();
+  const boxed = [];
+  for (const link of links) {
+    const from = boxOf(layout, link.source),
+      to = boxOf(layout, link.target);
+    if (!from || !to) continue;
+    const each = { link, from, to };
+    boxed.push(each);
+    for (const [box, end, other] of [
+      [from, "out", to],
+      [to, "into", from],
+    ]) {
+      const key = `${end} ${box.key}`;
+      sides.set(key, [...(sides.get(key) ?? []), { each, end, other: other.x + other.w / 2 }]);
+      each[end] = box;
+    }
+  }
+  for (const ends of sides.values()) {
+    ends.sort((a, b) => a.other - b.other);
+    ends.forEach(({ each, end }, place) => {
+      const box = each[end];
+      const step = Math.min(12, (box.w - 24) / Math.max(1, ends.length - 1));
+      const x = box.x + box.w / 2 + (place - (ends.length - 1) / 2) * Math.max(0, step);
+      each[end === "out" ? "start" : "stop"] = { x, y: end === "out" ? box.y : box.y + box.h };
+    });
+  }
+  return boxed;
+}
+
+/** The path of an edge: straight where nothing is between, else around the cards, in one of the lanes of a gutter. */
+export function route(layout, { from, to, start, stop }, lane) {
+  const aside = (lane % 4) * 3.5 - 5;
+  if (from.row === to.row && from.row >= 0 && from.row < layout.rows.length) return across(layout, from, to, start, stop, aside);
+  const up = Math.min(34, Math.abs(start.y - stop.y) / 2);
+  if (from.row - to.row === 1 || stop.y >= start.y)
+    return `M${start.x} ${start.y}C${start.x} ${start.y - up} ${stop.x} ${stop.y + up} ${stop.x} ${stop.y}`;
+  const left = to.column === from.column ? start.x <= from.column.center : to.column.x < from.column.x;
+  const gutter = aside + (left ? from.column.x : from.column.x + from.column.width);
+  return bundled([
+    [start.x, start.y],
+    [start.x, start.y - 8],
+    [gutter, start.y - 12],
+    [gutter, stop.y + 18],
+    [stop.x, stop.y + 10],
+    [stop.x, stop.y],
+  ]);
+}
+
+/** An edge within a row: from side to side, or over what stands between. */
+function across(layout, from, to, start, stop, aside) {
+  const y = from.y + from.h / 2,
+    v = to.y + to.h / 2;
+  const right = to.x >= from.x + from.w,
+    leftwards = from.x >= to.x + to.w;
+  const [x, u] = right ? [from.x + from.w, to.x] : [from.x, to.x + to.w];
+  const [low, high] = [Math.min(x, u), Math.max(x, u)];
+  const between = [...layout.at.values()].some((box) => box.row === from.row && box.x < high - 1 && box.x + box.w > low + 1);
+  if ((right || leftwards) && !between) return `M${x} ${y}C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u} ${v}`;
+  if (right || leftwards) {
+    const over = layout.rows[from.row].y - 5 + aside / 2;
     return bundled([
-      [from.x, from.y],
-      [from.x, out],
-      [gutters[0], (out + into) / 2],
-      [gutters[1], (out + into) / 2],
-      [to.x, into],
-      [to.x, to.y],
+      [start.x, from.y],
+      [start.x, over],
+      [start.x, over],
+      [stop.x, over],
+      [stop.x, over],
+      [stop.x, to.y],
     ]);
   }
-  if (out - into < ROW)
-    return bundled([
-      [from.x, from.y],
-      [from.x, out],
-      [to.x, into],
-      [to.x, to.y],
-    ]);
-  const gutter = (from.x + to.x) / 2 <= source.center ? source.x + 6 : source.x + source.width - 6;
-  return bundled([
-    [from.x, from.y],
-    [from.x, out],
-    [gutter, out - 6],
-    [gutter, into + 6],
-    [to.x, into],
-    [to.x, to.y],
-  ]);
+  const edge = Math.min(from.x, to.x) - 10 + aside; // one above the other
+  return `M${from.x} ${y}C${edge} ${y} ${edge} ${v} ${to.x} ${v}`;
 }

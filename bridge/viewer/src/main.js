@@ -1,37 +1,35 @@
 // One explanation, drawn. The page's state is one object; every change of it goes through `set`, which draws what depends on it.
 
-import { drawAnswers, drawAsk, drawMade, drawVerdict } from "./answer.js";
+import { drawAnswers, drawAsk, drawModels, drawVerdict } from "./answer.js";
 import { drawAttention } from "./attention.js";
 import { drawBar, drawLegend } from "./bar.js";
-import { h, plain, put } from "./dom.js";
-import { drawEvidence, drawTests } from "./evidence.js";
+import { h, put } from "./dom.js";
+import { drawEvidence } from "./evidence.js";
 import { makeFind } from "./find.js";
 import { makeGraph } from "./graph.js";
+import { drawPart, drawParts } from "./group.js";
 import { makeHelp } from "./help.js";
-import { awaitCard, jobOf } from "./job.js";
 import { makeLabels } from "./labels.js";
-import { MOST_NODES, effectOf, firstLevel, read } from "./model.js";
+import { jobOf, linksOf, partOf, partsOf, read } from "./model.js";
 import { drawNode } from "./node.js";
 import { makeSave } from "./save.js";
-import { hintBelow } from "./scroll.js";
 
-const TABS = ["evidence", "node", "attention"];
+const TABS = { evidence: "Evidence", chosen: "Groups and nodes", attention: "Attention" };
 const NOTICED = 6000; // milliseconds that a notice stays
 const $ = (id) => document.getElementById(id);
 
 const model = read(JSON.parse($("data").textContent));
 const room = () => ({ width: Math.max(280, $("plot").clientWidth), height: $("plot").clientHeight });
 const state = {
-  level: firstLevel(model),
-  all: false,
-  selected: null,
+  level: model.explanation.opening,
+  open: new Set(), // keys of the parts that are drawn as their nodes
+  selected: null, // the key of a part, or the id of a node
   found: null,
   tab: "evidence",
   head: null,
+  fonts: false,
   read: null,
-  awaited: null, // where the card is, while it is still to come
-  width: 0,
-  height: 0,
+  ...room(),
 };
 const say = (text) => ($("live").textContent = text);
 /** Say it, and show it for a while: what came of something that a person did, where nothing else on the page tells. */
@@ -44,49 +42,43 @@ function notify(text) {
 const labels = makeLabels(model.data, () => drawSheet());
 const labelOf = (node) => labels.get(node.name) ?? node.label ?? model.pages.get(node.name)?.label ?? null;
 const graph = makeGraph(model, $("plot"), $("tip"), { choose, labelOf });
-const below = hintBelow($("plot"), $("below"));
 
 function set(patch) {
   const before = { ...state };
   Object.assign(state, patch);
   const changed = (...names) => names.some((name) => before[name] !== state[name]);
-  if (changed("level", "all", "selected", "found", "width", "height")) (graph.draw({ ...state }), below());
-  if (changed("level", "all")) (drawBar(model, $("bar"), state, set), drawLegend(model, $("legend"), graph.strongestEdges()));
-  if (changed("all") && model.nodes.length) (graph.toAnswer(), graph.reveal(state.selected ?? model.nodes[0].id));
-  if (changed("selected", "tab", "head", "read")) (drawTabs(), drawSheet(changed("selected", "tab", "head")));
-  if (changed("awaited") && $("tests")) drawTests(model, $("tests"), state.awaited); // the rest of the sheet stays as it is
+  if (changed("level", "open", "selected", "found", "width", "height", "fonts")) graph.draw({ ...state });
+  if (changed("level", "open")) (drawBar(model, $("bar"), state, set, graph), drawLegend(model, $("legend"), graph));
+  if (changed("selected", "tab", "head", "read", "level")) (drawTabs(), drawSheet(changed("selected", "tab", "head")));
   if (changed("tab", "head")) graph.attend(state.tab === "attention" ? (model.attention[state.head ?? 0] ?? null) : null);
 }
 
-/** The card has come: what it says is put where it belongs, and nothing else changes. */
-function takeCard(card) {
-  model.explanation.card = card;
-  drawVerdict(model, $("verdict"));
-  set({ awaited: null });
-  say(`The card is there: ${card.verdict}`);
+/** Choose a group or a node, from anywhere; `open` a group, or close it; the circuit that has it is drawn. */
+function choose(key, toggle = false) {
+  const node = model.byId.get(key);
+  const part = node && node.kind !== "error" ? partOf(node) : key;
+  const open = new Set(state.open);
+  if (node && node.kind !== "error") open.add(part);
+  else if (toggle && !key.startsWith("error:") && !open.delete(key)) open.add(key);
+  const level = node ? Math.max(state.level, node.level) : state.level;
+  set({
+    level,
+    open: same(open, state.open) ? state.open : open,
+    selected: node?.kind === "error" ? partOf(node) : key,
+    tab: "chosen",
+  });
+  graph.reveal(state.selected);
+  say(graph.nameOf(state.selected));
 }
 
-/** Choose a node, from anywhere; where it is not drawn, more of the circuit is. */
-function choose(id) {
-  const node = model.byId.get(id);
-  if (!node) return;
-  const patch = { selected: id, tab: "node" };
-  if (!graph.has(id)) {
-    const level = model.levels.findIndex((each, place) => place >= state.level && each.nodes.includes(node));
-    Object.assign(patch, { level: level < 0 ? model.levels.length - 1 : level });
-    if (model.levels[patch.level].nodes.indexOf(node) >= MOST_NODES) patch.all = true;
-  }
-  set(patch);
-  graph.reveal(id);
-  say(`${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`);
-}
-
-const goTo = (id) => (choose(id), graph.focusNode(id));
+const same = (a, b) => a.size === b.size && [...a].every((each) => b.has(each));
+const goTo = (key, toggle) => (choose(key, toggle), graph.focusOn(state.selected));
 
 function drawTabs() {
+  const names = Object.keys(TABS);
   put(
     $("tabs"),
-    TABS.map((name) =>
+    names.map((name) =>
       h(
         "button",
         {
@@ -101,11 +93,11 @@ function drawTabs() {
             const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
             if (!step) return;
             event.stopPropagation();
-            set({ tab: TABS[(TABS.indexOf(name) + step + TABS.length) % TABS.length] });
+            set({ tab: names[(names.indexOf(name) + step + names.length) % names.length] });
             $(`tab-${state.tab}`).focus();
           },
         },
-        name[0].toUpperCase() + name.slice(1),
+        TABS[name],
       ),
     ),
   );
@@ -114,23 +106,25 @@ function drawTabs() {
 
 function drawSheet(fresh = false) {
   const sheet = $("sheet");
-  if (
-    !fresh &&
-    state.tab === "node" &&
-    sheet.contains(document.activeElement) &&
-    document.activeElement.classList.contains("label-input")
-  )
-    return;
-  if (state.tab === "evidence") drawEvidence(model, sheet, choose, state.awaited);
-  else if (state.tab === "node")
-    drawNode(model, sheet, state.selected, {
-      choose,
-      labels,
-      notify,
-      showHead: (head) => set({ tab: "attention", head, read: null }),
-    });
-  else drawAttention(model, sheet, state, { set, choose });
+  const writing = sheet.contains(document.activeElement) && document.activeElement.classList.contains("label-input");
+  if (!fresh && state.tab === "chosen" && writing) return;
+  if (state.tab === "evidence") drawEvidence(model, sheet, choose, set, state.level);
+  else if (state.tab === "attention") drawAttention(model, sheet, state, { set, choose });
+  else drawChosen(sheet);
   if (fresh) sheet.scrollTop = 0;
+}
+
+function drawChosen(sheet) {
+  const node = model.byId.get(state.selected);
+  const parts = partsOf(model, state.level);
+  const part = parts.get(state.selected);
+  if (node) {
+    const showHead = (head) => set({ tab: "attention", head, read: null });
+    drawNode(model, sheet, node, { choose, labels, notify, showHead });
+  } else if (part) {
+    const links = linksOf(model, parts, new Set(), state.level);
+    drawPart(model, sheet, part, { choose, labels, nameOf: graph.nameOf, links, isOpen: state.open.has(part.key) });
+  } else drawParts(model, sheet, state.level, choose);
 }
 
 function theme(next) {
@@ -177,44 +171,44 @@ function onKey(event) {
   if (event.key === "/") (event.preventDefault(), $("find").focus());
   else if (event.key === "?") $("help").showModal();
   else if (event.key === "t") switchTheme();
-  else if ("123".includes(event.key)) set({ tab: TABS[Number(event.key) - 1] });
-  else if (event.key === "l" && state.selected)
-    (event.preventDefault(), set({ tab: "node" }), document.querySelector(".label-input")?.focus());
-  else if (level !== undefined && level >= 0 && level < model.levels.length) set({ level });
+  else if (event.key === "o") $("open-all")?.click();
+  else if ("123".includes(event.key)) set({ tab: Object.keys(TABS)[Number(event.key) - 1] });
+  else if (event.key === "l" && model.byId.has(state.selected))
+    (event.preventDefault(), set({ tab: "chosen" }), document.querySelector(".label-input")?.focus());
+  else if (level !== undefined && level >= 0 && level < model.explanation.nested.length) set({ level });
   else if (event.key.startsWith("Arrow") && !inPanel) {
     event.preventDefault();
-    const id = graph.next(state.selected, event.key);
-    if (id) goTo(id);
+    const key = graph.next(state.selected, event.key);
+    if (key) goTo(key);
   } else if ((event.key === "Enter" || event.key === " ") && event.target.closest("#plot")) {
     event.preventDefault();
-    if (state.selected) (set({ tab: "node" }), $("sheet").focus());
+    if (model.byId.has(state.selected)) $("sheet").focus();
+    else if (state.selected) goTo(state.selected, true);
   }
 }
 
 startTheme();
 if (jobOf(model.data) !== null) $("save").before(h("a", { href: "/", id: "again" }, "Ask another"));
-drawMade(model, $("models"), $("made"));
+drawModels(model, $("models"));
 drawAsk(model, $("ask"));
 drawAnswers(model, $("answers"));
 drawVerdict(model, $("verdict"));
-drawBar(model, $("bar"), state, set);
-drawLegend(model, $("legend"), 0);
-graph.draw({ ...Object.assign(state, room()) });
-drawLegend(model, $("legend"), graph.strongestEdges());
-graph.toAnswer();
-below();
+graph.draw({ ...state });
+drawBar(model, $("bar"), state, set, graph);
+drawLegend(model, $("legend"), graph);
+set(room()); // what stands above and below has its height now
 $("ask").querySelector("pre").scrollTop = 1e6; // the end of the prompt is what is continued
 drawTabs();
 drawSheet();
 makeHelp($("help"));
-makeSave(model, $("save"), $("save-items"), graph, labels, notify);
+makeSave(model, $("save"), $("save-items"), graph, labels, notify, () => state.level);
 makeFind(model, $("find"), $("found"), { seek: (found) => set({ found }), choose: goTo, labelOf });
 $("theme").addEventListener("click", switchTheme);
 $("help-open").addEventListener("click", () => $("help").showModal());
 document.addEventListener("keydown", onKey);
 document.addEventListener("click", (event) => event.target.closest("#save") || ($("save").open = false));
+document.fonts.ready.then(() => set({ fonts: true, ...room() })); // texts were fitted to other fonts
 new ResizeObserver(
   () => (Math.abs(room().width - state.width) > 8 || Math.abs(room().height - state.height) > 24) && set(room()),
 ).observe($("plot"));
-awaitCard(model.data, (awaited) => set({ awaited }), takeCard);
 document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -1,130 +1,165 @@
-// The page's data -> what is drawn: nodes with a strength and a sign, rows of sublayers, edges by their ends, nested levels.
+// The page's data -> what is drawn: the groups, errors and added nodes of a nested circuit, and the edges between them.
+//
+// A part is what stands in the graph as one card: a group of nodes, an error, or the nodes of one place that a larger circuit adds.
+// Parts and other ends of edges have keys as the explanation's group edges name them: group:3, error:4@7, input:7, answer; and
+// more:13@7 for what is added.
 
-import { count, signed } from "./dom.js";
+import { signed } from "./dom.js";
 
-export const KINDS = ["attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"];
 export const KIND_NAMES = {
-  attn_in: "attention reads",
+  attn_in: "attention input",
   q: "query",
   k: "key",
   v: "value",
-  attn_out: "attention writes",
-  mlp_in: "MLP reads",
+  attn_out: "attention output",
+  mlp_in: "MLP input",
   mlp_act: "MLP neuron",
-  mlp_out: "MLP writes",
+  mlp_out: "MLP output",
+  error: "error",
 };
-export const MOST_NODES = 500; // drawn unless asked for all
-const CALM = 120; // nodes in the first view, where there is a level as small
-const SIZES = [12, 25, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
+const ATTENTION = new Set(["attn_in", "q", "k", "v", "attn_out"]);
 
 /** Read the page's data. */
 export function read(data) {
-  const explanation = data.explanation;
-  const ins = new Map(),
-    outs = new Map();
-  const edges = explanation.edges.map((edge) => ({ ...edge, size: Math.abs(edge.effect) })).sort((a, b) => b.size - a.size);
-  for (const edge of edges) {
-    if (!ins.has(edge.target)) ins.set(edge.target, []);
-    if (!outs.has(edge.source)) outs.set(edge.source, []);
-    ins.get(edge.target).push(edge);
-    outs.get(edge.source).push(edge);
-  }
-  const dense = new Map(explanation.faithfulness.effects.map((effect) => [effect.node, effect]));
-  const nodes = explanation.nodes.map((node) => {
-    const measured = node.effect !== null,
-      known = measured || outs.has(node.id);
-    const effect = measured ? node.effect : (outs.get(node.id) ?? []).reduce((sum, edge) => sum + edge.effect, 0);
-    return {
-      ...node,
-      measured,
-      known, // an effect that was not measured is estimated from the edges that were kept, where there are such
-      strength: Math.abs(effect),
-      shown: known ? effect : null,
-      dense: dense.get(node.id) ?? null,
-    };
-  });
-  nodes.sort((a, b) => b.measured - a.measured || b.known - a.known || b.strength - a.strength); // measured, estimated, not known
-  nodes.forEach((node, rank) => (node.rank = rank));
+  const { explanation } = data;
+  const nodes = [...explanation.nodes].sort((a, b) => Math.abs(b.effect ?? 0) - Math.abs(a.effect ?? 0));
   const byId = new Map(nodes.map((node) => [node.id, node]));
-  const layers = [...new Set(nodes.map((node) => node.layer))].sort((a, b) => a - b);
+  const edges = [...explanation.edges].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
+  const ends = (key) => {
+    const found = new Map();
+    for (const edge of edges) found.set(edge[key], [...(found.get(edge[key]) ?? []), edge]);
+    return (id) => found.get(id) ?? [];
+  };
+  const strongestGroup = Math.max(...explanation.groups.map((group) => Math.abs(group.effect)), 1e-9);
   return {
     data,
     explanation,
     nodes,
-    edges,
     byId,
-    layers,
-    attention: [...(explanation.attention ?? [])].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect)),
+    edges,
+    attention: explanation.attention,
     pages: new Map(Object.entries(data.nodes ?? {})),
-    ins: (id) => ins.get(id) ?? [],
-    outs: (id) => outs.get(id) ?? [],
-    levels: levelsOf(explanation, nodes),
-    strongest: Math.max(...nodes.map((node) => node.strength), 1e-9),
-    strongestEdge: edges[0]?.size || 1e-9,
+    ins: ends("target"),
+    outs: ends("source"),
+    strongest: Math.max(...nodes.map((node) => Math.abs(node.effect ?? 0)), 1e-9),
+    strongestEdge: Math.abs(edges[0]?.effect ?? 0) || 1e-9,
+    strongestGroup,
+    weak: Math.min(0.05, strongestGroup / 40), // nats; groups that do less are drawn small
   };
 }
 
-/** A node's effect in words, as far as it is known. */
-export function effectOf(node) {
-  if (!node.known) return "not measured";
-  return node.measured ? signed(node.effect) : `about ${signed(node.shown)} by its edges, not measured`;
+/** The explanation's id on the server; null where the page is a file. */
+export const jobOf = (data) => (data.served && location.protocol.startsWith("http") ? data.job : null);
+
+/** A nested circuit's name: the faithfulness that was asked of it. */
+export const levelName = (nested) => (nested.asked === null ? "full distribution" : `F ${nested.asked}`);
+
+/** How high in the computation a node is. An error enters the residual before the sublayer that reads at its site. */
+function heightOf({ layer, kind }) {
+  if (kind === "error") return 2 * layer;
+  return 4 * layer + (ATTENTION.has(kind) ? 1 : 3);
 }
 
-/** An edge in words. Its weight here is what the source's deviation from its mean adds to the target. */
-export const linkOf = (edge) => `${edge.kind}, adds ${signed(edge.weight)}, D owes it ${signed(edge.effect)}`;
-
-/** The edges that the explanation kept, in words, where it did not keep all of them; "" where it did. */
-export function keptEdges({ counts, edges }) {
-  return counts.edges > edges.length ? `${count(edges.length)} of ${count(counts.edges)}` : "";
+/** The name of a height: the layer and what is computed there. */
+export function heightName(height) {
+  if (height % 2 === 0) return ["", `site ${height / 2}`];
+  return [`L${Math.floor(height / 4)}`, height % 4 === 1 ? "attn" : "MLP"];
 }
 
-function levelsOf(explanation, nodes) {
-  const found = explanation.levels ?? [];
-  const total = nodes.length;
-  if (found.length) {
-    return found.map((level, place) => ({
-      checked: true,
-      count: level.nodes,
-      kl: level.kl,
-      share: level.share,
-      whole: place === found.length - 1,
-      nodes: nodes.filter((node) => (node.level ?? found.length - 1) <= place),
-    }));
+export const errorName = (node) => `error at site ${node.layer}`;
+export const keyOfError = (node) => `error:${node.layer}@${node.position}`;
+
+/** The key of the part that has a node. */
+export function partOf(node) {
+  if (node.kind === "error") return keyOfError(node);
+  return node.group !== null ? `group:${node.group}` : `more:${heightOf(node)}@${node.position}`;
+}
+
+/** The value of `of` that has most of the nodes' effect. */
+function mostly(nodes, of) {
+  const sums = new Map();
+  for (const node of nodes) sums.set(of(node), (sums.get(of(node)) ?? 0) + Math.abs(node.effect ?? 0) + 1e-6);
+  return [...sums].reduce((best, each) => (each[1] > best[1] ? each : best))[0];
+}
+
+/** The parts of a nested circuit, by key, the strongest first. */
+export function partsOf(model, level) {
+  const held = new Map();
+  for (const node of model.nodes) {
+    if (node.level > level) continue;
+    const key = partOf(node);
+    if (!held.has(key)) held.set(key, []);
+    held.get(key).push(node);
   }
-  return [...SIZES.filter((size) => size < total), total].map((size) => ({
-    checked: size === total,
-    count: size,
-    kl: null,
-    share: null,
-    whole: size === total,
-    nodes: nodes.slice(0, size),
-  }));
-}
-
-/** The level to begin with: the largest that can be taken in at a glance. */
-export function firstLevel(model) {
-  let best = 0;
-  model.levels.forEach((level, place) => {
-    if (level.nodes.length <= CALM) best = place;
+  const parts = [...held].map(([key, nodes]) => {
+    const type = key.slice(0, key.indexOf(":"));
+    const group = nodes[0].group === null ? null : model.explanation.groups[nodes[0].group];
+    return {
+      key,
+      type,
+      nodes,
+      group,
+      // of a smaller circuit it says how many it has of all; what a large one has is not all listed
+      total: group && type !== "error" ? group.nodes.length : nodes.length,
+      partly: level < model.explanation.opening && group !== null && nodes.length < group.nodes.length,
+      title: type === "error" ? errorName(nodes[0]) : group ? (group.label ?? group.name) : `added at ${addedAt(model, nodes)}`,
+      effect: group ? group.effect : nodes[0].effect,
+      dense: group && type !== "error" ? group.dense_effect : null,
+      weak: type === "group" && Math.abs(group.effect) < model.weak,
+      position: mostly(nodes, (node) => node.position),
+      height: mostly(nodes, heightOf),
+    };
   });
-  return best;
+  parts.sort((a, b) => Math.abs(b.effect ?? 0) - Math.abs(a.effect ?? 0));
+  return new Map(parts.map((part) => [part.key, part]));
 }
 
-/** The nodes drawn at a level, the strongest first. */
-export function drawn(model, level, all) {
-  const nodes = model.levels[level].nodes;
-  return all ? nodes : nodes.slice(0, MOST_NODES);
+const addedAt = (model, nodes) => levelName(model.explanation.nested[nodes[0].level]);
+
+/** An end of an edge that is no node of the circuit: its key, or null. */
+export function outerKey(id) {
+  if (id === "answer" || /answer\[/.test(id)) return "answer";
+  const found = /^(?:embedding|bigram)\b.*@(\d+)$/.exec(id);
+  return found ? `input:${found[1]}` : null;
 }
 
-/** An end of an edge that is no node of the circuit: what it is, and the position. */
-export function outer(id) {
-  const [, name, position] = /^(.*?)@(\d+)$/.exec(id) ?? [null, id, null];
-  const kind = name.startsWith("embedding")
-    ? "embedding"
-    : name.startsWith("bigram")
-      ? "bigram"
-      : /answer/.test(name)
-        ? "answer"
-        : "node";
-  return { kind, name, position: position === null ? null : Number(position) };
+/** Edges between parts, the strongest first; a part that is open has its nodes for ends instead. */
+export function linksOf(model, parts, open, level) {
+  const { explanation } = model;
+  if (!open.size && level >= explanation.opening) {
+    const drawn = (key) => parts.has(key) || key === "answer" || key.startsWith("input:");
+    const kept = explanation.group_edges.filter((edge) => drawn(edge.source) && drawn(edge.target));
+    return kept.sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
+  }
+  const keyOf = (id) => {
+    const node = model.byId.get(id);
+    if (!node) return outerKey(id);
+    const key = partOf(node);
+    return node.level > level ? null : open.has(key) ? id : key;
+  };
+  const sums = new Map();
+  for (const edge of model.edges) {
+    const source = keyOf(edge.source),
+      target = keyOf(edge.target);
+    if (source === null || target === null || source === target) continue;
+    const key = `${source}\n${target}`;
+    const link = sums.get(key) ?? { source, target, effect: 0, edges: 0 };
+    sums.set(key, Object.assign(link, { effect: link.effect + edge.effect, edges: link.edges + 1 }));
+  }
+  return [...sums.values()].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
 }
+
+/** A node's effect in words. */
+export const effectOf = (node) => (node.effect === null ? "not measured" : `${signed(node.effect)} nats`);
+
+/** How many nodes, in words. */
+export const nodeCount = (many) => `${many.toLocaleString("en-US")} ${many === 1 ? "node" : "nodes"}`;
+
+/** How large a part is, in words: its leaves, and how many of them a smaller circuit has. */
+export const sizeOf = (part) => (part.partly ? `${part.nodes.length} of ${nodeCount(part.total)}` : nodeCount(part.total));
+
+/** The question in words: what d is the log-odds of. */
+export const dOf = ({ answer, contrast }, name) =>
+  contrast
+    ? ["log-odds of ", name(answer.text), " against ", name(contrast.text)]
+    : ["log-odds of ", name(answer.text), " against all other tokens"];

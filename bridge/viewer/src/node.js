@@ -1,40 +1,18 @@
 // The sheet of a node: what it is called, what it does here, what it does on text, and what it is linked to.
 
 import { scaleLinear } from "d3-scale";
-import { count, h, number, plain, plainLabel, put, s, side, signed, token } from "./dom.js";
-import { KIND_NAMES } from "./model.js";
+import { count, h, number, plain, plainLabel, put, s, signed, token } from "./dom.js";
+import { KIND_NAMES, levelName, partOf } from "./model.js";
 import { headsOf } from "./attention.js";
-import { edgeLists, nodeRow } from "./edges.js";
+import { edgeLists } from "./edges.js";
+import { effectBars } from "./group.js";
 import { drawSteer } from "./steer.js";
 import { onText } from "./text.js";
 
 const W = 344;
 
-/** Draw the sheet. */
-export function drawNode(model, sheet, id, { choose, labels, showHead, notify }) {
-  const node = model.byId.get(id);
-  if (!node) {
-    const many = model.nodes.length;
-    put(
-      sheet,
-      h(
-        "div",
-        { class: "empty" },
-        many
-          ? [
-              h("p", {}, "Choose a node: what it is, when it is active, and what it is linked to will stand here."),
-              h("p", {}, "The strongest are"),
-              h(
-                "ul",
-                { class: "edges-list" },
-                model.nodes.slice(0, 8).map((each) => nodeRow(model, each.id, each.shown, choose, labels)),
-              ),
-            ]
-          : h("p", {}, "The circuit has no nodes: nothing was needed beyond the averages over text."),
-      ),
-    );
-    return;
-  }
+/** Draw the sheet of a node of the circuit. */
+export function drawNode(model, sheet, node, { choose, labels, showHead, notify }) {
   const page = model.pages.get(node.name) ?? null;
   const here = model.explanation.tokens[node.position].text;
   put(
@@ -48,9 +26,10 @@ export function drawNode(model, sheet, id, { choose, labels, showHead, notify })
       token(here),
       ` (${node.position})`,
     ),
+    partLink(model, node, choose),
     numbers(model, node, page),
     heads(model, node, showHead),
-    edgeLists(model, id, choose, labels),
+    edgeLists(model, node.id, choose),
     page
       ? onText(page)
       : h(
@@ -136,54 +115,39 @@ function numbers(model, node, page) {
     s("line", { class: "control-mean", x1: x(node.mean), x2: x(node.mean), y1: 3, y2: 19 }),
     s("circle", { class: "value", cx: x(node.activation), cy: 11, r: 4.5 }),
   );
-  const scale = Math.max(node.strength, Math.abs(node.dense?.dense ?? 0), Math.abs(node.dense?.sparse ?? 0), 1e-9);
-  const bar = (name, value) => [
-    h("dt", {}, name),
-    h(
-      "dd",
-      {},
-      h(
-        "span",
-        { class: "diverging" },
-        value !== null &&
-          h("i", {
-            class: side(value),
-            style: { [value >= 0 ? "left" : "right"]: "50%", width: `${(50 * Math.abs(value)) / scale}%` },
-          }),
-      ),
-      h("b", {}, signed(value)),
-    ),
-  ];
   return h(
     "section",
     {},
     h("h3", {}, "Here"),
-    h(
-      "p",
-      { class: "row-text" },
-      "value in the whole sparse model ",
-      h("b", {}, node.activation ? signed(node.activation) : "off"),
-    ),
+    h("p", { class: "row-text" }, "value in the circuit ", h("b", {}, signed(node.activation))),
     h(
       "p",
       { class: "row-text quiet" },
-      `mean ${signed(node.mean)} over ${reference(model)}, which stands for it when it is deleted${spread ? `; deviation ${number(spread)} over ${count(page.n_tokens)} tokens` : ""}`,
+      `mean ${signed(node.mean)} over ${reference(model)}, which replaces it where it is ablated${spread ? `; deviation ${number(spread)} over ${count(page.n_tokens)} tokens` : ""}`,
     ),
     drawing,
+    node.effect === null
+      ? h(
+          "p",
+          { class: "row-text quiet" },
+          `It is of the larger circuit at ${levelName(model.explanation.nested[node.level])}; its effect was not measured.`,
+        )
+      : effectBars([["ablated alone, d loses, nats", node.effect]], model.strongest),
+  );
+}
+
+/** The group that a node is of, to go back to. */
+function partLink(model, node, choose) {
+  const group = node.group === null ? null : model.explanation.groups[node.group];
+  if (!group) return null;
+  return h(
+    "p",
+    { class: "heads" },
     h(
-      "dl",
-      { class: "effects" },
-      node.measured
-        ? bar("deleted from the circuit", node.effect)
-        : bar(node.known ? "by its edges that were kept, not measured" : "deleted from the circuit: not measured", node.shown),
-      node.dense && [
-        bar("deleted from the sparse model", node.dense.sparse),
-        bar("carried to the dense model", node.dense.dense),
-      ],
+      "button",
+      { type: "button", class: "link", onclick: () => choose(partOf(node)) },
+      `Group: ${plainLabel(group.label ?? group.name)}`,
     ),
-    node.importance !== null &&
-      h("p", { class: "row-text" }, `Without it the KL to the sparse model rises by ${number(node.importance)} nats.`),
-    !node.dense && h("p", { class: "row-text quiet" }, "Its effect in the dense model was not among those measured."),
   );
 }
 

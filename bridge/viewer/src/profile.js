@@ -1,20 +1,59 @@
-// Effects in the sparse model against those in the dense one, a dot per node.
+// The values behind a measure: effects in the sparse model against those in the dense one, a dot each; or a table.
 
 import { scaleSymlog } from "d3-scale";
-import { h, s, signed } from "./dom.js";
+import { h, number, s, signed } from "./dom.js";
 
 const W = 344,
-  TALL = 236,
+  TALL = 216,
   LEFT = 44,
   BOTTOM = 34,
   TOP = 8,
   RIGHT = 8;
+const MANY = 12; // points from which on they are drawn as dots
 
-/** The drawing and what it shows. */
-export function drawProfile(model, choose) {
-  const { effects } = model.explanation.faithfulness;
+/** What a measure was made from. */
+export function drawPoints(model, measure, choose) {
+  const { points } = measure;
+  const names = [...new Set(points.flatMap((point) => Object.keys(point.values)))];
+  const paired = ["sparse", "dense"].every((name) => points.every((point) => Number.isFinite(point.values[name])));
+  if (paired && points.length >= MANY) return scatter(model, points, choose);
+  return h(
+    "details",
+    { class: "points", open: points.length <= MANY },
+    h("summary", {}, `${points.length} ${points.length === 1 ? "value" : "values"}`),
+    h(
+      "table",
+      {},
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("td", {}),
+          names.map((name) => h("th", { scope: "col" }, name)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        points.slice(0, 60).map((point) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, point.label),
+            names.map((name) => h("td", {}, number(point.values[name]))),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+/** A dot for each point. */
+function scatter(model, points, choose) {
   const axisOf = (key, range) => {
-    const most = Math.max(...effects.map((effect) => Math.abs(effect[key])), 1e-3);
+    const most = Math.max(...points.map((point) => Math.abs(point.values[key])), 1e-3);
     const scale = scaleSymlog()
       .constant(most / 30)
       .domain([-most, most])
@@ -23,27 +62,25 @@ export function drawProfile(model, choose) {
   };
   const across = axisOf("sparse", [LEFT, W - RIGHT]),
     up = axisOf("dense", [TALL - BOTTOM, TOP]);
-  return h(
-    "section",
-    {},
-    h("h3", {}, "Effects in both models"),
-    h(
-      "p",
-      { class: "lead" },
-      "A dot is a node: what D loses without it in the sparse model, and by its transported change in the dense one, in logits. Filled dots are the circuit's. Axes are stretched around 0.",
-    ),
-    s(
-      "svg",
-      {
-        class: "profile",
-        viewBox: `0 0 ${W} ${TALL}`,
-        role: "img",
-        "aria-label": `Effects of ${effects.length} nodes in both models`,
-      },
-      acrossTicks(across),
-      upTicks(up),
-      dotsOf(model, effects, across.scale, up.scale, choose),
-    ),
+  return s(
+    "svg",
+    { class: "profile", viewBox: `0 0 ${W} ${TALL}`, role: "img", "aria-label": `${points.length} effects in both models` },
+    acrossTicks(across),
+    upTicks(up),
+    points.map((point) => {
+      const node = model.byId.get(point.label) ?? model.nodes.find((each) => each.name === point.label);
+      return s(
+        "circle",
+        {
+          class: node ? "known" : "",
+          cx: across.scale(point.values.sparse),
+          cy: up.scale(point.values.dense),
+          r: 3.6,
+          onclick: node ? () => choose(node.id) : null,
+        },
+        s("title", {}, `${point.label}: ${signed(point.values.sparse)} in sparse, ${signed(point.values.dense)} in dense`),
+      );
+    }),
   );
 }
 
@@ -70,7 +107,7 @@ function acrossTicks({ scale, ticks }) {
       s("line", { class: base(tick === 0), x1: scale(tick), x2: scale(tick), y1: TOP, y2: bottom }),
       s("text", { class: "tick-text", x: scale(tick), y: bottom + 12, "text-anchor": "middle" }, tick ? told(tick) : "0"),
     ]),
-    s("text", { class: "tick-text", x: W - RIGHT, y: TALL - 5, "text-anchor": "end" }, "sparse model, logits of D"),
+    s("text", { class: "tick-text", x: W - RIGHT, y: TALL - 5, "text-anchor": "end" }, "sparse model, nats"),
   ];
 }
 
@@ -80,29 +117,6 @@ function upTicks({ scale, ticks }) {
       s("line", { class: base(tick === 0), x1: LEFT, x2: W - RIGHT, y1: scale(tick), y2: scale(tick) }),
       s("text", { class: "tick-text", x: LEFT - 4, y: scale(tick) + 3, "text-anchor": "end" }, tick ? told(tick) : "0"),
     ]),
-    s(
-      "text",
-      { class: "tick-text", transform: `translate(9,${TOP}) rotate(-90)`, "text-anchor": "end" },
-      "dense model, logits of D",
-    ),
+    s("text", { class: "tick-text", transform: `translate(9,${TOP}) rotate(-90)`, "text-anchor": "end" }, "dense model, nats"),
   ];
-}
-
-function dotsOf(model, effects, x, y, choose) {
-  return [...effects]
-    .sort((a, b) => a.inside - b.inside)
-    .map((effect) => {
-      const known = model.byId.has(effect.node);
-      return s(
-        "circle",
-        {
-          class: `${effect.inside ? "inside" : "outside"}${known ? " known" : ""}`,
-          cx: x(effect.sparse),
-          cy: y(effect.dense),
-          r: 3.6,
-          onclick: known ? () => choose(effect.node) : null,
-        },
-        s("title", {}, `${effect.node}: ${signed(effect.sparse)} in sparse, ${signed(effect.dense)} in dense`),
-      );
-    });
 }

@@ -20,16 +20,17 @@ const KEPT = [
   "mix-blend-mode",
 ];
 
-const MOMENTARY = ".focus, .front, .hit, .column"; // what is chosen, under the pointer or reached by keys just now
+const MOMENTARY = ".focus"; // what is chosen, under the pointer or reached by keys just now
 
 /** One SVG of the three that the circuit is made of, with a caption and a key, its looks written out, readable without this page. */
-function standalone(parts, title, model, shown) {
+function standalone(graph, title, model, level) {
+  const { parts } = graph;
   const size = (svg) => [Number(svg.getAttribute("width")), Number(svg.getAttribute("height"))];
   const [across, height] = size(parts.plot),
     [, tokensHeight] = size(parts.tokens);
   const width = across + LABELS;
-  const caption = captionOf(model, shown, width),
-    key = keyOf(model, width);
+  const caption = captionOf(model, level(), graph.shown(), width),
+    key = keyOf(width);
   const tall = caption.height + height + tokensHeight + key.height;
   const whole = s(
     "svg",
@@ -38,7 +39,9 @@ function standalone(parts, title, model, shown) {
   );
   whole.append(s("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor }));
   const focused = parts.plot.classList.contains("focused");
+  const chosen = parts.plot.querySelectorAll(".chosen");
   parts.plot.classList.remove("focused"); // nothing stands back for what is chosen
+  chosen.forEach((each) => each.classList.remove("chosen"));
   const lasting = (svg) => [...svg.children].filter((each) => !each.matches(MOMENTARY));
   for (const [svg, x, y] of [
     [parts.names, 0, caption.height],
@@ -48,6 +51,7 @@ function standalone(parts, title, model, shown) {
     whole.append(s("g", { transform: `translate(${x},${y})` }, lasting(svg).map(dressed)));
   }
   parts.plot.classList.toggle("focused", focused);
+  chosen.forEach((each) => each.classList.add("chosen"));
   key.drawing.setAttribute("transform", `translate(0,${caption.height + height + tokensHeight})`);
   whole.append(caption.drawing, key.drawing);
   return new XMLSerializer().serializeToString(whole);
@@ -66,8 +70,11 @@ function fileName(what, prompt, ending) {
 function dressed(element) {
   const copy = element.cloneNode(false);
   const looks = getComputedStyle(element);
-  for (const name of ["class", "style", "id", "tabindex", "role", "aria-label", "aria-pressed"]) copy.removeAttribute(name);
-  if (!["g", "title"].includes(element.localName)) KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
+  for (const name of ["class", "style", "tabindex", "role", "aria-label", "aria-pressed", "data-key", "data-position"])
+    copy.removeAttribute(name);
+  if (element.localName !== "pattern") copy.removeAttribute("id");
+  if (!["g", "title", "defs", "pattern"].includes(element.localName))
+    KEPT.forEach((name) => copy.setAttribute(name, looks.getPropertyValue(name)));
   else if (looks.opacity !== "1") copy.setAttribute("opacity", looks.opacity);
   for (const child of element.childNodes) {
     if (child.nodeType !== 1) copy.append(child.cloneNode());
@@ -97,9 +104,9 @@ async function png(text) {
 }
 
 /** Fill the menu. */
-export function makeSave(model, menu, items, graph, labels, notify) {
+export function makeSave(model, menu, items, graph, labels, notify, level) {
   const title = `Circuit for ${plain([...model.explanation.prompt].slice(-60).join(""))}`;
-  const picture = () => standalone(graph.parts, title, model, graph.shown());
+  const picture = () => standalone(graph, title, model, level);
   const named = (what, ending) => fileName(what, model.explanation.prompt, ending);
   const item = (name, act) =>
     h(

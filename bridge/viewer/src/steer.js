@@ -1,7 +1,7 @@
-// Steering from the page, when it is served: a node is set to a value, the change carried into the dense model at a strength.
+// Steering from the page, when it is served: a node is set to a value, the change patched into the dense model at a strength.
 
 import { h, number, percent, put, running, token } from "./dom.js";
-import { jobOf } from "./job.js";
+import { jobOf } from "./model.js";
 
 const unsteered = new Map(); // what the dense model writes without a change, by explanation
 
@@ -92,8 +92,8 @@ export function drawSteer(model, node) {
         );
       put(
         result,
-        line(explanation.target, told.probability_target, "for"),
-        line(explanation.contrast, told.probability_contrast, "against"),
+        line(explanation.answer, told.probability_target, "for"),
+        explanation.contrast && line(explanation.contrast, told.probability_contrast, "against"),
         h(
           "p",
           { class: "chips" },
