@@ -6,6 +6,7 @@
                     overlap beyond chance is to be had of any two tasks
     cross-ablation  with all nodes of task A's circuit at their means, how much the two-way loss of task B rises; the share of
                     what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has
+    backbone        what at least half of the circuits share, and what each task has beyond it (`backbone`)
     geometric mean  of the sizes over tasks, those without a circuit counted at the whole model's
 
 Shape legend: f all nodes in one row, a, b tasks.
@@ -25,6 +26,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuit import Edge
+from bridge.circuits.backbone import Backbone, find_backbone
 from bridge.circuits.judge import expected_overlap
 from bridge.circuits.result import Size, TaskResult
 from bridge.circuits.subject import SparseSubject, masked_gate
@@ -56,6 +58,7 @@ class Comparison:
     base: tuple[float, ...]
     rise: tuple[tuple[float, ...], ...]
     random: tuple[tuple[float, ...], ...]
+    backbone: Backbone | None
 
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
@@ -72,6 +75,9 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if self.backbone is not None:
+            shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
+            values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
         return {**values, "share": [list(row) for row in self.share], "off_diagonal": self.apart, "aim": APART}
 
 
@@ -107,7 +113,9 @@ def compare(
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(_alike(subject, kept[name], generator)) for _ in range(DRAWS)]
         random.append(tuple(sum(column) / DRAWS - y for column, y in zip(zip(*draws, strict=True), base, strict=True)))
-    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random))
+    say("shared backbone")
+    backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
+    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 
 
 def _alike(subject: SparseSubject, kept_f: Tensor, generator: torch.Generator) -> Tensor:
@@ -180,6 +188,8 @@ def render_comparison(comparison: Comparison) -> str:
     if comparison.apart is not None:
         met = "yes" if comparison.apart <= APART else "NO"
         lines.append(f"  off the diagonal, mean share of the diagonal {comparison.apart:.2f}, aim <= {APART:g}: {met}")
+    if comparison.backbone is not None:
+        lines += ["", comparison.backbone.text()]
     lines += ["", "OVERLAP                                             shared  by chance       p"]
     for one in comparison.overlaps:
         pair = f"{one.first}, {one.second}"
