@@ -210,5 +210,5 @@ class CircuitLoss:
         return torch.arange(rows, device=self.model_b.device) % count if row_r is None else row_r
 
 
-_ONE_OF_SEVERAL = 1.5  # times the mean miss allowed, is what the miss on a single prompt of several is held to
+_ONE_OF_SEVERAL = 2.0  # times the mean miss allowed, is what the miss on a single prompt of several is held to
 _TIGHTER = 1.2  # times the mean miss allowed in supersets, is what their squares are held to: the mean of squares is above it

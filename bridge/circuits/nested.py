@@ -39,6 +39,8 @@ _SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
 _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes above 0 at first; times what the level allows
 _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
+_RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
+_SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 2, 5, 12, 30, 80  # nodes, at a time
 _DELETED = 1500  # nodes; of more, none is deleted alone
 
@@ -150,7 +152,7 @@ class _Search:
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(1 + count + necessary, prompts, 1)
         offset_u11 = torch.arange(count, device=tau_k.device)[:, None, None] / count
-        size_weight = _SIZE_WEIGHT
+        size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = self._drawn(prompts)
@@ -169,10 +171,14 @@ class _Search:
             # where a superset has a node anyway, the node's own mask changes nothing
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
             gradient_k = gradient_rpk[0].mean(0) / 2 + in_supersets_upk.mean((0, 1)) / 2
-            off = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
+            now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
+            off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
             if necessary:  # a node that is kept is missing from the complement
                 gradient_k = gradient_k - gradient_rpk[-1].mean(0) / 2
-            size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
+            if several:
+                size_weight *= _RISE_SEVERAL if off < _MET_SEVERAL else _FALL_SEVERAL
+            else:
+                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
             size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
