@@ -9,7 +9,8 @@ With d the question's log-odds, C the nodes (and errors) kept, U a random set of
     left       (d(nodes outside C) - d(everything at its mean)) / span: what remains when C is deleted, all errors at their means
 
 The strictest level asks for the next-token distribution instead: KL(model, C) <= .05 alone and <= .1 in supersets, in nats. Of
-several prompts d is the mean, and so is every KL.
+several prompts d is the mean, and so is every KL; alone and in supersets the rms of the single prompts' misses is held to twice
+1 - F, so that they do not cancel each other.
 
 Without supersets a search finds circuits whose deletions cancel each other (method, section 3). Without deletion it finds one of
 several ways to the answer.
@@ -154,7 +155,9 @@ class CircuitLoss:
         """off_c of circuits alone, in multiples of what the level allows."""
         if level.faithfulness is None:
             return self._by_circuit(self.kl(logits_rv)).mean(1) / self.config.kl
-        return self._by_circuit(self.miss(logits_rv)).mean(1).abs() / level.allowed
+        miss_cb = self._by_circuit(self.miss(logits_rv))
+        rms_c = miss_cb.square().mean(1).sqrt() / self.config.superset_rms  # of one prompt less than its miss
+        return torch.maximum(miss_cb.mean(1).abs(), rms_c) / level.allowed
 
     def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
         """The same of one circuit's supersets, by the bound that is missed most."""
