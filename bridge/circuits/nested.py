@@ -17,6 +17,9 @@ The level that the explanation opens at comes first; those above it add to its c
 The next level repeats this with the circuit kept and fewer steps. The last two take nodes by integrated gradients from where they
 are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient of d.
 
+Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
+circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
+
 Ranking by score alone stops short in models whose nodes interact: it left hundreds of nodes where descents leave tens.
 
 Shape legend: r masked copy, u superset, f all nodes and errors in one row, k some of them by their place.
