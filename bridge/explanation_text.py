@@ -79,9 +79,9 @@ def render_answer(answered: Answered, width: int = 100) -> str:
 
 def question(answered: Answered) -> str:
     """What is asked, in words."""
-    over = "at all" if answered.contrast is None else f"rather than {quoted(answered.contrast.text)}"
+    over = "at all" if answered.contrast is None else f"rather than {answered.contrast}"
     own = "" if answered.answer.id == answered.dense[0].token.id else ", which is not the dense model's answer"
-    return f"why {quoted(answered.answer.text)} {over}{own}"
+    return f"why {answered.answer} {over}{own}"
 
 
 def _span(answered: Answered) -> str:

@@ -66,6 +66,11 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     edges = next(found for found in comparison.overlaps if found.what == "edges")
     assert edges.shared == 2
 
+    assert comparison.backbone is None  # half of two tasks is one
+    third = compare(subject, [one, other, planted_result(subject, "third", neurons=(1,))], prompts | {"third": planted_pairs(4)})
+    assert third.backbone is not None and third.backbone.nodes == 6 and "SHARED BACKBONE" in render_comparison(third)
+    assert third.to_json()["backbone"]["mean_overlap"] == third.backbone.mean_overlap
+
     text = render_comparison(comparison)
     assert "CROSS-ABLATION" in text and "OVERLAP" in text
     image = ET.fromstring(heat_map(comparison))

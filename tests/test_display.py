@@ -51,7 +51,7 @@ def explanation(dense: DenseModel) -> Explanation:
 def test_an_explanation_shows_its_verdict_and_its_strongest_nodes(explanation: Explanation) -> None:
     page = Page(explanation._repr_html_())
     assert explanation.report.verdict in page.words
-    assert f"why {explanation.answer.text!r} at all" in page.words
+    assert f"why {explanation.answer} at all" in page.words
     strongest = max(explanation.nodes, key=lambda node: abs(node.effect or 0))
     assert f"{strongest.effect:+.2f}" in page.words
     assert strongest.kind == "error" or strongest.name in page.words

@@ -20,7 +20,8 @@ from bridge.bridges import Coupling
 from bridge.data import load_blocks
 from bridge.dense import DenseModel, load_dense
 from bridge.explain import explain
-from bridge.explanation import Answered, render_answer
+from bridge.explanation import Answered
+from bridge.explanation_text import render_answer
 from bridge.prompts import PromptError, Prompts
 from bridge.steer import steer
 from bridge.steer_figure import render_steering
@@ -456,7 +457,8 @@ def test_which_token_was_taken_is_said(dense: DenseModel) -> None:
     coupling = with_text(dense)
     for target in ("w7", "#7", 7):
         explained = answered(coupling, "w5 w6", target=target, contrast="w8")
-        assert (explained.target.id, explained.target.text, explained.contrast.id) == (7, "w7", 8)
-        assert "question  why 'w7' (#7) rather than 'w8' (#8)" in render_answer(explained)
+        assert explained.contrast is not None
+        assert (explained.answer.id, explained.answer.text, explained.contrast.id) == (7, "w7", 8)
+        assert "why 'w7' (#7) rather than 'w8' (#8)" in " ".join(render_answer(explained).split())
     steered = steer(coupling, "w5 w6", ["0.v[5]=1"], target="#7", contrast="w8", strengths=(1,), tokens=0, draws=1)
     assert "question        'w8' (#8) against 'w7' (#7)" in render_steering(steered)

@@ -7,6 +7,7 @@
     cross-ablation  with all nodes of task A's circuit at their means, how much the two-way loss of task B rises; the share of
                     what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has,
                     outside A, of those that some task's prompt switches on
+    backbone        what at least half of the circuits share, and what each task has beyond it (`backbone`)
     geometric mean  of the sizes over tasks, those without a circuit counted at the whole model's
 
 Shape legend: f all nodes in one row, a, b tasks.
@@ -26,6 +27,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuit import Edge
+from bridge.circuits.backbone import Backbone, find_backbone
 from bridge.circuits.judge import expected_overlap, random_deletions
 from bridge.circuits.masks import switched_on
 from bridge.circuits.result import Size, TaskResult
@@ -62,6 +64,7 @@ class Comparison:
     base: tuple[float, ...]
     rise: tuple[tuple[float, ...], ...]
     random: tuple[tuple[float | None, ...], ...]
+    backbone: Backbone | None
 
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
@@ -78,6 +81,9 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if self.backbone is not None:
+            shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
+            values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
         return {**values, "share": [list(row) for row in self.share], "off_diagonal": self.apart, "aim": APART}
 
 
@@ -115,7 +121,9 @@ def compare(
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(average(list(column)) - y if column else None for column, y in zip(columns, base, strict=True)))
-    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random))
+    say("shared backbone")
+    backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
+    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 
 
 def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
@@ -179,6 +187,8 @@ def render_comparison(comparison: Comparison) -> str:
     if comparison.apart is not None:
         met = "yes" if comparison.apart <= APART else "NO"
         lines.append(f"  off the diagonal, mean share of the diagonal {comparison.apart:.2f}, aim <= {APART:g}: {met}")
+    if comparison.backbone is not None:
+        lines += ["", comparison.backbone.text()]
     lines += ["", "OVERLAP                                             shared  by chance       p"]
     for one in comparison.overlaps:
         pair = f"{one.first}, {one.second}"

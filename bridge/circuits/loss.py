@@ -9,7 +9,8 @@ With d the question's log-odds, C the nodes (and errors) kept, U a random set of
     left       (d(nodes outside C) - d(everything at its mean)) / span: what remains when C is deleted, all errors at their means
 
 The strictest level asks for the next-token distribution instead: KL(model, C) <= .05 alone and <= .1 in supersets, in nats. Of
-several prompts d is the mean, and so is every KL.
+several prompts d is the mean, and so is every KL; alone and in supersets the rms of the single prompts' misses is held to twice
+1 - F, so that they do not cancel each other.
 
 Without supersets a search finds circuits whose deletions cancel each other (method, section 3). Without deletion it finds one of
 several ways to the answer.
@@ -19,6 +20,7 @@ Shape legend: c circuit, u superset, r masked copy of a prompt, b prompt, f all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,7 @@ class SearchConfig:
     alphas: int = 8  # of integrated gradients
     steps: int = 60  # of the descent at the level that the explanation opens at
     steps_above: int = 30  # at the level after it
+    prompts: int = 8  # of several, at each step
     supersets: int = 1  # at each step: more steps of one find smaller circuits than fewer of three
     rate: float = 0.1  # of Adam; masks live between -4 and 1
     rounds: int = 8  # of nodes added, where a descent ends beyond the bounds
@@ -100,70 +103,115 @@ class CircuitLoss:
         """D of the model less that of everything at its mean, in nats; what a circuit has to account for."""
         return self.model - self.nothing
 
-    def miss(self, logits_rv: Tensor) -> Tensor:
-        """miss_r of masked copies of the one prompt."""
-        return (self._difference(logits_rv) - self.model) / max(abs(self.span), 1e-6)
+    # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 
-    def left(self, logits_rv: Tensor) -> Tensor:
-        """left_r, the share of the span that masked copies of the one prompt still have."""
-        return (self._difference(logits_rv) - self.nothing) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
+    def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:
+        """(kept_rf, row_r): every mask on every prompt, mask by mask."""
+        count = len(self.model_b)
+        return kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf, self._rows(len(kept_cf) * count, None)
 
-    def kl(self, logits_rv: Tensor) -> Tensor:
+    def logits(self, kept_cf: Tensor) -> Tensor:
+        """logits_rv of every mask on every prompt, mask by mask."""
+        return self.masked.logits(*self.every(kept_cf))
+
+    def gradient(self, kept_cf: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """gradient_cf of loss(logits_rv, row_r), the mean over the prompts, with respect to every entry of the masks."""
+        count = len(self.model_b)
+        gradient_cf = torch.zeros(kept_cf.shape, device=kept_cf.device)
+        for place_r in torch.arange(len(kept_cf) * count, device=kept_cf.device).split(self.masked.rows):
+            row_r = place_r % count
+            one_rf, _ = self.masked.gradient(kept_cf[place_r // count], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r)
+            gradient_cf.index_add_(0, place_r // count, one_rf)
+        return gradient_cf / count
+
+    def miss(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """miss_r, in terms of the span of all prompts."""
+        row_r = self._rows(len(logits_rv), row_r)
+        return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / max(abs(self.span), 1e-6)
+
+    def left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """left_r, the share of the span that is still there."""
+        row_r = self._rows(len(logits_rv), row_r)
+        difference_r = self.masked.question.difference(logits_rv, row_r)
+        return (difference_r - self.nothing_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
+
+    def kl(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """kl_r from the model's next-token distribution, in nats."""
-        return kl(self.model_bv, logits_rv)
+        return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._rows(len(logits_rv), row_r)], logits_rv)
+
+    def off_rows(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
+        """off_r of single masked copies, in multiples of what the level allows alone."""
+        if level.faithfulness is None:
+            return self.kl(logits_rv, row_r) / self.config.kl
+        return self.miss(logits_rv, row_r).abs() / level.allowed
+
+    # -- circuits: every mask on every prompt, mask by mask ---------------------------------------------------------------
 
     def complement(self, kept_cf: Tensor) -> Tensor:
         """The masks with a circuit deleted: every other node kept, all errors at their means."""
         return ~kept_cf & self.nodes_f
 
     def off(self, logits_rv: Tensor, level: Level) -> Tensor:
-        """off_r of circuits alone, in multiples of what the level allows."""
-        return self.kl(logits_rv) / self.config.kl if level.faithfulness is None else self.miss(logits_rv).abs() / level.allowed
+        """off_c of circuits alone, in multiples of what the level allows."""
+        if level.faithfulness is None:
+            return self._by_circuit(self.kl(logits_rv)).mean(1) / self.config.kl
+        miss_cb = self._by_circuit(self.miss(logits_rv))
+        rms_c = miss_cb.square().mean(1).sqrt() / self.config.superset_rms  # of one prompt less than its miss
+        return torch.maximum(miss_cb.mean(1).abs(), rms_c) / level.allowed
 
     def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
         """The same of one circuit's supersets, by the bound that is missed most."""
         if level.faithfulness is None:
             return float(self.kl(logits_uv).mean()) / (2 * self.config.kl)
         off_u, config = self.off(logits_uv, level), self.config
-        rms = float(off_u.square().mean().sqrt())
+        rms = float(self.off_rows(logits_uv, level).square().mean().sqrt())  # over prompts as well
         return max(
             float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
         )
 
     def worst(self, kept_f: Tensor, level: Level) -> float:
         """Of all that a level asks of a circuit, how far it is off by what it misses most: within it where at most 1."""
-        logits_rv = self.masked.logits(torch.cat([kept_f[None], kept_f | self.superset_uf]))
-        return max(float(self.off(logits_rv[:1], level)), self.off_in_supersets(logits_rv[1:], level))
+        logits_rv, count = self.logits(torch.cat([kept_f[None], kept_f | self.superset_uf])), len(self.model_b)
+        return max(float(self.off(logits_rv[:count], level)), self.off_in_supersets(logits_rv[count:], level))
 
     def within(self, kept_f: Tensor, level: Level) -> bool:
         """Whether a circuit is within all that a level asks of it."""
-        return float(self.off(self.masked.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
+        return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
 
-    def terms(self, logits_rv: Tensor, level: Level) -> Tensor:
-        """What a descent makes small: squared misses of a circuit (the first row), of its supersets, and of its complement.
+    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor | None = None) -> Tensor:
+        """What a descent makes small: squared misses of a circuit (the first rows), of its supersets, and of its complement.
 
-        In multiples of what the level allows; the complement, a last row beyond `config.supersets`, where it is left with more
-        than `config.left` of the span.
+        A row for each of the prompts row_p, by default of all. In multiples of what the level allows; the complement, the last
+        rows beyond `config.supersets`, where it is left with more than `config.left` of the span.
         """
-        config = self.config
-        count = min(len(logits_rv), 1 + config.supersets)
-        return self._squared(logits_rv[:count], level, logits_rv[count:])
+        config, count = self.config, len(self.model_b) if row_p is None else len(row_p)
+        row_r = self._rows(len(logits_rv), None if row_p is None else row_p.repeat(len(logits_rv) // count))
+        inside = min(len(logits_rv), (1 + config.supersets) * count)
+        off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
+        off_r = torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level)])
+        left_r = (self.left(logits_rv[inside:], row_r[inside:]) - config.left).clamp(min=0) / config.left
+        return torch.cat([off_r, left_r.square()])
 
-    def superset_terms(self, logits_rv: Tensor, level: Level) -> Tensor:
-        """The same of a circuit (the first row) and any number of its supersets."""
-        return self._squared(logits_rv, level, logits_rv[:0])
+    def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+        """Squared misses of single masked copies, or their KL, in multiples of what the level allows alone.
 
-    def _squared(self, logits_rv: Tensor, level: Level, without_rv: Tensor) -> Tensor:
-        off_r = self.kl(logits_rv) / self.config.kl if level.faithfulness is None else (self.miss(logits_rv) / level.allowed) ** 2
-        bound = 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
-        scale_r = torch.ones_like(off_r)
-        scale_r[1:] = 1 / bound
-        left_r = (self.left(without_rv) - self.config.left).clamp(min=0) / self.config.left
-        return torch.cat([off_r * scale_r, left_r.square()])
+        Of several prompts the mean is held to that, and a single one may be further off.
+        """
+        off_r = self.off_rows(logits_rv, level, row_r)
+        several = len(self.model_b) > 1
+        return off_r if level.faithfulness is None else (off_r / (_ONE_OF_SEVERAL if several else 1)) ** 2
 
-    def _difference(self, logits_rv: Tensor) -> Tensor:
-        first_r = torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device)
-        return self.masked.question.difference(logits_rv, first_r)
+    def superset_bound(self, level: Level) -> float:
+        """What `squared` is held to in supersets."""
+        return 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
+
+    def _by_circuit(self, x_r: Tensor) -> Tensor:
+        return x_r.view(-1, len(self.model_b))
+
+    def _rows(self, rows: int, row_r: Tensor | None) -> Tensor:
+        count = len(self.model_b)
+        return torch.arange(rows, device=self.model_b.device) % count if row_r is None else row_r
 
 
+_ONE_OF_SEVERAL = 2.0  # times the mean miss allowed, is what the miss on a single prompt of several is held to
 _TIGHTER = 1.2  # times the mean miss allowed in supersets, is what their squares are held to: the mean of squares is above it

@@ -62,6 +62,15 @@ class MaskedModel:
         check_means(self.space.sizes, means)
         self._narrow = question.whole_rows
 
+    def only(self, row: int) -> MaskedModel:
+        """The same nodes on one of the prompts."""
+        if len(self.question) == 1:
+            return self
+        question = self.question.rows(torch.tensor([row], device=self.question.last_b.device))
+        length = question.prompt_bt.shape[1]
+        errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
+        return MaskedModel(self.sparse, question, self.means, errors, by_position=False)
+
     @property
     def n_tokens(self) -> int:
         """Tokens of a prompt, padding included."""

@@ -17,6 +17,9 @@ The level that the explanation opens at comes first; those above it add to its c
 The next level repeats this with the circuit kept and fewer steps. The last two take nodes by integrated gradients from where they
 are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient of d.
 
+Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
+circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
+
 Ranking by score alone stops short in models whose nodes interact: it left hundreds of nodes where descents leave tens.
 
 Shape legend: r masked copy, u superset, f all nodes and errors in one row, k some of them by their place.
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,6 +42,8 @@ _SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
 _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes above 0 at first; times what the level allows
 _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
+_RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
+_SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 2, 5, 12, 30, 80  # nodes, at a time
 _DELETED = 1500  # nodes; of more, none is deleted alone
 
@@ -58,14 +64,17 @@ class Nested:
         return self.level_f <= place
 
 
-def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: None) -> Nested:
-    """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work."""
-    return _Search(loss, progress).run()
+def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: None, train: CircuitLoss | None = None) -> Nested:
+    """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work.
+
+    Of several prompts, scores and descents learn from those of `train`; what is added and deleted is held to those of `loss`.
+    """
+    return _Search(loss, train or loss, progress).run()
 
 
 class _Search:
-    def __init__(self, loss: CircuitLoss, progress: Callable[[str], None]) -> None:
-        self.loss, self.config, self.masked, self.progress = loss, loss.config, loss.masked, progress
+    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None]) -> None:
+        self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator = torch.Generator().manual_seed(self.config.seed + 17)
         self.nodes_f = loss.nodes_f
 
@@ -85,7 +94,7 @@ class _Search:
             self.progress(f"{levels[place]}: {int(kept_f.sum()):,} nodes")
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
-            gradient_1f, _ = self.masked.gradient(kept_f[None], self.loss.miss)
+            gradient_1f = self.loss.gradient(kept_f[None], self.loss.miss)
             kept_f = self._fewest(none_f, gradient_1f[0].abs(), int(kept_f.sum()) // 2, levels[place], kept_f)
             circuits[place] = kept_f
         kept_lf = torch.stack([circuits[place] for place in range(len(levels))])
@@ -101,7 +110,7 @@ class _Search:
             return none_f
         alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
-        gradient_rf, _ = self.masked.gradient(mask_rf, lambda logits_rv: self.loss.off(logits_rv, level))
+        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.off_rows(x_rv, level, row_r))
         gradient_f = torch.where(all_f, torch.inf, gradient_rf.sum(0))
         order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
         sizes = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
@@ -113,7 +122,7 @@ class _Search:
         return none_f.index_fill(0, order_k[: sizes[good[0] if good else int(off_c.argmin())]], True)
 
     def _off(self, kept_cf: Tensor, level: Level) -> Tensor:
-        return self.loss.off(self.masked.logits(kept_cf), level)
+        return self.loss.off(self.loss.logits(kept_cf), level)
 
     def _scores(self, kept_f: Tensor) -> Tensor:
         """Integrated gradients of d from a circuit to all nodes."""
@@ -121,7 +130,7 @@ class _Search:
         alpha_r1 = (torch.arange(count, device=kept_f.device)[:, None] + 0.5) / count
         total_f = torch.zeros(kept_f.shape, device=kept_f.device)
         for some_r1 in alpha_r1.split(self.masked.rows):
-            total_f += self.masked.gradient(torch.where(kept_f, 1.0, some_r1 * self.nodes_f), self.loss.miss)[0].sum(0)
+            total_f += self.train.gradient(torch.where(kept_f, 1.0, some_r1 * self.nodes_f), self.train.miss).sum(0)
         return torch.where(self.nodes_f & ~kept_f, total_f / count, 0)
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
@@ -143,28 +152,36 @@ class _Search:
         rank_k = _ranks(score_f[node_k].abs())
         tau_k = (_SPREAD * ((self._start(core_f, node_k, rank_k, level) + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
-        kept_rf = core_f.repeat(1 + count + necessary, 1)
-        offset_u1 = torch.arange(count, device=tau_k.device)[:, None] / count
-        size_weight = _SIZE_WEIGHT
+        prompts = min(self.config.prompts, len(self.train.model_b))
+        kept_rpf = core_f.repeat(1 + count + necessary, prompts, 1)
+        offset_u11 = torch.arange(count, device=tau_k.device)[:, None, None] / count
+        size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
         for step in range(steps):
             kept_k = tau_k > 0
+            row_p = self._drawn(prompts)
             # one draw serves all supersets, rotated by a different angle for each
-            draw_f = torch.rand(len(core_f), generator=self.generator).to(tau_k.device)
-            density = float(torch.rand((), generator=self.generator)) / count
-            superset_uf = ((draw_f + offset_u1) % 1 < offset_u1 + density) & self.nodes_f
+            draw_pf = torch.rand(prompts, len(core_f), generator=self.generator).to(tau_k.device)
+            density_p1 = torch.rand(prompts, 1, generator=self.generator).to(tau_k.device) / count
+            superset_upf = ((draw_pf + offset_u11) % 1 < offset_u11 + density_p1) & self.nodes_f
             inside_f = core_f.index_fill(0, node_k[kept_k], True)
-            kept_rf[0], kept_rf[1 : 1 + count] = inside_f, inside_f | superset_uf
+            kept_rpf[0], kept_rpf[1 : 1 + count] = inside_f, inside_f | superset_upf
             if necessary:
-                kept_rf[-1] = self.loss.complement(inside_f)
-            gradient_rf, term_r = self.masked.gradient(kept_rf, lambda logits_rv: self.loss.terms(logits_rv, level))
-            gradient_rk = gradient_rf[:, node_k]
+                kept_rpf[-1] = self.loss.complement(inside_f)
+            gradient_rf, term_r = self.train.masked.gradient(
+                kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf))
+            )
+            gradient_rpk, term_rp = gradient_rf[:, node_k].unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
             # where a superset has a node anyway, the node's own mask changes nothing
-            in_supersets_uk = torch.where(superset_uf[:, node_k] & ~kept_k, 0, gradient_rk[1 : 1 + count])
-            gradient_k = gradient_rk[0] / 2 + in_supersets_uk.mean(0) / 2
-            off = max(float(term_r[0]), float(term_r[1 : 1 + count].mean()))
+            in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
+            gradient_k = gradient_rpk[0].mean(0) / 2 + in_supersets_upk.mean((0, 1)) / 2
+            now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
+            off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
             if necessary:  # a node that is kept is missing from the complement
-                gradient_k = gradient_k - gradient_rk[-1] / 2
-            size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
+                gradient_k = gradient_k - gradient_rpk[-1].mean(0) / 2
+            if several:
+                size_weight *= _RISE_SEVERAL if off < _MET_SEVERAL else _FALL_SEVERAL
+            else:
+                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
             size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
@@ -176,6 +193,11 @@ class _Search:
         self.progress(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes")
         tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
         return tau_f.index_copy_(0, node_k, tau_k)
+
+    def _drawn(self, prompts: int) -> Tensor:
+        """The prompts of a step: the one, or some drawn at random."""
+        count = len(self.train.model_b)
+        return torch.randperm(count, generator=self.generator)[:prompts] if count > 1 else torch.zeros(1, dtype=torch.long)
 
     def _start(self, core_f: Tensor, node_k: Tensor, rank_k: Tensor, level: Level) -> int:
         """How many of the best-ranked nodes get the answer about right."""
@@ -193,8 +215,9 @@ class _Search:
             if off <= 1:
                 break
             rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
-            gradient_rf, _ = self.masked.gradient(rows_rf, lambda logits_rv: self.loss.superset_terms(logits_rv, level))
+            gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
             in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
+            in_supersets_f /= self.loss.superset_bound(level)
             gradient_f = torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, torch.inf)
             order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
             tried = [kept_f.index_fill(0, order_k[:size], True) for size in _ADDED if size <= len(order_k)]
@@ -211,12 +234,21 @@ class _Search:
             node_k = (kept_f & ~core_f).nonzero().flatten()
             if not 0 < len(node_k) <= _DELETED:
                 break
-            off_k = self.loss.miss(self.masked.logits_without(kept_f, node_k)).abs()
+            off_k = self._off_without(kept_f, node_k)
             order_f = torch.zeros(kept_f.shape, device=kept_f.device).index_copy_(0, node_k, off_k)
             kept_f = self._fewest(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
             if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
                 break
         return kept_f
+
+    def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """How far off the answer is without each node alone, the mean over at most `config.prompts` prompts."""
+        total_k, count = torch.zeros(len(node_k), device=kept_f.device), len(self.loss.model_b)
+        rows = range(0, count, -(-count // self.config.prompts))
+        for row in rows:
+            row_k = torch.full_like(node_k, row)
+            total_k += self.loss.miss(self.masked.only(row).logits_without(kept_f, node_k), row_k).abs()
+        return total_k / len(rows)
 
     def _fewest(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
         """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""

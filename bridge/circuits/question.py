@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from bridge.tasks.tokens import TokenPairs
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -54,6 +56,11 @@ class Question:
         against_bk = torch.tensor([[answer if against is None else against]], device=device)
         last_b, no_b = torch.tensor([len(tokens_t) - 1], device=device), torch.zeros(1, dtype=torch.bool, device=device)
         return Question(tokens_t[None], last_b, answer_bk, against_bk, no_b, no_b | every)
+
+    @staticmethod
+    def of_pairs(pairs: TokenPairs) -> Question:
+        """Why the right answer follows, rather than the wrong one, the prompts of some pairs (give both members as prompts)."""
+        return Question(pairs.prompt_bt, pairs.last_b, pairs.answer_bk, pairs.wrong_bk, pairs.answer_not_b, pairs.wrong_not_b)
 
     def __len__(self) -> int:
         """Number of prompts."""
