@@ -29,6 +29,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.paths import path_words, strongest_paths
 from bridge.circuits.question import Question
 from bridge.dense import DenseModel
+from bridge.prompts import Prompts
 from bridge.sparse import ATTENTION_KINDS, ERROR, Location
 
 
