@@ -130,11 +130,12 @@ def nulls(
     against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
     minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
     work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
+    prompts: Annotated[int, typer.Option(help="Run them on so many prompts of held-out text instead of on tasks.", min=0)] = 0,
     seed: Annotated[int, seed_of("Of all that is random.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Run the nulls of a coupling, which must fail the whole card, and keep them with it; resumable."""
+    """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
     with one_line_errors():
         from bridge.card.suite import run_nulls
         from bridge.checkpoint import check_folder
@@ -144,15 +145,24 @@ def nulls(
 
         if against is not None and not (against / "coupling.json").is_file():
             check_folder(against, "--against")
-        subjects = Subjects.of(opened_coupling(bridge, dense, device))
-        watch = Phases()
+        coupling, watch = opened_coupling(bridge, dense, device), Phases()
+        uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
         try:
+            if prompts:
+                from bridge.evidence.nulls import cut_prompts, render_prompt_nulls, run_prompt_nulls
+
+                rows = cut_prompts(coupling, prompts, seed)
+                table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
+                watch.end()
+                print(render_prompt_nulls(table))
+                return
+            subjects = Subjects.of(coupling)
             for text in run_nulls(
                 subjects,
                 names=tasks or task_names(),
                 explicit=tasks is not None,
                 circuits=circuits,
-                against=against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled",
+                against=uncoupled,
                 minutes=minutes,
                 work=work * WORK,
                 seed=seed,

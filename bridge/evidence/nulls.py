@@ -20,12 +20,14 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import find_nested
 from bridge.circuits.question import Question
+from bridge.columns import columns
 from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
 from bridge.evidence.null_table import PromptNull, keep_prompt_nulls, rules_of
 from bridge.evidence.prompt import EvidenceConfig, gather
 from bridge.sparse import Location
 
 ROWS = 32  # of the reference text, for means
+LENGTHS = 8, 24  # tokens of a prompt
 
 Means = dict[Location, Tensor]
 
@@ -39,6 +41,23 @@ def prompt_means(coupling: Coupling) -> Means:
         return {**corpus_means(coupling.sparse, text_bt), **error_means(coupling, text_bt)}
 
     return coupling.once("means of nodes and errors", text_bt, compute)
+
+
+def cut_prompts(coupling: Coupling, count: int, seed: int = 0) -> list[Tensor]:
+    """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises ValueError where it has none."""
+    if coupling.reference_bt is None or not coupling.reference_bt.numel():
+        raise ValueError("the coupling holds no reference text to cut prompts from; fit it again")
+    text_bt, generator = coupling.reference_bt, torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    prompts = []
+    for _ in range(count):
+        length = min(draw(*LENGTHS), text_bt.shape[1])
+        row, start = draw(0, len(text_bt) - 1), draw(0, text_bt.shape[1] - length)
+        prompts.append(text_bt[row, start : start + length])
+    return prompts
 
 
 def judged(
@@ -88,3 +107,13 @@ def run_prompt_nulls(
     if coupling.path is not None:
         keep_prompt_nulls(coupling, tuple(nulls), rules_of(search, config))
     return tuple(nulls)
+
+
+def render_prompt_nulls(nulls: Sequence[PromptNull]) -> str:
+    """The nulls as a table: how many explanations earn each verdict, and the median of what judges them."""
+    rows: list[tuple[str, ...]] = [("null", "prompts", "representational or better", "verdicts", "dense over sparse loss")]
+    for null in nulls:
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(null.verdicts.items()))
+        ratio = "-" if null.ratio is None else f"{null.ratio:.2f}"
+        rows.append((null.name, str(null.prompts), str(null.strong), verdicts, ratio))
+    return "\n".join(columns(rows, 120))
