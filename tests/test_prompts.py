@@ -443,6 +443,21 @@ def test_a_damaged_tokenizer_is_said_where_one_is_needed(damage: Any, reason: st
         assert reason in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapters_own_tokenizer_is_not_passed_over_where_it_is_damaged(dense_folder: Path, tmp_path: Path) -> None:
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_gpt2(), lora).save_pretrained(str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_dense(dense_folder, adapter=tmp_path).prompts.missing is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        PromptError, match=r"cannot be read \(JSONDecodeError: .*\); mend its files, or load the model with another"
+    ):
+        load_dense(dense_folder, adapter=tmp_path).prompts.read("w5", 9)
+
+
 def test_a_model_without_tokenizer_files_has_none(tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path)
     dense = load_dense(tmp_path)
