@@ -489,7 +489,7 @@ def test_explain_says_the_question_first_and_writes_what_it_found(coupling_folde
     values = json.loads(files[0].read_text())
     told = [line.split(" ")[0] for line in result.stdout.splitlines() if line[:1].isalpha()]
     assert told[:8] == ["prompt", "dense", "sparse", "question", "VERDICT", "CIRCUITS", "PATH", "GROUPS"]
-    assert values["contrast"] is None and f"why {values['answer']['text']!r} at all" in result.stdout
+    assert values["contrast"] is None and f"why {values['answer']['text']!r} (#{values['answer']['id']}) at all" in result.stdout
     assert values["report"]["verdict"].upper() in result.stdout and files[1].read_text().startswith("<!")
     against = run(*command, "--contrast", "w7", "--target", "w9")
     assert (

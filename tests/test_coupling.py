@@ -93,7 +93,7 @@ def test_the_example_runs(
         monkeypatch.setitem(os.environ, f"EXAMPLE_{name}", str(value))
     left = runpy.run_path(str(EXAMPLE))
     said = capsys.readouterr().out
-    assert left["explanation"].faithfulness.verdict.upper() in said
+    assert left["explanation"].report.verdict.upper() in said
     assert left["result"].facts.task == "planted" and "planted: " in said
     assert nx.read_graphml(tmp_path / "out" / "explanation.graphml").number_of_edges() == len(left["explanation"].edges)
     assert "circuit-tracer start-server" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -402,7 +403,7 @@ def refusal(model: Any, **settings: Any) -> str:
     with pytest.raises(DenseModelError) as error:
         load_dense(model, **settings)
     message = str(error.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(re.sub(r"'/[^']*'", "''", message)) < 400  # folders are as long as the machine makes them
     return message
 
 

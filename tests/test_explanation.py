@@ -320,7 +320,7 @@ def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explan
     against = explain(coupled, PROMPT, contrast=third.text)
     assert (against.answer, against.contrast) == (first, third)
     assert against.dense_d == pytest.approx(float(logits_v[first.id] - logits_v[third.id]), abs=1e-4)
-    assert f"why {first.text!r} rather than {third.text!r}" in render_text(against)
+    assert f"why {first} rather than {third}" in render_text(against)
 
 
 def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation: Explanation):
