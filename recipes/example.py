@@ -7,7 +7,7 @@ It takes the coupling that ships; `EXAMPLE_BRIDGE`, `EXAMPLE_PROMPT` and `EXAMPL
 """
 # pyright: reportUnusedExpression=false
 
-# %% A coupling: a dense model, a weight-sparse model trained to stand for it, and a bridge between them at every sublayer.
+# %% A coupling: a dense model, a weight-sparse model trained to follow it, and a bridge between them at every sublayer.
 import os
 from pathlib import Path
 
@@ -20,14 +20,14 @@ out = Path(os.environ.get("EXAMPLE_OUT", "runs/example"))
 coupling = bridge.load(os.environ.get("EXAMPLE_BRIDGE", shipped))
 print(f"{coupling.dense.name}: {coupling.n_sites} sites, {coupling.sparse.achieved_l0():.1%} of the sparse weights not 0")
 
-# %% How good a stand-in it is, on text that neither was trained on: site by site, in both directions.
+# %% How faithful the sparse model is on held-out text: site by site, in both directions.
 assert coupling.reference_bt is not None
 evaluation = coupling.evaluate(coupling.reference_bt[:16])
 print(f"\nKL of sparse to dense {evaluation.kl_sparse:.2f} nats; CE recovered {evaluation.recovered_in:.2f} in, out ", end="")
 print(f"{evaluation.recovered_out:.2f}")
 evaluation
 
-# %% Why does the dense model say what it says? A circuit of the sparse model, with what speaks for it and what against.
+# %% Why does the dense model say what it says? Nested circuits of the sparse model that follow it, with the evidence on them.
 explanation = coupling.explain(os.environ.get("EXAMPLE_PROMPT", "def read(self):\n    while True"))
 explanation
 
@@ -38,7 +38,8 @@ for measure in explanation.report.measures:
     beside = "nothing" if measure.control is None else f"{measure.control.what} {measure.control.mean:.3f}"
     print(f"  {measure.name:<42} {value:>8}  beside {beside}; asked: {measure.criterion or 'nothing'}")
 
-# %% Nested circuits, from few nodes that keep most of the answer to many that keep the whole distribution. One is drawn.
+# %% Nested circuits, from few nodes that keep most of the answer to many that keep the whole distribution; one is drawn. F is
+# normalised faithfulness; errors, where there are any, are what the sparse model misses of the dense one.
 for circuit in explanation.nested:
     level = "all" if circuit.asked is None else f"F {circuit.asked:g}"
     print(f"  {level:<7} {circuit.nodes:>7,} nodes, {circuit.errors} errors: F {circuit.faithfulness:.3f}, KL {circuit.kl:.3f}")
@@ -55,8 +56,9 @@ for answer in (name for name, kind in graph.nodes(data="kind") if kind == "answe
     read = sorted({graph.nodes[name]["position"] for name in behind})
     print(f"\n{len(behind)} nodes lead to {answer}, at", *(repr(explanation.tokens[position].text) for position in read))
 
-# %% Not one prompt but a task: the circuit that does it on many, judged on prompts that the search has not seen. With `dense`
-# left at True, the dense model's own circuit at the same loss is found beside it; with `work` left alone, a smaller one.
+# %% Not one prompt but a task: the channels that do it on many, found by a search of its own (bounds on the KL, no errors) and
+# judged on prompts that the search has not seen. With `dense` left at True, the dense model's own circuit at the same loss is
+# found beside it; with `work` left alone, a smaller one.
 result = None
 try:
     result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, work=1e11)

@@ -27,7 +27,7 @@ from bridge.evidence.prompt import Evidence, EvidenceConfig, gather
 from tests.conftest import VOCABULARY
 
 LENGTH = 6
-SEARCH = SearchConfig(steps=2, steps_above=2, rounds=1, sweeps=1, least_span=0.0)
+SEARCH = SearchConfig(steps=2, rounds=1, sweeps=1, least_span=0.0)
 CONFIG = EvidenceConfig(nodes=12, matched_draws=3)
 
 

@@ -19,7 +19,7 @@ from bridge.dense import DenseModel
 from bridge.evidence.several_prompts import measure_on_prompts
 from bridge.tasks.tokens import Resolved, TokenPairs
 
-CONFIG = SearchConfig(steps=30, steps_above=10, densities=(0.3, 0.6))
+CONFIG = SearchConfig(steps=30, densities=(0.3, 0.6))
 
 
 def corpus() -> torch.Tensor:

@@ -61,10 +61,10 @@ class SearchConfig:
     left: float = 0.2  # share of the span left without the circuit that the search does not try to lower further
     least_span: float = 1.0  # nats; below it there is nothing to explain
     room: float = 0.7  # of what a level allows, within which all nodes must be before errors are let in
+    error_price: int = 1000  # nodes: where the opening circuit takes more, an error that spares as many is let in
     densities: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # of the supersets that a circuit is held to
     alphas: int = 8  # of integrated gradients
     steps: int = 60  # of the descent at the level that the explanation opens at
-    steps_above: int = 30  # at the level after it
     prompts: int = 8  # of several, at each step
     supersets: int = 1  # at each step: more steps of one find smaller circuits than fewer of three
     rate: float = 0.1  # of Adam; masks live between -4 and 1

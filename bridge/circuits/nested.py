@@ -14,8 +14,9 @@ The level that the explanation opens at comes first; those above it add to its c
 5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
               as the bounds allow.
 
-The next level repeats this with the circuit kept and fewer steps. The last two take nodes by integrated gradients from where they
-are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient of d.
+Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept. The
+next level adds to it as in 4. The last two take nodes by integrated gradients from where they are: at that size a circuit is no
+longer for reading. Levels below take the fewest by the gradient of d.
 
 Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
 circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
@@ -44,7 +45,7 @@ _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its r
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
-_ADDED = 2, 5, 12, 30, 80  # nodes, at a time
+_ADDED = 3, 10, 30, 100, 300  # nodes, at a time
 _DELETED = 1500  # nodes; of more, none is deleted alone
 
 
@@ -83,15 +84,16 @@ class _Search:
         none_f = torch.zeros_like(self.nodes_f)
         kept_f, score_f, circuits = none_f, self._scores(none_f), dict[int, Tensor]()
         for place in range(opening, len(levels)):
-            kept_f = kept_f | self._errors(kept_f, levels[place])
+            level = levels[place]
+            core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:
-                kept_f = self._by_descent(kept_f, score_f, levels[place], self.config.steps, True)
+                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level), score_f, level)
             elif place == opening + 1:
-                kept_f = self._by_descent(kept_f, score_f, levels[place], self.config.steps_above, False)
+                kept_f = self._enough(*self._added(core_f, level), level)
             else:
-                kept_f = self._fewest(kept_f, self._scores(kept_f).abs(), 1000, levels[place])
+                kept_f = self._fewest(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
-            self.progress(f"{levels[place]}: {int(kept_f.sum()):,} nodes")
+            self.progress(f"{level}: {int(kept_f.sum()):,} nodes")
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
             gradient_1f = self.loss.gradient(kept_f[None], self.loss.miss)
@@ -103,10 +105,21 @@ class _Search:
 
     # -- 1, 2 -----------------------------------------------------------------------------------------------------------
 
-    def _errors(self, kept_f: Tensor, level: Level) -> Tensor:
-        """The errors that all nodes, and what is kept, need beside them at a level."""
+    def _priced(self, core_f: Tensor, kept_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
+        """A circuit, or where that takes many nodes, one with errors more that spare at least their price in nodes."""
+        if int(kept_f.sum()) <= self.config.error_price:
+            return kept_f
+        more_f = core_f | self._errors(core_f, level, self.config.room / 3)
+        extra = int((more_f & ~core_f).sum())
+        if not extra:
+            return kept_f
+        other_f = self._by_descent(more_f, score_f, level)
+        return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
+
+    def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
+        """The errors that all nodes, and what is kept, need beside them to be within a share of what a level allows."""
         all_f, none_f = self.nodes_f | kept_f, torch.zeros_like(kept_f)
-        if self.masked.errors is None or float(self._off(all_f[None], level)) <= self.config.room:
+        if self.masked.errors is None or float(self._off(all_f[None], level)) <= room:
             return none_f
         alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
@@ -118,7 +131,7 @@ class _Search:
         if not sizes:
             return none_f
         off_c = self._off(torch.stack([all_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
-        good = (off_c <= self.config.room).nonzero().flatten().tolist()
+        good = (off_c <= room).nonzero().flatten().tolist()
         return none_f.index_fill(0, order_k[: sizes[good[0] if good else int(off_c.argmin())]], True)
 
     def _off(self, kept_cf: Tensor, level: Level) -> Tensor:
@@ -135,25 +148,29 @@ class _Search:
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
-    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, steps: int, necessary: bool) -> Tensor:
+    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
-        tau_f = self._descended(core_f, score_f, level, steps, necessary)
+        tau_f = self._descended(core_f, score_f, level)
         kept_f, within = self._added(core_f | (tau_f > 0), level)
         if not within:
-            return self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
+            return self._enough(kept_f, within, level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
         kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, steps: int, necessary: bool) -> Tensor:
+    def _enough(self, kept_f: Tensor, within: bool, level: Level) -> Tensor:
+        """The circuit, if it is within the level's bounds, else with as many nodes more as it takes."""
+        return kept_f if within else self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
+
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """tau_f after some steps; -inf of what is no candidate."""
-        count = self.config.supersets
+        count, steps = self.config.supersets, self.config.steps
         node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
         rank_k = _ranks(score_f[node_k].abs())
         tau_k = (_SPREAD * ((self._start(core_f, node_k, rank_k, level) + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
-        kept_rpf = core_f.repeat(1 + count + necessary, prompts, 1)
+        kept_rpf = core_f.repeat(2 + count, prompts, 1)
         offset_u11 = torch.arange(count, device=tau_k.device)[:, None, None] / count
         size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
         for step in range(steps):
@@ -165,19 +182,17 @@ class _Search:
             superset_upf = ((draw_pf + offset_u11) % 1 < offset_u11 + density_p1) & self.nodes_f
             inside_f = core_f.index_fill(0, node_k[kept_k], True)
             kept_rpf[0], kept_rpf[1 : 1 + count] = inside_f, inside_f | superset_upf
-            if necessary:
-                kept_rpf[-1] = self.loss.complement(inside_f)
+            kept_rpf[-1] = self.loss.complement(inside_f)
             gradient_rf, term_r = self.train.masked.gradient(
                 kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf))
             )
             gradient_rpk, term_rp = gradient_rf[:, node_k].unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
             # where a superset has a node anyway, the node's own mask changes nothing
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
-            gradient_k = gradient_rpk[0].mean(0) / 2 + in_supersets_upk.mean((0, 1)) / 2
+            # a node that is kept is missing from the complement
+            gradient_k = (gradient_rpk[0].mean(0) + in_supersets_upk.mean((0, 1)) - gradient_rpk[-1].mean(0)) / 2
             now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
             off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
-            if necessary:  # a node that is kept is missing from the complement
-                gradient_k = gradient_k - gradient_rpk[-1].mean(0) / 2
             if several:
                 size_weight *= _RISE_SEVERAL if off < _MET_SEVERAL else _FALL_SEVERAL
             else:

@@ -31,7 +31,7 @@ from bridge.sparse import Location
 from bridge.tasks.tokens import Resolved, TokenPairs
 
 # more steps than a prompt's, since every one sees other prompts
-TASK_SEARCH = SearchConfig(steps=200, steps_above=60)
+TASK_SEARCH = SearchConfig(steps=200)
 TRAIN, HELD, TEST = 64, 32, 32  # prompts
 
 

@@ -1,4 +1,4 @@
-"""The README's table of cards, from the commands that make them.
+"""The table of cards in docs/measurements.md, from the commands that make them.
 
     python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/superset] [--tasks NAME ...] [--seeds 2]
 

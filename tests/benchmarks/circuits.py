@@ -1,4 +1,4 @@
-"""The README's tables of task circuits, from the commands that make them.
+"""The tables of task circuits in docs/measurements.md, from the commands that make them.
 
     python tests/benchmarks/circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 5]
 
