@@ -239,7 +239,8 @@ def _config() -> dict[str, Any]:
     return {
         "levels": [0.8, 0.9, 0.95, 0.99], "opens_at": 0.9, "kl": 0.05, "superset_mean": 1.0, "superset_rms": 2.0,
         "superset_worst": 3.5, "left": 0.2, "least_span": 1.0, "room": 0.7, "densities": [0.15, 0.3, 0.45, 0.6, 0.75, 0.9],
-        "alphas": 8, "steps": 30, "error_price": 1000, "supersets": 3, "rate": 0.07, "rounds": 8, "sweeps": 2, "seed": 0,
+        "alphas": 8, "steps": 30, "error_price": 1000, "supersets": 3, "rate": 0.1, "attempts": 2,
+        "rounds": 8, "sweeps": 2, "seed": 0,
     }  # fmt: skip
 
 

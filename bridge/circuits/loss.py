@@ -68,6 +68,7 @@ class SearchConfig:
     prompts: int = 8  # of several, at each step
     supersets: int = 1  # at each step: more steps of one find smaller circuits than fewer of three
     rate: float = 0.1  # of Adam; masks live between -4 and 1
+    attempts: int = 2  # at the opening level, from more nodes where the first ends beyond the bounds
     rounds: int = 8  # of nodes added, where a descent ends beyond the bounds
     sweeps: int = 2  # of deletions
     seed: int = 0
@@ -96,7 +97,7 @@ class CircuitLoss:
         self.nodes_f = ~masked.is_error_f
         generator = torch.Generator().manual_seed(config.seed)
         draw_uf = torch.rand(len(config.densities), masked.space.size, generator=generator)
-        self.superset_uf = (draw_uf < torch.tensor(config.densities)[:, None]).to(model_bv.device)
+        self.superset_uf = (draw_uf < torch.tensor(config.densities)[:, None]).to(model_bv.device) & self.nodes_f
 
     @property
     def span(self) -> float:
@@ -169,10 +170,22 @@ class CircuitLoss:
             float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
         )
 
+    def measured(self, kept_cf: Tensor, level: Level) -> tuple[list[float], list[float]]:
+        """(off, terms) of circuits: how far each is off by what it misses most, within the level where at most 1; its terms.
+
+        These are what a descent makes small, over the fixed supersets and without the complement.
+        """
+        inside_uf = torch.cat([torch.zeros_like(self.superset_uf[:1]), self.superset_uf])
+        logits_rv, count, off, terms = self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), len(self.model_b), [], []
+        for each_rv in logits_rv.split(len(inside_uf) * count):
+            squared_r = self.squared(each_rv, self._rows(len(each_rv), None), level)
+            terms.append(float(squared_r[:count].mean() + squared_r[count:].mean() / self.superset_bound(level)))
+            off.append(max(float(self.off(each_rv[:count], level)), self.off_in_supersets(each_rv[count:], level)))
+        return off, terms
+
     def worst(self, kept_f: Tensor, level: Level) -> float:
         """Of all that a level asks of a circuit, how far it is off by what it misses most: within it where at most 1."""
-        logits_rv, count = self.logits(torch.cat([kept_f[None], kept_f | self.superset_uf])), len(self.model_b)
-        return max(float(self.off(logits_rv[:count], level)), self.off_in_supersets(logits_rv[count:], level))
+        return self.measured(kept_f[None], level)[0][0]
 
     def within(self, kept_f: Tensor, level: Level) -> bool:
         """Whether a circuit is within all that a level asks of it."""

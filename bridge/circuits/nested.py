@@ -14,9 +14,10 @@ The level that the explanation opens at comes first; those above it add to its c
 5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
               as the bounds allow.
 
-Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept. The
-next level adds to it as in 4. The last two take nodes by integrated gradients from where they are: at that size a circuit is no
-longer for reading. Levels below take the fewest by the gradient of d.
+Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept.
+The next level adds to it as in 4, and by a descent of its own where that does not do. The last two take nodes by integrated
+gradients from where they are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient
+of d.
 
 Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
 circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
@@ -45,7 +46,7 @@ _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its r
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
-_ADDED = 3, 10, 30, 100, 300  # nodes, at a time
+_ADDED = 1, 3, 8, 20, 60, 200  # nodes, at a time
 _DELETED = 1500  # nodes; of more, none is deleted alone
 
 
@@ -87,9 +88,10 @@ class _Search:
             level = levels[place]
             core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:
-                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level), score_f, level)
+                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level, self.config.attempts), score_f, level)
             elif place == opening + 1:
-                kept_f = self._enough(*self._added(core_f, level), level)
+                kept_f, within = self._added(core_f, level)
+                kept_f = kept_f if within else self._by_descent(core_f, score_f, level, 1)
             else:
                 kept_f = self._fewest(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
@@ -113,7 +115,7 @@ class _Search:
         extra = int((more_f & ~core_f).sum())
         if not extra:
             return kept_f
-        other_f = self._by_descent(more_f, score_f, level)
+        other_f = self._by_descent(more_f, score_f, level, self.config.attempts)
         return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
 
     def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
@@ -148,26 +150,27 @@ class _Search:
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
-    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
+    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, attempts: int) -> Tensor:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
-        tau_f = self._descended(core_f, score_f, level)
-        kept_f, within = self._added(core_f | (tau_f > 0), level)
+        tau_f, within, kept_f = score_f, False, core_f
+        for attempt in range(attempts):
+            tau_f = self._descended(core_f, score_f, level, 4**attempt)
+            kept_f, within = self._added(core_f | (tau_f > 0), level)
+            if within:
+                break
         if not within:
-            return self._enough(kept_f, within, level)
+            return self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
         kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
-    def _enough(self, kept_f: Tensor, within: bool, level: Level) -> Tensor:
-        """The circuit, if it is within the level's bounds, else with as many nodes more as it takes."""
-        return kept_f if within else self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
-
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
-        """tau_f after some steps; -inf of what is no candidate."""
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, more: int = 1) -> Tensor:
+        """tau_f after some steps, begun with so many times the nodes that about do; -inf of what is no candidate."""
         count, steps = self.config.supersets, self.config.steps
         node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
         rank_k = _ranks(score_f[node_k].abs())
-        tau_k = (_SPREAD * ((self._start(core_f, node_k, rank_k, level) + 1) / (rank_k + 1)).log()).clamp(*_TAU)
+        start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
+        tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
@@ -225,7 +228,7 @@ class _Search:
     def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
         """The circuit with the nodes added by whose gradient it comes nearest to the level's bounds; and whether it is within."""
         absent_uf = ~self.loss.superset_uf
-        off = self.loss.worst(kept_f, level)
+        (off,), (terms,) = self.loss.measured(kept_f[None], level)
         for _ in range(self.config.rounds):
             if off <= 1:
                 break
@@ -235,12 +238,18 @@ class _Search:
             in_supersets_f /= self.loss.superset_bound(level)
             gradient_f = torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, torch.inf)
             order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
-            tried = [kept_f.index_fill(0, order_k[:size], True) for size in _ADDED if size <= len(order_k)]
-            offs = [self.loss.worst(each_f, level) for each_f in tried]
-            best = min(range(len(tried)), key=lambda place: max(1.0, offs[place]), default=None)
-            if best is None or offs[best] >= off:
+            sizes = [size for size in _ADDED if size <= len(order_k)]
+            if not sizes:
                 break
-            kept_f, off = tried[best], offs[best]
+            tried_cf = torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])
+            offs, all_terms = self.loss.measured(tried_cf, level)
+            # the fewest that are within, else those with which the terms are smallest
+            best = next(
+                (place for place, each in enumerate(offs) if each <= 1), min(range(len(sizes)), key=all_terms.__getitem__)
+            )
+            if offs[best] > 1 and all_terms[best] >= terms:
+                break
+            kept_f, off, terms = tried_cf[best], offs[best], all_terms[best]
         return kept_f, off <= 1
 
     def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
