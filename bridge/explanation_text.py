@@ -115,7 +115,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     told = (
-        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {counts.errors:,} errors; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {counts.errors:,} error{'' if counts.errors == 1 else 's'}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
@@ -304,7 +304,7 @@ def evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
 
 def _beside(measure: Measure) -> str:
     interval = "" if measure.interval is None else "95% interval {:.2f} to {:.2f}".format(*measure.interval)
-    ceiling = "" if measure.ceiling is None else f"at best {measure.ceiling:.2f}"
+    ceiling = "" if measure.ceiling is None else f"all nodes {measure.ceiling:.2f}"
     return "; ".join(part for part in (interval, ceiling, measure.note) if part)
 
 
