@@ -114,8 +114,9 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
     if not counts.nodes:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
+    errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
     told = (
-        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {counts.errors:,} error{'' if counts.errors == 1 else 's'}; "
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."

@@ -38,8 +38,8 @@ for measure in explanation.report.measures:
     beside = "nothing" if measure.control is None else f"{measure.control.what} {measure.control.mean:.3f}"
     print(f"  {measure.name:<42} {value:>8}  beside {beside}; asked: {measure.criterion or 'nothing'}")
 
-# %% Nested circuits, from few nodes that keep most of the answer to many that keep the whole distribution; one is drawn. F is
-# normalised faithfulness; errors, where there are any, are what the sparse model misses of the dense one.
+# %% Nested circuits, from few nodes that keep most of the answer to many that keep the whole distribution; one is drawn.
+# F is normalised faithfulness; errors, where there are any, are what the sparse model misses of the dense one.
 for circuit in explanation.nested:
     level = "all" if circuit.asked is None else f"F {circuit.asked:g}"
     print(f"  {level:<7} {circuit.nodes:>7,} nodes, {circuit.errors} errors: F {circuit.faithfulness:.3f}, KL {circuit.kl:.3f}")
@@ -56,8 +56,8 @@ for answer in (name for name, kind in graph.nodes(data="kind") if kind == "answe
     read = sorted({graph.nodes[name]["position"] for name in behind})
     print(f"\n{len(behind)} nodes lead to {answer}, at", *(repr(explanation.tokens[position].text) for position in read))
 
-# %% Not one prompt but a task: the channels that do it on many, found by a search of its own (bounds on the KL, no errors) and
-# judged on prompts that the search has not seen. With `dense` left at True, the dense model's own circuit at the same loss is
+# %% Not one prompt but a task: the channels that do it on many, judged on prompts that the search has not seen.
+# The search is one of its own (bounds on the KL, no errors). With `dense` left at True, the dense model's own circuit at the same loss is
 # found beside it; with `work` left alone, a smaller one.
 result = None
 try:
