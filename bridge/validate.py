@@ -9,7 +9,7 @@ Shape legend: p node of a profile, n nodes.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,18 @@ RESOLUTION = 1e-4  # logits; float32 logits of a resumed model differ by up to a
 
 @dataclass(frozen=True)
 class Control:
-    """What a measure is held against: the mean of a number of draws, and the bar, the draw or quantile hardest to beat."""
+    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
 
     what: str
     draws: int
     mean: float
     bar: float
     bar_is: str
+
+    @staticmethod
+    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
+        """The control of some draws; None where there are none."""
+        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
 
     def text(self, number: Callable[[float], str] = "{:.3f}".format) -> str:
         """In words: what it is and its mean, and the bar where that says more."""
@@ -118,12 +123,12 @@ def measured(
     return Measure(name, value, control, aim, passed, note)
 
 
-def control_of(what: str, draws: list[float], bar: Callable[[list[float]], float], bar_is: str) -> Control | None:
+def control_of(what: str, draws: list[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
     """The control of some draws; None where there are none."""
-    return Control(what, len(draws), average(draws), bar(draws), bar_is) if draws else None
+    return Control.of(what, draws, bar, bar_is)
 
 
-def average(values: list[float]) -> float:
+def average(values: Sequence[float]) -> float:
     """The mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from bridge.evidence.carry import Carrier
 from bridge.evidence.controls import active_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Point
+from bridge.validate import permuted_null, rank_correlation, some
 
 NODES = 60
 FEWEST = 10  # nodes, below which ranks say nothing
@@ -46,11 +46,11 @@ class Effect:
 def profile_nodes(carrier: Carrier, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """node_p: at most half of them the circuit's, and as many active ones outside, of the same locations as far as there are."""
     masked = carrier.masked
-    inside_p = _some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
+    inside_p = some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
     inside = masked.space.split(torch.zeros_like(circuit_f).index_fill(0, inside_p, True))
     outside_f = active_nodes(masked) & ~circuit_f
     places = masked.space.split(torch.where(outside_f, torch.arange(len(outside_f), device=outside_f.device), -1))
-    outside = [_some(place_tn[place_tn >= 0], int(inside[at].sum()), generator) for at, place_tn in places.items()]
+    outside = [some(place_tn[place_tn >= 0], int(inside[at].sum()), generator) for at, place_tn in places.items()]
     return torch.cat([inside_p, *outside])
 
 
@@ -97,27 +97,3 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
     note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
     return Measure(key, name, value, criterion, control, (float(low), float(high)), note=note, points=points), p_value
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
-    x, y = (rankdata(values, axis=-1) for values in (x, y))
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-
-
-def permuted_null(
-    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = DRAWS
-) -> np.ndarray:
-    """Rank correlations with the values of x permuted among the nodes of the same site."""
-    permuted = np.tile(rankdata(x_p), (draws, 1))
-    for site in np.unique(site_p):
-        here = np.flatnonzero(site_p == site)
-        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
-    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))
-
-
-def _some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """As many of the places as are wanted, or as there are, at random."""
-    return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

@@ -11,33 +11,13 @@ passed, and its note says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bridge.validate import Control
+
 Op = Literal[">=", "<="]
 Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
-
-    what: str
-    draws: int
-    mean: float
-    bar: float
-    bar_is: str
-
-    @staticmethod
-    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
-        """The control of some draws; None where there are none."""
-        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
-
-    def text(self, number: Callable[[float], str] = "{:.3f}".format) -> str:
-        """In words: what it is and its mean, and the bar where that says more."""
-        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {number(self.bar)})"
-        return f"{self.what} {number(self.mean)}{bar}"
 
 
 @dataclass(frozen=True)
