@@ -57,8 +57,8 @@ for answer in (name for name, kind in graph.nodes(data="kind") if kind == "answe
     print(f"\n{len(behind)} nodes lead to {answer}, at", *(repr(explanation.tokens[position].text) for position in read))
 
 # %% Not one prompt but a task: the channels that do it on many, judged on prompts that the search has not seen.
-# The search is one of its own (bounds on the KL, no errors). With `dense` left at True, the dense model's own circuit at the same loss is
-# found beside it; with `work` left alone, a smaller one.
+# The search is one of its own (bounds on the KL, no errors). With `dense` left at True, the dense model's own circuit at the
+# same loss is found beside it; with `work` left alone, a smaller one.
 result = None
 try:
     result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, work=1e11)
