@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.circuit import COUNTED, Node, corpus_means
+from bridge.circuit import COUNTED, Node
 from bridge.circuits.attention import explain_attention
 from bridge.circuits.attribution import Edges, draw_edges
-from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.error_nodes import follow, reference_means, reference_rows
 from bridge.circuits.flow import Flow, flow_through
 from bridge.circuits.graph_scores import replacement_and_completeness
 from bridge.circuits.group_names import group_names
@@ -59,7 +59,6 @@ from bridge.nodes import sparse_fingerprint
 from bridge.prompts import Prompts
 from bridge.sparse import ERROR, Location
 
-REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
 MOST_EDGES = 5000  # and edges, the strongest ones
 MOST_SUMMED = 100_000  # edges that groups are made of and that are summed between them, the strongest ones
@@ -101,12 +100,9 @@ def explain(
     followed = follow(coupling, tokens_t[None], last_b)
     swapped = None if other_t is None else Counterfactual(other_t, follow(coupling, other_t[None], last_b))
     question = _question(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
-    used_bt = reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
+    used_bt = reference_rows(coupling, reference_bt)
     say(f"means: {used_bt.numel():,} tokens of reference text")
-    means = {
-        **coupling.once("means", used_bt, lambda: corpus_means(coupling.sparse, used_bt)),
-        **coupling.once("error means", used_bt, lambda: error_means(coupling, used_bt)),
-    }
+    means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
     with cores(1 if masked.space.size <= SHORT else torch.get_num_threads()):
         loss = CircuitLoss(masked, followed.dense_bv, config)
@@ -267,7 +263,7 @@ def _nodes(
     place_k = torch.where(above_f, order_f, -1).argsort(descending=True, stable=True)[: min(MOST_NODES, int(above_f.sum()))]
     measured_k = place_k[kept_f[place_k]][: max(1, 2 * DELETED_TOKENS // masked.n_tokens)]  # an ablation runs half of the model
     whole_1v, without_kv = masked.logits(kept_f[None]), masked.logits_without(kept_f, measured_k)
-    lost_k = masked.question.difference(whole_1v, _first(whole_1v)) - masked.question.difference(without_kv, _first(without_kv))
+    lost_k = masked.question.difference(whole_1v) - masked.question.difference(without_kv)
     effects = dict(zip(measured_k.tolist(), lost_k.tolist(), strict=True))
     value_f = torch.where(kept_f, values_in(masked, kept_f), values_in(masked, above_f)).tolist()
     mean_f, level_f = _means_of(masked).tolist(), nested.level_f.tolist()
@@ -282,10 +278,6 @@ def _nodes(
         measured = (value, mean_f[place], effects.get(place), level_f[place], group_of.get(str(node)))
         nodes.append(ExplainedNode(*where, *measured, label))
     return tuple(nodes), labels
-
-
-def _first(logits_rv: Tensor) -> Tensor:
-    return torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device)
 
 
 @torch.no_grad()

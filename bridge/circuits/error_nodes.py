@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
+from bridge.circuit import corpus_means
 from bridge.residual import Enter, Trace
 from bridge.sparse import ERROR, Location
 
+REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 _ROWS = 8  # of the reference corpus at a time
 
 
@@ -65,6 +67,20 @@ def error_means(coupling: Coupling, corpus_bt: Tensor) -> dict[Location, Tensor]
         for at, error_bts in _errors(coupling, rows_bt)[1].items():
             totals[at] = totals.get(at, 0) + error_bts.sum((0, 1))
     return {at: total / corpus_bt.numel() for at, total in totals.items()}
+
+
+def reference_rows(coupling: Coupling, reference_bt: Tensor) -> Tensor:
+    """The first rows of some reference text, as many as means are taken over."""
+    return reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
+
+
+def reference_means(coupling: Coupling, used_bt: Tensor) -> dict[Location, Tensor]:
+    """The means of every node and every error over some text, kept with the coupling."""
+
+    def compute() -> dict[Location, Tensor]:
+        return {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
+
+    return coupling.once("means of nodes and errors", used_bt, compute)
 
 
 def _errors(coupling: Coupling, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:

@@ -12,7 +12,6 @@ Shape legend: c circuit, r masked copy of a prompt, t token, n nodes of a locati
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ def another_prompt(
         followed = follow(coupling, tokens_t[None], last_b)
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
-        score_f = integrated_gradients(there, ~there.is_error_f, partial(_difference, question), alphas)
+        score_f = integrated_gradients(there, ~there.is_error_f, question.difference, alphas)
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf
 
@@ -113,10 +112,6 @@ def integrated_gradients(masked: MaskedModel, over_f: Tensor, loss: Callable[[Te
     for some_r1 in alpha_r1.split(masked.rows):
         total_f += masked.gradient(some_r1 * over_f, loss)[0].sum(0)
     return torch.where(over_f, total_f / alphas, 0)
-
-
-def _difference(question: Question, logits_rv: Tensor) -> Tensor:
-    return question.difference(logits_rv, torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device))
 
 
 def _places(masked: MaskedModel) -> Tensor:

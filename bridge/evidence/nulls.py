@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.circuit import corpus_means
-from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.error_nodes import follow, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import find_nested
@@ -26,7 +25,6 @@ from bridge.evidence.null_table import PromptNull, keep_prompt_nulls, rules_of
 from bridge.evidence.prompt import EvidenceConfig, gather
 from bridge.sparse import Location
 
-ROWS = 32  # of the reference text, for means
 LENGTHS = 8, 24  # tokens of a prompt
 
 Means = dict[Location, Tensor]
@@ -35,12 +33,7 @@ Means = dict[Location, Tensor]
 def prompt_means(coupling: Coupling) -> Means:
     """The means of every node and every error over the coupling's reference text, kept with it. It must have some."""
     assert coupling.reference_bt is not None
-    text_bt = coupling.reference_bt[:ROWS]
-
-    def compute() -> Means:
-        return {**corpus_means(coupling.sparse, text_bt), **error_means(coupling, text_bt)}
-
-    return coupling.once("means of nodes and errors", text_bt, compute)
+    return reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
 
 
 def cut_prompts(coupling: Coupling, count: int, seed: int = 0) -> list[Tensor]:
