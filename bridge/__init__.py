@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bridge.explanation import Explanation
     from bridge.export import Exported, export, node_pages, to_networkx
     from bridge.frontier import Frontier
-    from bridge.moves import Move
+    from bridge.interventions import Intervention
     from bridge.node_page import NodePage, describe_node
     from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe, UserError
@@ -41,7 +41,7 @@ _HOME = {
     "Explanation": "explanation",
     "Exported": "export",
     "Frontier": "frontier",
-    "Move": "moves",
+    "Intervention": "interventions",
     "NodeFacts": "nodes",
     "NodePage": "node_page",
     "Progress": "training",
@@ -76,7 +76,7 @@ __all__ = [
     "Explanation",
     "Exported",
     "Frontier",
-    "Move",
+    "Intervention",
     "NodeFacts",
     "NodePage",
     "Progress",

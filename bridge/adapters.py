@@ -40,7 +40,7 @@ def base_of(model: nn.Module) -> Any:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """The folder with an adapter's files, which are downloaded where `adapter` is a hub id. Raises DenseModelError."""
+    """The folder with an adapter's files, downloaded where `adapter` is a hub id. Raises DenseModelError."""
     folder, who = Path(adapter), f"adapter {adapter!r}"
     if folder.is_file():
         raise DenseModelError(f"{who} is a file; give the folder that PEFT's save_pretrained wrote")
@@ -139,12 +139,12 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
 
 
 def _kind(config: PeftConfig) -> str:
-    """PEFT's name of what an adapter is."""
+    """PEFT's name for the kind of an adapter."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _config(folder: Path, who: str) -> PeftConfig:
-    """An adapter's configuration; refuses what no causal language model can be merged with."""
+    """An adapter's configuration. Raises DenseModelError for one that cannot be merged into a causal language model."""
     from peft import PeftConfig
 
     try:
@@ -166,14 +166,14 @@ def _config(folder: Path, who: str) -> PeftConfig:
 
 
 def _unfilled(peft_model: nn.Module, keys: list[str]) -> list[str]:
-    """Which of the model's weights that PEFT has found none for in the file were not filled under another name either."""
+    """The model's weights that PEFT found none for in the file, and that were not filled under another name either."""
     weights = dict(peft_model.named_parameters(remove_duplicate=False))
     filled = {id(weight) for key, weight in weights.items() if key not in keys}
     return [key for key in keys if id(weights.get(key)) not in filled]
 
 
 def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
-    """How many tokens the model was given, so that it has all that the adapter has; their weights are nan, for it to replace."""
+    """The number of tokens the model is resized to, to have all of the adapter's; their weights are nan, for it to replace."""
     from safetensors import safe_open
 
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
@@ -215,7 +215,7 @@ def _untie(model: nn.Module, layer_types: tuple[type, ...]) -> None:
 
 
 def _forget(plain: Any) -> None:
-    """Leave no word of adapters, or of weights that are no longer tied, on a model whose layers are plain."""
+    """Remove every mention of adapters, and of weights no longer tied, from a model whose layers are plain."""
     if has_adapter(plain):
         del plain.peft_config
     plain._hf_peft_config_loaded = False
@@ -226,6 +226,6 @@ def _forget(plain: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What a foreign error says, in one line; torch names the sizes that do not fit in its second."""
+    """The message of a foreign error in one line; torch names the sizes that do not fit in its second."""
     lines = [line.strip().rstrip(". ") for line in str(error).split("\n")]
     return next((line for line in lines if line.startswith("size mismatch")), first_line(error))

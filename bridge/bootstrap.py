@@ -1,4 +1,4 @@
-"""95% bootstrap intervals: the same statistic of the independent things that were measured, drawn again with replacement.
+"""95% bootstrap intervals: a statistic of independent measurements, resampled with replacement.
 
 Shape legend: b measurement, s source (what measurements were made from), k draw.
 """
@@ -29,7 +29,7 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: in
 
 
 class Draws:
-    """Draws of the sources of some measurements: what was made from one source is drawn together."""
+    """Bootstrap draws of the sources of some measurements: measurements from one source are drawn together."""
 
     def __init__(self, source_b: np.ndarray | Sequence[str], seed: int) -> None:
         """`source_b` names the source of each measurement."""
@@ -37,7 +37,7 @@ class Draws:
         self.sources, self.seed = len(found), seed
 
     def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval | None:
-        """That of statistic(weight_kb) -> value_k, weight_kb being how often a measurement was drawn."""
+        """The 95% interval of statistic(weight_kb) -> value_k, weight_kb being how often a measurement was drawn."""
 
         def of_picks(pick_ks: np.ndarray) -> np.ndarray:
             drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])

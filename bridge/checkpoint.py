@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
 
 def check_new(path: str | Path) -> Path:
-    """The path as one that a new checkpoint may be written to. Raises CheckpointError where something is there already."""
+    """Return the path if a new checkpoint may be written to it. Raises CheckpointError where something is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"--out {str(path)!r} exists and is not empty; name a new folder, or give --resume to continue it")
@@ -38,7 +38,7 @@ def check_new(path: str | Path) -> Path:
 
 
 def check_folder(path: str | Path, option: str = "--out") -> Path:
-    """The path as a folder that may be made, or written to. Raises CheckpointError before the work is done rather than after."""
+    """Return the path if it is a folder that may be made or written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -49,7 +49,7 @@ def check_folder(path: str | Path, option: str = "--out") -> Path:
 
 
 def check_target(path: str | Path, option: str) -> Path:
-    """The path as a file that may be written to. Raises CheckpointError before the work is done rather than after."""
+    """Return the path if it is a file that may be written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     folder = path.absolute().parent
     special = path.exists() and not path.is_file()
@@ -100,7 +100,10 @@ def write_folder(
 
 
 def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a folder written by `write_folder`. Raises CheckpointError where they are missing or damaged."""
+    """Read the tensors and facts of a folder written by `write_folder`.
+
+    Raises CheckpointError where they are missing or damaged.
+    """
     path = Path(path)
     if not (path / f"{name}.json").is_file():
         missing = "is a file, not a folder with a" if path.exists() else "does not exist, so there is no"
@@ -128,7 +131,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "fetch or fit it again") -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError, which says the remedy, where the file holds anything else."""
+    """Read a JSON object. Raises CheckpointError, with the remedy, where the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -139,7 +142,7 @@ def read_json(path: Path, remedy: str = "fetch or fit it again") -> dict[str, An
 
 
 def pack_nonzeros(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """A matrix by its nonzeros, as three named vectors: values, columns (16 bits where they suffice), counts per row."""
+    """Pack a matrix as three named vectors: nonzero values, their columns (16 bits where they suffice), and counts per row."""
     matrix = matrix.detach().cpu()
     row, column = matrix.nonzero(as_tuple=True)
     small = matrix.shape[1] <= 1 << 16
@@ -163,7 +166,7 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text so that the file is either the earlier one or the new one, whole; pipes and devices are written to.
+    """Write a text so that the file is either the earlier one or the new one, whole; pipes and devices are written to directly.
 
     A link to a file gives way to the new one: in a hub's cache it leads to what other snapshots hold too. Raises CheckpointError
     for a folder, and OSError with this path where it cannot be written.

@@ -1,4 +1,4 @@
-"""The commands: each checks its arguments, imports what it needs, calls the library, and prints.
+"""The commands: each checks its arguments, imports its modules, calls the library, and prints.
 
 Nothing heavy is imported before a command runs, so that --help answers at once. What a user can mend is one line on standard
 error and exit code 2; a run that had to stop is exit code 1, one that was asked to stop 130.
@@ -30,12 +30,12 @@ from bridge.terminal import (
     held_out_text,
     one_line_errors,
     opened_coupling,
+    print_output,
     print_run,
     print_written,
     seed_of,
     shipped_coupling,
     show_phase,
-    tell,
     terminal_width,
     usage_line,
 )
@@ -223,7 +223,7 @@ def explain(
 
         def show(known: Answered | Drawn) -> None:
             if isinstance(known, Answered):
-                tell(f"{render_answer(known, width)}\n")
+                print_output(f"{render_answer(known, width)}\n")
 
         explanation = explain_prompt(
             coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=note,
@@ -233,7 +233,7 @@ def explain(
             write_json(json, explanation.to_json())
         if html is not None:
             write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
-        tell(render_text(explanation, width, answer=False))
+        print_output(render_text(explanation, width, answer=False))
         print_written(json, html)
 
 
@@ -323,7 +323,7 @@ def steer(
     """Change nodes of the sparse model, carry that into the dense one, and see its answers and text change."""
     with one_line_errors():
         from bridge.checkpoint import write_json, write_text
-        from bridge.moves import chosen_moves
+        from bridge.interventions import chosen_interventions
         from bridge.steer import STRENGTHS, check_strengths
         from bridge.steer import steer as steer_prompt
         from bridge.steer_figure import render_steering, steering_plot
@@ -331,16 +331,16 @@ def steer(
         check_strengths(strength or STRENGTHS)
         check_outputs(svg=svg, json=json, read=[explanation])
         coupling = opened_coupling(bridge, dense, device)
-        text, moves = chosen_moves(coupling, prompt, node or [], circuit, explanation)
+        text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
-            coupling, text, moves, counterfactual=counterfactual, target=target, contrast=contrast,
+            coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
             strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
         )  # fmt: skip
         if svg is not None:
             write_text(svg, steering_plot(steering))
         if json is not None:
             write_json(json, steering.to_json())
-        tell(render_steering(steering, terminal_width()))
+        print_output(render_steering(steering, terminal_width()))
         print_written(svg, json)
 
 
@@ -375,7 +375,7 @@ def serve(
             circuits = beside  # of what ships
         stopped = run_server(
             folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=choose_device(device),
-            say=lambda line: print(line, flush=True),
+            progress=lambda line: print(line, flush=True),
         )  # fmt: skip
         if not stopped:
             os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash

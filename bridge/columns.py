@@ -1,4 +1,4 @@
-"""Rows of text in columns, for a terminal: what is too wide for it goes below its row rather than off the edge."""
+"""Rows of text in columns for a terminal; cells that do not fit are printed below their row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ GAP, INDENT = 2, 6
 
 
 def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Lines of at most `width`; the first row is the heads, and a row of one cell is a heading or a note.
+    """Lines of at most `width`; the first row is the head, and a row of one cell is a heading or a note.
 
-    Columns that do not fit are told below each row, each cell behind its head.
+    Columns that do not fit are printed below each row, each cell behind its head.
     """
     heads = rows[0]
     sizes = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(heads))]

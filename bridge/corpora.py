@@ -1,4 +1,4 @@
-"""Sources -> the pieces of a corpus, in an order fixed by the seed, and what of the source is left out.
+"""Sources -> the pieces of a corpus, in an order fixed by the seed, and the parts of the source that are left out.
 
     stdlib, stdlib+packages   the source of the Python library on this machine, and of the packages beside it
     a file                    as `records` reads it
@@ -53,14 +53,14 @@ CARD_KEYS = {"configs", "dataset_info", "task_categories", "task_ids", "size_cat
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pieces of a source, read as they are taken; and in words what of it is left out, "" for nothing."""
+    """The pieces of a source, read as they are taken, and a description of the parts left out ("" for none)."""
 
     pieces: Iterator[Piece]
     left_out: str = ""
 
 
 def open_corpus(source: str, seed: int = 0) -> Corpus:
-    """The corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
+    """Open the corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
     if source in ("stdlib", "stdlib+packages"):
         return Corpus(("text", text) for text in _python_source(packages=source != "stdlib", seed=seed))
     path, configuration = Path(source).expanduser(), None
@@ -163,7 +163,7 @@ def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str
 
 
 def _split_of(inside: Path) -> str | None:
-    """The split that a file's name says it is of, or that of a folder which it lies in."""
+    """The split that a file's name gives, or the name of a folder that holds it."""
     for part in reversed(inside.parts):
         for split, words in SPLITS.items():
             if re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", part.lower()):
@@ -175,7 +175,7 @@ def _split_of(inside: Path) -> str | None:
 
 
 def _saved(path: Path) -> Corpus:
-    """What `save_to_disk` wrote."""
+    """The pieces of a data set written by `save_to_disk`."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -206,7 +206,7 @@ def _records(files: Iterable[Path]) -> list[Path]:
 
 
 def _card(path: Path) -> dict[str, Any] | None:
-    """The facts that a folder's README.md begins with; None where it does not."""
+    """The metadata at the head of a folder's README.md; None where there is none."""
     try:
         text = (path / "README.md").read_text(encoding="utf-8-sig")
         facts = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else None

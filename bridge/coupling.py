@@ -1,4 +1,4 @@
-"""The coupling as a person holds it: what the library does with one, as its methods.
+"""The coupling as a user holds it: the library's functions that take a coupling first, as methods.
 
 `bridges.Coupling` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which is
 the same, and whose methods are the functions that take a coupling first.
@@ -27,8 +27,8 @@ from bridge.steer import steer
 P = ParamSpec("P")
 
 
-def _held(make: Callable[P, Bare]) -> Callable[P, Coupling]:
-    """The same function, giving the coupling that has methods."""
+def _with_methods(make: Callable[P, Bare]) -> Callable[P, Coupling]:
+    """Wrap a function that returns a coupling, so that it returns one with methods."""
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Coupling:
@@ -38,12 +38,12 @@ def _held(make: Callable[P, Bare]) -> Callable[P, Coupling]:
     return made
 
 
-load = _held(Bare.from_pretrained)
-fit = _held(training.fit)
+load = _with_methods(Bare.from_pretrained)
+fit = _with_methods(training.fit)
 
 
 class Coupling(Bare):
-    """A dense model, the sparse model that explains it, and the bridges between them; with what can be asked of them."""
+    """A dense model, the sparse model that explains it, and the bridges between them, with the library's functions as methods."""
 
     from_pretrained = staticmethod(load)
     evaluate = evaluate
@@ -72,7 +72,7 @@ class Coupling(Bare):
         work: float = WORK,
         progress: Callable[[str], None] | None = None,
     ) -> Card:
-        """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
+        """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
         The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
         `seeds` and within `work`. Raises TaskError, MaskError where none is found, CheckpointError, or CardError where it is not

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 HELD_OUT_EVERY = 50
 MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
 MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
-STEPS_TOLD = 200  # how often, in all, reading says how far it is
+REPORTS = 200  # of progress, in all, while text is read
 PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
 SAMPLED_ROWS = 64
 LOOKED_AT = 16  # rows of tokens that tell whether all are of one length
@@ -59,7 +59,7 @@ class Blocks:
     description: str
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
-        """The `rows` blocks of a step, tokens_bt int64: the same for the same (step, rows, seed), whatever ran before."""
+        """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
         n_blocks = self.train_nt.shape[0]
         wanted_b = torch.arange(step * rows, (step + 1) * rows)
         picked_b = torch.empty_like(wanted_b)
@@ -89,7 +89,7 @@ def load_blocks(
     dense: PreTrainedModel | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Blocks:
-    """Read `source` (see `corpora`) until `max_tokens` tokens are held, and cut them into blocks of `context`.
+    """Read `source` (see `corpora`) until there are `max_tokens` tokens, and cut them into blocks of `context`.
 
     `prompts` is the dense model's, or a tokenizer. `dense` is what `self` samples from, and what token ids are checked against;
     progress is told how far this is, which takes long for large corpora and longer for sampled ones. Raises PromptError where
@@ -116,7 +116,7 @@ def load_blocks(
         corpus = open_corpus(source, seed)
     packed, pieces = _packed(corpus.pieces, context)
     parts = (_Part(), _Part())
-    count = index = told = 0
+    count = index = reported = 0
     for run in _tokenized(pieces, prompts):
         part = parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         ids = _without_padding(run.ids, pad, end, prefix) if run.given else run.ids
@@ -136,8 +136,8 @@ def load_blocks(
                 part.stream.append(end)
         index += run.ends
         count += len(tokens)
-        if progress is not None and count - told > limit // STEPS_TOLD:
-            told = count
+        if progress is not None and count - reported > limit // REPORTS:
+            reported = count
             progress(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most")
         if count >= limit:
             break
@@ -160,7 +160,7 @@ def load_blocks(
 
 @dataclass
 class _Part:
-    """What is trained on, or held out: rows that are blocks already, and a stream to be cut; 4 bytes a token, a list takes 36."""
+    """The rows of one split, blocks already, and a stream to be cut into blocks; 4 bytes a token, where a list takes 36."""
 
     rows: array[int] = field(default_factory=lambda: array("i"))
     stream: array[int] = field(default_factory=lambda: array("i"))
@@ -179,7 +179,7 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
 
 
 def _with_held_out(train: _Part, heldout: _Part, context: int, body: int) -> tuple[_Part, _Part]:
-    """The two parts; where one has not a block, as of few documents, the tail of everything is held out instead."""
+    """Both parts; where one has no block (few documents), the tail of everything is held out instead."""
     if all(len(part.rows) >= context or len(part.stream) >= body for part in (train, heldout)):
         return train, heldout
     rows, stream = train.rows + heldout.rows, train.stream + heldout.stream
@@ -192,7 +192,7 @@ def _with_held_out(train: _Part, heldout: _Part, context: int, body: int) -> tup
 
 
 def _packed(pieces: Iterator[Piece], context: int) -> tuple[int | None, Iterator[Piece]]:
-    """The length beyond the context that the first rows of tokens all have, None where they do not; and all the pieces."""
+    """The length beyond the context that the first rows of tokens all have (None where they differ), and all the pieces."""
     first = list(islice(pieces, LOOKED_AT))
     lengths = {len(value) if kind == "tokens" else 0 for kind, value in first}
     one = lengths.pop() if len(lengths) == 1 and len(first) > 1 else 0
@@ -200,7 +200,7 @@ def _packed(pieces: Iterator[Piece], context: int) -> tuple[int | None, Iterator
 
 
 def _without_padding(ids: list[Any], pad: int | None, end: int | None, prefix: list[int]) -> list[Any]:
-    """The ids less those of padding at both ends.
+    """The ids without the padding at both ends.
 
     Where what pads also begins or ends a text, one of it before a text is no padding, nor the one behind that ends it.
     """
@@ -215,7 +215,7 @@ def _without_padding(ids: list[Any], pad: int | None, end: int | None, prefix: l
 
 
 class _Run(NamedTuple):
-    """Token ids; whether a document begins with them, and ends; whether they were given, and not read from text."""
+    """Token ids; whether a document begins with them, and ends; whether they were given as ids, not read from text."""
 
     ids: list[Any]
     begins: bool

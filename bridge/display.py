@@ -22,7 +22,7 @@ class Cell:
 
 
 def text(words: str) -> str:
-    """Escaped text, in which whitespace stays and which no line is too long for."""
+    """Escaped text that keeps its whitespace and breaks long lines."""
     return f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(words)}</span>'
 
 
@@ -34,13 +34,13 @@ def token(words: str, strength: float) -> str:
 
 
 def verdict(words: str) -> str:
-    """A verdict in its colour: what fails, what is open, what holds."""
+    """A verdict in its colour: failed, open or passed."""
     colour = _BAD if words in ("refuted", "no explanation", "unsolved") else _OPEN if words == "undecided" else _GOOD
     return f'<b style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px">{html.escape(words)}</b>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
-    """A table of escaped cells; of a `Cell` the bar is drawn."""
+    """A table of escaped cells; a `Cell` is drawn with its bar."""
     titles = "".join(f'<th style="text-align:left;padding:1px 10px 1px 0">{html.escape(title)}</th>' for title in head)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     style = "border-collapse:collapse;font-size:90%;margin:4px 0"
@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
 
 
 def fold(title: str, *parts: str) -> str:
-    """Parts that are there once one asks for them."""
+    """Parts that are shown on request."""
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 

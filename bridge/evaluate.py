@@ -1,4 +1,4 @@
-"""How faithful a coupling is, on held-out text: per site and overall.
+"""Faithfulness of a coupling on held-out text, per site and overall.
 
     EV of f_i   = 1 - sum |f_i(h_d) - h_s|^2 / sum |h_s - mean h_s|^2       decoders likewise, with h_d and h_s changing places
     CE recovered at i = (CE_mean - CE_hybrid) / (CE_mean - CE_dense)
@@ -78,8 +78,10 @@ class Evaluation:
         head = ("site", "read by", "KL in", "out", "CE recovered in", "out", "explained variance encoder", "decoder")
         numbers = ("kl_in", "kl_out", "recovered_in", "recovered_out", "ev_encoder", "ev_decoder")
         rows = [(str(s.site), s.read_by, *(f"{getattr(s, name):.3f}" for name in numbers)) for s in self.sites]
-        told = f"KL of sparse to dense {self.kl_sparse:.3f}; cross-entropy dense {self.ce_dense:.3f}, sparse {self.ce_sparse:.3f}"
-        return display.card(f"{self.tokens:,} held-out tokens; nats per token", display.text(told), display.table(head, rows))
+        summary = (
+            f"KL of sparse to dense {self.kl_sparse:.3f}; cross-entropy dense {self.ce_dense:.3f}, sparse {self.ce_sparse:.3f}"
+        )
+        return display.card(f"{self.tokens:,} held-out tokens; nats per token", display.text(summary), display.table(head, rows))
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def _means(coupling: Coupling, parts: Sequence[Tensor], progress: Callable[[floa
 
 
 class _Sums:
-    """Sums over text, by their name and site (None: of no site), in float64."""
+    """Sums over text, in float64, by name and site (None: not of a site)."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, int | None], float] = defaultdict(float)
@@ -126,11 +128,11 @@ class _Sums:
         return self._sums[at]
 
     def add(self, name: str, site: int | None, value: Tensor) -> None:
-        """Add all that a tensor holds."""
+        """Add the sum of a tensor's entries."""
         self._sums[name, site] += float(value.double().sum())
 
     def compare(self, name: str, site: int | None, logits_btv: Tensor, truth_btv: Tensor, tokens_bt: Tensor) -> None:
-        """Add how far answers are from the text, and from the dense model's."""
+        """Add the losses of answers against the text, and against the dense model's answers."""
         log_q_btv, log_p_btv = logits_btv.float().log_softmax(-1), truth_btv.float().log_softmax(-1)
         self.add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="sum"))
         self.add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
@@ -138,7 +140,7 @@ class _Sums:
 
 
 def _measure(coupling: Coupling, part_bt: Tensor, means: Means, sums: _Sums, alive: dict[Location, Tensor]) -> None:
-    """Add what some rows of text give; and which neurons are ever on."""
+    """Add the sums over some rows of text, and mark which neurons were active."""
     dense, bridges = coupling.dense, coupling.bridges
 
     def watch(location: Location, x_btn: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def _measure(coupling: Coupling, part_bt: Tensor, means: Means, sums: _Sums, ali
 
 
 def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
-    """What the sums over text of a shape come to."""
+    """The evaluation computed from the sums over a text of that shape."""
     rows, tokens = shape[0], shape.numel()
     sites = range(coupling.n_sites)
 

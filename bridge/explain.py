@@ -53,11 +53,11 @@ from bridge.explanation import (
     Provenance,
     Token,
 )
-from bridge.meanwhile import cores
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint
 from bridge.prompts import Prompts
 from bridge.sparse import ERROR, Location
+from bridge.threads import cores
 
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
 MOST_EDGES = 5000  # and edges, the strongest ones

@@ -66,7 +66,7 @@ _HOW_TO_READ = (
 
 
 def render_answer(answered: Answered, width: int = 100) -> str:
-    """What is known at once, as `render_text` begins."""
+    """The first part of `render_text`: prompt, both models' answers, and the question."""
     agree = "agrees" if answered.agree else "answers otherwise by itself"
     lines = [
         *_wrap("prompt    ", f"{quoted(answered.prompt)}  ({len(answered.tokens)} tokens)", width),
@@ -78,7 +78,7 @@ def render_answer(answered: Answered, width: int = 100) -> str:
 
 
 def question(answered: Answered) -> str:
-    """What is asked, in words."""
+    """The question in words."""
     over = "at all" if answered.contrast is None else f"rather than {answered.contrast}"
     own = "" if answered.answer.id == answered.dense[0].token.id else ", which is not the dense model's answer"
     return f"why {answered.answer} {over}{own}"
@@ -102,7 +102,7 @@ def _verdict(explanation: Explanation, width: int) -> list[str]:
 
 
 def _circuits(explanation: Explanation, width: int) -> list[str]:
-    """The nested circuits as a table, and what of the span flows through errors."""
+    """The nested circuits as a table, and the shares of the span that flow through nodes and errors."""
     heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     rows: list[tuple[str, ...]] = [heads]
     for place, each in enumerate(explanation.nested):
@@ -115,13 +115,13 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
-    told = (
+    legend = (
         f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
     )
-    lines += _wrap(" " * _HEAD, told, width)
+    lines += _wrap(" " * _HEAD, legend, width)
     if (backup := explanation.backup) is not None:
         strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
         what = (
@@ -146,17 +146,17 @@ def _numbers(each: NestedCircuit) -> tuple[str, ...]:
 def _path(explanation: Explanation, width: int) -> list[str]:
     groups = {f"group:{group.id}": group for group in explanation.groups}
     lines: list[str] = []
-    told: set[str] = set()
+    described: set[str] = set()
     for path in strongest_paths(explanation.group_edges, PATHS):
         words = []
         for each in path.steps:
             group = groups.get(each)
-            if group is None or each in told:
+            if group is None or each in described:
                 words.append(_end(explanation, each))
             else:
                 count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
                 words.append(f"[{group.id}: {_what(group, group.label or group.name)} ({count})]")
-                told.add(each)
+                described.add(each)
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 
@@ -207,7 +207,7 @@ def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[
 
 
 def _what(group: ExplainedGroup, name: str) -> str:
-    """A group's name behind its block, part of the block and tokens."""
+    """A group's name, after its block, part of the block and tokens."""
     positions = ", ".join(map(str, group.positions))
     if group.kind == ERROR:
         return f"{name}, at token {positions}"
@@ -317,7 +317,7 @@ def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[st
 
 
 def _keep(text: str) -> str:
-    """Text that is not divided between lines, until `_kept`."""
+    """Mark text that is not to be divided between lines; `_kept` removes the marks."""
     return text.replace(" ", "\u00a0")
 
 

@@ -43,7 +43,7 @@ _SLUG = re.compile(
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left: its main file, how many nodes, links and features, and what a person does next."""
+    """The result of an export: its main file, counts of nodes, links and features, and the next step for the user."""
 
     file: Path
     nodes: int
@@ -88,7 +88,7 @@ def export(
 
 
 def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
-    """A page for every channel of the explanation, by its name, from the facts beside the coupling; None without any.
+    """A page for every channel of the explanation, by name, from the facts stored with the coupling; None without any.
 
     Raises ExplainError for another coupling than the explanation's.
     """
@@ -102,7 +102,7 @@ def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePa
 
 
 def pages_for(explanation: Explanation, path: str | None = None, *, dense: str | None = None) -> dict[str, NodePage] | None:
-    """The pages from a coupling that is named, or from the explanation's own if it is still there; None without facts.
+    """The pages from a named coupling, or from the explanation's own if it is still there; None without facts.
 
     dense says where its dense model is, if not where it was.
     """
@@ -121,7 +121,7 @@ def pages_for(explanation: Explanation, path: str | None = None, *, dense: str |
 
 
 def to_networkx(explanation: Explanation) -> nx.DiGraph:
-    """The opening circuit as a networkx graph, texts written as JSON does; attributes that are None in it are absent."""
+    """The opening circuit as a networkx graph, texts written as JSON writes them; attributes that are None are absent."""
     graph = nx.DiGraph(
         prompt=json.dumps(explanation.prompt),
         answer=json.dumps(explanation.answer.text),
@@ -239,7 +239,7 @@ def _listed(file: Path) -> list[dict[str, Any]]:
 
 
 def _slug(explanation: Explanation) -> str:
-    """The end of the prompt as far as it can stand in an address, and a digest of what was asked of what."""
+    """A slug for an address: the end of the prompt, and a digest of the question and the coupling."""
     where = explanation.provenance
     asked = (
         explanation.prompt,

@@ -30,7 +30,7 @@ SAME_TEXT = 1e-3  # nats by which the dense model's cross-entropy may differ bet
 
 @dataclass(frozen=True)
 class TaskSize:
-    """A task's circuit in one model: its size, or the whole model's where there is none, and then why not."""
+    """The size of a task's circuit in one model, or the whole model's size where there is no circuit, with the reason."""
 
     task: str
     size: Size
@@ -40,7 +40,7 @@ class TaskSize:
 
 @dataclass(frozen=True)
 class Point:
-    """One coupling: what it is, what it can do (nats per token; recovered is a mean over sites), and its circuits.
+    """One coupling, its capability (nats per token; recovered is a mean over sites), and its circuits.
 
     l0 is the share of the `weights` that stays, nonzeros their number; loaded is where one that was not fitted came from.
     """
@@ -65,7 +65,7 @@ class Point:
 
     @property
     def solved(self) -> int:
-        """How many tasks have a circuit."""
+        """The number of tasks with a circuit."""
         return sum(not task.failed for task in self.tasks)
 
     @property
@@ -81,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True)
 class DensePoint:
-    """The dense model: its cross-entropy on the text of the first point, its own circuits, or why those were not searched."""
+    """The dense model: its cross-entropy on the text of the first point, and its own circuits, or why there are none."""
 
     name: str
     fingerprint: str
@@ -91,7 +91,7 @@ class DensePoint:
 
     @property
     def solved(self) -> int:
-        """How many tasks have a circuit."""
+        """The number of tasks with a circuit."""
         return sum(not task.failed for task in self.tasks)
 
     @property
@@ -102,7 +102,7 @@ class DensePoint:
 
 @dataclass(frozen=True)
 class Failure:
-    """A point that could not be measured, and why, in one line."""
+    """A point that could not be measured, with the reason in one line."""
 
     name: str
     why: str
@@ -110,7 +110,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A sweep: its points, those that failed, those not reached yet, the dense model, and how circuits were searched."""
+    """A sweep: its points, the failed ones, the missing ones, the dense model, and how circuits were searched."""
 
     points: tuple[Point, ...]
     failures: tuple[Failure, ...]
@@ -121,7 +121,7 @@ class Frontier:
     seeds: int
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, what is derived (tasks solved, geometric means) written out."""
+        """Plain JSON values, derived ones (tasks solved, geometric means) included."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         for point, its in zip(self.points, values["points"], strict=True):
             its |= {"recovered": point.recovered, "solved": point.solved, "nodes": point.nodes, "edges": point.edges}
@@ -166,7 +166,7 @@ _FRONTIER = TypeAdapter(Frontier)
 
 
 def render_frontier(frontier: Frontier) -> str:
-    """The sweep as a person reads it: a line per point, the dense model's, what failed."""
+    """The sweep as text: a line per point, the dense model's line, the failures."""
     header = ("point", "width", "L0", "nonzeros", "CE", "CE recovered", "solved", "nodes", "edges", "dense edges")
     dense, rows = frontier.dense, [tuple[str, ...](header)]
     counterpart = "-" if dense is None or dense.edges is None else f"{dense.edges:,.0f}"
@@ -277,7 +277,7 @@ class _Frame(Frame):
     """A panel of the plot, y logarithmic."""
 
     def line(self, value: float, dense: DensePoint) -> str:
-        """The dense model's own: a line at what it can do, and a diamond at its circuits where they were searched."""
+        """The dense model's marks: a line at its cross-entropy, and a diamond at its circuits where they were searched."""
         x, edges = self.x(value), dense.edges
         text = f"dense model {dense.name}: CE {dense.ce:.3f}"
         drawn = f'<line class="dense" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
@@ -289,7 +289,7 @@ class _Frame(Frame):
         return f"<g><title>{escape(text)}</title>{drawn}</g>"
 
     def mark(self, point: Point, value: float, colour: int, boxes: list[tuple[float, float, float, float]]) -> str:
-        """A point with its label, where that covers no other mark; adds the label to the boxes that are taken."""
+        """A point with its label, where that covers no other mark; adds the label to the occupied boxes."""
         x, y = self.x(value), self.y(point.edges)
         label = _share(point.l0) if point.loaded is None else f"{_share(point.l0)} {point.name}"
         label += "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
@@ -325,6 +325,6 @@ def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, 
 
 
 def _share(l0: float) -> str:
-    """1/16 where it is about that, else the number."""
+    """The fraction as 1/n where it is close to one, else as a number."""
     of = round(1 / l0) if l0 > 0 else 0
     return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"

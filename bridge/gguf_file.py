@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def find_gguf(name: str) -> tuple[str, str] | None:
-    """The folder or hub id, and the file in it, of the GGUF that a model's name means; None where it means no such file.
+    """The folder or hub id, and the file in it, of the GGUF that a model's name refers to; None where it names none.
 
     A name is that of the file (on the hub owner/model/file.gguf), or of a folder that has one such file and no safetensors.
     Raises DenseModelError where a folder has several, or the package that reads them is not installed.
@@ -64,7 +64,7 @@ def find_gguf(name: str) -> tuple[str, str] | None:
 
 
 def named_gguf(model: str | None, file: str) -> str:
-    """The one name of a GGUF file that is said as a model (a folder or hub id, or None) and a file in it, or a path."""
+    """The full name of a GGUF file, given as a model (folder, hub id or None) and a file in it, or as a path."""
     if not file.endswith(".gguf"):
         raise DenseModelError(f"--gguf {file!r} is no .gguf file; name one")
     if model is None or (Path(file).is_file() and not (Path(model) / file).is_file()):
@@ -73,7 +73,7 @@ def named_gguf(model: str | None, file: str) -> str:
 
 
 def loading_options(file: str) -> dict[str, Any]:
-    """What `from_pretrained` is given for a GGUF file: its name, and that its weights are to be numbers."""
+    """The arguments of `from_pretrained` for a GGUF file: its name, and that its weights are dequantized."""
     import transformers
 
     quantization = getattr(transformers, "GgufConfig", None)  # earlier versions know no other way than to dequantize
@@ -81,7 +81,7 @@ def loading_options(file: str) -> dict[str, Any]:
 
 
 def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | None) -> Any:
-    """The same weights in a plain instance: transformers takes what it has read from a GGUF for quantized, and will not save it.
+    """The same weights in a plain instance: transformers takes a model read from a GGUF for quantized, and will not save it.
 
     Raises DenseModelError where the file says more than the model has.
     """
@@ -103,12 +103,12 @@ def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
     from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
 
     reader = GGUFReader(str(path))
-    held = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    stored = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     taken = [weight.numel() for weight in model.parameters()]
-    if sum(held.values()) != sum(taken):
-        left = Counter(held.values()) - Counter(taken)
-        odd = next((name for name, size in held.items() if size in left), next(iter(held), "nothing"))
-        what = f"holds {sum(held.values()):,} weights, of which the model that transformers makes of it has {sum(taken):,}"
+    if sum(stored.values()) != sum(taken):
+        left = Counter(stored.values()) - Counter(taken)
+        odd = next((name for name, size in stored.items() if size in left), next(iter(stored), "nothing"))
+        what = f"holds {sum(stored.values()):,} weights, of which the model that transformers makes of it has {sum(taken):,}"
         raise DenseModelError(f"{who} {what} ({odd} has no place in it); give the model in safetensors")
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     architecture = f"{fields['general.architecture']}."

@@ -1,4 +1,4 @@
-"""Which model a dense model is: its weights, the configuration that decides its function, and its answers to a few fixed tokens.
+"""The identity of a dense model: its weights, the configuration that decides its function, and its answers to a few fixed tokens.
 
 Weights alone do not say it: another rotary base, activation or epsilon in config.json is another function. So a fingerprint is a
 digest of both, taken whenever it is asked for of what is in memory then (the weights are hashed at the speed of memory, so that
@@ -39,7 +39,7 @@ DEFAULT = "its default"
 
 @dataclass(frozen=True)
 class Identity:
-    """The digest of the weights, the configuration that is not default by dotted key, log-probabilities, and their precision."""
+    """A digest of the weights, the non-default configuration by dotted key, log-probabilities, and their precision."""
 
     weights: str
     configuration: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Identity:
     dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept with a coupling; `read` is the inverse."""
+        """The identity as stored with a coupling; `read` is the inverse."""
         return {
             "fingerprint": _digest(self.weights, self.configuration),
             "weights": self.weights,
@@ -58,7 +58,7 @@ class Identity:
 
     @staticmethod
     def read(facts: Mapping[str, Any]) -> Identity:
-        """The identity in some facts. Raises KeyError, TypeError or ValueError where it is not there whole."""
+        """Read the identity from stored facts. Raises KeyError, TypeError or ValueError where it is not whole."""
         weights, configuration, dtype = facts["weights"], facts["configuration"], facts["dtype"]
         if not (isinstance(weights, str) and isinstance(configuration, dict) and isinstance(dtype, str)):
             raise TypeError("the identity of its dense model is not texts and settings")
@@ -67,7 +67,7 @@ class Identity:
         return Identity(weights, configuration, tuple(float(answer) for answer in facts["answers"]), dtype)
 
     def difference(self, now: Identity) -> str | None:
-        """In what another model is not this one, in a few words: settings by key, weights, or answers; None where in nothing."""
+        """The difference of another model in a few words: settings by key, weights, or answers; None where there is none."""
         keys = sorted({*self.configuration, *now.configuration})
         was, found = ({key: one.configuration.get(key, DEFAULT) for key in keys} for one in (self, now))
         changed = [f"{key} is {found[key]}, was {was[key]}" for key in keys if found[key] != was[key]]
@@ -86,13 +86,13 @@ class Identity:
 
 
 def fingerprint_of(model: Any) -> str:
-    """64 hex digits that tell the model, as it is now, from others with other weights or another configuration."""
+    """64 hex digits that distinguish the model, as it is now, from others with other weights or another configuration."""
     return _digest(_weights(model), configuration_of(model))
 
 
 @torch.no_grad()
 def identity_of(model: Any, context: int | None) -> Identity:
-    """The model as it is now; context is the most tokens it takes."""
+    """The identity of a model as it is now; context is the most tokens it takes."""
     weight = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     length = min(PROBE_TOKENS, context or PROBE_TOKENS)
@@ -137,7 +137,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _number(text: str) -> int | float:
-    """10000 for 10000.0: people write either."""
+    """The number as an int where it is one: people write 10000 or 10000.0."""
     value = float(text)
     return int(value) if value.is_integer() else value
 

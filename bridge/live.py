@@ -1,4 +1,4 @@
-"""A model that someone else holds, as bridge can run it: without what wraps it, on weights that are there, as a twin.
+"""A model that the caller holds, made ready to run: unwrapped, with its weights checked, as a copy that shares them.
 
 What wraps a model (torch.compile, DataParallel and their like) keeps its modules from being called one by one, or renames its
 weights; it is left off. Weights that are not numbers in memory (offloaded, sharded, quantized) are refused, each with its remedy.
@@ -19,7 +19,7 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself, of one that torch.compile, DataParallel, DistributedDataParallel or an engine has wrapped."""
+    """The model inside torch.compile, DataParallel, DistributedDataParallel or an engine; itself where not wrapped."""
     while isinstance(model, nn.Module) and type(model).__name__ in WRAPPERS:
         model = model._modules[WRAPPERS[type(model).__name__]]
     return model

@@ -1,4 +1,4 @@
-"""Sparse-native training: after the anneal, matrices are trained by their nonzeros alone, and the mask goes on moving.
+"""Sparse-native training: after the anneal, matrices are trained by their nonzeros alone, and the mask goes on changing.
 
     every step          gradient and AdamW at the nonzeros
     every `look_every`  the dense gradient G of that step's batch besides; then, in every matrix, the share r of the nonzeros
@@ -23,18 +23,18 @@ from bridge.sparse import Fractions, SparseTransformer, protected
 Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq
 
 
-def worthwhile(sparse: SparseTransformer, kept: Fractions, tokens: int, dtype: torch.dtype) -> list[str]:
+def faster_matrices(sparse: SparseTransformer, kept: Fractions, tokens: int, dtype: torch.dtype) -> list[str]:
     """Names of the matrices whose sparse product is measured faster at this density; none where there is no kernel."""
     return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
 
 
 def all_matrices(sparse: SparseTransformer) -> list[str]:
-    """Names of all matrices that can be held by their nonzeros; none where there is no kernel."""
+    """Names of all matrices that can be stored by their nonzeros; none where there is no kernel."""
     return list(sparse.packable())
 
 
-def hold(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
-    """Put the values of a matrix's nonzeros (or of `pattern`) in its place as what is trained; returns them."""
+def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
+    """Replace a matrix by the values of its nonzeros (or of `pattern`) as the trained parameter, and return it."""
     module, attribute = _place(sparse, name)
     weight = getattr(module, attribute)
     matrix = Compact.of(weight) if pattern is None else Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
@@ -46,38 +46,38 @@ def hold(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -
     return parameter
 
 
-def release(sparse: SparseTransformer) -> None:
-    """Put the dense matrices back in place of those that are held by their nonzeros."""
-    for name in held(sparse):
+def unpack(sparse: SparseTransformer) -> None:
+    """Replace the packed values by the dense matrices again."""
+    for name in packed(sparse):
         module, attribute = _place(sparse, name)
         weight = nn.Parameter(sparse.compact.pop(name).dense())
         del sparse.values[key(name)]
         setattr(module, attribute, weight)
 
 
-def held(sparse: SparseTransformer) -> list[str]:
-    """Names of the matrices that are held by their nonzeros."""
+def packed(sparse: SparseTransformer) -> list[str]:
+    """Names of the matrices that are stored by their nonzeros."""
     return [name.replace("/", ".") for name in sparse.values]
 
 
 def key(name: str) -> str:
-    """The name under which a matrix's values are kept: parameters may have no dot in theirs."""
+    """The parameter name of a matrix's values: parameter names have no dot."""
     return name.replace(".", "/")
 
 
 def look(sparse: SparseTransformer) -> None:
-    """Have the next backward pass collect the dense gradient of every matrix that is held by its nonzeros."""
-    for name in held(sparse):
+    """Have the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
+    for name in packed(sparse):
         sparse.compact[name].look = Look(sparse.compact[name].pattern.shape)
 
 
 @torch.no_grad()
-def move(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_neuron: int = 0) -> None:
-    """Drop the smallest `share` of every matrix's nonzeros and grow as many by the gradient that was looked at, in place.
+def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_neuron: int = 0) -> None:
+    """Drop the smallest `share` of every matrix's nonzeros and grow as many by the collected gradient, in place.
 
     Moments of what stays move with it; what grows starts at zero.
     """
-    for name in held(sparse):
+    for name in packed(sparse):
         matrix = sparse.compact[name]
         assert matrix.look is not None
         gradient_mn, matrix.look = matrix.look.gradient_mn, None
@@ -93,12 +93,12 @@ def move(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_n
         index_q, order_q = torch.cat([index_p[stays_p], new_p]).sort()
         matrix.pattern = Pattern.at(index_q, matrix.pattern.shape)
 
-        def carried(tensor_p: Tensor, stays_p: Tensor = stays_p, new_p: Tensor = new_p, order_q: Tensor = order_q) -> Tensor:
+        def reordered(tensor_p: Tensor, stays_p: Tensor = stays_p, new_p: Tensor = new_p, order_q: Tensor = order_q) -> Tensor:
             return torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q]
 
-        value_p.copy_(carried(value_p))
+        value_p.copy_(reordered(value_p))
         for moment_p in moments.get(name, {}).values():
-            moment_p.copy_(carried(moment_p))
+            moment_p.copy_(reordered(moment_p))
 
 
 def _stays(name: str, matrix: Compact, share: float, min_per_neuron: int) -> Tensor:

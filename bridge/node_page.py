@@ -1,4 +1,4 @@
-"""What a node is: its contexts in the text, what it writes and reads, the dense direction it stands for, and a line on these.
+"""The page of a node: its contexts in the text, its weights, the dense direction that it writes, and a one-line summary.
 
 A node's write w is what one unit of it adds to the residual stream, AbsTopK of later nodes and the norm apart:
 
@@ -47,7 +47,7 @@ BEFORE, AFTER = 12, 5  # tokens of a context
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of the vocabulary and how much of something it gets."""
+    """A token of the vocabulary and its score."""
 
     id: int
     text: str
@@ -78,7 +78,7 @@ class Link:
 
 @dataclass(frozen=True)
 class DenseDirection:
-    """The dense residual direction of a node's write, at a site, and its tokens by the dense unembedding (None: not found)."""
+    """The dense residual direction of a node's write, its site, and its tokens by the dense unembedding (None: not found)."""
 
     site: int
     read_by: str
@@ -89,7 +89,7 @@ class DenseDirection:
 
 @dataclass(frozen=True)
 class NodePage:
-    """Everything said about a node; `tokens` says how promotes and demotes are meant: promoted, embedded, or none."""
+    """All that is known of a node; `tokens` tells whether the tokens listed are promoted, embedded, or none."""
 
     name: str
     head: int | None
@@ -121,7 +121,7 @@ class NodePage:
 
 @torch.no_grad()
 def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
-    """The page of a node, from the facts collected on text and from the coupling's weights."""
+    """Make the page of a node from the facts collected on text and from the coupling's weights."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
     at, index = node.location, node.index
     mean, second = (float(x_n[index]) for x_n in (facts.mean(at), facts.second_moment(at)))
@@ -152,7 +152,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
 
 @torch.no_grad()
 def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
-    """A few words on every channel, by its name without position, from facts stored beside the coupling; {} without any.
+    """A short label for every channel, by name without position, from facts stored with the coupling; {} without any.
 
     Those on its positive and its negative values alone are under the name with + or - before it, where it had any.
     """
@@ -174,7 +174,7 @@ def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
 
 
 def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
-    """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it, and at which site; None for q, k."""
+    """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it, and the site; None for q, k."""
     sparse, at, index = coupling.sparse, node.location, node.index
     site = sparse.site(at)
     if at.kind in ("q", "k"):
@@ -188,7 +188,7 @@ def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
 
 
 def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
-    """How tokens are meant, those of the largest scores above 0, and those of the smallest below."""
+    """The kind of tokens, those of the largest scores above 0, and those of the smallest below."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
     if node.location.kind in READ_KINDS:
         return "embedded", *_ends(prompts, sparse.embedding[:, node.index])
@@ -211,7 +211,7 @@ def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
 
 
 def _output_embedding(coupling: Coupling) -> Tensor | None:
-    """The dense model's output embedding, rows of tokens, where it says which it is and that is a matrix of its width."""
+    """The dense model's output embedding, rows of tokens, where the model names it and it is a matrix of its width."""
     try:
         weight = getattr(coupling.dense.model.get_output_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
@@ -279,7 +279,7 @@ def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
 
 
 def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
-    """(label, summary), short and long: what the contexts of a side (default the stronger) share, and what is done there."""
+    """(label, summary), short and long: what the contexts of a side share (default the stronger), and the node's effect."""
     prompts = coupling.dense.prompts
     high, low = facts.extremes(node, "high"), facts.extremes(node, "low")
     if not high and not low:
@@ -306,14 +306,14 @@ def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None 
     sign = "negative " if negative else ""
     seen = " ".join(parts) or "no common token"
     label = f"{sign}{seen}{f'; {verb} {does[0]}' if does else ''}"
-    told = ", ".join(f"{part} ({count})" for part, count in zip(parts, counts, strict=True)) or "no common token"
+    context = ", ".join(f"{part} ({count})" for part, count in zip(parts, counts, strict=True)) or "no common token"
     tail = f"; {verb} {', '.join(does[:3])}" if does else ""
     share = float(facts.active(node.location)[node.index])
-    return label, f"{sign}{told}{tail}; active at {share:.1%} of {facts.n_tokens:,} tokens"
+    return label, f"{sign}{context}{tail}; active at {share:.1%} of {facts.n_tokens:,} tokens"
 
 
 def _sort_of(texts: list[str]) -> str:
-    """What kind of token all the texts are, '' where they are of several."""
+    """The kind of token of all the texts, '' where they differ."""
     sorts = (
         ("whitespace", lambda text: not text.strip()),
         ("numbers", lambda text: text.strip().isdigit()),
@@ -342,7 +342,7 @@ def _excerpt(prompts: Prompts, tokens_bt: Tensor, context: Context) -> Excerpt:
 
 
 def render_page(page: NodePage, width: int = 100, description: str | None = None) -> str:
-    """A node for a terminal `width` columns wide; all text of models, corpora and endpoints as Python would write it."""
+    """A node's page for a terminal `width` columns wide; text from models, corpora and endpoints is escaped as in Python."""
     head = "" if page.head is None else f"  (head {page.head})"
     lines = [f"{page.name}{head}", *_wrapped("what      ", page.summary, width)]
     if description is not None:
@@ -365,14 +365,14 @@ def render_page(page: NodePage, width: int = 100, description: str | None = None
             lines += _listed("        + ", _scores(page.dense.promotes), width)
             lines += _listed("        - ", _scores(page.dense.demotes or ()), width)
     for name, links, count in (("from", page.inputs, page.n_inputs), ("to", page.outputs, page.n_outputs)):
-        told = [f"{link.node} {link.kind if link.weight is None else f'{link.weight:+.2g}'}" for link in links]
+        links_text = [f"{link.node} {link.kind if link.weight is None else f'{link.weight:+.2g}'}" for link in links]
         more = [f"and {count - len(links):,} more"] if count > len(links) else []
-        lines += _listed(f"{name:<10}", [*told, *more], width)
+        lines += _listed(f"{name:<10}", [*links_text, *more], width)
     return "\n".join(lines)
 
 
 def _shown(excerpt: Excerpt, width: int) -> str:
-    """Before, token and after as Python would write them, what is before cut from the left to fit."""
+    """Before, token and after as Python literals, the part before cut from the left to fit."""
     token, before, after = repr(excerpt.token), excerpt.before, excerpt.after
     while len(repr(before)) + len(token) + len(repr(after)) + 8 > width and (before or after):
         before, after = (before[1:], after) if len(before) >= len(after) else (before, after[:-1])

@@ -1,4 +1,4 @@
-"""AdamW as a coupling is trained by it (Gao et al. 2025, appendix A.2).
+"""AdamW for couplings (Gao et al. 2025, appendix A.2).
 
 The gradient is normalised to RMS 1 over the sparse model and over the bridges, and goes into AdamW with an eps of the same scale.
 Every group has a rate of its own, which rises for a moment and falls linearly to 0; on sparse weights it is multiplied by
@@ -65,9 +65,9 @@ class SharkfinAdamW:
         return True
 
     def exchange(self, name: str, coupling: Coupling, pattern: Pattern | None = None) -> None:
-        """Put the values of a matrix's nonzeros in its place, here and in the model, with its moments there."""
+        """Replace a matrix by the values of its nonzeros, here and in the model, together with its moments."""
         old = coupling.sparse.get_parameter(name)
-        new = native.hold(coupling.sparse, name, pattern)
+        new = native.pack(coupling.sparse, name, pattern)
         index_p = coupling.sparse.compact[name].pattern.index_p
         for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
             group[:] = [new if p is old else p for p in group]
@@ -80,7 +80,7 @@ class SharkfinAdamW:
         self.names[new] = f"sparse.values.{native.key(name)}"
 
     def moments(self) -> native.Moments:
-        """Both moments of every matrix that is held by its nonzeros, by the matrix's name."""
+        """Both moments of every matrix that is stored by its nonzeros, by the matrix's name."""
         prefix = "sparse.values."
         return {
             name.removeprefix(prefix).replace("/", "."): {
@@ -95,7 +95,7 @@ class SharkfinAdamW:
         return {f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Restore the state that `tensors` returned."""
         for p, name in self.names.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
             if keys:

@@ -46,7 +46,7 @@ def page_data(
     *,
     job: str | None = None,
 ) -> dict[str, Any]:
-    """The data of a page, as plain JSON values: nodes as `described_nodes` gives them, labels a person gave, by name.
+    """The data of a page as plain JSON values: nodes as from `described_nodes`, labels given by people, by name.
 
     job is the explanation's id where a server shows it.
     """
@@ -55,7 +55,7 @@ def page_data(
 
 
 def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerprints | None = None) -> dict[str, dict[str, Any]]:
-    """Pages of an explanation's strongest nodes by name, from facts stored beside the coupling; {} without any.
+    """Pages of an explanation's strongest nodes by name, from facts stored with the coupling; {} without any.
 
     The dense direction's entries are left out, its length is put in: a page draws no vectors. `known` are the coupling's
     fingerprints, where it is one that does not change. Raises ExplainError for another coupling than the explanation's.
@@ -76,7 +76,7 @@ def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerp
 
 
 def render_html(data: Mapping[str, Any]) -> str:
-    """The page for some `page_data`, whole: no other file is needed to show it."""
+    """The self-contained HTML page for some `page_data`."""
     viewer = files("bridge") / "viewer"
     read = {name: (viewer / name).read_text(encoding="utf-8") for name in PARTS}
     script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
@@ -104,7 +104,7 @@ def render_html(data: Mapping[str, Any]) -> str:
 
 
 def embedded_json(data: Any) -> str:
-    """JSON that may stand in an element of a page, whatever its texts are: ASCII, without `<`, `>` and `&`."""
+    """JSON that can be embedded in an element of a page for any texts: ASCII, without `<`, `>` and `&`."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

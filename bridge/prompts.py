@@ -41,7 +41,7 @@ _HUB_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 class PromptError(UserError):
-    """Text that cannot be read as tokens of the dense model, or names none, in one line that says what to do."""
+    """Text that cannot be read as tokens of the dense model, or names none, in one line with the remedy."""
 
 
 class Prompts:
@@ -60,12 +60,12 @@ class Prompts:
 
     @classmethod
     def of(cls, given: Prompts | PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> Prompts:
-        """The Prompts that were given, or those of a tokenizer."""
+        """The given Prompts, or those of a tokenizer."""
         return given if isinstance(given, Prompts) else cls(given, vocabulary)
 
     @property
     def missing(self) -> str | None:
-        """Why no text can be read, without the remedy; None where it can."""
+        """The reason why no text can be read, without the remedy; None where it can."""
         if self.tokenizer is not None:
             return None
         if self.damage:
@@ -118,11 +118,11 @@ class Prompts:
         return rows
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's tokens as the model is given them: the prefix, which no text gets that begins with it, and its own."""
+        """Each text's tokens as the model is given them: the prefix, unless the text begins with it, and its own."""
         return [[*self._before(body), *body] for body in self.bodies(texts)]
 
     def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]] | None:
-        """Of each token that `encode` gives the characters, half-open; None where the tokenizer cannot say."""
+        """For each token that `encode` returns its characters, half-open; None where the tokenizer cannot tell."""
         tokenizer = self._there()
         if not tokenizer.is_fast:
             return None
@@ -152,12 +152,12 @@ class Prompts:
         return str(self._there().decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def continued(self, tokens: Sequence[int], more: Sequence[int]) -> str:
-        """The text that further tokens add to some: with the space that many a tokenizer takes from the beginning of a text."""
+        """The text that further tokens add to some, including the space that many tokenizers drop at the beginning of a text."""
         head, whole = self.decode(tokens), self.decode([*tokens, *more])
         return whole.removeprefix(head) if whole.startswith(head) else self.decode(more)
 
     def text(self, token: int) -> str:
-        """The text that names a token and no other, and that `target` takes; #id for one that has none."""
+        """The text that names this token alone, and that `target` takes; #id where there is none."""
         if token not in self._texts:
             self._texts[token] = self._name(token)
         return self._texts[token]
@@ -165,7 +165,7 @@ class Prompts:
     # -- a text to the token that it names ------------------------------------------------------------------------------
 
     def target(self, said: str | int, prompt: str, role: str = "target") -> int:
-        """The id of the token that is named by its text (as `text` gives it, or in the place after the prompt), or #id.
+        """The id of the token named by its text (as from `text`, or in the place after the prompt), or by #id.
 
         role is what it is called where it is refused. Raises PromptError: where a text is not one token, with what it may mean.
         """
@@ -186,19 +186,19 @@ class Prompts:
         return token
 
     def _named(self, text: str) -> int | None:
-        """The token whose name a text is."""
+        """The token named by a text."""
         after = self._after(text)
         token: Any = after.pop() if len(after) == 1 else self._spelled(text)
         return token if token is not None and self.text(token) == text else None
 
     def _after_prompt(self, text: str, prompt: str) -> int | None:
-        """The token that a text is where it continues the prompt, if it is one and leaves the prompt's own as they are."""
+        """The token that a text is as a continuation of the prompt, if it is one and leaves the prompt's own as they are."""
         head, whole = self._plain([prompt, prompt + text])
         one = len(whole) == len(head) + 1 and whole[:-1] == head
         return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
 
     def _unclear(self, said: str, prompt: str, role: str) -> str:
-        """Why a text names no token, and which ones it may mean."""
+        """The reason why a text names no token, and the tokens that it may mean."""
         unknown: Any = self._there().unk_token_id
         head, whole, alone = self._plain([prompt, prompt + said, said]) if said else ([], [], [])
         tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
@@ -263,7 +263,7 @@ class Prompts:
         return {row[-1] for row, head in pairs if len(row) == len(head) + 1 and row[:-1] == head}
 
     def _spelled(self, text: str) -> int | None:
-        """The token that the tokenizer itself spells so."""
+        """The token with that spelling in the tokenizer."""
         tokenizer = self._there()
         token: Any = tokenizer.convert_tokens_to_ids(text) if text else None
         return token if token is not None and tokenizer.convert_ids_to_tokens(token) == text else None
@@ -291,7 +291,7 @@ class Prompts:
         return {token: str(added) for token, added in cast(Any, self._there()).added_tokens_decoder.items()}
 
     def _own(self, token: int) -> str:
-        """What a token adds to a text that it continues."""
+        """The text that a token adds to one that it continues."""
         if token in self._added:
             return self._added[token]
         head = [] if self._joined or not self._places else self._places[0][1]
@@ -299,12 +299,12 @@ class Prompts:
 
 
 def shown(text: str, token: int) -> str:
-    """A token as it is said: its name as Python would write it, and its id."""
+    """A token for messages: its name as a Python literal, and its id."""
     return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The tokenizer of a folder, hub id or .gguf file, None where there is none; and, where one cannot be read, why."""
+    """The tokenizer of a folder, hub id or .gguf file, None where there is none, and the reason where one cannot be read."""
     from transformers import AutoTokenizer
 
     where, gguf = find_gguf(name) or (name, None)
@@ -320,7 +320,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTo
 
 
 def _has_files(name: str, revision: str | None) -> bool:
-    """Whether a folder, or what is cached of a hub id, has files of a tokenizer."""
+    """Whether a folder, or the cache of a hub id, has files of a tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
     if (folder := Path(name)).is_dir():
@@ -329,5 +329,5 @@ def _has_files(name: str, revision: str | None) -> bool:
 
 
 def _unescaped(text: str) -> str:
-    r"""A text with what Python writes as an escape, such as \n, as the character: as tokens are printed."""
+    """A text with Python escapes such as \\n replaced by their characters, the inverse of how tokens are printed."""
     return _ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), text)

@@ -44,17 +44,17 @@ Piece = tuple[str, Any]
 
 
 class DataError(UserError):
-    """A corpus that cannot be read, in one line that names what to do."""
+    """A corpus that cannot be read, in one line with the remedy."""
 
 
 def suffix_of(file: Path) -> str:
-    """What a file's name says that it holds, in lower case: its suffix, or that before the one that says how it is packed."""
+    """The suffix of a file's name in lower case, without that of its compression."""
     name = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else file
     return name.suffix.lower()
 
 
 def file_pieces(file: Path) -> Iterator[Piece]:
-    """What a file holds. Raises DataError where it cannot be read, or holds a row that is none of a corpus."""
+    """The pieces in a file. Raises DataError where it cannot be read, or holds a row that is none of a corpus."""
     where, kind = str(file), suffix_of(file)
     packed = file.suffix.lower() in PACKED_SUFFIXES
     if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
@@ -163,7 +163,7 @@ def _table_rows(file: Path, kind: str) -> Iterator[Any]:
 
 
 def _has_lines(file: Path) -> bool:
-    """Whether a .json file holds a value a line, and not one over all of them."""
+    """Whether a .json file holds one value per line, not one over all of them."""
     with _opened(file) as lines:
         filled = (line for line in lines if line.strip())
         first = next(filled, "").lstrip()
@@ -204,8 +204,8 @@ def _line_rows(file: Path) -> Iterator[Any]:
 
 
 def _no_column(found: Iterable[Any], where: str) -> DataError:
-    told = ", ".join(map(str, found)) or "none"
-    return DataError(f"data {where!r} has no text column (found: {told}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
+    columns = ", ".join(map(str, found)) or "none"
+    return DataError(f"data {where!r} has no text column (found: {columns}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
 
 
 def _checked(text: str, where: str) -> str:
@@ -215,14 +215,14 @@ def _checked(text: str, where: str) -> str:
 
 
 def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
-    """The ids that an attention mask says are text; all of them where there is none."""
+    """The ids that an attention mask marks as text; all of them where there is none."""
     if not isinstance(ids, list):
         raise DataError(f"data {where!r} has input_ids that are not whole numbers ({_what(ids)}); tokenize it again")
     if mask is None:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
-        told = len(mask) if isinstance(mask, list) else "no list"
-        raise DataError(f"data {where!r} has an attention_mask of {told} for {len(ids)} input_ids; tokenize it again")
+        length = len(mask) if isinstance(mask, list) else "no list"
+        raise DataError(f"data {where!r} has an attention_mask of {length} for {len(ids)} input_ids; tokenize it again")
     return [token for token, there in zip(ids, mask, strict=True) if there]
 
 

@@ -22,8 +22,9 @@ EMBEDDING = -1  # the "site" of a row that enters nowhere: it starts from its to
 
 @dataclass(frozen=True)
 class Enter:
-    """Where each row of a batch enters a model and with what: site_b int64 on the CPU, EMBEDDING for rows that start from
-    their tokens; x_btd the residual each row enters with (ignored for rows at EMBEDDING).
+    """The site and residual with which each row of a batch enters a model.
+
+    site_b is int64 on the CPU, EMBEDDING for rows that start from their tokens; x_btd is ignored for those.
     """
 
     site_b: Tensor
@@ -35,13 +36,13 @@ class Enter:
 
     @staticmethod
     def at(site: int, x_btd: Tensor) -> Enter:
-        """Every row enters at one site."""
+        """An Enter with every row at one site."""
         return Enter(torch.full((x_btd.shape[0],), site), x_btd)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves: logits_btv of every row, and the residual at every site of the rows that were there.
+    """The result of a run: logits_btv of every row, and the residual at every site of the rows that were there.
 
     residuals[site] holds the rows that had entered by that site, the first ones of `order_b` (of the batch's own order where
     order_b is None). Where rows enter at sites out of order, read it through `at`; where none does, it is what it says.
@@ -64,12 +65,12 @@ class Trace:
         return x_btd if position_b is None else x_btd[position_b]
 
     def rows(self, part: slice) -> Trace:
-        """Some rows of a run in which nobody entered."""
+        """The trace of some rows of a run in which no row entered."""
         return Trace(self.logits_btv[part], tuple(x_btd[part] for x_btd in self.residuals))
 
 
 class ResidualModel(Protocol):
-    """What the dense and the sparse model have in common."""
+    """The interface that the dense and the sparse model share."""
 
     @property
     def n_sites(self) -> int:
@@ -134,7 +135,7 @@ def run(
 
 
 def _join(x_btd: Tensor, given_btd: Tensor) -> Tensor:
-    """Both one after the other, laid out as x_btd is: torch.cat would store tokens that lie innermost the other way round."""
+    """Both tensors concatenated, in the memory layout of x_btd: torch.cat would store innermost tokens the other way round."""
     if x_btd.stride(1) == 1 and not x_btd.is_contiguous():
         return torch.cat([x_btd.transpose(1, 2), given_btd.transpose(1, 2)]).transpose(1, 2)
     return torch.cat([x_btd, given_btd])

@@ -1,4 +1,4 @@
-"""The dense model's answers and text with some nodes changed (`moves`), against the strength; the paper's figure 9.
+"""The dense model's answers and text under `interventions`, against their strength; the paper's figure 9.
 
 Beside every curve stand random directions: at each site and position of as large a norm as what is added there, one draw for
 all strengths; and two ceilings, every node on its counterfactual value, and the dense model on the counterfactual itself.
@@ -19,7 +19,7 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.explain import prompt_tokens, token_of, top_answers
 from bridge.explanation import Answer, Token
-from bridge.moves import Move, Moved, Steerer, SteerError, carry, every_node, parse_move
+from bridge.interventions import ChangedNode, Intervention, Steerer, SteerError, every_node, parse_intervention, run_patched
 from bridge.prompts import Prompts
 from bridge.residual import Trace
 
@@ -27,12 +27,12 @@ STRENGTHS = tuple(place / 10 for place in range(11))
 MOST_DRAWS = 1000
 DRAWS = 20  # random directions
 TOKENS = 16  # that are generated
-_BATCH_TOKENS = 4096  # of rows that are carried at once
+_BATCH_TOKENS = 4096  # of rows that are run at once
 
 
 @dataclass(frozen=True)
 class Steered:
-    """The dense model at a strength: its likeliest next tokens, target and contrast, and, where asked for, how it goes on."""
+    """The dense model at a strength: its likeliest next tokens, target and contrast, and, on request, its continuation."""
 
     strength: float
     dense: tuple[Answer, ...]
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a strength is held against: random directions of equal norm, and every node on its counterfactual value.
+    """The controls of a strength: random directions of equal norm, and every node on its counterfactual value.
 
     every_* are None without a counterfactual, and where the chosen nodes are every one.
     """
@@ -70,8 +70,8 @@ class Steering:
 
     target is by default its answer on the prompt, contrast its answer on the counterfactual (without one, its second answer).
     sites are those at which something was added, norms by how much in the mean over positions where it was, as a share of
-    the residual's norm there; `at_once` tells whether it was one site, which was named, or each sublayer's own. swapped_* are
-    the dense model's probabilities on the counterfactual itself.
+    the residual's norm there; `at_once`: it was one site, which was named, not each sublayer's own. counterfactual_* are the
+    dense model's probabilities on the counterfactual itself.
     """
 
     prompt: str
@@ -79,8 +79,8 @@ class Steering:
     tokens: tuple[Token, ...]
     target: Token
     contrast: Token
-    n_moved: int
-    moved: tuple[Moved, ...]
+    n_changed: int
+    changed: tuple[ChangedNode, ...]
     sites: tuple[int, ...]
     norms: tuple[float, ...]
     at_once: bool
@@ -88,11 +88,11 @@ class Steering:
     beside: tuple[Beside, ...]
     draws: int
     seed: int
-    swapped_target: float | None
-    swapped_contrast: float | None
+    counterfactual_target: float | None
+    counterfactual_contrast: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The values as plain JSON."""
         return json.loads(json.dumps(asdict(self), allow_nan=False))
 
 
@@ -115,7 +115,7 @@ def logits_at(
     for some_b in place_b.split(rows):
         draw_b, scale_b = some_b // len(strengths), strength_k[some_b % len(strengths)]
         added = {site: change_rtd[draw_b] * scale_b[:, None, None] for site, change_rtd in changes.items()}
-        trace = carry(coupling, tokens_t.expand(len(some_b), -1), plain, added)
+        trace = run_patched(coupling, tokens_t.expand(len(some_b), -1), plain, added)
         found.append(trace.logits_btv[:, -1].float())
     return torch.cat(found).unflatten(0, (draws, len(strengths)))
 
@@ -134,7 +134,7 @@ def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
 def steer(
     coupling: Coupling,
     prompt: str,
-    moves: Sequence[Move | str] | None = None,
+    interventions: Sequence[Intervention | str] | None = None,
     *,
     counterfactual: str | None = None,
     target: str | int | None = None,
@@ -147,9 +147,9 @@ def steer(
 ) -> Steering:
     """The dense model's answers with some nodes changed, against the strength; random directions of equal norm beside.
 
-    moves are Move, or text such as "1.mlp_act[37]@4=2.5"; None changes every node to its counterfactual value. Target and
-    contrast are texts of tokens, #id, or ids. At strength 0 and at the largest one `tokens` tokens are generated. Raises
-    SteerError, NodeError or PromptError.
+    An intervention is an Intervention, or text such as "1.mlp_act[37]@4=2.5"; None sets every node to its counterfactual value.
+    Target and contrast are texts of tokens, #id, or ids. At strength 0 and at the largest one `tokens` tokens are generated.
+    Raises SteerError, NodeError or PromptError.
     """
     strengths = check_strengths(strengths)
     if not 1 <= draws <= MOST_DRAWS:
@@ -160,18 +160,18 @@ def steer(
     other_t = None if counterfactual is None else prompt_tokens(coupling, counterfactual)
     if other_t is not None and torch.equal(other_t, tokens_t):
         raise SteerError("the counterfactual is the prompt itself; change what decides the answer")
-    whole = moves is None
-    if moves is None:
+    whole = interventions is None
+    if interventions is None:
         if other_t is None:
             raise SteerError("nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt")
-        moves = every_node(sizes)
-    chosen = [parse_move(move, sizes) if isinstance(move, str) else move for move in moves]
+        interventions = every_node(sizes)
+    chosen = [parse_intervention(each, sizes) if isinstance(each, str) else each for each in interventions]
     steerer = Steerer(coupling, tokens_t, chosen, other_t, site=site)
 
     plain = dense.run(tokens_t[None])
     plain_v = plain.logits_btv[0, -1].float()
-    swapped_v = None if other_t is None else dense.run(other_t[None]).logits_btv[0, -1].float()
-    target_id, contrast_id = _sides(prompts, prompt, plain_v, swapped_v, target, contrast)
+    counterfactual_v = None if other_t is None else dense.run(other_t[None]).logits_btv[0, -1].float()
+    target_id, contrast_id = _sides(prompts, prompt, plain_v, counterfactual_v, target, contrast)
     pair = torch.tensor([target_id, contrast_id], device=plain_v.device)
 
     changes = steerer.changes(tokens_t[None])
@@ -190,7 +190,7 @@ def steer(
             every_k2 = torch.cat([every_k2, _pair_of(logits_at(coupling, tokens_t, plain, every, above)[0], pair)])
 
     probability_k2 = _pair_of(logits_kv, pair)
-    swapped = None if swapped_v is None else _pair_of(swapped_v, pair).tolist()
+    on_counterfactual = None if counterfactual_v is None else _pair_of(counterfactual_v, pair).tolist()
     curve, beside = [], []
     for k, strength in enumerate(strengths):
         text = None
@@ -201,15 +201,15 @@ def steer(
         every_target, every_contrast = (None, None) if every_k2 is None else every_k2[k].tolist()
         by_chance = _spread(random_rk2[:, k, 0]), _spread(random_rk2[:, k, 1])
         beside.append(Beside(strength, *by_chance, every_target, every_contrast))
-    n_moved, moved = steerer.moved()
+    n_changed, changed = steerer.changed()
     return Steering(
         prompt=prompt,
         counterfactual=counterfactual,
         tokens=tuple(token_of(prompts, token) for token in tokens_t.tolist()),
         target=token_of(prompts, target_id),
         contrast=token_of(prompts, contrast_id),
-        n_moved=n_moved,
-        moved=moved,
+        n_changed=n_changed,
+        changed=changed,
         sites=steerer.sites,
         norms=tuple(_share(change_1td[0], plain.residuals[at][0]) for at, change_1td in changes.items()),
         at_once=site is not None,
@@ -217,20 +217,25 @@ def steer(
         beside=tuple(beside),
         draws=draws,
         seed=seed,
-        swapped_target=None if swapped is None else swapped[0],
-        swapped_contrast=None if swapped is None else swapped[1],
+        counterfactual_target=None if on_counterfactual is None else on_counterfactual[0],
+        counterfactual_contrast=None if on_counterfactual is None else on_counterfactual[1],
     )
 
 
 def _sides(
-    prompts: Prompts, prompt: str, plain_v: Tensor, swapped_v: Tensor | None, target: str | int | None, contrast: str | int | None
+    prompts: Prompts,
+    prompt: str,
+    plain_v: Tensor,
+    counterfactual_v: Tensor | None,
+    target: str | int | None,
+    contrast: str | int | None,
 ) -> tuple[int, int]:
-    """Ids of target and contrast: as named, else what the dense model answers to the prompt, and to the counterfactual."""
+    """Ids of target and contrast: the named ones, else the dense model's answers to the prompt and to the counterfactual."""
     first = int(plain_v.argmax()) if target is None else prompts.target(target, prompt)
     if contrast is not None:
         second = prompts.target(contrast, prompt, "contrast")
     else:
-        ranked = (plain_v if swapped_v is None else swapped_v).topk(2).indices.tolist()
+        ranked = (plain_v if counterfactual_v is None else counterfactual_v).topk(2).indices.tolist()
         second = ranked[1] if ranked[0] == first else ranked[0]
     if first == second:
         raise SteerError("target and contrast are the same token; name two different ones")
@@ -246,7 +251,7 @@ def _spread(value_r: Tensor) -> Spread:
 
 
 def _share(change_td: Tensor, residual_td: Tensor) -> float:
-    """Norm of a change by that of the residual, in the mean over the positions at which there is any."""
+    """The norm of a change relative to the residual's, in the mean over the positions at which it is not zero."""
     norm_t = change_td.norm(dim=-1)
     there_t = norm_t > 0
     return float((norm_t / residual_td.norm(dim=-1))[there_t].mean()) if bool(there_t.any()) else 0.0

@@ -1,4 +1,4 @@
-"""A Steering as a person reads it: a table for the terminal, and probability against strength as a plot (paper, figure 9)."""
+"""A Steering as a table for the terminal, and as a plot of probability against strength (paper, figure 9)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from bridge.columns import columns
 from bridge.steer import Spread, Steering
 from bridge.svg import BOTTOM, GAP, HEIGHT, LEFT, PANEL, RIGHT, TOP, Frame, figure, y_title
 
@@ -14,20 +15,20 @@ _SHOWN = 6  # nodes that the text names
 _STYLE = (
     ".steering polyline{fill:none;stroke:currentColor;stroke-width:2}.steering .every{stroke-dasharray:6 4;stroke-width:1.5}"
     ".steering .random{fill:currentColor;opacity:.16}.steering polyline.mean{stroke-width:1;opacity:.6}"
-    ".steering .swapped{stroke:currentColor;stroke-dasharray:2 3;opacity:.7}.steering .dot{fill:currentColor}"
+    ".steering .counterfactual{stroke:currentColor;stroke-dasharray:2 3;opacity:.7}.steering .dot{fill:currentColor}"
 )
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One probability against strength: by the chosen nodes, by random directions, by every node, and what a full swap gives."""
+    """One probability against strength: by the chosen nodes, by random directions, by every node, and on the counterfactual."""
 
     title: str
     strengths: Sequence[float]
     chosen: Sequence[float]
     random: Sequence[Spread]
     every: Sequence[float] | None = None
-    swapped: float | None = None
+    counterfactual: float | None = None
 
 
 def panels_of(steering: Steering) -> tuple[Panel, Panel]:
@@ -38,11 +39,11 @@ def panels_of(steering: Steering) -> tuple[Panel, Panel]:
     return (
         Panel(
             f"{steering.contrast.text!r}", strengths, [each.probability_contrast for each in steering.curve],
-            [each.random_contrast for each in steering.beside], every_contrast or None, steering.swapped_contrast,
+            [each.random_contrast for each in steering.beside], every_contrast or None, steering.counterfactual_contrast,
         ),
         Panel(
             f"{steering.target.text!r}", strengths, [each.probability_target for each in steering.curve],
-            [each.random_target for each in steering.beside], every_target or None, steering.swapped_target,
+            [each.random_target for each in steering.beside], every_target or None, steering.counterfactual_target,
         ),
     )  # fmt: skip
 
@@ -52,12 +53,15 @@ def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
     side_x = LEFT + len(panels) * PANEL + (len(panels) - 1) * GAP + RIGHT
     side_y = TOP + HEIGHT + BOTTOM
     some = panels[0]
-    keys = [("", "chosen nodes", True), ("every", "every node", some.every is not None), ("swapped", "the counterfactual itself",
-             some.swapped is not None)]  # fmt: skip
+    keys = [
+        ("", "chosen nodes", True),
+        ("every", "every node", some.every is not None),
+        ("counterfactual", "the counterfactual itself", some.counterfactual is not None),
+    ]
     parts, x = [], float(LEFT)
     for kind, text, there in keys:
         if there:
-            drawn = f'<line class="swapped" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>' if kind == "swapped" else (
+            drawn = f'<line class="counterfactual" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>' if kind == "counterfactual" else (
                 f'<polyline class="c0 {kind}" points="{x},46 {x + 24},46"/>')  # fmt: skip
             parts.append(f'{drawn}<text x="{x + 30}" y="50">{text}</text>')
             x += 48 + 7 * len(text)
@@ -73,9 +77,9 @@ def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
         mean = list(zip(panel.strengths, [each.mean for each in panel.random], strict=True))
         parts.append(f'<polygon class="c7 random" points="{frame.path([*low, *reversed(high)])}"/>')
         parts.append(f'<polyline class="c7 mean" points="{frame.path(mean)}"/>')
-        if panel.swapped is not None:
-            y = frame.y(panel.swapped)
-            parts.append(f'<line class="swapped" x1="{frame.left}" x2="{frame.left + PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if panel.counterfactual is not None:
+            y = frame.y(panel.counterfactual)
+            parts.append(f'<line class="counterfactual" x1="{frame.left}" x2="{frame.left + PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>')
         if panel.every is not None:
             every = list(zip(panel.strengths, panel.every, strict=True))
             parts.append(f'<polyline class="c{place} every" points="{frame.path(every)}"/>')
@@ -98,7 +102,7 @@ def steering_plot(steering: Steering) -> str:
 def _changed(steering: Steering) -> str:
     sites = ", ".join(str(site) for site in steering.sites)
     where = f"all at site {sites}" if steering.at_once else f"at each sublayer's own site ({sites})"
-    return f"{steering.n_moved:,} nodes changed, added {where}"
+    return f"{steering.n_changed:,} nodes changed, added {where}"
 
 
 def render_steering(steering: Steering, width: int = 100) -> str:
@@ -112,10 +116,10 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
     changed = f"{_changed(steering)}; norm {norms} of the residual's"
     lines += textwrap.wrap(f"changed         {changed}", width, subsequent_indent=" " * 16)
-    for each in steering.moved[: _SHOWN if steering.n_moved > _SHOWN else None]:
+    for each in steering.changed[: _SHOWN if steering.n_changed > _SHOWN else None]:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
-    if steering.n_moved > _SHOWN:
-        lines.append(f"                and {steering.n_moved - _SHOWN:,} that change less")
+    if steering.n_changed > _SHOWN:
+        lines.append(f"                and {steering.n_changed - _SHOWN:,} that change less")
     whole = steering.beside[0].every_target is not None
     names = [
         "strength",
@@ -133,12 +137,11 @@ def render_steering(steering: Steering, width: int = 100) -> str:
         row += [f"{beside.every_contrast:.3f}"] if beside.every_contrast is not None else []
         row.append("  ".join(f"{answer.token.text!r} {answer.probability:.0%}" for answer in steered.dense[:3]))
         rows.append(row)
-    sizes = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    lines += ["", *("  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows)]
-    if steering.swapped_contrast is not None:
+    lines += ["", *columns(rows, width)]
+    if steering.counterfactual_contrast is not None:
         lines.append(
-            f"On the counterfactual itself the dense model gives p({contrast}) {steering.swapped_contrast:.3f}, "
-            f"p({target}) {steering.swapped_target:.3f}."
+            f"On the counterfactual itself the dense model gives p({contrast}) {steering.counterfactual_contrast:.3f}, "
+            f"p({target}) {steering.counterfactual_target:.3f}."
         )
     written = [each for each in steering.curve if each.text is not None]
     lines += [""] if written else []

@@ -1,4 +1,4 @@
-"""What the plots share: panels with axes and round ticks, and a self-contained SVG that suits light and dark pages."""
+"""Parts shared by the plots: panels with axes and round ticks, and a self-contained SVG for light and dark pages."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Frame:
         return TOP + HEIGHT * (1 - (value - low) / (high - low))
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
-        """Points as the pixels that a polyline or polygon takes."""
+        """The points as pixel coordinates of a polyline or polygon."""
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
     def axes(self, title: str, *, labelled: bool) -> list[str]:
@@ -86,7 +86,7 @@ class Frame:
 
 
 def y_title(text: str) -> str:
-    """What the vertical axis of the first panel is of."""
+    """The title of the first panel's vertical axis."""
     return f'<text class="axis" transform="translate(18,{TOP + HEIGHT / 2}) rotate(-90)">{escape(text)}</text>'
 
 
@@ -110,7 +110,7 @@ def log_ticks(values: Sequence[float]) -> list[float]:
 
 
 def _short(number: float) -> str:
-    """20k for 20,000, 1M for a million."""
+    """A number as 20k for 20,000, 1M for a million."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:g}{letter}"

@@ -36,7 +36,7 @@ from bridge.tasks.pairs import TaskError, load_task, task_names
 from bridge.training import Progress, fit
 from bridge.wiring import DenseModelError
 
-Say = Callable[[str], None]
+OnText = Callable[[str], None]
 DENSE_FOLDER = "dense-model"
 ROWS = 256
 _LOST = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # what loses one point, not the sweep
@@ -49,7 +49,7 @@ class SweepError(UserError):
 
 @dataclass(frozen=True)
 class Planned:
-    """A point to be: the name of its folder, and either the recipe of its fit (what was said, and resolved) or what to load."""
+    """A planned point: the name of its folder, and the recipe of its fit (as given, and resolved) or a coupling to load."""
 
     name: str
     values: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Search:
-    """How every circuit of a sweep is searched; what is measured twice is measured alike."""
+    """The settings of every circuit search of a sweep, the same for all points."""
 
     tasks: tuple[str, ...]
     aim: Aim
@@ -68,7 +68,7 @@ class Search:
     rows: int
 
     def to_json(self) -> dict[str, Any]:
-        """What a result must agree in to be taken for this search's."""
+        """The settings that a stored result must agree in to be used."""
         aim = self.aim
         return {"objective": aim.objective, "target": aim.bound, "seeds": self.seeds, "work": self.work, "rows": self.rows}
 
@@ -130,16 +130,16 @@ def sweep(
     rows: int = ROWS,
     device: str = "auto",
     dtype: str = "float32",
-    on_stage: Say | None = None,
-    progress: Say | None = None,
+    on_step_end: OnText | None = None,
+    progress: OnText | None = None,
 ) -> Frontier:
     """Fit or load couplings of a dense model and measure capability and circuits of each (paper, figure 3); resumable.
 
     A budget is each fit's; seed is that of the fits, seeds the number of searches per task; dense: search the dense model's own
-    circuits too; on_stage takes a line as each stage ends, progress what it is at. A point that fails is in `failures`.
+    circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that fails is in `failures`.
     Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
-    out, tell, say = Path(out), on_stage or (lambda _: None), progress or (lambda _: None)
+    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or (lambda _: None)
     said = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     said |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **said)
@@ -166,7 +166,7 @@ def sweep(
         its = {"adapter": named.get("adapter", adapter), "revision": named.get("revision", revision)}
         of_model = load_dense(model, tokenizer=tokenizer, device=device, **its)
     options = {"tokenizer": tokenizer, "device": device, "dtype": dtype}
-    run = _Sweep(model, of_model, out, search, options, tell, say)
+    run = _Sweep(model, of_model, out, search, options, on_step_end, progress)
     done: list[Point] = []
     failures: list[Failure] = []
     dense_point: DensePoint | None = None
@@ -183,7 +183,7 @@ def sweep(
             measured = run.measure(point)
         except _LOST as error:
             failures.append(Failure(point.name, " ".join(str(error).split()) or type(error).__name__))
-            tell(f"{run.at}FAILED: {failures[-1].why}")
+            on_step_end(f"{run.at}FAILED: {failures[-1].why}")
         else:
             done.append(measured)
             if dense_point is None:
@@ -209,26 +209,33 @@ def _search(tasks: Sequence[str], aim: Aim, seeds: int, work: float, rows: int) 
 
 
 class _Sweep:
-    """What the steps of a sweep share: the dense model, once loaded, and the coupling of the point that is under way."""
+    """The state that the steps of a sweep share: the dense model, once loaded, and the coupling of the current point."""
 
     def __init__(
-        self, model: Any, dense: DenseModel | None, out: Path, search: Search, options: dict[str, Any], tell: Say, say: Say
+        self,
+        model: Any,
+        dense: DenseModel | None,
+        out: Path,
+        search: Search,
+        options: dict[str, Any],
+        on_step_end: OnText,
+        progress: OnText,
     ) -> None:
         self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
-        self._tell, self._say = tell, say
+        self._on_step_end, self._progress = on_step_end, progress
         self.at = ""
         self.coupling: Coupling | None = None
 
-    def tell(self, text: str) -> None:
-        """A stage has ended."""
-        self._tell(f"{self.at}{text}")
+    def step_ended(self, text: str) -> None:
+        """Pass on that a step has ended."""
+        self._on_step_end(f"{self.at}{text}")
 
-    def say(self, text: str) -> None:
-        """What is under way."""
-        self._say(f"{self.at}{text}")
+    def progress(self, text: str) -> None:
+        """Pass on what is under way."""
+        self._progress(f"{self.at}{text}")
 
     def measure(self, point: Planned) -> Point:
-        """A point from its first step that is not done to its last."""
+        """Measure a point, from its first missing step to its last."""
         folder = self.out / point.name
         if point.values is not None and point.recipe is not None:
             self._fitted(point.values, point.recipe, folder)
@@ -252,7 +259,7 @@ class _Sweep:
         )
 
     def loaded(self, where: Path) -> Coupling:
-        """The coupling of the point that is under way, with the sweep's dense model. Raises CheckpointError for another's."""
+        """The coupling of the current point, with the sweep's dense model. Raises CheckpointError for another model's."""
         if self.coupling is None:
             self.coupling = Coupling.from_pretrained(where, dense=self.dense, device=self.options["device"])
             self.dense = self.coupling.dense
@@ -263,24 +270,24 @@ class _Sweep:
             there = _recipe_of(folder)
             if differs := _differences(wanted, there):
                 raise SweepError(f"{str(folder)!r} holds a coupling of another {', '.join(differs)}; name another --out")
-            self.tell("fit: there already")
+            self.step_ended("fit: there already")
             return
         started, last = time.monotonic(), None
 
         def watch(step: Progress) -> None:
             nonlocal last
             last = step
-            self.say(f"fit: {step.fraction:.0%}, {step.tokens:,} tokens, CE {step.losses.get('ce', float('nan')):.3f}")
+            self.progress(f"fit: {step.fraction:.0%}, {step.tokens:,} tokens, CE {step.losses.get('ce', float('nan')):.3f}")
 
-        self.say("fit")
+        self.progress("fit")
         fit(
             self.model, wanted.sparsity.l0, settings=_flat(values), out=folder, resume=True, on_progress=watch, **self.options
         )  # fmt: skip
         tokens = "" if last is None else f"{last.tokens:,} tokens in "
-        self.tell(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
+        self.step_ended(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
 
     def _facts(self, where: Path, folder: Path, point: Planned) -> dict[str, Any]:
-        """point.json: which weights the point's measures are of, and how they are searched."""
+        """The facts in point.json: the weights that the point's measures are of, and the search's settings."""
         try:
             digest = str(read_json(where / "coupling.json")["tensors"]["sha256"])
         except (KeyError, TypeError, CheckpointError):
@@ -311,43 +318,43 @@ class _Sweep:
     def _evaluated(self, where: Path, folder: Path) -> Evaluation:
         file = folder / "eval.json"
         if file.is_file() and (there := _evaluation(file)) is not None:
-            self.tell(f"evaluation: {_line(there)}; there already")
+            self.step_ended(f"evaluation: {_line(there)}; there already")
             return there
         tokens_bt = self.loaded(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
             raise SweepError(f"the coupling {str(where)!r} holds no held-out text to evaluate it on; fit it again")
         result = evaluate(
-            self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.say(f"evaluation: {done:.0%}")
+            self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.progress(f"evaluation: {done:.0%}")
         )
         write_json(file, result.to_json())
-        self.tell(f"evaluation: {_line(result)}")
+        self.step_ended(f"evaluation: {_line(result)}")
         return result
 
     def _searched(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
-        """The circuits of all tasks, those searched that are not there; their comparison is the last thing that is written."""
+        """The circuits of all tasks, searched where they are missing; their comparison is written last."""
         search = self.search
         files = [circuits / folder_name(name) / "circuit.json" for name in search.tasks]
         end = circuits / "complete.json"
         compared = read_json(end).get("tasks", []) if end.is_file() else []
         if set(search.tasks) <= set(compared) and all(file.is_file() for file in files):
             sizes = tuple(_task_size(file.parent) for file in files)
-            self.tell(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
+            self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
             return sizes
         texts = run_suite(
-            Subjects.of(self.loaded(where)), search.tasks, search.aim, out=circuits, progress=self.say,
+            Subjects.of(self.loaded(where)), search.tasks, search.aim, out=circuits, progress=self.progress,
             seeds=search.seeds, work=search.work, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
         for file in files:
             next(texts)
             found.append(_task_size(file.parent))
-            self.tell(f"circuit {len(found)}/{len(files)} {found[-1].task}: {_size_line(found[-1])}")
+            self.step_ended(f"circuit {len(found)}/{len(files)} {found[-1].task}: {_size_line(found[-1])}")
         next(texts)  # the comparison
         write_json(end, {"tasks": list(search.tasks)})
         return tuple(found)
 
     def measure_dense(self, point: Planned, measured: Point, *, pruned: bool) -> DensePoint:
-        """The dense model's own circuits, on the means of the point's text; what cannot be had is said, and loses nothing."""
+        """Measure the dense model's own circuits, on the means of the point's text; a failure is reported."""
         where = self.out / point.name if point.load is None else folder_of(point.load)
         assert self.dense is not None, "a point has been measured"
         name, fingerprint, search = self.dense.name, self.dense.fingerprint(), self.search
@@ -366,10 +373,10 @@ class _Sweep:
                     facts = {"search": wanted, **asdict(one)}
                     write_json(file, facts)
                 sizes.append(TaskSize(facts["task"], Size(**facts["size"]), facts["failed"]))
-                self.tell(f"circuit {number + 1}/{len(search.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
+                self.step_ended(f"circuit {number + 1}/{len(search.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
         except _LOST as error:
             sizes, why_not = [], " ".join(str(error).split()) or type(error).__name__
-            self.tell(f"not pruned: {why_not}")
+            self.step_ended(f"not pruned: {why_not}")
         return DensePoint(name, fingerprint, measured.ce_dense, tuple(sizes), why_not)
 
     def _dense_size(self, subjects: Subjects, task: str) -> TaskSize:
@@ -377,7 +384,7 @@ class _Sweep:
         try:
             size = search_dense(
                 subjects, resolved(subjects, task), self.search.aim, work=self.search.work,
-                progress=lambda text: self.say(f"{label}: {text}"),
+                progress=lambda text: self.progress(f"{label}: {text}"),
             )  # fmt: skip
         except DenseModelError:
             raise
@@ -397,7 +404,7 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 def _differences(wanted: Recipe, there: Recipe) -> list[str]:
-    """The numbers in which a fitted recipe is not the wanted one, but for what the dense model decides."""
+    """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the dense model decides."""
     found = []
     for name in known_names():
         values = []
@@ -421,7 +428,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(file: Path) -> Evaluation | None:
-    """The evaluation in a file; None where it is of another version, to be taken again."""
+    """The evaluation in a file; None where it is of another version and has to be repeated."""
     try:
         return _EVALUATION.validate_python(read_json(file))
     except ValidationError:

@@ -1,4 +1,4 @@
-"""The commands about tasks, circuits and nodes; as `cli` says of all."""
+"""The commands about tasks, circuits and nodes, by the rules of `cli`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from bridge.terminal import (
     held_out_text,
     one_line_errors,
     opened_coupling,
+    print_output,
     print_written,
     refuse,
     sample_prompt,
     seed_of,
-    tell,
     terminal_width,
 )
 
@@ -40,7 +40,7 @@ def circuit(
     language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
     target_loss: Annotated[float | None, typer.Option(help="Bound on the search's loss in nats per prompt.")] = None,
-    objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
+    objective: Annotated[str, typer.Option(help="superset: KL, in random supersets too; paper: the task's loss.")] = "superset",
     seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken.", min=1)] = 1,
     seed: Annotated[int, seed_of("The first of the seeds.")] = 0,
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
@@ -115,7 +115,7 @@ def card(
             subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
         ):
             watch.end()
-            tell(f"{text}\n")
+            print_output(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
         if json is not None:
             write_json(json, cards if len(wanted) > 1 else cards[0])
@@ -189,7 +189,7 @@ def sweep(
     data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; what is there already is not done again.")] = None,
     target_loss: Annotated[float | None, typer.Option(help="Bound on a circuit's loss in nats per prompt.")] = None,
-    objective: Annotated[str, typer.Option(help="superset: KL, in random company too; paper: the task's loss.")] = "superset",
+    objective: Annotated[str, typer.Option(help="superset: KL, in random supersets too; paper: the task's loss.")] = "superset",
     seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
@@ -218,7 +218,7 @@ def sweep(
 
         watch = Phases()
 
-        def stage(text: str) -> None:
+        def print_step(text: str) -> None:
             watch.end()
             print(text, flush=True)
 
@@ -227,7 +227,7 @@ def sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
                 aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
                 seeds=seeds, dense=not no_dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
-                on_stage=stage, progress=watch,
+                on_step_end=print_step, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
             watch.end()
@@ -256,7 +256,7 @@ def nodes(
 ) -> None:
     """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
     with one_line_errors():
-        from bridge.endpoint import Descriptions, Endpoint, EndpointError
+        from bridge.node_descriptions import Descriptions, Endpoint, EndpointError
 
         if (describe_with is None) != (model is None):
             raise EndpointError("--describe-with and --model go together; give both or neither")
@@ -282,13 +282,13 @@ def nodes(
             watch = Phases()
             facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
             watch.end()
-        kept = Descriptions(folder, facts.fingerprint)
+        descriptions = Descriptions(folder, facts.fingerprint)
         pages: list[dict[str, Any]] = []
         for each in dict.fromkeys(chosen):
             page = describe_node(coupling, facts, each)
-            told = kept.ask(endpoint, page) if endpoint is not None else kept.text(page.name)
-            pages.append(page.to_json() | {"description": told})
-            print(f"{render_page(page, terminal_width(), told)}\n", flush=True)
+            description = descriptions.ask(endpoint, page) if endpoint is not None else descriptions.text(page.name)
+            pages.append(page.to_json() | {"description": description})
+            print(f"{render_page(page, terminal_width(), description)}\n", flush=True)
         if not chosen:
             print(render_summary(facts))
             print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")

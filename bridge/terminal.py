@@ -1,4 +1,4 @@
-"""What the commands share: how they refuse in one line, show progress, and print what they found."""
+"""Helpers of the commands: one-line refusals, progress, and printed results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def seed_of(what: str) -> Any:
-    """The option --seed of a command, which is of `what`."""
+    """The option --seed of a command, with `what` as its help."""
     return typer.Option(help=what, min=0, max=MOST_SEED)
 
 
@@ -62,7 +62,7 @@ class Several(TyperCommand):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A context in which what a user can mend ends the command in one line: exit code 2, or 1 for a run that had to stop."""
+    """A context that ends the command in one line on an error: exit code 2 for a user's, 1 for a run that had to stop."""
     from bridge.recipe import RunError, UserError
 
     try:
@@ -87,7 +87,7 @@ def refuse(message: str, code: int) -> NoReturn:
 
 
 def usage_line(error: Any) -> str:
-    """What Typer has against a command line, in one line with the value, and where the rule is told."""
+    """Typer's error on a command line as one line, with the value and a pointer to --help."""
     text = " ".join(error.format_message().split()).rstrip(".")
     if hasattr(error.__cause__, "errors"):
         text += f" (given: {error.__cause__.errors()[0]['input']!r})"
@@ -96,7 +96,7 @@ def usage_line(error: Any) -> str:
 
 
 def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | None] = (), **files: Path | None) -> None:
-    """Refuse an --out folder, or files by the name of their option, that cannot be written: before the work, not after it.
+    """Refuse an --out folder, or files by the name of their option, that cannot be written, before anything is computed.
 
     So is a file that two options name, or that the command reads.
     """
@@ -115,8 +115,8 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
             raise CheckpointError(f"--{name} {str(file)!r} is {other} too, and would replace it; name another file")
 
 
-def tell(text: str = "") -> None:
-    """Print, and go on where the reader has left: what is to be written is written all the same."""
+def print_output(text: str = "") -> None:
+    """Print, and continue where the reader has closed the pipe, so that files are still written."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -124,19 +124,19 @@ def tell(text: str = "") -> None:
 
 
 def _print_to_nobody() -> None:
-    """Lead what is printed from here on nowhere: the interpreter would complain of the closed pipe at its end as well."""
+    """Redirect further output to the null device: the interpreter would complain of the closed pipe at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_written(*files: Path | None) -> None:
-    """Say which files were written, where any were asked for."""
+    """Print which files were written, if any."""
     names = [str(file) for file in files if file is not None]
     if names:
         print(f"\nwrote {', '.join(names)}")
 
 
 def choose_device(device: str) -> str:
-    """Cpu or cuda for auto, cpu or cuda; raises where that is not to be had."""
+    """The device: cpu or cuda for auto. Raises RecipeError where the named one is not available."""
     import torch
 
     from bridge.recipe import RecipeError
@@ -162,7 +162,7 @@ def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: 
 
 
 def shipped_coupling() -> str:
-    """The coupling that ships, or a line that says to name one."""
+    """The folder of the coupling that ships. Raises CheckpointError where it is missing."""
     from bridge.checkpoint import CheckpointError
 
     folder = Path(__file__).resolve().parent.parent / "checkpoints" / "python-bridge-32"
@@ -173,14 +173,14 @@ def shipped_coupling() -> str:
 
 
 def chosen_model(model: str | None, gguf: str | None, default: str | None = None) -> str | None:
-    """The model that a command names, as a GGUF file where --gguf says so, or the default."""
+    """The model that a command names, as a GGUF file where --gguf gives one, or the default."""
     from bridge.gguf_file import named_gguf
 
     return named_gguf(model or default, gguf) if gguf is not None else model or default
 
 
 def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> Coupling:
-    """The coupling that --bridge names, or the one that ships, with its dense model, of which --dense may say where it is."""
+    """The coupling that --bridge names, or the one that ships, loaded with its dense model, from --dense where given."""
     from bridge.bridges import Coupling
 
     name = chosen_coupling(bridge) if bridge is None or isinstance(bridge, str) else bridge
@@ -188,7 +188,10 @@ def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -
 
 
 def chosen_coupling(bridge: str | None) -> str:
-    """The coupling that --bridge names, or the one that ships where it is not given; an empty name is none."""
+    """The name of the coupling: --bridge, or the one that ships where it is not given.
+
+    Raises CheckpointError for an empty one.
+    """
     if bridge is None:
         return shipped_coupling()
     if not bridge.strip():
@@ -199,7 +202,7 @@ def chosen_coupling(bridge: str | None) -> str:
 
 
 def terminal_width() -> int:
-    """Columns to print in."""
+    """The number of columns to print in."""
     import shutil
 
     return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
@@ -215,7 +218,7 @@ def is_number(word: str) -> bool:
 
 
 def sample_prompt(example: Example | None, taken: int) -> str:
-    """As much of the end of a prompt as fits on a line, and its answer."""
+    """The end of a prompt, as long as fits on a line, and its answer."""
     if example is None:
         return ""
     answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
@@ -225,19 +228,19 @@ def sample_prompt(example: Example | None, taken: int) -> str:
 
 
 def show_phase(phase: str) -> None:
-    """Show what is going on, over what was shown before."""
+    """Show the current phase on the terminal, over the one before."""
     print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
 
 
 class Phases:
-    """What a search is at, on standard error: a line with a bar that is rewritten on a terminal, one now and then elsewhere."""
+    """Progress of a search on standard error: one rewritten line with a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
         self.last = self.started = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        """Show where a search is."""
+        """Show the progress of a search."""
         now = time.monotonic()
         if not self.terminal and now - self.last < 15:
             return
@@ -258,7 +261,7 @@ class Phases:
 
 
 def print_run(run: Run, needed: int) -> None:
-    """Print what a fit is about to do."""
+    """Print the plan of a fit."""
     import psutil
 
     recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
@@ -281,7 +284,7 @@ def print_run(run: Run, needed: int) -> None:
 
 
 class Watcher:
-    """A line a person can watch: rewritten in place on a terminal, one every half minute when redirected."""
+    """Progress of a fit: one rewritten line on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
@@ -289,7 +292,7 @@ class Watcher:
         self.last = -math.inf
 
     def __call__(self, progress: Progress) -> None:
-        """Show where a fit is."""
+        """Show the progress of a fit."""
         now = time.monotonic()
         if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
             return
@@ -304,7 +307,7 @@ class Watcher:
 
 
 def progress_line(progress: Progress) -> str:
-    """A fit's progress in a line."""
+    """The progress of a fit in one line."""
     short = {"nmse_encoder": "nmse-f", "nmse_decoder": "nmse-g", "hybrid_in": "in", "hybrid_out": "out", "hybrid_both": "both"}
     losses = "  ".join(f"{short.get(name, name)} {value:.3f}" for name, value in progress.losses.items() if name != "total")
     left = int(progress.seconds_left)

@@ -48,7 +48,7 @@ from bridge.kernels.products import Pattern
 from bridge.objective import Objective, draw_splice
 from bridge.optimizer import SharkfinAdamW
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
-from bridge.slopes import refit_decoders
+from bridge.refit import refit_decoders
 from bridge.sparse import Fractions, SparseTransformer, annealed_l0
 from bridge.start import Started, start_from_coupling, start_from_dense
 
@@ -62,11 +62,11 @@ _TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature
 
 
 class FitError(RunError):
-    """A run that had to stop, in one line that says what to try."""
+    """A run that had to stop, in one line with the remedy."""
 
 
 class FitStopped(RuntimeError):
-    """A run that stopped and saved its state: `planned` at the end of a stretch, else asked to by SIGTERM or Ctrl-C."""
+    """A run that stopped and saved its state: `planned` at the end of a stretch, else on SIGTERM or Ctrl-C."""
 
     def __init__(self, message: str, *, planned: bool) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class FitStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: losses by name (means since the last report), the achieved L0, and speed."""
+    """The state of a run: losses by name (means since the last report), the achieved L0, and speed."""
 
     step: int
     steps: int | None
@@ -89,7 +89,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """A fit that is ready to start, or to go on: what `train` and `finish` take, made by `prepare`.
+    """A fit that is ready to start or to resume: the argument of `train` and `finish`, made by `prepare`.
 
     started is what a new coupling has from its dense model or from another coupling; None where it is random, or goes on.
     """
@@ -114,7 +114,7 @@ def prepare(
     log_with: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Run:
-    """Load the dense model and the text, and build the coupling of a recipe's (nested) values; progress is told of the text.
+    """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
 
     With `resume`, what is in `out` goes on by the recipe saved there, of which only the budget may be changed. Raises
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
@@ -174,7 +174,7 @@ def prepare(
 
 
 def check_resumable(out: Path) -> None:
-    """Raise CheckpointError where a folder is that of a finished run, or holds something that is no run."""
+    """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
     if (out / "coupling.json").exists():
         raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
     begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
@@ -239,7 +239,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
 
 
 def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
-    """Bytes a fit takes, roughly: weights, gradient and two moments in float32, and what one step keeps for the backward pass."""
+    """Bytes that a fit takes, roughly: weights, gradient and two moments in float32, and one step's activations."""
     assert recipe.sparse.width is not None and recipe.data.context is not None
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
@@ -303,8 +303,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 state.native = _choose(run, kept, per_step)
                 for name in state.native:
                     optimizer.exchange(name, coupling)
-            moves = bool(state.native) and state.step % recipe.sparsity.look_every == 0
-            if moves:
+            updates_mask = bool(state.native) and state.step % recipe.sparsity.look_every == 0
+            if updates_mask:
                 native.look(sparse)
             tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
             splice = counts = None
@@ -318,9 +318,9 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             finite = optimizer.step(done, annealed(done))
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
-            if moves:
-                moving = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
-                native.move(sparse, moving, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
+            if updates_mask:
+                dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
+                native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
@@ -358,7 +358,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupling:
     """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
     coupling, out = run.coupling, run.out
-    native.release(coupling.sparse)
+    native.unpack(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
@@ -378,7 +378,7 @@ def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupli
 
 
 def _check_same(there: Fractions, asked: Fractions) -> None:
-    """Raise RecipeError where a sparse model that is to stay as it is has another L0 than the recipe says."""
+    """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
         raise RecipeError(
             f"optimizer.rate 0 leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at "
@@ -437,7 +437,7 @@ def _step_of(line: str) -> float:
 
 
 class _asked_to_stop:
-    """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it as usual."""
+    """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it."""
 
     def __enter__(self) -> list[int]:
         self.seen: list[int] = []
@@ -457,7 +457,7 @@ class _asked_to_stop:
 
 
 def _agrees(given: Any, saved: Any) -> bool:
-    """Whether what was given says nothing that a saved recipe says otherwise."""
+    """Whether the given settings contradict none of a saved recipe's."""
     if isinstance(given, dict) and isinstance(saved, dict):
         return all(_agrees(value, saved.get(key)) for key, value in given.items())
     return given == saved or (isinstance(saved, list) and list(given) == saved)
@@ -507,7 +507,7 @@ def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     if recipe.sparsity.native == "always":
         return native.all_matrices(run.coupling.sparse)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return native.worthwhile(run.coupling.sparse, kept, tokens, dtype)
+    return native.faster_matrices(run.coupling.sparse, kept, tokens, dtype)
 
 
 def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
@@ -525,7 +525,7 @@ def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out
 
 @torch.no_grad()
 def _check_sound(coupling: Coupling, out: Path | None) -> None:
-    """Raise FitError where the last step has left a model that answers worse than guessing, or with what is no number."""
+    """Raise FitError where the last step left a model that answers worse than guessing, or not with numbers."""
     assert coupling.reference_bt is not None
     row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
     trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)
@@ -551,7 +551,7 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
     facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
-    for name in native.held(coupling.sparse):
+    for name in native.packed(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
 

@@ -1,4 +1,4 @@
-"""A change in the sparse model, carried into the dense one.
+"""Transport of a change in the sparse model into the dense one.
 
 Nodes are behind a norm and bridges before one, so a node has no direct image in the dense model. Its change is run in the sparse
 model instead, and what that changes of the residual stream at the next site j, at every position, goes through the linear part of
@@ -25,14 +25,14 @@ from bridge.residual import Enter, Trace
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """By how much the sparse residual stream differs at a site of every row: site_b, change_bts."""
+    """The change of the sparse residual stream at a site of every row: site_b, change_bts."""
 
     site_b: Tensor
     change_bts: Tensor
 
     @staticmethod
     def between(plain: Trace, changed: Trace, site_b: Tensor) -> Change:
-        """The change from one sparse run to another of as many rows, nobody entering either; one row of `plain` serves all."""
+        """The change from one sparse run to another of as many rows, without entries; one row of `plain` serves all."""
         change = [
             changed.residuals[site][row] - plain.residuals[site][min(row, len(plain.residuals[site]) - 1)]
             for row, site in enumerate(site_b.tolist())

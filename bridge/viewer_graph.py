@@ -43,7 +43,7 @@ _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 class ExportError(UserError):
-    """An explanation, a name or a place that cannot be exported, in one line that says what to change."""
+    """An explanation, a name or a place that cannot be exported, in one line with the remedy."""
 
 
 def place(explanation: Explanation, name: str) -> dict[str, Any]:
@@ -103,12 +103,12 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
 
 
 def opened(explanation: Explanation) -> list[ExplainedNode]:
-    """The nodes of the opening circuit, errors among them: those of the level above are listed, not drawn."""
+    """The nodes of the opening circuit, errors included; nodes of the larger circuits are listed, not drawn."""
     return [node for node in explanation.nodes if node.level <= explanation.opening]
 
 
 def _blocks(explanation: Explanation) -> int:
-    """How many blocks the sparse model has, as far as edges into the answer or nodes tell."""
+    """The number of blocks of the sparse model, as far as edges into the answer or nodes show it."""
     answers = (place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram"))
     highest = max((node.layer for node in explanation.nodes if node.kind != ERROR), default=0)
     return max(1 + highest, max((answer["layer"] for answer in answers), default=0))
@@ -155,7 +155,7 @@ def _error_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
 
 
 def _feature_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    name, told = _node_id(node, rows, answer), f": {node.label}" if node.label else ""
+    name, label = _node_id(node, rows, answer), f": {node.label}" if node.label else ""
     return {
         "node_id": name,
         "jsNodeId": name,  # which some versions of the viewers take for the id, so as unique
@@ -163,7 +163,7 @@ def _feature_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]
         "layer": str(_row(node, rows, answer)),
         "ctx_idx": node.position,
         "feature_type": "cross layer transcoder",  # the only type that opens the feature's panel
-        "clerp": _plain(f"{node.name} {node.activation:+.2f}{told}"),
+        "clerp": _plain(f"{node.name} {node.activation:+.2f}{label}"),
         "activation": abs(node.activation),
         "run_idx": 0,
         "reverse_ctx_idx": 0,
@@ -207,7 +207,7 @@ def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, A
 
 
 def _probability(explanation: Explanation, token: Token) -> float:
-    """A token's probability in the dense model: as listed, else from d, and from the other token's where that is d's contrast.
+    """A token's probability in the dense model: as listed, else from d, or from the other token's if that is d's contrast.
 
     0 where neither is known.
     """
@@ -221,7 +221,7 @@ def _probability(explanation: Explanation, token: Token) -> float:
 
 
 def _cumulative(scores: list[float]) -> list[float]:
-    """For each score the share of the sum that scores above it have, and itself; 1 for those of 0. In (0, 1]."""
+    """For each score, the share of the sum in scores of at least its size; 1 for scores of 0. In (0, 1]."""
     score_n = np.array(scores)
     order_n = np.argsort(-score_n, kind="stable")
     share_n = np.ones(len(score_n))
@@ -237,7 +237,7 @@ def _supernodes(explanation: Explanation, names: Mapping[str, str]) -> list[list
 
 
 def _in_address(text: str) -> str:
-    """A label as it can stand in the page's address, which is decoded twice."""
+    """A label encoded for the page's address, which is decoded twice."""
     return _plain(text.replace("%", "\uff05").encode(errors="replace").decode())
 
 
@@ -246,10 +246,10 @@ def _plain(text: str) -> str:
 
 
 def origin(explanation: Explanation) -> dict[str, Any]:
-    """What a graph says of where it comes from, folders by their names alone; and how its numbers are meant."""
+    """The metadata of a graph: its origin, folders by their names alone, and the meaning of its numbers."""
     where, report = explanation.provenance, explanation.report
     against = "" if explanation.contrast is None else "into the answer, half to each logit. "
-    told = (
+    description = (
         f"{report.verdict.upper()}. {' '.join(report.reasons)} Asked: {question(explanation)}. d is the log-odds in question. "
         f"Links are what d owes to an edge, in nats; {against}Nodes are channels of a weight-sparse model coupled to the dense "
         "one, two features each: of positive and of negative values. Errors are what that model misses of the dense one."
@@ -258,7 +258,7 @@ def origin(explanation: Explanation) -> dict[str, Any]:
     if where.coupling is not None:
         settings["coupling"] = Path(where.coupling).name
     return {
-        "info": {"description": told, "generator": {"name": "bridge", "version": where.version}},
+        "info": {"description": description, "generator": {"name": "bridge", "version": where.version}},
         "generation_settings": settings,
     }
 
@@ -267,7 +267,7 @@ def origin(explanation: Explanation) -> dict[str, Any]:
 
 
 def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, rows: int) -> dict[int, dict[str, Any]]:
-    """Every feature of the graph by its number: from the channel's page, or of this prompt alone where there is none."""
+    """Every feature of the graph by number: from the channel's page, or from this prompt alone where there is none."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
     answer = rows * _blocks(explanation) + 1
     for node in opened(explanation):
@@ -318,7 +318,7 @@ def _example(excerpt: Excerpt) -> dict[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    """Text as circuit-tracer shows it on one line."""
+    """Text as circuit-tracer shows it, on one line."""
     return text.translate({10: "\u23ce", 9: "\u2192", 13: "\u21b5"})
 
 

@@ -85,7 +85,7 @@ def dense_difference(coupling: Coupling, pairs: TokenPairs, row: int, enter: Ent
 def test_rows_are_in_order_and_differences_those_of_rows_alone(dense: DenseModel) -> None:
     case = case_of(untrained(dense))
     assert case.pairs.last_b.diff().min() >= 0 and not case.pairs.there_bt[0, -1] and case.pairs.there_bt[-1, -1]
-    swapped = case.pairs.swapped()
+    swapped = case.pairs.reversed()
     for row in range(len(case.pairs)):
         here = dense_difference(case.coupling, case.pairs, row)
         there = -dense_difference(case.coupling, swapped, row)

@@ -119,7 +119,7 @@ def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: P
     with monkeypatch.context() as earlier:
         earlier.setattr("bridge.card.kept.CARD_RULES", 0)
         assert stored_nulls(coupling)[0] is None and "made by other rules" in stored_nulls(coupling)[1]
-    splits = {**tasks[0].splits, "train": tasks[0].splits["train"].swapped()}
+    splits = {**tasks[0].splits, "train": tasks[0].splits["train"].reversed()}
     others = (replace(tasks[0], splits=splits),)  # a task whose prompts have changed is another
     list(Nulls(coupling, others, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
     assert len(carded) > again

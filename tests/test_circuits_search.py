@@ -17,8 +17,8 @@ from bridge.circuits.masks import Aim, FoundNodes, MaskError
 from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
 from bridge.circuits.subject import Subject
 from bridge.dense import DenseModel
-from bridge.meanwhile import meanwhile
 from bridge.tasks.tokens import Resolved, TokenPairs
+from bridge.threads import meanwhile
 
 WORK = 3e9
 

@@ -64,7 +64,7 @@ def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupli
     for _ in range(3):
         one_step(coupling, reference, masked=True)
         one_step(other, by_nonzeros, masked=False)
-    native.release(other.sparse)
+    native.unpack(other.sparse)
     expected = dict(coupling.sparse.named_parameters())
     for name, parameter in other.sparse.named_parameters():
         assert torch.allclose(parameter, expected[name], rtol=1e-3, atol=1e-5), name
@@ -76,10 +76,10 @@ def test_holding_and_releasing_changes_nothing(coupling: Coupling) -> None:
     tokens_bt = torch.randint(2, 40, (3, 16), generator=torch.Generator().manual_seed(0))
     logits_btv, l0 = coupling.sparse(tokens_bt), coupling.sparse.achieved_l0()
     for name in native.all_matrices(coupling.sparse):
-        native.hold(coupling.sparse, name)
+        native.pack(coupling.sparse, name)
     assert torch.allclose(coupling.sparse(tokens_bt), logits_btv, rtol=1e-4, atol=1e-5)
     assert coupling.sparse.achieved_l0() == l0
-    native.release(coupling.sparse)
+    native.unpack(coupling.sparse)
     assert {name: parameter.shape for name, parameter in coupling.sparse.named_parameters()} == {
         name: tensor.shape for name, tensor in before.items()
     }
@@ -90,21 +90,21 @@ def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: Coupling) 
     sparse, name = coupling.sparse, "blocks.0.up.weight"
     sparse.project(FRACTION)
     weight_mn = sparse.get_parameter(name).detach().clone()
-    native.hold(sparse, name)
+    native.pack(sparse, name)
     native.look(sparse)
     matrix = sparse.compact[name]
     assert matrix.look is not None
     gradient_mn = torch.randn(weight_mn.shape, generator=torch.Generator().manual_seed(0))
     matrix.look.gradient_mn.copy_(gradient_mn)
     moment_p = matrix.value_p.detach() * 3
-    native.move(sparse, 0.25, {name: {"exp_avg": moment_p}})
+    native.update_mask(sparse, 0.25, {name: {"exp_avg": moment_p}})
 
     nonzeros = int((weight_mn != 0).sum())
-    n_moved = nonzeros // 4
+    n_changed = nonzeros // 4
     magnitude = weight_mn.abs().view(-1)
-    dropped = torch.where(magnitude == 0, torch.inf, magnitude).topk(n_moved, largest=False).indices
+    dropped = torch.where(magnitude == 0, torch.inf, magnitude).topk(n_changed, largest=False).indices
     steepness = torch.where(weight_mn == 0, gradient_mn.abs(), 0).view(-1)
-    grown = steepness.topk(n_moved).indices
+    grown = steepness.topk(n_changed).indices
     expected = weight_mn.clone()
     expected.view(-1)[dropped] = 0
     places = set(expected.view(-1).nonzero().flatten().tolist()) | set(grown.tolist())
@@ -116,13 +116,13 @@ def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: Coupling) 
 def test_what_min_per_neuron_protects_is_not_dropped(coupling: Coupling) -> None:
     sparse, name = coupling.sparse, "blocks.0.up.weight"
     sparse.project(FRACTION, min_per_neuron=2)
-    native.hold(sparse, name)
+    native.pack(sparse, name)
     for _ in range(5):
         native.look(sparse)
         matrix = sparse.compact[name]
         assert matrix.look is not None
         matrix.look.gradient_mn.normal_()
-        native.move(sparse, 0.5, {}, min_per_neuron=2)
+        native.update_mask(sparse, 0.5, {}, min_per_neuron=2)
         assert int(matrix.pattern.start_m1.diff().min()) >= 2
 
 
@@ -143,10 +143,10 @@ def weights_of(coupling: Coupling) -> dict[str, torch.nn.Parameter]:
 def test_a_native_fit_ends_at_its_l0_with_masks_that_moved(dense_folder: Path, text_file: Path) -> None:
     run = prepare(dense_folder, values(text_file))
     progress = list(train(run))[-1]
-    assert native.held(run.coupling.sparse)
-    places = {name: run.coupling.sparse.compact[name].pattern.count for name in native.held(run.coupling.sparse)}
+    assert native.packed(run.coupling.sparse)
+    places = {name: run.coupling.sparse.compact[name].pattern.count for name in native.packed(run.coupling.sparse)}
     coupling = finish(run)
-    assert not native.held(coupling.sparse) and places
+    assert not native.packed(coupling.sparse) and places
     assert progress.l0 == pytest.approx(0.1, rel=0.05) and coupling.sparse.achieved_l0() == pytest.approx(progress.l0, rel=0.02)
     still = finish(_trained(prepare(dense_folder, values(text_file, **{"sparsity.move": 0.0}))))
     name = "blocks.0.up.weight"

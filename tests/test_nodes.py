@@ -26,9 +26,9 @@ from bridge.circuits.result import render_text
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app
 from bridge.dense import DenseModel, load_dense
-from bridge.endpoint import KEY, Descriptions, Endpoint, EndpointError
 from bridge.explain import explain
 from bridge.explanation import Explanation
+from bridge.node_descriptions import KEY, Descriptions, Endpoint, EndpointError
 from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_of
 from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
 from bridge.prompts import Prompts

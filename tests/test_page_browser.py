@@ -735,7 +735,7 @@ def test_a_label_goes_to_its_own_coupling_when_the_explanation_is_forgotten(
     first, second = (Path(shutil.copytree(coupling_folder, tmp_path / name)) for name in ("first", "second"))
     explanation = explain(Coupling.from_pretrained(second), PROMPT)
     data = {"explanation": explanation.to_json()}
-    with serving(Library([first, second]), lambda *_, **__: explanation, kept=1) as address:
+    with serving(Library([first, second]), lambda *_, **__: explanation, remembered=1) as address:
 
         def explained(bridge: str) -> str:
             job = context.request.post(f"{address}api/explanations", data={"prompt": PROMPT, "bridge": bridge}).json()["id"]

@@ -194,7 +194,7 @@ def test_one_at_a_time_in_order_and_a_full_queue_says_when_to_come_again(root: P
             "version": "",
             "queued": 2,
             "running": 1,
-            "kept": 0,
+            "remembered": 0,
         }
         assert held.calls == 1
         held.go.set()
@@ -269,7 +269,7 @@ def test_the_list_tells_places_times_and_verdicts(root: Path, explanation: Expla
 
 
 def test_only_so_many_results_are_kept_the_latest_used(root: Path, explanation: Explanation) -> None:
-    with client_of(Library([root]), lambda *_, **__: explanation, kept=3) as client:
+    with client_of(Library([root]), lambda *_, **__: explanation, remembered=3) as client:
         ids = []
         for index in range(2, 8):
             ids.append(ask(client, f"w{index}"))
@@ -277,7 +277,7 @@ def test_only_so_many_results_are_kept_the_latest_used(root: Path, explanation: 
             if index > 2:
                 assert over(client, ids[0])["status"] == "done"  # looked at again and again, so kept
         assert [job["id"] for job in client.get("/api/explanations").json()] == [ids[4], ids[5], ids[0]]
-        assert client.get("/api/health").json()["kept"] == 3
+        assert client.get("/api/health").json()["remembered"] == 3
         refused(client.get(f"/api/explanations/{ids[1]}"), 404, ids[1], "3")
 
 

@@ -53,7 +53,7 @@ def described(coupling_folder: Path, explanation: Explanation, tmp_path_factory:
     """The schema of a service in which one explanation is done and one under way."""
     held = Held(explanation)
     folder = Path(shutil.copytree(coupling_folder, tmp_path_factory.mktemp("described") / "tiny"))  # labels are kept in it
-    with client_of(Library([folder]), held, waiting=3, kept=4) as client:
+    with client_of(Library([folder]), held, waiting=3, remembered=4) as client:
         held.go.set()
         done = ask(client)
         over(client, done)
@@ -111,7 +111,11 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
     with bound_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         app = create_app(
-            Library([coupling_folder]), Rules.for_address("127.0.0.1", port, None), explain=explain_it, waiting=WAITING, kept=KEPT
+            Library([coupling_folder]),
+            Rules.for_address("127.0.0.1", port, None),
+            explain=explain_it,
+            waiting=WAITING,
+            remembered=KEPT,
         )
         server = server_of(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -156,8 +160,8 @@ def test_fifty_at_once(address: str, capsys: pytest.CaptureFixture[str]) -> None
             if job["status"] not in ("queued", "running"):
                 return job["status"]
             health = fetch(f"{address}/api/health")[1]
-            assert health["queued"] <= WAITING and health["running"] <= 1 and health["kept"] <= KEPT
-            largest = max(largest, health["queued"] + health["running"] + health["kept"])
+            assert health["queued"] <= WAITING and health["running"] <= 1 and health["remembered"] <= KEPT
+            largest = max(largest, health["queued"] + health["running"] + health["remembered"])
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         ends = Counter(pool.map(one, range(CLIENTS)))

@@ -17,7 +17,7 @@ from bridge.bridges import Coupling
 from bridge.circuits.loss import SearchConfig
 from bridge.dense import DenseModel
 from bridge.explain import explain
-from bridge.moves import Steerer, SteerError, carry, parse_move
+from bridge.interventions import Steerer, SteerError, parse_intervention, run_patched
 from bridge.nodes import NodeError
 from bridge.prompts import PromptError
 from bridge.steer import Steering, random_like, steer
@@ -25,7 +25,7 @@ from bridge.steer_figure import render_steering, steering_plot
 from tests.conftest import CONTEXT, untrained
 
 PROMPT, OTHER = "w5 w9 w12 w5 w30 w2", "w5 w9 w13 w5 w31 w2"
-MOVES = ["0.mlp_act[3]=4", "1.v[5]=3", "0.v[5]@2"]
+CHANGES = ["0.mlp_act[3]=4", "1.v[5]=3", "0.v[5]@2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def coupled(dense: DenseModel) -> Coupling:
 
 @pytest.fixture(scope="module")
 def steered(coupled: Coupling) -> Steering:
-    return steer(coupled, PROMPT, MOVES, counterfactual=OTHER, strengths=(0.5, 1.0), tokens=4)
+    return steer(coupled, PROMPT, CHANGES, counterfactual=OTHER, strengths=(0.5, 1.0), tokens=4)
 
 
 def tokens(coupled: Coupling, text: str) -> torch.Tensor:
@@ -62,12 +62,12 @@ def test_at_strength_0_it_is_the_dense_model(coupled: Coupling, steered: Steerin
 def test_each_strength_adds_that_much_of_the_change(coupled: Coupling, steered: Steering) -> None:
     tokens_t, sizes = tokens(coupled, PROMPT), coupled.sparse.locations()
     plain = coupled.dense.run(tokens_t[None])
-    chosen = [parse_move(text, sizes) for text in MOVES]
+    chosen = [parse_intervention(text, sizes) for text in CHANGES]
     changes = Steerer(coupled, tokens_t, chosen, tokens(coupled, OTHER)).changes(tokens_t[None])
     assert steered.sites == tuple(changes) == (1, 2, 3) and not steered.at_once
     for each in steered.curve[1:]:
         added = {site: each.strength * change for site, change in changes.items()}
-        probability_v = carry(coupled, tokens_t[None], plain, added).logits_btv[0, -1].softmax(-1)
+        probability_v = run_patched(coupled, tokens_t[None], plain, added).logits_btv[0, -1].softmax(-1)
         assert each.probability_contrast == pytest.approx(float(probability_v[steered.contrast.id]), abs=1e-5)
         assert each.probability_target == pytest.approx(float(probability_v[steered.target.id]), abs=1e-5)
         assert each.dense[0].probability == pytest.approx(float(probability_v.max()), abs=1e-5)
@@ -83,9 +83,9 @@ def test_target_and_contrast_are_the_answers_to_both_prompts(coupled: Coupling, 
     assert steered.target.id == int(logits[0].argmax())
     ranked = logits[1].topk(2).indices.tolist()
     assert steered.contrast.id == (ranked[1] if ranked[0] == steered.target.id else ranked[0])
-    assert steered.swapped_contrast == pytest.approx(float(logits[1].softmax(-1)[steered.contrast.id]))
+    assert steered.counterfactual_contrast == pytest.approx(float(logits[1].softmax(-1)[steered.contrast.id]))
     named = steer(coupled, PROMPT, ["0.v[1]=1"], target="w7", contrast="w8", strengths=(1,), tokens=0)
-    assert (named.target.text, named.contrast.text) == ("w7", "w8") and named.swapped_target is None
+    assert (named.target.text, named.contrast.text) == ("w7", "w8") and named.counterfactual_target is None
     assert steer(coupled, PROMPT, ["0.v[1]=1"], target=7, contrast=8, strengths=(1,), tokens=0) == named
     assert named.beside[0].every_target is None and named.curve[-1].text is None
 
@@ -104,11 +104,17 @@ def test_random_directions_are_carried_like_the_change(coupled: Coupling) -> Non
     steering = steer(coupled, PROMPT, ["0.mlp_act[3]=9"], strengths=(0.3, 1), draws=3, seed=4, tokens=0)
     tokens_t = tokens(coupled, PROMPT)
     plain = coupled.dense.run(tokens_t[None])
-    change = Steerer(coupled, tokens_t, [parse_move("0.mlp_act[3]=9", coupled.sparse.locations())]).changes(tokens_t[None])
+    change = Steerer(coupled, tokens_t, [parse_intervention("0.mlp_act[3]=9", coupled.sparse.locations())]).changes(
+        tokens_t[None]
+    )
     drawn_rtd = random_like(change[2][0], 3, torch.Generator().manual_seed(4))
     for beside in steering.beside[1:]:
         found = [
-            float(carry(coupled, tokens_t[None], plain, {2: beside.strength * drawn_td[None]}).logits_btv[0, -1].softmax(-1)[i])
+            float(
+                run_patched(coupled, tokens_t[None], plain, {2: beside.strength * drawn_td[None]})
+                .logits_btv[0, -1]
+                .softmax(-1)[i]
+            )
             for drawn_td in drawn_rtd
             for i in [steering.contrast.id]
         ]
@@ -120,7 +126,7 @@ def test_random_directions_are_carried_like_the_change(coupled: Coupling) -> Non
 def test_without_nodes_every_one_goes_to_the_counterfactual(coupled: Coupling) -> None:
     some = steer(coupled, PROMPT, ["0.v[5]"], counterfactual=OTHER, strengths=(1,), tokens=0)
     every = steer(coupled, PROMPT, counterfactual=OTHER, strengths=(1,), tokens=0)
-    assert every.n_moved > 100 and every.sites == tuple(range(1, coupled.n_sites))
+    assert every.n_changed > 100 and every.sites == tuple(range(1, coupled.n_sites))
     assert some.beside[-1].every_contrast == pytest.approx(every.curve[-1].probability_contrast, abs=1e-5)
     assert every.beside[-1].every_contrast is None  # the curve is that already
 
@@ -193,7 +199,7 @@ def folder(coupled: Coupling, dense_folder: Path, tmp_path_factory: pytest.TempP
 def test_the_command(folder: Path, coupled: Coupling, tmp_path: Path) -> None:
     files = tmp_path / "plot.svg", tmp_path / "steering.json"
     options = ["--svg", files[0], "--json", files[1], "--strength", 1, "--tokens", 3, "--draws", 2]
-    nodes = [word for move in MOVES for word in ("--node", move)]
+    nodes = [word for move in CHANGES for word in ("--node", move)]
     result = run("steer", "--bridge", folder, "--prompt", PROMPT, "--counterfactual", OTHER, *nodes, *options)
     assert result.exit_code == 0, result.output
     assert "strength" in result.stdout and "goes on at 1" in result.stdout

@@ -90,7 +90,7 @@ def example() -> Frontier:
 
 def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counter[str], tmp_path: Path) -> None:
     lines: list[str] = []
-    result = bridge.sweep(**described, out=tmp_path / "sweep", on_stage=lines.append)
+    result = bridge.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
     assert isinstance(result, bridge.Frontier)
     assert [p.name for p in result.points] == ["w32-l0-0.25", "w32-l0-0.125", "bridge"] and not result.failures
     for p, l0 in zip(result.points, (0.25, 0.125), strict=False):
@@ -112,7 +112,7 @@ def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counte
     assert any("[3/3] bridge: circuit 1/1 planted: 6 nodes, 4 edges, behavioural" in line for line in lines), lines
     assert counted == {"fit": 2, "evaluate": 3, "search_task": 3, "search_dense": 1}
 
-    again = bridge.sweep(**described, out=tmp_path / "sweep", on_stage=lines.append)
+    again = bridge.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
     assert again == result and sum(counted.values()) == 9
     more = bridge.sweep(**{**described, "l0": (0.125, 0.0625)}, out=tmp_path / "sweep")
     assert counted["fit"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
@@ -183,7 +183,7 @@ def test_a_failing_point_is_reported_and_the_others_measured(
     replace(untrained(load_dense(tiny_gpt2(seed=7), tokenizer=tiny_tokenizer()))).save_pretrained(other)
     lines: list[str] = []
     loads = (described["load"][0], other, tmp_path / "absent")
-    result = bridge.sweep(**{**described, "load": loads}, out=tmp_path / "sweep", on_stage=lines.append, dense=False)
+    result = bridge.sweep(**{**described, "load": loads}, out=tmp_path / "sweep", on_step_end=lines.append, dense=False)
     assert [p.name for p in result.points] == ["w32-l0-0.125", "bridge"]
     assert [failure.name for failure in result.failures] == ["w32-l0-0.25", "other", "absent"]
     assert result.failures[0].why == "stopped at step 3: it diverged" and "not the one" in result.failures[1].why

@@ -280,7 +280,7 @@ def test_of_two_single_tokens_the_difference_is_that_of_their_logits(shipped: Pr
     rows = torch.arange(len(pairs))
     expected_b = logits_bv[rows, pairs.answer_bk[:, 0]] - logits_bv[rows, pairs.wrong_bk[:, 0]]
     torch.testing.assert_close(pairs.difference(logits_bv), expected_b)
-    torch.testing.assert_close(pairs.swapped().difference(logits_bv), -expected_b)
+    torch.testing.assert_close(pairs.reversed().difference(logits_bv), -expected_b)
     torch.testing.assert_close(pairs.loss(logits_bv), torch.log1p(torch.exp(-expected_b)))
     pairs.loss(logits_bv).sum().backward()
     assert logits_bv.grad is not None and logits_bv.grad.isfinite().all()
@@ -440,4 +440,4 @@ def test_both_sides_may_list_different_numbers_of_answers(shipped: PreTrainedTok
     both = pairs.both()
     assert both.answer_bk.shape == both.wrong_bk.shape and len(both) == 2
     logits_bv = torch.randn(2, shipped.vocab_size or 2048, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(both.difference(logits_bv)[1:], pairs.swapped().difference(logits_bv[1:]))
+    assert torch.allclose(both.difference(logits_bv)[1:], pairs.reversed().difference(logits_bv[1:]))

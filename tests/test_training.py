@@ -24,7 +24,7 @@ from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
 from bridge.nodes import sparse_fingerprint
 from bridge.recipe import BRIDGED, RecipeError, recipe_values
-from bridge.slopes import Question, slopes
+from bridge.refit import Question, gradients
 from bridge.training import FitError, FitStopped, Progress, finish, memory_needed, prepare, train
 
 ROWS, STEPS = 4, 10
@@ -161,19 +161,19 @@ def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path
 
 
 def test_a_fit_ends_with_decoders_refitted(dense_folder: Path, text_file: Path) -> None:
-    """Unless told not to; nothing but decoders differs, and on other text slopes agree better."""
+    """Unless told not to; nothing but decoders differs, and on other text gradients agree better."""
     without, with_it = (fitted(dense_folder, text_file, settings={"refit.slopes": weight})[0] for weight in (0, 1))
     for name, one in without.sparse.named_parameters():
         assert torch.equal(one, with_it.sparse.get_parameter(name)), name
     assert with_it.reference_bt is not None
     asked = Question.drawn(with_it.dense.run(with_it.reference_bt).logits_btv, torch.Generator().manual_seed(0))
-    slope_h, _ = slopes(with_it.dense, with_it.reference_bt, asked)
-    slope_x, _ = slopes(with_it.sparse, with_it.reference_bt, asked)
+    gradient_h, _ = gradients(with_it.dense, with_it.reference_bt, asked)
+    gradient_x, _ = gradients(with_it.sparse, with_it.reference_bt, asked)
 
     def agreement(of: Coupling) -> float:
         cosines = [
             torch.cosine_similarity((h @ (of.bridges[i].decoder.weight * of.bridges[i].scale)).flatten(), x.flatten(), 0)
-            for i, (h, x) in enumerate(zip(slope_h, slope_x, strict=True))
+            for i, (h, x) in enumerate(zip(gradient_h, gradient_x, strict=True))
         ]
         return float(torch.stack(cosines).mean())
 

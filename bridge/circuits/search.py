@@ -55,10 +55,10 @@ from bridge.circuits.parts import Parts
 from bridge.circuits.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.fewest import deleted, fewest, ranks
-from bridge.meanwhile import meanwhile
 from bridge.nodes import sparse_fingerprint
 from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
+from bridge.threads import meanwhile
 from bridge.wiring import DenseModelError
 
 RULES = 5  # to be raised where the same prompts come to give another circuit: kept nulls are then made again

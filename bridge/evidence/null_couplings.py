@@ -23,7 +23,7 @@ from torch import Tensor
 from bridge.bridges import Bridges, Coupling
 from bridge.circuits.search import permuted_weights
 from bridge.recipe import Losses, UserError
-from bridge.slopes import refit_decoders
+from bridge.refit import refit_decoders
 from bridge.training import Progress, fit
 
 NullName = Literal["uncoupled", "bridges", "weights"]

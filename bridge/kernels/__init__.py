@@ -1,1 +1,1 @@
-"""What is computed in a training step's inner loops, on every device: one name each."""
+"""The inner loops of a training step, on every device: one name each."""

@@ -62,7 +62,7 @@ def _of_short_rows(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, 
 
 
 def _inside(x_btn: Tensor) -> Tensor:
-    """x_bnt, contiguous, padded to whole vectors of tokens; what is padded comes last and is seen by nobody."""
+    """x_bnt, contiguous, padded to whole vectors of tokens; the padding is last, and no query sees it."""
     x_bnt = x_btn.detach().float().transpose(1, 2)
     short = -x_bnt.shape[2] % 16
     return F.pad(x_bnt, (0, short)).contiguous() if short else x_bnt.contiguous()

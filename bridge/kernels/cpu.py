@@ -46,9 +46,9 @@ CHUNK = 256  # words of a weight matrix counted at a time
 SAMPLE = 1 << 14
 
 
-def in_parallel(task: Callable[[int, int], None], count: int, work: int) -> None:
-    """Run task(start, stop) over `count` items, on as many threads as torch has where `work` (elements) makes it worth it."""
-    threads = max(1, min(torch.get_num_threads(), count, work // 65536))
+def in_parallel(task: Callable[[int, int], None], count: int, elements: int) -> None:
+    """Run task(start, stop) over `count` items, on as many threads as torch has where there are `elements` enough for them."""
+    threads = max(1, min(torch.get_num_threads(), count, elements // 65536))
     if threads == 1:
         task(0, count)
         return
@@ -112,22 +112,22 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
-    words, out, held = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
-    in_parallel(lambda start, stop: _keep_where(words, out, held, start, stop), len(words), len(words))
+    words, out, mask_words = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
+    in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
     return kept
 
 
 def numbers(*tensors: Tensor) -> tuple[Any, ...]:
-    """What is stored of tensors without gaps, in its own order."""
+    """The stored values of tensors without gaps, in storage order."""
     return tuple(tensor.detach().as_strided((tensor.numel(),), (1,)).numpy() for tensor in tensors)
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
-    y, slope = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
-    values, out, slopes = numbers(x, y, slope)
-    in_parallel(lambda start, stop: _gelu(values, out, slopes, start, stop), x.numel(), 4 * x.numel())
-    return y, slope
+    y, derivative = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
+    values, out, derivatives = numbers(x, y, derivative)
+    in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
+    return y, derivative
 
 
 def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
@@ -328,16 +328,16 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
 
 
 @compiled
-def _gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray, start: int, stop: int) -> None:
+def _gelu(x: np.ndarray, y: np.ndarray, derivative: np.ndarray, start: int, stop: int) -> None:
     whole = (stop - start) // 16
-    gelus(x, start, whole, y, slope)
+    gelus(x, start, whole, y, derivative)
     rest = stop - start - 16 * whole
     if rest:
         last = np.zeros((3, 16), np.float32)
         last[0, :rest] = x[stop - rest : stop]
         gelus(last[0], 0, 1, last[1], last[2])
         y[stop - rest : stop] = last[1, :rest]
-        slope[stop - rest : stop] = last[2, :rest]
+        derivative[stop - rest : stop] = last[2, :rest]
 
 
 # -- lanes --------------------------------------------------------------------------------------------------------------

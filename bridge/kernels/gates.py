@@ -1,4 +1,4 @@
-"""What gates do to nodes on a CPU, compiled by numba: values replaced by means where a mask says so, whole or in part.
+"""Gates of nodes on a CPU, compiled by numba: values replaced by means where a mask says so, whole or in part.
 
 Two layouts, as in `cpu`: rows, with the channels contiguous; and lanes, with the tokens contiguous (storage b n t, or n b t for
 short rows, laid end to end).
@@ -25,13 +25,13 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Ten
     else:
         inside = mask_btn.transpose(1, 2)
         lines, length = b * n, t
-    held = inside.contiguous().view(-1)
+    mask = inside.contiguous().view(-1)
     kept = torch.empty_strided(x_btn.shape, x_btn.stride())
     values, out = numbers(x_btn, kept)
     others = else_n.detach().contiguous().numpy()
-    words = held.numpy()
+    words = mask.numpy()
     in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
-    return kept, held.as_strided(x_btn.shape, x_btn.stride())
+    return kept, mask.as_strided(x_btn.shape, x_btn.stride())
 
 
 def mix(mask_bn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:

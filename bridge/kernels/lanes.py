@@ -101,7 +101,7 @@ def upper_halves(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors
 
 @intrinsic
 def count_row(typing: Any, half: Any, at: Any, vectors: Any, threshold: Any) -> Any:
-    """How many of `vectors` * LANES half words are at least the threshold (fewer than 2**15 vectors)."""
+    """The number of `vectors` * LANES half words that are at least the threshold (fewer than 2**15 vectors)."""
 
     def body(builder: Any, values: list[Any]) -> Any:
         source = builder.gep(values[0], [values[1]])
@@ -206,8 +206,8 @@ def keep_words(typing: Any, bits: Any, at: Any, mask: Any, kept: Any) -> Any:
 
     def body(builder: Any, values: list[Any]) -> None:
         bits, at, mask, kept = values
-        held = _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
-        keep = builder.icmp_unsigned("!=", held, _constant(ir.VectorType(_I8, LANES), 0))
+        inside = _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
+        keep = builder.icmp_unsigned("!=", inside, _constant(ir.VectorType(_I8, LANES), 0))
         word = _load(builder, builder.gep(bits, [at]), vector)
         _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, [at]))
 
@@ -319,11 +319,11 @@ def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any:
 
 
 @intrinsic
-def gelus(typing: Any, x: Any, at: Any, vectors: Any, y: Any, slope: Any) -> Any:
-    """Y = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + .044715 x^3), which is x (1 + tanh u) / 2; and slope = dy / dx."""
+def gelus(typing: Any, x: Any, at: Any, vectors: Any, y: Any, derivative: Any) -> Any:
+    """Y = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + .044715 x^3), which is x (1 + tanh u) / 2; and derivative = dy / dx."""
 
     def body(builder: Any, values: list[Any]) -> None:
-        x, at, vectors, y, slope = values
+        x, at, vectors, y, derivative = values
         one, root = _constant(_VF, 1.0), 0.7978845608028654
         with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
             offset = [builder.add(at, builder.mul(i, ir.Constant(_I64, 16)))]
@@ -335,9 +335,9 @@ def gelus(typing: Any, x: Any, at: Any, vectors: Any, y: Any, slope: Any) -> Any
             steep = _fma(builder, square, _constant(_VF, 6 * root * 0.044715), _constant(_VF, 2 * root))
             rise = builder.fmul(builder.fmul(share, builder.fsub(one, share)), builder.fmul(value, steep))
             _store(builder, builder.fmul(value, share), builder.gep(y, offset))
-            _store(builder, builder.fadd(share, rise), builder.gep(slope, offset))
+            _store(builder, builder.fadd(share, rise), builder.gep(derivative, offset))
 
-    return _emit(types.void, (x, types.int64, types.int64, y, slope), body)
+    return _emit(types.void, (x, types.int64, types.int64, y, derivative), body)
 
 
 @intrinsic

@@ -1,4 +1,4 @@
-"""Products with matrices that are held by their nonzeros: cost follows the weights that exist (Gao et al. 2025, appendix B).
+"""Products with matrices that are stored by their nonzeros: cost follows the weights that exist (Gao et al. 2025, appendix B).
 
     y = W x + b          y[i, t] = b[i] + sum over p in row i of  W_p x[column_p, t]
     dx = W' dy           the same, by columns
@@ -35,7 +35,7 @@ SHORT = 64  # tokens; shorter rows are laid end to end
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Where the nonzeros of an m x n matrix are, in the order of rows and in that of columns.
+    """The places of the nonzeros of an m x n matrix, in the order of rows and in that of columns.
 
     start_m1 and column_p list them by rows; start_n1 and row_p by columns, order_p being each one's place in the order of rows.
     """
@@ -61,12 +61,12 @@ class Pattern:
 
     @cached_property
     def by_row(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """start_m1 and column_p to a kernel, and no bias_m."""
+        """start_m1 and column_p for a kernel, and no bias_m."""
         return self.start_m1.numpy(), self.column_p.numpy(), torch.zeros(self.shape[0])
 
     @cached_property
     def by_column(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """start_n1 and row_p to a kernel, and no bias_n."""
+        """start_n1 and row_p for a kernel, and no bias_n."""
         return self.start_n1.numpy(), self.row_p.numpy(), torch.zeros(self.shape[1])
 
     @property
@@ -82,7 +82,7 @@ class Pattern:
 
 
 class Look:
-    """Collects the dense gradient of one matrix while a backward pass runs: what a moving mask grows by."""
+    """Collects the dense gradient of one matrix during a backward pass, by which an updated mask grows."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.gradient_mn = torch.zeros(shape)
@@ -90,7 +90,7 @@ class Look:
 
 @dataclass
 class Compact:
-    """A matrix by its nonzeros: where, and their values; `look`, where set, collects the dense gradient.
+    """A matrix stored as the pattern and values of its nonzeros; `look`, where set, collects the dense gradient.
 
     source tells which dense weight it was packed from, and in which state.
     """
@@ -126,7 +126,7 @@ class Compact:
 
 
 def source_of(weight_mn: Tensor) -> tuple[int, int]:
-    """What tells a weight and its state apart from others, as long as it lives: where it is, and how often it was written to."""
+    """A key that distinguishes a weight and its state from others during its lifetime: its storage, and its version."""
     return weight_mn.data_ptr(), weight_mn._version
 
 
@@ -144,7 +144,7 @@ def sparse_linear(x_btn: Tensor, matrix: Compact, bias_m: Tensor | None = None) 
 
 
 def sparse_embedding(tokens_bt: Tensor, matrix: Compact) -> Tensor:
-    """x_btn: the rows of a table that is held by its nonzeros, differentiable in their values."""
+    """x_btn: the rows of a table that is stored by its nonzeros, differentiable in their values."""
     return _SparseEmbedding.apply(tokens_bt, matrix.value_p, matrix)  # type: ignore[no-any-return]
 
 
@@ -188,7 +188,7 @@ class _Stored:
         return self.x_bnt.view(-1, b, t).permute(1, 2, 0)
 
     def empty(self, width: int) -> _Stored:
-        """Room for as many tokens of another width."""
+        """An uninitialised tensor for as many tokens of another width."""
         return _Stored(torch.empty(self.x_bnt.shape[0], width, self.x_bnt.shape[2]), self.end_to_end)
 
 

@@ -1,4 +1,4 @@
-"""AbsTopK, the magnitude projection, ablation, GELU and RMSNorm, each by one name; in torch, compiled for a CPU, and for CUDA.
+"""AbsTopK, the magnitude projection, ablation, GELU and RMSNorm, one name each; in torch, compiled for a CPU, and for CUDA.
 
 The first two keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first,
 so the set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather
@@ -102,14 +102,14 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, slope = cpu.gelu(x)
-        ctx.save_for_backward(slope)
+        y, derivative = cpu.gelu(x)
+        ctx.save_for_backward(derivative)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (slope,) = ctx.saved_tensors
-        return grad * slope
+        (derivative,) = ctx.saved_tensors
+        return grad * derivative
 
 
 class _Normed(torch.autograd.Function):
@@ -131,14 +131,14 @@ class _Normed(torch.autograd.Function):
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-        kept_btn, held_btn = gates.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
-        ctx.save_for_backward(held_btn)
+        kept_btn, mask_btn = gates.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
+        ctx.save_for_backward(mask_btn)
         return kept_btn
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        (held_btn,) = ctx.saved_tensors
-        return None, cpu.keep_where(held_btn, grad), None
+        (mask_btn,) = ctx.saved_tensors
+        return None, cpu.keep_where(mask_btn, grad), None
 
 
 class _Mix(torch.autograd.Function):

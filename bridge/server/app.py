@@ -1,4 +1,4 @@
-"""The service: routes from requests to the library and the jobs, nothing computed here.
+"""The service: routes from requests to the library and the jobs; nothing is computed here.
 
     GET  /                                  a page to ask from
     GET  /api/health /api/couplings /api/tasks /api/circuits
@@ -38,7 +38,7 @@ from bridge.explanation import Answered, Drawn, Explanation
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
+from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, OnProgress, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.sparse import ERROR
@@ -72,12 +72,12 @@ class NotDoneError(UserError):
 
 
 def create_app(
-    library: Library, rules: Rules, *, explain: Callable[..., Explanation] = explain, waiting: int = 8, kept: int = 32
+    library: Library, rules: Rules, *, explain: Callable[..., Explanation] = explain, waiting: int = 8, remembered: int = 32
 ) -> FastAPI:
-    """The service over a library, behind the rules: at most `waiting` explanations queue, and `kept` are kept when over."""
+    """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
 
-    def work(asked: Asked, say: Say, publish: Publish) -> Mapping[str, Any]:
-        say("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
+    def compute(asked: Asked, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
+        on_progress("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
         coupling = library.load(asked.bridge)
 
         def stage(known: Answered | Drawn) -> None:
@@ -85,11 +85,11 @@ def create_app(
 
         explanation = explain(
             coupling, asked.prompt, target=asked.target, contrast=asked.contrast, counterfactual=asked.counterfactual,
-            progress=say, stage=stage,
+            progress=on_progress, stage=stage,
         )  # fmt: skip
         return _as_listed(explanation, coupling, asked.bridge).to_json()
 
-    jobs = Jobs(work, waiting=waiting, kept=kept)
+    jobs = Jobs(compute, waiting=waiting, remembered=remembered)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -160,7 +160,7 @@ def _reading(app: FastAPI, library: Library) -> None:
     async def health() -> schema.Health:
         statuses = [job.status for job in jobs.all()]
         queued, running = statuses.count("queued"), statuses.count("running")
-        return schema.Health(version=app.version, queued=queued, running=running, kept=len(statuses) - queued - running)
+        return schema.Health(version=app.version, queued=queued, running=running, remembered=len(statuses) - queued - running)
 
     @app.get("/api/couplings", summary="The couplings that prompts can be explained with")
     def couplings() -> list[schema.CouplingEntry]:
@@ -309,7 +309,7 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
 
 
 def _as_listed(explanation: Explanation, coupling: Coupling, name: str) -> Explanation:
-    """The explanation with its coupling named as it is listed, and with nothing of where this machine keeps its files."""
+    """The explanation with its coupling named as it is listed, and without paths of this machine."""
     source = str(coupling.recipe.data.source)
     made = explanation.provenance
     made = replace(

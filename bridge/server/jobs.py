@@ -1,12 +1,12 @@
-"""Long work in one thread: explanations one after another, short work between their phases, results kept as far as there is room.
+"""Explanations in one worker thread, one after another, with short calls between their phases and a bounded store of results.
 
     submit    a place in a bounded queue -> Job, queued
-    worker    one thread runs all work on models: dense models run under hooks, so two runs at once would only wait for one
-              another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
-    phases    a job is told where it is by `say`; there it stops when it was cancelled, and there short work, such as steering,
-              is done, so that nobody waits for a whole explanation
-    stages    work may `publish` what it knows before it is done: what is asked, then the circuit. That stays if it is cancelled
-              or fails after that
+    worker    one thread runs all models: dense models run under hooks, so two runs at once would only wait for one another, and
+              memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
+    phases    a job reports its phase by `on_progress`; there it stops if it was cancelled, and there short calls, such as
+              steering, are run, so that no request waits for a whole explanation
+    stages    a job may `publish` values before it is done: the question and answers, then the circuit. They stay if it is
+              cancelled or fails after that
     results   JSON, compressed; of the jobs that ended the least recently used are forgotten
 
 A Job is a frozen snapshot: what a request reads does not change under it.
@@ -31,14 +31,14 @@ from typing import Any, Literal, get_args
 from bridge.recipe import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 Stage = Literal["answered", "drawn", "explanation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
 NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # what is known at first
 
 FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
-LONGEST_WAIT = 600  # seconds that a client is ever told to wait
+LONGEST_WAIT = 600  # seconds that a client is ever asked to wait
 _log = logging.getLogger("bridge.server")
 
 
@@ -60,7 +60,7 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be explained: the coupling as it is listed, the prompt, and which token, rather than which.
+    """A request for an explanation: the coupling as it is listed, the prompt, and target and contrast.
 
     Without a target it is the dense model's answer, without a contrast against every other token.
     """
@@ -78,7 +78,7 @@ def _now() -> datetime:
 
 @dataclass(frozen=True)
 class Job:
-    """Where an explanation is: phase says what it is at, error why it failed, packed what is known, as compressed JSON.
+    """The state of an explanation: phase, error if it failed, packed the known values as compressed JSON.
 
     That has a value for each stage, null for those that are not reached, and for those before the last; `stage` is the last.
     place is its place in the queue, from 1; stopping, that it was cancelled and the phase it is at has not ended; verdict is the
@@ -111,21 +111,26 @@ class Job:
 
     @property
     def known(self) -> bytes:
-        """The JSON of what is known, an object with a value for each stage."""
+        """The known values as JSON, an object with a value for each stage."""
         return NOTHING if self.packed is None else zlib.decompress(self.packed)
 
 
 class Jobs:
     """A bounded queue of explanations, the thread that works on them, and the results.
 
-    work turns what is asked into JSON values, saying where it is, and may publish some before it returns. At most `waiting` jobs
-    queue, at most `short` short pieces of work, and `kept` jobs that are over are remembered.
+    compute turns a request into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs and
+    `short` short calls queue, and `remembered` jobs that are over are kept.
     """
 
     def __init__(
-        self, work: Callable[[Asked, Say, Publish], Mapping[str, Any]], *, waiting: int = 8, kept: int = 32, short: int = 32
+        self,
+        compute: Callable[[Asked, OnProgress, Publish], Mapping[str, Any]],
+        *,
+        waiting: int = 8,
+        remembered: int = 32,
+        short: int = 32,
     ) -> None:
-        self._work, self._most_waiting, self._most_kept, self._most_short = work, waiting, kept, short
+        self._compute, self._most_waiting, self._most_remembered, self._most_short = compute, waiting, remembered, short
         self._change = threading.Condition()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._waiting: deque[str] = deque()
@@ -146,12 +151,12 @@ class Jobs:
             self._waiting.append(job.id)
             return self._seen(job.id)
 
-    def soon(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do short work on models between two phases of what is running. Raises FullError where too much of it waits."""
+    def soon(self, call: Callable[[], Any]) -> Future[Any]:
+        """Queue a short call on models between two phases of the running job. Raises FullError where too many wait."""
         with self._change:
             self._take(len(self._short), self._most_short, "requests wait for the models already")
             future: Future[Any] = Future()
-            self._short.append((work, future))
+            self._short.append((call, future))
             return future
 
     def get(self, id: str) -> Job:
@@ -159,7 +164,7 @@ class Jobs:
         with self._change:
             if id not in self._jobs:
                 raise UnknownJobError(
-                    f"there is no explanation {id!r}; the last {self._most_kept} that ended are kept, so ask for it again"
+                    f"there is no explanation {id!r}; the last {self._most_remembered} that ended are kept, so ask for it again"
                 )
             self._jobs.move_to_end(id)
             return self._seen(id)
@@ -222,7 +227,7 @@ class Jobs:
         self._jobs.move_to_end(id)
         self._cancelled.discard(id)
         over = [each for each, job in self._jobs.items() if job.over]
-        for each in over[: max(0, len(over) - self._most_kept)]:
+        for each in over[: max(0, len(over) - self._most_remembered)]:
             del self._jobs[each]
 
     # -- the worker ---------------------------------------------------------------------------------------------------------
@@ -247,9 +252,9 @@ class Jobs:
                 self._end(id, **ending)
 
     def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
-        """Do the work of a job; what becomes of it."""
+        """Run a job and return its final values."""
 
-        def say(phase: str) -> None:
+        def on_progress(phase: str) -> None:
             self._stop_if_cancelled(id)
             with self._change:
                 self._set(id, phase=phase)
@@ -263,7 +268,7 @@ class Jobs:
                 self._set(id, **known)
 
         try:
-            known = _known("explanation", self._work(asked, say, publish))
+            known = _known("explanation", self._compute(asked, on_progress, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -280,26 +285,26 @@ class Jobs:
                 raise CancelledError
 
     def _do_short(self) -> None:
-        """Do the short work that is there now."""
+        """Run the short calls that are queued now."""
         for _ in range(len(self._short)):
             with self._change:
                 if not self._short:
                     return
-                work, future = self._short.popleft()
+                call, future = self._short.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(work())
+                future.set_result(call())
             except BaseException as error:  # handed to who waits for it
                 future.set_exception(error)
 
 
 def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job holds of what is known: that itself, compressed, how far it is, and its verdict, which lists show."""
+    """The values of a job for a stage: compressed, with the stage and the verdict, which lists show."""
     packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
     return {"packed": packed, "stage": stage, "verdict": values["report"]["verdict"] if stage == "explanation" else None}
 
 
 def _inside(error: Exception) -> str:
-    """A line on an error that is not the user's: what kind it was, and where more is to be read."""
+    """A line on an internal error: its kind, and where more is written."""
     return f"explaining failed inside bridge ({type(error).__name__}); the server's own output says where"

@@ -1,4 +1,4 @@
-"""What is served from disk: couplings and circuits under their roots, tasks, and the labels that people give to nodes.
+"""The couplings and circuits on disk under their roots, the tasks, and the labels that people give to nodes.
 
 A request names a coupling or circuit as it is listed, and the name is looked up in that list: no path is ever made from a
 request. What a symbolic link leads to outside of its root is not listed. Names begin with the root's own.
@@ -50,7 +50,7 @@ class LabelError(LibraryError):
 
 
 class Library:
-    """The couplings under some folders, the circuits under another, and what is kept in memory of them.
+    """The couplings under some folders, the circuits under another, and those loaded into memory.
 
     dense is where the couplings' dense model is, if not where it was. Raises LibraryError for folders that are none, that hold no
     coupling, or of which two have the same name.
@@ -74,7 +74,7 @@ class Library:
     # -- couplings ----------------------------------------------------------------------------------------------------------
 
     def couplings(self) -> dict[str, Path]:
-        """The folders of couplings by name; the first is taken where none is named."""
+        """The folders of couplings by name; the first is the default."""
         return {name: folder for root in self._roots for name, folder in _found(root, "coupling.json")}
 
     def coupling(self, name: str | None) -> tuple[str, Path]:
@@ -87,7 +87,7 @@ class Library:
         return self.load_known(name)[0]
 
     def load_known(self, name: str) -> tuple[Coupling, Fingerprints]:
-        """The same and its fingerprints, which are taken once, when it is loaded."""
+        """The coupling and its fingerprints, which are computed once, when it is loaded."""
         with self._loading:
             _, folder = self.coupling(name)
             if (there := self.in_memory(folder)) is not None:
@@ -110,7 +110,7 @@ class Library:
         return None if there is None else there[0]
 
     def in_memory(self, folder: Path) -> tuple[Coupling, Fingerprints] | None:
-        """What `load_known` gives of a listed folder as it is on disk now, if it is in memory. Raises NotListedError."""
+        """The result of `load_known` for a listed folder as it is on disk now, if it is in memory."""
         key = _version(folder)
         with self._lock:
             if key in self._loaded:
@@ -119,7 +119,7 @@ class Library:
 
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
-        """What a coupling's own JSON says of it: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
+        """The facts in a coupling's own JSON: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
         facts = _read(folder / "coupling.json")
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
@@ -170,7 +170,7 @@ class Library:
 
 
 def finite_json(path: Path) -> dict[str, Any]:
-    """A JSON object that can be sent on. Raises CheckpointError for one that holds NaN, infinities or no characters."""
+    """A JSON object that can be sent. Raises CheckpointError for one that holds NaN, infinities or no characters."""
     values = _read(path)
     try:
         json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
@@ -187,7 +187,7 @@ def _root(path: Path, option: str) -> Path:
 
 
 def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
-    """Name and folder of what holds such a file, a root itself included, with nothing looked for below one that does."""
+    """Name and folder of everything that holds such a file, a root itself included, without looking below a match."""
     count = 0
     for at, below, files in os.walk(root):
         folder = Path(at)
@@ -223,7 +223,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_folders(text: str) -> str:
-    """A message with the last part only of every path that it quotes: where things lie is not for those who ask."""
+    """A message with only the last part of every path that it quotes: clients do not learn folders."""
     return _QUOTED_FOLDERS.sub(r"\1", text)
 
 
@@ -245,7 +245,7 @@ def _check_few(labels: Mapping[str, str]) -> None:
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
-    """The node locations of a coupling, by what its JSON says of its shape."""
+    """The node locations of a coupling, from the shape in its JSON."""
     facts = _read(folder / "coupling.json")
     with torch.device("meta"):
         shape = resolve(facts["recipe"]).sparse

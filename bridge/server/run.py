@@ -31,12 +31,12 @@ def serve(
     token: str | None = None,
     dense: str | None = None,
     device: str = "cpu",
-    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Serve until interrupted; whether all work had stopped then. `say` is given the lines that a user needs; dense is where the
-    couplings' dense model is, if not where it was.
+    """Serve until interrupted, and return whether all jobs had stopped then.
 
-    Port 0 is any that is free. Raises AddressError for an address that cannot be bound, and LibraryError or CheckpointError
+    `progress` takes the lines that a user needs; dense is where the couplings' dense model is, if not where it was. Port 0 is any
+    that is free. Raises AddressError for an address that cannot be bound, and LibraryError or CheckpointError
     for folders that cannot be served.
     """
     everyone = not is_loopback(host)
@@ -47,13 +47,13 @@ def serve(
         port = bound.getsockname()[1]
         app = create_app(library, Rules.for_address(host, port, token))
         name, _ = library.coupling(None)
-        say(f"loading {name}")
+        progress(f"loading {name}")
         library.load(name)  # what is wrong with it is better said now
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        say(f"serving {', '.join(library.couplings())} at http://{shown}:{port}/{f'?token={token}' if token else ''}")
+        progress(f"serving {', '.join(library.couplings())} at http://{shown}:{port}/{f'?token={token}' if token else ''}")
         if everyone:
-            say("the token crosses the network as it is: serve on 127.0.0.1 behind ssh or TLS where others can listen")
-        say("Ctrl-C to stop")
+            progress("the token crosses the network as it is: serve on 127.0.0.1 behind ssh or TLS where others can listen")
+        progress("Ctrl-C to stop")
         with contextlib.suppress(KeyboardInterrupt):
             server_of(app).run(sockets=[bound])
     return app.state.jobs.stop(0)
@@ -80,7 +80,7 @@ class _Punctual(H11Protocol):
         self._watch()
 
     def _watch(self) -> None:
-        """Let the time run while no request is answered, and not anew with every byte."""
+        """Run the timer while no request is answered, without restarting it at every byte."""
         waits = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
         if waits and self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -99,7 +99,7 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; who connects waits. Raises AddressError."""
+    """A socket that listens at an address; connections wait. Raises AddressError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)

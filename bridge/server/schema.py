@@ -1,4 +1,4 @@
-"""What is asked and answered, as pydantic models; the OpenAPI description is made of them.
+"""Requests and responses as pydantic models; the OpenAPI description is made of them.
 
 An explanation's own schema is that of `explanation.Explanation`, so that it cannot drift from it.
 """
@@ -20,29 +20,29 @@ Text = Annotated[str, Field(max_length=200)]
 
 
 class Asking(BaseModel):
-    """A body that is sent here; unknown fields are refused."""
+    """A request body; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Refusal(BaseModel):
-    """Why a request was refused."""
+    """The reason why a request was refused."""
 
     detail: str = Field(description="One line that names the value, the rule and the remedy.")
 
 
 class Health(BaseModel):
-    """That the server answers, and what it has to do."""
+    """The state of the server and of its queue."""
 
     status: Literal["ok"] = "ok"
     version: str
     queued: int = Field(description="Explanations that wait.")
     running: int = Field(description="Explanations under way: 0 or 1.")
-    kept: int = Field(description="Explanations that are over and still remembered.")
+    remembered: int = Field(description="Explanations that are over and still remembered.")
 
 
 class CouplingEntry(BaseModel):
-    """A coupling that prompts can be explained with; of one that cannot be read, only the error."""
+    """A coupling that prompts can be explained with; for one that cannot be read, only the error."""
 
     name: str
     default: bool = Field(description="Whether it is used where none is named.")
@@ -65,7 +65,7 @@ class TaskEntry(BaseModel):
 
 
 class TaskPair(BaseModel):
-    """A contrast pair: two prompts, and what is right after the first; the spellings of each answer are alternatives."""
+    """A contrast pair: two prompts, and the answers to the first; the spellings of each answer are alternatives."""
 
     prompt: str
     counterfactual: str
@@ -80,7 +80,7 @@ class TaskDetail(TaskEntry):
 
 
 class CircuitEntry(BaseModel):
-    """A task's circuit in a line; of a task without one, and of one that cannot be read, the error."""
+    """A task's circuit in a line; the error for a task without one, or one that cannot be read."""
 
     name: str
     task: str | None = None
@@ -118,7 +118,7 @@ class Prompted(Asking):
 
 
 class JobEntry(BaseModel):
-    """An explanation that was asked for, and where it is."""
+    """A requested explanation and its state."""
 
     id: str
     bridge: str
@@ -140,7 +140,7 @@ class JobEntry(BaseModel):
 
     @staticmethod
     def of(job: Job) -> JobEntry:
-        """A job as it is sent."""
+        """The job as it is sent."""
         asked = job.asked
         return JobEntry(
             id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
@@ -151,7 +151,7 @@ class JobEntry(BaseModel):
 
 
 class ExplanationJob(JobEntry):
-    """An explanation that was asked for, and what is known of it: the last stage that was reached, the others null."""
+    """A requested explanation and its known values: those of the last stage that was reached, the others null."""
 
     answered: Answered | None = Field(None, description="The question, both models' answers, and the span, at once.")
     drawn: Drawn | None = Field(None, description="The opening circuit, before the evidence on it.")
@@ -171,7 +171,7 @@ class Steering(Asking):
 
 
 class Steered(BaseModel):
-    """What the dense model does when a node is steered."""
+    """The dense model's answer and text when a node is steered."""
 
     strength: float
     dense: list[Answer] = Field(description="Its next tokens, the likeliest first.")
@@ -181,5 +181,5 @@ class Steered(BaseModel):
 
 
 def asked_of(body: Prompted, bridge: str) -> Asked:
-    """What a body asks for, of a coupling that is listed under that name."""
+    """The request in a body, for a coupling that is listed under that name."""
     return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual)

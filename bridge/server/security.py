@@ -1,4 +1,4 @@
-"""Who may ask what, before any route sees it: host, token, origin, size; and what browsers are told about every answer.
+"""Access rules, checked before any route: host, token, origin and size of a request, and headers of every response.
 
     Host      on loopback, only the names of this machine with the port that is served: a page of another site whose name was
               made to lead here (DNS rebinding) sends its own name
@@ -49,11 +49,11 @@ _log = logging.getLogger("bridge.server")
 
 
 class AddressError(UserError):
-    """An address or token that cannot be served with."""
+    """An address or token that cannot be used to serve."""
 
 
 class Refused(Exception):
-    """An answer other than what was asked for: status, one line, further headers."""
+    """A refusal of a request: status, one line, further headers."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -62,7 +62,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Rules:
-    """What is let through. hosts are the values of the Host header that are answered, None for any; token None for none asked.
+    """The access rules. hosts are the accepted values of the Host header, None for any; token None for none required.
 
     Raises AddressError where any host is answered and no token asked.
     """
@@ -99,7 +99,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """The application behind the rules, as ASGI middleware."""
+    """ASGI middleware that applies the rules."""
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self.app, self.rules = app, rules
@@ -218,7 +218,7 @@ def page_policy(html: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as one line that can be sent: what is no character is written as an escape."""
+    """A text as one line that can be sent: invalid characters are escaped."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 

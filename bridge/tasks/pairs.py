@@ -32,7 +32,7 @@ _FILLER = re.compile(r"⟦([^⟧]*)⟧")
 
 
 class TaskError(UserError):
-    """A task that cannot be used, in one line that names the file and line, the rule and the remedy."""
+    """A task that cannot be used, in one line with the file and line, the rule and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,12 @@ def load_task(name_or_path: str | Path, *, seed: int = 0) -> Task:
 def _generated(templates: Templates, seed: int) -> Task:
     words = _words(seed)
     texts = random.Random(f"{seed} {templates.name}").sample(templates.texts, len(templates.texts))
-    held = max(1, round(HELD_OUT * len(texts)))
-    share: dict[Split, list[str]] = {"validation": texts[:held], "test": texts[held : 2 * held], "train": texts[2 * held :]}
+    n_held_out = max(1, round(HELD_OUT * len(texts)))
+    share: dict[Split, list[str]] = {
+        "validation": texts[:n_held_out],
+        "test": texts[n_held_out : 2 * n_held_out],
+        "train": texts[2 * n_held_out :],
+    }
     pairs: dict[Split, tuple[Example, ...]] = {
         split: tuple(_drawn(templates, share[split], words[split], SPARE * PAIRS[split], seed)) for split in SPLITS
     }
@@ -125,16 +129,16 @@ def _words(seed: int) -> Mapping[Split, Mapping[str, tuple[str, ...]]]:
     split_of: dict[str, Split] = {}
     for pool, words in POOLS.items():
         shuffled = random.Random(f"{seed} {pool}").sample(words, len(words))
-        held = round(HELD_OUT * len(words))
+        n_held_out = round(HELD_OUT * len(words))
         for index, word in enumerate(shuffled):
-            split_of.setdefault(word, "validation" if index < held else "test" if index < 2 * held else "train")
+            split_of.setdefault(word, "validation" if index < n_held_out else "test" if index < 2 * n_held_out else "train")
     return {split: {pool: tuple(w for w in ws if split_of[w] == split) for pool, ws in POOLS.items()} for split in SPLITS}
 
 
 def _drawn(
     templates: Templates, texts: Sequence[str], words: Mapping[str, tuple[str, ...]], wanted: int, seed: int
 ) -> Iterator[Example]:
-    """At most `wanted` different pairs, the templates in turn, either prompt of a pair coming first by chance."""
+    """At most `wanted` different pairs, the templates in turn, the order of the two prompts random."""
     generator = random.Random(f"{seed} {templates.name} {texts}")
     seen: set[tuple[str, str]] = set()
     for attempt in range(4 * wanted):
@@ -150,7 +154,7 @@ def _drawn(
         if (pair.prompt, pair.counterfactual) not in seen:
             seen |= {(pair.prompt, pair.counterfactual), (pair.counterfactual, pair.prompt)}
             pair = replace(pair, variants=tuple(variants))
-            yield swapped(pair) if generator.random() < 0.5 else pair
+            yield reverse_pair(pair) if generator.random() < 0.5 else pair
 
 
 def _pair(templates: Templates, template: str, text: str, names: Mapping[str, str]) -> Example:
@@ -194,8 +198,8 @@ def _spellings(side: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ..
     return tuple(re.sub(r"\$([A-Za-z])", lambda letter: names[letter[1]], spelling) for spelling in side)
 
 
-def swapped(example: Example) -> Example:
-    """The pair the other way round."""
+def reverse_pair(example: Example) -> Example:
+    """The pair with prompt and counterfactual exchanged."""
     spans = tuple(Span(span.label, span.counterfactual, span.prompt) for span in example.spans)
     return replace(
         example,
@@ -204,7 +208,7 @@ def swapped(example: Example) -> Example:
         answer=example.wrong,
         wrong=example.answer,
         spans=spans,
-        variants=tuple(swapped(variant) for variant in example.variants),
+        variants=tuple(reverse_pair(variant) for variant in example.variants),
     )
 
 
@@ -244,9 +248,9 @@ def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
         raise TaskError(
             f"{path} has {count} example{'' if count == 1 else 's'}, too few to split in three; add some, or give each a split"
         )
-    held = max(1, round(HELD_OUT * count))
+    n_held_out = max(1, round(HELD_OUT * count))
     order = random.Random(f"{seed} split").sample(range(count), count)
-    return [SPLITS[1 if place < held else 2 if place < 2 * held else 0] for place in order]
+    return [SPLITS[1 if place < n_held_out else 2 if place < 2 * n_held_out else 0] for place in order]
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
@@ -323,7 +327,7 @@ def _example(values: Any, where: str) -> tuple[Example, Split | None]:
 
 
 def _side(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
-    """The spellings of an answer, given as `answer` or `answers`; none where it is whatever the other is not."""
+    """The spellings of an answer, given as `answer` or `answers`; none where it is any token but the other's."""
     several = f"{one}s"
     if one in values and several in values:
         raise TaskError(f"{where}: there are both {one} and {several}; keep one of them")

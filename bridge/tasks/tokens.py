@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bridge.prompts import PromptError, Prompts
 from bridge.residual import ResidualModel
-from bridge.tasks.pairs import SPLITS, Example, Split, Task, TaskError, swapped
+from bridge.tasks.pairs import SPLITS, Example, Split, Task, TaskError, reverse_pair
 
 _MOVABLE = 8  # marks at the end of a prompt that may be left to the answer
 _LOGITS = 2**26  # at most in a batch that is scored
@@ -76,7 +76,7 @@ class TokenPairs:
 
     @property
     def there_bt(self) -> Tensor:
-        """Which positions are a prompt's, and no padding."""
+        """The mask of positions that are a prompt's, not padding."""
         return torch.arange(self.prompt_bt.shape[1], device=self.last_b.device) <= self.last_b[:, None]
 
     def to(self, device: Any) -> TokenPairs:
@@ -84,7 +84,7 @@ class TokenPairs:
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
     def rows(self, row_b: Tensor) -> TokenPairs:
-        """Some of the pairs, by index, no longer than they need to be."""
+        """Some of the pairs, by index, cut to the longest."""
         indices = row_b.tolist()
         few = {name: value[row_b.to(value.device)] for name, value in self._tensors().items()}
         longest = int(few["last_b"].max()) + 1 if indices else 0
@@ -93,8 +93,8 @@ class TokenPairs:
         kept = tuple(self.examples[index] for index in indices)
         return replace(self, **few, examples=kept, spans=tuple(self.spans[index] for index in indices))
 
-    def swapped(self) -> TokenPairs:
-        """Every pair the other way round: the counterfactual as the prompt, the wrong answer as the right one."""
+    def reversed(self) -> TokenPairs:
+        """The pairs with prompt and counterfactual, and the two answers, exchanged."""
         return TokenPairs(
             prompt_bt=self.counterfactual_bt,
             counterfactual_bt=self.prompt_bt,
@@ -103,16 +103,16 @@ class TokenPairs:
             wrong_bk=self.answer_bk,
             answer_not_b=self.wrong_not_b,
             wrong_not_b=self.answer_not_b,
-            examples=tuple(swapped(example) for example in self.examples),
+            examples=tuple(reverse_pair(example) for example in self.examples),
             spans=tuple(tuple(TokenSpan(s.label, s.counterfactual, s.prompt) for s in spans) for spans in self.spans),
         )
 
     def both(self) -> TokenPairs:
-        """Both members of every pair as prompts: the pairs, then the pairs swapped."""
-        return self.and_those(self.swapped())
+        """Both members of every pair as prompts: the pairs, then the reversed pairs."""
+        return self.and_those(self.reversed())
 
     def and_those(self, others: TokenPairs) -> TokenPairs:
-        """These pairs, then others, padded to one length."""
+        """These pairs and others, padded to one length."""
         tensors = {}
         for name, value in self._tensors().items():
             other = getattr(others, name)
@@ -127,7 +127,7 @@ class TokenPairs:
         return logits_btv[torch.arange(len(self), device=logits_btv.device), self.last_b]
 
     def difference(self, logits_bv: Tensor) -> Tensor:
-        """D_b of the prompts: the log of the odds of answer against wrong; the logit difference where each is one token."""
+        """The logit difference of each prompt: the log-odds of the answer against the wrong one."""
         logits_bv = logits_bv.float()
         return _pooled(logits_bv, self.answer_bk, self.answer_not_b) - _pooled(logits_bv, self.wrong_bk, self.wrong_not_b)
 
@@ -141,7 +141,7 @@ class TokenPairs:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A task under a tokenizer: the pairs that are left by split, how many were looked at, and why others were dropped."""
+    """A task under a tokenizer: the usable pairs by split, the number looked at, and the reasons for dropping others."""
 
     task: str
     language: str
@@ -156,7 +156,7 @@ class Resolved:
 
     @property
     def digest(self) -> str:
-        """What tells its prompts and answers from others."""
+        """A digest that distinguishes the prompts and answers from others."""
         digest = hashlib.sha256()
         for name, pairs in sorted(self.splits.items()):
             for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
@@ -166,7 +166,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model on pairs, both members of each scored: share answered right, two-way loss in nats per prompt, mean D in logits."""
+    """A model's scores on both members of pairs: accuracy, two-way loss in nats per prompt, mean logit difference."""
 
     accuracy: float
     loss: float
@@ -228,7 +228,7 @@ def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence
 
 
 def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
-    """A user's examples as they are; of generated ones the templates in turn, each beginning with its names of fewest tokens."""
+    """A user's examples in order; generated ones by templates in turn, each beginning with its names of fewest tokens."""
     if not any(example.template for example in examples):
         yield from examples
         return
@@ -245,7 +245,7 @@ def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example
 
 
 def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[_Read, _Read] | str:
-    """Both members of a pair, or why it is dropped."""
+    """Both members of a pair, or the reason for dropping it."""
     prompt = _read(example.prompt, example.answer, example.wrong, prompts)
     counterfactual = _read(example.counterfactual, example.wrong, example.answer, prompts)
     if isinstance(prompt, str) or isinstance(counterfactual, str):
@@ -260,8 +260,8 @@ def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[
 
 
 def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
-    moved = _movable(prompt) if answer and wrong else 0  # what is not an answer cannot be told from a mark before it
-    heads = [prompt[: len(prompt) - n] for n in range(moved + 1)]
+    movable = _movable(prompt) if answer and wrong else 0  # what is not an answer cannot be told from a mark before it
+    heads = [prompt[: len(prompt) - n] for n in range(movable + 1)]
     encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
     sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
     for head in encoded[len(answer) + len(wrong) :]:
@@ -278,18 +278,18 @@ def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts:
 
 
 def _movable(prompt: str) -> int:
-    """How many marks, quotes and spaces a prompt ends with, and may leave to its answer."""
+    """The number of marks, quotes and spaces at the end of a prompt that may be left to its answer."""
     return min(len(prompt) - len(re.sub(r"\W+\Z", "", prompt)), _MOVABLE)
 
 
 def _shared(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """The number of tokens that all rows begin with."""
     low, high = min(rows), max(rows)  # any row lies between these two
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def _token_spans(example: Example, reads: tuple[_Read, _Read], prompts: Prompts) -> tuple[TokenSpan, ...]:
-    """The spans in tokens; none where the tokenizer cannot say what characters its tokens are of."""
+    """The spans in tokens; none where the tokenizer cannot map tokens to characters."""
     offsets = prompts.offsets([example.prompt, example.counterfactual])
     if offsets is None:
         return ()
@@ -298,7 +298,7 @@ def _token_spans(example: Example, reads: tuple[_Read, _Read], prompts: Prompts)
 
 
 def _tokens(span: tuple[int, int], offsets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The half-open range of the tokens that have characters of a span."""
+    """The half-open range of the tokens that overlap a span."""
     touching = [index for index, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and start < end]
     if touching:
         return touching[0], touching[-1] + 1
@@ -345,7 +345,7 @@ def _pooled(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
-    """How well a model does on pairs, which are on its device. Raises TaskError where there are none."""
+    """Score a model on pairs, which are on its device. Raises TaskError where there are none."""
     if not len(pairs):
         raise TaskError("there are no pairs to score; take another split, or a tokenizer that the task's prompts suit")
     prompts = pairs.both()

@@ -5,7 +5,7 @@
 Every pair of the test split counts twice, once from each side. Carried are, at strength 1: the whole change of the residual, by
 the bridge at each site (the ceiling: embeddings included); every node; a circuit's nodes, where a folder that `bridge circuit`
 wrote is named; and the K channels that count most on train pairs in the sparse model, to first order: by the change of a channel
-times the slope of the log odds. Beside each, random directions of equal norm at the same sites and positions. "share" is the
+times the gradient of the log odds. Beside each, random directions of equal norm at the same sites and positions. "share" is the
 counterfactual's answer among both answers; "reach" is how many of the prompts go from under 5 % to over 50 % while random
 directions stay, in the mean, under 10 %, and how many could: those whose counterfactual itself has over 50 %. With --out an SVG
 per task and contender, the curves being means over prompts, which takes five times as long.
@@ -25,7 +25,7 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.checkpoint import write_text
 from bridge.circuit import Node, recording_gate
-from bridge.moves import Move, Steerer, circuit_moves, every_node
+from bridge.interventions import Intervention, Steerer, circuit_interventions, every_node
 from bridge.sparse import Location
 from bridge.steer import Spread, logits_at, random_like
 from bridge.steer_figure import Panel, plot
@@ -61,7 +61,7 @@ def sides(pairs: TokenPairs, row: int, logits_v: Tensor) -> tuple[Tensor, Tensor
     return total(pairs.wrong_bk, bool(pairs.wrong_not_b[row])), total(pairs.answer_bk, bool(pairs.answer_not_b[row]))
 
 
-def carried(
+def patched(
     coupling: Coupling,
     pairs: TokenPairs,
     changes_of: Callable[[Tensor, Tensor], dict[int, Tensor]],
@@ -84,7 +84,7 @@ def carried(
     return Result(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
-def best_channels(coupling: Coupling, pairs: TokenPairs, most: int) -> list[Move]:
+def best_channels(coupling: Coupling, pairs: TokenPairs, most: int) -> list[Intervention]:
     """The channels whose change to the counterfactual's values lowers the log odds of the answer most, to first order."""
     sparse = coupling.sparse
     other: dict[Location, Tensor] = {}
@@ -98,23 +98,27 @@ def best_channels(coupling: Coupling, pairs: TokenPairs, most: int) -> list[Move
 
     with torch.enable_grad():
         odds_b = pairs.difference(pairs.at_last(sparse.run(pairs.prompt_bt, gate=probing).logits_btv))
-        slopes = torch.autograd.grad(odds_b.sum(), list(probe.values()))
+        gradients = torch.autograd.grad(odds_b.sum(), list(probe.values()))
     there_bt1 = (torch.arange(pairs.prompt_bt.shape[1]) <= pairs.last_b[:, None])[..., None]
-    moved = {at: ((other[at] - value[at]) * slope * there_bt1).sum((0, 1)) for at, slope in zip(probe, slopes, strict=True)}
-    named = [(float(worth), Node(at, index)) for at, worth_n in moved.items() for index, worth in enumerate(worth_n.tolist())]
-    return [Move(node) for _, node in sorted(named)[:most]]
+    changed = {
+        at: ((other[at] - value[at]) * gradient * there_bt1).sum((0, 1)) for at, gradient in zip(probe, gradients, strict=True)
+    }
+    named = [
+        (float(effect), Node(at, index)) for at, effect_n in changed.items() for index, effect in enumerate(effect_n.tolist())
+    ]
+    return [Intervention(node) for _, node in sorted(named)[:most]]
 
 
-def line(label: str, result: Result, swapped_b: Tensor, since: float) -> str:
-    """A contender at the largest strength; swapped_b, the probability of its answer on the counterfactual itself."""
+def line(label: str, result: Result, ceiling_b: Tensor, since: float) -> str:
+    """A contender at the largest strength; ceiling_b, the probability of its answer on the counterfactual itself."""
     wrong_b, random_b = result.wrong_bk[:, -1], result.random_wrong_brk[:, :, -1].mean(1)
     reached = (result.wrong_bk[:, 0] < LOW) & (wrong_b > HIGH) & (random_b < RANDOM)
     share = (wrong_b / (wrong_b + result.answer_bk[:, -1])).mean()
     per_draw_r = result.random_wrong_brk[:, :, -1].mean(0)
     return (
         f"{label:<34}{float(result.wrong_bk[:, 0].mean()):9.3f}{float(wrong_b.mean()):9.3f}"
-        f"{float(wrong_b.mean() / swapped_b.mean()):9.2f}{float(share):7.2f}{float(per_draw_r.mean()):8.3f}"
-        f"{float(per_draw_r.max()):7.3f}{int(reached.sum()):5}/{int((swapped_b > HIGH).sum())}{time.monotonic() - since:5.0f}"
+        f"{float(wrong_b.mean() / ceiling_b.mean()):9.2f}{float(share):7.2f}{float(per_draw_r.mean()):8.3f}"
+        f"{float(per_draw_r.max()):7.3f}{int(reached.sum()):5}/{int((ceiling_b > HIGH).sum())}{time.monotonic() - since:5.0f}"
     )
 
 
@@ -135,20 +139,20 @@ def main() -> None:
         task = resolve(load_task(name), coupling.dense.tokenizer, context=coupling.context, splits=("train", "test"))
         pairs = task.splits["test"].rows(torch.arange(min(arguments.pairs, len(task.splits["test"])))).both()
         train = task.splits["train"].rows(torch.arange(min(64, len(task.splits["train"])))).both()
-        swapped = [
+        counterfactual = [
             sides(
                 pairs, row, coupling.dense.run(pairs.counterfactual_bt[row, : int(pairs.last_b[row]) + 1][None]).logits_btv[0, -1]
             )
             for row in range(len(pairs))
         ]
-        wrong_b, answer_b = (torch.stack(parts) for parts in zip(*swapped, strict=True))
+        wrong_b, answer_b = (torch.stack(parts) for parts in zip(*counterfactual, strict=True))
         print(f"\n{name}: {len(pairs)} prompts; on the counterfactual itself p {float(wrong_b.mean()):.3f}")
-        heads = f"{'p before':>9}{'p after':>9}{'of swap':>9}{'share':>7}{'random':>8}{'most':>7}{'reach':>8}{'s':>5}"
-        print(f"{'carried at strength 1':<34}{heads}")
+        heads = f"{'p before':>9}{'p after':>9}{'of cf':>9}{'share':>7}{'random':>8}{'most':>7}{'reach':>8}{'s':>5}"
+        print(f"{'patched at strength 1':<34}{heads}")
         best = best_channels(coupling, train, max(FEW))
-        chosen: dict[str, list[Move]] = {"every node": every_node(sizes)}
+        chosen: dict[str, list[Intervention]] = {"every node": every_node(sizes)}
         if name in circuits:
-            chosen["the circuit's nodes"] = circuit_moves(circuits[name], coupling)
+            chosen["the circuit's nodes"] = circuit_interventions(circuits[name], coupling)
         chosen |= {f"{few} channels": best[:few] for few in FEW}
 
         def whole_at(site: int) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
@@ -158,21 +162,23 @@ def main() -> None:
 
             return changes
 
-        def by_nodes(moves: list[Move], site: int | None) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
-            return lambda tokens_t, other_t: Steerer(coupling, tokens_t, moves, other_t, site=site).changes(tokens_t[None])
+        def by_nodes(interventions: list[Intervention], site: int | None) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
+            return lambda tokens_t, other_t: Steerer(coupling, tokens_t, interventions, other_t, site=site).changes(
+                tokens_t[None]
+            )
 
         for site in range(coupling.n_sites):
             since = time.monotonic()
-            result = carried(coupling, pairs, whole_at(site), arguments.draws, (1.0,))
+            result = patched(coupling, pairs, whole_at(site), arguments.draws, (1.0,))
             print(line(f"whole residual at site {site}", result, wrong_b, since), flush=True)
         every_bk = every_answer_bk = None
-        for label, moves in chosen.items():
+        for label, interventions in chosen.items():
             for site in (None, coupling.n_sites - 2):
                 since = time.monotonic()
-                if site is not None and not any(coupling.sparse.site(move.node.location) < site for move in moves):
+                if site is not None and not any(coupling.sparse.site(each.node.location) < site for each in interventions):
                     continue
                 strengths = STRENGTHS if site is None and arguments.out is not None else (1.0,)
-                result = carried(coupling, pairs, by_nodes(moves, site), arguments.draws, strengths)
+                result = patched(coupling, pairs, by_nodes(interventions, site), arguments.draws, strengths)
                 where = "own sites" if site is None else f"at site {site}"
                 print(line(f"{label}, {where}", result, wrong_b, since), flush=True)
                 if site is not None or arguments.out is None:
@@ -190,11 +196,11 @@ def main() -> None:
                 write_text(arguments.out / file, plot(f"Steering the dense model: {name}, {label}", note, panels))
 
 
-def _panel(title: str, chosen_bk: Tensor, random_brk: Tensor, every_bk: Tensor, swapped_b: Tensor) -> Panel:
+def _panel(title: str, chosen_bk: Tensor, random_brk: Tensor, every_bk: Tensor, counterfactual_b: Tensor) -> Panel:
     random_rk = random_brk.mean(0)
     spreads = [Spread(float(r.mean()), float(r.min()), float(r.max())) for r in random_rk.unbind(1)]
     every = None if every_bk is chosen_bk else every_bk.mean(0).tolist()
-    return Panel(title, (0.0, *STRENGTHS), chosen_bk.mean(0).tolist(), spreads, every, float(swapped_b.mean()))
+    return Panel(title, (0.0, *STRENGTHS), chosen_bk.mean(0).tolist(), spreads, every, float(counterfactual_b.mean()))
 
 
 if __name__ == "__main__":

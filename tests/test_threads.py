@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 import torch
 
-from bridge.meanwhile import cores
+from bridge.threads import cores
 
 
 @pytest.fixture(autouse=True)

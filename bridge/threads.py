@@ -1,4 +1,4 @@
-"""How work shares the cores: in a thread of its own while its caller does something else, or on fewer than there are.
+"""Limits on cores: computation in a thread beside its caller's, or on fewer cores than there are.
 
 Torch and the kernels release Python's lock, so two threads of one core each do twice as much, where the work is such that two
 cores on the same small tensor would wait for each other.
@@ -28,7 +28,7 @@ class _Left(BaseException):
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """At most so many cores for what torch and the kernels do here, and in threads that begin meanwhile.
+    """Limit torch and the kernels to `count` cores here, and in threads that begin inside the block.
 
     Blocks may overlap, in one thread or several, and end in any order: each holds until it ends, and after the last of them
     there are as many cores as before the first.
@@ -49,7 +49,7 @@ def cores(count: int) -> Iterator[None]:
 
 
 def _limit_threads() -> None:
-    """Hold this thread to the blocks that it is in, and threads that begin from now on to all there are.
+    """Limit this thread by the blocks that it is in, and threads that begin from now on by all blocks.
 
     Torch keeps a number of threads for each thread, and one for those to come; to set the first sets the second too.
     """

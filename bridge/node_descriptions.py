@@ -37,7 +37,7 @@ class EndpointError(UserError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask: the base address (such as http://localhost:8000/v1) and the model's name there. Raises EndpointError."""
+    """The base address of an endpoint (such as http://localhost:8000/v1) and the model to use there. Raises EndpointError."""
 
     url: str
     model: str
@@ -55,7 +55,7 @@ class Endpoint:
             raise EndpointError("which model the endpoint is to use is not said; give --model NAME")
 
     def describe(self, page: NodePage) -> str:
-        """One line on a node, by the model. Raises EndpointError where none comes."""
+        """Ask the model for one line on a node. Raises EndpointError where none comes."""
         url = self.url.rstrip("/")
         url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         body = {
@@ -69,7 +69,7 @@ class Endpoint:
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.seconds) as answer:
-                told = json.loads(answer.read(_MOST_BYTES))["choices"][0]["message"]["content"]
+                content = json.loads(answer.read(_MOST_BYTES))["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             with error:
                 raise self._failed(f"HTTP status {error.code}", f"check the address, the model, and {KEY}") from None
@@ -77,7 +77,7 @@ class Endpoint:
             raise self._failed(str(getattr(error, "reason", error)), "check that it runs") from None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise self._failed("it did not answer as a chat endpoint does", "check the address") from None
-        line = " ".join(told.split()) if isinstance(told, str) else ""
+        line = " ".join(content.split()) if isinstance(content, str) else ""
         if not line:
             raise self._failed("its answer is empty", "try another model")
         return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}\u2026"
@@ -93,7 +93,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Descriptions:
-    """Descriptions kept in a folder, or in memory alone without one; those of other weights, or damaged, count for nothing."""
+    """Descriptions stored in a folder, or in memory without one; those of other weights, and damaged ones, are ignored."""
 
     def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
         self.file = None if folder is None else Path(folder) / FILE
@@ -101,22 +101,22 @@ class Descriptions:
         self.by_node: dict[str, dict[str, str]] = {}
         if self.file is not None and self.file.is_file():
             try:
-                kept = read_json(self.file)
+                stored = read_json(self.file)
             except CheckpointError:
                 return
-            nodes = kept.get("nodes")
-            if kept.get("fingerprint") == fingerprint and isinstance(nodes, dict):
+            nodes = stored.get("nodes")
+            if stored.get("fingerprint") == fingerprint and isinstance(nodes, dict):
                 self.by_node = {name: one for name, one in nodes.items() if _is_description(one)}
 
     def text(self, name: str) -> str | None:
-        """What is known of a node, None where nothing is."""
+        """The description of a node, None where there is none."""
         return self.by_node[name]["text"] if name in self.by_node else None
 
     def ask(self, endpoint: Endpoint, page: NodePage) -> str:
-        """The endpoint's description of a node, from what is kept where the same model gave one. Raises EndpointError."""
-        kept = self.by_node.get(page.name)
-        if kept is not None and kept["model"] == endpoint.model:
-            return kept["text"]
+        """The endpoint's description of a node, the stored one where the same model gave it. Raises EndpointError."""
+        known = self.by_node.get(page.name)
+        if known is not None and known["model"] == endpoint.model:
+            return known["text"]
         self.by_node[page.name] = {"text": endpoint.describe(page), "model": endpoint.model}
         if self.file is not None:
             try:

@@ -1,4 +1,4 @@
-"""The decoders' last fit: against slopes taken another way, and against its objective written out token by token."""
+"""The decoders' last fit: against gradients taken another way, and against its objective written out token by token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from conftest import CONTEXT, VOCABULARY
 
 from bridge.bridges import Coupling
+from bridge.refit import FLOOR, KEEP, RIDGE, Question, gradients, refit_decoders
 from bridge.residual import Enter
-from bridge.slopes import FLOOR, KEEP, RIDGE, Question, refit_decoders, slopes
 
 TOKENS_BT = torch.randint(0, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(11))
 
@@ -28,11 +28,11 @@ def refitted(coupling: Coupling, weight: float) -> Coupling:
 
 
 @pytest.mark.parametrize("which", ["dense", "sparse"])
-def test_slopes_are_those_of_entering_at_the_site(coupling: Coupling, which: str) -> None:
+def test_gradients_are_those_of_entering_at_the_site(coupling: Coupling, which: str) -> None:
     """By a run of its own from every site, and by a finite difference there."""
     model = coupling.dense if which == "dense" else coupling.sparse
     asked = question(coupling, TOKENS_BT)
-    found, residuals = slopes(model, TOKENS_BT, asked)
+    found, residuals = gradients(model, TOKENS_BT, asked)
     for site in range(coupling.n_sites):
         x_btd = residuals[site].clone().requires_grad_(True)
         asked.difference(model.run(TOKENS_BT, Enter.at(site, x_btd)).logits_btv).backward()
@@ -66,15 +66,15 @@ def literal(coupling: Coupling, site: int, weight: float, start_ds: torch.Tensor
     """The objective at a site for a linear part w_ds, from lists of tokens."""
     generator = torch.Generator().manual_seed(0)
     parts = [(tokens_bt, Question.drawn(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)]
-    dense = [slopes(coupling.dense, *part) for part in parts]
-    sparse = [slopes(coupling.sparse, *part) for part in parts]
+    dense = [gradients(coupling.dense, *part) for part in parts]
+    sparse = [gradients(coupling.sparse, *part) for part in parts]
     g_nd = torch.cat([some[site] for some, _ in dense]).flatten(0, 1).double()
     g_ns = torch.cat([some[site] for some, _ in sparse]).flatten(0, 1).double()
     x_ns = torch.cat([x[site] for _, x in sparse]).flatten(0, 1).double()
     before_ns = torch.cat([x[max(0, site - 1)] for _, x in sparse]).flatten(0, 1).double()
     written_ns = x_ns - before_ns if site else x_ns
     x_ns, written_ns = x_ns - x_ns.mean(0), written_ns - written_ns.mean(0)
-    # slopes that nothing has are told apart by the ridge: as many more tokens, one along every dense direction
+    # gradients that nothing has are told apart by the ridge: as many more tokens, one along every dense direction
     d = g_nd.shape[1]
     ridge = (RIDGE * g_nd.square().mean() * len(g_nd)).sqrt()
     g_nd, g_ns = torch.cat([g_nd, ridge * torch.eye(d).double()]), torch.cat([g_ns, torch.zeros(d, g_ns.shape[1]).double()])
@@ -86,10 +86,10 @@ def literal(coupling: Coupling, site: int, weight: float, start_ds: torch.Tensor
     count_s = scale_s / (effect_s + FLOOR * effect_s.mean())
     count_s = count_s / count_s.mean()
     change_ds = w_ds - start_ds
-    carried_nn = (g_nd @ change_ds) @ x_ns.T  # every slope with every residual: taken as independent
-    kept = carried_nn.square().sum() / n / n / x_ns.square().mean() + KEEP * (g_nd @ change_ds).square().sum() / n
-    slopes_off = ((g_nd @ (w_ds - longer * regression_ds)).square().sum(0) * count_s).sum() / n
-    return kept + weight * slopes_off
+    patched_nn = (g_nd @ change_ds) @ x_ns.T  # every gradient with every residual: taken as independent
+    kept = patched_nn.square().sum() / n / n / x_ns.square().mean() + KEEP * (g_nd @ change_ds).square().sum() / n
+    gradients_off = ((g_nd @ (w_ds - longer * regression_ds)).square().sum(0) * count_s).sum() / n
+    return kept + weight * gradients_off
 
 
 @pytest.mark.parametrize("site", [0, 2, 4])
@@ -125,7 +125,7 @@ def test_what_stays(coupling: Coupling) -> None:
 
 
 def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
-    """A sparse model that answers the same whatever comes has slopes of 0: decoders stay finite."""
+    """A sparse model that answers the same whatever comes has gradients of 0: decoders stay finite."""
     sparse = copy.deepcopy(coupling.sparse)
     for parameter in sparse.parameters():
         parameter.data.zero_()
@@ -137,7 +137,7 @@ def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
 def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a wide model, whose sums are large: the same decoders."""
     together = refitted(coupling, 1.0)
-    monkeypatch.setattr("bridge.slopes.MOST_BYTES", 1)
+    monkeypatch.setattr("bridge.refit.MOST_BYTES", 1)
     for one, other in zip(together.bridges.parameters(), refitted(coupling, 1.0).bridges.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -13,7 +13,15 @@ from bridge.bridges import Bridges, Coupling
 from bridge.circuit import Node
 from bridge.dense import DenseModel
 from bridge.explanation import ExplainError
-from bridge.moves import Move, Steerer, SteerError, carry, chosen_moves, every_node, parse_move
+from bridge.interventions import (
+    Intervention,
+    Steerer,
+    SteerError,
+    chosen_interventions,
+    every_node,
+    parse_intervention,
+    run_patched,
+)
 from bridge.nodes import NodeError
 from bridge.residual import Enter
 from bridge.sparse import Location
@@ -41,8 +49,8 @@ def itself(coupled: Coupling) -> Coupling:
     return Coupling(cast(Any, coupled.sparse), coupled.sparse, bridges, coupled.recipe)
 
 
-def moves(*texts: str, coupling: Coupling) -> list[Move]:
-    return [parse_move(text, coupling.sparse.locations()) for text in texts]
+def interventions(*texts: str, coupling: Coupling) -> list[Intervention]:
+    return [parse_intervention(text, coupling.sparse.locations()) for text in texts]
 
 
 def recorded(coupling: Coupling, tokens_t: Tensor) -> dict[str, Tensor]:
@@ -58,12 +66,12 @@ def recorded(coupling: Coupling, tokens_t: Tensor) -> dict[str, Tensor]:
 
 def test_a_text_names_a_change(coupled: Coupling) -> None:
     sizes, node = coupled.sparse.locations(), Location(1, "mlp_act")
-    assert parse_move("1.mlp_act[7]", sizes) == Move(Node(node, 7))
-    assert parse_move(" L1.mlp_act[7]@3 ", sizes) == Move(Node(node, 7, 3))
-    assert parse_move("1.mlp_act[7]=2.5", sizes) == Move(Node(node, 7), value=2.5)
-    assert parse_move("1.mlp_act[7]@0=-2", sizes) == Move(Node(node, 7, 0), value=-2)
-    assert parse_move("1.mlp_act[7]@12+1e-1", sizes) == Move(Node(node, 7, 12), amount=0.1)
-    assert parse_move("1.mlp_act[7]-3", sizes) == Move(Node(node, 7), amount=-3)
+    assert parse_intervention("1.mlp_act[7]", sizes) == Intervention(Node(node, 7))
+    assert parse_intervention(" L1.mlp_act[7]@3 ", sizes) == Intervention(Node(node, 7, 3))
+    assert parse_intervention("1.mlp_act[7]=2.5", sizes) == Intervention(Node(node, 7), value=2.5)
+    assert parse_intervention("1.mlp_act[7]@0=-2", sizes) == Intervention(Node(node, 7, 0), value=-2)
+    assert parse_intervention("1.mlp_act[7]@12+1e-1", sizes) == Intervention(Node(node, 7, 12), amount=0.1)
+    assert parse_intervention("1.mlp_act[7]-3", sizes) == Intervention(Node(node, 7), amount=-3)
 
 
 @pytest.mark.parametrize(
@@ -80,18 +88,18 @@ def test_a_text_names_a_change(coupled: Coupling) -> None:
 )
 def test_what_names_no_change_is_refused(coupled: Coupling, text: str, message: str) -> None:
     with pytest.raises((SteerError, NodeError)) as error:
-        parse_move(text, coupled.sparse.locations())
+        parse_intervention(text, coupled.sparse.locations())
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @torch.no_grad()
 def test_nodes_get_the_values_they_are_told(coupled: Coupling) -> None:
-    chosen = moves(
+    chosen = interventions(
         "0.mlp_act[3]@2=4", "0.v[5]", "1.q[1]@4+2", "0.mlp_act[3]=1", "0.mlp_act[9]=7", "0.mlp_act[9]=8", coupling=coupled
     )
     plain, other = recorded(coupled, TOKENS_T), recorded(coupled, OTHER_T)
-    count, moved = Steerer(coupled, TOKENS_T, chosen, OTHER_T).moved()
-    found = {(each.node, each.position): (each.before, each.after) for each in moved}
+    count, changed = Steerer(coupled, TOKENS_T, chosen, OTHER_T).changed()
+    found = {(each.node, each.position): (each.before, each.after) for each in changed}
     expected: dict[tuple[str, int], float] = {("L0.mlp_act[3]", p): 4.0 if p == 2 else 1.0 for p in range(6)}
     expected |= {("L0.mlp_act[9]", p): 8.0 for p in range(6)}  # the later one
     expected |= {("L0.v[5]", p): float(other["0.v"][p, 5]) for p in range(6)}
@@ -130,7 +138,7 @@ def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled:
         expected = dense.run(tokens_1t, Enter.at(site, h_1td)).logits_btv
         added = Steerer(coupled, TOKENS_T, whole, OTHER_T, site=site).changes(tokens_1t)
         assert list(added) == [site]
-        actual = carry(coupled, tokens_1t, dense.run(tokens_1t), added).logits_btv
+        actual = run_patched(coupled, tokens_1t, dense.run(tokens_1t), added).logits_btv
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         assert (actual - dense.run(tokens_1t).logits_btv).abs().max() > 1e-2
     trace = dense.run(tokens_1t)
@@ -140,14 +148,14 @@ def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled:
         trace = dense.run(tokens_1t, Enter.at(site, h_1td))
     steerer = Steerer(coupled, TOKENS_T, whole, OTHER_T)
     assert steerer.sites == tuple(range(1, coupled.n_sites))
-    actual = carry(coupled, tokens_1t, dense.run(tokens_1t), steerer.changes(tokens_1t)).logits_btv
+    actual = run_patched(coupled, tokens_1t, dense.run(tokens_1t), steerer.changes(tokens_1t)).logits_btv
     torch.testing.assert_close(actual, trace.logits_btv, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("site", [None, 3, 4])
 def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: Coupling, site: int | None) -> None:
-    chosen = moves("0.mlp_act[3]=4", "0.v[5]@1", "1.q[1]@4+2", "0.attn_in[2]@3=1.5", coupling=itself)
+    chosen = interventions("0.mlp_act[3]=4", "0.v[5]@1", "1.q[1]@4+2", "0.attn_in[2]@3=1.5", coupling=itself)
     values, other = recorded(itself, TOKENS_T), recorded(itself, OTHER_T)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
@@ -165,14 +173,14 @@ def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: Coupling, s
     tokens_1t = TOKENS_T[None]
     expected = itself.sparse.run(tokens_1t, gate=gate).logits_btv
     plain = itself.dense.run(tokens_1t)
-    actual = carry(itself, tokens_1t, plain, Steerer(itself, TOKENS_T, chosen, OTHER_T, site=site).changes(tokens_1t))
+    actual = run_patched(itself, tokens_1t, plain, Steerer(itself, TOKENS_T, chosen, OTHER_T, site=site).changes(tokens_1t))
     torch.testing.assert_close(actual.logits_btv, expected, rtol=1e-4, atol=1e-4)
     assert (expected - plain.logits_btv).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_nodes_of_one_sublayer_are_carried_alike_either_way(coupled: Coupling) -> None:
-    chosen = moves("0.mlp_act[3]=4", "0.mlp_in[2]@1+3", coupling=coupled)
+    chosen = interventions("0.mlp_act[3]=4", "0.mlp_in[2]@1+3", coupling=coupled)
     own, at_once = (Steerer(coupled, TOKENS_T, chosen, site=site).changes(TOKENS_T[None]) for site in (None, 2))
     assert list(own) == list(at_once) == [2]
     torch.testing.assert_close(own[2], at_once[2], rtol=1e-4, atol=1e-5)
@@ -187,17 +195,17 @@ def test_it_lasts_over_text_behind_the_prompt(coupled: Coupling) -> None:
         (["0.mlp_act[3]"], False),
         (["0.mlp_act[3]@5=4"], False),
     ):
-        steerer = Steerer(coupled, TOKENS_T, moves(*texts, coupling=coupled), OTHER_T)
+        steerer = Steerer(coupled, TOKENS_T, interventions(*texts, coupling=coupled), OTHER_T)
         short, long = steerer.changes(TOKENS_T[None])[2], steerer.changes(longer_1t)[2]
         torch.testing.assert_close(long[:, :6], short, rtol=1e-4, atol=1e-5)  # no step alters an earlier one
         assert bool((long[0, 6:].norm(dim=-1) > 1e-4).all()) == lasts, texts
-    keys = Steerer(coupled, TOKENS_T, moves("0.v[5]@1=9", coupling=coupled)).changes(longer_1t)[1]
+    keys = Steerer(coupled, TOKENS_T, interventions("0.v[5]@1=9", coupling=coupled)).changes(longer_1t)[1]
     assert (keys[0, 6:].norm(dim=-1) > 1e-5).any()  # by attention to what was changed
 
 
 @torch.no_grad()
 def test_generation(coupled: Coupling) -> None:
-    dense, chosen = coupled.dense, moves("0.mlp_act[3]=40", "1.mlp_act[1]@5=-30", coupling=coupled)
+    dense, chosen = coupled.dense, interventions("0.mlp_act[3]=40", "1.mlp_act[1]@5=-30", coupling=coupled)
     steerer = Steerer(coupled, TOKENS_T, chosen)
     greedy_t = TOKENS_T
     for _ in range(6):
@@ -210,7 +218,7 @@ def test_generation(coupled: Coupling) -> None:
     written_t = steerer.generate(1.0, 6)
     assert written_t.tolist() != greedy_t[6:].tolist()
     text_1t = torch.cat([TOKENS_T, written_t])[None]  # one pass over the whole text says the same as each step did
-    trace = carry(coupled, text_1t, dense.run(text_1t), steerer.changes(text_1t))
+    trace = run_patched(coupled, text_1t, dense.run(text_1t), steerer.changes(text_1t))
     assert trace.logits_btv[0, 5:-1].argmax(-1).tolist() == written_t.tolist()
     assert len(steerer.generate(1.0, 100)) == CONTEXT - 6  # and no further than the context
 
@@ -231,11 +239,11 @@ def test_what_cannot_be_steered_is_one_line(coupled: Coupling) -> None:
     ]
     for texts, options, message in cases:
         with pytest.raises(SteerError) as error:
-            Steerer(coupled, TOKENS_T, moves(*texts, coupling=coupled), **options)
+            Steerer(coupled, TOKENS_T, interventions(*texts, coupling=coupled), **options)
         assert message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(SteerError, match="cannot be both set and moved"):
-        Move(Node(Location(0, "v"), 1), value=1.0, amount=1.0)
+    with pytest.raises(SteerError, match="cannot be both set and changed"):
+        Intervention(Node(Location(0, "v"), 1), value=1.0, amount=1.0)
     with pytest.raises(SteerError, match="which prompt is not said"):
-        chosen_moves(coupled, None, [], None, None)
+        chosen_interventions(coupled, None, [], None, None)
     with pytest.raises(ExplainError, match="there is no file 'nowhere.json'; name one that"):
-        chosen_moves(coupled, "w3", [], None, Path("nowhere.json"))
+        chosen_interventions(coupled, "w3", [], None, Path("nowhere.json"))
