@@ -150,13 +150,13 @@ def _config(folder: Path, who: str) -> PeftConfig:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise DenseModelError(f"{who} has an {CONFIG} that cannot be read ({_reason(error)}); save it again with PEFT") from error
     # PEFT leaves out settings that it does not know, such as those of later versions
     known = {*dir(config), "peft_version", "runtime_config"}
-    if unknown := sorted(key for key, value in said.items() if value and key not in known):
+    if unknown := sorted(key for key, value in given.items() if value and key not in known):
         raise DenseModelError(f"{who} has a setting that this version of PEFT does not know, {unknown[0]!r}; install a later one")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise DenseModelError(f"{who} is for the task {config.task_type}; give one that was trained as a CAUSAL_LM")

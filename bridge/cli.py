@@ -320,7 +320,7 @@ def steer(
     json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Change nodes of the sparse model, carry that into the dense one, and see its answers and text change."""
+    """Change nodes of the sparse model, patch that into the dense one, and see its answers and text change."""
     with one_line_errors():
         from bridge.checkpoint import write_json, write_text
         from bridge.interventions import chosen_interventions

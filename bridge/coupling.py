@@ -80,7 +80,7 @@ class Coupling(Bare):
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)
-        say = progress or (lambda _: None)
-        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, work=work, progress=say))
+        on_progress = progress or (lambda _: None)
+        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, work=work, progress=on_progress))
         assert card is not None  # of a single one, what is wrong is raised
         return card

@@ -59,7 +59,7 @@ _HOW_TO_READ = (
     "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
     "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
     "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
-    "group alone is ablated from the circuit; the dense effect is the same ablation carried through the bridge into the dense "
+    "group alone is ablated from the circuit; the dense effect is the same ablation patched through the bridge into the dense "
     "model. An edge's effect is first order. What holds in the sparse model holds for the dense one only as far as the "
     "evidence on it goes."
 )
@@ -125,7 +125,7 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
     if (backup := explanation.backup) is not None:
         strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
         what = (
-            f"Without it {backup.left:.2f} of the span is left, more than {explanation.config.left:g}: {backup.nodes:,} other "
+            f"Ablated, it leaves {backup.left:.2f} of the span, more than {explanation.config.left:g}: {backup.nodes:,} other "
             f"nodes back it up{strongest}."
         )
         lines += _wrap(" " * _HEAD, what, width)
@@ -179,7 +179,7 @@ def _groups(explanation: Explanation, width: int) -> list[str]:
     shown = set(
         sorted((group.id for group in explanation.groups), key=lambda id: -abs(explanation.groups[id].effect))[:LISTED_GROUPS]
     )
-    head = "What d loses when all of a group is ablated: in the circuit; in the dense model, carried through the bridge."
+    head = "The loss of d when all of a group is ablated: in the circuit; in the dense model, patched through the bridge."
     lines = [*_wrap("GROUPS    ", head, width)]
     lines += [f"{'':8}{'group':<6}{'sparse':>8}{'dense':>8}   what it is"] if shown else []
     for group in explanation.groups:
@@ -268,10 +268,10 @@ def _attention(explanation: Explanation, width: int) -> list[str]:
         lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
         for read in head.reads[:1]:
             why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
-            moved = ", ".join(
+            values = ", ".join(
                 f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
             )
-            text = f"@{read.position} by {why or 'no channel'}; moves {moved or 'no node of the circuit'}"
+            text = f"@{read.position} by {why or 'no channel'}; moves {values or 'no node of the circuit'}"
             lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
     return lines
 

@@ -81,7 +81,7 @@ def loading_options(file: str) -> dict[str, Any]:
 
 
 def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | None) -> Any:
-    """The same weights in a plain instance: transformers takes a model read from a GGUF for quantized, and will not save it.
+    """Weights of a GGUF model in a plain instance: transformers takes a model read from a GGUF for quantized, and will not save it.
 
     Raises DenseModelError where the file says more than the model has.
     """
@@ -112,13 +112,13 @@ def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
         raise DenseModelError(f"{who} {what} ({odd} has no place in it); give the model in safetensors")
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     architecture = f"{fields['general.architecture']}."
-    said = {name.removeprefix(architecture): value for name, value in fields.items() if name.startswith(architecture)}
+    given = {name.removeprefix(architecture): value for name, value in fields.items() if name.startswith(architecture)}
     has: dict[str, list[Any]] = {}
     for key, value in settings_of(config).items():
         has.setdefault(key.rpartition(".")[2], []).append(value)
 
     def expect(setting: str, values: list[Any]) -> None:
-        value = said.get(setting)
+        value = given.get(setting)
         numbers = [each for each in values if isinstance(each, (int, float))]
         if not isinstance(value, (int, float)) or not value or any(isclose(value, each, rel_tol=1e-5) for each in numbers):
             return

@@ -164,25 +164,25 @@ class Prompts:
 
     # -- a text to the token that it names ------------------------------------------------------------------------------
 
-    def target(self, said: str | int, prompt: str, role: str = "target") -> int:
+    def target(self, given: str | int, prompt: str, role: str = "target") -> int:
         """The id of the token named by its text (as from `text`, or in the place after the prompt), or by #id.
 
         role is what it is called where it is refused. Raises PromptError: where a text is not one token, with what it may mean.
         """
-        if isinstance(said, int) or _NUMBER.fullmatch(said):
-            token = said if isinstance(said, int) else int(said[1:])
+        if isinstance(given, int) or _NUMBER.fullmatch(given):
+            token = given if isinstance(given, int) else int(given[1:])
         else:
             self.check()
-            if wrong := not_text(said):
-                raise PromptError(f"{role} {said!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
-            token = self._named(said)
-            token = self._after_prompt(said, prompt) if token is None else token
-            token = self._named(_unescaped(said)) if token is None else token
+            if wrong := not_text(given):
+                raise PromptError(f"{role} {given!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
+            token = self._named(given)
+            token = self._after_prompt(given, prompt) if token is None else token
+            token = self._named(_unescaped(given)) if token is None else token
             if token is None:
-                raise PromptError(self._unclear(said, prompt, role))
+                raise PromptError(self._unclear(given, prompt, role))
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
             last = "" if self.vocabulary is None else f" to {self.vocabulary - 1}"
-            raise PromptError(f"{role} {said} is no token of the dense model; ids go from 0{last}")
+            raise PromptError(f"{role} {given} is no token of the dense model; ids go from 0{last}")
         return token
 
     def _named(self, text: str) -> int | None:
@@ -197,17 +197,17 @@ class Prompts:
         one = len(whole) == len(head) + 1 and whole[:-1] == head
         return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
 
-    def _unclear(self, said: str, prompt: str, role: str) -> str:
+    def _unclear(self, given: str, prompt: str, role: str) -> str:
         """The reason why a text names no token, and the tokens that it may mean."""
         unknown: Any = self._there().unk_token_id
-        head, whole, alone = self._plain([prompt, prompt + said, said]) if said else ([], [], [])
+        head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
         tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
         if tokens and set(tokens) == {unknown}:
-            return f"{role} {said!r} is not in the dense model's vocabulary; give one of its tokens"
-        spaced = [self._named(f" {said}"), self._after_prompt(f" {said}", prompt)] if said else []
-        meant: dict[int | None, None] = dict.fromkeys([self._spelled(said), *(alone if len(alone) == 1 else []), *spaced])
+            return f"{role} {given!r} is not in the dense model's vocabulary; give one of its tokens"
+        spaced = [self._named(f" {given}"), self._after_prompt(f" {given}", prompt)] if given else []
+        meant: dict[int | None, None] = dict.fromkeys([self._spelled(given), *(alone if len(alone) == 1 else []), *spaced])
         near = [t for t in meant if t is not None and t != unknown and (self.vocabulary is None or t < self.vocabulary)]
-        pieces = f"{role} {said!r} is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
+        pieces = f"{role} {given!r} is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
         if near:
             return f"{pieces} and no single one after the prompt; it may mean {' or '.join(map(self._shown, near))}: give the #id"
         such = f", such as {self.text(tokens[0])!r}" if tokens else ""

@@ -140,9 +140,9 @@ def sweep(
     Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
     out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or (lambda _: None)
-    said = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
-    said |= {"adapter": adapter, "revision": revision, "settings": settings}
-    points = plan(l0, width, load, **said)
+    given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
+    given |= {"adapter": adapter, "revision": revision, "settings": settings}
+    points = plan(l0, width, load, **given)
     search = _search(tasks, Aim() if aim is None else aim, seeds, work, rows)
     fits = [point for point in points if point.values is not None]
     if model is None:

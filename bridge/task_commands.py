@@ -207,7 +207,7 @@ def sweep(
         if out is None:
             raise RecipeError("where the sweep goes is not said; give --out FOLDER")
         settings = dict(parse_setting(text) for text in set_ or [])
-        said: dict[str, Any] = {
+        given: dict[str, Any] = {
             "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
             "adapter": adapter, "revision": revision,
         }  # fmt: skip
@@ -224,7 +224,7 @@ def sweep(
 
         try:
             frontier = run_sweep(
-                model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
+                model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **given,
                 aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
                 seeds=seeds, dense=not no_dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
                 on_step_end=print_step, progress=watch,

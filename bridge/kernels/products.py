@@ -6,7 +6,7 @@
 
 Activations are stored with their tokens innermost (b n t; the logical shape stays b t n), so that a nonzero is one multiply-add
 on whole vectors of tokens, and the sums of 128 tokens stay in registers while a row's nonzeros go by. A batch row's block of n x
-128 floats is what the caches hold meanwhile. Where rows are short they are laid end to end (storage n b t), so that the vectors
+128 floats is what the caches hold during that. Where rows are short they are laid end to end (storage n b t), so that the vectors
 are full.
 
 Only the CPU has these kernels. Elsewhere, and above the density at which they stop paying (`worth_it` measures it), products are
@@ -99,7 +99,7 @@ class Compact:
     value_p: Tensor
     look: Look | None = None
     source: tuple[int, int] = (0, -1)
-    _turned: tuple[tuple[int, int], Tensor] | None = None
+    _gathered: tuple[tuple[int, int], Tensor] | None = None
 
     @staticmethod
     def of(weight_mn: Tensor) -> Compact:
@@ -114,9 +114,9 @@ class Compact:
         if self.value_p.requires_grad:
             return self.value_p.detach()[self.pattern.order_p]
         state = source_of(self.value_p)
-        if self._turned is None or self._turned[0] != state:
-            self._turned = (state, self.value_p[self.pattern.order_p])
-        return self._turned[1]
+        if self._gathered is None or self._gathered[0] != state:
+            self._gathered = (state, self.value_p[self.pattern.order_p])
+        return self._gathered[1]
 
     def dense(self) -> Tensor:
         """weight_mn."""
@@ -131,9 +131,9 @@ def source_of(weight_mn: Tensor) -> tuple[int, int]:
 
 
 def tokens_inside(x_btn: Tensor) -> Tensor:
-    """The same activations in float32, stored with their tokens innermost; differentiable."""
+    """Activations in float32, stored with their tokens innermost; differentiable."""
     b, t, n = x_btn.shape
-    if b > 1 and t < SHORT:  # as a matrix that is turned, for which torch has a blocked copy
+    if b > 1 and t < SHORT:  # as a transposed matrix, for which torch has a blocked copy
         return x_btn.float().reshape(b * t, n).t().contiguous().view(n, b, t).permute(1, 2, 0)
     return x_btn.float().transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -163,7 +163,7 @@ class ExplanationJob(JobEntry):
 
 
 class Steering(Asking):
-    """A node of the circuit to set, and how strongly the change is carried into the dense model."""
+    """A node of the circuit to set, and how strongly the change is patched into the dense model."""
 
     node: Text = Field(description="A node of the explanation, as its id: L1.mlp_act[37]@5.")
     value: float = Field(ge=-1e6, le=1e6, description="The activation that it is set to in the sparse model.")

@@ -157,11 +157,11 @@ class Guard:
         token = self.rules.token
         if token is None:
             return
-        said = [
+        given = [
             value.partition(" ")[2].strip() for value in headers.get("authorization", []) if value.lower().startswith("bearer ")
         ]
-        said += [value for line in headers.get("cookie", []) for value in _cookies(line)]
-        if any(_same(value, token) for value in said):
+        given += [value for line in headers.get("cookie", []) for value in _cookies(line)]
+        if any(_same(value, token) for value in given):
             return
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["method"] == "GET" and any(key == "token" and _same(value, token) for key, value in query):
