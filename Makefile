@@ -64,7 +64,7 @@ frontier: $(READY)
 	[ -f runs/width-256/coupling.json ] || $(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-32.toml --width 256 \
 	  --minutes 9 --tokens 12000000 --out runs/width-256 --resume
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
-	  --tokens 12000000 --tasks while_return_true var_if else_elif --work 0.5 \
+	  --tokens 12000000 --tasks while_return_true var_if else_elif --budget 0.5 \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge runs/width-256 --out runs/frontier
 
 viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.

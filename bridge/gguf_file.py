@@ -81,7 +81,7 @@ def loading_options(file: str) -> dict[str, Any]:
 
 
 def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | None) -> Any:
-    """Weights of a GGUF model in a plain instance: transformers takes a model read from a GGUF for quantized, and will not save it.
+    """Weights of a GGUF model in a plain instance: transformers will not save a model read from a GGUF, as quantized.
 
     Raises DenseModelError where the file says more than the model has.
     """

@@ -64,13 +64,13 @@ class Search:
     tasks: tuple[str, ...]
     aim: Aim
     seeds: int
-    work: float
+    budget: float
     rows: int
 
     def to_json(self) -> dict[str, Any]:
         """The settings that a stored result must agree in to be used."""
         aim = self.aim
-        return {"objective": aim.objective, "target": aim.bound, "seeds": self.seeds, "work": self.work, "rows": self.rows}
+        return {"objective": aim.objective, "target": aim.bound, "seeds": self.seeds, "budget": self.budget, "rows": self.rows}
 
 
 def plan(
@@ -126,7 +126,7 @@ def sweep(
     aim: Aim | None = None,
     seeds: int = 1,
     dense: bool = True,
-    work: float = WORK,
+    budget: float = WORK,
     rows: int = ROWS,
     device: str = "auto",
     dtype: str = "float32",
@@ -135,15 +135,15 @@ def sweep(
 ) -> Frontier:
     """Fit or load couplings of a dense model and measure capability and circuits of each (paper, figure 3); resumable.
 
-    A budget is each fit's; seed is that of the fits, seeds the number of searches per task; dense: search the dense model's own
-    circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that fails is in `failures`.
-    Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
+    tokens or minutes bound each fit, budget each search; seed is that of the fits, seeds the number of searches per task; dense:
+    search the dense model's own circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that
+    fails is in `failures`. Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
     out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or (lambda _: None)
     given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     given |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **given)
-    search = _search(tasks, Aim() if aim is None else aim, seeds, work, rows)
+    search = _search(tasks, Aim() if aim is None else aim, seeds, budget, rows)
     fits = [point for point in points if point.values is not None]
     if model is None:
         model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
@@ -195,8 +195,8 @@ def sweep(
     return state(len(points))
 
 
-def _search(tasks: Sequence[str], aim: Aim, seeds: int, work: float, rows: int) -> Search:
-    for what, value in (("seeds", seeds), ("rows", rows), ("work", work)):
+def _search(tasks: Sequence[str], aim: Aim, seeds: int, budget: float, rows: int) -> Search:
+    for what, value in (("seeds", seeds), ("rows", rows), ("budget", budget)):
         if not value > 0:
             raise SweepError(f"{what} {value} leaves nothing to do; give a positive number")
     names = tuple(str(name) for name in tasks) or task_names("python")
@@ -205,7 +205,7 @@ def _search(tasks: Sequence[str], aim: Aim, seeds: int, work: float, rows: int) 
         raise SweepError(f"two tasks are called {twice!r}; name each once, and rename one of two files")
     for name in names:
         load_task(name)
-    return Search(names, aim, seeds, work, rows)
+    return Search(names, aim, seeds, budget, rows)
 
 
 class _Sweep:
@@ -342,7 +342,7 @@ class _Sweep:
             return sizes
         texts = run_suite(
             Subjects.of(self.loaded(where)), search.tasks, search.aim, out=circuits, progress=self.progress,
-            seeds=search.seeds, work=search.work, dense=False,
+            seeds=search.seeds, work=search.budget, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
         for file in files:
@@ -383,7 +383,7 @@ class _Sweep:
         label = folder_name(task)
         try:
             size = search_dense(
-                subjects, resolved(subjects, task), self.search.aim, work=self.search.work,
+                subjects, resolved(subjects, task), self.search.aim, work=self.search.budget,
                 progress=lambda text: self.progress(f"{label}: {text}"),
             )  # fmt: skip
         except DenseModelError:

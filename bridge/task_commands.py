@@ -129,7 +129,7 @@ def nulls(
     circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; others are searched.")] = None,
     against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
     minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
-    work: Annotated[float, typer.Option(help="Bound on each search, as a multiple of the default.", min=0.01)] = 0.2,
+    budget: Annotated[float, typer.Option(help="Compute budget of each search, as a multiple of the default.", min=0.01)] = 0.2,
     prompts: Annotated[int, typer.Option(help="Run them on so many prompts of held-out text instead of on tasks.", min=0)] = 0,
     seed: Annotated[int, seed_of("Of all that is random.")] = 0,
     dense: Dense = None,
@@ -164,7 +164,7 @@ def nulls(
                 circuits=circuits,
                 against=uncoupled,
                 minutes=minutes,
-                work=work * WORK,
+                work=budget * WORK,
                 seed=seed,
                 width=terminal_width(),
                 progress=watch,
@@ -193,7 +193,7 @@ def sweep(
     seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
-    work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
+    budget: Annotated[float, typer.Option(help="Compute budget of a search, as a multiple of the default.", min=0.01)] = 1.0,
     rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
     adapter: Adapter = None,
     revision: Revision = None,
@@ -226,7 +226,7 @@ def sweep(
             frontier = run_sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **given,
                 aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
-                seeds=seeds, dense=not no_dense, work=work * WORK, rows=rows, device=choose_device(device), dtype=dtype,
+                seeds=seeds, dense=not no_dense, budget=budget * WORK, rows=rows, device=choose_device(device), dtype=dtype,
                 on_step_end=print_step, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:

@@ -41,7 +41,7 @@ def described(dense_folder: Path, text_file: Path, task_file: Path, bridge_folde
     """Two fits of ten steps, and a loaded coupling that does the task."""
     return {
         "model": str(dense_folder), "l0": (0.25, 0.125), "width": (32,), "load": (bridge_folder,), "tasks": (str(task_file),),
-        "tokens": STEPS * 4 * CONTEXT, "data": str(text_file), "settings": SETTINGS, "aim": Aim(target=0.02), "work": 4e9,
+        "tokens": STEPS * 4 * CONTEXT, "data": str(text_file), "settings": SETTINGS, "aim": Aim(target=0.02), "budget": 4e9,
         "rows": 4, "device": "cpu",
     }  # fmt: skip
 
@@ -272,7 +272,7 @@ def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: P
     common += (
         "--target-loss",
         0.02,
-        "--work",
+        "--budget",
         0.01,
         "--rows",
         4,
