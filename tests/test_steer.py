@@ -150,9 +150,12 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
         ({"draws": 10**8}, "100,000,000 random directions are more than are held at once; give 1 to 1,000"),
         ({"counterfactual": PROMPT}, "the counterfactual is the prompt itself; change what decides the answer"),
         ({"counterfactual": "w5 w9"}, "the prompt is 6 tokens long and the counterfactual 2"),
-        ({"moves": None}, "nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt"),
-        ({"moves": ["9.v[1]=1"]}, "there is no location 9.v"),
-        ({"moves": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
+        (
+            {"interventions": None},
+            "nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt",
+        ),
+        ({"interventions": ["9.v[1]=1"]}, "there is no location 9.v"),
+        ({"interventions": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are the same token; name two different ones"),
         ({"contrast": "w7 w8"}, "contrast 'w7 w8' is 2 tokens"),
         ({"target": 40}, "target 40 is no token of the dense model; ids go from 0 to 39"),
@@ -162,7 +165,7 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
         ({"contrast": "\udcff"}, r"contrast '\udcff' holds '\udcff', which is no character of UTF-8 text"),
     ]
     for options, message in cases:
-        arguments = {"prompt": PROMPT, "moves": ["0.v[5]=1"], **options}
+        arguments = {"prompt": PROMPT, "interventions": ["0.v[5]=1"], **options}
         with pytest.raises((SteerError, NodeError, PromptError)) as error:
             steer(coupled, **arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
