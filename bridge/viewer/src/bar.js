@@ -26,7 +26,7 @@ export function drawBar(model, bar, state, set, graph) {
   const { nested, opening } = model.explanation;
   const circuit = nested[state.level];
   const listed = model.nodes.filter((node) => node.level <= state.level).length;
-  const told = `${levelName(circuit)}: ${nodeCount(circuit.nodes)}${circuit.errors ? ` (${count(circuit.errors)} ${circuit.errors === 1 ? "error" : "errors"})` : ""}`;
+  const label = `${levelName(circuit)}: ${nodeCount(circuit.nodes)}${circuit.errors ? ` (${count(circuit.errors)} ${circuit.errors === 1 ? "error" : "errors"})` : ""}`;
   const levels =
     nested.length > 1 &&
     h(
@@ -40,7 +40,7 @@ export function drawBar(model, bar, state, set, graph) {
         step: 1,
         value: state.level,
         "aria-label": "Nested circuit",
-        "aria-valuetext": told,
+        "aria-valuetext": label,
         oninput: (event) => set({ level: Number(event.target.value) }),
       }),
       h(
@@ -67,7 +67,7 @@ export function drawBar(model, bar, state, set, graph) {
   const closed = graph.groups().some((key) => !state.open.has(key));
   const input = bar.querySelector("#level");
   const line = [
-    h("h2", { id: "level-text" }, told),
+    h("h2", { id: "level-text" }, label),
     circuit.nodes > 0 &&
       h(
         "dl",
@@ -85,7 +85,7 @@ export function drawBar(model, bar, state, set, graph) {
   if (input && levels) {
     // the slider stays the same element while it is dragged
     input.value = state.level;
-    input.setAttribute("aria-valuetext", told);
+    input.setAttribute("aria-valuetext", label);
     bar.querySelector(".levels ol").replaceWith(levels.querySelector("ol"));
     [...bar.children].slice(1).forEach((each) => each.remove());
     bar.append(...line.filter(Boolean));
@@ -120,9 +120,9 @@ export function drawLegend(model, legend, graph) {
       "span",
       {
         title:
-          "what d loses when the group alone is ablated from the circuit, and, carried through the bridge, in the dense model",
+          "what d loses when the group alone is ablated from the circuit, and, patched through the bridge, in the dense model",
       },
-      "on cards: nats lost without it, sparse / dense",
+      "on cards: nats lost where it is ablated, sparse / dense",
     ),
     graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),

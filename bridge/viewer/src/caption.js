@@ -36,7 +36,7 @@ export function captionOf(model, level, shown, width) {
   const { answer, provenance, nested } = explanation;
   const asked = `${plain([...explanation.prompt].slice(-160).join(""))} → ${plain(answer.text, 20)}`;
   const circuit = nested[level];
-  const told = [
+  const facts = [
     dOf(explanation, (text) => plain(text, 20)).join(""),
     `span ${number(Math.abs(explanation.span))} nats, ${signed(explanation.dense_d)} in the dense model`,
     `verdict: ${explanation.report.verdict}`,
@@ -45,7 +45,7 @@ export function captionOf(model, level, shown, width) {
   ].join(" · ");
   const rows = [
     ...lines(asked, Math.max(20, Math.floor((width - 2 * PAD) / LETTER))).map((text) => [text, 12.5, "monospace", colour("ink")]),
-    ...lines(told, Math.max(20, Math.floor((width - 2 * PAD) / SMALL))).map((text) => [text, 12, "sans-serif", colour("soft")]),
+    ...lines(facts, Math.max(20, Math.floor((width - 2 * PAD) / SMALL))).map((text) => [text, 12, "sans-serif", colour("soft")]),
   ];
   const texts = rows.map(([text, size, family, fill], row) =>
     s("text", { x: PAD, y: PAD + LINE * (row + 0.7), fill, "font-size": size, "font-family": family }, text),

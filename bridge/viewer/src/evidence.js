@@ -77,10 +77,10 @@ function axis(measure) {
   const x = (at) => scale(Math.max(scale.domain()[0], Math.min(scale.domain()[1], at)));
   const ticks = ticksOf(x, region, scale.ticks(5), scale.domain());
   const middle = TOP + 6;
-  const told = `value ${number(value)}${control ? `, ${control.what} mean ${number(control.mean)}, ${control.bar_is} ${number(control.bar)}` : ""}${criterion ? `, asked ${asked(criterion)}` : ""}`;
+  const label = `value ${number(value)}${control ? `, ${control.what} mean ${number(control.mean)}, ${control.bar_is} ${number(control.bar)}` : ""}${criterion ? `, asked ${asked(criterion)}` : ""}`;
   return s(
     "svg",
-    { class: "axis", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": told },
+    { class: "axis", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label },
     region &&
       s("rect", {
         class: "aim",

@@ -112,7 +112,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     const cell = (column) => {
       const [position] = column.positions;
       const size = column.positions.reduce((sum, each) => sum + (weight.get(each) ?? 0), 0);
-      const told = column.positions.map((each) => `${each}: ${plain(model.explanation.tokens[each].text)}`).join("\n");
+      const label = column.positions.map((each) => `${each}: ${plain(model.explanation.tokens[each].text)}`).join("\n");
       return s(
         "g",
         { class: `word ${column.run ? "run" : ""}`, "data-position": position },
@@ -132,7 +132,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         column.upright
           ? s("text", { transform: `translate(${column.center + 4},${height - 8}) rotate(-90)` }, column.text)
           : s("text", { x: column.center, y: height / 2 + 4, "text-anchor": "middle" }, column.text),
-        s("title", {}, `${told}${size ? `\nattention ${percent(size)}` : ""}`),
+        s("title", {}, `${label}${size ? `\nattention ${percent(size)}` : ""}`),
       );
     };
     put(tokens, columns.map(cell));
@@ -162,13 +162,13 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   function drawCard(box) {
     const { part, x, y, w, h: tall, lines: title } = box;
     const size = sizeOf(part);
-    const told = `${part.title}: ${size}, ${part.effect === null ? "effect not measured" : `effect ${signed(part.effect)} nats`}`;
+    const label = `${part.title}: ${size}, ${part.effect === null ? "effect not measured" : `effect ${signed(part.effect)} nats`}`;
     const about = () => aboutPart(part);
     const cls = `card ${part.type} ${look(part.effect)} ${box.open ? "open" : ""}`;
     if (box.small)
       return s(
         "g",
-        { class: cls, ...button(part.key, `part-${part.key}`, told, about) },
+        { class: cls, ...button(part.key, `part-${part.key}`, label, about) },
         s("rect", { class: "frame", x, y, width: w, height: tall, rx: tall / 2 }),
         s("text", { class: "count", x: x + w / 2, y: y + 14, "text-anchor": "middle" }, title[0]),
       );
@@ -179,7 +179,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       { class: cls },
       s(
         "g",
-        button(part.key, `part-${part.key}`, told, about),
+        button(part.key, `part-${part.key}`, label, about),
         s("rect", { class: "frame", x, y, width: w, height: tall, rx: 7 }),
         part.type === "error" && s("rect", { class: "hatched", x, y, width: w, height: tall, rx: 7, fill: "url(#hatch)" }),
         s("rect", {
@@ -217,11 +217,11 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   }
 
   function drawLeaf(node, { x, y, w, h: tall }) {
-    const told = `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`;
+    const label = `${node.name} at ${node.position}, ${plain(model.explanation.tokens[node.position].text)}, effect ${effectOf(node)}`;
     const text = fitLines(labelOf(node) ?? node.name, w - 58, '10.5px "Inter", sans-serif', 1)[0];
     return s(
       "g",
-      { class: `leaf ${look(node.effect)}`, ...button(node.id, `node-${node.id}`, told, () => aboutNode(node)) },
+      { class: `leaf ${look(node.effect)}`, ...button(node.id, `node-${node.id}`, label, () => aboutNode(node)) },
       s("rect", { class: "frame", x, y, width: w, height: tall, rx: 4 }),
       s("rect", { class: "wash", x, y, width: w, height: tall, rx: 4, "fill-opacity": wash(node.effect, model.strongest) }),
       s("text", { class: "name", x: x + 6, y: y + 13 }, text),
@@ -296,7 +296,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` },
       effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`,
     ),
-    dense !== null && h("p", { class: "tip-numbers" }, `carried to the dense model: ${signed(dense)} nats`),
+    dense !== null && h("p", { class: "tip-numbers" }, `patched into the dense model: ${signed(dense)} nats`),
   ];
 
   function aboutPart(part) {

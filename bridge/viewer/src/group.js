@@ -58,7 +58,7 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
           {},
           h("h3", {}, "Ablated alone, d loses"),
           effectBars(
-            [["in the circuit, nats", part.effect], ...(error ? [] : [["carried to the dense model", part.dense]])],
+            [["in the circuit, nats", part.effect], ...(error ? [] : [["patched into the dense model", part.dense]])],
             scale,
           ),
         ),
@@ -133,7 +133,7 @@ export function drawParts(model, sheet, level, choose) {
     h(
       "p",
       { class: "lead" },
-      "By what d loses, in nats, when each alone is ablated from the circuit; below, the same carried to the dense model. Choose one, or a node in it.",
+      "By what d loses, in nats, when each alone is ablated from the circuit; below, the same patched into the dense model. Choose one, or a node in it.",
     ),
     h(
       "ul",

@@ -45,18 +45,18 @@ export function makeLabels(data, changed) {
 
   /** Give one label to the server, for the coupling as it is listed there and no other. */
   async function send(name, line) {
-    let answer, told;
+    let answer, reply;
     try {
       answer = await fetch(`/api/labels?bridge=${encodeURIComponent(made.coupling)}`, {
         method: "PATCH",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ [name]: line }),
       });
-      told = answer.ok ? null : await answer.json().catch(() => null);
+      reply = answer.ok ? null : await answer.json().catch(() => null);
     } catch {
       throw new Error("not kept: the server does not answer");
     }
-    if (!answer.ok) throw new Error(`not kept: ${told?.detail ?? `the server answered ${answer.status}`}`);
+    if (!answer.ok) throw new Error(`not kept: ${reply?.detail ?? `the server answered ${answer.status}`}`);
   }
 
   const get = (name) => (own.has(name) ? own.get(name) : base.get(name)) || null;

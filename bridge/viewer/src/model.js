@@ -84,14 +84,14 @@ function mostly(nodes, of) {
 
 /** The parts of a nested circuit, by key, the strongest first. */
 export function partsOf(model, level) {
-  const held = new Map();
+  const byKey = new Map();
   for (const node of model.nodes) {
     if (node.level > level) continue;
     const key = partOf(node);
-    if (!held.has(key)) held.set(key, []);
-    held.get(key).push(node);
+    if (!byKey.has(key)) byKey.set(key, []);
+    byKey.get(key).push(node);
   }
-  const parts = [...held].map(([key, nodes]) => {
+  const parts = [...byKey].map(([key, nodes]) => {
     const type = key.slice(0, key.indexOf(":"));
     const group = nodes[0].group === null ? null : model.explanation.groups[nodes[0].group];
     return {

@@ -86,11 +86,11 @@ function labelEditor(node, page, labels, notify) {
   );
 }
 
-/** The text over which the means of the explanation were taken, by its size where that is told. */
+/** The text over which the means of the explanation were taken, by its size where it is known. */
 function reference(model) {
-  const told = String(model.explanation.provenance.reference),
-    tokens = /^(\d+) tokens/.exec(told);
-  return tokens ? `${count(Number(tokens[1]))} tokens` : plain(told, 40);
+  const text = String(model.explanation.provenance.reference),
+    tokens = /^(\d+) tokens/.exec(text);
+  return tokens ? `${count(Number(tokens[1]))} tokens` : plain(text, 40);
 }
 
 /** Value against its mean, effect in both models. */
@@ -156,8 +156,8 @@ function heads(model, node, showHead) {
   if (!found.length) return null;
   const link = (place) => {
     const { head, query } = model.attention[place];
-    const told = `What head ${head} reads at ${plain(model.explanation.tokens[query]?.text ?? "", 12)} (${query})`;
-    return h("button", { type: "button", class: "link", onclick: () => showHead(place) }, told);
+    const text = `What head ${head} reads at ${plain(model.explanation.tokens[query]?.text ?? "", 12)} (${query})`;
+    return h("button", { type: "button", class: "link", onclick: () => showHead(place) }, text);
   };
   return h("p", { class: "heads" }, found.slice(0, 6).map(link));
 }

@@ -94,7 +94,7 @@ function ticksOf(most, scale) {
   return kept;
 }
 
-const told = (tick) =>
+const shown = (tick) =>
   signed(Number(tick.toPrecision(1)))
     .replace(/(\.\d*?)0+$/, "$1")
     .replace(/\.$/, "");
@@ -105,7 +105,7 @@ function acrossTicks({ scale, ticks }) {
   return [
     ticks.map((tick) => [
       s("line", { class: base(tick === 0), x1: scale(tick), x2: scale(tick), y1: TOP, y2: bottom }),
-      s("text", { class: "tick-text", x: scale(tick), y: bottom + 12, "text-anchor": "middle" }, tick ? told(tick) : "0"),
+      s("text", { class: "tick-text", x: scale(tick), y: bottom + 12, "text-anchor": "middle" }, tick ? shown(tick) : "0"),
     ]),
     s("text", { class: "tick-text", x: W - RIGHT, y: TALL - 5, "text-anchor": "end" }, "sparse model, nats"),
   ];
@@ -115,7 +115,7 @@ function upTicks({ scale, ticks }) {
   return [
     ticks.map((tick) => [
       s("line", { class: base(tick === 0), x1: LEFT, x2: W - RIGHT, y1: scale(tick), y2: scale(tick) }),
-      s("text", { class: "tick-text", x: LEFT - 4, y: scale(tick) + 3, "text-anchor": "end" }, tick ? told(tick) : "0"),
+      s("text", { class: "tick-text", x: LEFT - 4, y: scale(tick) + 3, "text-anchor": "end" }, tick ? shown(tick) : "0"),
     ]),
     s("text", { class: "tick-text", transform: `translate(9,${TOP}) rotate(-90)`, "text-anchor": "end" }, "dense model, nats"),
   ];

@@ -60,11 +60,11 @@ function standalone(graph, title, model, level) {
 /** A name for a file of this explanation: what it is, and the letters and digits at the end of its prompt. */
 function fileName(what, prompt, ending) {
   const words = prompt.toLowerCase().match(/[a-z0-9]+/g) ?? [];
-  const told = words
+  const slug = words
     .join("-")
     .slice(-48)
     .replace(/^[^-]*-(?=.{24})/, (cut) => (words.join("-").length > 48 ? "" : cut));
-  return `${[what, told].filter(Boolean).join("-")}.${ending}`;
+  return `${[what, slug].filter(Boolean).join("-")}.${ending}`;
 }
 
 function dressed(element) {

@@ -18,17 +18,17 @@ async function ask(id, body) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const told = await answer.json();
+  const reply = await answer.json();
   if (!answer.ok)
-    throw new Error(typeof told.detail === "string" ? told.detail : (told.error ?? `the server answered ${answer.status}`));
-  return told;
+    throw new Error(typeof reply.detail === "string" ? reply.detail : (reply.error ?? `the server answered ${answer.status}`));
+  return reply;
 }
 
 /** How the dense model goes on by itself: at strength 0, asked for once; null where the server does not tell. */
 async function plainText(id, body) {
   if (!unsteered.has(id)) {
-    const told = await ask(id, { ...body, strength: 0 }).catch(() => null);
-    if (told) unsteered.set(id, told.text ?? "");
+    const reply = await ask(id, { ...body, strength: 0 }).catch(() => null);
+    if (reply) unsteered.set(id, reply.text ?? "");
   }
   return unsteered.get(id) ?? null;
 }
@@ -79,7 +79,7 @@ export function drawSteer(model, node) {
     put(result, h("p", { class: "quiet" }, "running"));
     try {
       const body = { node: node.id, value: Number(value.value), strength: Number(strength.value) };
-      const told = await ask(id, body);
+      const reply = await ask(id, body);
       const own = await plainText(id, body);
       const before = (id) => explanation.dense.find((each) => each.token.id === id)?.probability;
       const line = (which, now, name) =>
@@ -92,16 +92,16 @@ export function drawSteer(model, node) {
         );
       put(
         result,
-        line(explanation.answer, told.probability_target, "for"),
-        explanation.contrast && line(explanation.contrast, told.probability_contrast, "against"),
+        line(explanation.answer, reply.probability_target, "for"),
+        explanation.contrast && line(explanation.contrast, reply.probability_contrast, "against"),
         h(
           "p",
           { class: "chips" },
-          told.dense
+          reply.dense
             .slice(0, 5)
             .map((each) => h("span", { class: "chip" }, token(each.token.text), h("small", {}, percent(each.probability)))),
         ),
-        continued("steered", explanation.prompt, told.text ?? ""),
+        continued("steered", explanation.prompt, reply.text ?? ""),
         own !== null && continued("by itself", explanation.prompt, own),
         h("p", { class: "stale-note" }, "The sliders have moved since: this is of their earlier places."),
       );
