@@ -7,8 +7,8 @@
 
 Chats are written out by the tokenizer's template. A document that brings this or its end-of-text token along has it once.
 
-Of token ids that are given, padding goes: what an attention mask says (`records`), else the padding token at both ends. Where
-that is the end-of-text token, or there is none, several of this before a row are padding, and behind it all but one.
+Padding is removed from given token ids: by the attention mask (`records`), else the padding token at both ends. Where that is the
+end-of-text token, or there is none, several of these before a row are padding, and all but one behind it.
 
     as long as the context   a block, as it is
     longer, all of a length  packed: no document ends where the row does. Cut into blocks as they are where the length is a number

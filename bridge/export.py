@@ -35,7 +35,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 SHOWN = 0.8  # cumulative influence up to which nodes are shown at first
 SMALLEST, LARGEST = 1 << 10, 100 << 20  # bytes that Neuronpedia takes
 LOCAL_SCAN = "./data/features"  # where the local front end looks for features, under the address that it serves DIR at
-PORT = 8041  # that `circuit-tracer start-server` serves on unless told otherwise
+PORT = 8041  # that `circuit-tracer start-server` serves on by default
 _SLUG = re.compile(
     r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 )  # the viewers' alphabet; a dot in front would hide the file, or leave DIR

@@ -33,7 +33,7 @@ INERT = re.compile(
     r"|label2id|problem_type|summary_|task_specific_params|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
     r"|.*(aux_loss|z_loss)_coef"
 )
-SAME_ANSWERS = 0.1  # nats; TF32 moves a log-probability by up to some .05, another function by far more
+SAME_ANSWERS = 0.1  # nats; TF32 changes a log-probability by up to some .05, another function by far more
 DEFAULT = "its default"
 
 

@@ -37,7 +37,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 COLUMNS = ("input_ids", "attention_mask", *TEXT_COLUMNS, *CHAT_COLUMNS)
 LONGEST_FIELD = 2**31 - 1  # characters of a field of a table
 POINTER = b"version https://git-lfs.github.com/spec/"  # how what a clone has not fetched begins
-BATCH = 1024  # rows that are held at a time
+BATCH = 1024  # rows in memory at a time
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 
 Piece = tuple[str, Any]

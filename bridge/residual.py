@@ -1,9 +1,9 @@
 """The one idea: a transformer is `embed`, a list of residual sublayers, and `unembed`; and there is one way to run it.
 
 A *site* is the index of the sublayer that reads the residual stream there; the last site is read by `unembed`. `run` takes a
-batch from the embedding to the logits, and any row may *enter* at any site with a residual of its own. The plain forward is
-nobody entering; resuming at site k is every row entering at k; a hybrid pass (paper, section 2.3) is one model's residual,
-mapped, entering the other; steering is a changed residual entering the model it came from.
+batch from the embedding to the logits, and any row may *enter* at any site with a residual of its own. In the plain forward no
+row enters; resuming at site k is every row entering at k; a hybrid pass (paper, section 2.3) is one model's residual, mapped,
+entering the other; steering is a changed residual entering the model that it came from.
 
 Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
 """

@@ -3,11 +3,11 @@
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
 RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
 L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). At a rate of 0
-bridges alone learn: the sparse model, which is then another coupling's, stays as it is, and circuits found in it stay true.
+bridges alone learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay valid.
 
-Nothing depends on anything but the weights, the optimizer and the step, so a run that is killed and resumed from its last saved
-state goes on as if nothing had happened, bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the
-clock) and which matrices are trained by their nonzeros is said (`sparsity.native`) or was saved: `auto` measures it.
+A step depends on the weights, the optimizer and the step's number alone, so a run that is killed and resumed from its last saved
+state continues bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the clock) and the matrices that
+are trained by their nonzeros are given (`sparsity.native`) or were saved: `auto` measures which they are.
 
 A run's folder holds `coupling.json` and its tensors once finished, `training.json` and its tensors while under way, and
 `log.jsonl`, a line per report.
@@ -91,7 +91,7 @@ class Progress:
 class Run:
     """A fit that is ready to start or to resume: the argument of `train` and `finish`, made by `prepare`.
 
-    started is what a new coupling has from its dense model or from another coupling; None where it is random, or goes on.
+    started describes what a new coupling takes from its dense model or another coupling; None if it is random, or resumed.
     """
 
     coupling: Coupling

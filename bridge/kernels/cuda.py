@@ -103,7 +103,7 @@ def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl
     bits = tl.minimum(bits, 0x7F800000)
     place = bits >> left
     counted = (at < size) & ((place >> DIGITS) == tl.load(prefix + which))
-    # what is not counted goes to a second half that nobody reads
+    # what is not counted goes to a second half that is never read
     bucket = tl.where(counted, place & ((1 << DIGITS) - 1), 1 << DIGITS)
     histogram = tl.histogram(bucket, 2 << DIGITS)
     bins = tl.arange(0, 2 << DIGITS)

@@ -215,7 +215,7 @@ def _version(folder: Path) -> tuple[Path, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # nobody can fit what people wrote
+    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # what people wrote cannot be fitted again
     try:
         return read_json(path, **remedy)
     except CheckpointError as error:

@@ -260,7 +260,7 @@ def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[
 
 
 def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
-    movable = _movable(prompt) if answer and wrong else 0  # what is not an answer cannot be told from a mark before it
+    movable = _movable(prompt) if answer and wrong else 0  # an answer of any other token is not distinct from a mark before it
     heads = [prompt[: len(prompt) - n] for n in range(movable + 1)]
     encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
     sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
