@@ -4,11 +4,11 @@
     a file                    as `records` reads it
     a folder                  what `datasets` saved (save_to_disk): its split to train on
                               a data set with a card (README.md that begins with one): the files `datasets` resolves for train
-                              any other: its files, but hidden ones; where some are records, not those that say what it is
+                              any other: its files except hidden ones; where some are records, without those that describe them
     anything else             a hub data set, streamed
 
-Of a data set what it keeps for testing and validation is never read: it is to stay unseen. A split is told by the name of a file,
-or of the folder that it lies in. A file that is named itself is read, whatever it is called.
+The test and validation splits of a data set are never read, so that they stay unseen. A split is recognised by the name of a file
+or of its folder. A file that is given by its own name is read, whatever it is called.
 """
 
 from __future__ import annotations

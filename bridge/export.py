@@ -5,7 +5,7 @@
     neuronpedia      one file to upload, a row to a block; beside it `features/`, if there is a place to host them
     graphml          the explanation one to one, as a networkx graph: nodes and edges under their own names, with every number
 
-What the first two hold, and which number a link has, is in `viewer_graph`. In GraphML texts are written as JSON writes them,
+`viewer_graph` describes the contents of the first two, and a link's number. In GraphML texts are written as JSON writes them,
 because XML has no place for control characters.
 """
 

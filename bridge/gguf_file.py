@@ -1,8 +1,8 @@
 """Models in GGUF, the format of llama.cpp: one file with weights, configuration and tokenizer, read by transformers.
 
-transformers turns such a file into one of its own models, its quantized weights into floats. It does not tell what it leaves out:
+transformers turns such a file into one of its own models, its quantized weights into floats. It does not report what it drops:
 tensors that it has no place for, such as Llama 3's rotary factors, and settings for which it takes its own default. Both are
-looked up in the file, and a file that is not read whole is refused.
+looked up in the file, and a file that was not read completely is refused.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The identity of a dense model: its weights, the configuration that decides its function, and its answers to a few fixed tokens.
 
-Weights alone do not say it: another rotary base, activation or epsilon in config.json is another function. So a fingerprint is a
-digest of both, taken whenever it is asked for of what is in memory then (the weights are hashed at the speed of memory, so that
-nothing has to be remembered and nothing can be stale). It tells models apart; it is no signature.
+Weights alone do not identify it: another rotary base, activation or epsilon in config.json is another function. So a fingerprint
+is a digest of both, computed from memory at each call (weights are hashed at the speed of memory, so that nothing is cached and
+nothing can be stale). It distinguishes models; it is no signature.
 
 - Weights count as float32 values by name, so that a file and the model loaded from it in another precision are the same.
 - The configuration counts where it differs from its class's defaults, without what cannot change a logit (INERT): a later version
   of transformers may add a setting, and every model stays the one it was.
-- Answers are log-probabilities. They catch what neither says (an activation exchanged in a live model, a default that changed
+- Answers are log-probabilities. They catch what neither shows (an activation exchanged in a live model, a default that changed
   between versions), and are compared within a tolerance, never hashed: other machines round otherwise.
 """
 

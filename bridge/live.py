@@ -1,7 +1,7 @@
 """A model that the caller holds, made ready to run: unwrapped, with its weights checked, as a copy that shares them.
 
-What wraps a model (torch.compile, DataParallel and their like) keeps its modules from being called one by one, or renames its
-weights; it is left off. Weights that are not numbers in memory (offloaded, sharded, quantized) are refused, each with its remedy.
+Wrappers (torch.compile, DataParallel and their like) prevent modules from being called one by one, or rename weights; they are
+removed. Weights that are not numbers in memory (offloaded, sharded, quantized) are refused, each with its remedy.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The page of a node: its contexts in the text, its weights, the dense direction that it writes, and a one-line summary.
 
-A node's write w is what one unit of it adds to the residual stream, AbsTopK of later nodes and the norm apart:
+A node's write w is the vector that one unit of it adds to the residual stream, without AbsTopK of later nodes and the norm:
 
     attn_out, mlp_out    the unit vector of its channel           arrives at the site after its sublayer's
     mlp_act, v           its column of W_down, W_o                the same
-    attn_in, mlp_in      reads its channel: the unit vector is what it reads, at its sublayer's own site
-    q, k                 none: they decide where is looked
+    attn_in, mlp_in      none: the unit vector of the channel that it reads, at its sublayer's own site
+    q, k                 none: they decide which positions are attended to
 
     promotes     tokens by U w, U the sparse unembedding, the largest and the smallest
     embedded     for attn_in and mlp_in instead: tokens by E_i, whose embedding writes the channel
@@ -15,9 +15,9 @@ A node's write w is what one unit of it adds to the residual stream, AbsTopK of 
 Links are nonzero weights into and out of the node, the strongest first. Without a weight, drawn and not counted: `residual`, a
 channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied.
 
-The summary is made by rule, of the sign whose contexts are stronger in sum: which token most of these contexts have at, before
-and after the position, else what kind of token; then the tokens promoted. It describes what was seen in this text, and is no
-evidence for anything else.
+The summary is made by rule, from the sign whose contexts are stronger in sum: the token that most of these contexts have at,
+before and after the position, else its kind; then the tokens promoted. It describes this text, and is no evidence for anything
+else.
 
 Shape legend: n nodes of a location, s sparse width, d dense width, v vocabulary.
 """

@@ -5,8 +5,8 @@
     csv, tsv                a row each, by the names in the first
     parquet, arrow          a row each
 
-all but the last two also packed by gz, bz2, xz or zst. Of a row the first that is filled is taken: `input_ids` less what its
-`attention_mask` says is padding, the first text column, the first chat.
+all but the last two may be compressed by gz, bz2, xz or zst. A row gives its first filled column: `input_ids` without the padding
+by its `attention_mask`, the first text column, or the first chat.
 """
 
 from __future__ import annotations

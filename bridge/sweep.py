@@ -8,7 +8,7 @@ For every point, in its own folder below `out`, and each step skipped where its 
 
 and once, after the first point that has come so far, the dense model's own circuits of the same tasks -> dense-model/TASK.json.
 After every point sweep.json, sweep.txt and frontier.svg are written anew (`frontier.Frontier`), with the points that the last
-call named. point.json says which weights were measured and how, so that no measure is taken for another's.
+call named. point.json records which weights were measured and how, so that no measure is taken for another's.
 """
 
 from __future__ import annotations

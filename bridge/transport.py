@@ -7,7 +7,7 @@ that site's decoder and is added to the dense residual there, at a strength s (1
     x, x'   the sparse residual at j as it is, and with the nodes changed
     h_j  <-  h_j + s (g_j(x') - g_j(x))
 
-Effect profiles, counterfactual transport and steering are all this.
+Effect profiles, counterfactual patching and steering all use this.
 
 Shape legend: b row, t token, s sparse width, d dense width.
 """

@@ -1,10 +1,10 @@
 """An explanation as the graph that circuit-tracer's front end and Neuronpedia draw, and the features of its nodes, as plain JSON.
 
 A link's weight is the edge's `effect`: what d, the log-odds of the answer, owes to it, in nats, to first order. Where the answer
-is held against a contrast, an edge into it is two links, half of the effect into the answer and minus half into the contrast,
-whose difference is the effect. What a token's embedding channels and its bigram entry do is summed into one node per token; links
-of effect 0 (into what AbsTopK makes 0) are left out. Of the nodes those of the opening circuit are there. Errors are error nodes.
-Groups are the supernodes.
+is compared with a contrast, an edge into it is two links, half of the effect into the answer and minus half into the contrast,
+whose difference is the effect. A token's embedding channels and its bigram entry are summed into one node per token; links of
+effect 0 (into nodes that AbsTopK zeroes) are left out. The graph has the nodes of the opening circuit. Errors are error nodes,
+groups are supernodes.
 
 Both viewers colour activations from 0 up, and show a feature by a number. A channel is therefore two features, of its positive
 and of its negative values, numbered apart from all others of the row, and the activation shown is the magnitude:
