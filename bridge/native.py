@@ -5,8 +5,8 @@
                         that is smallest in magnitude is dropped, and as many grow where |G| is largest among the zeros,
                         from 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
 
-(Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) Dense-masked training, in which a dense gradient updates every weight at every
-step and a projection keeps the largest, is the reference; `products.worth_it` measures which matrices leave it.
+(Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) Dense-masked training, in which a dense gradient updates every weight at
+every step and a projection keeps the largest, is the reference; `products.worth_it` measures which matrices leave it.
 
 Shape legend: p nonzeros, m x n a matrix.
 """

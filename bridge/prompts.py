@@ -122,7 +122,7 @@ class Prompts:
         return [[*self._before(body), *body] for body in self.bodies(texts)]
 
     def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]] | None:
-        """For each token that `encode` returns its characters, half-open; None where the tokenizer cannot tell."""
+        """The half-open range of characters of each token that `encode` returns; None where the tokenizer cannot tell."""
         tokenizer = self._there()
         if not tokenizer.is_fast:
             return None

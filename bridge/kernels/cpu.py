@@ -226,7 +226,7 @@ def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -
 
 @compiled
 def _decide(lower: np.ndarray, count: int, need: int) -> tuple[int, int]:
-    """Of `count` lower halves: the need-th largest, and how many equal to it are kept (-1: all)."""
+    """The need-th largest of `count` lower halves, and how many equal to it are kept (-1: all)."""
     low, high, at_low, at_high = 0, 1 << 16, count, 0
     while high - low > 1:
         middle = (low + high) // 2
