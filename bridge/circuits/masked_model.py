@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bridge.circuit import NodeSpace, check_means
 from bridge.circuits.error_nodes import error_locations
+from bridge.circuits.masked_pass import MaskedPass, serves
 from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
@@ -61,6 +62,7 @@ class MaskedModel:
         self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
         check_means(self.space.sizes, means)
         self._narrow = question.whole_rows
+        self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
 
     def only(self, row: int) -> MaskedModel:
         """The same nodes on one of the prompts."""
@@ -125,6 +127,8 @@ class MaskedModel:
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
         row_r = self._prompts(kept_rf, row_r)
+        if self._compiled is not None:
+            return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
         return torch.cat([self._answer(self.run(some_rf, some_r, narrow=self._narrow), some_r) for some_rf, some_r in rows])
 
@@ -135,6 +139,8 @@ class MaskedModel:
 
     def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
+        if self._compiled is not None:
+            return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r))
         parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
         through: dict[Location, Tensor] = {}
         change: dict[Location, Tensor] = {}

@@ -357,5 +357,6 @@ def add_scaled(typing: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any)
 
 
 weighted_sum_64, inner_products_64 = _weighted_sum(64), _inner_products(64)
+weighted_sum_32 = _weighted_sum(32)
 weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)
 inner_products, inner_products_16 = _inner_products(TOKENS), _inner_products(16)

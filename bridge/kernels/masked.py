@@ -1,0 +1,148 @@
+"""A frozen sparse model's nodes under masks, compiled for a CPU: what `circuits/masked_pass` is made of.
+
+Activations are lanes: n x l, a channel's tokens of all rows one behind the other, padded to whole vectors. What is padded holds
+finite numbers that nobody reads. mask_rf are the masks of the rows, at_l the place of each lane's token in them, less that of the
+location: node j of lane l has the mask at at_l[l] + first + j of the flat masks, first being where its location begins.
+
+    a = AbsTopK(pre)        change = a - mean        y = mean + mask * change        through = d y / d pre
+    dmask = dy * change     dpre = dy * through
+
+Shape legend: n nodes of a location, l lane, s sparse width, b prompt, t token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bridge.kernels.cpu import top_k_lanes
+from bridge.kernels.lanes import LANES, compiled, gelus
+
+
+@compiled
+def nodes(
+    pre: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, held: np.ndarray,
+    change: np.ndarray, through: np.ndarray, y: np.ndarray,
+) -> None:  # fmt: skip
+    """change, through and y of a location's nodes, by what they are before AbsTopK, which keeps so many; held is scratch."""
+    n, lanes = pre.shape
+    if kept < n:
+        words, out = pre.reshape(-1).view(np.int32), change.reshape(-1).view(np.int32)
+        top_k_lanes(words, out, held, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
+    else:
+        change[:] = pre
+        held[: n * lanes] = True
+    share = np.zeros(lanes, np.float32)
+    for j in range(n):
+        for i in range(len(at)):
+            share[i] = mask[at[i] + first + j]
+        _mixed(held[j * lanes : (j + 1) * lanes], share, mean[j], change[j], through[j], y[j])
+
+
+@compiled
+def _mixed(
+    held: np.ndarray, share: np.ndarray, mean: np.float32, change: np.ndarray, through: np.ndarray, y: np.ndarray
+) -> None:
+    for i in range(len(share)):
+        value = change[i]
+        difference = value - mean
+        change[i] = difference
+        y[i] = value if share[i] == 1 else mean + share[i] * difference
+        through[i] = share[i] if held[i] else np.float32(0)
+
+
+@compiled
+def nodes_back(
+    dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray, scratch: np.ndarray
+) -> None:
+    """Adds to dmask, and turns dy into dpre."""
+    n, lanes = dy.shape
+    for j in range(n):
+        _slopes(dy[j], change[j], through[j], scratch)
+        for i in range(len(at)):
+            dmask[at[i] + first + j] += scratch[i]
+
+
+@compiled
+def _slopes(dy: np.ndarray, change: np.ndarray, through: np.ndarray, dmask: np.ndarray) -> None:
+    for i in range(len(dy)):
+        dmask[i] = dy[i] * change[i]
+        dy[i] *= through[i]
+
+
+@compiled
+def gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray) -> None:
+    """GELU and its derivative; of n x l with whole vectors of lanes."""
+    gelus(x.reshape(-1), 0, x.size // 16, y.reshape(-1), slope.reshape(-1))
+
+
+@compiled
+def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
+    """RMSNorm without a gain: y = x scale."""
+    scale[:] = 0
+    for j in range(x.shape[0]):
+        _add_product(scale, x[j], x[j])
+    for i in range(x.shape[1]):
+        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(x.shape[0]) + np.float32(1e-6))
+    for j in range(x.shape[0]):
+        _product(x[j], scale, y[j])
+
+
+@compiled
+def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> None:
+    """Adds to dx the gradient through RMSNorm: scale (dy - y mean(y dy)) with y = x scale."""
+    mean = np.zeros(x.shape[1], np.float32)
+    for j in range(x.shape[0]):
+        _add_product(mean, x[j], dy[j])
+    for i in range(x.shape[1]):
+        mean[i] *= scale[i] * scale[i] / np.float32(x.shape[0])
+    for j in range(x.shape[0]):
+        _add_scaled_difference(dx[j], scale, dy[j], mean, x[j])
+
+
+@compiled
+def _add_product(total: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+    for i in range(len(total)):
+        total[i] += x[i] * y[i]
+
+
+@compiled
+def _product(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
+    for i in range(len(y)):
+        y[i] = x[i] * scale[i]
+
+
+@compiled
+def _add_scaled_difference(dx: np.ndarray, scale: np.ndarray, dy: np.ndarray, mean: np.ndarray, x: np.ndarray) -> None:
+    for i in range(len(dx)):
+        dx[i] += scale[i] * (dy[i] - mean[i] * x[i])
+
+
+@compiled
+def add_error(
+    x: np.ndarray, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, excess: np.ndarray, prompt: np.ndarray,
+    token: np.ndarray,
+) -> None:  # fmt: skip
+    """Adds mean + mask * excess_bts[prompt, token] to each lane of the stream, or of the logits."""
+    share = np.empty(len(at), np.float32)
+    for i in range(len(at)):
+        share[i] = mask[at[i] + first]
+    for i in range(len(at)):
+        row = excess[prompt[i], token[i]]
+        if share[i] == 0:
+            for j in range(len(mean)):
+                x[j, i] += mean[j]
+        else:
+            for j in range(len(mean)):
+                x[j, i] += mean[j] + share[i] * row[j]
+
+
+@compiled
+def add_error_back(
+    dx: np.ndarray, at: np.ndarray, first: int, excess: np.ndarray, prompt: np.ndarray, token: np.ndarray, dmask: np.ndarray
+) -> None:
+    """Adds to the gradient of the errors' masks."""
+    for i in range(len(at)):
+        row, total = excess[prompt[i], token[i]], np.float32(0)
+        for j in range(len(row)):
+            total += dx[j, i] * row[j]
+        dmask[at[i] + first] += total
