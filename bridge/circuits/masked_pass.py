@@ -60,11 +60,11 @@ class _Room:
         self.used = 0
 
     def take(self, n: int, lanes: int) -> Array:
-        """n x lanes floats, of any value."""
+        """n x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
         if self.used == len(self.parts):
-            self.parts.append(np.empty(0, np.float32))
-        if self.parts[self.used].size < n * lanes:
-            self.parts[self.used] = np.empty(n * lanes, np.float32)
+            self.parts.append(np.zeros(0, np.float32))
+        if self.parts[self.used].size < n * lanes + _VECTOR:
+            self.parts[self.used] = np.zeros(n * lanes + _VECTOR, np.float32)
         self.used += 1
         return self.parts[self.used - 1][: n * lanes].reshape(n, lanes)
 
@@ -133,7 +133,7 @@ class MaskedPass:
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
         self.matrices: dict[str, _Matrix] = {}
         self.rooms = [_Room() for _ in range(_TILES)]
-        self.held, self.scratch = np.zeros(0, np.bool_), np.zeros(0, np.float32)
+        self.held = np.zeros(0, np.bool_)
         answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
         self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
 
@@ -187,13 +187,13 @@ class _Tile:
         rows, tokens, last_r = np.arange(len(prompt_r)), of.n_tokens, of.last_b[prompt_r]
         self.wide = _Lanes(
             rows.repeat(tokens), prompt_r.repeat(tokens), np.tile(np.arange(tokens), len(rows)),
-            _whole(len(rows) * tokens + -tokens % 16),
+            _whole(len(rows) * tokens),
         )  # fmt: skip
         self.answers = _Lanes(rows, prompt_r, last_r, _whole(len(rows)))
         self.last_r = rows * tokens + last_r  # the lanes of the answers among the wide ones
         most = max(of.space.sizes.values()) * self.wide.padded
         if of.held.size < most:
-            of.held, of.scratch = np.zeros(most, np.bool_), np.zeros(most, np.float32)
+            of.held = np.zeros(most, np.bool_)
         sparse, lanes = of.sparse, self.wide
         x = np.zeros((sparse.width, lanes.padded), np.float32)
         x[:, : len(lanes.row_l)] = of.embedded_bts[lanes.prompt_l, lanes.token_l].T
@@ -316,7 +316,7 @@ class _Tile:
         masked.nodes(pre, kept, self.mask, places, first, of.means[at], of.held, change, through, y)
 
         def back(dy: Array, dmask: Array) -> Array:
-            masked.nodes_back(dy, change, through, places, first, dmask, of.scratch[: dy.shape[1]])
+            masked.nodes_back(dy, change, through, places, first, dmask)
             return dy
 
         return y, back
@@ -343,9 +343,11 @@ class _Tile:
         attention.forward(*arrays, channels, first, after, *strides, 0, heads)
 
         def back(dz: Array) -> tuple[Array, Array, Array]:
-            dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
-            slopes = dz.reshape(-1), dq.reshape(-1), dk.reshape(-1), dv.reshape(-1), np.zeros(heads, np.float32)
-            attention.backward(*arrays, *slopes, channels, first, after, *strides, 0, heads)
+            dq, dk, dv = slopes = [room.take(*x.shape) for x in (q, k, v)]
+            for slope in slopes:
+                slope[:] = 0
+            flat = (x.reshape(-1) for x in (dz, dq, dk, dv))
+            attention.backward(*arrays, *flat, np.zeros(heads, np.float32), channels, first, after, *strides, 0, heads)
             return dq, dk, dv
 
         return z, back

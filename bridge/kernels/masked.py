@@ -15,7 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from bridge.kernels.cpu import top_k_lanes
-from bridge.kernels.lanes import LANES, compiled, gelus
+from bridge.kernels.lanes import LANES, compiled, gelus, mix_lanes
+
+_CHANNELS = 16  # whose masks are turned at a time
 
 
 @compiled
@@ -31,42 +33,37 @@ def nodes(
     else:
         change[:] = pre
         held[: n * lanes] = True
-    share = np.zeros(lanes, np.float32)
-    for j in range(n):
-        for i in range(len(at)):
-            share[i] = mask[at[i] + first + j]
-        _mixed(held[j * lanes : (j + 1) * lanes], share, mean[j], change[j], through[j], y[j])
-
-
-@compiled
-def _mixed(
-    held: np.ndarray, share: np.ndarray, mean: np.float32, change: np.ndarray, through: np.ndarray, y: np.ndarray
-) -> None:
-    for i in range(len(share)):
-        value = change[i]
-        difference = value - mean
-        change[i] = difference
-        y[i] = value if share[i] == 1 else mean + share[i] * difference
-        through[i] = share[i] if held[i] else np.float32(0)
+    share = np.zeros((_CHANNELS, lanes), np.float32)
+    changes, throughs, ys, shares = change.reshape(-1), through.reshape(-1), y.reshape(-1), share.reshape(-1)
+    for block in range(0, n, _CHANNELS):
+        width = min(_CHANNELS, n - block)
+        for i in range(len(at)):  # in blocks, since the masks lie the other way round
+            place = at[i] + first + block
+            for c in range(width):
+                share[c, i] = mask[place + c]
+        for c in range(width):
+            place = (block + c) * lanes
+            mix_lanes(changes, place, held, shares, c * lanes, mean[block + c], lanes // 16, throughs, ys)
 
 
 @compiled
 def nodes_back(
-    dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray, scratch: np.ndarray
+    dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray
 ) -> None:
     """Adds to dmask, and turns dy into dpre."""
     n, lanes = dy.shape
-    for j in range(n):
-        _slopes(dy[j], change[j], through[j], scratch)
+    slope = np.empty((_CHANNELS, lanes), np.float32)
+    for block in range(0, n, _CHANNELS):
+        width = min(_CHANNELS, n - block)
+        for c in range(width):
+            j = block + c
+            for i in range(lanes):
+                slope[c, i] = dy[j, i] * change[j, i]
+                dy[j, i] *= through[j, i]
         for i in range(len(at)):
-            dmask[at[i] + first + j] += scratch[i]
-
-
-@compiled
-def _slopes(dy: np.ndarray, change: np.ndarray, through: np.ndarray, dmask: np.ndarray) -> None:
-    for i in range(len(dy)):
-        dmask[i] = dy[i] * change[i]
-        dy[i] *= through[i]
+            place = at[i] + first + block
+            for c in range(width):
+                dmask[place + c] += slope[c, i]
 
 
 @compiled
@@ -78,43 +75,31 @@ def gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray) -> None:
 @compiled
 def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
     """RMSNorm without a gain: y = x scale."""
+    n, lanes = x.shape
     scale[:] = 0
-    for j in range(x.shape[0]):
-        _add_product(scale, x[j], x[j])
-    for i in range(x.shape[1]):
-        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(x.shape[0]) + np.float32(1e-6))
-    for j in range(x.shape[0]):
-        _product(x[j], scale, y[j])
+    for j in range(n):
+        for i in range(lanes):
+            scale[i] += x[j, i] * x[j, i]
+    for i in range(lanes):
+        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(n) + np.float32(1e-6))
+    for j in range(n):
+        for i in range(lanes):
+            y[j, i] = x[j, i] * scale[i]
 
 
 @compiled
 def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> None:
     """Adds to dx the gradient through RMSNorm: scale (dy - y mean(y dy)) with y = x scale."""
-    mean = np.zeros(x.shape[1], np.float32)
-    for j in range(x.shape[0]):
-        _add_product(mean, x[j], dy[j])
-    for i in range(x.shape[1]):
-        mean[i] *= scale[i] * scale[i] / np.float32(x.shape[0])
-    for j in range(x.shape[0]):
-        _add_scaled_difference(dx[j], scale, dy[j], mean, x[j])
-
-
-@compiled
-def _add_product(total: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    for i in range(len(total)):
-        total[i] += x[i] * y[i]
-
-
-@compiled
-def _product(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
-    for i in range(len(y)):
-        y[i] = x[i] * scale[i]
-
-
-@compiled
-def _add_scaled_difference(dx: np.ndarray, scale: np.ndarray, dy: np.ndarray, mean: np.ndarray, x: np.ndarray) -> None:
-    for i in range(len(dx)):
-        dx[i] += scale[i] * (dy[i] - mean[i] * x[i])
+    n, lanes = x.shape
+    mean = np.zeros(lanes, np.float32)
+    for j in range(n):
+        for i in range(lanes):
+            mean[i] += x[j, i] * dy[j, i]
+    for i in range(lanes):
+        mean[i] *= scale[i] * scale[i] / np.float32(n)
+    for j in range(n):
+        for i in range(lanes):
+            dx[j, i] += scale[i] * (dy[j, i] - mean[i] * x[j, i])
 
 
 @compiled
