@@ -107,6 +107,8 @@ class MaskedModel:
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
         row_r = self._prompts(kept_rf, row_r)
+        if narrow and self._compiled is not None:
+            return self._compiled.run(kept_rf, row_r, enter)
         return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:

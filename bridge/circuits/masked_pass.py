@@ -29,6 +29,7 @@ from bridge.circuit import NodeSpace
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.products import Compact, multiply_lines
+from bridge.residual import EMBEDDING, Enter, Trace
 from bridge.sparse import ERROR, Location, SparseTransformer
 
 _TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
@@ -143,6 +144,26 @@ class MaskedPass:
         return torch.cat([_Tile(self, *tile, self.rooms[0], False).logits_rv for tile in self._tiles(kept_rf, row_r)])
 
     @torch.no_grad()
+    def run(self, kept_rf: Tensor, row_r: Tensor, enter: Enter | None = None) -> Trace:
+        """The copies' run, narrow (see `SparseTransformer.run`), of rows that enter, if any do, in the order of their sites."""
+        kept_rf, tiles, logits = kept_rf.contiguous(), list[_Tile](), list[Tensor]()
+        sites = [EMBEDDING] * len(row_r) if enter is None else enter.site_b.tolist()
+        first = 0
+        while first < len(sites):
+            rows = max(1, _TILE // self.n_tokens) if sites[first] < self.sparse.narrow_from else _TILE
+            after = first + sites[first : first + rows].count(sites[first])
+            some = slice(first, after)
+            (mask, prompt_r), x_rts = self._flat(kept_rf[some], row_r[some]), None if enter is None else enter.x_btd[some]
+            tiles.append(_Tile(self, mask, prompt_r, self.rooms[0], False, sites[first], x_rts, trace=True))
+            logits.append(tiles[-1].logits_rv)
+            first = after
+        residuals = [
+            torch.cat([tile.residuals[site] for tile in tiles if site in tile.residuals] or [torch.zeros(0)])
+            for site in range(self.sparse.n_sites)
+        ]
+        return Trace(torch.cat(logits)[:, None], tuple(residuals))
+
+    @torch.no_grad()
     def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
         parts, tiles = list(self._tiles(kept_rf, row_r)), list[_Tile]()
@@ -174,14 +195,32 @@ class MaskedPass:
         rows = max(1, _TILE // self.n_tokens)
         kept_rf = kept_rf.contiguous()
         for some_rf, some_r in zip(kept_rf.split(rows), row_r.split(rows), strict=True):
-            mask = some_rf.view(torch.uint8) if some_rf.dtype == torch.bool else some_rf.float()
-            yield mask.view(-1).numpy(), some_r.numpy()
+            yield self._flat(some_rf, some_r)
+
+    @staticmethod
+    def _flat(kept_rf: Tensor, row_r: Tensor) -> tuple[Array, Array]:
+        mask = kept_rf.view(torch.uint8) if kept_rf.dtype == torch.bool else kept_rf.float()
+        return mask.view(-1).numpy(), row_r.numpy()
 
 
 class _Tile:
-    """Some masked copies: their logits, and the way back."""
+    """Some masked copies: their logits, and the way back where it is kept; with trace also residuals, by site.
 
-    def __init__(self, of: MaskedPass, mask: Array, prompt_r: Array, room: _Room, keep: bool) -> None:
+    They begin at a site with x_rts, or at the embedding.
+    """
+
+    def __init__(
+        self,
+        of: MaskedPass,
+        mask: Array,
+        prompt_r: Array,
+        room: _Room,
+        keep: bool,
+        begin: int = EMBEDDING,
+        x_rts: Tensor | None = None,
+        *,
+        trace: bool = False,
+    ) -> None:
         self.of, self.mask, self.room, self.keep, self.ways = of, mask, room, keep, list[Back]()
         room.used = 0
         rows, tokens, last_r = np.arange(len(prompt_r)), of.n_tokens, of.last_b[prompt_r]
@@ -194,18 +233,27 @@ class _Tile:
         most = max(of.space.sizes.values()) * self.wide.padded
         if of.held.size < most:
             of.held = np.zeros(most, np.bool_)
-        sparse, lanes = of.sparse, self.wide
+        sparse, self.residuals = of.sparse, dict[int, Tensor]()
+        lanes = self.wide if begin < sparse.narrow_from else self.answers
         x = np.zeros((sparse.width, lanes.padded), np.float32)
-        x[:, : len(lanes.row_l)] = of.embedded_bts[lanes.prompt_l, lanes.token_l].T
-        self._error(0, x, lanes)
-        for site, kind in enumerate(sparse.sublayer_kinds):
+        if begin == EMBEDDING:
+            x[:, : len(lanes.row_l)] = of.embedded_bts[lanes.prompt_l, lanes.token_l].T
+            self._error(0, x, lanes)
+        else:
+            assert x_rts is not None
+            x[:, : len(lanes.row_l)] = x_rts.flatten(0, 1).T.numpy()
+        for site in range(max(begin, 0), len(sparse.sublayer_kinds)):
+            if trace:
+                self.residuals[site] = self._stream(x, lanes)
             room.used = room.used if keep else 0
-            if kind == "attn":
+            if sparse.sublayer_kinds[site] == "attn":
                 to = self.answers if site + 1 == sparse.narrow_from else lanes
                 x, lanes = self._attention(of.layers[site], x, lanes, to), to
             else:
                 x = self._mlp(of.layers[site], x, lanes)
             self._error(site + 1, x, lanes)
+        if trace:
+            self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
         y = self._normed(x)
         unembedding = of.matrix("unembedding")
         logits = unembedding.times(y, room)
@@ -351,6 +399,11 @@ class _Tile:
             return dq, dk, dv
 
         return z, back
+
+    def _stream(self, x: Array, lanes: _Lanes) -> Tensor:
+        """x_rts of the lanes."""
+        x_ls = torch.from_numpy(x[:, : len(lanes.row_l)]).T.contiguous()
+        return x_ls.unflatten(0, (len(self.last_r), -1))
 
     def _sum(self, x: Array, write: Array) -> Array:
         """The stream with a write added; in its place where nothing needs it again."""

@@ -108,17 +108,15 @@ def add_error(
     token: np.ndarray,
 ) -> None:  # fmt: skip
     """Adds mean + mask * excess_bts[prompt, token] to each lane of the stream, or of the logits."""
-    share = np.empty(len(at), np.float32)
+    for j in range(len(mean)):
+        for i in range(x.shape[1]):
+            x[j, i] += mean[j]
     for i in range(len(at)):
-        share[i] = mask[at[i] + first]
-    for i in range(len(at)):
-        row = excess[prompt[i], token[i]]
-        if share[i] == 0:
+        share = mask[at[i] + first] * np.float32(1)
+        if share != 0:  # of few tokens
+            row = excess[prompt[i], token[i]]
             for j in range(len(mean)):
-                x[j, i] += mean[j]
-        else:
-            for j in range(len(mean)):
-                x[j, i] += mean[j] + share[i] * row[j]
+                x[j, i] += share * row[j]
 
 
 @compiled
