@@ -139,10 +139,16 @@ class MaskedModel:
         """d_r of the question under any number of masks."""
         return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
 
-    def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
+    def gradient(
+        self,
+        kept_rf: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        row_r: Tensor | None = None,
+        node_k: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
         if self._compiled is not None:
-            return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r))
+            return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r), node_k)
         parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
         through: dict[Location, Tensor] = {}
         change: dict[Location, Tensor] = {}
@@ -171,7 +177,7 @@ class MaskedModel:
                 into[location][:, 0] = entry_rtn.sum(1)
             else:
                 into[location][:, -entry_rtn.shape[1] :] = entry_rtn
-        return gradient_rf, loss_r.detach()
+        return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:

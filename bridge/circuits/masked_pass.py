@@ -133,7 +133,7 @@ class MaskedPass:
         self.first = dict(zip(space.sizes, starts, strict=False))
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
         self.matrices: dict[str, _Matrix] = {}
-        self.rooms = [_Room() for _ in range(_TILES)]
+        self.rooms, self.brief, self.slopes = [_Room() for _ in range(_TILES)], _Room(), np.zeros(0, np.float32)
         self.held = np.zeros(0, np.bool_)
         answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
         self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
@@ -164,8 +164,10 @@ class MaskedPass:
         return Trace(torch.cat(logits)[:, None], tuple(residuals))
 
     @torch.no_grad()
-    def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
+    def gradient(
+        self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor, node_k: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
         parts, tiles = list(self._tiles(kept_rf, row_r)), list[_Tile]()
         if len(parts) <= _TILES:
             tiles = [_Tile(self, *part, room, True) for part, room in zip(parts, self.rooms, strict=False)]
@@ -175,12 +177,22 @@ class MaskedPass:
         with torch.enable_grad():
             loss_r = loss(logits_rv.requires_grad_())
             (slope_rv,) = torch.autograd.grad(loss_r.sum(), logits_rv)
-        gradient_rf = torch.zeros(kept_rf.shape)
-        into = gradient_rf.split([len(part[1]) for part in parts]), slope_rv.split([len(part[1]) for part in parts])
-        for place, (some_rf, some_rv) in enumerate(zip(*into, strict=True)):
-            tile = tiles[place] if tiles else _Tile(self, *parts[place], self.rooms[0], True)
-            tile.backward(some_rv.numpy(), some_rf.view(-1).numpy())
+        gradient_rf = torch.empty(len(kept_rf), kept_rf.shape[1] if node_k is None else len(node_k))
+        first = 0
+        for place, part in enumerate(parts):
+            tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
+            some = slice(first, first := first + len(part[1]))
+            slopes = self._slopes(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
+            slopes[:] = 0
+            tile.backward(slope_rv[some].numpy(), slopes)
+            if node_k is not None:
+                gradient_rf[some] = torch.from_numpy(slopes).view(-1, kept_rf.shape[1])[:, node_k]
         return gradient_rf, loss_r.detach()
+
+    def _slopes(self, size: int) -> Array:
+        if self.slopes.size < size:
+            self.slopes = np.zeros(size, np.float32)
+        return self.slopes[:size]
 
     def matrix(self, name: str) -> _Matrix:
         """A matrix by its name."""
@@ -221,7 +233,7 @@ class _Tile:
         *,
         trace: bool = False,
     ) -> None:
-        self.of, self.mask, self.room, self.keep, self.ways = of, mask, room, keep, list[Back]()
+        self.of, self.mask, self.room, self.brief, self.keep, self.ways = of, mask, room, of.brief, keep, list[Back]()
         room.used = 0
         rows, tokens, last_r = np.arange(len(prompt_r)), of.n_tokens, of.last_b[prompt_r]
         self.wide = _Lanes(
@@ -245,7 +257,7 @@ class _Tile:
         for site in range(max(begin, 0), len(sparse.sublayer_kinds)):
             if trace:
                 self.residuals[site] = self._stream(x, lanes)
-            room.used = room.used if keep else 0
+            room.used, self.brief.used = room.used if keep else 0, 0
             if sparse.sublayer_kinds[site] == "attn":
                 to = self.answers if site + 1 == sparse.narrow_from else lanes
                 x, lanes = self._attention(of.layers[site], x, lanes, to), to
@@ -257,7 +269,7 @@ class _Tile:
         y = self._normed(x)
         unembedding = of.matrix("unembedding")
         logits = unembedding.times(y, room)
-        self.ways.append(lambda dy, _: unembedding.back(dy, room))
+        self.ways.append(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
             logits[:, : len(rows)] += of.bigram_bv[prompt_r].T
         self._error(sparse.n_sites, logits, self.answers, of_logits=True)
@@ -268,6 +280,7 @@ class _Tile:
         d = np.zeros((slope_rv.shape[1], self.answers.padded), np.float32)
         d[:, : len(slope_rv)] = slope_rv.T
         for back in reversed(self.ways):
+            self.brief.used = 0
             d = back(d, dmask)
 
     # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
@@ -280,7 +293,7 @@ class _Tile:
         matrices = {kind: of.matrix(f"blocks.{layer}.{kind}") for kind in ("q", "k", "v", "o")}
         r_q = self._answers(r) if narrow else r
         parts = {
-            kind: self._nodes(Location(layer, kind), matrices[kind].times(read, room), at)
+            kind: self._nodes(Location(layer, kind), matrices[kind].times(read, room), at, lasting=True)
             for kind, read, at in (("q", r_q, to), ("k", r, lanes), ("v", r, lanes))
         }
         q, k, v = (parts[kind][0] for kind in parts)
@@ -289,9 +302,9 @@ class _Tile:
         into = self._answers(x) if narrow else x
 
         def back(dx: Array, dmask: Array) -> Array:
-            dz = matrices["o"].back(write_back(_copied(dx, room), dmask), room)
+            dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
             slopes = dict(zip("qkv", attend_back(dz), strict=True))
-            dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](slope, dmask), room) for kind, slope in slopes.items())
+            dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](slope, dmask), self.brief) for kind, slope in slopes.items())
             dr += dr_v
             if narrow:
                 dr[:, self.last_r] += dr_q[:, : len(self.last_r)]
@@ -318,9 +331,9 @@ class _Tile:
         write, write_back = self._nodes(Location(layer, "mlp_out"), down.times(a, room), lanes)
 
         def back(dx: Array, dmask: Array) -> Array:
-            da = a_back(down.back(write_back(_copied(dx, room), dmask), room), dmask)
+            da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
             da *= slope
-            normed_back(r_back(up.back(da, room), dmask), dx)
+            normed_back(r_back(up.back(da, self.brief), dmask), dx)
             return dx
 
         self.ways.append(back)
@@ -355,13 +368,16 @@ class _Tile:
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _nodes(self, at: Location, pre: Array, lanes: _Lanes) -> tuple[Array, Back]:
-        """The nodes of a location under their masks, and what turns dy into dpre."""
-        of, room, n = self.of, self.room, len(pre)
-        change, through, y = (room.take(n, pre.shape[1]) for _ in range(3))
+    def _nodes(self, at: Location, change: Array, lanes: _Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
+        """The nodes of a location under their masks, and what turns dy into dpre; `change` has what they are before AbsTopK.
+
+        They last for the sublayer alone, if not asked to last longer.
+        """
+        of, n = self.of, len(change)
+        through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
         places, first = lanes.places(n, of.space), of.first[at]
         kept = max(1, round(of.sparse.shape.keep * n))
-        masked.nodes(pre, kept, self.mask, places, first, of.means[at], of.held, change, through, y)
+        masked.nodes(change, kept, self.mask, places, first, of.means[at], of.held, through, y)
 
         def back(dy: Array, dmask: Array) -> Array:
             masked.nodes_back(dy, change, through, places, first, dmask)
@@ -391,7 +407,7 @@ class _Tile:
         attention.forward(*arrays, channels, first, after, *strides, 0, heads)
 
         def back(dz: Array) -> tuple[Array, Array, Array]:
-            dq, dk, dv = slopes = [room.take(*x.shape) for x in (q, k, v)]
+            dq, dk, dv = slopes = [self.brief.take(*x.shape) for x in (q, k, v)]
             for slope in slopes:
                 slope[:] = 0
             flat = (x.reshape(-1) for x in (dz, dq, dk, dv))

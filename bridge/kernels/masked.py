@@ -22,16 +22,15 @@ _CHANNELS = 16  # whose masks are turned at a time
 
 @compiled
 def nodes(
-    pre: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, held: np.ndarray,
-    change: np.ndarray, through: np.ndarray, y: np.ndarray,
+    change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, held: np.ndarray,
+    through: np.ndarray, y: np.ndarray,
 ) -> None:  # fmt: skip
-    """change, through and y of a location's nodes, by what they are before AbsTopK, which keeps so many; held is scratch."""
-    n, lanes = pre.shape
+    """change, through and y of a location's nodes; change is what they are before AbsTopK, which keeps so many. held is scratch."""
+    n, lanes = change.shape
     if kept < n:
-        words, out = pre.reshape(-1).view(np.int32), change.reshape(-1).view(np.int32)
-        top_k_lanes(words, out, held, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
+        words = change.reshape(-1).view(np.int32)
+        top_k_lanes(words, words, held, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
     else:
-        change[:] = pre
         held[: n * lanes] = True
     share = np.zeros((_CHANNELS, lanes), np.float32)
     changes, throughs, ys, shares = change.reshape(-1), through.reshape(-1), y.reshape(-1), share.reshape(-1)
