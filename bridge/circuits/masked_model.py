@@ -253,3 +253,18 @@ class MaskedModel:
         """What is added to the stream for an error under its masks."""
         kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
         return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+
+
+def integrated_gradients(
+    masked: MaskedModel, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
+) -> Tensor:
+    """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
+
+    Others are kept where kept_f says so. gradient(mask_rf) gives the gradient_rf of what is scored.
+    """
+    alpha_r1 = (torch.arange(alphas, device=over_f.device)[:, None] + 0.5) / alphas
+    fixed_f = torch.zeros(over_f.shape, device=over_f.device) if kept_f is None else (kept_f & ~over_f).float()
+    total_f = torch.zeros_like(fixed_f)
+    for some_r1 in alpha_r1.split(masked.rows):
+        total_f += gradient(fixed_f + some_r1 * over_f).sum(0)
+    return torch.where(over_f, total_f / alphas, 0)
