@@ -48,9 +48,9 @@ _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its r
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
-_ADDED = 1, 3, 8, 20, 60, 200  # nodes, at a time
+_ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
-_DELETED = 1500  # nodes; of more, none is deleted alone
+_DELETED = 24_000  # tokens of masked copies in which nodes are deleted alone; of more nodes, those that seem to matter least
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,10 +254,16 @@ class _Search:
         """The circuit less the nodes outside its core that are missed least when they are deleted alone."""
         for _ in range(self.config.sweeps):
             node_k = (kept_f & ~core_f).nonzero().flatten()
-            if not 0 < len(node_k) <= _DELETED:
+            most = _DELETED // self.masked.n_tokens
+            if not 0 < len(node_k) <= 16 * most:
                 break
-            off_k = self._off_without(kept_f, node_k)
-            order_f = torch.zeros(kept_f.shape, device=kept_f.device).index_copy_(0, node_k, off_k)
+            if len(node_k) > most:
+                slope_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
+                tried_k = node_k[slope_k.topk(most, largest=False).indices]
+            else:
+                tried_k = node_k
+            order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
+            order_f[tried_k] = self._off_without(kept_f, tried_k)
             kept_f = self._fewest(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
             if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
                 break
