@@ -269,7 +269,7 @@ class _Tile:
         y = self._normed(x)
         unembedding = of.matrix("unembedding")
         logits = unembedding.times(y, room)
-        self.ways.append(lambda dy, _: unembedding.back(dy, self.brief))
+        self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
             logits[:, : len(rows)] += of.bigram_bv[prompt_r].T
         self._error(sparse.n_sites, logits, self.answers, of_logits=True)
@@ -282,6 +282,12 @@ class _Tile:
         for back in reversed(self.ways):
             self.brief.used = 0
             d = back(d, dmask)
+        self.ways.clear()  # which hold the tile and its masks
+
+    def _way(self, back: Back) -> None:
+        """Note the way back through a step, where it will be gone."""
+        if self.keep:
+            self.ways.append(back)
 
     # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
 
@@ -316,7 +322,7 @@ class _Tile:
             normed_back(r_back(dr, dmask), dx)
             return dx
 
-        self.ways.append(back)
+        self._way(back)
         return self._sum(into, write)
 
     def _mlp(self, layer: int, x: Array, lanes: _Lanes) -> Array:
@@ -336,7 +342,7 @@ class _Tile:
             normed_back(r_back(up.back(da, self.brief), dmask), dx)
             return dx
 
-        self.ways.append(back)
+        self._way(back)
         return self._sum(x, write)
 
     def _normed(self, x: Array) -> Array:
@@ -348,7 +354,7 @@ class _Tile:
             normed_back(dy, dx)
             return dx
 
-        self.ways.append(back)
+        self._way(back)
         return y
 
     def _error(self, site: int, x: Array, lanes: _Lanes, *, of_logits: bool = False) -> None:
@@ -364,7 +370,7 @@ class _Tile:
             masked.add_error_back(dx, places, of.first[at], *what, dmask)
             return dx
 
-        self.ways.append(back)
+        self._way(back)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
