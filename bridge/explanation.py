@@ -118,7 +118,8 @@ class Counts:
     """How large the opening circuit is: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
 
     Edges are those that it was pruned to, out of edges_before, and edges_faithfulness is that of the circuit with these alone;
-    None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are all nodes of the prompt that are not 0.
+    None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are
+    all nodes of the prompt that are not 0.
     """
 
     nodes: int

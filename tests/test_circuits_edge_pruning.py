@@ -53,13 +53,13 @@ def literal_logits(flow: Flow, removed: list[tuple[Node, Node]]) -> Tensor:
         return gate(at, torch.zeros_like(x_1tn).scatter(-1, order, x_1tn.gather(-1, order)))
 
     def mapped(layer: int, name: str, kind: str, source: str, x_1tn: Tensor) -> Tensor:
-        linear = sparse.get_submodule(f"blocks.{layer}.{name}")
-        y_1tm = x_1tn @ linear.weight.T + linear.bias
+        weight_mn, bias_m = (sparse.get_parameter(f"blocks.{layer}.{name}.{part}") for part in ("weight", "bias"))
+        y_1tm = x_1tn @ weight_mn.T + bias_m
         for (at, position, index), sources in gone.items():
             if at == Location(layer, kind):
                 for node in sources:
                     change = x_1tn[0, position, node.index] - means[Location(layer, source)][node.index]
-                    y_1tm[0, position, index] -= linear.weight[index, node.index] * change
+                    y_1tm[0, position, index] -= weight_mn[index, node.index] * change
         return y_1tm
 
     x_1ts = correct(Location(0, "error"), sparse.embed(masked.question.prompt_bt))
@@ -71,13 +71,13 @@ def literal_logits(flow: Flow, removed: list[tuple[Node, Node]]) -> Tensor:
             q, k, v = (top(Location(layer, name), mapped(layer, name, name, "attn_in", r_1ts)) for name in "qkv")
             pattern_htt, channels = sparse.pattern(layer, q, k)[0], sparse.shape.head_channels
             z_1tn = torch.cat([pattern_htt[h] @ v[0, :, h * channels :][:, :channels] for h in range(len(pattern_htt))], -1)[None]
-            linear = sparse.get_submodule(f"blocks.{layer}.o")
-            y_1ts = z_1tn @ linear.weight.T + linear.bias
+            weight_sn, bias_s = (sparse.get_parameter(f"blocks.{layer}.o.{part}") for part in ("weight", "bias"))
+            y_1ts = z_1tn @ weight_sn.T + bias_s
             for (at, position, index), sources in gone.items():
                 for node in sources if at == Location(layer, "attn_out") else ():
                     change = v[0, node.position, node.index] - means[Location(layer, "v")][node.index]
                     share = pattern_htt[node.index // channels, position, node.position]
-                    y_1ts[0, position, index] -= share * linear.weight[index, node.index] * change
+                    y_1ts[0, position, index] -= share * weight_sn[index, node.index] * change
             x_1ts = x_1ts + top(Location(layer, "attn_out"), y_1ts)
         else:
             r_1ts = top(Location(layer, "mlp_in"), r_1ts)
@@ -94,7 +94,9 @@ def test_removed_edges_are_those_of_a_literal_run(loss: CircuitLoss) -> None:
     flow = flow_through(loss.masked, circuit(loss))
     edges = draw_edges(flow)
     strongest = edges.strongest
-    kept_re = torch.rand(4, len(strongest), generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.0], [0.3], [0.7], [1.1]])
+    kept_re = torch.rand(4, len(strongest), generator=torch.Generator().manual_seed(3)) < torch.tensor(
+        [[0.0], [0.3], [0.7], [1.1]]
+    )
     made_r = EdgeMaskedModel(loss, flow, edges).miss(kept_re)
     for kept_e, made in zip(kept_re.tolist(), made_r.tolist(), strict=True):
         removed = [(e.source, e.target) for e, kept in zip(strongest, kept_e, strict=True) if e.kind in COUNTED and not kept]

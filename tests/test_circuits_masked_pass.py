@@ -27,10 +27,8 @@ def masked_models(dense: DenseModel, shape: dict, *, several: bool) -> tuple[Mas
     sparse.project(0.15)
     sparse.requires_grad_(False)
     corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
-    if several:
-        question = Question.of_pairs(planted_pairs(5, (4, 6)).both())
-    else:
-        question = Question.of_prompt(corpus_bt[0, :7].clone(), 3)
+    pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
+    question = pairs if several else prompt
     followed = follow(coupling, question.prompt_bt, question.last_b)
     means = {**corpus_means(sparse, corpus_bt), **error_means(coupling, corpus_bt)}
     assert not serves(sparse)

@@ -137,7 +137,7 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
 
 
 def moved_to(flow: Flow, nodes: Sequence[Node]) -> Tensor:
-    """moved_t: what the heads that some attn_out nodes read bring to them from every position, beyond the means, in terms of d."""
+    """moved_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
     moved_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
         q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))

@@ -123,7 +123,9 @@ class Edges:
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         )
-        number = {kind: int((kind_e == place).sum()) for place, kind in enumerate(KINDS) if kind in self.number}
+        number: dict[EdgeKind, int] = {
+            kind: int((kind_e == place).sum()) for place, kind in enumerate(KINDS) if kind in self.number
+        }
         weights: dict[EdgeKind, int] = {}
         for kind in self.weights:
             ends = torch.stack([self._anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
@@ -135,7 +137,9 @@ class Edges:
         at_0_e = end_e.clone()
         for location in self.ends.locations:
             here_e = self.ends.within(location, end_e)
-            at_0_e[here_e] = self.ends.number(location, self.ends.parts(location, end_e[here_e])[1], torch.zeros_like(end_e[here_e]))
+            at_0_e[here_e] = self.ends.number(
+                location, self.ends.parts(location, end_e[here_e])[1], torch.zeros_like(end_e[here_e])
+            )
         return at_0_e
 
     def count(self, *kinds: EdgeKind) -> int:

@@ -131,9 +131,7 @@ class EdgeMaskedModel:
             for layer, name in self.matrices:
                 module = flow.sparse.get_submodule(f"blocks.{layer}.{name}")
                 hooks.enter_context(module.register_forward_hook(removing(layer, name)))
-            trace = flow.sparse.run(
-                flow.tokens_t.expand(len(kept_re), -1), gate=recording, correct=correct, last_only=True
-            )
+            trace = flow.sparse.run(flow.tokens_t.expand(len(kept_re), -1), gate=recording, correct=correct, last_only=True)
         first_r = torch.zeros(len(kept_re), dtype=torch.long, device=kept_re.device)
         return self.loss.miss(trace.logits_btv[:, -1], first_r)
 

@@ -61,7 +61,7 @@ class _Room:
         self.used = 0
 
     def take(self, n: int, lanes: int) -> Array:
-        """n x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
+        """N x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
         if self.used == len(self.parts):
             self.parts.append(np.zeros(0, np.float32))
         if self.parts[self.used].size < n * lanes + _VECTOR:

@@ -300,7 +300,6 @@ class _Search:
         return core_f.index_fill(0, order_k[:high], True)
 
 
-
 def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
     """The places where a gradient is below 0, the lowest first; all, or at most so many."""
     place_k = (gradient_f < 0).nonzero().flatten()

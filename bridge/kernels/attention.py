@@ -96,7 +96,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _every_query(x_bnt: Tensor) -> tuple[np.ndarray, np.ndarray, int, int, int, int]:
-    """first and after of the queries, and strides, where all tokens are queries and rows lie one behind the other."""
+    """First and after of the queries, and strides, where all tokens are queries and rows lie one behind the other."""
     b, n, t = x_bnt.shape
     return np.zeros(b, np.int64), np.full(b, t), n * t, t, n * t, t
 

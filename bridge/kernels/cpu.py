@@ -386,6 +386,7 @@ def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: 
 def top_k_lanes(
     x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int
 ) -> None:
+    """AbsTopK of tiles start to stop, of 32 tokens each, of bit patterns stored n x tokens row by row; kept may be x."""
     per_row = (tokens + LANES - 1) // LANES
     half = np.zeros(width * LANES, np.int16)
     low, above, least = np.zeros(LANES, np.int16), np.empty(LANES, np.int16), np.empty(LANES, np.int16)

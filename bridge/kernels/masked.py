@@ -25,7 +25,7 @@ def nodes(
     change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, held: np.ndarray,
     through: np.ndarray, y: np.ndarray,
 ) -> None:  # fmt: skip
-    """change, through and y of a location's nodes; change is what they are before AbsTopK, which keeps so many. held is scratch."""
+    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. held is scratch."""
     n, lanes = change.shape
     if kept < n:
         words = change.reshape(-1).view(np.int32)
@@ -46,9 +46,7 @@ def nodes(
 
 
 @compiled
-def nodes_back(
-    dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray
-) -> None:
+def nodes_back(dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray) -> None:
     """Adds to dmask, and turns dy into dpre."""
     n, lanes = dy.shape
     slope = np.empty((_CHANNELS, lanes), np.float32)

@@ -290,6 +290,7 @@ def multiply_lines(
     start: np.ndarray, index: np.ndarray, value: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, first_block: int,
     last_block: int, first: int, last: int,
 ) -> None:  # fmt: skip
+    """Lines first to last of y_bmt = W x_bnt + bias, of the blocks first_block to last_block."""
     n, tokens, m = x.shape[1], x.shape[2], y.shape[1]
     for b in range(first_block, last_block):
         t = 0
