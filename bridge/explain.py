@@ -5,7 +5,8 @@
     errors      the dense run, and what makes the sparse model follow it (`circuits/error_nodes`)
     means       of every node and every error over the coupling's reference text; kept with the coupling
     search      `circuits/nested`: the nested circuits. Where the span is too small there is nothing to explain, and no search
-    edges       `circuits/flow`: what flows through the opening circuit; attention: what its heads read, why, and what that does
+    edges       `circuits/flow`: what flows through the opening circuit; the edges that it needs (`circuits/edge_pruning`);
+                attention: what its heads read, why, and what that does
     groups      `circuits/groups`: nodes that do one job, as one
     evidence    `evidence/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
 
@@ -29,6 +30,7 @@ from bridge.bridges import Coupling
 from bridge.circuit import COUNTED, Node
 from bridge.circuits.attention import explain_attention
 from bridge.circuits.attribution import Edges, draw_edges
+from bridge.circuits.edge_pruning import PrunedEdges, prune_edges
 from bridge.circuits.error_nodes import follow, reference_means, reference_rows
 from bridge.circuits.flow import Flow, flow_through
 from bridge.circuits.graph_scores import replacement_and_completeness
@@ -114,9 +116,10 @@ def explain(
         say("edges")
         flow = flow_through(masked, kept_f)
         edges = draw_edges(flow, MOST_SUMMED, say)
+        pruned = prune_edges(loss, flow, edges, nested.levels[config.opening], seed)
         say("groups")
         groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
-        drawn = _drawn(coupling, loss, nested, flow, edges, groups)
+        drawn = _drawn(coupling, loss, nested, flow, edges, pruned, groups)
         hand_over(drawn)
         say("attention")
         attention = explain_attention(flow)
@@ -212,19 +215,28 @@ def _none_found(loss: CircuitLoss) -> Nested:
     return Nested(levels, level_f, (torch.inf,) * len(levels))
 
 
-def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, edges: Edges, groups: tuple[Group, ...]) -> Drawn:
+def _drawn(
+    coupling: Coupling,
+    loss: CircuitLoss,
+    nested: Nested,
+    flow: Flow,
+    edges: Edges,
+    pruned: PrunedEdges,
+    groups: tuple[Group, ...],
+) -> Drawn:
     masked, opening = loss.masked, loss.config.opening
     all_f = torch.ones_like(flow.kept_f)
     active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
     nodes, labels = _nodes(coupling, loss, nested, groups)
-    entries = (edges.count("embedding"), edges.count("unembedding"), edges.count("bigram"))
+    drawn = pruned.edges
+    entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
     ablated = ablate_groups(flow, groups)
     names = group_names(flow, edges, groups, ablated, coupling.dense.prompts, labels)
-    listed = {name: getattr(edges, name)[:MOST_EDGES] for name in ("kind_e", "source_e", "target_e", "weight_e", "effect_e")}
+    listed = {name: getattr(drawn, name)[:MOST_EDGES] for name in ("kind_e", "source_e", "target_e", "weight_e", "effect_e")}
     return Drawn(
         nodes=nodes,
         edges=tuple(
-            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in replace(edges, **listed).strongest
+            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in replace(drawn, **listed).strongest
         ),
         groups=tuple(
             ExplainedGroup(
@@ -234,8 +246,8 @@ def _drawn(coupling: Coupling, loss: CircuitLoss, nested: Nested, flow: Flow, ed
         ),
         group_edges=group_edges(flow, edges, groups),
         counts=Counts(
-            int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), edges.count(*COUNTED),
-            edges.distinct(*COUNTED), *entries, active,
+            int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), drawn.count(*COUNTED), pruned.before,
+            pruned.faithfulness, drawn.distinct(*COUNTED), *entries, active,
         ),
         sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,

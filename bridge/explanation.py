@@ -29,7 +29,7 @@ from bridge.prompts import shown
 from bridge.recipe import UserError
 from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
 
-FORMAT = 2  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
+FORMAT = 3  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 
 
 class ExplainError(UserError):
@@ -117,12 +117,16 @@ class ExplainedGroup:
 class Counts:
     """How large the opening circuit is: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
 
-    Embedding, unembedding and bigram entries are no edges, and counted apart; active are all nodes of the prompt that are not 0.
+    Edges are those that it was pruned to, out of edges_before, and edges_faithfulness is that of the circuit with these alone;
+    None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are
+    all nodes of the prompt that are not 0.
     """
 
     nodes: int
     errors: int
     edges: int
+    edges_before: int
+    edges_faithfulness: float | None
     weights: int
     embedding: int
     unembedding: int

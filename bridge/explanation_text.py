@@ -115,9 +115,11 @@ def _circuits(explanation: Explanation, width: int) -> list[str]:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
+    alone = counts.edges_faithfulness
+    pruned = "" if alone is None else f" (of {counts.edges_before:,}; F {alone:.3f} with these edges alone)"
     legend = (
         f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
-        f"{counts.edges:,} edges over {counts.weights:,} weights, in {len(explanation.groups):,} groups. "
+        f"{counts.edges:,} edges over {counts.weights:,} weights{pruned}, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
     )

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.kernels.attention import attend
+from bridge.kernels.attention import NEVER, attend
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.kernels.top_k import abs_top_k, gelu, normed, project_, top_k_mask
@@ -323,12 +323,21 @@ class SparseTransformer(nn.Module):
         return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        logits_btv = self._map("unembedding", self.unembedding, _norm(x_bts))
+        logits_btv, entry_btv = self._map("unembedding", self.unembedding, _norm(x_bts)), self.bigram_entries(tokens_bt)
+        return logits_btv if entry_btv is None else logits_btv + entry_btv
+
+    def bigram_entries(self, tokens_bt: Tensor) -> Tensor | None:
+        """entry_btv of the bigram table, which the logits have added; None where there is no table."""
         if self.shape.bigram == "full":
-            logits_btv = logits_btv + F.embedding(tokens_bt, self.bigram[0])
-        elif self.shape.bigram == "low-rank":
-            logits_btv = logits_btv + F.linear(F.embedding(tokens_bt, self.bigram[1]), self.bigram[0])
-        return logits_btv
+            return F.embedding(tokens_bt, self.bigram[0])
+        if self.shape.bigram == "low-rank":
+            return F.linear(F.embedding(tokens_bt, self.bigram[1]), self.bigram[0])
+        return None
+
+    def sinks(self, layer: int) -> Tensor:
+        """sink_h of a block's heads; of a model without sinks logits that take nothing."""
+        sink_h = self._block(layer).sinks
+        return sink_h if self.shape.sinks else torch.full_like(sink_h, NEVER)
 
     def heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
         """x_bhtc of q, k or v nodes; with rotate turned by their position, where the model's positions are rotary."""

@@ -56,7 +56,7 @@ def made_up(
     )
     nothing = -7.2 if explained else 1.8
     explanation: dict[str, Any] = {
-        "format": 2,
+        "format": 3,
         "prompt": "".join(texts),
         "tokens": [{"id": place, "text": text} for place, text in enumerate(texts)],
         "answer": {"id": 900, "text": ":"},
@@ -76,8 +76,9 @@ def made_up(
         "attention": [_head(draw, layer, tokens) for layer in range(layers)] if attention and explained else [],
         "attention_left_out": 3 if explained else 0,
         "counts": {
-            "nodes": len(opened), "errors": n_errors, "edges": 3 * nodes, "weights": 2 * nodes, "embedding": 1, "unembedding": 1,
-            "bigram": 1, "active": 400 * max(1, nodes),
+            "nodes": len(opened), "errors": n_errors, "edges": 3 * nodes, "edges_before": 5 * nodes,
+            "edges_faithfulness": 0.9 if nodes else None, "weights": 2 * nodes, "embedding": 1, "unembedding": 1, "bigram": 1,
+            "active": 400 * max(1, nodes),
         },
         "replacement": 0.71,
         "completeness": 0.88,

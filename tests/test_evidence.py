@@ -14,12 +14,12 @@ from bridge.bridges import Coupling
 from bridge.circuit import corpus_means
 from bridge.circuits.error_nodes import Followed, error_means, follow
 from bridge.circuits.loss import CircuitLoss, SearchConfig
-from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.nested import Nested
 from bridge.circuits.question import Question
 from bridge.dense import DenseModel
 from bridge.evidence.carry import Carrier
-from bridge.evidence.controls import active_nodes, another_prompt, integrated_gradients, matched, node_values
+from bridge.evidence.controls import active_nodes, another_prompt, matched, node_values
 from bridge.evidence.deletion import Deletion, delete, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
@@ -183,11 +183,12 @@ def test_another_prompts_circuit_has_as_many_nodes_and_no_errors(case: Case) -> 
 
 def test_integrated_gradients_add_up_to_the_difference_along_the_path(case: Case) -> None:
     over_f, loss = torch.ones_like(case.kept_f), case.loss
-    score_f = integrated_gradients(case.masked, over_f, loss.left, 1)
+    score_f = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), over_f, 1)
     low, high = (float(loss.left(case.masked.logits((mix * over_f)[None]))) for mix in (0.498, 0.502))
     assert float(score_f.sum()) == pytest.approx((high - low) / 0.004, rel=0.02)
     half_f = torch.rand(len(over_f), generator=torch.Generator().manual_seed(1)) < 0.5
-    assert not bool(integrated_gradients(case.masked, half_f, loss.left, 2)[~half_f].any())
+    half = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), half_f, 2)
+    assert not bool(half[~half_f].any())
 
 
 # -- nested circuits in the sparse model ------------------------------------------------------------------------------------

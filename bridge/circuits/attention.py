@@ -29,6 +29,7 @@ width; p pairs of a head and a query.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +134,21 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
     ]
     heads.sort(key=lambda each: -max(abs(each.effect), abs(each.pattern_effect), abs(each.value_effect)))
     return Attention(tuple(heads), len(sizes) - len(pairs))
+
+
+def moved_to(flow: Flow, nodes: Sequence[Node]) -> Tensor:
+    """moved_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
+    moved_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
+    for layer in sorted({node.location.layer for node in nodes}):
+        q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
+        pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
+        change_thc = flow.change[v].unflatten(-1, (-1, flow.sparse.shape.head_channels))
+        for node in nodes:
+            if node.location == out and node.position is not None:
+                write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])
+                added_ht = pattern_htt[:, node.position] * (change_thc * write_hc).sum(-1).T
+                moved_t += added_ht.sum(0) * flow.gradient[out][node.position, node.index]
+    return moved_t
 
 
 def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:

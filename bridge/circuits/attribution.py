@@ -62,11 +62,26 @@ class Ends:
         """end_e of channels of a location at positions."""
         return self._first[location] + position_e * self._sizes[location] + index_e
 
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Those that ends are of."""
+        return tuple(self._first)
+
     def node(self, end: int) -> Node:
         """The node (or entry, or answer) of a number."""
         location = next(at for at in reversed(self._first) if self._first[at] <= end)
         position, index = divmod(end - self._first[location], self._sizes[location])
         return Node(location, index, position)
+
+    def within(self, location: Location, end_e: Tensor) -> Tensor:
+        """Which ends are of a location."""
+        first = self._first[location]
+        return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
+
+    def parts(self, location: Location, end_e: Tensor) -> tuple[Tensor, Tensor]:
+        """(position_e, index_e) of ends of a location."""
+        place_e, n = end_e - self._first[location], self._sizes[location]
+        return place_e // n, place_e % n
 
     def inputs(self, end_e: Tensor) -> Tensor:
         """token_e whose embedding or bigram entry an end is; -1 of nodes, errors and the answer."""
@@ -102,6 +117,30 @@ class Edges:
         columns = (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         rows = zip(*(column_e.tolist() for column_e in columns), strict=True)
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
+
+    def some(self, kept_e: Tensor) -> Edges:
+        """Those of a mask, where all edges are listed."""
+        kind_e, source_e, target_e, weight_e, effect_e = (
+            column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
+        )
+        number: dict[EdgeKind, int] = {
+            kind: int((kind_e == place).sum()) for place, kind in enumerate(KINDS) if kind in self.number
+        }
+        weights: dict[EdgeKind, int] = {}
+        for kind in self.weights:
+            ends = torch.stack([self._anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
+            weights[kind] = len(ends.unique(dim=1).T)
+        return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, number, weights)
+
+    def _anywhere(self, end_e: Tensor) -> Tensor:
+        """Numbers of nodes without their positions: those at position 0."""
+        at_0_e = end_e.clone()
+        for location in self.ends.locations:
+            here_e = self.ends.within(location, end_e)
+            at_0_e[here_e] = self.ends.number(
+                location, self.ends.parts(location, end_e[here_e])[1], torch.zeros_like(end_e[here_e])
+            )
+        return at_0_e
 
     def count(self, *kinds: EdgeKind) -> int:
         """How many edges are of some kinds."""

@@ -2,7 +2,8 @@
 
     reads      The tokens from whose positions most flows into the group: by the effects of its incoming edges, an embedding's
                token, or, of a group at another position, the token there. Where only groups at its own position feed it, it is
-               `at` its token. A group that no kept node and no token feeds writes the same on every prompt: `constant`.
+               `at` its token. A group that no kept node and no token feeds writes the same on every prompt: `constant`; where
+               it is of attention, what its heads bring it where every node is kept is named beside that: `in full reads`.
     like       Where a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
                gradients of what it reads; said where the prompt's own is among the FIT first, as it is if that is what it reads.
     promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens whose p - p' is
@@ -16,13 +17,15 @@ Shape legend: g group, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 
 from bridge.circuit import EMBEDDING
+from bridge.circuits.attention import moved_to
 from bridge.circuits.attribution import Edges
-from bridge.circuits.flow import Flow
+from bridge.circuits.flow import Flow, flow_through
 from bridge.circuits.groups import Ablated, Group, GroupEdge, group_edges, node_effects
 from bridge.prompts import Prompts
 from bridge.sparse import ERROR, READ_KINDS
@@ -49,6 +52,7 @@ def group_names(
     for edge in group_edges(flow, edges, groups):
         into.setdefault(edge.target, []).append(edge)
     strength = node_effects(edges)
+    whole = cache(lambda: flow_through(flow.masked, flow.kept_f, torch.ones_like(flow.kept_f)))
     names = []
     for number, group in enumerate(groups):
         known = ""
@@ -57,7 +61,7 @@ def group_names(
             reads = f"error at site {site}" if site < flow.sparse.n_sites else "error of the logits"
         else:
             known = _label(flow, group, strength, labels or {})
-            reads = known or _reads(flow, group, groups, into.get(f"group:{number}", []), prompts)
+            reads = known or _reads(flow, whole, group, groups, into.get(f"group:{number}", []), prompts)
         does = _promotes(flow, ablated, number, prompts)
         like = "" if known or group.kind == ERROR else _like(flow, group, prompts)
         every = (f"{reads}{also}{', ' if does else ''}{does}" for also in (like, ""))
@@ -76,8 +80,15 @@ def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapp
     return ""
 
 
-def _reads(flow: Flow, group: Group, groups: Sequence[Group], into: Sequence[GroupEdge], prompts: Prompts) -> str:
-    """What flows into a group, by position."""
+def _reads(
+    flow: Flow,
+    whole: Callable[[], Flow],
+    group: Group,
+    groups: Sequence[Group],
+    into: Sequence[GroupEdge],
+    prompts: Prompts,
+) -> str:
+    """What flows into a group, by position; where nothing does, into its attention in the flow through all nodes."""
     own = group.positions[-1]
     by_position: dict[int, float] = {}
     for edge in into:
@@ -89,7 +100,10 @@ def _reads(flow: Flow, group: Group, groups: Sequence[Group], into: Sequence[Gro
         by_position[position] = by_position.get(position, 0.0) + abs(edge.effect)
     there = f"at {_token(flow, own, prompts)}"
     if not into:
-        return there if group.positions[-1] < len(flow.tokens_t) - 1 else "constant"
+        there = there if group.positions[-1] < len(flow.tokens_t) - 1 else "constant"
+        moved_t = moved_to(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
+        read = [place for place in moved_t.argsort(descending=True).tolist()[:1] if moved_t[place] > 0]
+        return f"{there} (in full reads {' and '.join(_token(flow, place, prompts) for place in read)})" if read else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
     most = by_position[positions[0]]
     named = [position for position in positions[:_READS] if position >= 0 and by_position[position] >= _SHARE * most]

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,9 +96,8 @@ class CircuitLoss:
         self.nothing_b = masked.difference(nothing_bf)
         self.model, self.nothing = float(self.model_b.mean()), float(self.nothing_b.mean())
         self.nodes_f = ~masked.is_error_f
-        generator = torch.Generator().manual_seed(config.seed)
-        draw_uf = torch.rand(len(config.densities), masked.space.size, generator=generator)
-        self.superset_uf = (draw_uf < torch.tensor(config.densities)[:, None]).to(model_bv.device) & self.nodes_f
+        superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
+        self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
 
     @property
     def span(self) -> float:
@@ -228,3 +228,9 @@ class CircuitLoss:
 
 _ONE_OF_SEVERAL = 2.0  # times the mean miss allowed, is what the miss on a single prompt of several is held to
 _TIGHTER = 1.2  # times the mean miss allowed in supersets, is what their squares are held to: the mean of squares is above it
+
+
+def random_sets(generator: np.random.Generator, density_u: np.ndarray, count: int) -> Tensor:
+    """set_uf of so many nodes, each with a probability, in 256ths. Drawn as bytes: a search draws hundreds of millions."""
+    draw_uf = generator.integers(0, 256, (len(density_u), count), dtype=np.uint8)
+    return torch.from_numpy(draw_uf < np.rint(256 * density_u).clip(0, 255).astype(np.uint8)[:, None])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bridge.circuit import NodeSpace, check_means
 from bridge.circuits.error_nodes import error_locations
+from bridge.circuits.masked_pass import MaskedPass, serves
 from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
@@ -61,6 +62,7 @@ class MaskedModel:
         self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
         check_means(self.space.sizes, means)
         self._narrow = question.whole_rows
+        self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
 
     def only(self, row: int) -> MaskedModel:
         """The same nodes on one of the prompts."""
@@ -105,6 +107,8 @@ class MaskedModel:
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
         row_r = self._prompts(kept_rf, row_r)
+        if narrow and self._compiled is not None:
+            return self._compiled.run(kept_rf, row_r, enter)
         return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
@@ -125,6 +129,8 @@ class MaskedModel:
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
         row_r = self._prompts(kept_rf, row_r)
+        if self._compiled is not None:
+            return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
         return torch.cat([self._answer(self.run(some_rf, some_r, narrow=self._narrow), some_r) for some_rf, some_r in rows])
 
@@ -133,8 +139,16 @@ class MaskedModel:
         """d_r of the question under any number of masks."""
         return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
 
-    def gradient(self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to every entry of the masks, and loss_r."""
+    def gradient(
+        self,
+        kept_rf: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        row_r: Tensor | None = None,
+        node_k: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
+        if self._compiled is not None:
+            return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r), node_k)
         parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
         through: dict[Location, Tensor] = {}
         change: dict[Location, Tensor] = {}
@@ -163,7 +177,7 @@ class MaskedModel:
                 into[location][:, 0] = entry_rtn.sum(1)
             else:
                 into[location][:, -entry_rtn.shape[1] :] = entry_rtn
-        return gradient_rf, loss_r.detach()
+        return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
@@ -239,3 +253,18 @@ class MaskedModel:
         """What is added to the stream for an error under its masks."""
         kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
         return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+
+
+def integrated_gradients(
+    masked: MaskedModel, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
+) -> Tensor:
+    """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
+
+    Others are kept where kept_f says so. gradient(mask_rf) gives the gradient_rf of what is scored.
+    """
+    alpha_r1 = (torch.arange(alphas, device=over_f.device)[:, None] + 0.5) / alphas
+    fixed_f = torch.zeros(over_f.shape, device=over_f.device) if kept_f is None else (kept_f & ~over_f).float()
+    total_f = torch.zeros_like(fixed_f)
+    for some_r1 in alpha_r1.split(masked.rows):
+        total_f += gradient(fixed_f + some_r1 * over_f).sum(0)
+    return torch.where(over_f, total_f / alphas, 0)

@@ -33,10 +33,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.loss import CircuitLoss, Level
+from bridge.circuits.loss import CircuitLoss, Level, random_sets
+from bridge.circuits.masked_model import integrated_gradients
 
 _BETAS = 0.7, 0.95
 _TAU = -4.0, 1.0  # the steps can bring any node up or down
@@ -46,8 +48,9 @@ _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its r
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
-_ADDED = 1, 3, 8, 20, 60, 200  # nodes, at a time
-_DELETED = 1500  # nodes; of more, none is deleted alone
+_ADDED = 1, 5, 25, 120  # nodes, at a time
+_CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
+_DELETED = 24_000  # tokens of masked copies in which nodes are deleted alone; of more nodes, those that seem to matter least
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: N
 class _Search:
     def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None]) -> None:
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
-        self.generator = torch.Generator().manual_seed(self.config.seed + 17)
+        self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
         self.nodes_f = loss.nodes_f
 
     def run(self) -> Nested:
@@ -126,8 +129,7 @@ class _Search:
         alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
         gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.off_rows(x_rv, level, row_r))
-        gradient_f = torch.where(all_f, torch.inf, gradient_rf.sum(0))
-        order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
+        order_k = _falling(torch.where(all_f, 0, gradient_rf.sum(0)))
         sizes = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
         sizes = [size for size in sizes if size <= len(order_k)]
         if not sizes:
@@ -141,12 +143,10 @@ class _Search:
 
     def _scores(self, kept_f: Tensor) -> Tensor:
         """Integrated gradients of d from a circuit to all nodes."""
-        count = self.config.alphas
-        alpha_r1 = (torch.arange(count, device=kept_f.device)[:, None] + 0.5) / count
-        total_f = torch.zeros(kept_f.shape, device=kept_f.device)
-        for some_r1 in alpha_r1.split(self.masked.rows):
-            total_f += self.train.gradient(torch.where(kept_f, 1.0, some_r1 * self.nodes_f), self.train.miss).sum(0)
-        return torch.where(self.nodes_f & ~kept_f, total_f / count, 0)
+        over_f = self.nodes_f & ~kept_f
+        return integrated_gradients(
+            self.masked, lambda mask_cf: self.train.gradient(mask_cf, self.train.miss), over_f, self.config.alphas, kept_f
+        )
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
@@ -167,29 +167,29 @@ class _Search:
     def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, more: int = 1) -> Tensor:
         """tau_f after some steps, begun with so many times the nodes that about do; -inf of what is no candidate."""
         count, steps = self.config.supersets, self.config.steps
-        node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
-        rank_k = _ranks(score_f[node_k].abs())
-        start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
+        size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
+        node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
+        start = min(more * self._start(core_f, node_k, level), len(node_k))
+        rank_k = torch.arange(len(node_k), device=node_k.device)
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
-        offset_u11 = torch.arange(count, device=tau_k.device)[:, None, None] / count
         size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = self._drawn(prompts)
-            # one draw serves all supersets, rotated by a different angle for each
-            draw_pf = torch.rand(prompts, len(core_f), generator=self.generator).to(tau_k.device)
-            density_p1 = torch.rand(prompts, 1, generator=self.generator).to(tau_k.device) / count
-            superset_upf = ((draw_pf + offset_u11) % 1 < offset_u11 + density_p1) & self.nodes_f
+            # densities of a step's supersets are spread, one in each of as many parts of 0 to 1
+            density_up = (np.arange(count)[:, None] + self.draws.random((count, prompts))) / count
+            superset_upf = random_sets(self.draws, density_up.reshape(-1), len(core_f)).to(tau_k.device)
+            superset_upf = superset_upf.view(count, prompts, -1) & self.nodes_f
             inside_f = core_f.index_fill(0, node_k[kept_k], True)
             kept_rpf[0], kept_rpf[1 : 1 + count] = inside_f, inside_f | superset_upf
             kept_rpf[-1] = self.loss.complement(inside_f)
-            gradient_rf, term_r = self.train.masked.gradient(
-                kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf))
+            gradient_rk, term_r = self.train.masked.gradient(
+                kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf)), node_k
             )
-            gradient_rpk, term_rp = gradient_rf[:, node_k].unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
+            gradient_rpk, term_rp = gradient_rk.unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
             # where a superset has a node anyway, the node's own mask changes nothing
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
             # a node that is kept is missing from the complement
@@ -217,11 +217,10 @@ class _Search:
         count = len(self.train.model_b)
         return torch.randperm(count, generator=self.generator)[:prompts] if count > 1 else torch.zeros(1, dtype=torch.long)
 
-    def _start(self, core_f: Tensor, node_k: Tensor, rank_k: Tensor, level: Level) -> int:
-        """How many of the best-ranked nodes get the answer about right."""
-        order_k = node_k[rank_k.argsort()]
-        sizes = [size for size in _STARTS if size < len(order_k)] or [len(order_k)]
-        off_c = self._off(torch.stack([core_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
+    def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
+        """How many of some nodes, best ranked first, get the answer about right."""
+        sizes = [size for size in _STARTS if size < len(node_k)] or [len(node_k)]
+        off_c = self._off(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
         good = (off_c <= _START_OFF).nonzero().flatten().tolist()
         return sizes[good[0] if good else -1]
 
@@ -236,8 +235,7 @@ class _Search:
             gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
             in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
             in_supersets_f /= self.loss.superset_bound(level)
-            gradient_f = torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, torch.inf)
-            order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
+            order_k = _falling(torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, 0), max(_ADDED))
             sizes = [size for size in _ADDED if size <= len(order_k)]
             if not sizes:
                 break
@@ -256,10 +254,16 @@ class _Search:
         """The circuit less the nodes outside its core that are missed least when they are deleted alone."""
         for _ in range(self.config.sweeps):
             node_k = (kept_f & ~core_f).nonzero().flatten()
-            if not 0 < len(node_k) <= _DELETED:
+            most = _DELETED // self.masked.n_tokens
+            if not 0 < len(node_k) <= 16 * most:
                 break
-            off_k = self._off_without(kept_f, node_k)
-            order_f = torch.zeros(kept_f.shape, device=kept_f.device).index_copy_(0, node_k, off_k)
+            if len(node_k) > most:
+                slope_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
+                tried_k = node_k[slope_k.topk(most, largest=False).indices]
+            else:
+                tried_k = node_k
+            order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
+            order_f[tried_k] = self._off_without(kept_f, tried_k)
             kept_f = self._fewest(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
             if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
                 break
@@ -277,7 +281,8 @@ class _Search:
     def _fewest(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
         """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
-        order_k = torch.where(others_f, order_f, -torch.inf).argsort(descending=True, stable=True)[: int(others_f.sum())]
+        place_k = others_f.nonzero().flatten()
+        order_k = place_k[order_f[place_k].argsort(descending=True, stable=True)]
         low, high = -1, len(order_k)  # low is not within, high is taken to be
         size, factor = min(max(1, guess), high - 1), 1.6
         while high - low > max(1, high // 25):
@@ -295,7 +300,9 @@ class _Search:
         return core_f.index_fill(0, order_k[:high], True)
 
 
-def _ranks(value_k: Tensor) -> Tensor:
-    """Rank of every value, the largest 0."""
-    order_k = value_k.argsort(descending=True, stable=True)
-    return torch.empty_like(order_k).index_copy_(0, order_k, torch.arange(len(order_k), device=order_k.device))
+def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
+    """The places where a gradient is below 0, the lowest first; all, or at most so many."""
+    place_k = (gradient_f < 0).nonzero().flatten()
+    if most is not None and len(place_k) > most:
+        place_k = gradient_f.topk(most, largest=False).indices
+    return place_k[gradient_f[place_k].argsort(stable=True)]

@@ -91,6 +91,32 @@ class Carrier:
         return [torch.cat(parts) for parts in changes], torch.cat(lost)
 
     @torch.no_grad()
+    def without(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """change_ts at a site for each of some sets of nodes deleted, and lost_k of the span in the sparse model.
+
+        The site is one behind the first of the set's nodes, from whose sublayer on the model is run.
+        """
+        changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
+        site_f, late = self.masked.site_f, self.masked.sparse.narrow_from
+        begin_k = [int(site_f[set_n.cpu()].min()) if len(set_n) else 0 for set_n in sets]
+        for part in (range(-1, late), range(late, self.coupling.n_sites)):
+            order = sorted((k for k, begin in enumerate(begin_k) if begin in part), key=begin_k.__getitem__)
+            for first in range(0, len(order), self.masked.rows):
+                some = order[first : first + self.masked.rows]
+                # the reference is in the same batch, so that nothing is left of what does not change
+                kept_rf, begin_r = self.reference_f.repeat(1 + len(some), 1), [begin_k[k] for k in (some[0], *some)]
+                for row, k in enumerate(some, 1):
+                    kept_rf[row, sets[k]] = False
+                x_rts = torch.cat([self.reference.residuals[max(0, site)] for site in begin_r])
+                trace = self.masked.run(kept_rf, None, Enter(torch.tensor(begin_r), x_rts), narrow=True)
+                d_r = self._difference(trace.logits_btv[:, -1])
+                for row, k in enumerate(some, 1):
+                    x_rts = trace.residuals[site_k[k]]
+                    changes[k] = x_rts[row] - x_rts[0]
+                    lost_k[k] = (d_r[0] - d_r[row]) / self._span
+        return changes, lost_k
+
+    @torch.no_grad()
     def dense_lost(self, site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the dense model, by a change_ts carried at a site, for each k."""
         prompt_1t = self.masked.question.prompt_bt

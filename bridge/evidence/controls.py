@@ -11,15 +11,13 @@ Shape legend: c circuit, r masked copy of a prompt, t token, n nodes of a locati
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import recording_gate
 from bridge.circuits.error_nodes import follow
-from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
 from bridge.sparse import ERROR, Gate, Location
 
@@ -100,18 +98,11 @@ def another_prompt(
         followed = follow(coupling, tokens_t[None], last_b)
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
-        score_f = integrated_gradients(there, ~there.is_error_f, question.difference, alphas)
+        score_f = integrated_gradients(
+            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f, alphas
+        )
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf
-
-
-def integrated_gradients(masked: MaskedModel, over_f: Tensor, loss: Callable[[Tensor], Tensor], alphas: int) -> Tensor:
-    """score_f of the nodes and errors over_f, mixed in together from their means to their values; others stay at theirs."""
-    alpha_r1 = (torch.arange(alphas, device=over_f.device)[:, None] + 0.5) / alphas
-    total_f = torch.zeros(over_f.shape, device=over_f.device)
-    for some_r1 in alpha_r1.split(masked.rows):
-        total_f += masked.gradient(some_r1 * over_f, loss)[0].sum(0)
-    return torch.where(over_f, total_f / alphas, 0)
 
 
 def _places(masked: MaskedModel) -> Tensor:

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bridge.evidence.carry import Carrier
@@ -68,11 +67,8 @@ def delete_groups(carrier: Carrier, groups: Sequence[Tensor]) -> tuple[float, ..
     """What the dense model loses, in nats, by each group's deletion carried at the site behind the last of its nodes."""
     if not groups:
         return ()
-    group_gf = torch.stack(list(groups))
-    changes, _ = carrier.runs(carrier.deleted(group_gf))
     last = carrier.coupling.n_sites - 1
-    site_g = [
-        min(int(carrier.masked.site_f[group_f.cpu()].max()) + 1, last) if bool(group_f.any()) else last for group_f in group_gf
-    ]
-    lost_g = carrier.dense_lost(site_g, [changes[site][group] for group, site in enumerate(site_g)])
-    return tuple((lost_g * carrier.loss.span).tolist())
+    sets = [group_f.nonzero().flatten() for group_f in groups]
+    site_g = [min(int(carrier.masked.site_f[set_n.cpu()].max()) + 1, last) if len(set_n) else last for set_n in sets]
+    changes, _ = carrier.without(sets, site_g)
+    return tuple((carrier.dense_lost(site_g, changes) * carrier.loss.span).tolist())

@@ -59,11 +59,9 @@ def effect_profile(carrier: Carrier, circuit_f: Tensor, node_p: Tensor) -> tuple
     if not len(node_p):
         return ()
     masked, site_f = carrier.masked, carrier.masked.site_f
-    single_pf = torch.zeros(len(node_p), len(circuit_f), dtype=torch.bool, device=circuit_f.device)
-    single_pf[torch.arange(len(node_p)), node_p] = True
-    changes, sparse_p = carrier.runs(carrier.deleted(single_pf))
     site_p = (site_f[node_p.cpu()] + 1).tolist()
-    dense_p = carrier.dense_lost(site_p, [changes[site][place] for place, site in enumerate(site_p)])
+    changes, sparse_p = carrier.without(list(node_p[:, None]), site_p)
+    dense_p = carrier.dense_lost(site_p, changes)
     return tuple(
         Effect(str(masked.space.node(place)), bool(circuit_f[place]), site, sparse, dense)
         for place, site, sparse, dense in zip(node_p.tolist(), site_p, sparse_p.tolist(), dense_p.tolist(), strict=True)

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.loss import CircuitLoss
-from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.loss import CircuitLoss, random_sets
+from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.nested import Nested
-from bridge.evidence.controls import active_nodes, integrated_gradients
+from bridge.evidence.controls import active_nodes
 
 _DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model
 _LARGE = 2
@@ -85,9 +86,8 @@ def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[Ne
 
 def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
     """superset_uf: random sets of nodes, no errors, of densities between .1 and .9; other sets than the search's."""
-    generator = torch.Generator().manual_seed(seed + 1_000_003)
-    density_u1 = torch.linspace(*_DENSITIES, draws)[:, None]
-    return (torch.rand(draws, len(loss.nodes_f), generator=generator) < density_u1).to(loss.nodes_f.device) & loss.nodes_f
+    superset_uf = random_sets(np.random.default_rng(seed + 1_000_003), np.linspace(*_DENSITIES, draws), len(loss.nodes_f))
+    return superset_uf.to(loss.nodes_f.device) & loss.nodes_f
 
 
 def measure_circuit(
@@ -144,8 +144,9 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     if left(none_k, [0])[0] <= allowed:
         return none_k
     pool_f = active_nodes(loss.masked) & ~kept_f
-    score_f = torch.where(pool_f, integrated_gradients(loss.masked, whole_f, loss.left, _ALPHAS), -torch.inf)
-    order_k = score_f.argsort(descending=True, stable=True)[: int(pool_f.sum())]
+    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f, _ALPHAS)
+    pool_k = pool_f.nonzero().flatten()
+    order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
     low, high = 0, len(order_k)  # of low more is left, high is taken to do
     tried = [size for size in (2**power for power in range(high.bit_length())) if size < high]
     while tried:

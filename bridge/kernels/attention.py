@@ -72,27 +72,33 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
         q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
-        z_bnt, l_bht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0], q_bnt.shape[1] // channels, q_bnt.shape[2])
-        tensors = (q_bnt, k_bnt, v_bnt, sink_h.detach().float(), z_bnt, l_bht)
-        arrays = [tensor.view(-1).numpy() for tensor in tensors]
-        heads, tokens = l_bht.shape[0] * l_bht.shape[1], l_bht.shape[2]
-        in_parallel(lambda start, stop: _forward(*arrays, channels, tokens, start, stop), heads, q_bnt.numel() * tokens)
-        ctx.save_for_backward(*tensors)
-        ctx.channels, ctx.length = channels, q_btn.shape[1]
+        z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
+        tensors = (q_bnt, k_bnt, v_bnt, sink_h.detach().float(), z_bnt)
+        arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
+        where = channels, *_every_query(q_bnt)
+        in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
+        ctx.save_for_backward(*tensors, l_ht)
+        ctx.where, ctx.length = where, q_btn.shape[1]
         return z_bnt.transpose(1, 2)[:, : q_btn.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, dz_btn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_bht = ctx.saved_tensors
+        q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_ht = ctx.saved_tensors
         dz_bnt = _inside(dz_btn)
         dq_bnt, dk_bnt, dv_bnt = torch.empty_like(q_bnt), torch.zeros_like(q_bnt), torch.zeros_like(q_bnt)
-        dsink_bh = torch.zeros(l_bht.shape[:2])
-        tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_bht, dz_bnt, dq_bnt, dk_bnt, dv_bnt, dsink_bh)
-        arrays = [tensor.view(-1).numpy() for tensor in tensors]
-        heads, tokens, channels = dsink_bh.numel(), l_bht.shape[2], ctx.channels
-        in_parallel(lambda start, stop: _backward(*arrays, channels, tokens, start, stop), heads, q_bnt.numel() * tokens)
+        dsink_bh = torch.zeros(len(q_bnt), len(sink_h))
+        before, after = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt), (dz_bnt, dq_bnt, dk_bnt, dv_bnt, dsink_bh)
+        arrays = [*(x.view(-1).numpy() for x in before), l_ht.numpy(), *(x.view(-1).numpy() for x in after)]
+        work = q_bnt.numel() * q_bnt.shape[2]
+        in_parallel(lambda start, stop: backward(*arrays, *ctx.where, start, stop), dsink_bh.numel(), work)
         d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
         return (*d_btn, dsink_bh.sum(0), None)
+
+
+def _every_query(x_bnt: Tensor) -> tuple[np.ndarray, np.ndarray, int, int, int, int]:
+    """First and after of the queries, and strides, where all tokens are queries and rows lie one behind the other."""
+    b, n, t = x_bnt.shape
+    return np.zeros(b, np.int64), np.full(b, t), n * t, t, n * t, t
 
 
 @compiled
@@ -141,58 +147,69 @@ def _through(ds: np.ndarray, p: np.ndarray, through: np.float32, upto: int) -> N
 
 
 @compiled
-def _forward(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int, tokens: int,
-    start: int, stop: int,
+def forward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int,
+    first: np.ndarray, after: np.ndarray, q_row: int, q_stride: int, row: int, stride: int, start: int, stop: int,
 ) -> None:  # fmt: skip
-    score, index = np.empty(tokens, np.float32), np.arange(channels).astype(np.int32)
+    """Heads start to stop of all rows; of row b the queries first[b] to after[b], in flat arrays.
+
+    A channel's tokens lie together, stride (q_stride: queries) from the next channel's; of row b they begin at b * row. What lies
+    behind them is read up to whole vectors, and not used.
+    """
+    score, index = np.empty(stride, np.float32), np.arange(channels).astype(np.int32)
     query, out = np.empty(channels, np.float32), np.empty(channels, np.float32)
     scale = np.float32(1 / math.sqrt(channels))
     heads = sink.shape[0]
     for head in range(start, stop):
-        at = head * channels * tokens
-        for i in range(tokens):
+        b, h = head // heads, head % heads
+        at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
+        for i in range(first[b], after[b]):
+            to = q_at + i - first[b]
             for c in range(channels):
-                query[c] = q[at + c * tokens + i] * scale
+                query[c] = q[to + c * q_stride] * scale
             upto = (i // 16 + 1) * 16
-            _sums(k, at, tokens, index, query, channels, upto, score)
-            largest = max(sink[head % heads], _largest(score, i + 1))
+            _sums(k, at, stride, index, query, channels, upto, score)
+            largest = max(sink[h], _largest(score, i + 1))
             for j in range(i + 1, upto):
                 score[j] = -np.inf
-            total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[head % heads] - largest)
-            log_sum[head * tokens + i] = largest + math.log(total)
-            _dots(v, at, tokens, index, channels, upto, score, out)
+            total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[h] - largest)
+            log_sum[head, i - first[b]] = largest + math.log(total)
+            _dots(v, at, stride, index, channels, upto, score, out)
             for c in range(channels):
-                z[at + c * tokens + i] = out[c] / np.float32(total)
+                z[to + c * q_stride] = out[c] / np.float32(total)
 
 
 @compiled
-def _backward(
+def backward(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, dz: np.ndarray,
-    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, tokens: int, start: int, stop: int,
+    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, first: np.ndarray, after: np.ndarray,
+    q_row: int, q_stride: int, row: int, stride: int, start: int, stop: int,
 ) -> None:  # fmt: skip
-    p, ds, index = np.empty(tokens, np.float32), np.empty(tokens, np.float32), np.arange(channels).astype(np.int32)
+    """The gradients of what `forward` gave, by that of z: dq and dsink[head] as they are, dk and dv added to."""
+    p, ds, index = np.empty(stride, np.float32), np.empty(stride, np.float32), np.arange(channels).astype(np.int32)
     query, given, out = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
     scale = np.float32(1 / math.sqrt(channels))
     heads = sink.shape[0]
     for head in range(start, stop):
-        at = head * channels * tokens
-        for i in range(tokens):
+        b, h = head // heads, head % heads
+        at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
+        for i in range(first[b], after[b]):
+            to, logs = q_at + i - first[b], log_sum[head, i - first[b]]
             through = np.float32(0)
             for c in range(channels):
-                query[c] = q[at + c * tokens + i] * scale
-                given[c] = dz[at + c * tokens + i]
-                through += given[c] * z[at + c * tokens + i]
+                query[c] = q[to + c * q_stride] * scale
+                given[c] = dz[to + c * q_stride]
+                through += given[c] * z[to + c * q_stride]
             upto = (i // 16 + 1) * 16
-            _sums(k, at, tokens, index, query, channels, upto, p)
+            _sums(k, at, stride, index, query, channels, upto, p)
             for j in range(i + 1, upto):
                 p[j] = -np.inf
-            exponentials(p, 0, upto // 16, log_sum[head * tokens + i])
-            _sums(v, at, tokens, index, given, channels, upto, ds)
+            exponentials(p, 0, upto // 16, logs)
+            _sums(v, at, stride, index, given, channels, upto, ds)
             _through(ds, p, through, upto)
-            dsink[head] -= math.exp(sink[head % heads] - log_sum[head * tokens + i]) * through
-            _dots(k, at, tokens, index, channels, upto, ds, out)
+            dsink[head] -= math.exp(sink[h] - logs) * through
+            _dots(k, at, stride, index, channels, upto, ds, out)
             for c in range(channels):
-                dq[at + c * tokens + i] = out[c] * scale
-                add_scaled(dk, at + c * tokens, query[c], ds, upto // 16)
-                add_scaled(dv, at + c * tokens, given[c], p, upto // 16)
+                dq[to + c * q_stride] = out[c] * scale
+                add_scaled(dk, at + c * stride, query[c], ds, upto // 16)
+                add_scaled(dv, at + c * stride, given[c], p, upto // 16)

@@ -356,6 +356,34 @@ def add_scaled(typing: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any)
     return _emit(types.void, (y, types.int64, types.float32, x, types.int64), body)
 
 
+@intrinsic
+def mix_lanes(
+    typing: Any, change: Any, at: Any, held: Any, share: Any, share_at: Any, mean: Any, vectors: Any, through: Any, y: Any
+) -> Any:
+    """Of `vectors` * 16 values a: y = a where the share is 1, else mean + share (a - mean); change, in whose place a is, = a -
+    mean; through = the share where held, else 0.
+    """
+
+    def body(builder: Any, values: list[Any]) -> None:
+        change, at, held, share, share_at, mean, vectors, through, y = values
+        middle, bytes16 = _splat(builder, mean, _VF), ir.VectorType(_I8, 16)
+        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
+            step = builder.mul(i, ir.Constant(_I64, 16))
+            offset = [builder.add(at, step)]
+            value, part = _load(builder, builder.gep(change, offset), _VF), builder.gep(share, [builder.add(share_at, step)])
+            part, difference = _load(builder, part, _VF), builder.fsub(value, middle)
+            whole = builder.fcmp_ordered("==", part, _constant(_VF, 1.0))
+            keep = builder.icmp_unsigned("!=", _load(builder, builder.gep(held, offset), bytes16), _constant(bytes16, 0))
+            mixed = builder.select(whole, value, _fma(builder, part, difference, middle))
+            _store(builder, difference, builder.gep(change, offset))
+            _store(builder, mixed, builder.gep(y, offset))
+            _store(builder, builder.select(keep, part, _constant(_VF, 0.0)), builder.gep(through, offset))
+
+    i64 = types.int64
+    return _emit(types.void, (change, i64, held, share, i64, types.float32, i64, through, y), body)
+
+
 weighted_sum_64, inner_products_64 = _weighted_sum(64), _inner_products(64)
+weighted_sum_32 = _weighted_sum(32)
 weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)
 inner_products, inner_products_16 = _inner_products(TOKENS), _inner_products(16)

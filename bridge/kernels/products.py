@@ -28,7 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.kernels.cpu import in_parallel
-from bridge.kernels.lanes import TOKENS, compiled, inner_products, inner_products_16, weighted_sum, weighted_sum_16
+from bridge.kernels.lanes import (
+    TOKENS,
+    compiled,
+    inner_products,
+    inner_products_16,
+    weighted_sum,
+    weighted_sum_16,
+    weighted_sum_32,
+    weighted_sum_64,
+)
 
 SHORT = 64  # tokens; shorter rows are laid end to end
 
@@ -265,9 +274,9 @@ def _multiply(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias: Tenso
     blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
     work = len(index) * x_bnt.shape[0] * x_bnt.shape[2] // 16
     if blocks >= torch.get_num_threads():
-        in_parallel(lambda first, last: _multiply_lines(*arrays, first, last, 0, lines), blocks, work)
+        in_parallel(lambda first, last: multiply_lines(*arrays, first, last, 0, lines), blocks, work)
     else:
-        in_parallel(lambda first, last: _multiply_lines(*arrays, 0, blocks, first, last), lines, work)
+        in_parallel(lambda first, last: multiply_lines(*arrays, 0, blocks, first, last), lines, work)
 
 
 def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) -> None:
@@ -277,20 +286,26 @@ def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) ->
 
 
 @compiled
-def _multiply_lines(
+def multiply_lines(
     start: np.ndarray, index: np.ndarray, value: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, first_block: int,
     last_block: int, first: int, last: int,
 ) -> None:  # fmt: skip
+    """Lines first to last of y_bmt = W x_bnt + bias, of the blocks first_block to last_block."""
     n, tokens, m = x.shape[1], x.shape[2], y.shape[1]
     for b in range(first_block, last_block):
         t = 0
         while t < tokens:
-            step = TOKENS if t + TOKENS <= tokens else 16 if tokens >= 16 else 1
-            t = tokens - 16 if step == 16 and t + 16 > tokens else t  # the last vector repeats some of the one before it
+            rest = tokens - t
+            step = TOKENS if rest >= TOKENS else 64 if rest >= 64 else 32 if rest >= 32 else 16 if tokens >= 16 else 1
+            t = tokens - 16 if step == 16 and rest < 16 else t  # the last vector repeats some of the one before it
             for i in range(first, last):
                 x_at, y_at = b * n * tokens + t, (b * m + i) * tokens + t
                 if step == TOKENS:
                     weighted_sum(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
+                elif step == 64:
+                    weighted_sum_64(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
+                elif step == 32:
+                    weighted_sum_32(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
                 elif step == 16:
                     weighted_sum_16(x, x_at, tokens, index, value, start[i], start[i + 1], bias[i], y, y_at)
                 else:

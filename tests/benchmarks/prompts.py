@@ -127,6 +127,8 @@ def summary(explanations: Sequence[Explanation], wall: Sequence[float], processo
         "verdicts": {verdict: round(count / total, 3) for verdict, count in sorted(verdicts.items())},
         "levels": levels,
         "edges": both([each.counts.edges for each in some]),
+        "edges_before": both([each.counts.edges_before for each in some]),
+        "edges_faithfulness": middle(each.counts.edges_faithfulness for each in some),
         "groups": both([len(each.groups) for each in some]),
         "seconds_wall": both(wall),
         "seconds_processor": both(processor),

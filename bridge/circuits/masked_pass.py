@@ -1,0 +1,449 @@
+"""The masked model without autograd: forward and backward by hand, for a frozen sparse model on a CPU.
+
+A search asks for thousands of passes of a few masked copies, whose gradients with respect to the masks alone are wanted; the
+weights are few and never change. Through autograd most of such a pass is not arithmetic. Here copies of all rows are lanes of
+the same few compiled kernels (`kernels/masked`), sublayer by sublayer, in tiles that the caches hold, and nothing outlives a
+tile. Behind the last attention only the position of the answer is computed.
+
+With x_i the stream at site i, g the nodes under their masks (`kernels/masked`), N the norm, A the attention, e_i the error
+
+    attention   r = g(N x);  q, k, v = g(W r + b);  x_(i+1) = x + g(W_o A(q, k, v) + b) + e_(i+1)
+    MLP         r = g(N x);  a = g(gelu(W r + b));  x_(i+1) = x + g(W a + b) + e_(i+1)
+
+and the same backwards, in the order of the computation reversed.
+
+Shape legend: r masked copy of a prompt, b prompt, t token, l lane (token of a copy), n nodes of a location, s sparse width, v
+vocabulary, f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.circuit import NodeSpace
+from bridge.circuits.question import Question
+from bridge.kernels import attention, masked
+from bridge.kernels.products import Compact, multiply_lines
+from bridge.residual import EMBEDDING, Enter, Trace
+from bridge.sparse import ERROR, Location, SparseTransformer
+
+_TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
+_TILES = 4  # that are kept for the way back; of more, each is computed again
+_VECTOR = 32  # lanes
+_DENSEST = 0.2  # share of the weights above which dense products take less time
+
+Array = np.ndarray
+Back = Callable[[Array, Array], Array]  # (dy, dmask) -> dx; dmask is added to
+
+
+def serves(sparse: SparseTransformer) -> bool:
+    """Whether the pass computes a model: frozen, sparse, in float32 on a CPU, its sublayers one after the other."""
+    return (
+        bool(sparse.compact)
+        and sparse.device.type == "cpu"
+        and sparse.shape.positions != "rotary"
+        and set(sparse.sublayer_kinds) == {"attn", "mlp"}
+        and all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
+        and sparse.achieved_l0() <= _DENSEST
+    )
+
+
+class _Room:
+    """Memory for the arrays of a tile, handed out in the same order every time."""
+
+    def __init__(self) -> None:
+        self.parts: list[Array] = []
+        self.used = 0
+
+    def take(self, n: int, lanes: int) -> Array:
+        """N x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
+        if self.used == len(self.parts):
+            self.parts.append(np.zeros(0, np.float32))
+        if self.parts[self.used].size < n * lanes + _VECTOR:
+            self.parts[self.used] = np.zeros(n * lanes + _VECTOR, np.float32)
+        self.used += 1
+        return self.parts[self.used - 1][: n * lanes].reshape(n, lanes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lanes:
+    """Which prompts and tokens the lanes of some masked copies are, row by row; padded counts those that fill vectors."""
+
+    row_l: Array
+    prompt_l: Array
+    token_l: Array
+    padded: int
+
+    def places(self, n: int, space: NodeSpace) -> Array:
+        """The place of each lane's token in flat masks, less that of a location of n nodes."""
+        return self.row_l * space.size + (self.token_l * n if space.n_tokens > 1 else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A matrix and its bias to the kernels: by rows, and by columns for the way back."""
+
+    by_row: tuple[Array, ...]
+    by_column: tuple[Array, ...]
+
+    @staticmethod
+    def of(matrix: Compact, bias_m: Tensor) -> _Matrix:
+        start, index, _ = matrix.pattern.by_row
+        start_back, index_back, none = matrix.pattern.by_column
+        values, back = matrix.value_p.numpy(), matrix.by_column_p.numpy()
+        return _Matrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
+
+    def times(self, x: Array, room: _Room) -> Array:
+        """W x + b."""
+        return self._product(self.by_row, x, room)
+
+    def back(self, dy: Array, room: _Room) -> Array:
+        """W' dy."""
+        return self._product(self.by_column, dy, room)
+
+    @staticmethod
+    def _product(arrays: tuple[Array, ...], x: Array, room: _Room) -> Array:
+        y = room.take(len(arrays[0]) - 1, x.shape[1])
+        multiply_lines(*arrays, x[None], y[None], 0, 1, 0, len(y))
+        return y
+
+
+class MaskedPass:
+    """Logits of masked copies of a question's prompts, and gradients of a loss on them with respect to the masks."""
+
+    def __init__(
+        self,
+        sparse: SparseTransformer,
+        question: Question,
+        space: NodeSpace,
+        means: Mapping[Location, Tensor],
+        errors: Mapping[Location, Tensor] | None,
+    ) -> None:
+        self.sparse, self.space, self.n_tokens = sparse, space, question.prompt_bt.shape[1]
+        self.last_b = question.last_b.numpy()
+        self.embedded_bts = sparse.embed(question.prompt_bt).numpy()
+        self.means = {at: means[at].float().contiguous().numpy() for at in space.sizes}
+        self.excess = {at: (x_bts - means[at]).contiguous().numpy() for at, x_bts in (errors or {}).items()}
+        starts = np.cumsum([0, *(space.n_tokens * n for n in space.sizes.values())]).tolist()
+        self.first = dict(zip(space.sizes, starts, strict=False))
+        self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
+        self.matrices: dict[str, _Matrix] = {}
+        self.rooms, self.brief, self.slopes = [_Room() for _ in range(_TILES)], _Room(), np.zeros(0, np.float32)
+        self.held = np.zeros(0, np.bool_)
+        answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
+        self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
+
+    @torch.no_grad()
+    def logits(self, kept_rf: Tensor, row_r: Tensor) -> Tensor:
+        """logits_rv after the prompts of row_r under their masks."""
+        return torch.cat([_Tile(self, *tile, self.rooms[0], False).logits_rv for tile in self._tiles(kept_rf, row_r)])
+
+    @torch.no_grad()
+    def run(self, kept_rf: Tensor, row_r: Tensor, enter: Enter | None = None) -> Trace:
+        """The copies' run, narrow (see `SparseTransformer.run`), of rows that enter, if any do, in the order of their sites."""
+        kept_rf, tiles, logits = kept_rf.contiguous(), list[_Tile](), list[Tensor]()
+        sites = [EMBEDDING] * len(row_r) if enter is None else enter.site_b.tolist()
+        first = 0
+        while first < len(sites):
+            rows = max(1, _TILE // self.n_tokens) if sites[first] < self.sparse.narrow_from else _TILE
+            after = first + sites[first : first + rows].count(sites[first])
+            some = slice(first, after)
+            (mask, prompt_r), x_rts = self._flat(kept_rf[some], row_r[some]), None if enter is None else enter.x_btd[some]
+            tiles.append(_Tile(self, mask, prompt_r, self.rooms[0], False, sites[first], x_rts, trace=True))
+            logits.append(tiles[-1].logits_rv)
+            first = after
+        residuals = [
+            torch.cat([tile.residuals[site] for tile in tiles if site in tile.residuals] or [torch.zeros(0)])
+            for site in range(self.sparse.n_sites)
+        ]
+        return Trace(torch.cat(logits)[:, None], tuple(residuals))
+
+    @torch.no_grad()
+    def gradient(
+        self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor, node_k: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
+        parts, tiles = list(self._tiles(kept_rf, row_r)), list[_Tile]()
+        if len(parts) <= _TILES:
+            tiles = [_Tile(self, *part, room, True) for part, room in zip(parts, self.rooms, strict=False)]
+            logits_rv = torch.cat([tile.logits_rv for tile in tiles])
+        else:
+            logits_rv = self.logits(kept_rf, row_r)
+        with torch.enable_grad():
+            loss_r = loss(logits_rv.requires_grad_())
+            (slope_rv,) = torch.autograd.grad(loss_r.sum(), logits_rv)
+        gradient_rf = torch.empty(len(kept_rf), kept_rf.shape[1] if node_k is None else len(node_k))
+        first = 0
+        for place, part in enumerate(parts):
+            tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
+            some = slice(first, first := first + len(part[1]))
+            slopes = self._slopes(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
+            slopes[:] = 0
+            tile.backward(slope_rv[some].numpy(), slopes)
+            if node_k is not None:
+                gradient_rf[some] = torch.from_numpy(slopes).view(-1, kept_rf.shape[1])[:, node_k]
+        return gradient_rf, loss_r.detach()
+
+    def _slopes(self, size: int) -> Array:
+        if self.slopes.size < size:
+            self.slopes = np.zeros(size, np.float32)
+        return self.slopes[:size]
+
+    def matrix(self, name: str) -> _Matrix:
+        """A matrix by its name."""
+        if name not in self.matrices:
+            weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
+            held = self.sparse.held(f"{name}.weight")
+            self.matrices[name] = _Matrix.of(Compact.of(weight_mn) if held is None else held, bias_m)
+        return self.matrices[name]
+
+    def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
+        """Masks in a row and prompts of as many copies as are computed at a time."""
+        rows = max(1, _TILE // self.n_tokens)
+        kept_rf = kept_rf.contiguous()
+        for some_rf, some_r in zip(kept_rf.split(rows), row_r.split(rows), strict=True):
+            yield self._flat(some_rf, some_r)
+
+    @staticmethod
+    def _flat(kept_rf: Tensor, row_r: Tensor) -> tuple[Array, Array]:
+        mask = kept_rf.view(torch.uint8) if kept_rf.dtype == torch.bool else kept_rf.float()
+        return mask.view(-1).numpy(), row_r.numpy()
+
+
+class _Tile:
+    """Some masked copies: their logits, and the way back where it is kept; with trace also residuals, by site.
+
+    They begin at a site with x_rts, or at the embedding.
+    """
+
+    def __init__(
+        self,
+        of: MaskedPass,
+        mask: Array,
+        prompt_r: Array,
+        room: _Room,
+        keep: bool,
+        begin: int = EMBEDDING,
+        x_rts: Tensor | None = None,
+        *,
+        trace: bool = False,
+    ) -> None:
+        self.of, self.mask, self.room, self.brief, self.keep, self.ways = of, mask, room, of.brief, keep, list[Back]()
+        room.used = 0
+        rows, tokens, last_r = np.arange(len(prompt_r)), of.n_tokens, of.last_b[prompt_r]
+        self.wide = _Lanes(
+            rows.repeat(tokens), prompt_r.repeat(tokens), np.tile(np.arange(tokens), len(rows)),
+            _whole(len(rows) * tokens),
+        )  # fmt: skip
+        self.answers = _Lanes(rows, prompt_r, last_r, _whole(len(rows)))
+        self.last_r = rows * tokens + last_r  # the lanes of the answers among the wide ones
+        most = max(of.space.sizes.values()) * self.wide.padded
+        if of.held.size < most:
+            of.held = np.zeros(most, np.bool_)
+        sparse, self.residuals = of.sparse, dict[int, Tensor]()
+        lanes = self.wide if begin < sparse.narrow_from else self.answers
+        x = np.zeros((sparse.width, lanes.padded), np.float32)
+        if begin == EMBEDDING:
+            x[:, : len(lanes.row_l)] = of.embedded_bts[lanes.prompt_l, lanes.token_l].T
+            self._error(0, x, lanes)
+        else:
+            assert x_rts is not None
+            x[:, : len(lanes.row_l)] = x_rts.flatten(0, 1).T.numpy()
+        for site in range(max(begin, 0), len(sparse.sublayer_kinds)):
+            if trace:
+                self.residuals[site] = self._stream(x, lanes)
+            room.used, self.brief.used = room.used if keep else 0, 0
+            if sparse.sublayer_kinds[site] == "attn":
+                to = self.answers if site + 1 == sparse.narrow_from else lanes
+                x, lanes = self._attention(of.layers[site], x, lanes, to), to
+            else:
+                x = self._mlp(of.layers[site], x, lanes)
+            self._error(site + 1, x, lanes)
+        if trace:
+            self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
+        y = self._normed(x)
+        unembedding = of.matrix("unembedding")
+        logits = unembedding.times(y, room)
+        self._way(lambda dy, _: unembedding.back(dy, self.brief))
+        if of.bigram_bv is not None:
+            logits[:, : len(rows)] += of.bigram_bv[prompt_r].T
+        self._error(sparse.n_sites, logits, self.answers, of_logits=True)
+        self.logits_rv = torch.from_numpy(logits[:, : len(rows)].T.copy())
+
+    def backward(self, slope_rv: Array, dmask: Array) -> None:
+        """Adds to the flat masks' gradients, by that of the logits."""
+        d = np.zeros((slope_rv.shape[1], self.answers.padded), np.float32)
+        d[:, : len(slope_rv)] = slope_rv.T
+        for back in reversed(self.ways):
+            self.brief.used = 0
+            d = back(d, dmask)
+        self.ways.clear()  # which hold the tile and its masks
+
+    def _way(self, back: Back) -> None:
+        """Note the way back through a step, where it will be gone."""
+        if self.keep:
+            self.ways.append(back)
+
+    # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
+
+    def _attention(self, layer: int, x: Array, lanes: _Lanes, to: _Lanes) -> Array:
+        """Queries are those of the lanes `to`."""
+        of, room, narrow = self.of, self.room, to is not lanes
+        y, normed_back = self._norm(x)
+        r, r_back = self._nodes(Location(layer, "attn_in"), y, lanes)
+        matrices = {kind: of.matrix(f"blocks.{layer}.{kind}") for kind in ("q", "k", "v", "o")}
+        r_q = self._answers(r) if narrow else r
+        parts = {
+            kind: self._nodes(Location(layer, kind), matrices[kind].times(read, room), at, lasting=True)
+            for kind, read, at in (("q", r_q, to), ("k", r, lanes), ("v", r, lanes))
+        }
+        q, k, v = (parts[kind][0] for kind in parts)
+        z, attend_back = self._attend(layer, q, k, v, lanes, to)
+        write, write_back = self._nodes(Location(layer, "attn_out"), matrices["o"].times(z, room), to)
+        into = self._answers(x) if narrow else x
+
+        def back(dx: Array, dmask: Array) -> Array:
+            dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
+            slopes = dict(zip("qkv", attend_back(dz), strict=True))
+            dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](slope, dmask), self.brief) for kind, slope in slopes.items())
+            dr += dr_v
+            if narrow:
+                dr[:, self.last_r] += dr_q[:, : len(self.last_r)]
+                wide = np.zeros_like(dr)
+                wide[:, self.last_r] = dx[:, : len(self.last_r)]
+                dx = wide
+            else:
+                dr += dr_q
+            normed_back(r_back(dr, dmask), dx)
+            return dx
+
+        self._way(back)
+        return self._sum(into, write)
+
+    def _mlp(self, layer: int, x: Array, lanes: _Lanes) -> Array:
+        of, room = self.of, self.room
+        up, down = (of.matrix(f"blocks.{layer}.{name}") for name in ("up", "down"))
+        y, normed_back = self._norm(x)
+        r, r_back = self._nodes(Location(layer, "mlp_in"), y, lanes)
+        before = up.times(r, room)
+        slope = room.take(*before.shape)
+        masked.gelu(before, before, slope)
+        a, a_back = self._nodes(Location(layer, "mlp_act"), before, lanes)
+        write, write_back = self._nodes(Location(layer, "mlp_out"), down.times(a, room), lanes)
+
+        def back(dx: Array, dmask: Array) -> Array:
+            da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
+            da *= slope
+            normed_back(r_back(up.back(da, self.brief), dmask), dx)
+            return dx
+
+        self._way(back)
+        return self._sum(x, write)
+
+    def _normed(self, x: Array) -> Array:
+        """What the unembedding reads."""
+        y, normed_back = self._norm(x)
+
+        def back(dy: Array, _: Array) -> Array:
+            dx = np.zeros_like(dy)
+            normed_back(dy, dx)
+            return dx
+
+        self._way(back)
+        return y
+
+    def _error(self, site: int, x: Array, lanes: _Lanes, *, of_logits: bool = False) -> None:
+        """What is added for the errors of a site to the stream, or to the logits."""
+        of, at = self.of, Location(site, ERROR)
+        if at not in of.excess:
+            return
+        places = lanes.places(1, of.space)
+        what = of.excess[at], lanes.prompt_l, np.zeros_like(lanes.token_l) if of_logits else lanes.token_l
+        masked.add_error(x, self.mask, places, of.first[at], of.means[at], *what)
+
+        def back(dx: Array, dmask: Array) -> Array:
+            masked.add_error_back(dx, places, of.first[at], *what, dmask)
+            return dx
+
+        self._way(back)
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _nodes(self, at: Location, change: Array, lanes: _Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
+        """The nodes of a location under their masks, and what turns dy into dpre; `change` has what they are before AbsTopK.
+
+        They last for the sublayer alone, if not asked to last longer.
+        """
+        of, n = self.of, len(change)
+        through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
+        places, first = lanes.places(n, of.space), of.first[at]
+        kept = max(1, round(of.sparse.shape.keep * n))
+        masked.nodes(change, kept, self.mask, places, first, of.means[at], of.held, through, y)
+
+        def back(dy: Array, dmask: Array) -> Array:
+            masked.nodes_back(dy, change, through, places, first, dmask)
+            return dy
+
+        return y, back
+
+    def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], None]]:
+        """RMSNorm, and what adds to dx by dy."""
+        y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
+        masked.norm(x, scale, y)
+        return y, lambda dy, dx: masked.norm_back(dy, x, scale, dx)
+
+    def _attend(
+        self, layer: int, q: Array, k: Array, v: Array, lanes: _Lanes, to: _Lanes
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+        """What the heads read for every lane of `to`, and the way back."""
+        of, room, rows = self.of, self.room, len(self.last_r)
+        channels, narrow = of.sparse.shape.head_channels, to is not lanes
+        sink = of.sparse.sinks(layer).numpy()
+        z, heads = room.take(*q.shape), rows * len(sink)
+        z[:, len(to.row_l) :] = 0
+        log_sum = np.empty((heads, 1 if narrow else of.n_tokens), np.float32)
+        first, after = (to.token_l, to.token_l + 1) if narrow else (np.zeros(rows, np.int64), np.full(rows, of.n_tokens))
+        strides = 1 if narrow else of.n_tokens, q.shape[1], of.n_tokens, k.shape[1]
+        arrays = q.reshape(-1), k.reshape(-1), v.reshape(-1), sink, z.reshape(-1), log_sum
+        attention.forward(*arrays, channels, first, after, *strides, 0, heads)
+
+        def back(dz: Array) -> tuple[Array, Array, Array]:
+            dq, dk, dv = slopes = [self.brief.take(*x.shape) for x in (q, k, v)]
+            for slope in slopes:
+                slope[:] = 0
+            flat = (x.reshape(-1) for x in (dz, dq, dk, dv))
+            attention.backward(*arrays, *flat, np.zeros(heads, np.float32), channels, first, after, *strides, 0, heads)
+            return dq, dk, dv
+
+        return z, back
+
+    def _stream(self, x: Array, lanes: _Lanes) -> Tensor:
+        """x_rts of the lanes."""
+        x_ls = torch.from_numpy(x[:, : len(lanes.row_l)]).T.contiguous()
+        return x_ls.unflatten(0, (len(self.last_r), -1))
+
+    def _sum(self, x: Array, write: Array) -> Array:
+        """The stream with a write added; in its place where nothing needs it again."""
+        return np.add(x, write, out=self.room.take(*x.shape) if self.keep else x)
+
+    def _answers(self, x: Array) -> Array:
+        """The lanes of the answers, out of the wide ones."""
+        narrow = np.zeros((len(x), self.answers.padded), np.float32)
+        narrow[:, : len(self.last_r)] = x[:, self.last_r]
+        return narrow
+
+
+def _copied(x: Array, room: _Room) -> Array:
+    y = room.take(*x.shape)
+    y[:] = x
+    return y
+
+
+def _whole(lanes: int) -> int:
+    """Lanes of whole vectors."""
+    return -(-lanes // _VECTOR) * _VECTOR
