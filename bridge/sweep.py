@@ -24,14 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.bridges import Coupling, folder_of
 from bridge.checkpoint import CheckpointError, check_new, read_json, write_json
-from bridge.circuits.masks import Aim, MaskError
-from bridge.circuits.result import Size, TaskResult
-from bridge.circuits.search import WORK, Subjects, search_dense, whole_size
-from bridge.circuits.suite import folder_name, resolved, run_suite
+from bridge.circuits.task_search import TASK_SEARCH, SearchError
 from bridge.dense import DenseModel, load_dense
 from bridge.evaluate import Evaluation, evaluate
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize
 from bridge.recipe import Recipe, RunError, UserError, known_names, recipe_values, resolve
+from bridge.studies.result import Size, TaskResult
+from bridge.studies.search import Subjects, search_config, search_dense, whole_size
+from bridge.studies.suite import folder_name, resolved, run_suite
 from bridge.tasks.pairs import TaskError, load_task, task_names
 from bridge.training import Progress, fit
 from bridge.wiring import DenseModelError
@@ -62,15 +62,14 @@ class Search:
     """How every circuit of a sweep is searched; what is measured twice is measured alike."""
 
     tasks: tuple[str, ...]
-    aim: Aim
+    level: float
     seeds: int
     work: float
     rows: int
 
     def to_json(self) -> dict[str, Any]:
         """What a result must agree in to be taken for this search's."""
-        aim = self.aim
-        return {"objective": aim.objective, "target": aim.bound, "seeds": self.seeds, "work": self.work, "rows": self.rows}
+        return {"level": self.level, "seeds": self.seeds, "work": self.work, "rows": self.rows}
 
 
 def plan(
@@ -123,10 +122,10 @@ def sweep(
     adapter: str | None = None,
     revision: str | None = None,
     tokenizer: Any = None,
-    aim: Aim | None = None,
+    level: float = TASK_SEARCH.opens_at,
     seeds: int = 1,
     dense: bool = True,
-    work: float = WORK,
+    work: float = 1.0,
     rows: int = ROWS,
     device: str = "auto",
     dtype: str = "float32",
@@ -143,7 +142,7 @@ def sweep(
     said = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     said |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **said)
-    search = _search(tasks, Aim() if aim is None else aim, seeds, work, rows)
+    search = _search(tasks, level, seeds, work, rows)
     fits = [point for point in points if point.values is not None]
     if model is None:
         model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
@@ -151,7 +150,7 @@ def sweep(
             raise SweepError("which model is not said; give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
         there = Frontier.load(out)
-        searches = (there.objective, there.target, there.seeds), (search.aim.objective, search.aim.bound, seeds)
+        searches = (there.level, there.seeds), (search.level, seeds)
         if there.points and searches[0] != searches[1]:
             raise SweepError(f"--out {str(out)!r} holds a sweep by {searches[0]}, not {searches[1]}; name another")
     else:
@@ -173,7 +172,7 @@ def sweep(
 
     def state(number: int) -> Frontier:
         missing = tuple(point.name for point in points[number:])
-        return Frontier(tuple(done), tuple(failures), missing, dense_point, search.aim.objective, search.aim.bound, seeds)
+        return Frontier(tuple(done), tuple(failures), missing, dense_point, search.level, seeds)
 
     if not (out / "sweep.json").is_file():
         state(0).save(out)
@@ -195,7 +194,7 @@ def sweep(
     return state(len(points))
 
 
-def _search(tasks: Sequence[str], aim: Aim, seeds: int, work: float, rows: int) -> Search:
+def _search(tasks: Sequence[str], level: float, seeds: int, work: float, rows: int) -> Search:
     for what, value in (("seeds", seeds), ("rows", rows), ("work", work)):
         if not value > 0:
             raise SweepError(f"{what} {value} leaves nothing to do; give a positive number")
@@ -205,7 +204,8 @@ def _search(tasks: Sequence[str], aim: Aim, seeds: int, work: float, rows: int) 
         raise SweepError(f"two tasks are called {twice!r}; name each once, and rename one of two files")
     for name in names:
         load_task(name)
-    return Search(names, aim, seeds, work, rows)
+    search_config(level, work)
+    return Search(names, level, seeds, work, rows)
 
 
 class _Sweep:
@@ -334,7 +334,7 @@ class _Sweep:
             self.tell(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
             return sizes
         texts = run_suite(
-            Subjects.of(self.loaded(where)), search.tasks, search.aim, out=circuits, progress=self.say,
+            Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.say, level=search.level,
             seeds=search.seeds, work=search.work, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
@@ -376,12 +376,12 @@ class _Sweep:
         label = folder_name(task)
         try:
             size = search_dense(
-                subjects, resolved(subjects, task), self.search.aim, work=self.search.work,
+                subjects, resolved(subjects, task), level=self.search.level, work=self.search.work,
                 progress=lambda text: self.say(f"{label}: {text}"),
             )  # fmt: skip
         except DenseModelError:
             raise
-        except (MaskError, TaskError) as error:
+        except (SearchError, TaskError) as error:
             return TaskSize(label, whole_size(subjects.dense), str(error))
         return TaskSize(label, size)
 
@@ -438,7 +438,7 @@ def _task_size(folder: Path) -> TaskSize:
             f"{str(folder)!r} is no result that this version of bridge reads; delete it, and sweep again"
         ) from None
     result = TaskResult.load(folder)
-    return TaskSize(folder.name, result.facts.size, verdict=result.faithfulness.verdict)
+    return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)
 
 
 def _line(evaluation: Evaluation) -> str:

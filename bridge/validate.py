@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from bridge.columns import columns
+from bridge.evidence.measures import Control
 
 # The thresholds, from the table of the method's section 4.
 KL_KEPT = 0.1  # nats, for the circuit alone
@@ -33,27 +34,6 @@ PROFILE_NODES = 100
 FEWEST_NODES = 10  # below which ranks say nothing
 PERMUTATIONS = 2000
 RESOLUTION = 1e-4  # logits; float32 logits of a resumed model differ by up to a tenth of this
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
-
-    what: str
-    draws: int
-    mean: float
-    bar: float
-    bar_is: str
-
-    @staticmethod
-    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
-        """The control of some draws; None where there are none."""
-        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
-
-    def text(self, number: Callable[[float], str] = "{:.3f}".format) -> str:
-        """In words: what it is and its mean, and the bar where that says more."""
-        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {number(self.bar)})"
-        return f"{self.what} {number(self.mean)}{bar}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,7 @@ class Measure:
 
     def row(self, number: Callable[[float], str] = "{:.3f}".format) -> tuple[str, str, str, str, str]:
         """Its cells under EVIDENCE."""
-        control = "none" if self.control is None else self.control.text(number)
+        control = "none" if self.control is None else self.control.text()
         return self.name, "-" if self.value is None else number(self.value), self.met, self.aim, control
 
 

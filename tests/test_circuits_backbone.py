@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.circuits.backbone import find_backbone, own_overlap
+from bridge.studies.backbone import find_backbone, own_overlap
 
 NODES = 40
 CIRCUITS = {"a": {0, 1, 2, 3, 10}, "b": {0, 1, 2, 11, 12}, "c": {0, 1, 10, 13}, "d": {0, 5}}

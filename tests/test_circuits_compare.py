@@ -12,9 +12,9 @@ from conftest import VOCABULARY, planted_pairs, planted_sparse
 from test_circuits_judge import switched_on_f
 from test_circuits_result import planted_result
 
-from bridge.circuits.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
 from bridge.circuits.judge import expected_overlap, random_deletions
-from bridge.circuits.result import Size
+from bridge.studies.result import Size
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
 

@@ -13,7 +13,7 @@ from bridge.checkpoint import CheckpointError
 from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.judge import Judged, judge
 from bridge.circuits.masks import Aim, Goal
-from bridge.circuits.result import SeedRun, Size, TaskFacts, TaskResult, render_text, save_failure
+from bridge.studies.result import SeedRun, Size, TaskFacts, TaskResult, render_text, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.dense import DenseModel
 from bridge.sparse import Location

@@ -14,7 +14,7 @@ from conftest import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrain
 
 from bridge.circuits import search
 from bridge.circuits.masks import Aim, FoundNodes, MaskError
-from bridge.circuits.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
+from bridge.studies.search import Subjects, UnsolvedError, dealt_anew, permuted_weights, random_labels, search_task
 from bridge.circuits.subject import Subject
 from bridge.dense import DenseModel
 from bridge.meanwhile import meanwhile

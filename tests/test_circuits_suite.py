@@ -11,11 +11,11 @@ import torch
 from conftest import CONTEXT, VOCABULARY, planted_sparse, untrained
 from test_cli import assert_refused, run
 
-from bridge.circuits import suite
+from bridge.studies import suite
 from bridge.circuits.masks import Aim, MaskError
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import Subjects
-from bridge.circuits.suite import run_suite
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects
+from bridge.studies.suite import run_suite
 from bridge.dense import DenseModel, load_dense
 
 OPTIONS = {"work": 1e9, "dense": False}

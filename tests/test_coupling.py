@@ -18,8 +18,8 @@ from bridge import training
 from bridge.bridges import Coupling as Bare
 from bridge.card.suite import Wanted, run_cards
 from bridge.circuits.masks import Aim
-from bridge.circuits.search import Subjects, search_task
-from bridge.circuits.suite import resolved
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import resolved
 from bridge.coupling import Coupling
 
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"

@@ -22,7 +22,7 @@ from bridge import nodes
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
 from bridge.circuit import Node, recording_gate
-from bridge.circuits.result import render_text
+from bridge.studies.result import render_text
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app
 from bridge.dense import DenseModel, load_dense

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.circuits.result import Size, save_failure
+from bridge.studies.result import Size, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
 from bridge.dense import DenseModel

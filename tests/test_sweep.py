@@ -20,10 +20,10 @@ from test_cli import assert_refused, run
 import bridge
 from bridge import training
 from bridge.checkpoint import CheckpointError
-from bridge.circuits import search as task_circuit
-from bridge.circuits import suite
+from bridge.studies import search as task_circuit
+from bridge.studies import suite
 from bridge.circuits.masks import Aim
-from bridge.circuits.result import Size
+from bridge.studies.result import Size
 from bridge.dense import load_dense
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
 from bridge.recipe import RecipeError, UserError

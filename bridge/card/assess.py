@@ -22,13 +22,10 @@ from bridge.card.loop import loop_measures
 from bridge.card.profile import profile_measures
 from bridge.card.stress import stress_pairs
 from bridge.card.swap import swap_measures
-from bridge.circuit import Circuit
-from bridge.circuits.edges import pruned_to
-from bridge.circuits.judge import SOLVED
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import Subjects
-from bridge.circuits.subject import SparseSubject
+from bridge.evidence.task_sufficiency import SOLVED
 from bridge.nodes import sparse_fingerprint
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.validate import Control
 
@@ -59,7 +56,7 @@ def task_card(
     say("card: the dense model on the task")
     tested = alter(chosen)
     circuit = result.circuit
-    case = Case.of(coupling, whole, alone(whole, circuit), circuit.kept, tested)
+    case = Case.of(coupling, whole, whole, circuit.kept, tested)
     reference_bt = subjects.reference_bt if coupling.reference_bt is None else coupling.reference_bt
     stress = stress_pairs(
         chosen, coupling.dense.prompts, reference_bt, coupling.context, language=task.language, seed=seed
@@ -73,14 +70,14 @@ def task_card(
             case, {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}, reference_bt, seed, say
         ),
     )
-    faith = result.faithfulness
+    report = result.report
     notes = (f"{len(case.pairs)} held-out pairs, and {PAIRS} are asked.",) if len(case.pairs) < PAIRS else ()
     return Card(
         about=task.task,
         kind="task",
         pairs=len(case.pairs),
-        sparse=faith.verdict,
-        stable=faith.stable.passed,
+        sparse=report.verdict,
+        stable=report["stable"].passed,
         tests=tests,
         nulls=nulls,
         nulls_note=nulls_note,
@@ -99,15 +96,6 @@ def held_out(task: Resolved) -> TokenPairs:
     count = len(row_b)
     place_b = torch.arange(count)
     return pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + count))
-
-
-def alone(whole: SparseSubject, circuit: Circuit) -> SparseSubject:
-    """The sparse model with the circuit's edges only, where they were pruned."""
-    if circuit.edges is None:
-        return whole
-    pruned = pruned_to(whole, circuit.edges, whole.space.join(circuit.kept).to(whole.device))
-    pruned.sparse.use_products()
-    return pruned
 
 
 def check_circuit(result: TaskResult, subjects: Subjects) -> None:

@@ -14,8 +14,7 @@ from pydantic import TypeAdapter
 from bridge.bridges import Coupling, folder_of
 from bridge.card.card import CardError, NullResult
 from bridge.checkpoint import CheckpointError, read_json
-from bridge.circuits.masks import SHARE, Aim
-from bridge.circuits.search import RULES
+from bridge.studies.search import RULES
 
 FILE, FORMAT = "nulls.json", 1
 CARD_RULES = 3  # to be raised where the same circuit comes to give another card: what is kept is then made again
@@ -72,4 +71,4 @@ def fingerprint(coupling: Coupling) -> str:
 
 def rules() -> str:
     """What tells how circuits are searched and cards made from other ways of doing so."""
-    return f"{RULES} {Aim().bound} {SHARE} {CARD_RULES}"
+    return f"{RULES} {CARD_RULES}"

@@ -23,7 +23,7 @@ import torch
 
 from bridge.card.card import CardMeasure, Point
 from bridge.card.case import Case, numbers, share, share_interval
-from bridge.circuits.judge import random_circuits
+from bridge.evidence.controls import random_circuits
 from bridge.residual import Enter
 from bridge.sparse import Gate, SparseTransformer, identity_gate
 from bridge.validate import Control, average, control_of

@@ -32,11 +32,11 @@ from bridge.card.assess import held_out, task_card
 from bridge.card.card import NULLS, TESTS, Card, CardError, NullName, NullResult, NullTask, Test
 from bridge.card.kept import FILE, FORMAT, Stored, fingerprint, read_stored, rules
 from bridge.checkpoint import read_json, write_json
-from bridge.circuits.judge import SOLVED
-from bridge.circuits.masks import NoCircuitError
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import WORK, Subjects, random_labels, search_task
+from bridge.circuits.task_search import NoCircuitError
 from bridge.evidence.null_couplings import MINUTES, null_coupling
+from bridge.evidence.task_sufficiency import SOLVED
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, random_labels, search_task
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 
 TASKS = 3  # by default: of those the coupling solves
@@ -55,7 +55,7 @@ class Nulls:
     circuits: Callable[[Resolved], TaskResult]
     against: Path
     minutes: float = MINUTES
-    work: float = WORK_SHARE * WORK
+    work: float = WORK_SHARE
     seed: int = 0
 
     @cached_property

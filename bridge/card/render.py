@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 
 from bridge.card.card import TESTS, TITLES, Card, CardMeasure, NullResult, Test
-from bridge.circuits.judge import SOLVED
 from bridge.columns import columns
+from bridge.evidence.task_sufficiency import SOLVED
 
 _HOW_TO_READ = (
     "How to read this: everything but the first line is about the dense model. D is the logit of the right answer (the target) "

@@ -16,10 +16,10 @@ from bridge.card.kept import fingerprint, rules, stored_nulls
 from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.card.render import render_card, render_cards, render_nulls
 from bridge.checkpoint import CheckpointError, read_json, write_json
-from bridge.circuits.masks import MaskError
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import WORK, Subjects, search_task
-from bridge.circuits.suite import folder_name, resolved
+from bridge.circuits.task_search import SearchError
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import folder_name, resolved
 from bridge.tasks.pairs import TaskError
 from bridge.tasks.tokens import Resolved
 
@@ -74,13 +74,13 @@ def run_cards(
     *,
     seed: int = 0,
     seeds: int = 1,
-    work: float = WORK,
+    work: float = 1.0,
     width: int = 110,
     progress: Say,
 ) -> Generator[tuple[Card | None, str], None, None]:
     """Every card as it is made, with its text; at the end, of several, their table. A task without a circuit is a line.
 
-    Of a single one, what is wrong is raised: TaskError, MaskError, CheckpointError or CardError.
+    Of a single one, what is wrong is raised: TaskError, SearchError, CheckpointError or CardError.
     """
     nulls, nulls_note = stored_nulls(subjects.coupling)
     cards: list[Card] = []
@@ -98,7 +98,7 @@ def run_cards(
                 card = task_card(subjects, task, result, nulls, nulls_note=nulls_note, seed=seed, progress=say)
                 card = replace(card, provenance={**card.provenance, "circuit": digest})
             card = replace(card, nulls=nulls, nulls_note=nulls_note)
-        except (TaskError, MaskError, CardError, CheckpointError) as error:
+        except (TaskError, SearchError, CardError, CheckpointError) as error:
             if len(wanted) == 1:
                 raise
             yield None, f"card      {one.task}: no card: {error}"
@@ -155,7 +155,7 @@ def run_nulls(
     circuits: Path | None,
     against: Path,
     minutes: float,
-    work: float = WORK_SHARE * WORK,
+    work: float = WORK_SHARE,
     seed: int = 0,
     width: int = 110,
     progress: Say,

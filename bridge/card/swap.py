@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bridge.card.card import CardMeasure, Point
 from bridge.card.case import Case, numbers, share, share_interval
-from bridge.circuits.judge import random_circuits
+from bridge.evidence.controls import random_circuits
 from bridge.transport import Change
 from bridge.validate import Control, average, control_of
 

@@ -29,7 +29,7 @@ Shape legend: r masked copy, u superset, f all nodes and errors in one row, k so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,25 +66,35 @@ class Nested:
         return self.level_f <= place
 
 
-def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: None, train: CircuitLoss | None = None) -> Nested:
+def find_nested(
+    loss: CircuitLoss,
+    progress: Callable[[str], None] = lambda _: None,
+    train: CircuitLoss | None = None,
+    levels: Sequence[Level] | None = None,
+    opened_f: Tensor | None = None,
+) -> Nested:
     """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work.
 
     Of several prompts, scores and descents learn from those of `train`; what is added and deleted is held to those of `loss`.
+    levels are by default all of the search's; opened_f is the circuit at the opening one where it has been found before.
     """
-    return _Search(loss, train or loss, progress).run()
+    return _Search(loss, train or loss, progress, loss.config.nested() if levels is None else tuple(levels)).run(opened_f)
 
 
 class _Search:
-    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None]) -> None:
+    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None], levels: tuple[Level, ...]) -> None:
+        self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator = torch.Generator().manual_seed(self.config.seed + 17)
         self.nodes_f = loss.nodes_f
 
-    def run(self) -> Nested:
-        levels, opening = self.config.nested(), self.config.opening
+    def run(self, opened_f: Tensor | None) -> Nested:
+        levels, opening = self.levels, self.opening
         none_f = torch.zeros_like(self.nodes_f)
         kept_f, score_f, circuits = none_f, self._scores(none_f), dict[int, Tensor]()
-        for place in range(opening, len(levels)):
+        if opened_f is not None:
+            circuits[opening] = kept_f = opened_f
+        for place in range(opening + len(circuits), len(levels)):
             level = levels[place]
             core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:

@@ -11,13 +11,36 @@ passed, and its note says why.
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bridge.validate import Control
+from bridge.columns import columns
 
 Op = Literal[">=", "<="]
 Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
+
+    what: str
+    draws: int
+    mean: float
+    bar: float
+    bar_is: str
+
+    @staticmethod
+    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
+        """The control of some draws; None where there are none."""
+        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
+
+    def text(self) -> str:
+        """In words: what it is and its mean, and the bar where that says more."""
+        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {self.bar:.3f})"
+        return f"{self.what} {self.mean:.3f}{bar}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +165,33 @@ class Report:
                 return verdict, (*said, *map(_sentence, failed + unknown))
             verdict, said = rule.verdict, (rule.says,)
         return verdict, said
+
+
+EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
+
+
+def evidence_table(measures: Iterable[Measure], width: int = 100) -> list[str]:
+    """Measures as a table for a terminal, what is to be said of each below it."""
+    rows: list[tuple[str, ...]] = [EVIDENCE]
+    for measure in measures:
+        name, *cells = evidence_row(measure)
+        rows.append((f"  {name}", *cells))
+        rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
+    return columns(rows, width)
+
+
+def evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
+    """A measure's cells under EVIDENCE."""
+    value = "-" if measure.value is None else f"{measure.value:.3f}"
+    met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
+    asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
+    return measure.name, value, met, asked, "" if measure.control is None else measure.control.text()
+
+
+def _beside(measure: Measure) -> str:
+    interval = "" if measure.interval is None else "95% interval {:.2f} to {:.2f}".format(*measure.interval)
+    ceiling = "" if measure.ceiling is None else f"all nodes {measure.ceiling:.2f}"
+    return "; ".join(part for part in (interval, ceiling, measure.note) if part)
 
 
 def _sentence(text: str) -> str:

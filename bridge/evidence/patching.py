@@ -24,7 +24,7 @@ from bridge.circuits.error_nodes import Followed
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.evidence.carry import Carrier
-from bridge.evidence.controls import error_gate, node_values
+from bridge.evidence.controls import node_values
 from bridge.residual import Trace
 from bridge.sparse import Location
 
@@ -76,20 +76,17 @@ def _run(carrier: Carrier, values: dict[Location, Tensor], patched_f: Tensor, th
     """The reference with some nodes, and errors, at their values on the counterfactual."""
     masked = carrier.masked
     parts = masked.space.split(patched_f)
-    own = error_gate(masked, carrier.reference_f)
-    other = None if there is None else error_gate(there, carrier.reference_f)
+    _, own = masked.gates(carrier.reference_f[None])
+    _, other = (masked if there is None else there).gates(carrier.reference_f[None])
 
     def gate(at: Location, x_1tn: Tensor) -> Tensor:
         return torch.where(parts[at], values[at], x_1tn) if at in values else x_1tn
 
     def correct(at: Location, x_1ts: Tensor) -> Tensor:
-        assert own is not None
-        stays_1ts = own(at, x_1ts)
-        if other is None:
-            return stays_1ts
-        return torch.where(parts[at][-x_1ts.shape[1] :], other(at, x_1ts), stays_1ts)
+        return torch.where(parts[at][-x_1ts.shape[1] :], other(at, x_1ts), own(at, x_1ts))
 
-    return masked.sparse.run(masked.question.prompt_bt, gate=gate, correct=None if own is None else correct, last_only=True)
+    used = None if masked.errors is None else correct
+    return masked.sparse.run(masked.question.prompt_bt, gate=gate, correct=used, last_only=True)
 
 
 def mean_share(carrier: Carrier, moved_j: Tensor, swap: float) -> float:

@@ -25,11 +25,11 @@ from typing import Any
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import read_json, write_json, write_text
-from bridge.circuits.compare import compare, heat_map, render_comparison
+from bridge.studies.compare import compare, heat_map, render_comparison
 from bridge.circuits.masks import spread
-from bridge.circuits.result import NULLS, TaskResult
-from bridge.circuits.search import JUDGED, Subjects
-from bridge.circuits.suite import resolved
+from bridge.studies.result import NULLS, TaskResult
+from bridge.studies.search import JUDGED, Subjects
+from bridge.studies.suite import resolved
 
 TASKS = (
     "while_return_true", "var_if", "with_as", "else_elif", "if_equals", "lambda_func", "single_double_quote", "fstring_brace",

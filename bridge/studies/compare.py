@@ -27,13 +27,12 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuit import Edge
-from bridge.circuits.backbone import Backbone, find_backbone
-from bridge.circuits.judge import expected_overlap, random_deletions
-from bridge.circuits.masks import switched_on
-from bridge.circuits.result import Size, TaskResult
-from bridge.circuits.subject import SparseSubject, masked_gate
+from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
+from bridge.evidence.controls import random_deletions
+from bridge.evidence.task_sufficiency import expected_overlap
+from bridge.studies.backbone import Backbone, find_backbone
+from bridge.studies.result import Size, TaskResult
 from bridge.tasks.tokens import TokenPairs
-from bridge.validate import average
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task
@@ -120,7 +119,7 @@ def compare(
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
-        random.append(tuple(average(list(column)) - y if column else None for column, y in zip(columns, base, strict=True)))
+        random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
     say("shared backbone")
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
