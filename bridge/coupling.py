@@ -73,9 +73,9 @@ class Coupling(Bare):
     ) -> Card:
         """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
 
-        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
-        `seeds` and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or CardError where it is not
-        this task's or not this coupling's.
+        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
+        seeds and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
+        CardError where it is not this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)

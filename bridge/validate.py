@@ -1,38 +1,19 @@
-"""Measures beside their controls, of circuits of tasks and of cards, and the statistics that they share.
-
-A measure whose control could not be taken has not passed. The null of a rank correlation permutes nodes within a site: effects of
-late sites are larger in both models, which proves nothing.
-
-Shape legend: p node of a profile, n nodes.
-"""
+"""Measures of cards beside their controls; one whose control could not be taken has not passed."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from scipy.stats import rankdata
-from torch import Tensor
-
-from bridge.columns import columns
 from bridge.evidence.measures import Control
 
 # The thresholds, from the table of the method's section 4.
-KL_KEPT = 0.1  # nats, for the circuit alone
-SHARE_OFF = 0.1  # of D; below one logit, of a logit: shares of next to nothing mean nothing
-COMPANY_MEAN, COMPANY_WORST = 0.2, 0.6  # nats
-PATTERN = 0.1  # total variation of attention
 CORRELATION = 0.6  # rank correlation of the effect profile
 NULL_QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
 # How much is drawn.
-SUPERSETS = 32
 PROFILE_NODES = 100
 FEWEST_NODES = 10  # below which ranks say nothing
-PERMUTATIONS = 2000
 RESOLUTION = 1e-4  # logits; float32 logits of a resumed model differ by up to a tenth of this
 
 
@@ -65,34 +46,6 @@ class Measure:
         return self.name, "-" if self.value is None else number(self.value), self.met, self.aim, control
 
 
-EVIDENCE = ("EVIDENCE", "here", "met", "aim", "control")
-
-
-def evidence(measures: Iterable[Measure], width: int, number: Callable[[float], str] = "{:.3f}".format) -> list[str]:
-    """Measures as a table for a terminal `width` columns wide, the note of each below it."""
-    rows: list[tuple[str, ...]] = [EVIDENCE]
-    for measure in measures:
-        name, *cells = measure.row(number)
-        rows.append((f"  {name}", *cells))
-        rows += [(f"    {line}",) for line in textwrap.wrap(measure.note, width - 4)]
-    return columns(rows, width)
-
-
-def company_measures(kl: list[float], kl_random: list[float]) -> tuple[Measure, Measure]:
-    """Mean and worst KL of a circuit in random company, beside random circuits in the same."""
-    mean, worst = average(kl), max(kl)
-    return (
-        measured(
-            "KL in random company, mean", mean, control_of("random", kl_random, average, "mean"),
-            f"<= {COMPANY_MEAN:g}, below random", mean <= COMPANY_MEAN and mean < average(kl_random),
-        ),
-        measured(
-            "KL in random company, worst", worst, control_of("random", kl_random, max, "worst"), f"<= {COMPANY_WORST:g}",
-            worst <= COMPANY_WORST,
-        ),
-    )  # fmt: skip
-
-
 def measured(
     name: str, value: float, control: Control | None, aim: str, passed: bool, note: str = "",
     why_none: str = "there are no other nodes to draw as many from",
@@ -111,27 +64,3 @@ def control_of(what: str, draws: list[float], bar: Callable[[Sequence[float]], f
 def average(values: Sequence[float]) -> float:
     """The mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
-
-
-def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """As many of the places as are wanted, or as there are, at random."""
-    return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
-    x, y = (rankdata(values, axis=-1) for values in (x, y))
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-
-
-def permuted_null(
-    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = PERMUTATIONS
-) -> np.ndarray:
-    """Rank correlations with the values of x permuted among the nodes of the same site."""
-    permuted = np.tile(rankdata(x_p), (draws, 1))
-    for site in np.unique(site_p):
-        here = np.flatnonzero(site_p == site)
-        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
-    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))

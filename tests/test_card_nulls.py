@@ -19,11 +19,11 @@ from bridge.card import nulls as nulls_module
 from bridge.card.card import NULLS, CardError
 from bridge.card.kept import fingerprint, stored_nulls
 from bridge.card.nulls import Nulls
+from bridge.dense import load_dense
+from bridge.evidence.null_couplings import NullError, ridge, ridge_bridges, shuffled_bridges, uncoupled
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
-from bridge.dense import load_dense
-from bridge.evidence.null_couplings import NullError, ridge, ridge_bridges, shuffled_bridges, uncoupled
 from bridge.tasks.tokens import Resolved
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
+from bridge.circuits.masks import Aim
 from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
 
 import bridge
 from bridge import training
 from bridge.bridges import Coupling as Bare
 from bridge.card.suite import Wanted, run_cards
-from bridge.circuits.masks import Aim
+from bridge.coupling import Coupling
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
-from bridge.coupling import Coupling
 
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"
 PROMPT = "w9 w12 w30 w2"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bridge.circuits.masks import Aim
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
 from test_circuits_suite import bridge_folder, task_file  # noqa: F401  fixtures
 from test_cli import assert_refused, run
@@ -20,13 +21,12 @@ from test_cli import assert_refused, run
 import bridge
 from bridge import training
 from bridge.checkpoint import CheckpointError
-from bridge.studies import search as task_circuit
-from bridge.studies import suite
-from bridge.circuits.masks import Aim
-from bridge.studies.result import Size
 from bridge.dense import load_dense
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
 from bridge.recipe import RecipeError, UserError
+from bridge.studies import search as task_circuit
+from bridge.studies import suite
+from bridge.studies.result import Size
 from bridge.svg import log_ticks, ticks
 from bridge.sweep import SweepError, plan
 from bridge.tasks.pairs import TaskError

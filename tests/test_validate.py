@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from bridge.validate import Measure, permuted_null, rank_correlation
+from bridge.evidence.effects import permuted_null, rank_correlation
+from bridge.validate import Measure
 
 
 def test_rank_correlation_is_spearmans_with_ties_and_rows():

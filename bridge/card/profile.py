@@ -22,6 +22,8 @@ from torch import Tensor
 from bridge.card.card import CardMeasure, Point
 from bridge.card.case import Case, interval, numbers
 from bridge.circuit import Node
+from bridge.evidence.controls import some
+from bridge.evidence.effects import permuted_null, rank_correlation
 from bridge.residual import Enter, Trace
 from bridge.sparse import Gate, Location
 from bridge.transport import Change
@@ -32,9 +34,6 @@ from bridge.validate import (
     PROFILE_NODES,
     RESOLUTION,
     Control,
-    permuted_null,
-    rank_correlation,
-    some,
 )
 
 PROMPTS = 64  # all held-out pairs: with 24, two halves of the prompts ranked the dense effects .65 alike for one task

@@ -39,6 +39,7 @@ from torch import Tensor
 from bridge.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
 from bridge.circuits.flow import Flow, errors_before, flow_through
 from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.nested import evenly
 from bridge.circuits.subject import SparseSubject
 from bridge.residual import Enter
 from bridge.sparse import ERROR, MATRICES, READ_KINDS, WRITE_KINDS, Location
@@ -134,8 +135,7 @@ def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edg
 
     effect is what the weight adds to d, over all positions, in the mean over at most so many of the prompts.
     """
-    count = len(masked.question)
-    rows = range(0, count, -(-count // most))
+    rows = evenly(len(masked.question), most).tolist()
     added: dict[tuple[Location, Location], Tensor] = {}
     for row in rows:
         one = masked.only(row)

@@ -1,7 +1,7 @@
-"""The nested circuits of a task, by the search that prompts have: channels shared over positions, in the sparse or the dense model.
+"""The nested circuits of a task by the search that prompts have, channels shared over positions, in the sparse or dense model.
 
-Nodes are channels, kept at every token of every prompt or at none; both members of every pair are prompts, and the question is
-the right answer against the wrong one. Prompts are shared out:
+Nodes are channels, kept at every token of every prompt or at none; prompts are members of pairs, as many first as second ones,
+and the question is the right answer against the wrong one. They are shared out:
 
     train   what scores and descents learn from, some of them at each step
     held    what every circuit is held to on the way
@@ -16,7 +16,7 @@ Shape legend: b prompt, f all nodes in one row, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked, MaskedModel
-from bridge.circuits.nested import Nested, find_nested
+from bridge.circuits.nested import Nested, evenly, find_nested
 from bridge.circuits.question import Question
 from bridge.circuits.subject import in_order
 from bridge.recipe import UserError
@@ -34,7 +34,7 @@ from bridge.sparse import Location
 from bridge.tasks.tokens import Resolved, TokenPairs
 
 TASK_SEARCH = SearchConfig(steps=200)  # more than for a prompt, since every one sees other prompts
-TRAIN, HELD, TEST = 64, 32, 32  # prompts
+TRAIN, HELD, TEST = 128, 32, 32  # prompts
 
 
 class SearchError(UserError):
@@ -99,12 +99,9 @@ def _own(masked: Masked, config: SearchConfig) -> CircuitLoss:
 def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) -> TaskLosses:
     """The losses that a task's circuits are found by, where loss_on is a model's on some prompts (`task_loss`, `dense_loss`).
 
-    Raises SearchError where a split has no pairs, NoCircuitError where the answers differ too little from those of the means.
+    Raises NoCircuitError where the answers differ too little from those of the means.
     """
-    short = next((name for name, pairs in task.splits.items() if not len(pairs)), None)
-    if short is not None:
-        raise SearchError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
-    shares = divided(*(task.splits[name].both() for name in ("train", "validation")))
+    shares = divided(task.splits["train"], task.splits["validation"])
     losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
     if (span := losses.held.span) < (least := losses.held.config.least_span):
         raise NoCircuitError(
@@ -114,32 +111,53 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     return losses
 
 
+def with_all_splits(task: Resolved) -> Resolved:
+    """The task; where the tokenizer has left no validation pairs, with every fourth of the training ones for that.
+
+    Raises SearchError where a split has none.
+    """
+    splits = dict(task.splits)
+    if not len(splits["validation"]) and len(splits["train"]) >= 8:
+        row_b = torch.arange(len(splits["train"]))
+        splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
+    short = next((name for name in ("train", "validation", "test") if not len(splits[name])), None)
+    if short is not None:
+        raise SearchError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
+    return replace(task, splits=splits)
+
+
 def measured_prompts(task: Resolved) -> TokenPairs:
     """The prompts of the test split that a circuit is measured on."""
-    return spread(task.splits["test"].both(), TEST)
+    return spread(task.splits["test"], TEST)
 
 
 def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
-    """The prompts that are learnt from and, where there are enough, others that circuits are held to; both of both splits."""
+    """The prompts that are learnt from and those, of other pairs, that circuits are held to; as many of either split.
+
+    What was learnt from the templates of one split did not hold on the other's.
+    """
     parts = [_apart(split) for split in (train, validation)]
-    learnt, held = (one.and_those(other) for one, other in zip(*parts, strict=True))
-    return spread(learnt, TRAIN), spread(held, HELD)
+    most = zip(zip(*parts, strict=True), (TRAIN, HELD), strict=True)
+    learnt, held = (spread(one, count // 2).and_those(spread(other, count // 2)) for (one, other), count in most)
+    return learnt, held
 
 
 def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
-    """Prompts to learn from and others, evenly from all; the same where there is one."""
+    """Pairs to learn from and others, evenly from all; the same where there is one."""
     ordered = in_order(pairs)
-    held_b = _evenly(len(ordered), min(HELD, (len(ordered) + 1) // 2))
+    held_b = evenly(len(ordered), min(HELD // 2, (len(ordered) + 1) // 2))
     rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), held_b)]
     device = ordered.last_b.device
     return ordered.rows((rest_b if len(rest_b) else held_b).to(device)), ordered.rows(held_b.to(device))
 
 
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:
-    """At most some prompts, evenly from their own order, so that both answers and all lengths are among them."""
-    ordered = in_order(pairs)
-    return ordered.rows(_evenly(len(ordered), most).to(ordered.last_b.device))
+    """At most some prompts: one member of each of some pairs, evenly from their own order, the other one of every second pair.
 
-
-def _evenly(count: int, most: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(most, count)).round().long()
+    Both members where there are fewer pairs.
+    """
+    count = len(pairs)
+    row_b = evenly(count, most if count >= most else most // 2)
+    place_b = torch.arange(len(row_b))
+    chosen_b = torch.where(place_b % 2 == 0, row_b, row_b + count) if count >= most else torch.cat([row_b, row_b + count])
+    return in_order(pairs).both().rows(chosen_b.to(pairs.last_b.device))

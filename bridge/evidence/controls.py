@@ -133,11 +133,11 @@ def random_circuits(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator:
         parts = {}
         for location, like_tn in like.items():
             place_k = pool[location].flatten().nonzero().flatten()
-            picked_k = _some(place_k, int(like_tn.sum()), generator)
+            picked_k = some(place_k, int(like_tn.sum()), generator)
             parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
         kept_f = space.join(parts)
         lacking = int(like_f.sum()) - int(kept_f.sum())
-        drawn.append(kept_f.index_fill(0, _some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
+        drawn.append(kept_f.index_fill(0, some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
 
 
@@ -155,6 +155,6 @@ def random_deletions(
     return outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
 
 
-def _some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
     """As many of the places as are wanted, or as there are, at random."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from bridge.evidence.carry import Carrier
-from bridge.evidence.controls import active_nodes
+from bridge.evidence.controls import active_nodes, some
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.validate import permuted_null, rank_correlation, some
 
 NODES = 60
 FEWEST = 10  # nodes, below which ranks say nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
-DRAWS = 500  # of the null, and of the bootstrap
+DRAWS, PERMUTATIONS = 500, 2000  # of the bootstrap, and of the null
 QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
 
@@ -97,3 +97,22 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
     note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
     return Measure(key, name, value, criterion, control, (float(low), float(high)), note=note, points=points), p_value
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
+    x, y = (rankdata(values, axis=-1) for values in (x, y))
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def permuted_null(
+    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = PERMUTATIONS
+) -> np.ndarray:
+    """Rank correlations with the values of x permuted among the nodes of the same site."""
+    permuted = np.tile(rankdata(x_p), (draws, 1))
+    for site in np.unique(site_p):
+        here = np.flatnonzero(site_p == site)
+        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
+    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))

@@ -12,7 +12,8 @@ With d the question's log-odds and C a circuit of nodes and errors, E its errors
 
 Of several prompts (a task's) d is the mean over them.
 
-Shape legend: c masks, r masked copy of a prompt, b prompt, u superset, f all nodes and errors in one row, k some of them by their place.
+Shape legend: c masks, r masked copy of a prompt, b prompt, u superset, f all nodes and errors in one row, k
+some of them by their place.
 """
 
 from __future__ import annotations

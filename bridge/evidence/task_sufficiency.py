@@ -57,8 +57,8 @@ class TaskEvidenceConfig:
             ),
             Rule(
                 "behavioural", ("faithfulness", "accuracy", "supersets_mean", "supersets_worst", "matched", "lost"),
-                "On held-out prompts the circuit alone keeps the answers, in random supersets too, other active nodes do not, and "
-                "without it the answers are lost.",
+                "On held-out prompts the circuit alone keeps the answers, in random supersets too, other active nodes do not, "
+                "and without it the answers are lost.",
                 refuted="refuted",
             ),
         )  # fmt: skip
@@ -66,7 +66,7 @@ class TaskEvidenceConfig:
 
 @dataclass(frozen=True)
 class TaskLevel:
-    """One of a task's nested circuits on held-out prompts, its edges, and what nodes matched by location do: faithfulness alone."""
+    """One of a task's nested circuits on held-out prompts, its edges, and the faithfulness of nodes matched by location."""
 
     circuit: NestedCircuit
     edges: int
@@ -75,7 +75,7 @@ class TaskLevel:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Circuits to be judged, with every seed's opening nodes, and edges by level; dense edges are those of the dense model's own."""
+    """Circuits to be judged, with every seed's opening nodes, edges by level, and those of the dense model's own circuit."""
 
     nested: Nested
     seeds_f: Sequence[Tensor]
@@ -121,7 +121,9 @@ def gather_task(
             Measure("faithfulness", "faithfulness alone", opened.faithfulness, Criterion(">=", config.faithfulness)),
             Measure("accuracy", "accuracy alone", _accuracy(test, kept_f), Criterion(">=", config.solved)),
             Measure("supersets_mean", "in random supersets, mean", opened.supersets_mean, Criterion(">=", config.superset_mean)),
-            Measure("supersets_worst", "in random supersets, worst", opened.supersets_worst, Criterion(">=", config.superset_worst)),
+            Measure(
+                "supersets_worst", "in random supersets, worst", opened.supersets_worst, Criterion(">=", config.superset_worst)
+            ),
             Measure(
                 "matched", "faithfulness of matched nodes", levels[opening].matched, Criterion("<=", config.matched),
                 note="other active nodes, one for one at the same locations",

@@ -169,7 +169,10 @@ class TaskResult:
 
     def _repr_html_(self) -> str:
         facts, report, opened = self.facts, self.report, self.facts.opened
-        sizes = f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; F {opened.circuit.faithfulness:.2f}"
+        sizes = (
+            f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; "
+            f"F {opened.circuit.faithfulness:.2f}"
+        )
         return display.card(
             f"circuit of {facts.task}",
             f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
@@ -262,8 +265,8 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     lines += textwrap.wrap(f"          {told}", width, subsequent_indent=" " * 10)
     if facts.dense is not None and facts.dense_whole is not None:
         lines.append(
-            f"DENSE     its own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} nodes; "
-            f"{facts.dense.edges:,} edges, {facts.dense.edges / max(1, facts.size.edges):.1f} times as many"
+            f"DENSE     its own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} "
+            f"nodes; {facts.dense.edges:,} edges, {facts.dense.edges / max(1, facts.size.edges):.1f} times as many"
         )
     else:
         lines += textwrap.wrap(f"DENSE     its own circuit: {facts.why_not_dense}", width, subsequent_indent=" " * 10)

@@ -35,7 +35,7 @@ from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.error_nodes import reference_means, reference_rows
 from bridge.circuits.loss import SearchConfig
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
-from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses
+from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses, with_all_splits
 from bridge.evidence.null_couplings import permuted_weights
 from bridge.evidence.task_sufficiency import SOLVED, Judged, gather_task
 from bridge.nodes import sparse_fingerprint
@@ -130,7 +130,7 @@ def search_task(
     """
     say, started = progress or (lambda _: None), time.monotonic()
     config = replace(search_config(level, work), seed=seed)
-    task = _with_splits(task)
+    task = with_all_splits(task)
     if null == "weights":
         permuted = replace(subjects.coupling, sparse=permuted_weights(subjects.coupling.sparse, seed))
         subjects = replace(subjects, coupling=permuted)
@@ -212,7 +212,7 @@ def search_dense(
     Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
     where its linear maps cannot be found.
     """
-    say, task = progress or (lambda _: None), _with_splits(task)
+    say, task = progress or (lambda _: None), with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
@@ -242,15 +242,6 @@ def _named(say: Callable[[str], None], name: str) -> Callable[[str], None]:
 
 def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
     return {at: x_1n[0] for at, x_1n in subject.space.split(x_f).items()}
-
-
-def _with_splits(task: Resolved) -> Resolved:
-    """The task; where the tokenizer has left no validation pairs, with every fourth of the training ones for that."""
-    splits = dict(task.splits)
-    if not len(splits["validation"]) and len(splits["train"]) >= 8:
-        row_b = torch.arange(len(splits["train"]))
-        splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
-    return replace(task, splits=splits)
 
 
 def _altered(task: Resolved, alter: Callable[[TokenPairs, int], TokenPairs]) -> Resolved:

@@ -23,10 +23,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge.circuits.masks import spread
+
 from bridge.bridges import Coupling
 from bridge.checkpoint import read_json, write_json, write_text
 from bridge.studies.compare import compare, heat_map, render_comparison
-from bridge.circuits.masks import spread
 from bridge.studies.result import NULLS, TaskResult
 from bridge.studies.search import JUDGED, Subjects
 from bridge.studies.suite import resolved

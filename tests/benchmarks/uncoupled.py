@@ -23,10 +23,10 @@ from bridge.card.assess import task_card
 from bridge.card.card import TESTS, Card
 from bridge.card.kept import stored_nulls
 from bridge.card.nulls import WORK_SHARE, null_task
+from bridge.evidence.null_couplings import MOST_TOKENS, ridge_bridges
 from bridge.studies.result import TaskResult
 from bridge.studies.search import WORK, Subjects, search_task
 from bridge.studies.suite import resolved
-from bridge.evidence.null_couplings import MOST_TOKENS, ridge_bridges
 
 
 def trained(coupling: Coupling, options: argparse.Namespace) -> Coupling:

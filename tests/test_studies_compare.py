@@ -9,14 +9,15 @@ import pytest
 import scipy.stats
 import torch
 from conftest import VOCABULARY, planted_pairs, planted_sparse
-from test_circuits_judge import switched_on_f
-from test_circuits_result import planted_result
+from test_circuits_subject import switched_on_f
+from test_studies_result import planted_result
 
-from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
-from bridge.circuits.judge import expected_overlap, random_deletions
-from bridge.studies.result import Size
 from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.dense import DenseModel
+from bridge.evidence.controls import random_deletions
+from bridge.evidence.task_sufficiency import expected_overlap
+from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.studies.result import Size
 
 
 def test_overlap_by_chance_is_hypergeometric() -> None:
