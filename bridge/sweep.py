@@ -30,7 +30,7 @@ from bridge.evaluate import Evaluation, evaluate
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize
 from bridge.recipe import Recipe, RunError, UserError, known_names, recipe_values, resolve
 from bridge.studies.result import Size, TaskResult
-from bridge.studies.search import Subjects, search_config, search_dense, whole_size
+from bridge.studies.search import Explains, Subjects, search_config, search_dense, whole_size
 from bridge.studies.suite import folder_name, resolved, run_suite
 from bridge.tasks.pairs import TaskError, load_task, task_names
 from bridge.training import Progress, fit
@@ -63,13 +63,14 @@ class Search:
 
     tasks: tuple[str, ...]
     level: float
+    explains: Explains
     seeds: int
     work: float
     rows: int
 
     def to_json(self) -> dict[str, Any]:
         """What a result must agree in to be taken for this search's."""
-        return {"level": self.level, "seeds": self.seeds, "work": self.work, "rows": self.rows}
+        return {"level": self.level, "explains": self.explains, "seeds": self.seeds, "work": self.work, "rows": self.rows}
 
 
 def plan(
@@ -123,6 +124,7 @@ def sweep(
     revision: str | None = None,
     tokenizer: Any = None,
     level: float = TASK_SEARCH.opens_at,
+    explains: Explains = "dense",
     seeds: int = 1,
     dense: bool = True,
     work: float = 1.0,
@@ -142,7 +144,7 @@ def sweep(
     said = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     said |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **said)
-    search = _search(tasks, level, seeds, work, rows)
+    search = _search(tasks, level, explains, seeds, work, rows)
     fits = [point for point in points if point.values is not None]
     if model is None:
         model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
@@ -194,7 +196,7 @@ def sweep(
     return state(len(points))
 
 
-def _search(tasks: Sequence[str], level: float, seeds: int, work: float, rows: int) -> Search:
+def _search(tasks: Sequence[str], level: float, explains: Explains, seeds: int, work: float, rows: int) -> Search:
     for what, value in (("seeds", seeds), ("rows", rows), ("work", work)):
         if not value > 0:
             raise SweepError(f"{what} {value} leaves nothing to do; give a positive number")
@@ -205,7 +207,7 @@ def _search(tasks: Sequence[str], level: float, seeds: int, work: float, rows: i
     for name in names:
         load_task(name)
     search_config(level, work)
-    return Search(names, level, seeds, work, rows)
+    return Search(names, level, explains, seeds, work, rows)
 
 
 class _Sweep:
@@ -335,7 +337,7 @@ class _Sweep:
             return sizes
         texts = run_suite(
             Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.say, level=search.level,
-            seeds=search.seeds, work=search.work, dense=False,
+            explains=search.explains, seeds=search.seeds, work=search.work, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
         for file in files:

@@ -58,8 +58,7 @@ def circuit(
             raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
         if null not in (None, "labels", "weights", "shuffled"):
             raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
-        if explains not in ("dense", "sparse"):
-            raise RecipeError(f"whose answers {explains!r} are is not known; give dense or sparse")
+        of = _explains(explains)
         from bridge.studies.search import Subjects, search_config
         from bridge.studies.suite import run_suite, run_task
         from bridge.tasks.pairs import task_names
@@ -70,7 +69,7 @@ def circuit(
         subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch = Phases()
         options: dict[str, Any] = {
-            "level": level, "explains": explains, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work,
+            "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work,
         }  # fmt: skip
         if task is not None:
             text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
@@ -188,6 +187,9 @@ def sweep(
     data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; what is there already is not done again.")] = None,
     level: Annotated[float, typer.Option(help="Faithfulness that circuits are at: .8, .9, .95 or .99.")] = 0.9,
+    explains: Annotated[
+        str, typer.Option(help="Whose answers circuits explain: the dense model's, or the sparse one's.")
+    ] = "dense",
     seeds: Annotated[int, typer.Option(help="Searches per task of which the smallest circuit is taken.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
@@ -221,8 +223,8 @@ def sweep(
         try:
             frontier = run_sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **said,
-                level=level, seeds=seeds, dense=not no_dense, work=work, rows=rows, device=choose_device(device), dtype=dtype,
-                on_stage=stage, progress=watch,
+                level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, work=work, rows=rows,
+                device=choose_device(device), dtype=dtype, on_stage=stage, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
             watch.end()
@@ -355,3 +357,12 @@ def tasks(
         if json is not None:
             write_json(json, rows)
             print_written(json)
+
+
+def _explains(text: str) -> Any:
+    """Whose answers are explained. Raises RecipeError for anybody else's."""
+    from bridge.recipe import RecipeError
+
+    if text not in ("dense", "sparse"):
+        raise RecipeError(f"whose answers {text!r} are is not known; give dense or sparse")
+    return text

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import VOCABULARY, planted_sparse, untrained
 from test_card_case import copied, corpus
-from test_circuits_suite import task_file  # noqa: F401
 from test_cli import assert_refused, run
+from test_studies_suite import task_file  # noqa: F401
 
 from bridge.bridges import Coupling
 from bridge.card import nulls as nulls_module
@@ -91,7 +91,7 @@ def loaded(folder: Path, task: str) -> tuple[Coupling, Subjects, tuple, dict[str
     coupling = Coupling.from_pretrained(folder)
     subjects = Subjects.of(coupling)
     found = resolved(subjects, task)
-    return coupling, subjects, (found,), {found.task: search_task(subjects, found, dense=False, work=1e9)}
+    return coupling, subjects, (found,), {found.task: search_task(subjects, found, explains="sparse", dense=False, work=0.2)}
 
 
 def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

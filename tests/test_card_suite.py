@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_circuits_suite import bridge_folder, task_file  # noqa: F401
 from test_cli import assert_refused, run
+from test_studies_suite import bridge_folder, task_file  # noqa: F401
 
 from bridge.card import suite
 from bridge.card.card import Card
@@ -17,7 +17,20 @@ from bridge.card.suite import wanted_cards
 @pytest.fixture
 def found(bridge_folder: Path, task_file: Path, tmp_path: Path) -> Path:  # noqa: F811
     out = tmp_path / "planted"
-    result = run("circuit", "--task", task_file, "--bridge", bridge_folder, "--no-dense", "--work", 0.01, "--out", out)
+    result = run(
+        "circuit",
+        "--task",
+        task_file,
+        "--bridge",
+        bridge_folder,
+        "--no-dense",
+        "--work",
+        0.2,
+        "--explains",
+        "sparse",
+        "--out",
+        out,
+    )
     assert result.exit_code == 0, result.output
     return out
 
@@ -39,10 +52,8 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
 
 
 def test_a_task_is_searched_where_no_circuit_is(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    out = tmp_path / "searched"
-    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--work", 0.01, "--out", out)
-    assert result.exit_code == 0, result.output
-    assert (out / "circuit.json").is_file() and (out / "card.json").is_file()
+    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--work", 0.2, "--out", tmp_path / "searched")
+    assert_refused(result, "nothing to explain")  # this dense model does not do the task
 
 
 def test_what_is_wanted(found: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects
 from bridge.studies.suite import run_suite
 
-OPTIONS = {"work": 0.2, "dense": False}
+OPTIONS = {"work": 0.2, "dense": False, "explains": "sparse"}
 
 
 def words(*numbers: int) -> str:
@@ -101,7 +101,7 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
 
 
 def test_the_command_finds_a_circuit_and_writes_it(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:
-    options = ("--bridge", bridge_folder, "--no-dense", "--device", "cpu", "--work", 0.2)
+    options = ("--bridge", bridge_folder, "--no-dense", "--device", "cpu", "--work", 0.2, "--explains", "sparse")
     result = run("circuit", "--task", task_file, *options, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "VERDICT   BEHAVIOURAL" in result.stdout and ">" in result.stdout

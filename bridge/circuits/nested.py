@@ -47,7 +47,6 @@ _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 3, 8, 20, 60, 200  # nodes, at a time
-_EXCHANGES = 10
 _DELETED = 1500  # nodes; of more, none is deleted alone
 
 
@@ -238,11 +237,16 @@ class _Search:
 
     def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
         """The circuit with the nodes added by whose gradient it comes nearest to the level's bounds; and whether it is within."""
+        absent_uf = ~self.loss.superset_uf
         (off,), (terms,) = self.loss.measured(kept_f[None], level)
         for _ in range(self.config.rounds):
             if off <= 1:
                 break
-            gradient_f = torch.where(self.nodes_f & ~kept_f, self._terms_gradient(kept_f, level), torch.inf)
+            rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
+            gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
+            in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
+            in_supersets_f /= self.loss.superset_bound(level)
+            gradient_f = torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, torch.inf)
             order_k = gradient_f.argsort(stable=True)[: int((gradient_f < 0).sum())]
             sizes = [size for size in _ADDED if size <= len(order_k)]
             if not sizes:
@@ -258,33 +262,8 @@ class _Search:
             kept_f, off, terms = tried_cf[best], offs[best], all_terms[best]
         return kept_f, off <= 1
 
-    def _terms_gradient(self, kept_f: Tensor, level: Level) -> Tensor:
-        """gradient_f of the circuit's terms, alone and in the fixed supersets, with respect to its mask."""
-        absent_uf = ~self.loss.superset_uf
-        rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
-        gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
-        in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
-        return gradient_rf[0] + in_supersets_f / self.loss.superset_bound(level)
-
-    def _exchanged(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
-        """The circuit with a few nodes more, then without those that the terms need least; again, as long as it shrinks."""
-        for _ in range(_EXCHANGES):
-            gradient_f = torch.where(self.nodes_f & ~kept_f, self._terms_gradient(kept_f, level), torch.inf)
-            more_k = gradient_f.argsort(stable=True)[: max(4, int(kept_f.sum()) // 10)]
-            tried_f = kept_f.index_fill(0, more_k, True)
-            for _ in range(2):
-                need_f = -self._terms_gradient(tried_f, level)
-                size = int((tried_f & ~core_f).sum())
-                tried_f = self._fewest(core_f, need_f, int(0.9 * size), level, tried_f)
-            if int(tried_f.sum()) >= int(kept_f.sum()) or not self.loss.within(tried_f, level):
-                break
-            kept_f = tried_f
-        return kept_f
-
     def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """The circuit less the nodes outside its core that are missed least when they are deleted alone."""
-        if len(self.loss.model_b) > 1:
-            return self._exchanged(core_f, kept_f, level)
         for _ in range(self.config.sweeps):
             node_k = (kept_f & ~core_f).nonzero().flatten()
             if not 0 < len(node_k) <= _DELETED:
@@ -332,5 +311,5 @@ def _ranks(value_k: Tensor) -> Tensor:
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """At most so many of some places, as far apart as they can be; members of a pair are neighbours, and both are among them."""
+    """At most so many of some places, as far apart as they can be; not every second one, where every second is of one answer."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
