@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.card.card import Card
     from bridge.circuits.loss import SearchConfig
     from bridge.circuits.masks import Aim
     from bridge.circuits.result import TaskResult
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
+    from bridge.evidence.card import Card
     from bridge.evidence.measures import Report
     from bridge.explain import explain
     from bridge.explanation import Explanation
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
     "Aim": "circuits.masks",
-    "Card": "card.card",
+    "Card": "evidence.card",
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",

@@ -14,13 +14,13 @@ from typing import Any, ParamSpec
 
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.card import Card
-from bridge.card.suite import Wanted, run_cards
 from bridge.circuits.masks import Aim
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.evaluate import evaluate
+from bridge.evidence.card import Card
+from bridge.evidence.cards import Wanted, run_cards
 from bridge.explain import explain
 from bridge.steer import steer
 
@@ -72,7 +72,7 @@ class Coupling(Bare):
         work: float = WORK,
         progress: Callable[[str], None] | None = None,
     ) -> Card:
-        """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
+        """What a task's circuit says of the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
         The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
         `seeds` and within `work`. Raises TaskError, MaskError where none is found, CheckpointError, or CardError where it is not

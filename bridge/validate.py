@@ -1,9 +1,6 @@
-"""Measures beside their controls, of circuits of tasks and of cards, and the statistics that they share.
+"""Measures of circuits of tasks beside their controls; one whose control could not be taken has not passed.
 
-A measure whose control could not be taken has not passed. The null of a rank correlation permutes nodes within a site: effects of
-late sites are larger in both models, which proves nothing.
-
-Shape legend: p node of a profile, n nodes.
+Shape legend: n nodes.
 """
 
 from __future__ import annotations
@@ -12,9 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from bridge.columns import columns
@@ -24,15 +19,9 @@ KL_KEPT = 0.1  # nats, for the circuit alone
 SHARE_OFF = 0.1  # of D; below one logit, of a logit: shares of next to nothing mean nothing
 COMPANY_MEAN, COMPANY_WORST = 0.2, 0.6  # nats
 PATTERN = 0.1  # total variation of attention
-CORRELATION = 0.6  # rank correlation of the effect profile
-NULL_QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
 # How much is drawn.
 SUPERSETS = 32
-PROFILE_NODES = 100
-FEWEST_NODES = 10  # below which ranks say nothing
-PERMUTATIONS = 2000
-RESOLUTION = 1e-4  # logits; float32 logits of a resumed model differ by up to a tenth of this
 
 
 @dataclass(frozen=True)
@@ -136,22 +125,3 @@ def average(values: Sequence[float]) -> float:
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
     """As many of the places as are wanted, or as there are, at random."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
-    x, y = (rankdata(values, axis=-1) for values in (x, y))
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-
-
-def permuted_null(
-    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = PERMUTATIONS
-) -> np.ndarray:
-    """Rank correlations with the values of x permuted among the nodes of the same site."""
-    permuted = np.tile(rankdata(x_p), (draws, 1))
-    for site in np.unique(site_p):
-        here = np.flatnonzero(site_p == site)
-        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
-    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from bridge.card import blind
+from bridge.card.blind import _explained, _mistakes, bigram_logits, blind_measures
+from bridge.card.stress import Stress
 from conftest import VOCABULARY, planted_pairs
 from test_card_case import answered, case_of, copied, corpus
 
 from bridge.bootstrap import Draws
 from bridge.bridges import Coupling
-from bridge.card import blind
-from bridge.card.blind import _explained, _mistakes, bigram_logits, blind_measures
-from bridge.card.stress import Stress
 
 
 @pytest.fixture(scope="module")

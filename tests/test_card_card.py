@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
-
 from bridge.card.card import NULLS, TESTS, Card, CardError, CardMeasure, NullName, NullResult, NullTask, Point, Test
 from bridge.card.nulls import null_task
 from bridge.card.render import render_card, render_cards
+
 from bridge.validate import Control
 
 CONTROL = Control("random", 10, 0.1, 0.2, "99%")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bridge.card.case import Case, interval, share, share_interval
 from conftest import CONTEXT, VOCABULARY, planted_pairs, tiny_gpt2, tiny_tokenizer, untrained
 from torch import Tensor
 
 from bridge import start
 from bridge.bridges import Coupling, new_coupling
-from bridge.card.case import Case, interval, share, share_interval
 from bridge.circuit import recording_gate
 from bridge.circuits.subject import SparseSubject
 from bridge.dense import DenseModel, load_dense

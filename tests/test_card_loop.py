@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bridge.card.case import Case
+from bridge.card.loop import in_loop, loop_measures, spans
 from conftest import untrained
 from test_card_case import case_of, copied, dense_difference, some_nodes
 
 from bridge.bridges import Coupling
-from bridge.card.case import Case
-from bridge.card.loop import in_loop, loop_measures, spans
 from bridge.dense import DenseModel
 from bridge.residual import Enter
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bridge.card import nulls as nulls_module
+from bridge.card.card import NULLS, CardError
+from bridge.card.kept import fingerprint, stored_nulls
+from bridge.card.nulls import Nulls
 from conftest import VOCABULARY, planted_sparse, untrained
 from test_card_case import copied, corpus
 from test_circuits_suite import task_file  # noqa: F401
 from test_cli import assert_refused, run
 
 from bridge.bridges import Coupling
-from bridge.card import nulls as nulls_module
-from bridge.card.card import NULLS, CardError
-from bridge.card.kept import fingerprint, stored_nulls
-from bridge.card.nulls import Nulls
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved

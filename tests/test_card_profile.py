@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bridge.card.profile import _correlated, effects, profile_measures
 from conftest import untrained
 from test_card_case import case_of, copied, dense_difference, some_nodes
 
-from bridge.card.profile import _correlated, effects, profile_measures
 from bridge.circuit import Node
 from bridge.dense import DenseModel
 from bridge.residual import Enter

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bridge.card.stress import _is_code, _names, _renamed, _rules, stress_pairs
 from conftest import CONTEXT, VOCABULARY, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from bridge.card.stress import _is_code, _names, _renamed, _rules, stress_pairs
 from bridge.prompts import Prompts
 from bridge.tasks.pairs import Example, load_task
 from bridge.tasks.tokens import TokenPairs, resolve

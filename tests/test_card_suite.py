@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_circuits_suite import bridge_folder, task_file  # noqa: F401
-from test_cli import assert_refused, run
-
 from bridge.card import suite
 from bridge.card.card import Card
 from bridge.card.suite import wanted_cards
+from test_circuits_suite import bridge_folder, task_file  # noqa: F401
+from test_cli import assert_refused, run
 
 
 @pytest.fixture

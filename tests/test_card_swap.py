@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bridge.card.card import CardMeasure
+from bridge.card.case import Case, numbers
+from bridge.card.swap import Swap, _turned, swap_measures
 from conftest import planted_pairs, untrained
 from test_card_case import answered, case_of, copied, dense_difference, some_nodes
 
 from bridge.bridges import Coupling
-from bridge.card.card import CardMeasure
-from bridge.card.case import Case, numbers
-from bridge.card.swap import Swap, _turned, swap_measures
 from bridge.circuit import recording_gate
 from bridge.dense import DenseModel
 from bridge.evidence.null_couplings import shuffled_bridges

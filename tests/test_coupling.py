@@ -11,12 +11,12 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
+from bridge.card.suite import Wanted, run_cards
 from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
 
 import bridge
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.suite import Wanted, run_cards
 from bridge.circuits.masks import Aim
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved

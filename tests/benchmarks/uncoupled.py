@@ -15,14 +15,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from circuits import number, table
-
-import bridge
-from bridge.bridges import Coupling
 from bridge.card.assess import task_card
 from bridge.card.card import TESTS, Card
 from bridge.card.kept import stored_nulls
 from bridge.card.nulls import WORK_SHARE, null_task
+from circuits import number, table
+
+import bridge
+from bridge.bridges import Coupling
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, search_task
 from bridge.circuits.suite import resolved
