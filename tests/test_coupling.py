@@ -11,7 +11,6 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
-from bridge.card.suite import Wanted, run_cards
 from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
 
 import bridge
@@ -21,6 +20,7 @@ from bridge.circuits.masks import Aim
 from bridge.circuits.search import Subjects, search_task
 from bridge.circuits.suite import resolved
 from bridge.coupling import Coupling
+from bridge.evidence.cards import Wanted, run_cards
 
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"
 PROMPT = "w9 w12 w30 w2"
@@ -67,12 +67,12 @@ def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: 
     kept, fresh = held.card(task_file, tmp_path / "planted", progress=said.append), held.card(task_file, found)
     assert expected is not None and said
     for card in (kept, fresh):
-        assert (card.tests, card.nulls_note, card.verdict) == (expected.tests, expected.nulls_note, expected.verdict)
+        assert (card.report, card.nulls, card.verdict) == (expected.report, expected.nulls, expected.verdict)
     assert kept.provenance == expected.provenance
     other = replace(found, facts=replace(found.facts, task="another"))
     with pytest.raises(bridge.UserError, match="the circuit is of the task another, not planted"):
         held.card(task_file, other)
-    assert held.card(task_file, work=1e7).kind == "task"  # searched
+    assert held.card(task_file, work=1e7).task == "planted"  # searched
 
 
 def test_what_is_fitted_has_them_too(dense_folder: Path, text_file: Path) -> None:

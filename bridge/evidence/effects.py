@@ -22,6 +22,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from bridge.circuits.masked_model import MaskedModel
 from bridge.evidence.carry import Carrier
 from bridge.evidence.controls import active_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Point
@@ -72,11 +73,17 @@ def effect_profile(carrier: Carrier, circuit_f: Tensor, node_p: Tensor) -> tuple
     both_pb2 = torch.stack([carried.lost_cb, carried.dense_cjb[:, 0]], -1).double()
     return tuple(
         Effect(
-            str(masked.space.node(place)), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
+            _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
             by_prompt=tuple(map(tuple, both_b2.tolist())) if len(both_b2) > 1 else (),
         )
         for place, site, both_b2 in zip(node_p.tolist(), site_p, both_pb2, strict=True)
     )  # fmt: skip
+
+
+def _name(masked: MaskedModel, place: int) -> str:
+    """A node's name, with its position where nodes are of one."""
+    node = masked.space.node(place)
+    return str(node) if masked.space.n_tokens == masked.n_tokens else node.name
 
 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> tuple[Measure, float | None]:

@@ -24,7 +24,7 @@ from bridge.checkpoint import read_json
 from bridge.circuits.masks import NoCircuitError
 from bridge.circuits.result import TaskResult
 from bridge.circuits.search import WORK, Subjects, random_labels, search_task
-from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, null_coupling
+from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
 from bridge.evidence.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 from bridge.evidence.task import NULLS, TaskEvidenceConfig, gather_task, held_out, null_task, rules
 from bridge.evidence.task_circuit import CardError, TaskCircuit
@@ -123,9 +123,14 @@ class _Made:
         nulls = self.nulls
         if self.name == "labels":
             return nulls.coupling
-        name = next(name for name in NULL_NAMES if name == self.name)
+        known: dict[str, NullName] = {name: name for name in NULL_NAMES}
         return null_coupling(
-            nulls.coupling, name, against=nulls.against, minutes=nulls.minutes, seed=nulls.seed, progress=self.progress
+            nulls.coupling,
+            known[self.name],
+            against=nulls.against,
+            minutes=nulls.minutes,
+            seed=nulls.seed,
+            progress=self.progress,
         )
 
     @cached_property
