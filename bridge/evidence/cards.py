@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json
 from bridge.circuits.masks import MaskError
 from bridge.circuits.result import TaskResult
@@ -22,7 +23,6 @@ from bridge.evidence.task import NULLS, TaskEvidenceConfig, gather_task, held_ou
 from bridge.evidence.task_circuit import CardError, TaskCircuit
 from bridge.evidence.task_nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.tasks.pairs import TaskError
-from bridge.tasks.stress import stress_pairs
 from bridge.tasks.tokens import Resolved
 
 Progress = Callable[[str], None]
@@ -71,24 +71,21 @@ def _circuit_at(place: Path | None) -> Path | None:
 
 
 def task_card(
-    subjects: Subjects, task: Resolved, result: TaskResult, *, seed: int = 0, progress: Progress = lambda _: None
+    coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: Progress = lambda _: None
 ) -> Card:
     """The card of a task's circuit, with the nulls that the coupling has.
 
     Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
     """
-    started, coupling, config = time.monotonic(), subjects.coupling, TaskEvidenceConfig()
-    circuit, pairs = TaskCircuit.of(result, coupling), held_out(task)
-    reference_bt = subjects.reference_bt if coupling.reference_bt is None else coupling.reference_bt
-    prompts, language = coupling.dense.prompts, task.language
-    stress = stress_pairs(pairs, prompts, reference_bt, coupling.context, language=language, seed=seed)
-    report = gather_task(coupling, circuit, pairs, stress, reference_bt, config=config, seed=seed, progress=progress)
+    started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
+    report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
+    pairs, asked = len(held_out(task)), TaskEvidenceConfig.pairs
     return Card(
         task=task.task,
-        pairs=len(pairs),
+        pairs=pairs,
         report=report,
         nulls=stored_task_nulls(coupling, rules())[0],
-        notes=(f"{len(pairs)} held-out pairs, and {config.pairs} are asked.",) if len(pairs) < config.pairs else (),
+        notes=(f"{pairs} held-out pairs, and {asked} are asked.",) if pairs < asked else (),
         provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes},
         seconds=time.monotonic() - started,
     )
@@ -121,7 +118,7 @@ def run_cards(
             result, digest = _circuit(subjects, task, one, seed, seeds, work, say)
             card = _kept(one.out, digest, seed)
             if card is None:
-                card = task_card(subjects, task, result, seed=seed, progress=say)
+                card = task_card(subjects.coupling, task, result, seed=seed, progress=say)
                 card = replace(card, provenance={**card.provenance, "circuit": digest})
             card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
         except (TaskError, MaskError, CardError, CheckpointError) as error:

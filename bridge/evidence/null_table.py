@@ -108,8 +108,8 @@ _PROMPTS, _TASKS = TypeAdapter(tuple[PromptNull, ...]), TypeAdapter(tuple[TaskNu
 def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -> Measure:
     """The share of cases in which a null's circuit is as strong as what it is beside; none where `why` says what is missing."""
     name, criterion = "nulls' explanations as strong", Criterion("<=", 0.0)
-    if why:
-        return Measure("nulls", name, None, criterion, note=why)
+    if why or not nulls:
+        return Measure("nulls", name, None, criterion, note=why or "no null was run")
     points = tuple(
         Point(null.name, {"prompts" if isinstance(null, PromptNull) else "tasks": null.count, "strong": null.strong})
         for null in nulls

@@ -185,4 +185,4 @@ def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: T
 
 def _nulls(coupling: Coupling, search: SearchConfig, config: EvidenceConfig) -> Measure:
     nulls, why = stored_prompt_nulls(coupling, rules_of(search, config))
-    return nulls_measure(nulls or (), why if nulls else why or "no null was run", ", ".join(null.name for null in nulls or ()))
+    return nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))

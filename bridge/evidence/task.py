@@ -19,10 +19,9 @@ Shape legend: b pair (row), c circuit, f all nodes in one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.evidence.carry import Carrier
@@ -37,7 +36,7 @@ from bridge.evidence.prediction import prediction_measures
 from bridge.evidence.prompt import EvidenceConfig
 from bridge.evidence.substitution import substitution_measures
 from bridge.evidence.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
-from bridge.tasks.stress import Stress
+from bridge.tasks.stress import stress_pairs
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 
 VERSION = 4  # to be raised where the same circuit comes to have other evidence: what is kept is then made again
@@ -128,20 +127,24 @@ def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPair
 def gather_task(
     coupling: Coupling,
     circuit: TaskCircuit,
-    pairs: TokenPairs,
-    stress: Mapping[str, Stress],
-    reference_bt: Tensor,
+    task: Resolved,
+    alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
     *,
     config: TaskEvidenceConfig | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """All evidence on a task's circuit, on pairs and on stress prompts; reference_bt is text for the bigram baseline.
+    """All evidence on a task's circuit; `alter` changes the answers of all pairs that it is held to, for a null.
 
-    progress may raise to end the work.
+    progress may raise to end the work. Raises CardError where the task has no held-out pairs, or the coupling no text.
     """
     config, generator = config or TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
-    pairs = pairs.to(coupling.dense.device)
+    if (reference_bt := coupling.reference_bt) is None:
+        raise CardError("the coupling holds no reference text, which a card's baseline is taken from; fit it again")
+    chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
+    stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
+    stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
+    pairs = alter(chosen).to(coupling.dense.device)
     progress("evidence: both models on the task")
     carrier = circuit.on(coupling, pairs)
     loss, masked = carrier.loss, carrier.masked
@@ -157,9 +160,7 @@ def gather_task(
     left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
     progress(f"evidence: substitution, and {len(matched_cf)} times of matched nodes")
-    substitution = substitution_measures(
-        carrier, kept_f, matched_cf, config.substituted, config.substituted_others, seed
-    )  # fmt: skip
+    substitution = substitution_measures(carrier, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
     progress(f"evidence: {config.nodes} nodes one at a time, in both models")
     node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
     profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)

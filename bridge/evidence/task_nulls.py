@@ -15,7 +15,7 @@ by other rules are never taken for this one's.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, NullName, null_c
 from bridge.evidence.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 from bridge.evidence.task import NULLS, TaskEvidenceConfig, gather_task, held_out, null_task, rules
 from bridge.evidence.task_circuit import CardError, TaskCircuit
-from bridge.tasks.stress import stress_pairs
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 
 TASKS = 3  # by default: of those the coupling solves
@@ -90,8 +89,8 @@ class Nulls:
         def alter(pairs: TokenPairs) -> TokenPairs:
             return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if made.name == "labels" else pairs
 
-        coupling, pairs = made.coupling, held_out(task)
-        accuracy = score(coupling.sparse, alter(pairs).to(coupling.dense.device)).accuracy
+        coupling = made.coupling
+        accuracy = score(coupling.sparse, alter(held_out(task)).to(coupling.dense.device)).accuracy
         if made.name in ("bridges", "labels"):
             result = self.circuits(task)
         else:
@@ -101,11 +100,7 @@ class Nulls:
             except NoCircuitError as error:
                 why = f"no circuit: {error}"
                 return NullTask(task.task, {}, {}, False, accuracy, why, task.digest)
-        circuit, reference_bt = TaskCircuit.of(result, coupling), made.subjects.reference_bt
-        prompts, language = coupling.dense.prompts, task.language
-        stress = stress_pairs(pairs, prompts, reference_bt, coupling.context, language=language, seed=self.seed)
-        stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
-        report = gather_task(coupling, circuit, alter(pairs), stress, reference_bt, seed=self.seed, progress=say)
+        report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=say)
         return null_task(task.task, report, accuracy, task.digest)
 
 
@@ -135,7 +130,7 @@ class _Made:
 
     @cached_property
     def subjects(self) -> Subjects:
-        """Its models with the means of their nodes."""
+        """Its models with the means of their nodes, for a search."""
         return Subjects.of(self.coupling)
 
 
