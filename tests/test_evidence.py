@@ -23,7 +23,7 @@ from bridge.evidence.controls import active_nodes, another_prompt, integrated_gr
 from bridge.evidence.deletion import Deletion, delete, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
-from bridge.evidence.patching import Counterfactual, full_swap, mean_share, patched
+from bridge.evidence.patching import Counterfactual, full_swap, mean_share, moved, patched
 from bridge.evidence.sufficiency import adversary, backup, backup_nodes, measure_nested, superset_draws
 from bridge.residual import Enter
 from bridge.sparse import ERROR, Location
@@ -301,7 +301,7 @@ def other_prompt(case: Case) -> Counterfactual:
 
 def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, carrier: Carrier) -> None:
     there = other_prompt(case)
-    moved_j = patched(carrier, there, case.kept_f[None])[0, :, 0].tolist()
+    moved_j = moved(carrier, patched(carrier, there, case.kept_f[None]))[0, :, 0].tolist()
     other = Case(case.coupling, there.prompt_bt[0], there.followed, case.loss, case.kept_f)
     parts, reference, space = case.masked.space.split(case.kept_f), carrier.reference_f, case.masked.space
     values: dict[Location, Tensor] = {}
@@ -331,7 +331,7 @@ def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, 
 
 def test_patching_with_the_prompt_itself_moves_nothing(case: Case, carrier: Carrier) -> None:
     same = Counterfactual(case.tokens_t[None], case.followed)
-    assert float(patched(carrier, same, case.kept_f[None]).abs().max()) < 1e-4
+    assert float(moved(carrier, patched(carrier, same, case.kept_f[None])).abs().max()) < 1e-4
     assert float(full_swap(carrier, same)) == pytest.approx(0, abs=1e-4)
     there = other_prompt(case)
     expected = case.d(case.followed.dense_bv[0]) - case.d(there.followed.dense_bv[0])

@@ -19,7 +19,16 @@ from bridge.evidence.carry import Carrier
 from bridge.evidence.controls import matched
 from bridge.evidence.measures import Measure
 from bridge.evidence.null_couplings import shuffled_bridges
-from bridge.evidence.patching import Counterfactual, dense_writes, full_swap, other_pairs, patched, patching_measures, rotations
+from bridge.evidence.patching import (
+    Counterfactual,
+    dense_writes,
+    full_swap,
+    moved,
+    other_pairs,
+    patched,
+    patching_measures,
+    rotations,
+)
 from bridge.residual import Enter
 from bridge.tasks.tokens import TokenPairs
 
@@ -52,7 +61,7 @@ def test_the_circuit_takes_its_values_on_each_counterfactual(dense: DenseModel, 
     coupling = untrained(dense)
     carrier, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
     there = swapped(coupling, pairs)
-    (moved_jb,) = patched(carrier, there, kept_f[None])
+    (moved_jb,) = moved(carrier, patched(carrier, there, kept_f[None]))
     kept, means = carrier.masked.space.split(kept_f), carrier.masked.means
     for row in (0, 5, 11):
         length = int(pairs.last_b[row]) + 1
@@ -119,7 +128,7 @@ def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: C
 
 def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
     carrier, kept_f, pairs = case_of(copy)
-    (changes,) = patching.patched_changes(carrier, swapped(copy, pairs), kept_f[None])
+    (changes,) = patching.patched(carrier, swapped(copy, pairs), kept_f[None])
     seen = []
     monkeypatch.setattr(
         Carrier, "lost_by", lambda self, row_k, site_k, x: (seen.append((row_k, site_k, x)), torch.zeros(len(x)))[1]

@@ -195,7 +195,7 @@ def test_intervals_are_those_of_the_mean() -> None:
 
 
 OTHERS = "substitution", "effect profile", "prediction"
-KEYS = ("dense_solves", "sparse_solves", "span", "sufficient", *(key for keys in TESTS.values() for key in keys))
+KEYS = ("dense_solves", "sparse_solves", "searched", "span", "sufficient", *(key for keys in TESTS.values() for key in keys))
 
 
 def report(**values: float | None) -> Report:
@@ -235,7 +235,7 @@ def test_the_sparse_model_comes_first() -> None:
     }  # fmt: skip
     for verdict, found in expected.items():
         assert found.verdict == verdict
-    for key in ("dense_solves", "sparse_solves", "span"):
+    for key in ("dense_solves", "sparse_solves", "searched", "span"):
         assert report(**{key: 0.0}, sufficient=0.0).verdict == "no explanation"
 
 

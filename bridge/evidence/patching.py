@@ -63,7 +63,7 @@ def full_swap(carrier: Carrier, counterfactual: Counterfactual) -> Tensor:
 
 
 @torch.no_grad()
-def patched_changes(carrier: Carrier, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
+def patched(carrier: Carrier, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
     """By circuit, the change at every site where its nodes take their counterfactual values.
 
     Raises ValueError where a counterfactual has more or fewer tokens than its prompt.
@@ -109,11 +109,6 @@ def moved(carrier: Carrier, changes: Sequence[Changes]) -> Tensor:
     return lost_k.view(len(changes), -1, carrier.prompts)
 
 
-def patched(carrier: Carrier, counterfactual: Counterfactual, circuit_cf: Tensor) -> Tensor:
-    """moved_cjb where each circuit takes its counterfactual values. Raises ValueError for another number of tokens."""
-    return moved(carrier, patched_changes(carrier, counterfactual, circuit_cf))
-
-
 @torch.no_grad()
 def dense_writes(carrier: Carrier, counterfactual: Counterfactual) -> Tensor:
     """moved_jb by the dense model's own change at every site, the embedding's taken off."""
@@ -148,7 +143,7 @@ def patching_measures(
 
     if abs(swap) < LEAST_SWAP:
         return unknown(f"the counterfactual moves the dense model by {swap:.2f} nats only")
-    changes = patched_changes(carrier, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf]))
+    changes = patched(carrier, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf]))
     moved_cjb, dense_jb = moved(carrier, changes), dense_writes(carrier, counterfactual)
     share, every, *matched = (mean_share(carrier, moved_jb, swap_b) for moved_jb in moved_cjb)
     if every <= 0:

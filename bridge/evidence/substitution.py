@@ -59,7 +59,7 @@ def kept_share(d_b: np.ndarray, dense_b: np.ndarray) -> float:
     return float(d_b.sum() / dense_b.sum())
 
 
-def faithfulness(share: np.ndarray | float) -> np.ndarray:
+def faithfulness(share: np.ndarray | list[float] | float) -> np.ndarray:
     """1 - |1 - share|."""
     return 1 - np.abs(1 - np.asarray(share))
 
@@ -71,40 +71,31 @@ def substitution_measures(
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
     names = "faithfulness of the circuit in place of the blocks", "share of d that its complement keeps there"
     dense_b = carrier.loss.model_b.double().cpu().numpy()
-    if abs(dense_b.mean()) < LEAST:
-        note = f"the dense model's d is {dense_b.mean():.3f} nats on average: too little to keep"
-        return tuple(Measure(*row, note=note) for row in zip(keys, names, (None, None), criteria, strict=True))
-    if not bool(kept_f.any()):
-        note = "the circuit is empty"
+    if abs(dense_b.mean()) < LEAST or not bool(kept_f.any()):
+        small = f"the dense model's d is {dense_b.mean():.3f} nats on average: too little to keep"
+        note = small if bool(kept_f.any()) else "the circuit is empty"
         return tuple(Measure(*row, note=note) for row in zip(keys, names, (None, None), criteria, strict=True))
     whole, *single = spans(carrier.coupling.dense.sublayers)
-    every_f, rest_f = torch.ones_like(kept_f), carrier.loss.complement(kept_f)
+    every_f, rest_f = carrier.loss.nodes_f, carrier.loss.complement(kept_f)
     points, kept_b, rest_b = [], dense_b, dense_b
     for span in (*single, whole):
         kept_b, rest_b, every_b = (substituted(carrier, span, mask_f) for mask_f in (kept_f, rest_f, every_f))
         values = {"circuit": kept_b, "complement": rest_b, "all nodes": every_b}
         label = "all blocks" if span == whole else f"sites {span[0]} to {span[1]}"
         points.append(Point(label, {name: kept_share(d_b, dense_b) for name, d_b in values.items()}))
-    alone = [float(faithfulness(kept_share(substituted(carrier, whole, other_f), dense_b))) for other_f in matched_cf]
-    without = [
-        kept_share(substituted(carrier, whole, carrier.loss.complement(other_f)), dense_b) for other_f in matched_cf[:DELETED]
-    ]
-
-    def bounds(d_b: np.ndarray, of_share: bool = True) -> tuple[float, float] | None:
-        def statistic(pick_kb: np.ndarray) -> np.ndarray:
-            share_k = d_b[pick_kb].sum(1) / dense_b[pick_kb].sum(1)
-            return share_k if of_share else faithfulness(share_k)
-
-        return interval(statistic, len(d_b), seed)
-
+    complement_cf = carrier.loss.complement(matched_cf[:DELETED])
+    shares = [kept_share(substituted(carrier, whole, mask_f), dense_b) for mask_f in (*matched_cf, *complement_cf)]
+    alone, without = faithfulness(shares[: len(matched_cf)]).tolist(), shares[len(matched_cf) :]
+    kept, rest = ((lambda pick_kb, d_b=d_b: d_b[pick_kb].sum(1) / dense_b[pick_kb].sum(1)) for d_b in (kept_b, rest_b))
     share = kept_share(kept_b, dense_b)
     return (
         Measure(
             keys[0], names[0], float(faithfulness(share)), criteria[0], Control.of("matched", alone, max, "best"),
-            bounds(kept_b, False), float(faithfulness(points[-1].values["all nodes"])), f"keeps {share:.3f} of d", tuple(points),
+            interval(lambda pick_kb: faithfulness(kept(pick_kb)), len(kept_b), seed),
+            float(faithfulness(points[-1].values["all nodes"])), f"keeps {share:.3f} of d", tuple(points),
         ),
         Measure(
             keys[1], names[1], kept_share(rest_b, dense_b), criteria[1],
-            Control.of("matched deleted", without, min, "lowest"), bounds(rest_b),
+            Control.of("matched deleted", without, min, "lowest"), interval(rest, len(rest_b), seed),
         ),
     )  # fmt: skip

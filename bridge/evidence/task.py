@@ -72,7 +72,7 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
     return (
         Rule(
             "undecided",
-            ("dense_solves", "sparse_solves", "span"),
+            ("dense_solves", "sparse_solves", "searched", "span"),
             "Both models do the task, and there is a span to explain.",
             refuted="no explanation",
         ),
@@ -167,7 +167,7 @@ def gather_task(
     progress("evidence: prediction on stress prompts")
     prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
     measures = (
-        *_solved(coupling, config, carrier, pairs), _sufficient(circuit), *patching, *deleted, lost, *substitution, profile,
+        *_solved(coupling, config, carrier, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
         *prediction, _seeds(circuit), _nulls(coupling, config),
     )  # fmt: skip
     return Report(measures, task_rules(measures))
@@ -191,10 +191,15 @@ def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pa
     )
 
 
-def _sufficient(circuit: TaskCircuit) -> Measure:
-    value = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse)
+def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
+    """The search's own verdict, in two parts: whether there is something to explain, and whether the circuit does."""
+    found = float(circuit.sparse not in ("unsolved", "no explanation"))
+    value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse), Criterion(">=", 1.0)
     note = f"the search's verdict on it is {circuit.sparse}"
-    return Measure("sufficient", "sufficient in the sparse model", value, Criterion(">=", 1.0), note=note)
+    return (
+        Measure("searched", "something to explain in the sparse model", found, yes),
+        Measure("sufficient", "sufficient in the sparse model", value, yes, note=note),
+    )
 
 
 def _seeds(circuit: TaskCircuit) -> Measure:

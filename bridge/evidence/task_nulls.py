@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 
 from bridge.bridges import Coupling
@@ -63,11 +63,11 @@ class Nulls:
         for name in NULLS:
             before = {task.task: task for task in (done[name].tasks if name in done else ())}
             found = [task for task in before.values() if task.task not in asked]
-            made = _Made(self, name, progress)
+            made = cache(partial(self._subjects, name, progress))
             for task, resolved in asked.items():
                 known = before.get(task)
                 fits = known is not None and known.prompts == resolved.digest
-                found.append(known if known is not None and fits else self._judged(made, resolved, progress))
+                found.append(known if known is not None and fits else self._judged(name, made, resolved, progress))
                 unsolved = name == "uncoupled" and all((one.accuracy or 0) < TaskEvidenceConfig.solved for one in found)
                 done[name] = TaskNull(name, WHAT[name], tuple(found), WEAK if unsolved else "")
                 keep_nulls(self.coupling, "tasks", tuple(done.values()), rules(), **self._facts)
@@ -80,58 +80,34 @@ class Nulls:
         against = (read_json(file).get("tensors") or {}).get("sha256", "") if file.is_file() else ""
         return {"against": against, "work": self.work, "seed": self.seed}
 
-    def _judged(self, made: _Made, task: Resolved, progress: Progress) -> NullTask:
+    def _subjects(self, name: str, progress: Progress) -> Subjects:
+        """The coupling of a null."""
+        known: dict[str, NullName] = {null: null for null in NULL_NAMES}
+        if name not in known:
+            return Subjects.of(self.coupling)
+        options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
+        return Subjects.of(null_coupling(self.coupling, known[name], **options, progress=progress))
+
+    def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: Progress) -> NullTask:
         """The evidence of a null on a task; where there is no circuit, why."""
 
         def say(text: str) -> None:
-            progress(f"{made.name}, {task.task}: {text}")
+            progress(f"{name}, {task.task}: {text}")
 
         def alter(pairs: TokenPairs) -> TokenPairs:
-            return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if made.name == "labels" else pairs
+            return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if name == "labels" else pairs
 
-        coupling = made.coupling
+        subjects, coupling = made(), made().coupling
         accuracy = score(coupling.sparse, alter(held_out(task)).to(coupling.dense.device)).accuracy
-        if made.name in ("bridges", "labels"):
+        if name in ("bridges", "labels"):
             result = self.circuits(task)
         else:
-            options = {"dense": False, "gated": False, "seed": self.seed, "work": self.work, "progress": say}
             try:
-                result = search_task(made.subjects, task, **options)
+                result = search_task(subjects, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
             except NoCircuitError as error:
-                why = f"no circuit: {error}"
-                return NullTask(task.task, {}, {}, False, accuracy, why, task.digest)
+                return NullTask(task.task, {}, {}, False, accuracy, f"no circuit: {error}", task.digest)
         report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=say)
         return null_task(task.task, report, accuracy, task.digest)
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """A null, whose coupling is made when its first task needs it."""
-
-    nulls: Nulls
-    name: str
-    progress: Progress
-
-    @cached_property
-    def coupling(self) -> Coupling:
-        """The coupling of the null."""
-        nulls = self.nulls
-        if self.name == "labels":
-            return nulls.coupling
-        known: dict[str, NullName] = {name: name for name in NULL_NAMES}
-        return null_coupling(
-            nulls.coupling,
-            known[self.name],
-            against=nulls.against,
-            minutes=nulls.minutes,
-            seed=nulls.seed,
-            progress=self.progress,
-        )
-
-    @cached_property
-    def subjects(self) -> Subjects:
-        """Its models with the means of their nodes, for a search."""
-        return Subjects.of(self.coupling)
 
 
 def solved_tasks(coupling: Coupling, tasks: Iterable[Resolved], most: int = TASKS) -> tuple[Resolved, ...]:
