@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import untrained
 from test_evidence_task import case_of, copied, decoded, dense_difference, literal_run, some_nodes
 
 from bridge.circuit import Node
 from bridge.dense import DenseModel
-from bridge.evidence.effects import Effect, effect_profile, profile_measure, profile_nodes
+from bridge.evidence.effects import (
+    Effect,
+    effect_profile,
+    permuted_null,
+    profile_measure,
+    profile_nodes,
+    rank_correlation,
+)
 from bridge.evidence.measures import Criterion
 from bridge.residual import Enter
 from bridge.sparse import Location
@@ -84,3 +94,25 @@ def test_an_unrelated_profile_fails() -> None:
     assert same.passed and same.interval is not None and same.value is not None
     assert same.interval[0] < same.value <= same.interval[1] + 1e-9
     assert same.ceiling is not None and same.ceiling > 0.9
+
+
+def test_rank_correlation_is_spearmans_with_ties_and_rows() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 5, (4, 30)).astype(float), generator.normal(size=(4, 30))
+    for row in range(4):
+        assert rank_correlation(x, y)[row] == pytest.approx(scipy.stats.spearmanr(x[row], y[row])[0])  # pyright: ignore[reportArgumentType]
+    assert math.isnan(rank_correlation(np.zeros(5), np.arange(5.0)))
+
+
+def test_the_null_of_unrelated_effects_is_centred_on_0_and_keeps_what_sites_explain() -> None:
+    generator = np.random.default_rng(1)
+    site_p = np.repeat(np.arange(4), 25)
+    x_p, y_p = generator.normal(size=100), generator.normal(size=100)
+    null = permuted_null(x_p, y_p, site_p, generator)
+    assert abs(null.mean()) < 0.06
+    assert null.std() == pytest.approx(1 / math.sqrt(99), rel=0.15)
+    # effects that grow with the site alone correlate, and so does their null
+    x_p, y_p = x_p * 0.1 + site_p, y_p * 0.1 + site_p
+    null = permuted_null(x_p, y_p, site_p, generator)
+    assert null.mean() > 0.8
+    assert rank_correlation(x_p, y_p) == pytest.approx(null.mean(), abs=0.05)
