@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.card.card import Card
     from bridge.circuits.loss import SearchConfig
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe, UserError
     from bridge.steer import Steering, steer
+    from bridge.studies.card import Card
     from bridge.studies.result import TaskResult
     from bridge.studies.search import Subjects, search_task
     from bridge.sweep import sweep
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
-    "Card": "card.card",
+    "Card": "studies.card",
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",

@@ -14,11 +14,11 @@ from typing import Any, ParamSpec
 
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.card import Card
-from bridge.card.suite import Wanted, run_cards
 from bridge.evaluate import evaluate
 from bridge.explain import explain
 from bridge.steer import steer
+from bridge.studies.card import Card
+from bridge.studies.cards import Wanted, run_cards
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
@@ -71,7 +71,7 @@ class Coupling(Bare):
         work: float = 1.0,
         progress: Callable[[str], None] | None = None,
     ) -> Card:
-        """What a task's circuit says of the dense model: four tests with controls, the nulls kept with the coupling, a verdict.
+        """What a task's circuit says of the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
         The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
         seeds and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or

@@ -96,14 +96,14 @@ def card(
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Test a task's circuit on the dense model: four tests with ceilings, controls and intervals; nulls; a verdict."""
+    """Test a task's circuit on the dense model: tests with ceilings, controls and intervals; nulls; a verdict."""
     with one_line_errors():
         from bridge.recipe import RecipeError
 
         if (task is not None or circuit is not None) == all_:
             raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
-        from bridge.card.suite import run_cards, wanted_cards
         from bridge.checkpoint import write_json
+        from bridge.studies.cards import run_cards, wanted_cards
         from bridge.studies.search import Subjects
         from bridge.tasks.pairs import task_names
 
@@ -135,8 +135,8 @@ def nulls(
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
     with one_line_errors():
-        from bridge.card.suite import run_nulls
         from bridge.checkpoint import check_folder
+        from bridge.studies.cards import run_nulls
         from bridge.studies.search import Subjects
         from bridge.tasks.pairs import task_names
         from bridge.training import FitStopped

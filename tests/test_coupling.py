@@ -16,9 +16,9 @@ from test_studies_suite import bridge_folder, task_file  # noqa: F401  (fixtures
 import bridge
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.suite import Wanted, run_cards
 from bridge.coupling import Coupling
 from bridge.studies import search
+from bridge.studies.cards import Wanted, run_cards
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
 
@@ -67,7 +67,7 @@ def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: 
     kept, fresh = held.card(task_file, tmp_path / "planted", progress=said.append), held.card(task_file, found)
     assert expected is not None and said
     for card in (kept, fresh):
-        assert (card.tests, card.nulls_note, card.verdict) == (expected.tests, expected.nulls_note, expected.verdict)
+        assert (card.report, card.nulls, card.verdict) == (expected.report, expected.nulls, expected.verdict)
     assert kept.provenance == expected.provenance
     other = replace(found, facts=replace(found.facts, task="another"))
     with pytest.raises(bridge.UserError, match="the circuit is of the task another, not planted"):

@@ -228,7 +228,7 @@ class MaskedModel(Masked):
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
         row_r = self._prompts(kept_rf, row_r)
-        return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
+        return self._run(row_r, enter, *self.gates(kept_rf, row_r), last_only=narrow, narrow=narrow)
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
@@ -268,13 +268,13 @@ class MaskedModel(Masked):
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, narrow: bool) -> Trace:
+    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, *, last_only: bool, narrow: bool) -> Trace:
         tokens_rt = self.question.prompt_bt[row_r]
         used = correct if self.errors is not None else None
-        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=True, narrow=narrow)
+        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=last_only, narrow=narrow)
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        trace = self._run(row_r, None, gate, correct, self._narrow)
+        trace = self._run(row_r, None, gate, correct, last_only=True, narrow=self._narrow)
         used = correct if self.errors is not None else None
         return last_logits(self.sparse, self.question.prompt_bt[row_r], self.question.last_b[row_r], trace, used)
 

@@ -167,16 +167,25 @@ class Report:
         return verdict, said
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _no_measure(key: str) -> Measure:
+    raise KeyError(f"there is no measure {key!r}")
+
+
 EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
 
 
-def evidence_table(measures: Iterable[Measure], width: int = 100) -> list[str]:
-    """Measures as a table for a terminal, what is to be said of each below it."""
+def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: bool = False) -> list[str]:
+    """Measures as a table for a terminal, what is to be said of each below it; with places also its values by site or span."""
     rows: list[tuple[str, ...]] = [EVIDENCE]
     for measure in measures:
         name, *cells = evidence_row(measure)
         rows.append((f"  {name}", *cells))
         rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
+        rows += [(f"    {line}",) for line in _by_place(measure)] if places else []
     return columns(rows, width)
 
 
@@ -194,9 +203,12 @@ def _beside(measure: Measure) -> str:
     return "; ".join(part for part in (interval, ceiling, measure.note) if part)
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _no_measure(key: str) -> Measure:
-    raise KeyError(f"there is no measure {key!r}")
+def _by_place(measure: Measure) -> list[str]:
+    """The values of a measure that has them by site or span, and those of all nodes: a row each, a column for every place."""
+    if not measure.points or "all nodes" not in measure.points[0].values:
+        return []
+    names = [name for name in measure.points[0].values if name != "behind"]
+    rows = [["at", *(point.label.removeprefix("sites ").removeprefix("site ") for point in measure.points)]]
+    rows += [[name, *(f"{point.values[name]:.2f}" for point in measure.points)] for name in names]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"{row[0]:<{sizes[0]}}  " + "  ".join(map(str.rjust, row[1:], sizes[1:])) for row in rows]

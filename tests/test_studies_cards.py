@@ -9,9 +9,9 @@ import pytest
 from test_cli import assert_refused, run
 from test_studies_suite import bridge_folder, task_file  # noqa: F401
 
-from bridge.card import suite
-from bridge.card.card import Card
-from bridge.card.suite import wanted_cards
+from bridge.studies import cards
+from bridge.studies.card import Card
+from bridge.studies.cards import wanted_cards
 
 
 @pytest.fixture
@@ -41,13 +41,14 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
     arguments = ("card", "--task", task_file, "--circuit", found, "--bridge", bridge_folder, "--json", tmp_path / "card.json")
     result = run(*arguments, "--out", found)
     assert result.exit_code == 0, result.output
-    for wanted in ("card      planted", "VERDICT", "ON THE DENSE MODEL", "1 counterfactual transport", "NULLS     NOT KNOWN"):
+    for wanted in ("card      planted", "VERDICT", "EVIDENCE", "share of the swap carried", "NULLS     NOT KNOWN"):
         assert wanted in result.stdout, wanted
     card = Card.from_json(json.loads((found / "card.json").read_text()))
     assert card == Card.from_json(json.loads((tmp_path / "card.json").read_text()))
     assert card.pairs == 15 and "15 held-out pairs" in card.notes[0]
-    assert {measure.test for measure in card.tests} == {"gate", "swap", "loop", "profile", "blind"}
-    monkeypatch.setattr(suite, "task_card", lambda *_args, **_options: pytest.fail("made again"))
+    needed = {key for rule in card.report.rules for key in rule.needs}
+    assert {"dense_solves", "patching", "dense_ratio", "substitution", "profile", "prediction", "nulls"} <= needed
+    monkeypatch.setattr(cards, "task_card", lambda *_args, **_options: pytest.fail("made again"))
     assert "VERDICT" in run(*arguments, "--out", found).stdout
 
 

@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, planted_sparse, untrained
-from test_card_case import copied, corpus
 from test_cli import assert_refused, run
 from test_studies_suite import task_file  # noqa: F401
+from test_studies_task import copied, corpus
 
 from bridge.bridges import Coupling
-from bridge.card import nulls as nulls_module
-from bridge.card.card import NULLS, CardError
-from bridge.card.kept import fingerprint, stored_nulls
-from bridge.card.nulls import Nulls
+from bridge.checkpoint import CheckpointError
 from bridge.dense import load_dense
 from bridge.evidence.null_couplings import NullError, ridge, ridge_bridges, shuffled_bridges, uncoupled
+from bridge.evidence.null_table import fingerprint, stored_task_nulls
+from bridge.studies import task_nulls
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
+from bridge.studies.task import NULLS, rules
+from bridge.studies.task_circuit import CardError
+from bridge.studies.task_nulls import Nulls
 from bridge.tasks.tokens import Resolved
 
 
@@ -96,29 +98,32 @@ def loaded(folder: Path, task: str) -> tuple[Coupling, Subjects, tuple, dict[str
 
 def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     coupling, _, tasks, circuits = loaded(planted, str(task_file))
-    assert stored_nulls(coupling)[0] is None and "were not run" in stored_nulls(coupling)[1]
+    assert stored_task_nulls(coupling, rules())[0] is None and "were not run" in stored_task_nulls(coupling, rules())[1]
     carded = []
-    original = nulls_module.task_card
-    monkeypatch.setattr(nulls_module, "task_card", lambda *a, **k: (carded.append(a[1].task), original(*a, **k))[1])
+    original = task_nulls.gather_task
+    monkeypatch.setattr(task_nulls, "gather_task", lambda *a, **k: (carded.append(a[1].task), original(*a, **k))[1])
     nulls = Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9)
     first = nulls.run(lambda _: None)
     assert next(first).name == "uncoupled"
     first.close()  # killed after the first null
-    kept, why = stored_nulls(coupling)
+    kept, why = stored_task_nulls(coupling, rules())
     assert kept is not None and [null.name for null in kept] == ["uncoupled"] and not why
     done = len(carded)
     results = list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
     assert [null.name for null in results] == list(NULLS) and not any(null.passed for null in results)
     assert len(carded) <= 4 and len(carded) - done <= 3  # the first was not run again
     labels = next(null for null in results if null.name == "labels")
-    assert labels.tasks[0].holds["gate"] is False
-    assert stored_nulls(coupling)[0] == tuple(results)
+    assert labels.tasks[0].accuracy is not None and labels.tasks[0].accuracy < 0.9
+    assert stored_task_nulls(coupling, rules())[0] == tuple(results)
     again = len(carded)
     assert list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None)) == results
     assert len(carded) == again
     with monkeypatch.context() as earlier:
-        earlier.setattr("bridge.card.kept.CARD_RULES", 0)
-        assert stored_nulls(coupling)[0] is None and "made by other rules" in stored_nulls(coupling)[1]
+        earlier.setattr("bridge.studies.task.VERSION", 0)
+        assert (
+            stored_task_nulls(coupling, rules())[0] is None
+            and "judged by other bounds" in stored_task_nulls(coupling, rules())[1]
+        )
     splits = {**tasks[0].splits, "train": tasks[0].splits["train"].swapped()}
     others = (replace(tasks[0], splits=splits),)  # a task whose prompts have changed is another
     list(Nulls(coupling, others, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
@@ -133,7 +138,7 @@ def test_a_null_that_cannot_be_run_has_not_failed(planted: Path, against: Path, 
 
     with pytest.raises(CardError, match="of another coupling"):
         list(Nulls(coupling, tasks, alien, against, 0.01, 1e9, seed=9).run(lambda _: None))
-    kept, _ = stored_nulls(coupling)
+    kept, _ = stored_task_nulls(coupling, rules())
     assert "bridges" not in [null.name for null in kept or ()]
 
 
@@ -141,15 +146,15 @@ def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) 
     coupling = Coupling.from_pretrained(planted)
     folder = tmp_path / "other"
     coupling.save_pretrained(folder)
-    file = {"format": 1, "fingerprint": {"coupling": "another"}, "nulls": []}
+    file = {"tasks": {"coupling": "another", "rules": rules(), "nulls": []}}
     (folder / "nulls.json").write_text(json.dumps(file))
     other = Coupling.from_pretrained(folder, dense=coupling.dense)
-    assert stored_nulls(other) == (None, f"those kept are of another coupling; `bridge nulls {folder}` runs them")
+    assert stored_task_nulls(other, rules()) == (None, "the nulls kept are of another coupling; `bridge nulls` runs them")
     (folder / "nulls.json").write_text("{")
-    assert "cannot be read" in stored_nulls(other)[1]
-    with pytest.raises(CardError, match="in no folder"):
+    assert "cannot be read" in stored_task_nulls(other, rules())[1]
+    with pytest.raises(CheckpointError, match="in no folder"):
         fingerprint(replace(other, path=None))
-    assert stored_nulls(replace(other, path=None))[0] is None
+    assert stored_task_nulls(replace(other, path=None), rules())[0] is None
 
 
 def test_the_uncoupled_model_must_be_one(planted: Path, against: Path) -> None:

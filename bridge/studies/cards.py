@@ -6,24 +6,26 @@ that is there and fits is not made again, but shows the nulls that the coupling 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bridge.card.assess import task_card
-from bridge.card.card import NULLS, Card, CardError
-from bridge.card.kept import fingerprint, rules, stored_nulls
-from bridge.card.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
-from bridge.card.render import render_card, render_cards, render_nulls
+from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError, read_json, write_json
 from bridge.circuits.task_search import SearchError
+from bridge.evidence.null_table import fingerprint, stored_task_nulls
+from bridge.studies.card import Card, render_card, render_cards, render_nulls
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import folder_name, resolved
+from bridge.studies.task import NULLS, TaskEvidenceConfig, gather_task, held_out, rules, with_nulls
+from bridge.studies.task_circuit import CardError, TaskCircuit
+from bridge.studies.task_nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
 from bridge.tasks.pairs import TaskError
 from bridge.tasks.tokens import Resolved
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ def _circuit_at(place: Path | None) -> Path | None:
     return place if place is not None and (place / "circuit.json").is_file() else None
 
 
+def task_card(
+    coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: Progress = lambda _: None
+) -> Card:
+    """The card of a task's circuit, with the nulls that the coupling has.
+
+    Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
+    """
+    started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
+    report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
+    pairs, asked = len(held_out(task)), TaskEvidenceConfig.pairs
+    return Card(
+        task=task.task,
+        pairs=pairs,
+        report=report,
+        nulls=stored_task_nulls(coupling, rules())[0],
+        notes=(f"{pairs} held-out pairs, and {asked} are asked.",) if pairs < asked else (),
+        provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes},
+        seconds=time.monotonic() - started,
+    )
+
+
 def run_cards(
     subjects: Subjects,
     wanted: Sequence[Wanted],
@@ -76,13 +99,13 @@ def run_cards(
     seeds: int = 1,
     work: float = 1.0,
     width: int = 110,
-    progress: Say,
+    progress: Progress,
 ) -> Generator[tuple[Card | None, str], None, None]:
     """Every card as it is made, with its text; at the end, of several, their table. A task without a circuit is a line.
 
     Of a single one, what is wrong is raised: TaskError, SearchError, CheckpointError or CardError.
     """
-    nulls, nulls_note = stored_nulls(subjects.coupling)
+    nulls, _ = stored_task_nulls(subjects.coupling, rules())
     cards: list[Card] = []
     for one in wanted:
         where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
@@ -95,9 +118,9 @@ def run_cards(
             result, digest = _circuit(subjects, task, one, seed, seeds, work, say)
             card = _kept(one.out, digest, seed)
             if card is None:
-                card = task_card(subjects, task, result, nulls, nulls_note=nulls_note, seed=seed, progress=say)
+                card = task_card(subjects.coupling, task, result, seed=seed, progress=say)
                 card = replace(card, provenance={**card.provenance, "circuit": digest})
-            card = replace(card, nulls=nulls, nulls_note=nulls_note)
+            card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
         except (TaskError, SearchError, CardError, CheckpointError) as error:
             if len(wanted) == 1:
                 raise
@@ -113,7 +136,7 @@ def run_cards(
 
 
 def _circuit(
-    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, work: float, say: Say
+    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, work: float, say: Progress
 ) -> tuple[TaskResult, str]:
     """A circuit from its folder, or searched and kept; and what tells it from others."""
     found = one.circuit
@@ -127,8 +150,6 @@ def _circuit(
     which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
     if result.facts.task != task.task:
         raise CardError(f"{which} is of the task {result.facts.task}, not {task.task}; give that as --task")
-    if result.facts.null is not None:
-        raise CardError(f"{which} is a null's ({result.facts.null}); name one that was searched without")
     if folder is None:
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
@@ -158,7 +179,7 @@ def run_nulls(
     work: float = WORK_SHARE,
     seed: int = 0,
     width: int = 110,
-    progress: Say,
+    progress: Progress,
 ) -> Generator[str, None, None]:
     """The nulls on some tasks (of those not named explicitly the first few that both models do), a text as each ends.
 

@@ -12,9 +12,9 @@ import torch
 from conftest import CONTEXT, VOCABULARY, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from bridge.card.stress import _is_code, _names, _renamed, _rules, stress_pairs
 from bridge.prompts import Prompts
 from bridge.tasks.pairs import Example, load_task
+from bridge.tasks.stress import _is_code, _names, _renamed, _rules, stress_pairs
 from bridge.tasks.tokens import TokenPairs, resolve
 
 DENSE = Path(__file__).parent.parent / "checkpoints" / "python-dense"
