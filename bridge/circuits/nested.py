@@ -164,7 +164,7 @@ class _Search:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
         tau_f, within, kept_f = score_f, False, core_f
         for attempt in range(attempts):
-            tau_f = self._descended(core_f, score_f, level, 4**attempt)
+            tau_f = self._descended(core_f, score_f, level, attempt)
             kept_f, within = self._added(core_f | (tau_f > 0), level)
             if within:
                 break
@@ -174,18 +174,23 @@ class _Search:
         kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, more: int = 1) -> Tensor:
-        """tau_f after some steps, begun with so many times the nodes that about do; -inf of what is no candidate."""
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int) -> Tensor:
+        """tau_f after some steps, begun with the nodes that about do; -inf of what is no candidate.
+
+        A later attempt begins with more of them; on several prompts, of which others are held out, it makes the terms smaller.
+        """
         count, steps = self.config.supersets, self.config.steps
         node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
         rank_k = _ranks(score_f[node_k].abs())
+        several = len(self.train.model_b) > 1
+        more, met = (1, _MET_SEVERAL / 2**attempt) if several else (4**attempt, _MET)
         start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
         offset_u11 = torch.arange(count, device=tau_k.device)[:, None, None] / count
-        size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
+        size_weight, off = _SIZE_WEIGHT, 0.0
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = self._drawn(prompts)
@@ -207,9 +212,9 @@ class _Search:
             now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
             off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
             if several:
-                size_weight *= _RISE_SEVERAL if off < _MET_SEVERAL else _FALL_SEVERAL
+                size_weight *= _RISE_SEVERAL if off < met else _FALL_SEVERAL
             else:
-                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
+                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < met else _FALL
             size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight

@@ -65,8 +65,7 @@ def main() -> None:
     for name in options.tasks:
         task, folder = resolved(subjects, name), options.out / name
         if not (folder / "circuit.json").is_file():
-            work = WORK_SHARE
-            search_task(subjects, task, dense=False, gated=False, work=work, parts=folder / "parts", progress=print).save(folder)
+            search_task(subjects, task, dense=False, gated=False, work=WORK_SHARE, progress=print).save(folder)
         circuit = TaskCircuit.of(TaskResult.load(folder), subjects.coupling)
         report = gather_task(subjects.coupling, circuit, task, progress=print)
         for bridges, found in (("ridge regression", ridge.get(name)), ("trained", null_task(name, report, 0.0))):
