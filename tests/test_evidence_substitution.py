@@ -67,6 +67,16 @@ def test_controls_are_matched_nodes_alone_and_deleted(copy: Coupling) -> None:
     assert kept.interval is not None and kept.value is not None and kept.interval[0] <= kept.value <= kept.interval[1]
 
 
+def test_a_circuits_errors_are_not_taken_from_the_blocks_it_replaces(dense: DenseModel) -> None:
+    carrier, kept_f, _ = case_of(untrained(dense), errors=True)
+    with_errors_f = kept_f | carrier.masked.is_error_f
+    assert not torch.equal(
+        torch.tensor(substituted(carrier, (0, 4), kept_f)), torch.tensor(substituted(carrier, (0, 4), with_errors_f))
+    )
+    found, expected = (substitution_measures(carrier, mask_f, kept_f[None], 0.8, 0.3, 0) for mask_f in (with_errors_f, kept_f))
+    assert found == expected
+
+
 def test_more_than_the_whole_is_as_far_off_as_less(dense: DenseModel) -> None:
     kept, rest = measured(untrained(dense))
     share = kept.points[-1].values["circuit"]

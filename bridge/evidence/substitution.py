@@ -2,6 +2,8 @@
 
     h_b  <-  g_b(x_b),   x_a = f_a(h_a),   x_b what the circuit alone makes of it (all other nodes at their means)
 
+Its errors are at their means as well: they are taken from the run of the dense blocks that are replaced.
+
 With K the share that is kept of d, the mean over the prompts, faithfulness is 1 - |1 - K|. Beside it
 
     complement   all nodes but the circuit's
@@ -68,6 +70,7 @@ def substitution_measures(
     carrier: Carrier, kept_f: Tensor, matched_cf: Tensor, least: float, of_others: float, seed: int
 ) -> tuple[Measure, ...]:
     """What the circuit keeps, held to `least`, and matched nodes in the mean, and its complement, to `of_others` at most."""
+    kept_f = kept_f & carrier.loss.nodes_f
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
     names = "faithfulness of the circuit in place of the blocks", "share of d that its complement keeps there"
     dense_b = carrier.loss.model_b.double().cpu().numpy()
