@@ -8,11 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.card.card import Card
     from bridge.circuits.loss import SearchConfig
-    from bridge.circuits.masks import Aim
-    from bridge.circuits.result import TaskResult
-    from bridge.circuits.search import Subjects, search_task
     from bridge.coupling import Coupling, fit, load
     from bridge.dense import DenseModel, load_dense
     from bridge.evaluate import Evaluation, evaluate
@@ -26,6 +22,9 @@ if TYPE_CHECKING:
     from bridge.nodes import NodeFacts, collect_nodes
     from bridge.recipe import Recipe, UserError
     from bridge.steer import Steering, steer
+    from bridge.studies.card import Card
+    from bridge.studies.result import TaskResult
+    from bridge.studies.search import Subjects, search_task
     from bridge.sweep import sweep
     from bridge.training import Progress
 
@@ -33,8 +32,7 @@ __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
-    "Aim": "circuits.masks",
-    "Card": "card.card",
+    "Card": "studies.card",
     "Coupling": "coupling",
     "DenseModel": "dense",
     "Evaluation": "evaluate",
@@ -49,8 +47,8 @@ _HOME = {
     "Report": "evidence.measures",
     "SearchConfig": "circuits.loss",
     "Steering": "steer",
-    "Subjects": "circuits.search",
-    "TaskResult": "circuits.result",
+    "Subjects": "studies.search",
+    "TaskResult": "studies.result",
     "UserError": "recipe",
     "collect_nodes": "nodes",
     "describe_node": "node_page",
@@ -61,14 +59,13 @@ _HOME = {
     "load": "coupling",
     "load_dense": "dense",
     "node_pages": "export",
-    "search_task": "circuits.search",
+    "search_task": "studies.search",
     "steer": "steer",
     "sweep": "sweep",
     "to_networkx": "export",
 }
 
 __all__ = [
-    "Aim",
     "Card",
     "Coupling",
     "DenseModel",

@@ -62,7 +62,7 @@ class Edge:
     """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
 
     Of a task's circuit, whose ends are at every position: weight is the entry W_ji itself, effect the mean over prompts of what
-    W_ji (a_i - m_i) does to the search's loss, to first order; below 0 where the edge helps.
+    W_ji (a_i - m_i) adds to D at all positions, to first order.
     """
 
     source: Node
@@ -123,16 +123,15 @@ class NodeSpace:
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """The channels kept for a task, which is named: kept_1n (bool) and corpus means_n per location, and the losses measured.
+    """The channels kept for a task, which is named: kept_1n (bool) and corpus means_n per location.
 
-    `edges` are the weights that it was pruned to, None where every weight between kept nodes stays. Raises ValueError where a
+    `edges` are the weights between kept nodes, none of them pruned; None where they were not looked at. Raises ValueError where a
     location has no mean, or a mask is not that of every position.
     """
 
     explains: str
     kept: Mapping[Location, Tensor]
     means: Mapping[Location, Tensor]
-    losses: Mapping[str, float]
     edges: tuple[Edge, ...] | None = None
 
     def __post_init__(self) -> None:

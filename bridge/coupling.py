@@ -14,15 +14,14 @@ from typing import Any, ParamSpec
 
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.card import Card
-from bridge.card.suite import Wanted, run_cards
-from bridge.circuits.masks import Aim
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import WORK, Subjects, search_task
-from bridge.circuits.suite import resolved
 from bridge.evaluate import evaluate
 from bridge.explain import explain
 from bridge.steer import steer
+from bridge.studies.card import Card
+from bridge.studies.cards import Wanted, run_cards
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import resolved
 
 P = ParamSpec("P")
 
@@ -55,12 +54,12 @@ class Coupling(Bare):
         """Both models with the means of their nodes, taken once for any number of tasks."""
         return Subjects.of(self)
 
-    def circuit(self, task: str | Path, aim: Aim | None = None, **options: Any) -> TaskResult:
+    def circuit(self, task: str | Path, **options: Any) -> TaskResult:
         """The circuit of a built-in task, or of a .jsonl or .yaml file of examples; options are those of `search_task`.
 
-        Raises TaskError, UnsolvedError where the sparse model does not do the task, MaskError where no circuit is found.
+        Raises TaskError, UnsolvedError where the sparse model does not do the task, SearchError where there is nothing to search.
         """
-        return search_task(self.subjects, resolved(self.subjects, str(task)), aim, **options)
+        return search_task(self.subjects, resolved(self.subjects, str(task)), **options)
 
     def card(
         self,
@@ -69,14 +68,14 @@ class Coupling(Bare):
         *,
         seeds: int = 1,
         seed: int = 0,
-        work: float = WORK,
+        work: float = 1.0,
         progress: Callable[[str], None] | None = None,
     ) -> Card:
         """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
-        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, as a consensus of
-        `seeds` and within `work`. Raises TaskError, MaskError where none is found, CheckpointError, or CardError where it is not
-        this task's or not this coupling's.
+        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
+        seeds and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
+        CardError where it is not this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)

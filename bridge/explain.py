@@ -100,7 +100,7 @@ def explain(
     say("tokens: both models' answers")
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
-    swapped = None if other_t is None else Counterfactual(other_t, follow(coupling, other_t[None], last_b))
+    swapped = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
     question = _question(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_rows(coupling, reference_bt)
     say(f"means: {used_bt.numel():,} tokens of reference text")

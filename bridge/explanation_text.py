@@ -12,13 +12,13 @@ ATTENTION, EVIDENCE, how to read it, what it was made from
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bridge import display
 from bridge.circuits.attention import Read
 from bridge.circuits.paths import strongest_paths
 from bridge.columns import columns
-from bridge.evidence.measures import Measure
+from bridge.evidence.measures import EVIDENCE, evidence_row, evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
 from bridge.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, ExplainedNode, Explanation
 from bridge.sparse import ERROR
@@ -280,35 +280,6 @@ def _attention(explanation: Explanation, width: int) -> list[str]:
 
 def _read(explanation: Explanation, read: Read) -> str:
     return f"{quoted(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
-
-
-# -- evidence -----------------------------------------------------------------------------------------------------------------
-
-EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
-
-
-def evidence_table(measures: Iterable[Measure], width: int = 100) -> list[str]:
-    """Measures as a table for a terminal, what is to be said of each below it."""
-    rows: list[tuple[str, ...]] = [EVIDENCE]
-    for measure in measures:
-        name, *cells = evidence_row(measure)
-        rows.append((f"  {name}", *cells))
-        rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
-    return columns(rows, width)
-
-
-def evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
-    """A measure's cells under EVIDENCE."""
-    value = "-" if measure.value is None else f"{measure.value:.3f}"
-    met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
-    asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
-    return measure.name, value, met, asked, "" if measure.control is None else measure.control.text()
-
-
-def _beside(measure: Measure) -> str:
-    interval = "" if measure.interval is None else "95% interval {:.2f} to {:.2f}".format(*measure.interval)
-    ceiling = "" if measure.ceiling is None else f"all nodes {measure.ceiling:.2f}"
-    return "; ".join(part for part in (interval, ceiling, measure.note) if part)
 
 
 # -- lines --------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
 A model that does no task is thus as large as its nonzeros between nodes, and the sparser the smaller: how many tasks have a
 circuit stands beside every mean. Both are better when smaller, so that in the plot good is left and down; CE recovered runs
-from right to left for that. The dense model is the last line: its own cross-entropy, its own circuits at the same loss.
+from right to left for that. The dense model is the last line: its own cross-entropy, its own circuits at the same level.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bridge.checkpoint import CheckpointError, read_json, write_json
-from bridge.circuits.compare import geometric_mean
-from bridge.circuits.result import Size
+from bridge.studies.compare import geometric_mean
+from bridge.studies.result import Size
 from bridge.svg import BOTTOM, COLOURS, GAP, HEIGHT, LEFT, PANEL, RIGHT, TOP, Frame, figure, log_ticks, ticks, y_title
 
-FORMAT = 1
+FORMAT = 2
 SAME_TEXT = 1e-3  # nats by which the dense model's cross-entropy may differ between points that saw the same text
 
 
@@ -116,8 +116,7 @@ class Frontier:
     failures: tuple[Failure, ...]
     missing: tuple[str, ...]
     dense: DensePoint | None
-    objective: str
-    target: float
+    level: float
     seeds: int
 
     def to_json(self) -> dict[str, Any]:
@@ -188,8 +187,9 @@ def render_frontier(frontier: Frontier) -> str:
         lines.append(f"not measured yet: {', '.join(frontier.missing)}")
     lines += [
         "",
-        "CE: sparse model, nats per token of held-out text. Nodes, edges: geometric means over tasks of circuits at a loss of",
-        f"at most {frontier.target:g} ({frontier.objective}), a task without a circuit counted at the whole model's size.",
+        "CE: sparse model, nats per token of held-out text. Nodes, edges: geometric means over tasks of circuits at F "
+        f"{frontier.level:g},",
+        "a task without a circuit counted at the whole model's size.",
     ]
     if dense is not None and dense.why_not:
         lines.append(f"The dense model was not pruned: {dense.why_not}")

@@ -37,12 +37,12 @@ from torch import Tensor
 
 from bridge.bridges import Coupling
 from bridge.circuit import Node, recording_gate
-from bridge.circuits.result import TaskResult
 from bridge.explanation import check_coupling, read_explanation
 from bridge.nodes import parse_node, sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.residual import Trace
 from bridge.sparse import ERROR, Gate, Location
+from bridge.studies.result import TaskResult
 from bridge.transport import Change, run_changed
 
 MOST_LISTED = 1000  # nodes that a result lists

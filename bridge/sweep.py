@@ -24,14 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.bridges import Coupling, folder_of
 from bridge.checkpoint import CheckpointError, check_new, read_json, write_json
-from bridge.circuits.masks import Aim, MaskError
-from bridge.circuits.result import Size, TaskResult
-from bridge.circuits.search import WORK, Subjects, search_dense, whole_size
-from bridge.circuits.suite import folder_name, resolved, run_suite
+from bridge.circuits.task_search import TASK_SEARCH, SearchError
 from bridge.dense import DenseModel, load_dense
 from bridge.evaluate import Evaluation, evaluate
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize
 from bridge.recipe import Recipe, RunError, UserError, known_names, recipe_values, resolve
+from bridge.studies.result import Size, TaskResult
+from bridge.studies.search import Explains, Subjects, search_config, search_dense, whole_size
+from bridge.studies.suite import folder_name, resolved, run_suite
 from bridge.tasks.pairs import TaskError, load_task, task_names
 from bridge.training import Progress, fit
 from bridge.wiring import DenseModelError
@@ -62,15 +62,15 @@ class Search:
     """The settings of every circuit search of a sweep, the same for all points."""
 
     tasks: tuple[str, ...]
-    aim: Aim
+    level: float
+    explains: Explains
     seeds: int
     budget: float
     rows: int
 
     def to_json(self) -> dict[str, Any]:
         """The settings that a stored result must agree in to be used."""
-        aim = self.aim
-        return {"objective": aim.objective, "target": aim.bound, "seeds": self.seeds, "budget": self.budget, "rows": self.rows}
+        return {"level": self.level, "explains": self.explains, "seeds": self.seeds, "budget": self.budget, "rows": self.rows}
 
 
 def plan(
@@ -123,10 +123,11 @@ def sweep(
     adapter: str | None = None,
     revision: str | None = None,
     tokenizer: Any = None,
-    aim: Aim | None = None,
+    level: float = TASK_SEARCH.opens_at,
+    explains: Explains = "dense",
     seeds: int = 1,
     dense: bool = True,
-    budget: float = WORK,
+    budget: float = 1.0,
     rows: int = ROWS,
     device: str = "auto",
     dtype: str = "float32",
@@ -143,7 +144,7 @@ def sweep(
     given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     given |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **given)
-    search = _search(tasks, Aim() if aim is None else aim, seeds, budget, rows)
+    search = _search(tasks, level, explains, seeds, budget, rows)
     fits = [point for point in points if point.values is not None]
     if model is None:
         model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
@@ -151,7 +152,7 @@ def sweep(
             raise SweepError("which model is not said; give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
         there = Frontier.load(out)
-        searches = (there.objective, there.target, there.seeds), (search.aim.objective, search.aim.bound, seeds)
+        searches = (there.level, there.seeds), (search.level, seeds)
         if there.points and searches[0] != searches[1]:
             raise SweepError(f"--out {str(out)!r} holds a sweep by {searches[0]}, not {searches[1]}; name another")
     else:
@@ -173,7 +174,7 @@ def sweep(
 
     def state(number: int) -> Frontier:
         missing = tuple(point.name for point in points[number:])
-        return Frontier(tuple(done), tuple(failures), missing, dense_point, search.aim.objective, search.aim.bound, seeds)
+        return Frontier(tuple(done), tuple(failures), missing, dense_point, search.level, seeds)
 
     if not (out / "sweep.json").is_file():
         state(0).save(out)
@@ -195,7 +196,7 @@ def sweep(
     return state(len(points))
 
 
-def _search(tasks: Sequence[str], aim: Aim, seeds: int, budget: float, rows: int) -> Search:
+def _search(tasks: Sequence[str], level: float, explains: Explains, seeds: int, budget: float, rows: int) -> Search:
     for what, value in (("seeds", seeds), ("rows", rows), ("budget", budget)):
         if not value > 0:
             raise SweepError(f"{what} {value} leaves nothing to do; give a positive number")
@@ -205,7 +206,8 @@ def _search(tasks: Sequence[str], aim: Aim, seeds: int, budget: float, rows: int
         raise SweepError(f"two tasks are called {twice!r}; name each once, and rename one of two files")
     for name in names:
         load_task(name)
-    return Search(names, aim, seeds, budget, rows)
+    search_config(level, budget)
+    return Search(names, level, explains, seeds, budget, rows)
 
 
 class _Sweep:
@@ -341,8 +343,8 @@ class _Sweep:
             self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
             return sizes
         texts = run_suite(
-            Subjects.of(self.loaded(where)), search.tasks, search.aim, out=circuits, progress=self.progress,
-            seeds=search.seeds, work=search.budget, dense=False,
+            Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.progress, level=search.level,
+            explains=search.explains, seeds=search.seeds, work=search.budget, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
         for file in files:
@@ -383,12 +385,12 @@ class _Sweep:
         label = folder_name(task)
         try:
             size = search_dense(
-                subjects, resolved(subjects, task), self.search.aim, work=self.search.budget,
+                subjects, resolved(subjects, task), level=self.search.level, work=self.search.budget,
                 progress=lambda text: self.progress(f"{label}: {text}"),
             )  # fmt: skip
         except DenseModelError:
             raise
-        except (MaskError, TaskError) as error:
+        except (SearchError, TaskError) as error:
             return TaskSize(label, whole_size(subjects.dense), str(error))
         return TaskSize(label, size)
 
@@ -445,7 +447,7 @@ def _task_size(folder: Path) -> TaskSize:
             f"{str(folder)!r} is no result that this version of bridge reads; delete it, and sweep again"
         ) from None
     result = TaskResult.load(folder)
-    return TaskSize(folder.name, result.facts.size, verdict=result.faithfulness.verdict)
+    return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)
 
 
 def _line(evaluation: Evaluation) -> str:

@@ -39,18 +39,18 @@ def circuit(
     all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language, then compare their circuits.")] = False,
     language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
-    target_loss: Annotated[float | None, typer.Option(help="Bound on the search's loss in nats per prompt.")] = None,
-    objective: Annotated[str, typer.Option(help="superset: KL, in random supersets too; paper: the task's loss.")] = "superset",
-    seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken.", min=1)] = 1,
+    level: Annotated[float, typer.Option(help="Faithfulness that the circuit is at: .8, .9, .95 or .99.")] = 0.9,
+    explains: Annotated[str, typer.Option(help="Whose answers are explained: the dense model's, or the sparse one's.")] = "dense",
+    seeds: Annotated[int, typer.Option(help="Searches of which the smallest circuit is taken.", min=1)] = 1,
     seed: Annotated[int, seed_of("The first of the seeds.")] = 0,
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
     dense: Dense = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuit.")] = False,
-    work: Annotated[float, typer.Option(help="Bound on the search, as a multiple of the default.", min=0.01)] = 1.0,
+    work: Annotated[float, typer.Option(help="Steps of the search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Find the circuit of a task in the sparse model, with its evidence, and the dense model's at the same loss beside it."""
+    """Find the nested circuits of a task in the sparse model, with their evidence, and the dense model's own beside them."""
     with one_line_errors():
         from bridge.recipe import RecipeError
 
@@ -58,25 +58,25 @@ def circuit(
             raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
         if null not in (None, "labels", "weights", "shuffled"):
             raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
-        from bridge.circuits.masks import Aim
-
-        aim = Aim(objective, target_loss)  # pyright: ignore[reportArgumentType]
-        from bridge.circuits.search import WORK, Subjects
-        from bridge.circuits.suite import run_suite, run_task
+        of = _explains(explains)
+        from bridge.studies.search import Subjects, search_config
+        from bridge.studies.suite import run_suite, run_task
         from bridge.tasks.pairs import task_names
+
+        search_config(level, work)  # refused before anything is loaded
 
         check_outputs(out)
         subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch = Phases()
-        options: dict[str, Any] = {"seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work * WORK}
+        options: dict[str, Any] = {
+            "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work,
+        }  # fmt: skip
         if task is not None:
-            text = run_task(subjects, task, aim, out=out, progress=watch, width=terminal_width(), **options)
+            text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
             watch.end()
             print(text)
         else:
-            for text in run_suite(
-                subjects, task_names(language), aim, out=out, progress=watch, width=terminal_width(), **options
-            ):
+            for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=terminal_width(), **options):
                 watch.end()
                 print(f"{text}\n", flush=True)
 
@@ -88,32 +88,30 @@ def card(
     all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language.")] = False,
     language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
-    seeds: Annotated[int, typer.Option(help="Searches whose consensus is taken, where a circuit is searched.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Searches of which the smallest is taken, where a circuit is searched.", min=1)] = 1,
     seed: Annotated[int, seed_of("Of searches and controls.")] = 0,
-    work: Annotated[float, typer.Option(help="Bound on a search, as a multiple of the default.", min=0.01)] = 1.0,
+    work: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Test a task's circuit on the dense model: four tests with ceilings, controls and intervals; nulls; a verdict."""
+    """Test a task's circuit on the dense model: tests with ceilings, controls and intervals; nulls; a verdict."""
     with one_line_errors():
         from bridge.recipe import RecipeError
 
         if (task is not None or circuit is not None) == all_:
             raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
-        from bridge.card.suite import run_cards, wanted_cards
         from bridge.checkpoint import write_json
-        from bridge.circuits.search import WORK, Subjects
+        from bridge.studies.cards import run_cards, wanted_cards
+        from bridge.studies.search import Subjects
         from bridge.tasks.pairs import task_names
 
         check_outputs(out, json=json, read=[task])
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
         subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch, cards = Phases(), []
-        for one, text in run_cards(
-            subjects, wanted, seed=seed, seeds=seeds, work=work * WORK, width=terminal_width(), progress=watch
-        ):
+        for one, text in run_cards(subjects, wanted, seed=seed, seeds=seeds, work=work, width=terminal_width(), progress=watch):
             watch.end()
             print_output(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
@@ -129,7 +127,7 @@ def nulls(
     circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; others are searched.")] = None,
     against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
     minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
-    budget: Annotated[float, typer.Option(help="Compute budget of each search, as a multiple of the default.", min=0.01)] = 0.2,
+    budget: Annotated[float, typer.Option(help="Steps of each search, as a multiple of the default.", min=0.01)] = 0.2,
     prompts: Annotated[int, typer.Option(help="Run them on so many prompts of held-out text instead of on tasks.", min=0)] = 0,
     seed: Annotated[int, seed_of("Of all that is random.")] = 0,
     dense: Dense = None,
@@ -137,9 +135,9 @@ def nulls(
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
     with one_line_errors():
-        from bridge.card.suite import run_nulls
         from bridge.checkpoint import check_folder
-        from bridge.circuits.search import WORK, Subjects
+        from bridge.studies.cards import run_nulls
+        from bridge.studies.search import Subjects
         from bridge.tasks.pairs import task_names
         from bridge.training import FitStopped
 
@@ -164,7 +162,7 @@ def nulls(
                 circuits=circuits,
                 against=uncoupled,
                 minutes=minutes,
-                work=budget * WORK,
+                work=budget,
                 seed=seed,
                 width=terminal_width(),
                 progress=watch,
@@ -188,12 +186,14 @@ def sweep(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
     data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; what is there already is not done again.")] = None,
-    target_loss: Annotated[float | None, typer.Option(help="Bound on a circuit's loss in nats per prompt.")] = None,
-    objective: Annotated[str, typer.Option(help="superset: KL, in random supersets too; paper: the task's loss.")] = "superset",
-    seeds: Annotated[int, typer.Option(help="Searches per task whose consensus is taken.", min=1)] = 1,
+    level: Annotated[float, typer.Option(help="Faithfulness that circuits are at: .8, .9, .95 or .99.")] = 0.9,
+    explains: Annotated[
+        str, typer.Option(help="Whose answers circuits explain: the dense model's, or the sparse one's.")
+    ] = "dense",
+    seeds: Annotated[int, typer.Option(help="Searches per task of which the smallest circuit is taken.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
-    budget: Annotated[float, typer.Option(help="Compute budget of a search, as a multiple of the default.", min=0.01)] = 1.0,
+    budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
     rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
     adapter: Adapter = None,
     revision: Revision = None,
@@ -211,8 +211,6 @@ def sweep(
             "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
             "adapter": adapter, "revision": revision,
         }  # fmt: skip
-        from bridge.circuits.masks import Aim
-        from bridge.circuits.search import WORK
         from bridge.sweep import sweep as run_sweep
         from bridge.training import FitStopped
 
@@ -225,9 +223,8 @@ def sweep(
         try:
             frontier = run_sweep(
                 model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **given,
-                aim=Aim(objective, target_loss),  # pyright: ignore[reportArgumentType]
-                seeds=seeds, dense=not no_dense, budget=budget * WORK, rows=rows, device=choose_device(device), dtype=dtype,
-                on_step_end=print_step, progress=watch,
+                level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, budget=budget, rows=rows,
+                device=choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
             watch.end()
@@ -264,9 +261,9 @@ def nodes(
             raise EndpointError("which nodes to describe is not said; give --node NAME or --circuit DIR")
         endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
         from bridge.checkpoint import write_json
-        from bridge.circuits.result import TaskResult
         from bridge.node_page import describe_node, render_page
         from bridge.nodes import collect_nodes, parse_node, render_summary, stored_facts
+        from bridge.studies.result import TaskResult
 
         check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
         name = chosen_coupling(bridge)
@@ -315,7 +312,7 @@ def tasks(
     """List the tasks, and how well the dense and the sparse model do on them."""
     with one_line_errors():
         from bridge.checkpoint import write_json
-        from bridge.circuits.judge import SOLVED
+        from bridge.evidence.task_sufficiency import SOLVED
         from bridge.tasks.pairs import SPLITS, TaskError, load_task, task_names
         from bridge.tasks.tokens import resolve, score
 
@@ -360,3 +357,12 @@ def tasks(
         if json is not None:
             write_json(json, rows)
             print_written(json)
+
+
+def _explains(text: str) -> Any:
+    """Whose answers are explained. Raises RecipeError for anybody else's."""
+    from bridge.recipe import RecipeError
+
+    if text not in ("dense", "sparse"):
+        raise RecipeError(f"whose answers {text!r} are is not known; give dense or sparse")
+    return text

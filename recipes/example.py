@@ -57,12 +57,12 @@ for answer in (name for name, kind in graph.nodes(data="kind") if kind == "answe
     print(f"\n{len(behind)} nodes lead to {answer}, at", *(repr(explanation.tokens[position].text) for position in read))
 
 # %% Not one prompt but a task: the channels that do it on many, judged on prompts that the search has not seen.
-# The search is one of its own (bounds on the KL, no errors). With `dense` left at True, the dense model's own circuit at the
-# same loss is found beside it; with `work` left alone, a smaller one.
+# The search is the same. With `dense` left at True, the dense model's own circuit at the same level is found beside it; with
+# `work` left alone, a smaller one.
 result = None
 try:
-    result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, work=1e11)
-    print(f"\n{result.facts.task}: {result.facts.size.nodes} of {result.facts.whole.nodes} nodes, {result.faithfulness.verdict}")
+    result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, work=0.5)
+    print(f"\n{result.facts.task}: {result.facts.size.nodes} of {result.facts.whole.nodes} nodes, {result.report.verdict}")
 except bridge.UserError as error:  # what the sparse model does not do has no circuit
     print(f"\n{error}")
 result

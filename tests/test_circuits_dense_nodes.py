@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,12 @@ import torch
 from conftest import planted_pairs
 from test_dense import FAMILIES, tiny
 
-from bridge.circuits.dense_nodes import DenseSubject
-from bridge.circuits.edges import EdgeGoal, Pruned, find_edges
-from bridge.circuits.masks import Aim, Goal
-from bridge.circuits.subject import ATTENDED
+from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
+from bridge.circuits.question import Question
+from bridge.circuits.subject import edge_count
 from bridge.dense import DenseModel, load_dense
 from bridge.sparse import Location
+from bridge.tasks.tokens import TokenPairs
 from bridge.wiring import DenseModelError
 
 CORPUS = torch.randint(2, 30, (4, 8), generator=torch.Generator().manual_seed(0))
@@ -35,7 +36,7 @@ def test_nodes_are_found_and_their_gates_change_nothing(family: str) -> None:
         assert x.shape == (*CORPUS.shape, subject.space.sizes[location])
         return x
 
-    assert torch.equal(subject._run(CORPUS, gate), dense.run(CORPUS).logits_btv)
+    assert torch.equal(subject.run(CORPUS, gate), dense.run(CORPUS).logits_btv)
     assert sorted(seen) == sorted(subject.space.sizes)  # every location once
 
 
@@ -57,7 +58,7 @@ def test_another_threads_plain_run_does_not_see_gates() -> None:
 
     with ThreadPoolExecutor() as threads:
         found = threads.submit(other)
-        assert not torch.equal(subject._run(CORPUS, gate), plain_btv)
+        assert not torch.equal(subject.run(CORPUS, gate), plain_btv)
         assert torch.equal(found.result(), plain_btv)
 
 
@@ -65,12 +66,13 @@ def test_the_matrices_of_gpt2_are_its_own() -> None:
     dense = load_dense(tiny("gpt2"))
     model: Any = dense.model
     block = model.transformer.h[0]
-    matrices = {matrix.name: matrix for matrix in DenseSubject(dense, CORPUS).matrices() if matrix.source.layer == 0}
+    found = DenseSubject(dense, CORPUS).matrices()
+    matrices = {(matrix.source.kind, matrix.target.kind): matrix for matrix in found if matrix.source.layer == 0}
     width = dense.width
     assert {(m.source.kind, m.target.kind) for m in DenseSubject(dense, CORPUS).matrices()} == {
         ("attn_in", "c_attn"), ("c_attn", "attn_out"), ("mlp_in", "mlp_act"), ("mlp_act", "mlp_out"),
     }  # fmt: skip
-    assert torch.equal(matrices["0.attn_in.c_attn"].weight_ji, block.attn.c_attn.weight.T)
+    assert torch.equal(matrices["attn_in", "c_attn"].weight_ji, block.attn.c_attn.weight.T)
     output = next(m for m in DenseSubject(dense, CORPUS).matrices() if m.target == Location(0, "attn_out"))
     assert output.source_i.tolist() == [*range(2 * width, 3 * width)]  # the values come last of the three
     assert torch.equal(output.weight_ji, block.attn.c_proj.weight.T)
@@ -95,41 +97,34 @@ def test_a_model_without_such_maps_is_refused_in_one_line(dense: DenseModel) -> 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_removed_edge_is_no_weight_and_its_mean_in_the_bias(kind: str) -> None:
+def test_masks_over_a_dense_models_nodes_are_literal_interventions(kind: str) -> None:
     dense = load_dense(tiny(kind))
-    before_btv = dense.run(CORPUS).logits_btv
-    subject = DenseSubject(dense, CORPUS)
-    pruned = Pruned(subject)
-    assert isinstance(pruned.subject, DenseSubject)
-    row, column = 3, 2
-    for matrix in subject.matrices():
-        pruned.remove({})
-        assert torch.equal(pruned.subject._run(CORPUS, lambda _, x: x), before_btv)
-        pruned.remove({matrix.name: (torch.tensor([row]), torch.tensor([column]))})
-        mean = subject.means[Location(matrix.source.layer, ATTENDED) if matrix.target.kind == "attn_out" else matrix.source]
-        place = matrix.input_i[column]
+    subject, pairs = DenseSubject(dense, CORPUS), planted_pairs(6, (4, 6))
+    masked = MaskedDense(subject, Question.of_pairs(replace_tokens(pairs)))
+    every_bf = torch.ones(len(pairs), masked.space.size, dtype=torch.bool)
+    torch.testing.assert_close(masked.logits(every_bf), pairs.at_last(dense.run(masked.question.prompt_bt).logits_btv))
+    kept_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(1)) < 0.5
+    parts = masked.space.split(kept_f)
+    logits_btv = subject.run(
+        masked.question.prompt_bt, lambda at, x_btn: torch.where(parts[at][0], x_btn, subject.means[at].to(x_btn.dtype))
+    )
+    torch.testing.assert_close(masked.logits(kept_f.expand(len(pairs), -1)), pairs.at_last(logits_btv))
 
-        def without(module: Any, args: tuple, output: Any, matrix=matrix, mean=mean, place=place) -> Any:
-            taken = args[0][..., place] - mean[place if matrix.target.kind == "attn_out" else matrix.source_i[column]]
-            changed = output.clone()
-            changed[..., row] -= matrix.weight_ji[row, column] * taken
-            return changed
+    # gradients against a small step; nodes left out one by one against masks without them
+    mask_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(2))
+    one = masked.only(1)
+    gradient_1f, _ = one.gradient(mask_f[None], one.question.difference)
+    node_k = gradient_1f[0].abs().topk(5).indices
+    for node in node_k.tolist():
+        steps_f = torch.zeros_like(mask_f).index_fill(0, torch.tensor(node), 1e-2)
+        high, low = one.difference((mask_f + steps_f)[None]), one.difference((mask_f - steps_f)[None])
+        assert float((high - low) / 2e-2) == pytest.approx(float(gradient_1f[0, node]), rel=0.05, abs=1e-4)
+    without_kv = one.logits_without(kept_f, node_k)
+    for node, logits_v in zip(node_k.tolist(), without_kv, strict=True):
+        torch.testing.assert_close(logits_v, one.logits(kept_f.index_fill(0, torch.tensor(node), False)[None])[0])
+    assert edge_count(subject, kept_f) == sum(int(matrix.inside(parts).sum()) for matrix in subject.matrices()) > 0
 
-        handle = subject.linear(matrix.path).register_forward_hook(without)
-        literal_btv = dense.run(CORPUS).logits_btv
-        handle.remove()
-        torch.testing.assert_close(pruned.subject._run(CORPUS, lambda _, x: x), literal_btv, atol=1e-5, rtol=1e-4)
-        assert not torch.equal(literal_btv, before_btv), matrix.name
-    assert torch.equal(dense.run(CORPUS).logits_btv, before_btv)
 
-
-def test_the_dense_models_edges_are_pruned_to_a_bound() -> None:
-    dense = load_dense(tiny("gpt2"))
-    subject = DenseSubject(dense, CORPUS)
-    goal = Goal(subject, planted_pairs(8).both(), Aim(target=0.02), work=1e9)
-    every_f = torch.ones(subject.space.size, dtype=torch.bool)
-    found = find_edges(goal, goal, every_f)
-    assert found.loss <= 0.02 and 0 < found.n == len(found.edges) < found.n_before
-    with torch.no_grad():
-        every = EdgeGoal(goal, every_f)
-        assert every.loss(torch.ones(found.n_before, dtype=torch.bool)) == pytest.approx(0, abs=1e-6)
+def replace_tokens(pairs: TokenPairs) -> TokenPairs:
+    """The pairs with tokens that the tiny models have."""
+    return replace(pairs, prompt_bt=pairs.prompt_bt % 30)

@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCABULARY, planted_pairs, planted_sparse, untrained
+from conftest import VOCABULARY, planted_pairs, untrained
 from torch import Tensor
 
 from bridge.circuit import ablation_gate
-from bridge.circuits.dense_nodes import DenseSubject
-from bridge.circuits.subject import ATTENDED, SparseSubject, Subject, edge_count, in_order, masked_gate, recorded
+from bridge.circuits.subject import SparseSubject, edge_count, in_order, masked_gate, recorded, switched_on
 from bridge.dense import DenseModel
-from bridge.kernels.products import Compact
 from bridge.sparse import Location
+from bridge.tasks.tokens import TokenPairs
 
 
 def corpus() -> Tensor:
     return torch.randint(2, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=["sparse", "dense"])
-def subject(request: pytest.FixtureRequest, dense: DenseModel) -> Subject:
-    if request.param == "dense":
-        return DenseSubject(dense, corpus())
+def switched_on_f(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
+    """Literally: every prompt by itself, without its padding."""
+    on = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in subject.space.sizes.items()}
+
+    def look(at: Location, x_btn: Tensor) -> Tensor:
+        on[at] |= (x_btn != 0).any(1)
+        return x_btn
+
+    for prompt_t, last in zip(pairs.prompt_bt, pairs.last_b.tolist(), strict=True):
+        subject.sparse.run(prompt_t[None, : last + 1], gate=look)
+    return subject.space.join(on)
+
+
+@pytest.fixture
+def subject(dense: DenseModel) -> SparseSubject:
     sparse = untrained(dense).sparse.requires_grad_(False)
     sparse.project(0.3)
     return SparseSubject.over(sparse, corpus())
 
 
-def test_keeping_every_node_is_the_model_exactly(subject: Subject) -> None:
+def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubject) -> None:
+    pairs = planted_pairs(lengths=(4, 7))
+    assert torch.equal(switched_on(subject, pairs), switched_on_f(subject, pairs))
+
+
+def test_keeping_every_node_is_the_model_exactly(subject: SparseSubject) -> None:
     pairs = planted_pairs().both()
     every_f = torch.ones(subject.space.size, dtype=torch.bool)
     whole_bv = subject.logits(pairs)
     assert torch.equal(subject.logits(pairs, masked_gate(subject, every_f)), whole_bv)
-    assert torch.equal(subject.logits(pairs, masked_gate(subject, every_f.float())), whole_bv)
-    model = subject.sparse if isinstance(subject, SparseSubject) else subject.dense  # pyright: ignore[reportAttributeAccessIssue]
-    torch.testing.assert_close(whole_bv, pairs.at_last(model.run(pairs.prompt_bt).logits_btv))
+    torch.testing.assert_close(whole_bv, pairs.at_last(subject.sparse.run(pairs.prompt_bt).logits_btv))
 
 
-def test_prompts_of_several_lengths_are_asked_at_their_last_tokens(subject: Subject) -> None:
+def test_prompts_of_several_lengths_are_asked_at_their_last_tokens(subject: SparseSubject) -> None:
     pairs = planted_pairs(lengths=(4, 7))
     assert len(set(pairs.last_b.tolist())) == 2
     together_bv = subject.logits(pairs)
@@ -46,18 +59,16 @@ def test_prompts_of_several_lengths_are_asked_at_their_last_tokens(subject: Subj
         torch.testing.assert_close(subject.logits(pairs.rows(torch.tensor([row])))[0], together_bv[row], atol=1e-4, rtol=1e-4)
 
 
-def test_a_mask_per_prompt_is_every_prompt_with_its_mask(subject: Subject) -> None:
+def test_a_mask_per_prompt_is_every_prompt_with_its_mask(subject: SparseSubject) -> None:
     pairs = planted_pairs()
     kept_bf = torch.rand(len(pairs), subject.space.size, generator=torch.Generator().manual_seed(0)) < 0.5
     together_bv = subject.logits(pairs, masked_gate(subject, kept_bf))
-    mixed_bv = subject.logits(pairs, masked_gate(subject, kept_bf.float()))
     for row in range(len(pairs)):
         one_1v = subject.logits(pairs.rows(torch.tensor([row])), masked_gate(subject, kept_bf[row]))
         torch.testing.assert_close(together_bv[row], one_1v[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(mixed_bv[row], one_1v[0], atol=1e-4, rtol=1e-4)
 
 
-def test_nodes_outside_have_their_means_and_a_missing_mean_is_an_error(subject: Subject) -> None:
+def test_nodes_outside_have_their_means_and_a_missing_mean_is_an_error(subject: SparseSubject) -> None:
     pairs = planted_pairs()
     kept_f = torch.rand(subject.space.size, generator=torch.Generator().manual_seed(1)) < 0.5
     values = recorded(subject, pairs, masked_gate(subject, kept_f))
@@ -70,7 +81,7 @@ def test_nodes_outside_have_their_means_and_a_missing_mean_is_an_error(subject: 
         ablation_gate(subject.space.split(kept_f), fewer)
 
 
-def test_means_are_those_of_recorded_values(subject: Subject) -> None:
+def test_means_are_those_of_recorded_values(subject: SparseSubject) -> None:
     tokens_bt = corpus()
     pairs = planted_pairs().rows(torch.zeros(len(tokens_bt), dtype=torch.long))
     from dataclasses import replace
@@ -80,23 +91,7 @@ def test_means_are_those_of_recorded_values(subject: Subject) -> None:
         torch.testing.assert_close(subject.means[location], value_btn.mean((0, 1)), atol=1e-5, rtol=1e-5)
 
 
-def test_the_mean_of_what_attention_hands_on(dense: DenseModel) -> None:
-    sparse = untrained(dense).sparse.requires_grad_(False)
-    means = SparseSubject.over(sparse, corpus()).means
-    values: dict[Location, Tensor] = {}
-
-    def gate(location: Location, x_btn: Tensor) -> Tensor:
-        values[location] = x_btn
-        return x_btn
-
-    sparse.run(corpus(), gate=gate)
-    pattern_bhtt = sparse.pattern(0, values[Location(0, "q")], values[Location(0, "k")])
-    v_bhtc = values[Location(0, "v")].unflatten(-1, (-1, sparse.shape.head_channels)).transpose(1, 2)
-    expected_n = (pattern_bhtt @ v_bhtc).transpose(1, 2).flatten(2).mean((0, 1))
-    torch.testing.assert_close(means[Location(0, ATTENDED)], expected_n, atol=1e-5, rtol=1e-5)
-
-
-def test_edges_are_nonzero_weights_between_kept_nodes(subject: Subject) -> None:
+def test_edges_are_nonzero_weights_between_kept_nodes(subject: SparseSubject) -> None:
     kept_f = torch.rand(subject.space.size, generator=torch.Generator().manual_seed(2)) < 0.4
     kept = subject.space.split(kept_f)
     count = 0
@@ -111,11 +106,3 @@ def test_pairs_have_an_order_of_their_own() -> None:
     shuffled = pairs.rows(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)))
     one, other = in_order(pairs), in_order(shuffled)
     assert torch.equal(one.prompt_bt, other.prompt_bt) and torch.equal(one.answer_bk, other.answer_bk)
-
-
-def test_what_work_costs_does_not_depend_on_how_it_is_done(dense: DenseModel) -> None:
-    sparse = planted_sparse(dense, decoys=20)
-    corpus_bt = torch.randint(2, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(0))
-    before = SparseSubject.over(sparse, corpus_bt).cost
-    sparse.compact.update({name: Compact.of(weight) for name, weight in sparse.packable().items()})
-    assert SparseSubject.over(sparse, corpus_bt).cost == before

@@ -11,16 +11,16 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
-from test_circuits_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
+from test_studies_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
 
 import bridge
 from bridge import training
 from bridge.bridges import Coupling as Bare
-from bridge.card.suite import Wanted, run_cards
-from bridge.circuits.masks import Aim
-from bridge.circuits.search import Subjects, search_task
-from bridge.circuits.suite import resolved
 from bridge.coupling import Coupling
+from bridge.studies import search
+from bridge.studies.cards import Wanted, run_cards
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import resolved
 
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"
 PROMPT = "w9 w12 w30 w2"
@@ -51,28 +51,29 @@ def test_explain_and_evaluate_are_the_functions(held: Coupling) -> None:
 
 def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
     subjects = Subjects.of(held)
-    expected = search_task(subjects, resolved(subjects, str(task_file)), Aim(target=0.05), dense=False, work=1e9)
-    found = held.circuit(task_file, Aim(target=0.05), dense=False, work=1e9)
-    assert found.circuit.nodes == expected.circuit.nodes and found.faithfulness == expected.faithfulness
+    expected = search_task(subjects, resolved(subjects, str(task_file)), explains="sparse", dense=False, work=0.2)
+    found = held.circuit(task_file, explains="sparse", dense=False, work=0.2)
+    assert found.circuit.nodes == expected.circuit.nodes and found.report == expected.report
     assert held.subjects is held.subjects
     with pytest.raises(bridge.UserError, match="no-such-task"):
         held.circuit("no-such-task")
 
 
 def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: Path) -> None:
-    found = held.circuit(task_file, dense=False, work=1e9)
+    found = held.circuit(task_file, explains="sparse", dense=False, work=0.2)
     found.save(tmp_path / "planted")
     (expected, _) = next(run_cards(held.subjects, [Wanted(str(task_file), tmp_path / "planted", None)], progress=lambda _: None))
     said: list[str] = []
     kept, fresh = held.card(task_file, tmp_path / "planted", progress=said.append), held.card(task_file, found)
     assert expected is not None and said
     for card in (kept, fresh):
-        assert (card.tests, card.nulls_note, card.verdict) == (expected.tests, expected.nulls_note, expected.verdict)
+        assert (card.report, card.nulls, card.verdict) == (expected.report, expected.nulls, expected.verdict)
     assert kept.provenance == expected.provenance
     other = replace(found, facts=replace(found.facts, task="another"))
     with pytest.raises(bridge.UserError, match="the circuit is of the task another, not planted"):
         held.card(task_file, other)
-    assert held.card(task_file, work=1e7).kind == "task"  # searched
+    with pytest.raises(bridge.UserError, match="nothing to explain"):  # searched: this dense model does not do the task
+        held.card(task_file, work=0.2)
 
 
 def test_what_is_fitted_has_them_too(dense_folder: Path, text_file: Path) -> None:
@@ -91,6 +92,7 @@ def test_the_example_runs(
 ) -> None:
     for name, value in {"BRIDGE": bridge_folder, "PROMPT": PROMPT, "TASK": task_file, "OUT": tmp_path / "out"}.items():
         monkeypatch.setitem(os.environ, f"EXAMPLE_{name}", str(value))
+    monkeypatch.setattr(search, "TASK_SEARCH", replace(search.TASK_SEARCH, least_span=-1.0))  # of a random dense model
     left = runpy.run_path(str(EXAMPLE))
     said = capsys.readouterr().out
     assert left["explanation"].report.verdict.upper() in said

@@ -23,7 +23,7 @@ from bridge.evidence.controls import active_nodes, another_prompt, matched, node
 from bridge.evidence.deletion import Deletion, delete, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
-from bridge.evidence.patching import Counterfactual, full_swap, mean_share, patched
+from bridge.evidence.patching import Counterfactual, full_swap, mean_share, moved, patched
 from bridge.evidence.sufficiency import adversary, backup, backup_nodes, measure_nested, superset_draws
 from bridge.residual import Enter
 from bridge.sparse import ERROR, Location
@@ -132,9 +132,10 @@ def test_a_deletion_that_deletes_nothing_loses_nothing(case: Case, carrier: Carr
 
 
 def test_the_ratio_is_the_least_behind_the_nodes() -> None:
-    found = Deletion(0.9, (0.0, 0.1, 0.6, 0.2), (0.0, 0.2, 0.8, 0.4))
+    dense_jb, sparse_jb = (np.array([lost_j]).T for lost_j in ((0.0, 0.1, 0.6, 0.2), (0.0, 0.2, 0.8, 0.4)))
+    found = Deletion(np.array([0.9]), dense_jb, sparse_jb)
     assert found.behind(1 / 3) == (2, 3)
-    assert found.ratio(1 / 3) == pytest.approx(0.5)
+    assert found.ratio(1 / 3) == pytest.approx(0.5) and found.ratio_interval(1 / 3, 0) is None
     assert found.best == 0.6
 
 
@@ -158,7 +159,7 @@ def test_matched_nodes_are_active_others_of_the_same_places(case: Case) -> None:
     active_f = active_nodes(masked)
     values = node_values(masked, torch.ones_like(case.kept_f))
     for at, active_tn in space.split(active_f).items():
-        expected_tn = torch.zeros_like(active_tn) if at.kind == ERROR else values[at] != 0
+        expected_tn = torch.zeros_like(active_tn) if at.kind == ERROR else values[at][0] != 0
         assert torch.equal(active_tn, expected_tn)
     drawn_cf = matched(masked, case.kept_f, 3, torch.Generator().manual_seed(0))
     assert not bool((drawn_cf & case.kept_f).any())
@@ -296,13 +297,13 @@ def test_a_profile_that_only_sites_explain_is_no_better_than_its_null() -> None:
 
 def other_prompt(case: Case) -> Counterfactual:
     tokens_t = torch.randint(2, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(16))
-    return Counterfactual(tokens_t, follow(case.coupling, tokens_t[None], torch.tensor([LENGTH - 1])))
+    return Counterfactual(tokens_t[None], follow(case.coupling, tokens_t[None], torch.tensor([LENGTH - 1])))
 
 
 def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, carrier: Carrier) -> None:
     there = other_prompt(case)
-    (moved_j,) = patched(carrier, there, case.kept_f[None]).tolist()
-    other = Case(case.coupling, there.tokens_t, there.followed, case.loss, case.kept_f)
+    moved_j = moved(carrier, patched(carrier, there, case.kept_f[None]))[0, :, 0].tolist()
+    other = Case(case.coupling, there.prompt_bt[0], there.followed, case.loss, case.kept_f)
     parts, reference, space = case.masked.space.split(case.kept_f), carrier.reference_f, case.masked.space
     values: dict[Location, Tensor] = {}
     kept, means = space.split(reference), case.masked.means
@@ -314,7 +315,7 @@ def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, 
         values[at] = x_1tn
         return x_1tn
 
-    case.coupling.sparse.run(there.tokens_t[None], gate=record, correct=lambda at, x: x + errors(other, at)[-x.shape[1] :])
+    case.coupling.sparse.run(there.prompt_bt, gate=record, correct=lambda at, x: x + errors(other, at)[-x.shape[1] :])
 
     def gate(at: Location, x_1tn: Tensor) -> Tensor:
         return torch.where(parts[at], values[at], x_1tn)
@@ -330,15 +331,15 @@ def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, 
 
 
 def test_patching_with_the_prompt_itself_moves_nothing(case: Case, carrier: Carrier) -> None:
-    same = Counterfactual(case.tokens_t, case.followed)
-    assert float(patched(carrier, same, case.kept_f[None]).abs().max()) < 1e-4
-    assert full_swap(carrier, same) == pytest.approx(0, abs=1e-4)
+    same = Counterfactual(case.tokens_t[None], case.followed)
+    assert float(moved(carrier, patched(carrier, same, case.kept_f[None])).abs().max()) < 1e-4
+    assert float(full_swap(carrier, same)) == pytest.approx(0, abs=1e-4)
     there = other_prompt(case)
     expected = case.d(case.followed.dense_bv[0]) - case.d(there.followed.dense_bv[0])
-    assert full_swap(carrier, there) == pytest.approx(expected, abs=1e-3)
-    assert mean_share(carrier, torch.tensor([9.0, 1.0, 2.0]), case.loss.span) == pytest.approx(1.5)
+    assert float(full_swap(carrier, there)) == pytest.approx(expected, abs=1e-3)
+    assert mean_share(carrier, torch.tensor([[9.0], [1.0], [2.0]]), torch.tensor([case.loss.span])) == pytest.approx(1.5)
 
 
 def test_a_counterfactual_of_another_length_is_refused(case: Case, carrier: Carrier) -> None:
     with pytest.raises(ValueError, match="5 tokens and the prompt 6"):
-        patched(carrier, Counterfactual(case.tokens_t[1:], case.followed), case.kept_f[None])
+        patched(carrier, Counterfactual(case.tokens_t[None, 1:], case.followed), case.kept_f[None])

@@ -20,7 +20,7 @@ from bridge.circuits.question import Question
 from bridge.evidence import nulls as nulls_module
 from bridge.evidence.measures import Control, Report
 from bridge.evidence.null_couplings import NULL_NAMES, NullError, null_coupling
-from bridge.evidence.null_table import FILE, PromptNull, keep_prompt_nulls, rules_of, stored_prompt_nulls
+from bridge.evidence.null_table import FILE, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
 from bridge.evidence.nulls import judged, prompt_means, run_prompt_nulls
 from bridge.evidence.patching import Counterfactual
 from bridge.evidence.prompt import Evidence, EvidenceConfig, gather
@@ -50,7 +50,7 @@ def gathered(coupling: Coupling, counterfactual: bool) -> tuple[Evidence, Circui
     levels = SEARCH.nested()
     level_f = (6 * torch.rand(masked.space.size, generator=torch.Generator().manual_seed(3))).long().clamp(max=len(levels))
     nested = Nested(levels, level_f, (1.0,) * len(levels))
-    other = Counterfactual(other_t, follow(coupling, other_t[None], last_b)) if counterfactual else None
+    other = Counterfactual(other_t[None], follow(coupling, other_t[None], last_b)) if counterfactual else None
     groups = [nested.kept(SEARCH.opening) & (torch.arange(masked.space.size) % 3 == part) for part in range(3)]
     return gather(coupling, loss, nested, followed, groups, other, config=CONFIG, seed=5), loss
 
@@ -128,7 +128,7 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
     rules = rules_of(SEARCH, CONFIG)
     assert stored_prompt_nulls(coupling, rules)[0] is None
     nulls = (PromptNull.of("bridges", ["refuted", "representational", "refuted"], [None, 0.4, 0.2]),)
-    keep_prompt_nulls(coupling, nulls, rules)
+    keep_nulls(coupling, "prompts", nulls, rules)
     assert stored_prompt_nulls(coupling, rules) == (nulls, "")
     assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 2, "representational": 1}
     assert json.loads((folder / FILE).read_text())["format"] == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bridge.kernels.products import tokens_inside
-from bridge.kernels.top_k import abs_top_k, choose, gelu, mix, normed, project_, top_k_mask
+from bridge.kernels.top_k import abs_top_k, choose, gelu, normed, project_, top_k_mask
 from bridge.sparse import norm_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -229,27 +229,3 @@ def test_a_choice_is_torch_s_own(shape: tuple[int, int, int], shared: bool, stor
     assert torch.equal(found, expected)
     given_btn = torch.randn(shape, generator=generator)
     assert torch.equal(*(torch.autograd.grad(each, x_btn, given_btn)[0] for each in (found, expected)))
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 9, 4), (3, 70, 5), (6, 1, 8), (1, 1, 3)])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("stored", ["inside", "outside", "with gaps"])
-def test_a_mixture_is_torch_s_own_and_exact_at_its_ends(shape: tuple[int, int, int], shared: bool, stored: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_btn, else_n = torch.randn(shape, generator=generator), torch.randn(shape[2], generator=generator)
-    mask = (
-        torch.rand(shape[2:] if shared else (shape[0], shape[2]), generator=generator).mul(3).sub(1).clamp(0, 1).requires_grad_()
-    )
-    if stored == "with gaps":
-        x_btn = x_btn.repeat(1, 1, 2)[..., : shape[2]]
-    x_btn = (tokens_inside(x_btn) if stored == "inside" else x_btn).requires_grad_()
-    wide = mask if shared else mask[:, None]
-    found, expected = mix(mask, x_btn, else_n), torch.where(wide == 1, x_btn, else_n + wide * (x_btn - else_n))
-    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
-    for end, there in ((1.0, x_btn), (0.0, else_n.expand(shape))):
-        at_btn = (wide == end).expand(shape)
-        assert torch.equal(found[at_btn], there[at_btn])
-    given_btn = torch.randn(shape, generator=generator)
-    slopes = (torch.autograd.grad(each, (mask, x_btn), given_btn) for each in (found, else_n + wide * (x_btn - else_n)))
-    for one, other in zip(*slopes, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, untrained
-from test_circuits_result import planted_result
 from test_explanation import agreeing
+from test_studies_result import planted_result
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -22,7 +22,6 @@ from bridge import nodes
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
 from bridge.circuit import Node, recording_gate
-from bridge.circuits.result import render_text
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app
 from bridge.dense import DenseModel, load_dense
@@ -33,6 +32,7 @@ from bridge.node_page import Excerpt, NodePage, TokenScore, describe_node, node_
 from bridge.nodes import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
 from bridge.prompts import Prompts
 from bridge.sparse import Location
+from bridge.studies.result import render_text
 
 ROWS = 24
 

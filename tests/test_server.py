@@ -24,12 +24,11 @@ from typing import Any
 import pytest
 from conftest import CONTEXT
 from starlette.testclient import TestClient
-from test_circuits_result import planted_result
+from test_studies_result import planted_result
 from typer.testing import CliRunner
 
 from bridge.bridges import Coupling
 from bridge.checkpoint import CheckpointError
-from bridge.circuits.result import Size, save_failure
 from bridge.circuits.subject import SparseSubject
 from bridge.cli import app as commands
 from bridge.dense import DenseModel
@@ -41,6 +40,7 @@ from bridge.server.library import LONGEST_LABEL, Library, finite_json
 from bridge.server.schema import LONGEST_PROMPT
 from bridge.server.security import Rules
 from bridge.steer import steer
+from bridge.studies.result import Size, save_failure
 
 PROMPT = "w30 w31 w4 w8"
 OTHER = "w30 w31 w4 w9"

@@ -14,19 +14,18 @@ from typing import Any
 
 import pytest
 from conftest import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
-from test_circuits_suite import bridge_folder, task_file  # noqa: F401  fixtures
 from test_cli import assert_refused, run
+from test_studies_suite import bridge_folder, task_file  # noqa: F401  fixtures
 
 import bridge
 from bridge import training
 from bridge.checkpoint import CheckpointError
-from bridge.circuits import search as task_circuit
-from bridge.circuits import suite
-from bridge.circuits.masks import Aim
-from bridge.circuits.result import Size
 from bridge.dense import load_dense
 from bridge.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
 from bridge.recipe import RecipeError, UserError
+from bridge.studies import search as task_circuit
+from bridge.studies import suite
+from bridge.studies.result import Size
 from bridge.svg import log_ticks, ticks
 from bridge.sweep import SweepError, plan
 from bridge.tasks.pairs import TaskError
@@ -41,8 +40,8 @@ def described(dense_folder: Path, text_file: Path, task_file: Path, bridge_folde
     """Two fits of ten steps, and a loaded coupling that does the task."""
     return {
         "model": str(dense_folder), "l0": (0.25, 0.125), "width": (32,), "load": (bridge_folder,), "tasks": (str(task_file),),
-        "tokens": STEPS * 4 * CONTEXT, "data": str(text_file), "settings": SETTINGS, "aim": Aim(target=0.02), "budget": 4e9,
-        "rows": 4, "device": "cpu",
+        "tokens": STEPS * 4 * CONTEXT, "data": str(text_file), "settings": SETTINGS, "level": 0.9,
+        "explains": "sparse", "budget": 0.2, "rows": 4, "device": "cpu",
     }  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def example() -> Frontier:
         point("a<b&c", 512, 0.3, 3.11, sizes(720, 500), loaded="runs/a<b&c"),
     )
     dense = DensePoint("tiny", "f" * 64, 2.5, sizes(9_000, 7_000))
-    return Frontier(points, (Failure("w512-l0-0.5", "it diverged"),), (), dense, "superset", 0.1, 1)
+    return Frontier(points, (Failure("w512-l0-0.5", "it diverged"),), (), dense, 0.9, 1)
 
 
 # -- end to end ---------------------------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ def test_measures_are_not_taken_for_anothers(described: dict[str, Any], tmp_path
     assert "was searched by" in rows.failures[0].why
     bridge.sweep(**only, out=out)
     with pytest.raises(SweepError, match="holds a sweep by another search|holds a sweep by"):
-        bridge.sweep(**{**only, "aim": Aim(target=0.5)}, out=out)
+        bridge.sweep(**{**only, "level": 0.95}, out=out)
     facts = json.loads((out / "w32-l0-0.25" / "point.json").read_text())
     (out / "w32-l0-0.25" / "point.json").write_text(json.dumps({**facts, "sha256": "0"}))
     assert "measures of other weights" in bridge.sweep(**only, out=out).failures[0].why
@@ -213,6 +212,7 @@ def test_the_dense_models_own_circuits(
     described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
     monkeypatch.setattr(task_circuit, "SOLVED", 0.0)
+    monkeypatch.setattr(task_circuit, "TASK_SEARCH", replace(task_circuit.TASK_SEARCH, least_span=-1.0))  # of a random model
     only = {**described, "l0": (), "width": (), "model": None}
     result = bridge.sweep(**only, out=tmp_path / "sweep")
     dense = result.dense
@@ -270,10 +270,10 @@ def test_wrong_arguments_are_refused_before_anything_is_written(described: dict[
 def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     common = ("--width", 32, "--tokens", 640, "--data", text_file, "--set", "sparse.head_channels=8", "--set", "data.rows=4")
     common += (
-        "--target-loss",
-        0.02,
+        "--explains",
+        "sparse",
         "--budget",
-        0.01,
+        0.1,
         "--rows",
         4,
         "--no-dense",

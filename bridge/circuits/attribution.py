@@ -1,4 +1,4 @@
-"""What flows between the nodes of a prompt's circuit: its edges, with what each adds to its target and to the answer.
+"""What flows between the nodes of a circuit: its edges, with what each adds to its target and to the answer.
 
 Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
 an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons before GELU):
@@ -37,7 +37,10 @@ import torch
 from torch import Tensor
 
 from bridge.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
-from bridge.circuits.flow import Flow, errors_before
+from bridge.circuits.flow import Flow, errors_before, flow_through
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.nested import evenly
+from bridge.circuits.subject import SparseSubject
 from bridge.residual import Enter
 from bridge.sparse import ERROR, MATRICES, READ_KINDS, WRITE_KINDS, Location
 
@@ -163,6 +166,35 @@ def draw_edges(flow: Flow, most: int | None = None, progress: Callable[[str], No
             progress("edges")
             drawing.add(edges)
     return drawing.edges()
+
+
+@torch.no_grad()
+def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edge, ...]:
+    """Every weight between the nodes of a task's circuit, the largest effects first, each with the entry itself as its weight.
+
+    effect is what the weight adds to d, over all positions, in the mean over at most so many of the prompts.
+    """
+    rows = evenly(len(masked.question), most).tolist()
+    added: dict[tuple[Location, Location], Tensor] = {}
+    for row in rows:
+        one = masked.only(row)
+        alone = MaskedModel(one.sparse, one.question, one.means, one.errors)
+        masks = {at: kept_1n.expand(alone.n_tokens, -1) for at, kept_1n in masked.space.split(kept_f).items()}
+        flow = flow_through(alone, alone.space.join(masks))
+        for some in (*_weight_edges(flow), *_attention_edges(flow, _Drawing(flow, None))):
+            if some.kind in COUNTED:
+                (source, from_e, _), (target, to_e, _) = some.source, some.target
+                sizes = masked.space.sizes[target], masked.space.sizes[source]
+                into_ji = added.setdefault((source, target), torch.zeros(sizes, device=kept_f.device))
+                into_ji.index_put_((to_e, from_e), some.effect_e / len(rows), accumulate=True)
+    kept, found = masked.space.split(kept_f), []
+    for matrix in SparseSubject(masked.sparse, masked.means).matrices():
+        kind: EdgeKind = "value" if matrix.source.kind == "v" else "weight"
+        effect_ji = added.get((matrix.source, matrix.target), torch.zeros_like(matrix.weight_ji))
+        for j, i in matrix.inside(kept).nonzero().tolist():
+            ends = Node(matrix.source, i), Node(matrix.target, j)
+            found.append(Edge(*ends, kind, float(matrix.weight_ji[j, i]), float(effect_ji[j, i])))
+    return tuple(sorted(found, key=lambda edge: -abs(edge.effect)))
 
 
 _End = tuple[Location, Tensor, Tensor]  # location, index_e, position_e

@@ -20,12 +20,14 @@ A model in which some step finds nothing (mixtures of experts, low-rank attentio
 
 Gates are hooks on these linear maps for as long as a run lasts. Embedding, unembedding, norms and biases are no edges.
 
-Shape legend: b prompt (row), t token, n nodes of a location, j, i rows and columns of a matrix.
+`MaskedDense` has masks over them, as the sparse model has over its own, so that the same search finds the dense model's circuit.
+
+Shape legend: b prompt (row), r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row, k some of them by
+their place, j, i rows and columns of a matrix, v vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,10 +39,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.circuit import NodeSpace
-from bridge.circuits.subject import ATTENDED, NODE_COST, Matrix
+from bridge.circuits.masked_model import Masked
+from bridge.circuits.question import Question
+from bridge.circuits.subject import Matrix
 from bridge.dense import DenseModel, exclusive
-from bridge.sparse import Gate, Location, identity_gate
-from bridge.tasks.tokens import TokenPairs
+from bridge.sparse import Gate, Location
 from bridge.wiring import DenseModelError, forward, probe_tokens
 
 _MEAN_ROWS = 8  # of corpus at a time
@@ -76,7 +79,6 @@ class DenseSubject:
         self._after: dict[str, Location] = {}
         self._sizes: dict[Location, int] = {}
         self._matrices: list[Matrix] = []
-        self._writers: dict[Location, str] = {}  # of attention, by what they read
         with torch.no_grad():
             self._probe_bt = probe_tokens(dense.model, f"model {dense.name!r}", dense.context)
             for sublayer in self._sublayers():
@@ -93,33 +95,12 @@ class DenseSubject:
         """Where the model takes its tokens."""
         return self.dense.device
 
-    @property
-    def cost(self) -> int:
-        """Entries of the matrices, and what the nodes cost."""
-        return sum(matrix.weight_ji.numel() for matrix in self._matrices) + NODE_COST * self.space.size
-
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
         return tuple(self._matrices)
 
-    def linear(self, path: str) -> nn.Module:
-        """The linear map at a path."""
-        return self._linear[path]
-
-    def copied(self) -> DenseSubject:
-        """The same model with weights of its own, which may be changed; every linear map between nodes has a bias."""
-        other = copy.deepcopy(self)
-        for matrix in other._matrices:
-            module = other._linear[matrix.path]
-            if module.bias is None:
-                module.bias = nn.Parameter(matrix.weight_ji.new_zeros(len(matrix.weight_ji)), requires_grad=False)
-        return other
-
-    def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
-        """logits_bv after the prompts, every node through the gate."""
-        return pairs.at_last(self._run(pairs.prompt_bt, gate).float())
-
-    def _run(self, tokens_bt: Tensor, gate: Gate) -> Tensor:
+    def run(self, tokens_bt: Tensor, gate: Gate) -> Tensor:
+        """logits_btv of some text, every node through the gate."""
         done: dict[Location, Tensor] = {}  # a read is gated once, for all that take it in
 
         def gated(location: Location, x: Tensor) -> Tensor:
@@ -148,20 +129,9 @@ class DenseSubject:
             sums[location] += x_btn.cpu().double().sum((0, 1))
             return x_btn
 
-        sums |= {at: torch.zeros(self._width_in(path), dtype=torch.float64) for at, path in self._writers.items()}
-
-        def add_read(location: Location, _module: nn.Module, args: tuple) -> None:
-            add(location, args[0].reshape(-1, 1, args[0].shape[-1]))
-
-        with exclusive(), ExitStack() as hooks:
-            for location, path in self._writers.items():
-                hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(add_read, location)))
-            for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
-                self._run(rows_bt, add)
+        for rows_bt in corpus_bt.to(self.device).split(_MEAN_ROWS):
+            self.run(rows_bt, add)
         return {location: (total_n / corpus_bt.numel()).float().to(self.device) for location, total_n in sums.items()}
-
-    def _width_in(self, path: str) -> int:
-        return _weight(self._linear[path]).shape[1]
 
     # -- finding the nodes ----------------------------------------------------------------------------------------------
 
@@ -277,7 +247,6 @@ class DenseSubject:
             self._add(path, read, channels)
             offset += rows
         write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.given[sublayer.last].shape[-1])
-        self._writers[Location(layer, ATTENDED)] = sublayer.last
         weight_ji = _weight(self._linear[sublayer.last])
         bounds = [start for _, start in owners[1:]] + [offset]
         for (channels, start), end in zip(owners, bounds, strict=True):
@@ -285,9 +254,7 @@ class DenseSubject:
             if len(here_i):
                 part_ji = weight_ji[:, here_i]
                 target_j = torch.arange(len(weight_ji), device=weight_ji.device)
-                name = f"{layer}.{channels.kind}.{sublayer.last.rsplit('.', 1)[-1]}"
-                source_i = channel_i[here_i] - start
-                self._matrices.append(Matrix(name, channels, write, part_ji, source_i, target_j, sublayer.last, here_i))
+                self._matrices.append(Matrix(channels, write, part_ji, channel_i[here_i] - start, target_j))
 
     def _wire_mlp(self, sublayer: _Sublayer) -> None:
         seen, layer = self._watch(), sublayer.layer
@@ -307,10 +274,35 @@ class DenseSubject:
         rows, columns = weight_ji.shape
         column_i = torch.arange(columns, device=weight_ji.device)
         target_j = torch.arange(rows, device=weight_ji.device) % self._sizes[target]
-        name = f"{source.layer}.{source.kind}.{path.rsplit('.', 1)[-1]}"
-        self._matrices.append(Matrix(name, source, target, weight_ji, column_i, target_j, path, column_i))
+        self._matrices.append(Matrix(source, target, weight_ji, column_i, target_j))
 
 
 def _weight(module: Any) -> Tensor:
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+class MaskedDense(Masked):
+    """A dense model on a question's prompts, with masks over its nodes."""
+
+    def __init__(self, subject: DenseSubject, question: Question) -> None:
+        super().__init__(question, subject.space.sizes, subject.means)
+        self.subject = subject
+
+    def only(self, row: int) -> MaskedDense:
+        """The same nodes on one of the prompts."""
+        return MaskedDense(self.subject, self.question.rows(torch.tensor([row], device=self.device)))
+
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
+        parts = []
+        for some_k in node_k.split(self.rows):
+            kept_rf = kept_f.repeat(len(some_k), 1)
+            kept_rf[torch.arange(len(some_k)), some_k] = False
+            parts.append(self.logits(kept_rf))
+        return torch.cat(parts)
+
+    def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
+        logits_rtv = self.subject.run(self.question.prompt_bt[row_r], gate)
+        return logits_rtv[torch.arange(len(row_r), device=self.device), self.question.last_b[row_r]].float()

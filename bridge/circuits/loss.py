@@ -21,14 +21,17 @@ Shape legend: c circuit, u superset, r masked copy of a prompt, b prompt, f all 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bridge.circuit import kl
-from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.masked_model import Masked
+
+M = TypeVar("M", bound=Masked)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ class SearchConfig:
         return self.levels.index(self.opens_at)
 
 
-class CircuitLoss:
+class CircuitLoss(Generic[M]):
     """Measures circuits of a masked model against the answer of the model that it stands for."""
 
-    def __init__(self, masked: MaskedModel, model_bv: Tensor, config: SearchConfig) -> None:
+    def __init__(self, masked: M, model_bv: Tensor, config: SearchConfig) -> None:
         """model_bv are the logits, after each prompt, of what is to be explained: the dense model's where errors are followed."""
         self.masked, self.config, self.model_bv = masked, config, model_bv
         count = len(masked.question)
@@ -103,6 +106,10 @@ class CircuitLoss:
     def span(self) -> float:
         """D of the model less that of everything at its mean, in nats; what a circuit has to account for."""
         return self.model - self.nothing
+
+    def seeded(self, seed: int) -> CircuitLoss[M]:
+        """The same with the supersets, and the config, of another seed."""
+        return CircuitLoss(self.masked, self.model_bv, replace(self.config, seed=seed))
 
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 

@@ -1,4 +1,4 @@
-"""The sparse model with any of its nodes, and of its errors, at their means: what every search and every measure runs.
+"""A model with any of its nodes, and of its errors, at their means: what every search and every measure runs.
 
 With a_i what AbsTopK has left of node i and m_i its mean over a reference corpus, and k_i the node's mask (bool, or a number that
 mixes), the masked model has, in the order of the computation,
@@ -9,7 +9,8 @@ so that with every mask 1 it is the model itself, exactly. Where the model follo
 nodes as well, one per site and token: m_e + k_e (e - m_e) is added to the stream there, and to the logits.
 
 What a node is, the granularity says: of a prompt a channel of a location at one token; of a task a channel at every token of
-every prompt. A mean that is missing is an error: zero is another model.
+every prompt. A mean that is missing is an error: zero is another model. `Masked` is what the sparse model and the dense one
+(`dense_nodes`) share, `MaskedModel` the sparse model.
 
 Shape legend: r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row (location by location, position by
 position, channel by channel), k some of them by their place, s sparse width, v vocabulary.
@@ -17,6 +18,7 @@ position, channel by channel), k some of them by their place, s sparse width, v 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -37,7 +39,151 @@ _ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the p
 _ROW_NODES = 1 << 24  # and mask entries, which outnumber the tokens by the nodes of a token
 
 
-class MaskedModel:
+class Masked(ABC):
+    """A model on a question's prompts, with masks over its nodes.
+
+    sizes are the nodes of every location, and 1 for the place of every error; means maps every location to its mean. Raises
+    ValueError where a mean is missing.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        sizes: Mapping[Location, int],
+        means: Mapping[Location, Tensor],
+        errors: Mapping[Location, Tensor] | None = None,
+        *,
+        by_position: bool = False,
+    ) -> None:
+        self.question, self.means, self.errors = question, means, errors
+        self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
+        check_means(sizes, means)
+
+    @abstractmethod
+    def only(self, row: int) -> Masked:
+        """The same nodes on one of the prompts."""
+
+    @abstractmethod
+    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
+
+    @abstractmethod
+    def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
+        """logits_rv after some of the prompts, every node through a gate and the stream through a correction."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the prompts are."""
+        return self.question.last_b.device
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a prompt, padding included."""
+        return self.question.prompt_bt.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """How many masked copies make a batch of sensible size."""
+        return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
+
+    @cached_property
+    def is_error_f(self) -> Tensor:
+        """Which places of a row are errors."""
+        parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
+        return self.space.join(parts).to(self.device)
+
+    def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
+        """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
+        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
+
+        def correct(location: Location, x_rts: Tensor) -> Tensor:
+            if self.errors is None:
+                return x_rts
+            return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
+
+        return gate, correct
+
+    @torch.no_grad()
+    def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """logits_rv after the prompts, of any number of masks."""
+        row_r = self._prompts(kept_rf, row_r)
+        rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
+        return torch.cat([self._last_logits(some_r, *self.gates(some_rf, some_r)) for some_rf, some_r in rows])
+
+    @torch.no_grad()
+    def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
+        """d_r of the question under any number of masks."""
+        return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
+
+    def gradient(
+        self,
+        kept_rf: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        row_r: Tensor | None = None,
+        node_k: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
+        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+        through: dict[Location, Tensor] = {}
+        change: dict[Location, Tensor] = {}
+
+        def gate(location: Location, x_rtn: Tensor) -> Tensor:
+            y_rtn = self._masked(location, parts[location], x_rtn)
+            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
+            through[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
+            return through[location]
+
+        def correct(location: Location, x_rts: Tensor) -> Tensor:
+            change[location] = self._excess(location, row_r, x_rts)
+            through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
+            return x_rts + through[location]
+
+        with torch.enable_grad():
+            logits_rv = self._last_logits(row_r, gate, correct)
+            loss_r = loss(logits_rv)
+            slopes = torch.autograd.grad(loss_r.sum(), list(through.values()))
+        gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
+        into = self.space.split(gradient_rf)
+        for (location, change_rtn), y_rtn in zip(change.items(), slopes, strict=True):
+            entry_rtn = y_rtn * change_rtn
+            entry_rtn = entry_rtn.sum(-1, keepdim=True) if location.kind == ERROR else entry_rtn
+            if self.space.n_tokens == 1:
+                into[location][:, 0] = entry_rtn.sum(1)
+            else:
+                into[location][:, -entry_rtn.shape[1] :] = entry_rtn
+        return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
+
+    def _prompts(self, kept_rf: Tensor, row_r: Tensor | None) -> Tensor:
+        if row_r is not None:
+            return row_r
+        if len(self.question) == 1:
+            return torch.zeros(len(kept_rf), dtype=torch.long, device=self.device)
+        return torch.arange(len(self.question), device=self.device)
+
+    def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
+        """Nodes under their masks: of a narrow run the last position alone."""
+        kept_rtn = kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
+        if kept_rtn.dtype == torch.bool:
+            return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
+        kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+        return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
+
+    def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
+        """How much an error of each row differs from its mean."""
+        assert self.errors is not None
+        excess_bts = self.errors[location] - self.means[location]
+        return excess_bts[:, -x_rts.shape[1] :][row_r]
+
+    def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
+        """What is added to the stream for an error under its masks."""
+        kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
+        return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+
+
+class MaskedModel(Masked):
     """The sparse model on a question's prompts, with masks over its nodes and errors.
 
     means maps every location, and the place of every error where `errors` are given, to its mean; errors are those of the
@@ -55,12 +201,11 @@ class MaskedModel:
     ) -> None:
         if by_position and len(question) != 1:
             raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
-        self.sparse, self.question, self.means, self.errors = sparse, question, means, errors
         sizes = sparse.locations()
         if errors is not None:
             sizes |= dict.fromkeys(error_locations(sparse.n_sites), 1)
-        self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
-        check_means(self.space.sizes, means)
+        super().__init__(question, sizes, means, errors, by_position=by_position)
+        self.sparse = sparse
         self._narrow = question.whole_rows
         self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
 
@@ -68,26 +213,10 @@ class MaskedModel:
         """The same nodes on one of the prompts."""
         if len(self.question) == 1:
             return self
-        question = self.question.rows(torch.tensor([row], device=self.question.last_b.device))
+        question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
         errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
         return MaskedModel(self.sparse, question, self.means, errors, by_position=False)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a prompt, padding included."""
-        return self.question.prompt_bt.shape[1]
-
-    @property
-    def rows(self) -> int:
-        """How many masked copies make a batch of sensible size."""
-        return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
-
-    @cached_property
-    def is_error_f(self) -> Tensor:
-        """Which places of a row are errors."""
-        parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
-        return self.space.join(parts).to(self.sparse.device)
 
     @cached_property
     def site_f(self) -> Tensor:
@@ -109,35 +238,13 @@ class MaskedModel:
         row_r = self._prompts(kept_rf, row_r)
         if narrow and self._compiled is not None:
             return self._compiled.run(kept_rf, row_r, enter)
-        return self._run(row_r, enter, *self.gates(kept_rf, row_r), narrow)
+        return self._run(row_r, enter, *self.gates(kept_rf, row_r), last_only=narrow, narrow=narrow)
 
-    def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
-        """The gate and the correction under which the sparse model is the masked copies; without errors nothing is corrected."""
-        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
-
-        def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
-
-        def correct(location: Location, x_rts: Tensor) -> Tensor:
-            if self.errors is None:
-                return x_rts
-            return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
-
-        return gate, correct
-
-    @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
-        row_r = self._prompts(kept_rf, row_r)
-        if self._compiled is not None:
-            return self._compiled.logits(kept_rf, row_r)
-        rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
-        return torch.cat([self._answer(self.run(some_rf, some_r, narrow=self._narrow), some_r) for some_rf, some_r in rows])
-
-    @torch.no_grad()
-    def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """d_r of the question under any number of masks."""
-        return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
+        if self._compiled is None:
+            return super().logits(kept_rf, row_r)
+        return self._compiled.logits(kept_rf, self._prompts(kept_rf, row_r))
 
     def gradient(
         self,
@@ -147,37 +254,9 @@ class MaskedModel:
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
-        if self._compiled is not None:
-            return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r), node_k)
-        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
-        through: dict[Location, Tensor] = {}
-        change: dict[Location, Tensor] = {}
-
-        def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            y_rtn = self._masked(location, parts[location], x_rtn)
-            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
-            through[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
-            return through[location]
-
-        def correct(location: Location, x_rts: Tensor) -> Tensor:
-            change[location] = self._excess(location, row_r, x_rts)
-            through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
-            return x_rts + through[location]
-
-        with torch.enable_grad():
-            logits_rv = self._answer(self._run(row_r, None, gate, correct, self._narrow), row_r)
-            loss_r = loss(logits_rv)
-            slopes = torch.autograd.grad(loss_r.sum(), list(through.values()))
-        gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
-        into = self.space.split(gradient_rf)
-        for (location, change_rtn), y_rtn in zip(change.items(), slopes, strict=True):
-            entry_rtn = y_rtn * change_rtn
-            entry_rtn = entry_rtn.sum(-1, keepdim=True) if location.kind == ERROR else entry_rtn
-            if self.space.n_tokens == 1:
-                into[location][:, 0] = entry_rtn.sum(1)
-            else:
-                into[location][:, -entry_rtn.shape[1] :] = entry_rtn
-        return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
+        if self._compiled is None:
+            return super().gradient(kept_rf, loss, row_r, node_k)
+        return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r), node_k)
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
@@ -217,46 +296,32 @@ class MaskedModel:
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _prompts(self, kept_rf: Tensor, row_r: Tensor | None) -> Tensor:
-        if row_r is not None:
-            return row_r
-        if len(self.question) == 1:
-            return torch.zeros(len(kept_rf), dtype=torch.long, device=self.sparse.device)
-        return torch.arange(len(self.question), device=self.sparse.device)
-
-    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, narrow: bool) -> Trace:
+    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, *, last_only: bool, narrow: bool) -> Trace:
         tokens_rt = self.question.prompt_bt[row_r]
         used = correct if self.errors is not None else None
-        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=narrow, narrow=narrow)
+        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=last_only, narrow=narrow)
 
-    def _answer(self, trace: Trace, row_r: Tensor) -> Tensor:
-        """logits_rv after each row's prompt."""
-        if self._narrow:
-            return trace.logits_btv[:, -1]
-        return trace.logits_btv[torch.arange(len(row_r), device=row_r.device), self.question.last_b[row_r]]
+    def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
+        trace = self._run(row_r, None, gate, correct, last_only=True, narrow=self._narrow)
+        used = correct if self.errors is not None else None
+        return last_logits(self.sparse, self.question.prompt_bt[row_r], self.question.last_b[row_r], trace, used)
 
-    def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
-        """Nodes under their masks: of a narrow run the last position alone."""
-        kept_rtn = kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
-        if kept_rtn.dtype == torch.bool:
-            return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
-        kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
-        return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
-    def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """How much an error of each row differs from its mean."""
-        assert self.errors is not None
-        excess_bts = self.errors[location] - self.means[location]
-        return excess_bts[:, -x_rts.shape[1] :][row_r]
-
-    def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """What is added to the stream for an error under its masks."""
-        kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
-        return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+def last_logits(
+    sparse: SparseTransformer, tokens_bt: Tensor, last_b: Tensor, trace: Trace, correct: Gate | None = None
+) -> Tensor:
+    """logits_bv at last_b, of a run of some text that was asked for those of the last position alone."""
+    if bool((last_b == tokens_bt.shape[1] - 1).all()):
+        return trace.logits_btv[:, -1]
+    # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token
+    row_b = torch.arange(len(last_b), device=last_b.device)
+    x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, last_b].t()[:, None]  # so that gradients lie as it does
+    enter = Enter.at(sparse.n_sites - 1, x_b1s)
+    return sparse.run(tokens_bt[row_b, last_b][:, None], enter, correct=correct).logits_btv[:, 0]
 
 
 def integrated_gradients(
-    masked: MaskedModel, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
+    masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
 ) -> Tensor:
     """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
 

@@ -29,7 +29,7 @@ Shape legend: r masked copy, u superset, f all nodes and errors in one row, k so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,25 +69,35 @@ class Nested:
         return self.level_f <= place
 
 
-def find_nested(loss: CircuitLoss, progress: Callable[[str], None] = lambda _: None, train: CircuitLoss | None = None) -> Nested:
+def find_nested(
+    loss: CircuitLoss,
+    progress: Callable[[str], None] = lambda _: None,
+    train: CircuitLoss | None = None,
+    levels: Sequence[Level] | None = None,
+    opened_f: Tensor | None = None,
+) -> Nested:
     """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work.
 
     Of several prompts, scores and descents learn from those of `train`; what is added and deleted is held to those of `loss`.
+    levels are by default all of the search's; opened_f is the circuit at the opening one where it has been found before.
     """
-    return _Search(loss, train or loss, progress).run()
+    return _Search(loss, train or loss, progress, loss.config.nested() if levels is None else tuple(levels)).run(opened_f)
 
 
 class _Search:
-    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None]) -> None:
+    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None], levels: tuple[Level, ...]) -> None:
+        self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
         self.nodes_f = loss.nodes_f
 
-    def run(self) -> Nested:
-        levels, opening = self.config.nested(), self.config.opening
+    def run(self, opened_f: Tensor | None) -> Nested:
+        levels, opening = self.levels, self.opening
         none_f = torch.zeros_like(self.nodes_f)
         kept_f, score_f, circuits = none_f, self._scores(none_f), dict[int, Tensor]()
-        for place in range(opening, len(levels)):
+        if opened_f is not None:
+            circuits[opening] = kept_f = opened_f
+        for place in range(opening + len(circuits), len(levels)):
             level = levels[place]
             core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:
@@ -154,7 +164,7 @@ class _Search:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
         tau_f, within, kept_f = score_f, False, core_f
         for attempt in range(attempts):
-            tau_f = self._descended(core_f, score_f, level, 4**attempt)
+            tau_f = self._descended(core_f, score_f, level, attempt)
             kept_f, within = self._added(core_f | (tau_f > 0), level)
             if within:
                 break
@@ -164,18 +174,23 @@ class _Search:
         kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, more: int = 1) -> Tensor:
-        """tau_f after some steps, begun with so many times the nodes that about do; -inf of what is no candidate."""
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int) -> Tensor:
+        """tau_f after some steps, begun with the nodes that about do; -inf of what is no candidate.
+
+        A later attempt begins with more of them; on several prompts, of which others are held out, it makes the terms smaller.
+        """
         count, steps = self.config.supersets, self.config.steps
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
+        several = len(self.train.model_b) > 1
+        more, met = (1, _MET_SEVERAL / 2**attempt) if several else (4**attempt, _MET)
         start = min(more * self._start(core_f, node_k, level), len(node_k))
         rank_k = torch.arange(len(node_k), device=node_k.device)
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
-        size_weight, off, several = _SIZE_WEIGHT, 0.0, len(self.train.model_b) > 1
+        size_weight, off = _SIZE_WEIGHT, 0.0
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = self._drawn(prompts)
@@ -197,9 +212,9 @@ class _Search:
             now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
             off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
             if several:
-                size_weight *= _RISE_SEVERAL if off < _MET_SEVERAL else _FALL_SEVERAL
+                size_weight *= _RISE_SEVERAL if off < met else _FALL_SEVERAL
             else:
-                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < _MET else _FALL
+                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < met else _FALL
             size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
@@ -271,9 +286,8 @@ class _Search:
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """How far off the answer is without each node alone, the mean over at most `config.prompts` prompts."""
-        total_k, count = torch.zeros(len(node_k), device=kept_f.device), len(self.loss.model_b)
-        rows = range(0, count, -(-count // self.config.prompts))
-        for row in rows:
+        total_k, rows = torch.zeros(len(node_k), device=kept_f.device), evenly(len(self.loss.model_b), self.config.prompts)
+        for row in rows.tolist():
             row_k = torch.full_like(node_k, row)
             total_k += self.loss.miss(self.masked.only(row).logits_without(kept_f, node_k), row_k).abs()
         return total_k / len(rows)
@@ -306,3 +320,8 @@ def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
     if most is not None and len(place_k) > most:
         place_k = gradient_f.topk(most, largest=False).indices
     return place_k[gradient_f[place_k].argsort(stable=True)]
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of some places, as far apart as they can be; not every second one, where every second is of one answer."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()

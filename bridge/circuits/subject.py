@@ -1,60 +1,41 @@
-"""A model whose nodes can be set to their means, asked at the last position of a task's prompts: a sparse or a dense one.
+"""A model asked at the last position of a task's prompts, any of its nodes at their means; and the weights between its nodes.
 
 A node of a task is a channel of a location, at every position. With C the kept nodes, S_C is the model in which
 
     a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
 
-and S_C with every node kept is the model itself, exactly. Masks may also be numbers between mean (0) and value (1), and every
-prompt may have a mask of its own, which is how random company is kept and how gradients are taken.
-
-An edge is a nonzero entry of a matrix between two nodes; which matrices there are, and which node each of their rows and columns
-belongs to, is for the model to say.
+and S_C with every node kept is the model itself, exactly. An edge is a nonzero entry of a matrix between two kept nodes; which
+matrices there are, and which node each of their rows and columns belongs to, is for the model to say.
 
 Shape legend: b prompt (row), t token, n nodes of a location, f all nodes of the model in one row, j, i rows and columns of a
-matrix, s residual width, v vocabulary.
+matrix, v vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
-from bridge.kernels.top_k import mix
-from bridge.residual import Enter, Trace
+from bridge.circuits.masked_model import last_logits
+from bridge.residual import Trace
 from bridge.sparse import MATRICES, Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
-
-ATTENDED = "attended"
-_CORPUS_ROWS = 16
-
-# Measured on two slow cores, forwards and backwards, in both models: a node is normalised, gated, and held by AbsTopK.
-NODE_COST = 128  # entries of a dense matrix
-NONZERO_COST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix weight_ji between nodes: the location and node of every column (source_i) and of every row (target_j).
+    """A matrix weight_ji between nodes: the location and node of every column (source_i) and of every row (target_j)."""
 
-    It is held by the linear map at `path`, of whose inputs input_i are its columns.
-    """
-
-    name: str
     source: Location
     target: Location
     weight_ji: Tensor
     source_i: Tensor
     target_j: Tensor
-    path: str
-    input_i: Tensor
 
     def inside(self, kept: Mapping[Location, Tensor]) -> Tensor:
         """Which entries_ji are edges between nodes of the masks kept_1n."""
@@ -63,7 +44,7 @@ class Matrix:
 
 
 class Subject(Protocol):
-    """A model with nodes, their corpus means, and its next-token logits after a task's prompts."""
+    """A model with nodes, and matrices between them."""
 
     @property
     def space(self) -> NodeSpace:
@@ -71,34 +52,12 @@ class Subject(Protocol):
         ...
 
     @property
-    def means(self) -> Mapping[Location, Tensor]:
-        """means_n of every location, from the model's own forward."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         ...
 
-    @property
-    def cost(self) -> int:
-        """What a token costs, in entries of dense matrices that it passes through: the unit in which work is counted."""
-        ...
-
-    def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
-        """logits_bv after the prompts, every node through the gate."""
-        ...
-
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
-        ...
-
-    def linear(self, path: str) -> nn.Module:
-        """The linear map at a path."""
-        ...
-
-    def copied(self) -> Subject:
-        """The same model with weights of its own, which may be changed; every linear map between nodes has a bias."""
         ...
 
 
@@ -112,7 +71,7 @@ class SparseSubject:
     @staticmethod
     def over(sparse: SparseTransformer, corpus_bt: Tensor) -> SparseSubject:
         """The model with its means over a corpus. Raises ValueError for a corpus without tokens."""
-        return SparseSubject(sparse, {**corpus_means(sparse, corpus_bt), **attended_means(sparse, corpus_bt)})
+        return SparseSubject(sparse, corpus_means(sparse, corpus_bt))
 
     @property
     def space(self) -> NodeSpace:
@@ -124,39 +83,19 @@ class SparseSubject:
         """Where the weights are."""
         return self.sparse.device
 
-    @property
-    def cost(self) -> int:
-        """Entries of the blocks' matrices, or several for each nonzero where that is less; and the nodes.
-
-        Which of the two is multiplied is measured when a model is loaded, and differs from day to day; the work must not.
-        """
-        return self._entries + NODE_COST * self.space.size
-
-    @cached_property
-    def _entries(self) -> int:
-        weights = self.sparse.blocks.parameters()
-        return sum(min(weight.numel(), NONZERO_COST * int(weight.count_nonzero())) for weight in weights)
-
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
         return self.last_logits(pairs, self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True))
 
     def last_logits(self, pairs: TokenPairs, trace: Trace) -> Tensor:
         """logits_bv after the prompts, of a run of them that was asked for those of the last position alone."""
-        if bool((pairs.last_b == pairs.prompt_bt.shape[1] - 1).all()):
-            return trace.logits_btv[:, -1]
-        # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token
-        row_b = torch.arange(len(pairs), device=pairs.last_b.device)
-        x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, pairs.last_b].t()[:, None]  # so gradients lie as it does
-        token_b1 = pairs.prompt_bt[row_b, pairs.last_b][:, None]
-        return self.sparse.run(token_b1, Enter.at(self.sparse.n_sites - 1, x_b1s)).logits_btv[:, 0]
+        return last_logits(self.sparse, pairs.prompt_bt, pairs.last_b, trace)
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
         return tuple(
             Matrix(
-                f"{layer}.{name}", Location(layer, source), Location(layer, target), weight_ji, column_i, row_j,
-                f"blocks.{layer}.{name}", column_i,
+                Location(layer, source), Location(layer, target), weight_ji, column_i, row_j
             )
             for layer in range(len(self.sparse.blocks))
             for name, (source, target) in MATRICES.items()
@@ -164,48 +103,25 @@ class SparseSubject:
             for row_j, column_i in [(torch.arange(n, device=weight_ji.device) for n in weight_ji.shape)]
         )  # fmt: skip
 
-    def linear(self, path: str) -> nn.Module:
-        """The linear map at a path."""
-        return self.sparse.get_submodule(path)
 
-    def copied(self) -> SparseSubject:
-        """The same model with weights of its own, which may be changed."""
-        return SparseSubject(copy.deepcopy(self.sparse).requires_grad_(False), self.means)
+def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
+    """The gate of a mask kept_f, or kept_bf with one for every prompt."""
+    return ablation_gate(subject.space.split(kept_f), subject.means)
 
 
-@torch.no_grad()
-def attended_means(sparse: SparseTransformer, corpus_bt: Tensor) -> dict[Location, Tensor]:
-    """means_n, at (layer, attended), of what attention hands to its output matrix: values under the pattern, no nodes."""
-    sums: dict[Location, Tensor] = {}
-
-    def add(location: Location, _module: nn.Module, args: tuple[Tensor]) -> None:
-        total_n = args[0].sum((0, 1), dtype=torch.float64 if args[0].device.type != "mps" else None)
-        sums[location] = sums.get(location, 0) + total_n
-
-    with ExitStack() as hooks:
-        for layer in range(len(sparse.blocks)):
-            at = Location(layer, ATTENDED)
-            hooks.enter_context(sparse.get_submodule(f"blocks.{layer}.o").register_forward_pre_hook(partial(add, at)))
-        for rows_bt in corpus_bt.to(sparse.device).split(_CORPUS_ROWS):
-            sparse.run(rows_bt, last_only=True)
-    return {location: (total_n / corpus_bt.numel()).to(sparse.embedding.dtype) for location, total_n in sums.items()}
-
-
-def masked_gate(subject: Subject, kept_f: Tensor) -> Gate:
-    """The gate of a mask kept_f, or kept_bf with one for every prompt: bool, or numbers that mix mean (0) and value (1)."""
-    kept = subject.space.split(kept_f)
-    if kept_f.dtype == torch.bool:
-        return ablation_gate(kept, subject.means)
-
-    return lambda location, x_btn: mix(kept[location].squeeze(-2), x_btn, subject.means[location])
-
-
-def recorded(subject: Subject, pairs: TokenPairs, gate: Gate = identity_gate) -> dict[Location, Tensor]:
+def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_gate) -> dict[Location, Tensor]:
     """value_btn of every node on some prompts, under a gate."""
     values: dict[Location, Tensor] = {}
     with torch.no_grad():
         subject.logits(pairs, recording_gate(values, gate))
     return values
+
+
+def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
+    """Nodes_f that some prompt switches on, at any of its tokens."""
+    values = recorded(subject, pairs)
+    on = {at: ((values[at] != 0) & pairs.there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
+    return subject.space.join(on)
 
 
 def edge_count(subject: Subject, kept_f: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""A change of the sparse model on a prompt carried into the dense one at every site, and what the answer loses by it in both.
+"""A change of the sparse model carried into the dense one at every site, and what the answer loses by it in both.
 
 With R the reference (every node kept, errors at their means but those of the circuit) and R' a run of the sparse model in which
 something was changed, at each site j
@@ -10,33 +10,46 @@ something was changed, at each site j
 The two differ only in the model that computes on from site j, so that the first is to be read beside the second: late sites lose
 little in either, since there the answer has been read already, or much in either, since there it is all that is read.
 
-Behind the last attention only the last position can change the answer; so only its residual is kept there.
+Of a question with several prompts (a task) all of this is done on each of them; losses are shares of the one span, so that the
+share of all is the mean. Behind the last attention only the last position can change the answer; so only its residual is kept
+there, where all prompts end at the last position.
 
-Shape legend: r masked copy of the prompt, k carried change, t token (one behind the last attention), s sparse width, d dense
-width, f all nodes in one row, v vocabulary.
+Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circuit or mask, k carried change, j site, t token
+(one behind the last attention), s sparse width, d dense width, f all nodes in one row, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bridge.bridges import Coupling
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.residual import Enter, Trace
-from bridge.transport import Change, run_changed
+from bridge.transport import Change
 
-_LOGITS = 2**25  # of dense runs at a time
+_LOGITS, _ROWS = 2**25, 256  # of dense runs at a time
+_COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """Shares of the span lost under some masks, prompt by prompt: in the sparse model itself, and by site in either model."""
+
+    lost_cb: Tensor
+    dense_cjb: Tensor
+    sparse_cjb: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class Carrier:
-    """Both models on one prompt: the coupling, the loss on its sparse model, the dense run, and what the reference keeps."""
+    """Both models on a question's prompts: the coupling, the loss on its sparse model, the dense run, the reference's mask."""
 
     coupling: Coupling
     loss: CircuitLoss
@@ -58,47 +71,68 @@ class Carrier:
         """Every site."""
         return range(self.coupling.n_sites)
 
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.loss.model_b)
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether residuals behind the last attention are those of the last position alone."""
+        return self.masked.question.whole_rows
+
     @cached_property
     def reference(self) -> Trace:
-        """The reference run."""
+        """The reference run of every prompt."""
         with torch.no_grad():
-            return self.masked.run(self.reference_f[None], narrow=True)
+            runs = [self._run(self.reference_f[None], row_p) for row_p in torch.arange(self.prompts).split(self.masked.rows)]
+        residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
+        return Trace(torch.cat([run.logits_btv for run in runs]), residuals)
 
     @cached_property
-    def _dense_d(self) -> float:
-        return float(self._difference(self.dense.logits_btv[:, -1]))
-
-    @cached_property
-    def _reference_d(self) -> float:
-        return float(self._difference(self.reference.logits_btv[:, -1]))
+    def _reference_d_b(self) -> Tensor:
+        return self._sparse_d(self.reference, torch.arange(self.prompts))
 
     def deleted(self, circuit_cf: Tensor) -> Tensor:
         """The reference's masks with each of some circuits deleted."""
         return self.reference_f & ~circuit_cf
 
     @torch.no_grad()
-    def runs(self, kept_rf: Tensor) -> tuple[list[Tensor], Tensor]:
-        """change_rts at every site under any number of masks, and lost_r, what the sparse model itself loses of the span."""
-        changes: list[list[Tensor]] = [[] for _ in self.sites]
-        lost: list[Tensor] = []
-        for some_rf in kept_rf.split(self.masked.rows):
-            # the reference is in the same batch, so that nothing is left of what does not change
-            trace = self.masked.run(torch.cat([self.reference_f[None], some_rf]), narrow=True)
-            for site, x_rts in enumerate(trace.residuals):
-                changes[site].append(x_rts[1:] - x_rts[:1])
-            d_r = self._difference(trace.logits_btv[:, -1])
-            lost.append((d_r[0] - d_r[1:]) / self._span)
-        return [torch.cat(parts) for parts in changes], torch.cat(lost)
+    def carry(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], *, sparse: bool = False) -> Carried:
+        """What is lost under some masks, the change of each carried at as many sites as that of any other; where asked, in both.
+
+        Changes are carried batch by batch, and not kept: of many nodes on many prompts they would not fit.
+        """
+        shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
+        lost_cb, dense_cjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], shape))
+        sparse_cjb = torch.zeros_like(dense_cjb) if sparse else None
+        for place_c, row_p in self._batches(len(kept_cf)):
+            changes, lost_cb[place_c[:, None], row_p] = self._changes(kept_cf[place_c], row_p)
+            places = [
+                (c, site, p) for c, place in enumerate(place_c.tolist()) for site in sites[place] for p in range(len(row_p))
+            ]
+            row_k, site_k = [int(row_p[p]) for _, _, p in places], [site for _, site, _ in places]
+            change_k = [changes[site][c, p] for c, site, p in places]
+            for into, lost in ((dense_cjb, self.dense_lost), (sparse_cjb, self.sparse_lost)):
+                if into is not None:
+                    found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
+                    into[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
+        return Carried(lost_cb, dense_cjb, sparse_cjb)
 
     @torch.no_grad()
-    def without(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """change_ts at a site for each of some sets of nodes deleted, and lost_k of the span in the sparse model.
+    def carry_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Carried:
+        """What is lost when all of some nodes are deleted, for each of the sets, its change carried at one site.
 
-        The site is one behind the first of the set's nodes, from whose sublayer on the model is run.
+        Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
         """
+        if not self.narrow or self.prompts > 1:
+            deleted_kf = torch.zeros(len(sets), len(self.reference_f), dtype=torch.bool, device=self.reference_f.device)
+            for k, node_n in enumerate(sets):
+                deleted_kf[k, node_n] = True
+            return self.carry(self.deleted(deleted_kf), [[site] for site in site_k])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
         site_f, late = self.masked.site_f, self.masked.sparse.narrow_from
-        begin_k = [int(site_f[set_n.cpu()].min()) if len(set_n) else 0 for set_n in sets]
+        begin_k = [int(site_f[node_n.cpu()].min()) if len(node_n) else 0 for node_n in sets]
         for part in (range(-1, late), range(late, self.coupling.n_sites)):
             order = sorted((k for k, begin in enumerate(begin_k) if begin in part), key=begin_k.__getitem__)
             for first in range(0, len(order), self.masked.rows):
@@ -109,51 +143,83 @@ class Carrier:
                     kept_rf[row, sets[k]] = False
                 x_rts = torch.cat([self.reference.residuals[max(0, site)] for site in begin_r])
                 trace = self.masked.run(kept_rf, None, Enter(torch.tensor(begin_r), x_rts), narrow=True)
-                d_r = self._difference(trace.logits_btv[:, -1])
+                d_r = self._sparse_d(trace, torch.zeros(len(kept_rf), dtype=torch.long))
                 for row, k in enumerate(some, 1):
                     x_rts = trace.residuals[site_k[k]]
                     changes[k] = x_rts[row] - x_rts[0]
                     lost_k[k] = (d_r[0] - d_r[row]) / self._span
-        return changes, lost_k
+        dense_k = self.dense_lost([0] * len(sets), site_k, changes)
+        return Carried(lost_k[:, None], dense_k[:, None, None], None)
+
+    def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Which masks on which prompts, with the reference, make a batch of sensible size."""
+        some = min(self.prompts, max(1, self.masked.rows // _COPIES))
+        for row_p in torch.arange(self.prompts).split(some):
+            for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):
+                yield place_c, row_p
+
+    def _changes(self, kept_cf: Tensor, row_p: Tensor) -> tuple[list[Tensor], Tensor]:
+        """change_cpts at every site under some masks, and lost_cp, what the sparse model itself loses of the span."""
+        # the reference is in the same batch, so that nothing is left of what does not change
+        trace = self._run(torch.cat([self.reference_f[None], kept_cf]), row_p)
+        residuals = [x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals]
+        d_cp = self._sparse_d(trace, row_p.repeat(1 + len(kept_cf))).view(-1, len(row_p))
+        return [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals], (d_cp[:1] - d_cp[1:]) / self._span
 
     @torch.no_grad()
-    def dense_lost(self, site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
-        """lost_k of the span in the dense model, by a change_ts carried at a site, for each k."""
-        prompt_1t = self.masked.question.prompt_bt
-        rows = max(1, _LOGITS // (prompt_1t.shape[1] * self.coupling.dense.vocabulary))
-        lost: list[Tensor] = []
-        for first in range(0, len(site_k), rows):
-            site_r = torch.tensor(site_k[first : first + rows])
-            change_rts = torch.stack([_whole(x_ts, prompt_1t.shape[1]) for x_ts in change_k[first : first + rows]])
-            change_rtd = Change(site_r, change_rts).decoded(self.coupling)
-            trace = run_changed(self.coupling, prompt_1t.expand(len(site_r), -1), self.dense, site_r, change_rtd)
-            lost.append((self._dense_d - self._difference(trace.logits_btv[:, -1])) / self._span)
-        return torch.cat(lost) if lost else torch.zeros(0)
+    def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
+        """lost_k of the span in the dense model, by a change_ts carried at a site on a prompt, for each k."""
+        lost, length = [torch.zeros(0, device=self.reference_f.device)], self.masked.n_tokens
+        for first in range(0, len(site_k), _ROWS):
+            some = slice(first, first + _ROWS)
+            site_r = torch.tensor(site_k[some])
+            change_rts = torch.stack([pad(x_ts, (0, 0, length - len(x_ts), 0)) for x_ts in change_k[some]])
+            lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, Change(site_r, change_rts).decoded(self.coupling)))
+        return torch.cat(lost)
 
     @torch.no_grad()
-    def sparse_lost(self, site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
+    def lost_by(self, row_k: Tensor, site_k: Tensor, change_ktd: Tensor) -> Tensor:
+        """lost_k of the span in the dense model, by a change_td of its own residual at a site on a prompt, for each k."""
+        question, lost = self.masked.question, [torch.zeros(0, device=self.reference_f.device)]
+        rows = max(1, min(_ROWS, _LOGITS // (self.masked.n_tokens * self.coupling.dense.vocabulary)))
+        for some_k in torch.arange(len(row_k)).split(rows) if len(row_k) else ():
+            row_r, site_r = row_k[some_k], site_k[some_k]
+            last_r = question.last_b[row_r]
+            length = int(last_r.max()) + 1
+            x_rtd = torch.stack([self.dense.residuals[int(site)][int(row)] for row, site in zip(row_r, site_r, strict=True)])
+            enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
+            trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter)
+            lost.append((self.loss.model_b[row_r] - self._d(trace, row_r, last_r)) / self._span)
+        return torch.cat(lost)
+
+    @torch.no_grad()
+    def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
         lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
-        late = self.masked.sparse.narrow_from
+        late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
         for part in (range(late), range(late, self.coupling.n_sites)):
             place_k = torch.tensor(sorted((k for k, site in enumerate(site_k) if site in part), key=lambda k: site_k[k]))
             for some_k in place_k.split(self.masked.rows) if len(place_k) else ():
-                site_r = torch.tensor([site_k[k] for k in some_k.tolist()])
-                x_rts = torch.stack([self.reference.residuals[site_k[k]][0] + change_k[k] for k in some_k.tolist()])
-                kept_rf = self.reference_f.expand(len(some_k), -1)
-                trace = self.masked.run(kept_rf, None, Enter(site_r, x_rts), narrow=True)
-                lost_k[some_k] = (self._reference_d - self._difference(trace.logits_btv[:, -1])) / self._span
+                places = some_k.tolist()
+                row_r, site_r = (torch.tensor([of_k[k] for k in places]) for of_k in (row_k, site_k))
+                x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
+                kept_rf = self.reference_f.expand(len(places), -1)
+                trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
+                lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
         return lost_k
 
     @property
     def _span(self) -> float:
         return self.loss.span if abs(self.loss.span) >= 1e-6 else 1e-6
 
-    def _difference(self, logits_rv: Tensor) -> Tensor:
-        first_r = torch.zeros(len(logits_rv), dtype=torch.long, device=logits_rv.device)
-        return self.masked.question.difference(logits_rv, first_r)
+    def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
+        """Every mask on every one of some prompts."""
+        return self.masked.run(kept_cf.repeat_interleave(len(row_p), 0), row_p.repeat(len(kept_cf)), narrow=self.narrow)
 
+    def _sparse_d(self, trace: Trace, row_r: Tensor) -> Tensor:
+        last_b = self.masked.question.last_b
+        return self._d(trace, row_r, torch.full_like(last_b[row_r], -1) if self.narrow else last_b[row_r])
 
-def _whole(change_ts: Tensor, n_tokens: int) -> Tensor:
-    """A change at every position, 0 at those that are not given."""
-    return torch.nn.functional.pad(change_ts, (0, 0, n_tokens - len(change_ts), 0))
+    def _d(self, trace: Trace, row_r: Tensor, last_r: Tensor) -> Tensor:
+        logits_rv = trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r]
+        return self.masked.question.difference(logits_rv, row_r)

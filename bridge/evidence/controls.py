@@ -1,12 +1,13 @@
 """Controls that could win: circuits of as many nodes as one has, of which there is every reason to expect as much.
 
-    matched          for every node another active one of the same location at the same position; drawn several times
+    matched          for every node another active one of the same location at the same position (of a task, whose nodes are at
+                     every position, of the same location); drawn several times
     another prompt   as many nodes as the circuit has at all, the most important ones, by integrated gradients, of other prompts:
                      texts of as many tokens from the coupling's reference corpus
 
 A random circuit out of all nodes is no such control: 60 of 40,000 do nothing, whatever the others are.
 
-Shape legend: c circuit, r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row.
+Shape legend: c circuit, r masked copy of a prompt, b prompt, t token, n nodes of a location, f all nodes in one row.
 """
 
 from __future__ import annotations
@@ -15,45 +16,41 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Coupling
-from bridge.circuit import recording_gate
+from bridge.circuit import NodeSpace, recording_gate
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
-from bridge.sparse import ERROR, Gate, Location
-
-
-def error_gate(masked: MaskedModel, kept_f: Tensor) -> Gate | None:
-    """What adds the errors of the one prompt to the stream, those that are kept as they are and the others at their means."""
-    if (errors := masked.errors) is None:
-        return None
-    parts = masked.space.split(kept_f)
-
-    def correct(at: Location, x_rts: Tensor) -> Tensor:
-        kept_t1 = parts[at][-x_rts.shape[1] :]
-        error_ts = errors[at][0, -x_rts.shape[1] :]
-        return x_rts + torch.where(kept_t1, error_ts, masked.means[at])
-
-    return correct
+from bridge.sparse import ERROR, Location
 
 
 @torch.no_grad()
-def node_values(masked: MaskedModel, kept_f: Tensor) -> dict[Location, Tensor]:
-    """value_tn of every node on the one prompt, no node ablated and the errors under their masks."""
+def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor | None = None) -> dict[Location, Tensor]:
+    """value_btn of every node on some of the prompts (by default all), no node ablated and the errors under their masks."""
+    row_b = torch.arange(len(masked.question)) if row_b is None else row_b
     values: dict[Location, Tensor] = {}
-    masked.sparse.run(masked.question.prompt_bt, gate=recording_gate(values), correct=error_gate(masked, kept_f), last_only=True)
-    return {at: value_btn[0] for at, value_btn in values.items()}
+    _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
+    correct = None if masked.errors is None else correct
+    masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
+    return values
 
 
 def active_nodes(masked: MaskedModel) -> Tensor:
-    """active_f: the nodes that are not 0 in the model's own run of the prompt, every error kept; no error among them."""
-    values = node_values(masked, torch.ones_like(masked.is_error_f))
-    parts = {
-        at: torch.zeros(masked.space.n_tokens, n, dtype=torch.bool, device=masked.is_error_f.device)
-        if at.kind == ERROR
-        else values[at] != 0
-        for at, n in masked.space.sizes.items()
-    }
-    return masked.space.join(parts)
+    """active_f: the nodes that are not 0 in the model's own run of a prompt, every error kept; no error among them.
+
+    Of several prompts a node is active that is so at any token of any of them.
+    """
+    question, space, every_f = masked.question, masked.space, torch.ones_like(masked.is_error_f)
+    there_bt1 = (torch.arange(masked.n_tokens, device=every_f.device) <= question.last_b[:, None])[..., None]
+    active_f = torch.zeros_like(every_f)
+    for row_b in torch.arange(len(question)).split(masked.rows):
+        values = node_values(masked, every_f, row_b)
+        parts = {}
+        for at, n in space.sizes.items():
+            on_btn = (values[at] != 0) & there_bt1[row_b] if at.kind != ERROR else torch.zeros(1, 1, n, dtype=torch.bool)
+            on_tn = on_btn.any(0) if space.n_tokens > 1 else on_btn.any(0).any(0, keepdim=True)
+            parts[at] = on_tn.to(every_f.device).expand(space.n_tokens, -1)
+        active_f |= space.join(parts)
+    return active_f
 
 
 def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -112,3 +109,43 @@ def _places(masked: MaskedModel) -> Tensor:
         parts[at] = torch.arange(first, first + masked.space.n_tokens)[:, None].expand(-1, n)
         first += masked.space.n_tokens
     return masked.space.join(parts).to(masked.is_error_f.device)
+
+
+def random_circuits(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:
+    """kept_cf: as many nodes as like_f has, drawn from a pool, at each location as many as it has there or as there are.
+
+    What a location lacks is drawn from all others; no circuit where the pool is too small, or like_f empty.
+    """
+    drawn = []
+    like, pool = space.split(like_f), space.split(pool_f)
+    if not like_f.any() or int(pool_f.sum()) < int(like_f.sum()):
+        return torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
+    for _ in range(draws):
+        parts = {}
+        for location, like_tn in like.items():
+            place_k = pool[location].flatten().nonzero().flatten()
+            picked_k = some(place_k, int(like_tn.sum()), generator)
+            parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
+        kept_f = space.join(parts)
+        lacking = int(like_f.sum()) - int(kept_f.sum())
+        drawn.append(kept_f.index_fill(0, some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
+    return torch.stack(drawn)
+
+
+def random_deletions(
+    space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10
+) -> tuple[Tensor, str]:
+    """gone_cf, beside the deletion of a circuit: as many of the nodes outside it that are on; and a note, or "".
+
+    Where there are fewer, all of them are the one deletion, which the note says; none where there is nothing to delete.
+    """
+    outside_f = on_f & ~kept_f
+    gone_cf = random_circuits(space, kept_f, outside_f, generator, draws)
+    if len(gone_cf) or not kept_f.any() or not outside_f.any():
+        return gone_cf, ""
+    return outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
+
+
+def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """As many of the places as are wanted, or as there are, at random."""
+    return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

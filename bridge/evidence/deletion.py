@@ -1,4 +1,4 @@
-"""A prompt's circuit deleted, and the deletion carried into the dense model at every site, beside controls that could win.
+"""A circuit deleted, and the deletion carried into the dense model at every site, beside controls that could win.
 
 With R the reference (every node, errors at their means but the circuit's), C a circuit, and shares of the span throughout:
 
@@ -16,26 +16,49 @@ and middle ones it does not. So the ratio is judged at its least.
 Beside it: every node deleted, the ceiling of what the bridges can carry; nodes matched in location and position; the circuits of
 other prompts.
 
-Shape legend: c circuit, j site, f all nodes in one row.
+Of several prompts (a task) shares are means over them, and intervals are bootstraps over the prompts.
+
+Shape legend: c circuit, j site, b prompt, k draw, f all nodes in one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from bridge.bootstrap import Interval, interval
+from bridge.bridges import Coupling
 from bridge.evidence.carry import Carrier
+from bridge.evidence.measures import Control, Criterion, Measure, Point
 
 
 @dataclass(frozen=True, eq=False)
 class Deletion:
-    """Shares of the span that are lost by one circuit's deletion: in the sparse model itself, and at every site in both."""
+    """Shares of the span lost by one circuit's deletion, prompt by prompt: in the sparse model, and at every site in both."""
 
-    lost: float
-    dense_j: tuple[float, ...]
-    sparse_j: tuple[float, ...]
+    lost_b: np.ndarray
+    dense_jb: np.ndarray
+    sparse_jb: np.ndarray
+
+    @property
+    def lost(self) -> float:
+        """What the sparse model itself loses."""
+        return float(self.lost_b.mean())
+
+    @property
+    def dense_j(self) -> tuple[float, ...]:
+        """What the dense model loses, by site."""
+        return tuple(self.dense_jb.mean(1).tolist())
+
+    @property
+    def sparse_j(self) -> tuple[float, ...]:
+        """What the sparse model loses by the change at each site."""
+        return tuple(self.sparse_jb.mean(1).tolist())
 
     def behind(self, share: float) -> tuple[int, ...]:
         """The sites behind the circuit's nodes: those where the change carries a share of the sparse model's own loss."""
@@ -45,6 +68,17 @@ class Deletion:
         """Dense over sparse loss at its least over those sites; None where there are none."""
         return min((self.dense_j[site] / self.sparse_j[site] for site in self.behind(share)), default=None)
 
+    def ratio_interval(self, share: float, seed: int) -> Interval | None:
+        """The 95% interval of that ratio over the prompts, at the same sites; None of a single prompt."""
+        if not (behind := list(self.behind(share))):
+            return None
+
+        def least(pick_kb: np.ndarray) -> np.ndarray:
+            dense_jk, sparse_jk = (lost_jb[behind][:, pick_kb].mean(2) for lost_jb in (self.dense_jb, self.sparse_jb))
+            return (dense_jk / sparse_jk).min(0)
+
+        return interval(least, len(self.lost_b), seed)
+
     @property
     def best(self) -> float:
         """The dense loss at the site where it is largest."""
@@ -53,14 +87,10 @@ class Deletion:
 
 def delete(carrier: Carrier, circuit_cf: Tensor) -> tuple[Deletion, ...]:
     """The deletion of some circuits."""
-    changes, lost_c = carrier.runs(carrier.deleted(circuit_cf))
-    count, sites = len(circuit_cf), list(carrier.sites)
-    site_k = [site for _ in range(count) for site in sites]
-    change_k = [changes[site][circuit] for circuit in range(count) for site in sites]
-    dense_cj = carrier.dense_lost(site_k, change_k).view(count, len(sites)).tolist()
-    sparse_cj = carrier.sparse_lost(site_k, change_k).view(count, len(sites)).tolist()
-    rows = zip(lost_c.tolist(), dense_cj, sparse_cj, strict=True)
-    return tuple(Deletion(lost, tuple(dense_j), tuple(sparse_j)) for lost, dense_j, sparse_j in rows)
+    carried = carrier.carry(carrier.deleted(circuit_cf), [list(carrier.sites)] * len(circuit_cf), sparse=True)
+    assert carried.sparse_cjb is not None
+    parts = (x.double().cpu().numpy() for x in (carried.lost_cb, carried.dense_cjb, carried.sparse_cjb))
+    return tuple(Deletion(lost_b, dense_jb, sparse_jb) for lost_b, dense_jb, sparse_jb in zip(*parts, strict=True))
 
 
 def delete_groups(carrier: Carrier, groups: Sequence[Tensor]) -> tuple[float, ...]:
@@ -69,6 +99,61 @@ def delete_groups(carrier: Carrier, groups: Sequence[Tensor]) -> tuple[float, ..
         return ()
     last = carrier.coupling.n_sites - 1
     sets = [group_f.nonzero().flatten() for group_f in groups]
-    site_g = [min(int(carrier.masked.site_f[set_n.cpu()].max()) + 1, last) if len(set_n) else last for set_n in sets]
-    changes, _ = carrier.without(sets, site_g)
-    return tuple((carrier.dense_lost(site_g, changes) * carrier.loss.span).tolist())
+    site_g = [min(int(carrier.masked.site_f[node_n.cpu()].max()) + 1, last) if len(node_n) else last for node_n in sets]
+    carried = carrier.carry_deleted(sets, site_g)
+    return tuple((carried.dense_cjb[:, 0].mean(1) * carrier.loss.span).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Deletions:
+    """The deletion of a circuit, of every node, of matched nodes, and of the circuits of other prompts."""
+
+    circuit: Deletion
+    every: Deletion
+    matched: tuple[Deletion, ...]
+    others: tuple[Deletion, ...] = ()
+
+    @staticmethod
+    def of(carrier: Carrier, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
+        """All of them, of masks."""
+        other_cf = matched_cf[:0] if other_cf is None else other_cf
+        circuit, every, *rest = delete(carrier, torch.cat([circuit_f[None], carrier.reference_f[None], matched_cf, other_cf]))
+        return Deletions(circuit, every, tuple(rest[: len(matched_cf)]), tuple(rest[len(matched_cf) :]))
+
+    def measures(
+        self, coupling: Coupling, behind: float, ratio: float, best: float, matched_lost: float, seed: int
+    ) -> tuple[Measure, ...]:
+        """The circuit's deletion in the dense model beside the sparse one, and the controls', held to some bounds."""
+        sites, kinds = self.circuit.behind(behind), (*coupling.dense.sublayers, "unembed")
+        points = tuple(
+            Point(f"site {site} ({kinds[site]})", {
+                "dense": self.circuit.dense_j[site], "sparse": self.circuit.sparse_j[site], "behind": float(site in sites),
+                "all nodes": self.every.dense_j[site],
+                **{name: sum(one.dense_j[site] for one in those) / len(those)
+                   for name, those in (("matched", self.matched), ("other prompts", self.others)) if those},
+            })
+            for site in range(coupling.n_sites)
+        )  # fmt: skip
+        others = Control.of("other prompts' circuits", [one.best for one in self.others], max, "largest")
+        of_matched = [sum(one.dense_j[site] for site in sites) / len(sites) for one in self.matched] if sites else []
+        return (
+            Measure(
+                "dense_ratio", "dense over sparse loss by deletion, least", self.circuit.ratio(behind),
+                Criterion(">=", ratio), interval=self.circuit.ratio_interval(behind, seed), ceiling=self.every.ratio(behind),
+                note="" if sites else "the deletion loses nothing in the sparse model",
+                points=points,
+            ),
+            Measure(
+                "dense_best", "span lost in dense by deletion, best site", self.circuit.best, Criterion(">=", best), others,
+                ceiling=self.every.best,
+            ),
+            Measure(
+                "dense_matched", "span lost in dense by deleting matched nodes", median(of_matched) if of_matched else None,
+                Criterion("<=", matched_lost), note="the median of the draws, in the mean over the sites behind the circuit",
+            ),
+        )  # fmt: skip
+
+    def lost(self, value: float, least: float, note: str = "") -> Measure:
+        """The span that the sparse model loses without the circuit, beside what it loses without matched nodes."""
+        control = Control.of("matched", [one.lost for one in self.matched], max, "largest")
+        return Measure("lost", "span lost in sparse by deletion", value, Criterion(">=", least, True), control, note=note)

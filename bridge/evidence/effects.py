@@ -7,9 +7,10 @@ For nodes i, half of them inside the circuit and as many active ones outside, fr
 
 compared by rank, ties sharing theirs; what lies within RESOLUTION of 0 is 0, so that rounding is not ranked. The null permutes
 the nodes within a site: effects of late sites are larger in both models, which proves nothing. Errors are left out: the dense
-model has nothing that corresponds to them.
+model has nothing that corresponds to them. Of several prompts effects are means over them; the ceiling is then how well the dense
+model's own effects over one half of the prompts rank those over the other. The interval draws nodes anew, and prompts.
 
-Shape legend: p node of the profile, n nodes of a location, t token, f all nodes in one row.
+Shape legend: p node of the profile, b prompt, k draw, n nodes of a location, t token, f all nodes in one row.
 """
 
 from __future__ import annotations
@@ -18,29 +19,35 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
+from bridge.circuits.masked_model import MaskedModel
 from bridge.evidence.carry import Carrier
-from bridge.evidence.controls import active_nodes
+from bridge.evidence.controls import active_nodes, some
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.validate import permuted_null, rank_correlation, some
 
 NODES = 60
 FEWEST = 10  # nodes, below which ranks say nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
-DRAWS = 500  # of the null, and of the bootstrap
+DRAWS, PERMUTATIONS = 500, 2000  # of the bootstrap, and of the null
+HALVES = 20  # of several prompts, at random, over which the dense model's effects are to repeat
 QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What ablating one node takes from d, in shares of the span: in the sparse model and, carried at `site`, in dense."""
+    """What ablating one node takes from d, in shares of the span: in the sparse model and, carried at `site`, in dense.
+
+    by_prompt has both for every one of several prompts, of which sparse and dense are the means.
+    """
 
     node: str
     inside: bool
     site: int
     sparse: float
     dense: float
+    by_prompt: tuple[tuple[float, float], ...] = ()
 
 
 def profile_nodes(carrier: Carrier, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -58,14 +65,23 @@ def effect_profile(carrier: Carrier, circuit_f: Tensor, node_p: Tensor) -> tuple
     """The effect on d of ablating each node alone, in both models."""
     if not len(node_p):
         return ()
-    masked, site_f = carrier.masked, carrier.masked.site_f
-    site_p = (site_f[node_p.cpu()] + 1).tolist()
-    changes, sparse_p = carrier.without(list(node_p[:, None]), site_p)
-    dense_p = carrier.dense_lost(site_p, changes)
+    masked = carrier.masked
+    site_p = (masked.site_f[node_p.cpu()] + 1).tolist()
+    carried = carrier.carry_deleted(list(node_p[:, None]), site_p)
+    both_pb2 = torch.stack([carried.lost_cb, carried.dense_cjb[:, 0]], -1).double()
     return tuple(
-        Effect(str(masked.space.node(place)), bool(circuit_f[place]), site, sparse, dense)
-        for place, site, sparse, dense in zip(node_p.tolist(), site_p, sparse_p.tolist(), dense_p.tolist(), strict=True)
-    )
+        Effect(
+            _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
+            by_prompt=tuple(map(tuple, both_b2.tolist())) if len(both_b2) > 1 else (),
+        )
+        for place, site, both_b2 in zip(node_p.tolist(), site_p, both_pb2, strict=True)
+    )  # fmt: skip
+
+
+def _name(masked: MaskedModel, place: int) -> str:
+    """A node's name, with its position where nodes are of one."""
+    node = masked.space.node(place)
+    return str(node) if masked.space.n_tokens == masked.n_tokens else node.name
 
 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> tuple[Measure, float | None]:
@@ -76,11 +92,11 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     def unknown(note: str) -> tuple[Measure, None]:
         return Measure(key, name, None, criterion, note=note, points=points), None
 
-    sparse_p, dense_p = (np.array([getattr(effect, side) for effect in effects]) for side in ("sparse", "dense"))
-    sparse_p, dense_p = (np.where(np.abs(x) < RESOLUTION, 0.0, x) for x in (sparse_p, dense_p))
-    site_p = np.array([effect.site for effect in effects])
     if len(effects) < FEWEST:
         return unknown(f"{len(effects)} nodes are too few to rank")
+    effect_2pb = np.array([each.by_prompt or [(each.sparse, each.dense)] for each in effects]).transpose(2, 0, 1)
+    sparse_p, dense_p = _resolved(effect_2pb.mean(2))
+    site_p = np.array([effect.site for effect in effects])
     if np.ptp(sparse_p) == 0 or np.ptp(dense_p) == 0:
         return unknown(f"no node has an effect in the {'sparse' if np.ptp(sparse_p) == 0 else 'dense'} model")
     if np.unique(site_p).size == len(effects):
@@ -90,8 +106,52 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     null = permuted_null(sparse_p, dense_p, site_p, generator)
     p_value = float((1 + np.sum(null >= value)) / (1 + len(null)))
     control = Control("permuted", len(null), float(null.mean()), float(np.quantile(null, QUANTILE)), f"{QUANTILE:.0%}")
-    pick = generator.integers(len(effects), size=(DRAWS, len(effects)))
-    low, high = np.nanquantile(rank_correlation(sparse_p[pick], dense_p[pick]), [0.025, 0.975])
+    low, high = np.nanquantile(_drawn(effect_2pb, generator), [0.025, 0.975])
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
     note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
-    return Measure(key, name, value, criterion, control, (float(low), float(high)), note=note, points=points), p_value
+    bounds, ceiling = (float(low), float(high)), _repeats(effect_2pb[1])
+    return Measure(key, name, value, criterion, control, bounds, ceiling, note, points), p_value
+
+
+def _resolved(effect: np.ndarray) -> np.ndarray:
+    """Effects with what is within rounding at 0, so that rounding is not ranked."""
+    return np.where(np.abs(effect) < RESOLUTION, 0.0, effect)
+
+
+def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """correlation_k with nodes drawn anew, and of several prompts the prompts as well."""
+    _, nodes, prompts = effect_2pb.shape
+    pick_kp = generator.integers(nodes, size=(DRAWS, nodes))
+    pick_kb = generator.integers(prompts, size=(DRAWS, prompts))
+    weight_bk = np.stack([np.bincount(pick_b, minlength=prompts) for pick_b in pick_kb], 1) / prompts
+    return rank_correlation(*np.take_along_axis(_resolved(effect_2pb @ weight_bk).transpose(0, 2, 1), pick_kp[None], 2))
+
+
+def _repeats(dense_pb: np.ndarray) -> float | None:
+    """How well the effects over half of the prompts rank those over the other half, on average; None of a single prompt."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(HALVES if dense_pb.shape[1] > 1 else 0):
+        order_b = generator.permutation(dense_pb.shape[1])
+        first_p, second_p = (_resolved(dense_pb[:, half_b].mean(1)) for half_b in np.array_split(order_b, 2))
+        if np.ptp(first_p) and np.ptp(second_p):
+            found.append(float(rank_correlation(first_p, second_p)))
+    return sum(found) / len(found) if found else None
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
+    x, y = (rankdata(values, axis=-1) for values in (x, y))
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def permuted_null(
+    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = PERMUTATIONS
+) -> np.ndarray:
+    """Rank correlations with the values of x permuted among the nodes of the same site."""
+    permuted = np.tile(rankdata(x_p), (draws, 1))
+    for site in np.unique(site_p):
+        here = np.flatnonzero(site_p == site)
+        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
+    return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))

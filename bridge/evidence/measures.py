@@ -11,13 +11,36 @@ passed, and its note says why.
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bridge.validate import Control
+from bridge.columns import columns
 
 Op = Literal[">=", "<="]
 Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
+
+    what: str
+    draws: int
+    mean: float
+    bar: float
+    bar_is: str
+
+    @staticmethod
+    def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
+        """The control of some draws; None where there are none."""
+        return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
+
+    def text(self) -> str:
+        """In words: what it is and its mean, and the bar where that says more."""
+        bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {self.bar:.3f})"
+        return f"{self.what} {self.mean:.3f}{bar}"
 
 
 @dataclass(frozen=True)
@@ -150,3 +173,42 @@ def _sentence(text: str) -> str:
 
 def _no_measure(key: str) -> Measure:
     raise KeyError(f"there is no measure {key!r}")
+
+
+EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
+
+
+def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: bool = False) -> list[str]:
+    """Measures as a table for a terminal, what is to be said of each below it; with places also its values by site or span."""
+    rows: list[tuple[str, ...]] = [EVIDENCE]
+    for measure in measures:
+        name, *cells = evidence_row(measure)
+        rows.append((f"  {name}", *cells))
+        rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
+        rows += [(f"    {line}",) for line in _by_place(measure)] if places else []
+    return columns(rows, width)
+
+
+def evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
+    """A measure's cells under EVIDENCE."""
+    value = "-" if measure.value is None else f"{measure.value:.3f}"
+    met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
+    asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
+    return measure.name, value, met, asked, "" if measure.control is None else measure.control.text()
+
+
+def _beside(measure: Measure) -> str:
+    interval = "" if measure.interval is None else "95% interval {:.2f} to {:.2f}".format(*measure.interval)
+    ceiling = "" if measure.ceiling is None else f"all nodes {measure.ceiling:.2f}"
+    return "; ".join(part for part in (interval, ceiling, measure.note) if part)
+
+
+def _by_place(measure: Measure) -> list[str]:
+    """The values of a measure that has them by site or span, and those of all nodes: a row each, a column for every place."""
+    if not measure.points or "all nodes" not in measure.points[0].values:
+        return []
+    names = [name for name in measure.points[0].values if name != "behind"]
+    rows = [["at", *(point.label.removeprefix("sites ").removeprefix("site ") for point in measure.points)]]
+    rows += [[name, *(f"{point.values[name]:.2f}" for point in measure.points)] for name in names]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"{row[0]:<{sizes[0]}}  " + "  ".join(map(str.rjust, row[1:], sizes[1:])) for row in rows]

@@ -12,6 +12,7 @@ Shape legend: b row, t token, d dense width, s sparse width, n token of all rows
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from bridge.bridges import Bridges, Coupling
-from bridge.circuits.search import permuted_weights
 from bridge.recipe import Losses, UserError
 from bridge.refit import refit_decoders
+from bridge.sparse import SparseTransformer
 from bridge.training import Progress, fit
 
 NullName = Literal["uncoupled", "bridges", "weights"]
@@ -156,3 +157,15 @@ def shuffled_bridges(coupling: Coupling, seed: int) -> Bridges:
         }
         shuffled[site].load_state_dict(state)
     return shuffled
+
+
+def permuted_weights(sparse: SparseTransformer, seed: int) -> SparseTransformer:
+    """The model with the entries of every matrix in a random order: as many nonzeros, of the same sizes, elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return other

@@ -21,7 +21,7 @@ from bridge.circuits.nested import find_nested
 from bridge.circuits.question import Question
 from bridge.columns import columns
 from bridge.evidence.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
-from bridge.evidence.null_table import PromptNull, keep_prompt_nulls, rules_of
+from bridge.evidence.null_table import PromptNull, keep_nulls, rules_of
 from bridge.evidence.prompt import EvidenceConfig, gather
 from bridge.sparse import Location
 
@@ -98,7 +98,7 @@ def run_prompt_nulls(
             ratios.append(ratio)
         nulls.append(PromptNull.of(name, verdicts, ratios))
     if coupling.path is not None:
-        keep_prompt_nulls(coupling, tuple(nulls), rules_of(search, config))
+        keep_nulls(coupling, "prompts", nulls, rules_of(search, config))
     return tuple(nulls)
 
 

@@ -1,97 +1,225 @@
-"""Counterfactual patching of a prompt's circuit: its nodes take the values they have on another prompt, carried into dense.
+"""Interchange interventions (counterfactual patching): a circuit's nodes take their values on another prompt, carried into dense.
 
-With R the reference on the prompt and R_c that on a counterfactual of as many tokens (every node kept, errors at their means but
+With R the reference on a prompt and R_c that on a counterfactual of as many tokens (every node kept, errors at their means but
 those of the circuit), the sparse model is run on the prompt with
 
     a_i  <-  a_i(R_c)  for i in the circuit        (its errors as well)
 
 every other node computing on from what it then reads. The change of the residual at each site is carried into the dense model.
 The share is that of the full swap, d(dense on the prompt) - d(dense on the counterfactual), in the mean over all sites behind the
-first sublayer: no site is chosen. The ceiling patches all nodes (the embedding is no node, and stays the prompt's); the controls
-patch nodes matched in location and position.
+first sublayer: no site is chosen. Of several prompts (a task's pairs) both are sums over them. Beside it
 
-Shape legend: c circuit, t token, n nodes of a location, f all nodes in one row.
+    all nodes     patched, the ceiling (the embedding is no node, and stays the prompt's)
+    dense         by site, the dense model's own writes, h_j(c) - h_j(p) - (h_0(c) - h_0(p))
+    matched       nodes matched in location and position
+
+and of several prompts, each of them at one site a draw,
+
+    rotated       the circuit's change in the dense model turned by a random rotation, the same one at every position of every
+                  prompt: as large, and as coherent over prompts
+    other pairs   the change of another prompt of as many tokens
+
+Shape legend: c circuit, b prompt, p some of the prompts, k item (a prompt at a site), t token, n nodes of a location, s sparse
+width, d dense width, j site.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.bootstrap import interval
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.question import Question
 from bridge.evidence.carry import Carrier
-from bridge.evidence.controls import error_gate, node_values
+from bridge.evidence.controls import node_values
+from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.residual import Trace
-from bridge.sparse import Location
+from bridge.sparse import Gate, Location, identity_gate
+from bridge.transport import Change
 
 LEAST_SWAP = 0.2  # nats; shares of less mean nothing
+ROTATIONS, QUANTILE, OTHER_PAIRS = 100, 0.99, 20
+
+Changes = list[Tensor]  # change_bts of the sparse residual at every site
 
 
 @dataclass(frozen=True, eq=False)
 class Counterfactual:
-    """A prompt of as many tokens, and the dense run of it with the errors by which the sparse model follows."""
+    """For every prompt another of as many tokens, and the dense run of it with the errors by which the sparse model follows."""
 
-    tokens_t: Tensor
+    prompt_bt: Tensor
     followed: Followed
 
 
-def full_swap(carrier: Carrier, counterfactual: Counterfactual) -> float:
-    """By how much d of the dense model falls from the prompt to its counterfactual, in nats."""
-    question, row_1 = carrier.masked.question, torch.zeros(1, dtype=torch.long)
-    logits = carrier.dense.logits_btv[:, -1], counterfactual.followed.dense_bv
-    d, d_there = (float(question.difference(logits_1v, row_1.to(logits_1v.device))) for logits_1v in logits)
-    return d - d_there
+def full_swap(carrier: Carrier, counterfactual: Counterfactual) -> Tensor:
+    """swap_b: by how much d of the dense model falls from each prompt to its counterfactual, in nats."""
+    row_b = torch.arange(carrier.prompts, device=carrier.loss.model_b.device)
+    return carrier.loss.model_b - carrier.masked.question.difference(counterfactual.followed.dense_bv, row_b)
 
 
 @torch.no_grad()
-def patched(carrier: Carrier, counterfactual: Counterfactual, circuit_cf: Tensor) -> Tensor:
-    """moved_cj: what the dense model loses of the span, by site, where each circuit takes its counterfactual values.
+def patched(carrier: Carrier, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
+    """By circuit, the change at every site where its nodes take their counterfactual values.
 
-    Raises ValueError where the counterfactual has more or fewer tokens.
+    Raises ValueError where a counterfactual has more or fewer tokens than its prompt.
     """
     masked, question = carrier.masked, carrier.masked.question
-    if len(counterfactual.tokens_t) != masked.n_tokens:
+    if counterfactual.prompt_bt.shape != question.prompt_bt.shape:
         raise ValueError(
-            f"the counterfactual has {len(counterfactual.tokens_t)} tokens and the prompt {masked.n_tokens}; "
+            f"the counterfactual has {counterfactual.prompt_bt.shape[1]} tokens and the prompt {masked.n_tokens}; "
             "patching needs as many, at the same positions"
         )
-    asked = Question.of_prompt(counterfactual.tokens_t, question.answer, question.contrast)
-    there = MaskedModel(masked.sparse, asked, masked.means, counterfactual.followed.errors)
-    values = node_values(there, carrier.reference_f)
-    plain = _run(carrier, {}, torch.zeros_like(circuit_cf[0]), None)
-    site_k, change_k = [], []
-    for circuit_f in circuit_cf:
-        trace = _run(carrier, values, circuit_f, there)
-        for site in carrier.sites:
-            site_k.append(site)
-            change_k.append(trace.residuals[site][0] - plain.residuals[site][0])
-    return carrier.dense_lost(site_k, change_k).view(len(circuit_cf), -1)
+    asked = replace(question, prompt_bt=counterfactual.prompt_bt)
+    errors = None if masked.errors is None else counterfactual.followed.errors
+    there = MaskedModel(masked.sparse, asked, masked.means, errors, by_position=masked.space.n_tokens > 1)
+    found: list[list[Changes]] = [[] for _ in circuit_cf]
+    for row_p in torch.arange(carrier.prompts).split(masked.rows):
+        kept_pf = carrier.reference_f.expand(len(row_p), -1)
+        own, other = masked.gates(kept_pf, row_p)[1], there.gates(kept_pf, row_p)[1]
+        values = node_values(there, carrier.reference_f, row_p)
+
+        def run(gate: Gate, correct: Gate, row_p: Tensor = row_p) -> Trace:
+            used = None if masked.errors is None else correct
+            return masked.sparse.run(question.prompt_bt[row_p], gate=gate, correct=used, last_only=True)
+
+        plain = run(identity_gate, own).residuals
+        for into, circuit_f in zip(found, circuit_cf, strict=True):
+            parts = masked.space.split(circuit_f)
+
+            def gate(at: Location, x_ptn: Tensor, parts: dict = parts, values: dict = values) -> Tensor:
+                return torch.where(parts[at], values[at], x_ptn)
+
+            def correct(at: Location, x_pts: Tensor, parts: dict = parts, own: Gate = own, other: Gate = other) -> Tensor:
+                return torch.where(parts[at][-x_pts.shape[1] :], other(at, x_pts), own(at, x_pts))
+
+            into.append([after - before for after, before in zip(run(gate, correct).residuals, plain, strict=True)])
+    return [[torch.cat(parts) for parts in zip(*rows, strict=True)] for rows in found]
 
 
-def _run(carrier: Carrier, values: dict[Location, Tensor], patched_f: Tensor, there: MaskedModel | None) -> Trace:
-    """The reference with some nodes, and errors, at their values on the counterfactual."""
-    masked = carrier.masked
-    parts = masked.space.split(patched_f)
-    own = error_gate(masked, carrier.reference_f)
-    other = None if there is None else error_gate(there, carrier.reference_f)
-
-    def gate(at: Location, x_1tn: Tensor) -> Tensor:
-        return torch.where(parts[at], values[at], x_1tn) if at in values else x_1tn
-
-    def correct(at: Location, x_1ts: Tensor) -> Tensor:
-        assert own is not None
-        stays_1ts = own(at, x_1ts)
-        if other is None:
-            return stays_1ts
-        return torch.where(parts[at][-x_1ts.shape[1] :], other(at, x_1ts), stays_1ts)
-
-    return masked.sparse.run(masked.question.prompt_bt, gate=gate, correct=None if own is None else correct, last_only=True)
+def moved(carrier: Carrier, changes: Sequence[Changes]) -> Tensor:
+    """moved_cjb: what the dense model loses of the span by each circuit's change, by the site that it is carried at."""
+    places = [(each, site, row) for each in changes for site in carrier.sites for row in range(carrier.prompts)]
+    row_k, site_k = [row for _, _, row in places], [site for _, site, _ in places]
+    lost_k = carrier.dense_lost(row_k, site_k, [each[site][row] for each, site, row in places])
+    return lost_k.view(len(changes), -1, carrier.prompts)
 
 
-def mean_share(carrier: Carrier, moved_j: Tensor, swap: float) -> float:
+@torch.no_grad()
+def dense_writes(carrier: Carrier, counterfactual: Counterfactual) -> Tensor:
+    """moved_jb by the dense model's own change at every site, the embedding's taken off."""
+    residuals = zip(counterfactual.followed.dense.residuals, carrier.dense.residuals, strict=True)
+    first_btd, *later = [there_btd - here_btd for there_btd, here_btd in residuals]
+    row_b = torch.arange(carrier.prompts)
+    lost = [carrier.lost_by(row_b, torch.full_like(row_b, site), x - first_btd) for site, x in enumerate(later, 1)]
+    return torch.stack([torch.zeros_like(lost[0]), *lost])
+
+
+def mean_share(carrier: Carrier, moved_jb: Tensor, swap_b: Tensor) -> float:
     """The share of the full swap in the mean over the sites behind the first sublayer."""
-    return float(moved_j[1:].mean()) * carrier.loss.span / swap
+    return float(moved_jb[1:].mean(0).sum()) * carrier.loss.span / float(swap_b.sum())
+
+
+def patching_measures(
+    carrier: Carrier, counterfactual: Counterfactual, circuit_f: Tensor, matched_cf: Tensor, least: float, seed: int
+) -> tuple[Measure, ...]:
+    """The share that the circuit carries, of what all nodes do, beside matched ones; of several prompts, two controls more.
+
+    It is held to `least`, above every control, and where there are several prompts to three times the matched nodes' mean.
+    """
+    several, above = carrier.prompts > 1, Criterion(">=", 0.0, True)
+    names = ["patching", *(("patching_rotated", "patching_pairs") if several else ())]
+    titles = "share of the swap carried, of all nodes'", "above rotations of the change", "above other pairs' changes"
+    swap_b = full_swap(carrier, counterfactual)
+    swap = float(swap_b.mean())
+
+    def unknown(note: str) -> tuple[Measure, ...]:
+        criteria = (Criterion(">=", least, True), above, above)
+        return tuple(Measure(*row, note=note) for row in zip(names, titles, [None] * 3, criteria, strict=False))
+
+    if abs(swap) < LEAST_SWAP:
+        return unknown(f"the counterfactual moves the dense model by {swap:.2f} nats only")
+    changes = patched(carrier, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf]))
+    moved_cjb, dense_jb = moved(carrier, changes), dense_writes(carrier, counterfactual)
+    share, every, *matched = (mean_share(carrier, moved_jb, swap_b) for moved_jb in moved_cjb)
+    if every <= 0:
+        return unknown("all nodes together carry nothing of the swap")
+    value, kinds = share / every, (*carrier.coupling.dense.sublayers, "unembed")
+    shares = torch.stack([moved_cjb[0], moved_cjb[1], dense_jb]).mean(2) * carrier.loss.span / swap
+    points = tuple(
+        Point(f"site {site} ({kinds[site]})", dict(zip(("circuit", "all nodes", "dense"), shares[:, site].tolist(), strict=True)))
+        for site in carrier.sites
+    )
+    own_b, every_b = (moved_cjb[c, 1:].mean(0).double().cpu().numpy() for c in (0, 1))
+    bounds = interval(lambda pick_kb: own_b[pick_kb].sum(1) / every_b[pick_kb].sum(1), len(own_b), seed)
+    note = f"{share:.2f} of the swap of {swap:.1f} nats, all nodes {every:.2f}, dense itself {float(shares[2, 1:].mean()):.2f}"
+    criterion = Criterion(">=", least, True, value / 3 if several and matched else None)
+    control = Control.of("matched", [other / every for other in matched], max, "largest")
+    measures = [Measure(names[0], titles[0], value, criterion, control, bounds, note=note, points=points)]
+    if several:
+        generator = torch.Generator().manual_seed(seed + 2_000_003)
+        rotated = [each / every for each in rotations(carrier, changes[0], swap_b, generator)]
+        bar = Control.of("rotated", rotated, lambda draws: float(np.quantile(draws, QUANTILE)), f"{QUANTILE:.0%}")
+        others = [each / every for each in other_pairs(carrier, changes[0], swap_b, generator)]
+        of_others, none = Control.of("other pairs", others, max, "largest"), "" if others else "no two pairs are equally long"
+        measures.append(Measure(names[1], titles[1], value, above, bar))
+        measures.append(Measure(names[2], titles[2], value, above, of_others, note=none))
+    return tuple(measures)
+
+
+def _items(carrier: Carrier, draw: int) -> tuple[Tensor, Tensor]:
+    """row_k and site_k for one draw of a control: every prompt at one site, at another in each draw; of few, at every site."""
+    prompts, sites = carrier.prompts, len(carrier.sites) - 1
+    if prompts < sites:
+        return torch.arange(prompts).repeat_interleave(sites), torch.arange(sites).repeat(prompts) + 1
+    return torch.arange(prompts), (torch.arange(prompts) + draw) % sites + 1
+
+
+def _share_of(carrier: Carrier, swap_b: Tensor, row_k: Tensor, site_k: Tensor, change_ktd: Tensor) -> float:
+    lost = carrier.lost_by(row_k, site_k, change_ktd).sum()
+    return float(lost) * carrier.loss.span / float(swap_b[row_k].sum())
+
+
+def _decoded(carrier: Carrier, changes: Changes, row_k: Tensor, site_k: Tensor) -> Tensor:
+    """change_ktd of the dense residual of items."""
+    rows = zip(row_k.tolist(), site_k.tolist(), strict=True)
+    return Change(site_k, torch.stack([changes[site][row] for row, site in rows])).decoded(carrier.coupling)
+
+
+def rotations(
+    carrier: Carrier, changes: Changes, swap_b: Tensor, generator: torch.Generator, draws: int = ROTATIONS
+) -> list[float]:
+    """The share of the swap that the change has when it is turned, a rotation for every draw."""
+
+    def turned(draw: int) -> float:
+        row_k, site_k = _items(carrier, draw)
+        change_ktd = _decoded(carrier, changes, row_k, site_k)
+        frame, triangle = torch.linalg.qr(torch.randn(*[change_ktd.shape[-1]] * 2, generator=generator))
+        rotation_dd = (frame * triangle.diagonal().sign()).to(change_ktd)  # uniform: without the signs QR prefers some
+        return _share_of(carrier, swap_b, row_k, site_k, change_ktd @ rotation_dd)
+
+    return [turned(draw) for draw in range(draws)]
+
+
+def other_pairs(
+    carrier: Carrier, changes: Changes, swap_b: Tensor, generator: torch.Generator, draws: int = OTHER_PAIRS
+) -> list[float]:
+    """The share of the changes of other prompts of the same length, dealt out at random; none where no two are as long."""
+    found, last_b = [], carrier.masked.question.last_b.cpu()
+    for draw in range(draws):
+        row_k, site_k = _items(carrier, draw)
+        given_b = torch.full_like(last_b, -1)
+        for last in last_b.unique():
+            here_k = (last_b == last).nonzero().flatten()
+            if len(here_k) > 1:  # in a circle, so that none gets its own
+                here_k = here_k[torch.randperm(len(here_k), generator=generator)]
+                given_b[here_k] = here_k.roll(1)
+        dealt_k = given_b[row_k] >= 0
+        if bool(dealt_k.any()):
+            row_k, site_k = row_k[dealt_k], site_k[dealt_k]
+            found.append(_share_of(carrier, swap_b, row_k, site_k, _decoded(carrier, changes, given_b[row_k], site_k)))
+    return found

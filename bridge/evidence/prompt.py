@@ -28,11 +28,11 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.nested import Nested
 from bridge.evidence.carry import Carrier
 from bridge.evidence.controls import another_prompt, matched
-from bridge.evidence.deletion import Deletion, delete, delete_groups
+from bridge.evidence.deletion import Deletions, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
-from bridge.evidence.measures import Control, Criterion, Measure, Point, Report, Rule
-from bridge.evidence.null_table import rules_of, stored_prompt_nulls
-from bridge.evidence.patching import LEAST_SWAP, Counterfactual, full_swap, mean_share, patched
+from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
+from bridge.evidence.null_table import nulls_measure, rules_of, stored_prompt_nulls
+from bridge.evidence.patching import Counterfactual, patching_measures
 from bridge.evidence.sufficiency import Backup, NestedCircuit, backup_nodes, measure_nested, strongest
 
 
@@ -128,11 +128,9 @@ def gather(
     sufficient = _sufficient(config, loss, circuits[opening], matched_cf, other_cf)
     progress("evidence: deletion, in both models")
     carrier = Carrier.of(coupling, loss, followed.dense, kept_f)
-    deletions = delete(
-        carrier, torch.cat([kept_f[None], carrier.reference_f[None], matched_cf[: config.deleted_draws], other_cf])
-    )
+    deletions = Deletions.of(carrier, kept_f, matched_cf[: config.deleted_draws], other_cf)
     group_effects = delete_groups(carrier, groups)
-    deleted = _deleted(config, coupling, deletions, len(other_cf))
+    deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     lost = _lost(config, loss, kept_f, backup_k, deletions)
     progress("evidence: one node at a time, in both models")
     node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
@@ -140,7 +138,8 @@ def gather(
     patching: tuple[Measure, ...] = ()
     if counterfactual is not None:
         progress("evidence: counterfactual patching, in the dense model")
-        patching = (_patching(config, carrier, counterfactual, kept_f, matched_cf[: config.deleted_draws]),)
+        some_cf = matched_cf[: config.deleted_draws]
+        patching = patching_measures(carrier, counterfactual, kept_f, some_cf, config.patched, seed)
     measures = (*_explained(config, loss, circuits[opening]), *sufficient, *deleted, lost, profile, *patching)
     report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
     left = circuits[opening].left
@@ -176,78 +175,14 @@ def _sufficient(
     )  # fmt: skip
 
 
-def _deleted(config: EvidenceConfig, coupling: Coupling, deletions: tuple[Deletion, ...], n_others: int) -> tuple[Measure, ...]:
-    """The circuit's deletion in the dense model beside the sparse one, and the controls'."""
-    circuit, every, *rest = deletions
-    of_matched, of_others = rest[: len(rest) - n_others], rest[len(rest) - n_others :]
-    behind = circuit.behind(config.behind)
-    kinds = (*coupling.dense.sublayers, "unembed")
-    points = tuple(
-        Point(f"site {site} ({kinds[site]})", {
-            "dense": circuit.dense_j[site], "sparse": circuit.sparse_j[site], "behind": float(site in behind),
-            "all nodes": every.dense_j[site],
-            **({"matched": sum(one.dense_j[site] for one in of_matched) / len(of_matched)} if of_matched else {}),
-            **({"other prompts": sum(one.dense_j[site] for one in of_others) / len(of_others)} if of_others else {}),
-        })
-        for site in range(coupling.n_sites)
-    )  # fmt: skip
-    others = Control.of("other prompts' circuits", [one.best for one in of_others], max, "largest")
-    lost_matched = [sum(one.dense_j[site] for site in behind) / len(behind) for one in of_matched] if behind else []
-    return (
-        Measure(
-            "dense_ratio", "dense over sparse loss by deletion, least", circuit.ratio(config.behind),
-            Criterion(">=", config.ratio), ceiling=every.ratio(config.behind),
-            note="" if behind else "the deletion loses nothing in the sparse model",
-            points=points,
-        ),
-        Measure(
-            "dense_best", "span lost in dense by deletion, best site", circuit.best, Criterion(">=", config.best), others,
-            ceiling=every.best,
-        ),
-        Measure(
-            "dense_matched", "span lost in dense by deleting matched nodes", median(lost_matched) if lost_matched else None,
-            Criterion("<=", config.matched_lost), note="the median of the draws, in the mean over the sites behind the circuit",
-        ),
-    )  # fmt: skip
-
-
-def _lost(
-    config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: tuple[Deletion, ...]
-) -> Measure:
+def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
     """The span that the sparse model loses without the circuit, and where it has a backup, without that as well."""
     without_rf = torch.stack([loss.complement(kept_f), loss.complement(kept_f).index_fill(0, backup_k, False)])
     alone, with_backup = (1 - loss.left(loss.masked.logits(without_rf))).tolist()
-    n_matched = min(config.deleted_draws, config.matched_draws)
-    control = Control.of("matched", [one.lost for one in deletions[2 : 2 + n_matched]], max, "largest")
     note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
-    return Measure("lost", "span lost in sparse by deletion", with_backup, Criterion(">=", config.lost, True), control, note=note)
-
-
-def _patching(
-    config: EvidenceConfig, carrier: Carrier, counterfactual: Counterfactual, kept_f: Tensor, matched_cf: Tensor
-) -> Measure:
-    key, name, criterion = "patching", "share of the swap carried, of all nodes'", Criterion(">=", config.patched, True)
-    swap = full_swap(carrier, counterfactual)
-    moved_cj = patched(carrier, counterfactual, torch.cat([kept_f[None], torch.ones_like(kept_f)[None], matched_cf]))
-    if abs(swap) < LEAST_SWAP:
-        return Measure(key, name, None, criterion, note=f"the counterfactual moves the dense model by {swap:.2f} nats only")
-    share, every, *others = (mean_share(carrier, moved_j, swap) for moved_j in moved_cj)
-    if every <= 0:
-        return Measure(key, name, None, criterion, note="all nodes together carry nothing of the swap")
-    control = Control.of("matched", [other / every for other in others], max, "largest")
-    points = tuple(
-        Point(f"site {site}", {"circuit": circuit * carrier.loss.span / swap, "all nodes": whole * carrier.loss.span / swap})
-        for site, (circuit, whole) in enumerate(zip(moved_cj[0].tolist(), moved_cj[1].tolist(), strict=True))
-    )
-    note = f"{share:.2f} of the swap of {swap:.1f} nats, all nodes {every:.2f}"
-    return Measure(key, name, share / every, criterion, control, note=note, points=points)
+    return deletions.lost(with_backup, config.lost, note)
 
 
 def _nulls(coupling: Coupling, search: SearchConfig, config: EvidenceConfig) -> Measure:
-    key, name, criterion = "nulls", "nulls' explanations as strong", Criterion("<=", 0.0)
     nulls, why = stored_prompt_nulls(coupling, rules_of(search, config))
-    if not nulls:
-        return Measure(key, name, None, criterion, note=why or "no null was run")
-    points = tuple(Point(null.name, {"prompts": null.prompts, "strong": null.strong}) for null in nulls)
-    share = sum(null.strong for null in nulls) / max(1, sum(null.prompts for null in nulls))
-    return Measure(key, name, share, criterion, note=", ".join(null.name for null in nulls), points=points)
+    return nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))

@@ -10,7 +10,10 @@ With d the question's log-odds and C a circuit of nodes and errors, E its errors
     backup       where much is left: the fewest other active nodes that have to go as well, in the order of the integrated
                  gradients of `left` over what is left
 
-Shape legend: r masked copy of the prompt, u superset, l level, f all nodes and errors in one row, k some of them by their place.
+Of several prompts (a task's) d is the mean over them.
+
+Shape legend: c masks, r masked copy of a prompt, b prompt, u superset, f all nodes and errors in one row, k
+some of them by their place.
 """
 
 from __future__ import annotations
@@ -93,25 +96,26 @@ def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
 def measure_circuit(
     loss: CircuitLoss, kept_f: Tensor, superset_uf: Tensor, asked: float | None, adversary: float | None, within: bool
 ) -> NestedCircuit:
-    """One circuit measured, in one batch of masked copies."""
-    error_f = kept_f & loss.masked.is_error_f
-    rows_rf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
-    logits_rv = loss.masked.logits(torch.cat([rows_rf, kept_f | superset_uf]))
-    miss_r, left_r = loss.miss(logits_rv), loss.left(logits_rv)
-    supersets_u = 1 - miss_r[4:].abs()
-    share = (left_r[0] - left_r[2] + left_r[3]) / 2 if bool(error_f.any()) else torch.zeros(())
+    """One circuit measured, in one batch of masked copies; of several prompts d is the mean, and the rms is over them as well."""
+    count, error_f = len(loss.model_b), kept_f & loss.masked.is_error_f
+    rows_cf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
+    logits_rv = loss.logits(torch.cat([rows_cf, kept_f | superset_uf]))
+    miss_cb = loss.miss(logits_rv).view(-1, count)
+    left_c = loss.left(logits_rv).view(-1, count).mean(1)
+    alone, supersets_u = float(miss_cb[0].mean().abs()), 1 - miss_cb[4:].mean(1).abs()
+    share = (left_c[0] - left_c[2] + left_c[3]) / 2 if bool(error_f.any()) else torch.zeros(())
     return NestedCircuit(
         asked=asked,
         nodes=int(kept_f.sum()) - int(error_f.sum()),
         errors=int(error_f.sum()),
-        faithfulness=1 - float(miss_r[0].abs()),
-        miss=float(miss_r[0].abs()) * abs(loss.span),
-        kl=float(loss.kl(logits_rv[:1])),
+        faithfulness=1 - alone,
+        miss=alone * abs(loss.span),
+        kl=float(loss.kl(logits_rv[:count]).mean()),
         supersets_mean=float(supersets_u.mean()),
-        supersets_rms=float(miss_r[4:].square().mean().sqrt()),
+        supersets_rms=float(miss_cb[4:].square().mean().sqrt()),
         supersets_worst=float(supersets_u.min()),
         adversary=adversary,
-        left=float(left_r[1]),
+        left=float(left_c[1]),
         error_share=float(share),
         within=within,
     )

@@ -53,18 +53,6 @@ def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
     return torch.where(mask, x_btn, else_n.to(x_btn.dtype))
 
 
-def mix(mask_bn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-    """X_btn where a mask of numbers is 1, the channel's own value of else_n where it is 0; differentiable in the mask and in x.
-
-    The mask is bn, or n for all rows.
-    """
-    without_gaps = x_btn.is_contiguous() or x_btn.permute(2, 0, 1).is_contiguous() or x_btn.transpose(1, 2).is_contiguous()
-    if x_btn.device.type == "cpu" and x_btn.dtype == mask_bn.dtype == torch.float32 and without_gaps:
-        mask_bn = mask_bn.expand(len(x_btn), -1).contiguous()
-        return _Mix.apply(mask_bn, x_btn, else_n.float().contiguous())  # type: ignore[no-any-return]
-    return torch.lerp(else_n.to(x_btn.dtype), x_btn, mask_bn.to(x_btn.dtype)[..., None, :])
-
-
 def project_(weights: Sequence[Tensor], k: int, hints: Sequence[float | None] | None = None) -> list[float | None]:
     """Zero all but the k entries of each weight that are largest in magnitude, in place and without gradient (appendix A.2).
 
@@ -139,18 +127,6 @@ class _Choose(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
         (mask_btn,) = ctx.saved_tensors
         return None, cpu.keep_where(mask_btn, grad), None
-
-
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mask_bn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-        ctx.save_for_backward(mask_bn, x_btn, else_n)
-        return gates.mix(mask_bn, x_btn, else_n)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        mask_bn, x_btn, else_n = ctx.saved_tensors
-        return *gates.mix_slopes(mask_bn, x_btn, else_n, grad), None
 
 
 class _AbsTopK(torch.autograd.Function):

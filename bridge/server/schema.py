@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bridge.circuits.judge import TaskFaithfulness
-from bridge.circuits.result import TaskFacts
+from bridge.evidence.measures import Report
 from bridge.explanation import Answer, Answered, Drawn, Explanation
 from bridge.server.jobs import Asked, Job, Stage, Status
+from bridge.studies.result import TaskFacts
 
 LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
 Text = Annotated[str, Field(max_length=200)]
@@ -96,11 +96,10 @@ class CircuitDetail(BaseModel):
 
     name: str
     facts: TaskFacts
-    faithfulness: TaskFaithfulness
+    report: Report
     verdict: str
     reasons: list[str]
     nodes: list[str]
-    losses: dict[str, float]
 
 
 class Prompted(Asking):

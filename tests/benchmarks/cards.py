@@ -8,7 +8,7 @@ killed and goes on),
     bridge circuit --task T --seeds N --no-dense --out OUT/T
     bridge card --circuit OUT/T --json OUT/T/card.json
 
-and prints a table: the circuit, what it is held to on held-out prompts of the sparse model, the four tests on the dense one. The
+and prints a table: the circuit, what it is held to on held-out prompts of the sparse model, the tests on the dense one. The
 nulls are `bridge nulls DIR --circuits OUT`; cards show those that are there when they are made. `--print` runs nothing.
 """
 
@@ -28,35 +28,32 @@ TASKS = (
 )  # fmt: skip
 HEADER = (
     "task", "nodes", "edges", "KL held out (.25)", "company (.2; worst .6)", "D kept", "without it (.69)", "overlap of seeds",
-    "swap carried (ceiling; turned; other nodes)", "D in the loop (ceiling; random)", "complement", "rank correlation",
-    "R^2 on 240 (bigram)", "answers foreseen", "verdict",
+    "patching, of all nodes' (rotated; matched)", "dense over sparse loss (all nodes)", "substitution (all nodes; matched)",
+    "complement", "rank correlation", "R^2 on 240 (bigram)", "sign agreement", "verdict",
 )  # fmt: skip
 
 
 def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
     """A task's line."""
-    tests = {test["name"]: test for test in card["tests"]}
+    measures = {measure["key"]: measure for measure in card["report"]["measures"]}
 
-    def of(name: str, *beside: float | None) -> str:
-        text = marked(tests[name])
+    def of(key: str, *beside: float | None) -> str:
+        text = marked(measures[key])
         shown = "; ".join(map(number, beside))
         return f"{text} ({shown})" if shown else text
 
-    def control(name: str) -> float | None:
-        return (tests[name]["control"] or {}).get("mean")
-
-    def ceiling(name: str) -> float | None:
-        return (tests[name].get("ceiling") or {}).get("mean")
+    def control(key: str) -> float | None:
+        return (measures[key]["control"] or {}).get("mean")
 
     size = circuit["facts"]["size"]
-    swap, loop, blind = "share of the swap carried", "D kept in the loop", "R^2 on unseen prompts"
     return (
-        card["about"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
+        card["task"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
         f"{value(circuit, 'company_mean')}; {value(circuit, 'company_worst')}", value(circuit, "share_kept"),
         value(circuit, "loss_without"), value(circuit, "stable"),
-        of(swap, ceiling(swap), control(swap), control("against other nodes")),
-        of(loop, ceiling(loop), control(loop)), of("D its complement keeps"),
-        of("rank correlation of effects"), of(blind, control(blind)), of("answers foreseen"), card["verdict"],
+        of("patching", control("patching_rotated"), control("patching")),
+        of("dense_ratio", measures["dense_ratio"]["ceiling"]),
+        of("substitution", measures["substitution"]["ceiling"], control("substitution")), of("complement"),
+        of("profile"), of("prediction", control("prediction")), of("signs"), card["verdict"],
     )  # fmt: skip
 
 

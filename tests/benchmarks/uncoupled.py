@@ -19,14 +19,14 @@ from circuits import number, table
 
 import bridge
 from bridge.bridges import Coupling
-from bridge.card.assess import task_card
-from bridge.card.card import TESTS, Card
-from bridge.card.kept import stored_nulls
-from bridge.card.nulls import WORK_SHARE, null_task
-from bridge.circuits.result import TaskResult
-from bridge.circuits.search import WORK, Subjects, search_task
-from bridge.circuits.suite import resolved
 from bridge.evidence.null_couplings import MOST_TOKENS, ridge_bridges
+from bridge.evidence.null_table import stored_task_nulls
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import resolved
+from bridge.studies.task import TESTS, gather_task, null_task, rules
+from bridge.studies.task_circuit import TaskCircuit
+from bridge.studies.task_nulls import WORK_SHARE
 
 
 def trained(coupling: Coupling, options: argparse.Namespace) -> Coupling:
@@ -59,16 +59,16 @@ def main() -> None:
     options = parser.parse_args()
     coupling = Coupling.from_pretrained(options.bridge)
     subjects = Subjects.of(trained(coupling, options))
-    kept = {null.name: null for null in stored_nulls(coupling)[0] or ()}
+    kept = {null.name: null for null in stored_task_nulls(coupling, rules())[0] or ()}
     ridge = {task.task: task for task in kept["uncoupled"].tasks} if "uncoupled" in kept else {}
     rows: list[tuple[str, ...]] = []
     for name in options.tasks:
         task, folder = resolved(subjects, name), options.out / name
         if not (folder / "circuit.json").is_file():
-            work = WORK_SHARE * WORK
-            search_task(subjects, task, dense=False, gated=False, work=work, parts=folder / "parts", progress=print).save(folder)
-        card: Card = task_card(subjects, task, TaskResult.load(folder), progress=print)
-        for bridges, found in (("ridge regression", ridge.get(name)), ("trained", null_task(card, 0.0))):
+            search_task(subjects, task, dense=False, gated=False, work=WORK_SHARE, progress=print).save(folder)
+        circuit = TaskCircuit.of(TaskResult.load(folder), subjects.coupling)
+        report = gather_task(subjects.coupling, circuit, task, progress=print)
+        for bridges, found in (("ridge regression", ridge.get(name)), ("trained", null_task(name, report, 0.0))):
             if found is not None:
                 cells = (f"{number(found.values[test])}{'' if found.holds[test] else ' fails'}" for test in TESTS)
                 rows.append((name, bridges, *cells, "PASSES" if found.passed else "fails"))

@@ -1,0 +1,163 @@
+"""The nested circuits of a task by the search that prompts have, channels shared over positions, in the sparse or dense model.
+
+Nodes are channels, kept at every token of every prompt or at none; prompts are members of pairs, as many first as second ones,
+and the question is the right answer against the wrong one. They are shared out:
+
+    train   what scores and descents learn from, some of them at each step
+    held    what every circuit is held to on the way
+    test    the test split, which the search has not seen: what is measured there is what is said
+
+Train and held are taken from the training and the validation split both, which have other templates. What is explained is the
+dense model's answer, which errors make the sparse model give; they are at their means unless a level needs them.
+
+Shape legend: b prompt, f all nodes in one row, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
+from bridge.circuits.error_nodes import follow
+from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
+from bridge.circuits.masked_model import Masked, MaskedModel
+from bridge.circuits.nested import Nested, evenly, find_nested
+from bridge.circuits.question import Question
+from bridge.circuits.subject import in_order
+from bridge.recipe import UserError
+from bridge.sparse import Location
+from bridge.tasks.tokens import Resolved, TokenPairs
+
+TASK_SEARCH = SearchConfig(steps=200)  # more than for a prompt, since every one sees other prompts
+TRAIN, HELD, TEST = 128, 32, 32  # prompts
+
+
+class SearchError(UserError):
+    """A task whose circuit cannot be searched, in one line that says what to change."""
+
+
+class NoCircuitError(SearchError):
+    """A task of which a model's answers leave nothing to explain."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskLosses:
+    """How far circuits of a model are from what it is to explain, on the prompts of every share."""
+
+    train: CircuitLoss
+    held: CircuitLoss
+    test: CircuitLoss
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of a task's circuits: those of the answer, not of the full distribution."""
+        return self.held.config.nested()[:-1]
+
+    @property
+    def opening(self) -> Level:
+        """The level that is found first."""
+        return self.levels[self.held.config.opening]
+
+    def opened(self, progress: Callable[[str], None] = lambda _: None, seed: int | None = None) -> Nested:
+        """The circuit at the opening level alone, by a seed of its own where one is given."""
+        seed = self.held.config.seed if seed is None else seed
+        train, held = (one.seeded(seed) for one in (self.train, self.held))
+        return find_nested(held, progress, train, (self.opening,))
+
+    def nested(self, progress: Callable[[str], None] = lambda _: None, opened_f: Tensor | None = None) -> Nested:
+        """The nested circuits, around the opening one where that has been found."""
+        return find_nested(self.held, progress, self.train, self.levels, opened_f)
+
+
+def task_loss(
+    coupling: Coupling, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
+) -> CircuitLoss:
+    """How far circuits are from the dense model's answers on some prompts; from the sparse model's own where not `dense`."""
+    question = Question.of_pairs(pairs.to(coupling.sparse.device))
+    if not dense:
+        return _own(MaskedModel(coupling.sparse, question, means, by_position=False), config)
+    followed = follow(coupling, question.prompt_bt, question.last_b)
+    masked = MaskedModel(coupling.sparse, question, means, followed.errors, by_position=False)
+    return CircuitLoss(masked, followed.dense_bv, config)
+
+
+def dense_loss(subject: DenseSubject, pairs: TokenPairs, config: SearchConfig) -> CircuitLoss:
+    """How far circuits of the dense model's own nodes are from its answers on some prompts."""
+    return _own(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
+
+
+def _own(masked: Masked, config: SearchConfig) -> CircuitLoss:
+    every_bf = torch.ones(len(masked.question), masked.space.size, dtype=torch.bool, device=masked.device)
+    return CircuitLoss(masked, masked.logits(every_bf), config)
+
+
+def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) -> TaskLosses:
+    """The losses that a task's circuits are found by, where loss_on is a model's on some prompts (`task_loss`, `dense_loss`).
+
+    Raises NoCircuitError where the answers differ too little from those of the means.
+    """
+    shares = divided(task.splits["train"], task.splits["validation"])
+    losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
+    if (span := losses.held.span) < (least := losses.held.config.least_span):
+        raise NoCircuitError(
+            f"on {task.task} right and wrong answers are {span:.2f} nats further apart than with every node at its mean, and "
+            f"{least:g} are asked, so there is nothing to explain; take another task"
+        )
+    return losses
+
+
+def with_all_splits(task: Resolved) -> Resolved:
+    """The task; where the tokenizer has left no validation pairs, with every fourth of the training ones for that.
+
+    Raises SearchError where a split has none.
+    """
+    splits = dict(task.splits)
+    if not len(splits["validation"]) and len(splits["train"]) >= 8:
+        row_b = torch.arange(len(splits["train"]))
+        splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
+    short = next((name for name in ("train", "validation", "test") if not len(splits[name])), None)
+    if short is not None:
+        raise SearchError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
+    return replace(task, splits=splits)
+
+
+def measured_prompts(task: Resolved) -> TokenPairs:
+    """The prompts of the test split that a circuit is measured on."""
+    return spread(task.splits["test"], TEST)
+
+
+def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+    """The prompts that are learnt from and those, of other pairs, that circuits are held to; as many of either split.
+
+    What was learnt from the templates of one split did not hold on the other's.
+    """
+    parts = [_apart(split) for split in (train, validation)]
+    most = zip(zip(*parts, strict=True), (TRAIN, HELD), strict=True)
+    learnt, held = (spread(one, count // 2).and_those(spread(other, count // 2)) for (one, other), count in most)
+    return learnt, held
+
+
+def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+    """Pairs to learn from and others, evenly from all; the same where there is one."""
+    ordered = in_order(pairs)
+    held_b = evenly(len(ordered), min(HELD // 2, (len(ordered) + 1) // 2))
+    rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), held_b)]
+    device = ordered.last_b.device
+    return ordered.rows((rest_b if len(rest_b) else held_b).to(device)), ordered.rows(held_b.to(device))
+
+
+def spread(pairs: TokenPairs, most: int) -> TokenPairs:
+    """At most some prompts: one member of each of some pairs, evenly from their own order, the other one of every second pair.
+
+    Both members where there are fewer pairs.
+    """
+    count = len(pairs)
+    row_b = evenly(count, most if count >= most else most // 2)
+    place_b = torch.arange(len(row_b))
+    chosen_b = torch.where(place_b % 2 == 0, row_b, row_b + count) if count >= most else torch.cat([row_b, row_b + count])
+    return in_order(pairs).both().rows(chosen_b.to(pairs.last_b.device))

@@ -1,0 +1,1 @@
+"""Studies of many prompts at once: tasks and their circuits, compared."""

@@ -1,0 +1,225 @@
+"""The circuits of several tasks beside each other: what they share beyond chance, and whether one can go without the rest.
+
+    overlap         nodes (or edges) that two circuits share, beside what random ones of the same sizes would,
+                        expected = |A| |B| / N, and the chance of as many by luck, hypergeometric
+                    N being nodes that are in neither circuit too: a circuit's nodes are never drawn from all alike, so that some
+                    overlap beyond chance is to be had of any two tasks
+    cross-ablation  with all nodes of task A's circuit at their means, how much the two-way loss of task B rises; the share of
+                    what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has,
+                    outside A, of those that some task's prompt switches on
+    backbone        what at least half of the circuits share, and what each task has beyond it (`backbone`)
+    geometric mean  of the sizes over tasks, those without a circuit counted at the whole model's
+
+Shape legend: f all nodes in one row, a, b tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+import torch
+from scipy.stats import hypergeom
+from torch import Tensor
+
+from bridge.circuit import Edge
+from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
+from bridge.evidence.controls import random_deletions
+from bridge.evidence.task_sufficiency import expected_overlap
+from bridge.studies.backbone import Backbone, find_backbone
+from bridge.studies.result import Size, TaskResult
+from bridge.tasks.tokens import TokenPairs
+
+APART = 0.1  # off-diagonal effects, of the diagonal
+DRAWS = 3  # random deletions per task
+_CELL, _MARGIN = 46, 210  # pixels of the heat map
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two tasks' circuits share: how many, how many by chance, and the chance of as many or more by luck."""
+
+    first: str
+    second: str
+    what: str
+    shared: int
+    expected: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Overlaps of all pairs; and rise_ab, the rise of b's loss with a's circuit deleted, beside its random control and base_b.
+
+    A control is None where no node outside the circuit is on.
+    """
+
+    tasks: tuple[str, ...]
+    overlaps: tuple[Overlap, ...]
+    base: tuple[float, ...]
+    rise: tuple[tuple[float, ...], ...]
+    random: tuple[tuple[float | None, ...], ...]
+    backbone: Backbone | None
+
+    @property
+    def share(self) -> tuple[tuple[float | None, ...], ...]:
+        """rise_ab over rise_bb: what deleting a does to b, of what deleting b itself does; None where that does nothing."""
+        n = range(len(self.tasks))
+        return tuple(tuple(self.rise[a][b] / self.rise[b][b] if self.rise[b][b] > 1e-3 else None for b in n) for a in n)
+
+    @property
+    def apart(self) -> float | None:
+        """Mean share off the diagonal."""
+        off = [x for a, row in enumerate(self.share) for b, x in enumerate(row) if a != b and x is not None]
+        return sum(off) / len(off) if off else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if self.backbone is not None:
+            shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
+            values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
+        return {**values, "share": [list(row) for row in self.share], "off_diagonal": self.apart, "aim": APART}
+
+
+def overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
+    """What two sets of the given sizes, of `of` things, share beside chance."""
+    p = float(hypergeom.sf(shared - 1, of, sizes[0], sizes[1]))
+    return Overlap(first, second, what, shared, expected_overlap(*sizes, of), p)
+
+
+@torch.no_grad()
+def compare(
+    subject: SparseSubject,
+    results: Sequence[TaskResult],
+    prompts: Mapping[str, TokenPairs],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """The circuits of some tasks beside each other, on held-out prompts of each."""
+    say = progress or (lambda _: None)
+    names = tuple(result.facts.task for result in results)
+    kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
+    generator = torch.Generator().manual_seed(seed)
+    on_f = torch.stack([switched_on(subject, pairs.to(subject.device)) for pairs in prompts.values()]).any(0)
+
+    def losses(gone_f: Tensor) -> list[float]:
+        gate = masked_gate(subject, ~gone_f)
+        return [float(prompts[name].loss(subject.logits(prompts[name], gate)).mean()) for name in names]
+
+    base = losses(torch.zeros(subject.space.size, dtype=torch.bool, device=subject.device))
+    rise, random = [], []
+    for name in names:
+        say(f"cross-ablation: without {name}")
+        rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
+        draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
+        columns = zip(*draws, strict=True) if draws else ((),) * len(names)
+        random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
+    say("shared backbone")
+    backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
+    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
+
+
+def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
+    found = []
+    for place, one in enumerate(results):
+        for other in results[place + 1 :]:
+            names = one.facts.task, other.facts.task
+            nodes = tuple(int(kept[name].sum()) for name in names)
+            shared = int((kept[names[0]] & kept[names[1]]).sum())
+            found.append(overlap(*names, "nodes", shared, (nodes[0], nodes[1]), one.facts.whole.nodes))
+            edges = [{_ends(edge) for edge in result.circuit.edges or ()} for result in (one, other)]
+            sizes = len(edges[0]), len(edges[1])
+            found.append(overlap(*names, "edges", len(edges[0] & edges[1]), sizes, one.facts.whole.edges))
+    return tuple(found)
+
+
+def _ends(edge: Edge) -> tuple:
+    return edge.source, edge.target
+
+
+def geometric_mean(sizes: Sequence[float]) -> float:
+    """The geometric mean; an empty circuit counts as one edge."""
+    return math.exp(sum(math.log(max(size, 1)) for size in sizes) / len(sizes)) if sizes else 0.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Geometric means over tasks, failed ones at full size, and how many were searched and failed."""
+
+    tasks: int
+    failed: int
+    sparse_nodes: float
+    sparse_edges: float
+    dense_nodes: float | None
+    dense_edges: float | None
+
+
+def mean_sizes(sparse: Sequence[Size], dense: Sequence[Size], failed: int, whole: Size, dense_whole: Size | None) -> Sizes:
+    """Geometric means of the circuits' sizes with `failed` more tasks at the whole models'; dense ones where all were pruned."""
+    every = [*sparse, *[whole] * failed]
+    other = [*dense, *[dense_whole] * failed] if dense_whole is not None and len(dense) == len(sparse) else []
+    return Sizes(
+        len(every),
+        failed,
+        geometric_mean([size.nodes for size in every]),
+        geometric_mean([size.edges for size in every]),
+        geometric_mean([size.nodes for size in other]) if other else None,
+        geometric_mean([size.edges for size in other]) if other else None,
+    )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The tables as a person reads them."""
+    short = [name[:14] for name in comparison.tasks]
+    width = max((len(name) for name in comparison.tasks), default=0)
+    lines = ["CROSS-ABLATION: rise of the column's two-way loss with the row's circuit deleted (random nodes instead)"]
+    lines.append(" " * (width + 2) + "  ".join(f"{name:>14}" for name in short))
+    for name, rise, random in zip(comparison.tasks, comparison.rise, comparison.random, strict=True):
+        cells = [f"{x:+.2f} ({'none' if y is None else f'{y:+.2f}'})" for x, y in zip(rise, random, strict=True)]
+        lines.append(f"  {name:<{width}}" + "  ".join(f"{cell:>14}" for cell in cells))
+    if comparison.apart is not None:
+        met = "yes" if comparison.apart <= APART else "NO"
+        lines.append(f"  off the diagonal, mean share of the diagonal {comparison.apart:.2f}, aim <= {APART:g}: {met}")
+    if comparison.backbone is not None:
+        lines += ["", comparison.backbone.text()]
+    lines += ["", "OVERLAP                                             shared  by chance       p"]
+    for one in comparison.overlaps:
+        pair = f"{one.first}, {one.second}"
+        lines.append(f"  {pair:<42} {one.what} {one.shared:>7,} {one.expected:>10.1f} {one.p:>9.1e}")
+    return "\n".join(lines)
+
+
+def heat_map(comparison: Comparison) -> str:
+    """The cross-ablation matrix as a self-contained SVG: the share of the column's own effect, with the rise written in."""
+    names, n = comparison.tasks, len(comparison.tasks)
+    side_x, side_y = _MARGIN + n * _CELL + 20, _MARGIN + n * _CELL + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{side_x}" height="{side_y}" font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="{side_y - 12}">rows: circuit deleted; columns: rise of the two-way loss, in nats; '
+        "darker: a larger share of the column's own</text>",
+    ]
+    for place, name in enumerate(names):
+        middle = _MARGIN + (place + 0.5) * _CELL
+        parts.append(f'<text x="{_MARGIN - 8}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text transform="translate({middle + 4},{_MARGIN - 8}) rotate(-60)">{escape(name)}</text>')
+    for a, row in enumerate(comparison.share):
+        for b, share in enumerate(row):
+            depth = min(max(share or 0.0, 0.0), 1.0)
+            shade = round(255 - 190 * depth)
+            x, y = _MARGIN + b * _CELL, _MARGIN + a * _CELL
+            ink = "white" if depth > 0.6 else "black"
+            title = "nothing to compare with" if share is None else f"{share:.3f} of the diagonal"
+            parts.append(
+                f"<g><title>{escape(names[a])} deleted, {escape(names[b])} measured: {title}</title>"
+                f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" fill="rgb({shade},{shade},255)" stroke="#ccc"/>'
+                f'<text x="{x + _CELL / 2}" y="{y + _CELL / 2 + 4}" text-anchor="middle" fill="{ink}">'
+                f"{comparison.rise[a][b]:+.2f}</text></g>"
+            )
+    return "\n".join([*parts, "</svg>", ""])

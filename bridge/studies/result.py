@@ -1,0 +1,319 @@
+"""What a search for a task's circuit leaves: nested circuits, what was measured about them, and both saved and loaded exactly.
+
+A folder holds `circuit.json` with everything a person reads, and a safetensors file with levels, means, edges and inclusion
+frequencies (`checkpoint.write_folder`). A task that could not be searched leaves a `circuit.json` alone, which says why; in means
+over tasks it counts at the model's full size.
+
+Shape legend: n nodes of a location, e edges in one row.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from bridge import display
+from bridge.checkpoint import CheckpointError, read_folder, read_json, write_folder, write_json
+from bridge.circuit import Circuit, Edge, Node
+from bridge.circuits.loss import SearchConfig
+from bridge.columns import columns
+from bridge.evidence.measures import EVIDENCE, Report, evidence_row, evidence_table
+from bridge.evidence.task_sufficiency import TaskLevel
+from bridge.sparse import Location
+from bridge.tasks.tokens import Scores
+
+FORMAT = 2
+Null = Literal["labels", "weights", "shuffled"]
+NULLS: dict[Null, str] = {
+    "labels": "every answer token replaced by one drawn at random, the same one everywhere",
+    "weights": "every matrix of the sparse model with its entries permuted",
+    "shuffled": "the names that are right and wrong answers dealt out anew among the prompts",
+}
+LABELLED = 24  # nodes of which the text says what they do
+_EDGE_KINDS = ("weight", "value")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large something is: nodes, and edges as nonzero weights between them."""
+
+    nodes: int
+    edges: int
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """What one seed found at the opening level: nodes, errors, and how far off its bounds it is on the prompts of the search."""
+
+    seed: int
+    nodes: int
+    errors: int
+    off: float
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task's circuits in numbers.
+
+    explains is the model whose answers are explained; levels are the nested circuits on held-out prompts, opening the place of
+    the one that everything else is about, errors the names of its error nodes; whole and dense_whole are the sizes of the
+    models, entries counts embedding, unembedding and bigram weights that it reads, which are no edges; dense is the size of the
+    dense model's own circuit at the same level, None where that was not searched.
+    """
+
+    task: str
+    language: str
+    drop_rate: float
+    explains: Literal["dense", "sparse"]
+    null: Null | None
+    search: SearchConfig
+    sparse_scores: Scores
+    dense_scores: Scores
+    runs: tuple[SeedRun, ...]
+    whole: Size
+    levels: tuple[TaskLevel, ...]
+    opening: int
+    errors: tuple[str, ...]
+    entries: Mapping[str, int]
+    dense_whole: Size | None
+    dense: Size | None
+    why_not_dense: str
+    provenance: Mapping[str, str | float | int | None]
+    seconds: float
+
+    @property
+    def opened(self) -> TaskLevel:
+        """The level that the circuit is at."""
+        return self.levels[self.opening]
+
+    @property
+    def size(self) -> Size:
+        """Nodes and edges of the circuit."""
+        return Size(self.opened.circuit.nodes, self.opened.edges)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """A task's circuit at the opening level, the evidence on it, and its numbers.
+
+    level_n is the place, among the levels, of the first circuit that has a node (their number where none has), inclusion_n the
+    share of seeds that kept it.
+    """
+
+    circuit: Circuit
+    level: Mapping[Location, Tensor]
+    inclusion: Mapping[Location, Tensor]
+    report: Report
+    facts: TaskFacts
+
+    @property
+    def passed(self) -> bool:
+        """Whether the circuit passes for an explanation, be the task done by the whole model or not; a null must not."""
+        needed = {key for rule in self.report.rules for key in rule.needs} - {"solved"}
+        return all(self.report[key].passed is True for key in needed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the masks and means as plain JSON values, the verdict written out."""
+        return json.loads(
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "facts": asdict(self.facts),
+                    "report": asdict(self.report),
+                    "verdict": self.report.verdict,
+                    "reasons": list(self.report.reasons),
+                    "nodes": [str(node) for node in self.circuit.nodes],
+                },
+                allow_nan=False,
+            )
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the result to a folder. Raises CheckpointError where that fails; nothing is half-written."""
+        tensors = {f"inclusion.{at}": share_n for at, share_n in self.inclusion.items()}
+        tensors |= {f"level.{at}": level_n for at, level_n in self.level.items()}
+        write_folder(path, "circuit", tensors | _circuit_tensors(self.circuit), self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> TaskResult:
+        """The result that `save` wrote. Raises CheckpointError where it is missing, damaged, or of a task that has no circuit."""
+        if (Path(path) / "circuit.json").is_file():
+            facts = read_json(Path(path) / "circuit.json")
+            if "failed" in facts:
+                raise CheckpointError(f"{str(path)!r} holds no circuit: {facts['failed']}")
+            if facts.get("format") != FORMAT:
+                raise CheckpointError(f"{str(path)!r} is a circuit of format {facts.get('format')!r}, not {FORMAT}; search again")
+        tensors, facts = read_folder(path, "circuit")
+        try:
+            found = _READER.validate_python({"facts": facts["facts"], "report": facts["report"]})
+            task_facts, level = found.facts, _by_location("level", tensors)
+            circuit = _circuit_of(task_facts.task, {at: level_n <= task_facts.opening for at, level_n in level.items()}, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{str(path)!r} is no circuit that this version of bridge reads ({first}); search again"
+            ) from None
+        return TaskResult(circuit, level, _by_location("inclusion", tensors), found.report, task_facts)
+
+    def __str__(self) -> str:
+        return render_text(self)
+
+    def _repr_html_(self) -> str:
+        facts, report, opened = self.facts, self.report, self.facts.opened
+        sizes = (
+            f"{facts.size.nodes:,} of {facts.whole.nodes:,} nodes, {facts.size.edges:,} edges; "
+            f"F {opened.circuit.faithfulness:.2f}"
+        )
+        return display.card(
+            f"circuit of {facts.task}",
+            f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
+            display.text(sizes),
+            display.fold("evidence", display.table(("", *EVIDENCE[1:]), map(evidence_row, report.measures))),
+            display.fold("everything, as text", display.text(str(self))),
+        )
+
+
+@dataclass(frozen=True)
+class _Read:
+    facts: TaskFacts
+    report: Report
+
+
+_READER = TypeAdapter(_Read)
+
+
+def _circuit_tensors(circuit: Circuit) -> dict[str, Tensor]:
+    """Means, and edges by the locations they connect."""
+    tensors = {f"means.{at}": mean_n for at, mean_n in circuit.means.items()}
+    places, edges = {location: place for place, location in enumerate(circuit.kept)}, circuit.edges or ()
+    rows = [
+        [places[e.source.location], e.source.index, places[e.target.location], e.target.index, _EDGE_KINDS.index(e.kind)]
+        for e in edges
+    ]
+    tensors["edges.ends"] = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
+    tensors["edges.values"] = torch.tensor([[e.weight, e.effect] for e in edges], dtype=torch.float64).view(-1, 2)
+    return tensors
+
+
+def _circuit_of(task: str, kept: Mapping[Location, Tensor], tensors: Mapping[str, Tensor]) -> Circuit:
+    """The circuit of some masks that `_circuit_tensors` wrote. Raises KeyError or ValueError where something is missing."""
+    places = list(kept)
+    edges = tuple(
+        Edge(Node(places[a], i), Node(places[b], j), _EDGE_KINDS[kind], weight, effect)
+        for (a, i, b, j, kind), (weight, effect) in zip(
+            tensors["edges.ends"].tolist(), tensors["edges.values"].tolist(), strict=True
+        )
+    )
+    return Circuit(task, {at: kept_n[None] for at, kept_n in kept.items()}, _by_location("means", tensors), edges)
+
+
+def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:
+    """The tensors of a prefix by location, in the order of the computation."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{prefix}."):
+            layer, kind = name.removeprefix(f"{prefix}.").split(".", 1)
+            found[Location(int(layer), kind)] = tensor
+    order = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")
+    return dict(sorted(found.items(), key=lambda item: (item[0].layer, order.index(item[0].kind))))
+
+
+def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None, search: Mapping[str, Any]) -> None:
+    """Write that a task has no circuit, why, and what search has found none."""
+    path.mkdir(parents=True, exist_ok=True)
+    sizes = {"whole": asdict(full), "dense_whole": None if dense is None else asdict(dense)}
+    write_json(path / "circuit.json", {"format": FORMAT, "task": task, "failed": why, "search": dict(search), **sizes})
+
+
+# -- as text ------------------------------------------------------------------------------------------------------------
+
+
+def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] | None = None) -> str:
+    """The result as a person reads it; labels are a few words on nodes, by name."""
+    facts, report = result.facts, result.report
+    runs = "; ".join(f"seed {run.seed}: {run.nodes:,} nodes{'' if run.off <= 1 else ', beyond the bounds'}" for run in facts.runs)
+    lines = [
+        f"task      {facts.task} ({facts.language}; {facts.sparse_scores.pairs} held-out pairs, {facts.drop_rate:.0%} dropped)",
+        f"solved    dense {facts.dense_scores.accuracy:.1%} (two-way loss {facts.dense_scores.loss:.3f}), "
+        f"sparse {facts.sparse_scores.accuracy:.1%} ({facts.sparse_scores.loss:.3f})",
+        f"search    the {facts.explains} model's answers, opened at F {facts.search.opens_at:g}; {runs}",
+    ]
+    if facts.null is not None:
+        passes = "PASSES, which is a failure of the method" if result.passed else "fails, as it must"
+        lines.append(f"NULL      {facts.null}: {NULLS[facts.null]}. It {passes}.")
+    lines += [
+        "",
+        *textwrap.wrap(f"VERDICT   {report.verdict.upper()}. {' '.join(report.reasons)}", width, subsequent_indent=" " * 10),
+        "",
+        *_levels(facts, width),
+    ]
+    entries = ", ".join(f"{count:,} {name}" for name, count in facts.entries.items())
+    told = (
+        f"> is the circuit, of {facts.whole.nodes:,} nodes and {facts.whole.edges:,} edges; beside its edges {entries} entries."
+    )
+    if facts.errors:
+        told += f" Errors at {', '.join(facts.errors)} carry {facts.opened.circuit.error_share:.0%} of the span."
+    lines += textwrap.wrap(f"          {told}", width, subsequent_indent=" " * 10)
+    if facts.dense is not None and facts.dense_whole is not None:
+        lines.append(
+            f"DENSE     its own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} "
+            f"nodes; {facts.dense.edges:,} edges, {facts.dense.edges / max(1, facts.size.edges):.1f} times as many"
+        )
+    else:
+        lines += textwrap.wrap(f"DENSE     its own circuit: {facts.why_not_dense}", width, subsequent_indent=" " * 10)
+    nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
+    return "\n".join([*lines, "", *nodes, "", *evidence_table(report.measures, width), "", f"{facts.seconds:.0f} s"])
+
+
+def _levels(facts: TaskFacts, width: int) -> list[str]:
+    """The nested circuits as a table."""
+    rows: list[tuple[str, ...]] = [
+        ("CIRCUITS  ", "nodes", "errors", "edges", "F", "miss", "KL", "supersets", "rms", "worst", "matched", "left")
+    ]
+    for place, level in enumerate(facts.levels):
+        c = level.circuit
+        mark = f"{'>' if place == facts.opening else ' '}{' ' if c.within else '!'}F {c.asked:g}"
+        numbers = (
+            f"{c.faithfulness:.3f}", f"{c.miss:.2f}", f"{c.kl:.3f}", f"{c.supersets_mean:.3f}", f"{c.supersets_rms:.2f}",
+            f"{c.supersets_worst:.2f}", "-" if level.matched is None else f"{level.matched:.2f}", f"{c.left:.2f}",
+        )  # fmt: skip
+        rows.append((mark, f"{c.nodes:,}", f"{c.errors}", f"{level.edges:,}", *numbers))
+    missed = any(not level.circuit.within for level in facts.levels)
+    note = "! is beyond what the search asks of its own prompts, on these, which it has not seen." if missed else ""
+    return [*columns(rows, width), *textwrap.wrap(note, width, initial_indent=" " * 10, subsequent_indent=" " * 10)]
+
+
+def _nodes(result: TaskResult, width: int) -> list[str]:
+    """The nodes by location, with their inclusion where seeds differ."""
+    several = len(result.facts.runs) > 1
+    lines = [f"NODES{'' if not several else ' and the share of seeds that kept each'}"]
+    for location, kept_1n in result.circuit.kept.items():
+        index_k = kept_1n[0].nonzero().flatten().tolist()
+        if not index_k:
+            continue
+        share_n = result.inclusion[location]
+        names = [f"{index} {share_n[index]:.0%}" if several else str(index) for index in index_k]
+        text = f"  {f'L{location.layer}.{location.kind}':<13} {len(names):>4}: {', '.join(names)}"
+        lines.append(textwrap.shorten(text.strip(), 2 * width, placeholder=" ...").join(("  ", "")))
+    return lines
+
+
+def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list[str]:
+    """The nodes with labels whose edges have the largest effects in sum, and what is said of them."""
+    effect: defaultdict[str, float] = defaultdict(float)
+    for edge in result.circuit.edges or ():
+        for end in (edge.source, edge.target):
+            effect[end.name] += abs(edge.effect)
+    known = [node.name for node in result.circuit.nodes if node.name in labels]
+    told = sorted(known, key=lambda name: -effect[name])[:LABELLED]
+    lines = [f"  {name:<15} {labels[name]}"[:width] for name in told]
+    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if told else []

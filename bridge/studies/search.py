@@ -1,0 +1,306 @@
+"""A task -> its nested circuits in the sparse model, the dense model's own at the same level, and what can be said for them.
+
+    gate        two-way accuracy of the sparse model on held-out prompts; what it does not do has no circuit
+    seeds       `task_search`: the circuit at the opening level for every seed, the smallest within the bounds kept; and around it
+                the nested ones
+    edges       every weight between kept nodes (`attribution.task_edges`), none pruned
+    dense       the dense model's own circuit, of its own nodes, at the same level by the same search
+    evidence    `evidence.task_sufficiency`, on the test split
+
+What is explained is the dense model's answer, errors at their means where nodes alone reach it, as for prompts. The sparse
+model's own answer can be explained instead (explains="sparse"), whose circuits were larger: 2,959, 426 and 484 nodes at F .9 on
+var_if, with_as and lambda_func of python-bridge-32, where the dense model's took 242, 380 and 312 with 2, 3 and 4 errors.
+
+Nulls run through all of this but the gate, and must not pass (`TaskResult.passed`): `labels` replaces every answer token by one
+drawn at random, `weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out
+anew.
+
+Shape legend: b pair (row), f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bridge.bridges import Coupling
+from bridge.circuit import Circuit
+from bridge.circuits.attribution import task_edges
+from bridge.circuits.dense_nodes import DenseSubject
+from bridge.circuits.error_nodes import reference_means, reference_rows
+from bridge.circuits.loss import SearchConfig
+from bridge.circuits.subject import SparseSubject, Subject, edge_count
+from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses, with_all_splits
+from bridge.evidence.null_couplings import permuted_weights
+from bridge.evidence.task_sufficiency import SOLVED, Judged, gather_task
+from bridge.nodes import sparse_fingerprint
+from bridge.sparse import Location
+from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
+from bridge.tasks.tokens import Resolved, TokenPairs, score
+from bridge.wiring import DenseModelError
+
+RULES = 6  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own
+Explains = Literal["dense", "sparse"]
+
+
+class UnsolvedError(SearchError):
+    """A task that the sparse model does not do, so that it has no circuit; in one line."""
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The two models of a coupling with their means, made once for any number of tasks."""
+
+    coupling: Coupling
+    reference_bt: Tensor
+
+    @staticmethod
+    def of(coupling: Coupling) -> Subjects:
+        """The models over the coupling's own reference text. Raises SearchError where it has none."""
+        if coupling.reference_bt is None or not coupling.reference_bt.numel():
+            raise SearchError("the coupling holds no reference text to take corpus means over; fit it again")
+        return Subjects(coupling, reference_rows(coupling, coupling.reference_bt))
+
+    @property
+    def means(self) -> Mapping[Location, Tensor]:
+        """The means of every node and error of the sparse model."""
+        return reference_means(self.coupling, self.reference_bt)
+
+    @cached_property
+    def sparse(self) -> SparseSubject:
+        """The sparse model."""
+        return SparseSubject(self.coupling.sparse, {at: self.means[at] for at in self.coupling.sparse.locations()})
+
+    @cached_property
+    def dense(self) -> DenseSubject:
+        """The dense model. Raises DenseModelError where its linear maps cannot be found."""
+        return DenseSubject(self.coupling.dense, self.reference_bt)
+
+
+def search_config(level: float = TASK_SEARCH.opens_at, work: float = 1.0) -> SearchConfig:
+    """The search of a task that opens at a level, with so many times the usual steps. Raises SearchError for another level."""
+    if level not in TASK_SEARCH.levels:
+        raise SearchError(f"the level F {level:g} is none of the nested ones; give {', '.join(map(str, TASK_SEARCH.levels))}")
+    return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(work * TASK_SEARCH.steps)))
+
+
+def model_facts(coupling: Coupling) -> dict[str, str | int]:
+    """What tells the models that are searched, and the rules by which, from others."""
+    dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
+    return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
+
+
+def search_facts(
+    coupling: Coupling, level: float, null: str | None, work: float, explains: Explains = "dense"
+) -> dict[str, str | float | int | None]:
+    """What tells a search from others, but for its prompts and its seeds."""
+    return {"level": level, "explains": explains, "null": null, "work": work, **model_facts(coupling)}
+
+
+def whole_size(subject: Subject) -> Size:
+    """Nodes and edges of a whole model."""
+    every_f = torch.ones(subject.space.size, dtype=torch.bool, device=subject.device)
+    return Size(len(every_f), edge_count(subject, every_f))
+
+
+def search_task(
+    subjects: Subjects,
+    task: Resolved,
+    *,
+    level: float = TASK_SEARCH.opens_at,
+    explains: Explains = "dense",
+    seeds: int = 1,
+    seed: int = 0,
+    dense: bool = True,
+    null: Null | None = None,
+    gated: bool = True,
+    work: float = 1.0,
+    progress: Callable[[str], None] | None = None,
+) -> TaskResult:
+    """The circuits of a task, by the steps that the module describes; without the gate, also of what the model does not do.
+
+    work is a multiple of the usual steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError where
+    there is nothing to explain, SearchError where a split has no pairs or the level is not known.
+    """
+    say, started = progress or (lambda _: None), time.monotonic()
+    config = replace(search_config(level, work), seed=seed)
+    task = with_all_splits(task)
+    if null == "weights":
+        permuted = replace(subjects.coupling, sparse=permuted_weights(subjects.coupling.sparse, seed))
+        subjects = replace(subjects, coupling=permuted)
+    elif null == "labels":
+        task = _altered(task, lambda pairs, _: random_labels(pairs, subjects.coupling.dense.vocabulary, seed))
+    elif null == "shuffled":
+        task = _altered(task, lambda pairs, place: dealt_anew(pairs, seed + place))
+    coupling, subject = subjects.coupling, subjects.sparse
+    say("gate: how well both models do the task")
+    of_test = task.splits["test"].to(subject.device)
+    scores, dense_scores = score(coupling.sparse, of_test), score(coupling.dense, of_test)
+    if scores.accuracy < SOLVED and null is None and gated:
+        raise UnsolvedError(
+            f"the sparse model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense "
+            f"{dense_scores.accuracy:.1%}), so there is no circuit to find; take another task or a better coupling"
+        )
+
+    loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
+    losses = task_losses(task, loss_on)
+    found = [losses.opened(_named(say, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
+    opened = [one.kept(0) for one in found]
+    best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
+    nested = losses.nested(say, opened[best])
+    kept_f, nodes_f = opened[best], losses.test.nodes_f
+    say("edges")
+    edges = task_edges(losses.test.masked, kept_f)
+    size, why_not = _dense(subjects, task, config, say) if dense else (None, NOT_ASKED)
+
+    places = range(len(nested.levels))
+    edge_counts = [edge_count(subject, nested.kept(place)[nodes_f]) for place in places]
+    judged = Judged(nested, opened, edge_counts, None if size is None else size.edges)
+    report, levels = gather_task(losses.test, judged, scores, dense_scores, seed=seed, progress=say)
+    runs = (
+        SeedRun(seed + n, int((one_f & nodes_f).sum()), int((one_f & ~nodes_f).sum()), found[n].off[0])
+        for n, one_f in enumerate(opened)
+    )
+    kept, space = subject.space.split(kept_f[nodes_f]), losses.test.masked.space
+    facts = TaskFacts(
+        task=task.task,
+        language=task.language,
+        drop_rate=task.drop_rate,
+        explains=explains,
+        null=null,
+        search=config,
+        sparse_scores=scores,
+        dense_scores=dense_scores,
+        runs=tuple(runs),
+        whole=whole_size(subject),
+        levels=levels,
+        opening=config.opening,
+        errors=tuple(space.node(place).name for place in (kept_f & ~nodes_f).nonzero().flatten().tolist()),
+        entries=_entries(subject, kept, task.splits["test"].both().to(subject.device)),
+        dense_whole=None if size is None else whole_size(subjects.dense),
+        dense=size,
+        why_not_dense=why_not,
+        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": work, "prompts": task.digest},
+        seconds=time.monotonic() - started,
+    )
+    return TaskResult(
+        Circuit(task.task, kept, subject.means, edges),
+        _by_location(subject, nested.level_f[nodes_f].to(torch.int8)),
+        _by_location(subject, torch.stack(opened).float().mean(0)[nodes_f]),
+        report,
+        facts,
+    )
+
+
+def search_dense(
+    subjects: Subjects,
+    task: Resolved,
+    *,
+    level: float = TASK_SEARCH.opens_at,
+    seed: int = 0,
+    work: float = 1.0,
+    progress: Callable[[str], None] | None = None,
+) -> Size:
+    """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
+
+    Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
+    where its linear maps cannot be found.
+    """
+    say, task = progress or (lambda _: None), with_all_splits(task)
+    scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
+    if scores.accuracy < SOLVED:
+        raise UnsolvedError(
+            f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
+            "circuit to find; take another task"
+        )
+    return _dense_size(subjects, task, replace(search_config(level, work), seed=seed), say)
+
+
+def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, say: Callable[[str], None]) -> tuple[Size | None, str]:
+    """The size of the dense model's own circuit; None, and why, where its maps cannot be found or there is nothing to explain."""
+    try:
+        return _dense_size(subjects, task, config, say), ""
+    except (DenseModelError, SearchError) as error:
+        return None, str(error)
+
+
+def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, say: Callable[[str], None]) -> Size:
+    losses = task_losses(task, partial(dense_loss, subjects.dense, config=config))
+    kept_f = losses.opened(_named(say, "dense: ")).kept(0)
+    return Size(int(kept_f.sum()), edge_count(subjects.dense, kept_f))
+
+
+def _named(say: Callable[[str], None], name: str) -> Callable[[str], None]:
+    return lambda text: say(f"{name}{text}")
+
+
+def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
+    return {at: x_1n[0] for at, x_1n in subject.space.split(x_f).items()}
+
+
+def _altered(task: Resolved, alter: Callable[[TokenPairs, int], TokenPairs]) -> Resolved:
+    """The task with the pairs of every split altered, each by its place."""
+    return replace(task, splits={name: alter(pairs, place) for place, (name, pairs) in enumerate(task.splits.items())})
+
+
+def _entries(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: TokenPairs) -> Mapping[str, int]:
+    """Embedding, unembedding and bigram weights that the circuit uses on some prompts."""
+    sparse = subject.sparse
+    read_s = torch.zeros(sparse.width, dtype=torch.bool, device=subject.device)
+    written_s = read_s.clone()
+    for location, kept_1n in kept.items():
+        if location.kind in ("attn_in", "mlp_in"):
+            read_s |= kept_1n[0]
+        elif location.kind in ("attn_out", "mlp_out"):
+            written_s |= kept_1n[0]
+    tokens = prompts.prompt_bt[prompts.there_bt].unique()
+    answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()
+    answers = answers[answers >= 0]
+    return {
+        "embedding": int((sparse.embedding[tokens][:, read_s] != 0).sum()),
+        "unembedding": int((sparse.unembedding.weight[answers][:, written_s] != 0).sum()),
+        "bigram": len(answers) * len(prompts.prompt_bt[torch.arange(len(prompts)), prompts.last_b].unique())
+        if sparse.bigram
+        else 0,
+    }
+
+
+# -- nulls --------------------------------------------------------------------------------------------------------------
+
+
+def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
+    """The pairs with every answer token replaced by one drawn at random, the same one everywhere."""
+    permuted_v = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)).to(pairs.answer_bk.device)
+
+    def nonsense(ids_bk: Tensor) -> Tensor:
+        return torch.where(ids_bk < 0, ids_bk, permuted_v[ids_bk.clamp(min=0)])
+
+    return replace(pairs, answer_bk=nonsense(pairs.answer_bk), wrong_bk=nonsense(pairs.wrong_bk))
+
+
+def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
+    """The pairs with the answers of other pairs, right and wrong exchanged in half of them."""
+    generator = torch.Generator().manual_seed(seed)
+    device = pairs.last_b.device
+    from_b = torch.randperm(len(pairs), generator=generator).to(device)
+    swap_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
+    width = max(pairs.answer_bk.shape[1], pairs.wrong_bk.shape[1])
+    right_bk, wrong_bk = (
+        torch.nn.functional.pad(ids_bk, (0, width - ids_bk.shape[1]), value=-1)[from_b]
+        for ids_bk in (pairs.answer_bk, pairs.wrong_bk)
+    )
+    right_not_b, wrong_not_b = pairs.answer_not_b[from_b], pairs.wrong_not_b[from_b]
+    return replace(
+        pairs,
+        answer_bk=torch.where(swap_b[:, None], wrong_bk, right_bk),
+        wrong_bk=torch.where(swap_b[:, None], right_bk, wrong_bk),
+        answer_not_b=torch.where(swap_b, wrong_not_b, right_not_b),
+        wrong_not_b=torch.where(swap_b, right_not_b, wrong_not_b),
+    )

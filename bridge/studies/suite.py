@@ -1,0 +1,191 @@
+"""Tasks one after another: each result written as it comes, those there already skipped, all compared at the end.
+
+A folder per task under `out`; beside them `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A run that is killed goes
+on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bridge.checkpoint import read_json, write_json
+from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, measured_prompts
+from bridge.columns import columns
+from bridge.node_page import node_labels
+from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
+from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
+from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, search_facts, search_task, whole_size
+from bridge.tasks.pairs import load_task
+from bridge.tasks.tokens import Resolved, resolve
+from bridge.wiring import DenseModelError
+
+Say = Callable[[str], None]
+
+
+def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
+    """A task under the coupling's tokenizer. Raises TaskError."""
+    coupling = subjects.coupling
+    return resolve(load_task(name, seed=seed), coupling.dense.prompts, context=coupling.context)
+
+
+def folder_name(name: str) -> str:
+    """What a task's folder is called: a built-in task's name, the stem of a file's."""
+    return Path(name).stem
+
+
+def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Say, width: int = 100, **options: Any) -> str:
+    """One task's search: its text, the result written to `out`. A null that finds nothing has failed, as it must.
+
+    Raises UnsolvedError, SearchError or TaskError.
+    """
+    null, task = options.get("null"), resolved(subjects, name)
+    try:
+        result = search_task(subjects, task, progress=progress, **options)
+    except NoCircuitError as error:
+        if null is None:
+            raise
+        if out is not None:
+            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _asked(subjects, task, options))
+        return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
+    if out is not None:
+        result.save(out)
+    return render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
+
+
+def run_suite(
+    subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: Say, width: int = 100, **options: Any
+) -> Generator[str, None, None]:
+    """Every task's search, a text for each as it ends, then the comparison's. Raises TaskError before any of them."""
+    results: list[TaskResult] = []
+    tasks, failed = {name: resolved(subjects, name) for name in names}, 0
+    for name, task in tasks.items():
+        folder = None if out is None else out / folder_name(name)
+        where = f"{folder_name(name)}: "
+
+        def say(text: str, where: str = where) -> None:
+            progress(f"{where}{text}")
+
+        asked = _asked(subjects, task, options)
+        if folder is not None and (folder / "circuit.json").is_file():
+            facts = read_json(folder / "circuit.json")
+            if "failed" not in facts:
+                results.append(_same(TaskResult.load(folder), asked, folder))
+                yield f"task      {name}: {_line(results[-1])}; there already"
+                continue
+            elif facts.get("search") == asked:
+                failed += 1
+                yield f"task      {name}: no circuit, found so before ({facts['failed']})"
+                continue
+        try:
+            result = search_task(subjects, task, progress=say, **options)
+        except SearchError as error:
+            failed += 1
+            if folder is not None:
+                save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options), asked)
+            yield f"task      {name}: {'unsolved' if isinstance(error, UnsolvedError) else 'no circuit'}: {error}"
+            continue
+        results.append(result)
+        if folder is not None:
+            result.save(folder)
+        yield render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
+    yield _compared(subjects, results, {task.task: task for task in tasks.values()}, failed, out, progress, options)
+
+
+def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a search from others: the models, the prompts, the rules, and all that a user may choose."""
+    return {
+        **search_facts(
+            subjects.coupling,
+            options.get("level", TASK_SEARCH.opens_at),
+            options.get("null"),
+            options.get("work", 1.0),
+            options.get("explains", "dense"),
+        ),
+        "prompts": task.digest,
+        "seeds": options.get("seeds", 1),
+        "seed": options.get("seed", 0),
+        "dense_circuit": options.get("dense", True),
+    }
+
+
+def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
+    """The result as that of the search asked for. Raises SearchError for another's."""
+    facts = result.facts
+    there = {
+        "level": facts.search.opens_at, "explains": facts.explains, "null": facts.null, "seeds": len(facts.runs),
+        "dense_circuit": facts.why_not_dense != NOT_ASKED, **facts.provenance,
+    }  # fmt: skip
+    differ = [key for key, value in asked.items() if there.get(key) != value]
+    if differ:
+        said = "; ".join(f"{key} {there.get(key)}, not {asked[key]}" for key in differ)
+        raise SearchError(f"{str(folder)!r} holds the result of another search ({said}); name another --out")
+    return result
+
+
+def _line(result: TaskResult) -> str:
+    return f"{result.facts.size.nodes:,} nodes, {result.facts.size.edges:,} edges, {result.report.verdict}"
+
+
+def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
+    try:
+        return whole_size(subjects.dense) if options.get("dense", True) else None
+    except DenseModelError:
+        return None
+
+
+def _compared(
+    subjects: Subjects,
+    results: Sequence[TaskResult],
+    tasks: Mapping[str, Resolved],
+    failed: int,
+    out: Path | None,
+    progress: Say,
+    options: dict[str, Any],
+) -> str:
+    dense = [result.facts.dense for result in results if result.facts.dense is not None]
+    sparse = [result.facts.size for result in results]
+    sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _dense_size(subjects, options))
+    lines = [_table(results), "", _means(sizes)]
+    if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
+        prompts = {task: measured_prompts(tasks[task]) for task in (result.facts.task for result in solved)}
+        comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
+        lines += ["", render_comparison(comparison)]
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "comparison.json", {**comparison.to_json(), "sizes": asdict(sizes)})
+            (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
+            (out / "comparison.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if null := options.get("null"):
+        passed = [result.facts.task for result in results if result.passed]
+        verdict = f"PASSES for {', '.join(passed)}: a failure of the method" if passed else "fails for every task, as it must"
+        lines += ["", f"NULL {null}: {NULLS[null]}. It {verdict}."]
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[TaskResult]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("task", "nodes", "edges", "errors", "F", "worst", "matched", "left", "dense nodes", "edges", "ratio", "verdict")
+    ]
+    for result in results:
+        f, opened = result.facts, result.facts.opened
+        c = opened.circuit
+        beside = ("-",) * 3
+        if f.dense is not None:
+            beside = f"{f.dense.nodes:,}", f"{f.dense.edges:,}", f"{f.dense.edges / max(1, f.size.edges):.1f}"
+        matched = "-" if opened.matched is None else f"{opened.matched:.2f}"
+        numbers = f"{c.faithfulness:.2f}", f"{c.supersets_worst:.2f}", matched, f"{c.left:.2f}"
+        rows.append((f.task, f"{c.nodes:,}", f"{opened.edges:,}", f"{c.errors}", *numbers, *beside, result.report.verdict))
+    return "\n".join(columns(rows, 200))
+
+
+def _means(sizes: Sizes) -> str:
+    text = (
+        f"geometric mean over {sizes.tasks} tasks, {sizes.failed} of them failed and counted at full size: "
+        f"{sizes.sparse_nodes:,.0f} nodes, {sizes.sparse_edges:,.0f} edges"
+    )
+    if sizes.dense_edges is None:
+        return f"{text}; the dense model was not pruned for all"
+    return f"{text}; dense {sizes.dense_edges:,.0f} edges, {sizes.dense_edges / max(1, sizes.sparse_edges):.1f} times as many"
