@@ -45,6 +45,7 @@ _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes a
 _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
+_STRICTER = 0.8  # times what was met, at the next attempt: half of it leaves three times the nodes
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 3, 8, 20, 60, 200  # nodes, at a time
 _DELETED = 1500  # nodes; of more, none is deleted alone
@@ -183,7 +184,7 @@ class _Search:
         node_k = (self.nodes_f & ~core_f & (score_f != 0)).nonzero().flatten()
         rank_k = _ranks(score_f[node_k].abs())
         several = len(self.train.model_b) > 1
-        more, met = (1, _MET_SEVERAL / 2**attempt) if several else (4**attempt, _MET)
+        more, met = (1, _MET_SEVERAL * _STRICTER**attempt) if several else (4**attempt, _MET)
         start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
