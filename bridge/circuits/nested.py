@@ -47,6 +47,7 @@ _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes a
 _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
+_STRICTER = 0.8  # times what was met, at the next attempt: half of it leaves three times the nodes
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
@@ -183,9 +184,14 @@ class _Search:
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
+<<<<<<< HEAD
         more, met = (1, _MET_SEVERAL / 2**attempt) if several else (4**attempt, _MET)
         start = min(more * self._start(core_f, node_k, level), len(node_k))
         rank_k = torch.arange(len(node_k), device=node_k.device)
+=======
+        more, met = (1, _MET_SEVERAL * _STRICTER**attempt) if several else (4**attempt, _MET)
+        start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
+>>>>>>> wt-task
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))

@@ -45,7 +45,7 @@ from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
 
-RULES = 6  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+RULES = 7  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own
 Explains = Literal["dense", "sparse"]
 

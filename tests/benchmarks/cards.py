@@ -1,6 +1,6 @@
 """The table of cards in docs/measurements.md, from the commands that make them.
 
-    python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/superset] [--tasks NAME ...] [--seeds 2]
+    python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/dense] [--tasks NAME ...] [--seeds 2]
 
 takes the circuits that `circuits.py` has left there, and runs, one after another, whatever `--out` does not hold yet (it may be
 killed and goes on),
@@ -16,52 +16,54 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from circuits import command, marked, number, search, table, value
+from circuits import command, number, search, table
 
 from bridge.checkpoint import read_json
+from bridge.studies.card import Card
+from bridge.studies.result import TaskResult
 
 TASKS = (
     "if_equals", "with_as", "var_if", "fstring_brace", "indent_for", "lambda_func", "single_double_quote", "else_elif",
     "bracket_brace", "while_return_true", "for_while",
 )  # fmt: skip
 HEADER = (
-    "task", "nodes", "edges", "KL held out (.25)", "company (.2; worst .6)", "D kept", "without it (.69)", "overlap of seeds",
+    "task", "nodes", "edges", "F held out", "supersets (worst)", "left", "overlap of seeds",
     "patching, of all nodes' (rotated; matched)", "dense over sparse loss (all nodes)", "substitution (all nodes; matched)",
     "complement", "rank correlation", "R^2 on 240 (bigram)", "sign agreement", "verdict",
 )  # fmt: skip
 
 
-def row(circuit: dict[str, Any], card: dict[str, Any]) -> tuple[str, ...]:
-    """A task's line."""
-    measures = {measure["key"]: measure for measure in card["report"]["measures"]}
+def row(circuit: TaskResult, card: Card) -> tuple[str, ...]:
+    """A task's line; bold what misses what it is held to."""
 
     def of(key: str, *beside: float | None) -> str:
-        text = marked(measures[key])
+        measure = card.report[key]
+        text = number(measure.value)
+        text = f"**{text}**" if measure.passed is False else text
         shown = "; ".join(map(number, beside))
         return f"{text} ({shown})" if shown else text
 
     def control(key: str) -> float | None:
-        return (measures[key]["control"] or {}).get("mean")
+        found = card.report[key].control
+        return None if found is None else found.mean
 
-    size = circuit["facts"]["size"]
+    opened = circuit.facts.opened.circuit
     return (
-        card["task"], f"{size['nodes']:,}", f"{size['edges']:,}", value(circuit, "kl_held_out"),
-        f"{value(circuit, 'company_mean')}; {value(circuit, 'company_worst')}", value(circuit, "share_kept"),
-        value(circuit, "loss_without"), value(circuit, "stable"),
-        of("patching", control("patching_rotated"), control("patching")),
-        of("dense_ratio", measures["dense_ratio"]["ceiling"]),
-        of("substitution", measures["substitution"]["ceiling"], control("substitution")), of("complement"),
-        of("profile"), of("prediction", control("prediction")), of("signs"), card["verdict"],
+        card.task, f"{opened.nodes:,}", f"{circuit.facts.opened.edges:,}", number(opened.faithfulness),
+        f"{number(opened.supersets_mean)} ({number(opened.supersets_worst)})", number(opened.left),
+        number(circuit.report["stable"].value), of("patching", control("patching_rotated"), control("patching")),
+        of("dense_ratio", card.report["dense_ratio"].ceiling),
+        of("substitution", card.report["substitution"].ceiling, control("substitution")), of("complement"),
+        of("profile"), of("prediction", control("prediction")), of("signs"), card.report.verdict,
     )  # fmt: skip
 
 
 def main() -> None:
     """Run what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bridge", default="checkpoints/python-bridge")
-    parser.add_argument("--out", type=Path, default=Path("runs/circuits/superset"))
+    parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
+    parser.add_argument("--out", type=Path, default=Path("runs/circuits/dense"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", default="2")
     parser.add_argument("--print", action="store_true", dest="only_print")
@@ -75,7 +77,7 @@ def main() -> None:
             if circuit.is_file() and not card.is_file():
                 command("card", "--bridge", options.bridge, "--circuit", str(folder), "--json", str(card))
         if card.is_file():
-            rows.append(row(read_json(circuit), read_json(card)))
+            rows.append(row(TaskResult.load(folder), Card.from_json(read_json(card))))
     print(table(HEADER, rows))
 
 

@@ -37,13 +37,16 @@ TASKS = (
 FOLLOWED, NULLED = 3, 1  # of the tasks, the first few
 
 
-def search(options: argparse.Namespace, folder: Path, task: str, *more: str) -> None:
-    """One circuit, unless it is there."""
-    if (folder / "circuit.json").is_file():
-        return
-    arguments = ("circuit", "--bridge", options.bridge, "--task", task, "--out", str(folder), *more)
+def command(*arguments: str) -> None:
+    """One command of bridge's, without what it prints."""
     print("bridge", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "bridge.cli", *arguments], stdout=subprocess.DEVNULL, check=False)
+
+
+def search(options: argparse.Namespace, folder: Path, task: str, *more: str) -> None:
+    """One circuit, unless it is there."""
+    if not (folder / "circuit.json").is_file():
+        command("circuit", "--bridge", options.bridge, "--task", task, "--out", str(folder), *more)
 
 
 def read(folder: Path) -> TaskResult | None:
