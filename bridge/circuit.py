@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from bridge.kernels.top_k import choose
-from bridge.sparse import ERROR, Gate, Location, SparseTransformer
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location, SparseTransformer
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
 BIGRAM = Location(-1, "bigram")

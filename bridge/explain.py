@@ -57,7 +57,8 @@ from bridge.meanwhile import cores
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint
 from bridge.prompts import Prompts
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
 MOST_EDGES = 5000  # and edges, the strongest ones

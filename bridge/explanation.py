@@ -27,7 +27,7 @@ from bridge.evidence.sufficiency import Backup, NestedCircuit
 from bridge.nodes import sparse_fingerprint
 from bridge.prompts import shown
 from bridge.recipe import UserError
-from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
+from bridge.schema import ATTENTION_KINDS, ERROR, MLP_KINDS
 
 FORMAT = 2  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 

@@ -38,7 +38,8 @@ from bridge.bridges import Coupling
 from bridge.circuit import EMBEDDING, Node
 from bridge.nodes import Context, NodeFacts, stored_facts
 from bridge.prompts import Prompts
-from bridge.sparse import MATRICES, READ_KINDS, WRITE_KINDS, Location
+from bridge.schema import MATRICES, READ_KINDS, WRITE_KINDS
+from bridge.sparse import Location
 
 TOKENS = 6  # promoted, demoted or embedded tokens that are listed
 LINKS = 8  # and links, each way

@@ -53,28 +53,62 @@ class _Part(BaseModel):
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+class AttentionShape(_Part):
+    """What a block's attention knows of positions."""
+
+    frequencies: tuple[float, ...] = Field(default=(), description="radians a token of the pairs of a head's channels that turn")
+    window: int | None = Field(default=None, ge=1, description="tokens that a query sees, its own included; unset: all")
+    slopes: tuple[float, ...] = Field(default=(), description="ALiBi: what a token further on adds to a head's scores")
+
+
+class BlockShape(_Part):
+    """What the sparse block has of the dense model's, as measured on that; the defaults are a plain block (paper, section 2.2)."""
+
+    heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
+    kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
+    neurons: int | None = Field(default=None, ge=1, description="of the MLP; unset: mlp_ratio times the width")
+    gated: bool = False
+    activation: Literal["gelu_new", "gelu", "silu", "relu", "quick_gelu", "relu2"] = "gelu_new"
+    attention: tuple[AttentionShape, ...] = Field(default=(), description="of every block; shorter: again and again")
+    score_cap: float | None = Field(default=None, gt=0, description="soft cap of attention scores")
+    logit_cap: float | None = Field(default=None, gt=0, description="soft cap of logits, before the bigram table")
+    qk_norm: Literal["head", "all"] | None = Field(default=None, description="norm of queries and keys, by head or over all")
+    reads_normed: bool = Field(default=True, description="sublayers read the residual through a norm")
+    writes_normed: bool = Field(default=False, description="and write through one with a gain")
+    eps: float = Field(default=1e-6, ge=0, description="of the norms")
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> BlockShape:
+        if self.kv_heads and (self.heads or 0) % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} of keys and values; make it a multiple")
+        return self
+
+
 class SparseShape(_Part):
     """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
 
     width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
-    head_channels: int = Field(default=16, ge=2, description="channels of an attention head")
-    mlp_ratio: int = Field(default=4, ge=1, description="MLP neurons per residual channel")
+    head_channels: int | None = Field(default=None, ge=2, description="channels of an attention head; unset: the dense model's")
+    mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per residual channel; unset: the dense model's")
+    mlp: Literal["auto", "plain", "gated"] = "auto"
     keep: float = Field(default=0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
     sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
-    positions: Literal["none", "learned", "rotary"] = "none"
+    positions: Literal["auto", "none", "learned", "rotary"] = Field(default="auto", description="auto: the dense model's")
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
     bigram_rank: int = Field(default=64, ge=1)
     start: str = Field(
         default="auto", description="auto: from the dense model as far as it can be; random; or a coupling's folder"
     )
+    block: BlockShape | None = Field(default=None, description="unset: the dense model's, filled in when fitting begins")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:
-        if self.width is not None and self.width % self.head_channels:
+        apart = self.block is not None and self.block.heads is not None
+        if self.width is not None and self.head_channels is not None and self.width % self.head_channels and not apart:
             raise ValueError(
                 f"sparse.width {self.width} is not a multiple of sparse.head_channels {self.head_channels}; change one of them"
             )
-        if self.positions == "rotary" and self.head_channels % 2:
+        if self.positions == "rotary" and (self.head_channels or 0) % 2 and not apart:
             raise ValueError(f"sparse.head_channels {self.head_channels} is odd, and rotary positions turn pairs; make it even")
         return self
 

@@ -50,7 +50,7 @@ from bridge.optimizer import SharkfinAdamW
 from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
 from bridge.slopes import refit_decoders
 from bridge.sparse import Fractions, SparseTransformer, annealed_l0
-from bridge.start import Started, start_from_coupling, start_from_dense
+from bridge.start import Started, shape_for, start_from_coupling, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
@@ -226,14 +226,13 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     Raises RecipeError where the context is longer than the dense model's.
     """
     shape, data = recipe.sparse, recipe.data
-    if shape.width is None:
-        heads = max(1, round(2 * dense.width / shape.head_channels))
-        shape = shape.model_copy(update={"width": heads * shape.head_channels})
     limit = dense.context or math.inf
     if data.context is None:
         data = data.model_copy(update={"context": int(min(128, limit))})
     elif data.context > limit:
         raise RecipeError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
+    if shape.block is None:
+        shape = shape_for(dense, shape, data.context or 1)
     update = {"sparse": shape, "data": data, "dense": dense.name, "revision": dense.revision}
     return recipe.model_copy(update=update)
 

@@ -33,7 +33,7 @@ from bridge.explanation import ExplainedNode, Explanation, Token
 from bridge.explanation_text import question
 from bridge.node_page import Excerpt, NodePage
 from bridge.recipe import UserError
-from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
+from bridge.schema import ATTENTION_KINDS, ERROR, MLP_KINDS
 
 KINDS = ATTENTION_KINDS + MLP_KINDS
 ERRORS = 1_000_000  # the index from which on errors are numbered, by site: more than there are channels

@@ -37,7 +37,8 @@ from torch import Tensor
 from bridge.circuit import Node
 from bridge.circuits.flow import Flow
 from bridge.residual import Enter, Trace
-from bridge.sparse import ERROR, Gate, Location
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location
 
 HEADS = 16  # at a query position, that are measured
 READS = 4  # positions listed of each, those of the largest weights

@@ -39,7 +39,8 @@ from torch import Tensor
 from bridge.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
 from bridge.circuits.flow import Flow, errors_before
 from bridge.residual import Enter
-from bridge.sparse import ERROR, MATRICES, READ_KINDS, WRITE_KINDS, Location
+from bridge.schema import ERROR, MATRICES, READ_KINDS, WRITE_KINDS
+from bridge.sparse import Location
 
 _ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose gradients are taken at once
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from bridge.circuit import EMBEDDING, check_means
 from bridge.circuits.masked_model import MaskedModel
 from bridge.kernels.top_k import gelu
-from bridge.sparse import ERROR, Location, SparseTransformer, norm_scale
+from bridge.schema import ERROR
+from bridge.sparse import Location, SparseTransformer, norm_scale
 
 
 @dataclass(frozen=True, eq=False)

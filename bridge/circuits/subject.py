@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.kernels.top_k import mix
 from bridge.residual import Enter, Trace
-from bridge.sparse import MATRICES, Gate, Location, SparseTransformer, identity_gate
+from bridge.schema import MATRICES
+from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
 
 ATTENDED = "attended"

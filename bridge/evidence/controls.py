@@ -21,7 +21,8 @@ from bridge.circuit import recording_gate
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.sparse import ERROR, Gate, Location
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location
 
 
 def error_gate(masked: MaskedModel, kept_f: Tensor) -> Gate | None:

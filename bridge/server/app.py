@@ -41,7 +41,7 @@ from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, Say, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 from bridge.steer import steer
 from bridge.tasks.pairs import load_task, task_names
 from bridge.tasks.templates import TASKS
