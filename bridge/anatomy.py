@@ -42,7 +42,7 @@ from bridge.wiring import first_tensor, forward, output_tensor
 ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
 SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
-CAPS = (1.0, 500.0)  # between which a soft cap is looked for
+CAPS = (0.1, 500.0)  # between which a soft cap is looked for
 UNSEEN = -1e4  # a score below it is masked
 
 
@@ -171,7 +171,11 @@ def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
     known = [x.flatten().tolist() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
         mine = attention.shape.frequencies
-        same = (each for each in known if len(each) == len(mine) and all(abs(a - b) <= 1e-5 + 1e-4 * a for a, b in zip(each, mine, strict=True)))
+        same = (
+            each
+            for each in known
+            if len(each) == len(mine) and all(abs(a - b) <= 1e-5 + 1e-4 * a for a, b in zip(each, mine, strict=True))
+        )
         if (named := next(same, None)) is None:
             known.append(list(mine))
         else:
@@ -260,7 +264,9 @@ def _probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     length = min(tokens, dense.context or tokens)
     generator = torch.Generator().manual_seed(0)
     rows_of_embedding: Any = dense.model.get_input_embeddings()
-    return torch.randint(min(len(rows_of_embedding.weight), dense.vocabulary), (rows, length), generator=generator).to(dense.device)
+    return torch.randint(min(len(rows_of_embedding.weight), dense.vocabulary), (rows, length), generator=generator).to(
+        dense.device
+    )
 
 
 def _watch(dense: DenseModel, tokens_bt: Tensor) -> _Seen:
@@ -374,6 +380,14 @@ def _multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
     return factor, _unexplained(factor * x, y)
 
 
+def _scaled(x_vd: Tensor, y_vd: Tensor) -> tuple[float, Tensor, float]:
+    """(c, offset_d, unexplained) of y = c x + offset."""
+    x0_vd = x_vd - x_vd.mean(0)
+    factor = ((x0_vd * y_vd).sum() / x0_vd.square().sum().clamp_min(1e-20)).item()
+    offset_d = (y_vd - factor * x_vd).mean(0)
+    return factor, offset_d, _unexplained(factor * x_vd + offset_d, y_vd)
+
+
 def _times(one: _Map, factor: float) -> Written:
     return Written(Affine(one.weight_oi * factor, one.bias_o * factor), None)
 
@@ -465,7 +479,9 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
     if (found := _along(x_bhtc[:, :, 0].flatten(1), column_bto[:, 0])) is not None:
         index_o, factor_o = found
         value_bto = column_bto[..., index_o] * factor_o
-        return _Queries(affine.rows(index_o, factor_o), None, True, 0.0, value_bto.unflatten(-1, (heads, channels)).transpose(1, 2))
+        return _Queries(
+            affine.rows(index_o, factor_o), None, True, 0.0, value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
+        )
     best: tuple[float, _Queries] | None = None
     for read in reads:
         if len(read.affine.bias_o) != heads * channels:
@@ -473,7 +489,11 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
         for by_head in (True, False):
             for eps in EPSILONS:
                 y_bto = read.map.output_xo.unflatten(0, (rows, -1))
-                y_bto = _normal(y_bto.unflatten(-1, (heads, channels)), False, eps).flatten(-2) if by_head else _normal(y_bto, False, eps)
+                y_bto = (
+                    _normal(y_bto.unflatten(-1, (heads, channels)), False, eps).flatten(-2)
+                    if by_head
+                    else _normal(y_bto, False, eps)
+                )
                 first_bo = x_bhtc[:, :, 0].flatten(1)
                 gain_o, _, left = _gain(y_bto[:, 0], first_bo, biased=False)
                 if best is None or left < best[0]:
@@ -626,12 +646,19 @@ def _residual_at_entry(dense: DenseModel, tokens_bt: Tensor) -> Tensor:
 
 def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(embedding_vd, position_td), None where the residual at site 0 is not their sum."""
-    known = min(len(dense.model.get_input_embeddings().weight), dense.vocabulary)  # type: ignore[arg-type]
+    table: Any = dense.model.get_input_embeddings()
+    weight_ud = table.weight[: dense.vocabulary]
+    known = len(weight_ud)
     every_v1 = torch.arange(known, device=dense.device)[:, None]
     embedding_vd = torch.cat([_residual_at_entry(dense, some_v1)[:, 0] for some_v1 in every_v1.split(4096)])
     embedding_vd = F.pad(embedding_vd, (0, 0, 0, dense.vocabulary - known))
     row_1t = tokens_bt[:1, :1].expand(1, min(dense.context or tokens_bt.shape[1], 4096))
-    position_td = (_residual_at_entry(dense, row_1t)[0] - embedding_vd[row_1t[0]])
+    position_td = _residual_at_entry(dense, row_1t)[0] - embedding_vd[row_1t[0]]
+    weight_vd = F.pad(weight_ud.float(), (0, 0, 0, dense.vocabulary - known))
+    if weight_vd.shape == embedding_vd.shape:  # what is no token's own is the position's
+        factor, offset_d, left = _scaled(weight_vd[:known], embedding_vd[:known])
+        if left < SAME and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
+            embedding_vd, position_td = factor * weight_vd, position_td + offset_d
     guess_btd = embedding_vd[tokens_bt] + position_td[: tokens_bt.shape[1]]
     if not _unexplained(guess_btd.flatten(0, 1), h_xd) < SAME:
         return None, None

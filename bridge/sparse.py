@@ -38,6 +38,7 @@ from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape, 
 from bridge.residual import Enter, Trace, run
 from bridge.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, MATRICES, matrices, mlp_kinds, output_side
 
+
 @dataclass(frozen=True, order=True)
 class Location:
     """A place in the model where nodes live: a block and a kind of `schema`."""
@@ -246,7 +247,7 @@ class SparseTransformer(nn.Module):
 
     def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
         """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
-        score_bhtt = self._scores(layer, q_btn, k_btn)
+        score_bhtt = self.scores(layer, q_btn, k_btn)
         place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
         distance_tt = place_t[:, None] - place_t
         score_bhtt = score_bhtt.masked_fill((distance_tt < 0) | (distance_tt >= self._window(layer, len(place_t))), -torch.inf)
@@ -255,19 +256,28 @@ class SparseTransformer(nn.Module):
         sink_bht1 = self._block(layer).sinks.view(1, -1, 1, 1).expand(*score_bhtt.shape[:3], 1)
         return torch.cat([sink_bht1, score_bhtt], -1).softmax(-1)[..., 1:]
 
-    def _scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
+    def scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
+        """score_bhtt of a block's q and k nodes, also of what no query sees."""
         q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
         score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
-        if (slopes := self._attention_shape(layer).slopes):
+        if slopes := self._attention_shape(layer).slopes:
             place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
             score_bhtt = score_bhtt + score_bhtt.new_tensor(slopes)[:, None, None] * (place_t - place_t[:, None])
         cap = self.form.score_cap
         return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
 
     def score_slope(self, score: Tensor) -> Tensor:
-        """d score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
+        """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
         cap = self.form.score_cap
         return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
+
+    def column_nodes(self, name: str) -> Tensor:
+        """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
+        source = self.matrices[name][0]
+        column_i = torch.arange(self._size("q" if name == "o" else source), device=self.device)
+        if name != "o":
+            return column_i
+        return column_i // (self.group * self.channels) * self.channels + column_i % self.channels
 
     def shared(self, x_bgtc: Tensor) -> Tensor:
         """x_bhtc for every query head, of what `heads` gave of keys or values."""
@@ -340,17 +350,19 @@ class SparseTransformer(nn.Module):
 
     def after(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
         """What a linear map gives on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
-        return y_btn * scale if (scale := self.after_scale(layer, kind, y_btn)) is not None else y_btn
+        return y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
 
-    def after_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor | None:
-        """scale_btn by which that norm multiplies each channel; None where there is none."""
-        gain_n = self._block(layer).gains.get(kind)
-        if gain_n is None:
-            return None
+    def has_norm(self, layer: int, kind: str) -> bool:
+        """Whether what linear maps give goes through a norm with a gain on its way to nodes of a kind."""
+        return kind in self._block(layer).gains
+
+    def after_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
+        """scale_btn by which that norm multiplies each channel."""
+        gain_n, y_btn = self._block(layer).gains[kind], y_btn if y_btn.dtype == torch.float64 else y_btn.float()
         if kind in HEAD_KINDS and self.form.qk_norm == "head":
-            y_bthc = y_btn.float().unflatten(-1, (-1, self.channels))
+            y_bthc = y_btn.unflatten(-1, (-1, self.channels))
             return (norm_scale(y_bthc, self.form.eps) * gain_n.view(-1, self.channels)).flatten(-2)
-        return norm_scale(y_btn.float(), self.form.eps) * gain_n
+        return norm_scale(y_btn, self.form.eps) * gain_n
 
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
@@ -389,9 +401,7 @@ class SparseTransformer(nn.Module):
         return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        logits_btv = self.uncapped(x_bts)
-        if (cap := self.form.logit_cap) is not None:
-            logits_btv = cap * (logits_btv / cap).tanh()
+        logits_btv = self.capped(self.uncapped(x_bts))
         if self.shape.bigram == "full":
             logits_btv = logits_btv + F.embedding(tokens_bt, self.bigram[0])
         elif self.shape.bigram == "low-rank":
@@ -401,6 +411,11 @@ class SparseTransformer(nn.Module):
     def uncapped(self, x_bts: Tensor) -> Tensor:
         """logits_btv of the last residual, before a soft cap and without the bigram table."""
         return self._map("unembedding", self.unembedding, _norm(x_bts, self.form.eps))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits through the soft cap, where there is one."""
+        cap = self.form.logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
         """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate turned by their position, where positions are rotary."""

@@ -82,6 +82,8 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     mlp = next(iter(anatomy.mlp.values()), None)
     channels = shape.head_channels or (attention.channels if attention else 16)
     width = shape.width or max(1, round(2 * dense.width / channels)) * channels
+    if not (attention and channels == attention.channels) and width % channels:
+        raise RecipeError(f"sparse.width {width} is not a multiple of sparse.head_channels {channels}; change one of them")
     times = max(1.0, width / dense.width)
     form: dict[str, Any] = {"eps": _sparse_eps(anatomy, dense.width, width), "logit_cap": anatomy.logit_cap}
     positions = shape.positions
@@ -337,7 +339,10 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: _Frame, attent
     q, k, v, out = attention.q, attention.k, attention.v, attention.out
     if (form.reads_normed, form.score_cap) != (not attention.raw, attention.cap):
         return False
-    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (True, attention.heads // attention.kv_heads)
+    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (
+        True,
+        attention.heads // attention.kv_heads,
+    )
     if not same:  # heads of its own, of which several may stand for one
         parts = math.ceil(channels / own)
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
@@ -357,7 +362,10 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: _Frame, attent
     for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
         _read_by(linear, rows, frame.read(part, attention.raw))
     if attention.gains is not None:
-        for kind, linear, rows, gain_o in (("q", block.q, q_rows, attention.gains[0]), ("k", block.k, k_rows, attention.gains[1])):
+        for kind, linear, rows, gain_o in (
+            ("q", block.q, q_rows, attention.gains[0]),
+            ("k", block.k, k_rows, attention.gains[1]),
+        ):
             if kind not in block.gains:
                 return False
             share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over

@@ -88,12 +88,15 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     [
         ({"dense": None}, "dense = None: input should be a valid string"),
         ({"sparse": 5}, "sparse = 5: must be a table of numbers; write one of them in full, for example sparse.width = 512"),
-        ({"sparse": {"width": 100}}, "sparse.width 100 is not a multiple of sparse.head_channels 16; change one of them"),
+        (
+            {"sparse": {"width": 100, "head_channels": 16}},
+            "sparse.width 100 is not a multiple of sparse.head_channels 16; change one of them",
+        ),
         (
             {"sparse": {"positions": "rotary", "head_channels": 5}},
             "sparse.head_channels 5 is odd, and rotary positions turn pairs; make it even",
         ),
-        ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'none', 'learned' or 'rotary'"),
+        ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'auto', 'none', 'learned' or 'rotary'"),
         ({"sparsity": {}}, "sparsity.l0 is missing from the recipe; give it there or with --set sparsity.l0=..."),
         ({"budget": {"minutes": -1}}, "budget.minutes = -1: input should be greater than 0"),
         ({"budget": {"tokens": 0}}, "budget.tokens = 0: input should be greater than or equal to 1"),

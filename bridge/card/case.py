@@ -26,11 +26,11 @@ from bridge.bridges import Coupling
 from bridge.circuit import NodeSpace, ablation_gate
 from bridge.circuits.subject import SparseSubject, in_order
 from bridge.residual import Enter, Trace
+from bridge.schema import WRITE_KINDS
 from bridge.sparse import Gate, Location
 from bridge.tasks.tokens import TokenPairs
 from bridge.transport import run_changed
 
-WRITES = ("attn_out", "mlp_out")
 _LOGITS = 2**25  # at most in a batch
 
 
@@ -107,7 +107,7 @@ class Case:
         def look(sign: int, location: Location, x_btn: Tensor) -> Tensor:
             here_n = ((x_btn != 0) & there_bt1).any(1).any(0)
             on[location] = here_n | on[location] if location in on else here_n
-            if location.kind in WRITES:
+            if location.kind in WRITE_KINDS:
                 writes[location] = sign * x_btn + writes.get(location, 0)
             return x_btn
 

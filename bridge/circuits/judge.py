@@ -343,7 +343,7 @@ def expected_overlap(first: int, second: int, of: int) -> float:
 def _attention(goal: Goal, judged: Judged, random_cf: Tensor) -> Measure:
     name, aim = "total variation of attention", f"<= {PATTERN:g}"
     sparse = judged.pruned.sparse
-    heads = {at.layer: kept_1n[0].unflatten(0, (-1, sparse.shape.head_channels)).any(1) for at, kept_1n in
+    heads = {at.layer: kept_1n[0].unflatten(0, (-1, sparse.channels)).any(1).repeat_interleave(sparse.group) for at, kept_1n in
              goal.subject.space.split(judged.kept_f).items() if at.kind == "v"}  # fmt: skip
     if not any(bool(kept_h.any()) for kept_h in heads.values()):
         return Measure(name, None, None, aim, None, "no head's values are in the circuit")

@@ -26,6 +26,7 @@ from bridge.checkpoint import CheckpointError, read_folder, read_json, write_fol
 from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.judge import TaskFaithfulness
 from bridge.circuits.masks import Objective
+from bridge.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
 from bridge.validate import EVIDENCE, Measure, evidence
@@ -210,7 +211,7 @@ def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, T
         if name.startswith(f"{prefix}."):
             layer, kind = name.removeprefix(f"{prefix}.").split(".", 1)
             found[Location(int(layer), kind)] = tensor
-    order = ("embedding", "attn_in", "q", "k", "v", "attended", "attn_out", "mlp_in", "mlp_act", "mlp_out")
+    order = ("embedding", *ATTENTION_KINDS[:-1], "attended", ATTENTION_KINDS[-1], *MLP_KINDS)
     return dict(sorted(found.items(), key=lambda item: (item[0].layer, order.index(item[0].kind))))
 
 

@@ -57,6 +57,7 @@ from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.fewest import deleted, fewest, ranks
 from bridge.meanwhile import meanwhile
 from bridge.nodes import sparse_fingerprint
+from bridge.schema import READ_KINDS, WRITE_KINDS
 from bridge.sparse import SparseTransformer
 from bridge.tasks.tokens import Resolved, TokenPairs, score
 from bridge.wiring import DenseModelError
@@ -379,9 +380,9 @@ def _entries(subject: SparseSubject, kept_f: Tensor, prompts: TokenPairs) -> Map
     read_s = torch.zeros(width, dtype=torch.bool, device=kept_f.device)
     written_s = read_s.clone()
     for location, kept_1n in kept.items():
-        if location.kind in ("attn_in", "mlp_in"):
+        if location.kind in READ_KINDS:
             read_s |= kept_1n[0]
-        elif location.kind in ("attn_out", "mlp_out"):
+        elif location.kind in WRITE_KINDS:
             written_s |= kept_1n[0]
     tokens = prompts.prompt_bt[prompts.there_bt].unique()
     answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.kernels.top_k import mix
 from bridge.residual import Enter, Trace
-from bridge.schema import MATRICES
 from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
 
@@ -156,13 +155,13 @@ class SparseSubject:
         """Every matrix between nodes."""
         return tuple(
             Matrix(
-                f"{layer}.{name}", Location(layer, source), Location(layer, target), weight_ji, column_i, row_j,
-                f"blocks.{layer}.{name}", column_i,
+                f"{layer}.{name}", Location(layer, source), Location(layer, target), weight_ji, self.sparse.column_nodes(name),
+                torch.arange(len(weight_ji), device=weight_ji.device), f"blocks.{layer}.{name}",
+                torch.arange(weight_ji.shape[1], device=weight_ji.device),
             )
             for layer in range(len(self.sparse.blocks))
-            for name, (source, target) in MATRICES.items()
+            for name, (source, target) in self.sparse.matrices.items()
             for weight_ji in [self.sparse.get_parameter(f"blocks.{layer}.{name}.weight").detach()]
-            for row_j, column_i in [(torch.arange(n, device=weight_ji.device) for n in weight_ji.shape)]
         )  # fmt: skip
 
     def linear(self, path: str) -> nn.Module:
