@@ -4,16 +4,16 @@ A few rows of tokens are run and watched: modules that multiply by a weight of t
 into the softmax. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre),
 
     reads       a map whose input is g z + b at a site (or h itself) reads there; g and b go into its weights
-    values      at the first token attention can only hand on its value: the columns of the maps equal there to what a map takes in
-                are v, head by head, in whatever order; heads that have the same share it
-    q, k        the columns that at the first token, where rotary positions turn nothing, lie along what was multiplied; through a
-                norm with a gain, by head or over all, where only so
+    values      at the first token attention can only hand on its value: the columns of the maps equal there to what a map takes
+                in are v, head by head, in whatever order; heads that have the same share it
+    q, k        the columns that at the first token, where rotary positions turn nothing, lie along what was multiplied; through
+                a norm with a gain, by head or over all, where only so
     positions   the angle between q before and after, for halves of a head's first channels or for neighbours; the scores, less
-                scale * q . k, by distance (ALiBi); how far back the last query sees (windows); a cap C tanh(score / C)
+                scale * q . k, by distance (ALiBi); how far back the last query sees; a cap C tanh(score / C)
     MLP         a map takes in act(up), or act(gate) up, for one of the nonlinearities
     writes      what a sublayer adds is its last map's output times a constant, or that through a norm with a gain
 
-What does not fit is None, and nobody knows it; what does is verified where it is used (`start`): by what the whole sublayer writes.
+What does not fit is None; what does is verified where it is used (`start`), by what the whole sublayer writes.
 
 Shape legend: b batch row, t token (x: of all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and values,
 c channels of a head, m neurons, v vocabulary.
@@ -59,6 +59,7 @@ class Affine:
         return Affine(self.weight_oi[index_o] * factor_o[:, None], self.bias_o[index_o] * factor_o)
 
     def __call__(self, x_xi: Tensor) -> Tensor:
+        """y_xo."""
         return x_xi @ self.weight_oi.T + self.bias_o
 
 
@@ -121,8 +122,8 @@ class Mlp:
 class Anatomy:
     """What was measured of a dense model; attention and MLP by site, None where they are not of the kinds that are known here.
 
-    embedding_vd is the residual at site 0 of a token at the first position, position_td what other positions add to it (None: they
-    add nothing), unembedding_vd a map of the last residual's norm.
+    embedding_vd and what positions add to it (position_td; None: nothing) make the residual at site 0; unembedding is a map of
+    the last residual's norm.
     """
 
     centred: bool
@@ -167,7 +168,7 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
 
 
 def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
-    """Frequencies that are measured the same are made so: those of a module's buffer, or else of the first block that has them."""
+    """Make frequencies that are measured the same so: those of a module's buffer, or else of the first block that has them."""
     known = [x.flatten().tolist() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
         mine = attention.shape.frequencies
@@ -436,17 +437,17 @@ def _attention(
         if [list(distinct[head // group]) for head in range(heads)] != v_hc.tolist():
             return None
         k_bgtc = k_bhtc[:, ::group] if k_bhtc.shape[1] == heads else k_bhtc
-        made = _queries(q_bhtc, affine, column_bto, reads), _queries(k_bgtc, affine, column_bto, reads)
-        if made[0] is None or made[1] is None or (made[0].gain_o is None) != (made[1].gain_o is None):
+        before_q, before_k = (_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
+        if before_q is None or before_k is None or (before_q.gain_o is None) != (before_k.gain_o is None):
             return None
-        scored = _positions(*made, q_bhtc, k_bgtc, score_bhtt)
+        scored = _positions(before_q, before_k, q_bhtc, k_bgtc, score_bhtt)
         if scored is None:
             return None
         shape, cap, (q, k), gains = scored
         shape = shape.model_copy(update={"window": window})
         v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
         nothing = Written(Affine(one.weight_oi, one.bias_o), None)
-        by_head, norm_eps = made[0].by_head, made[0].eps
+        by_head, norm_eps = before_q.by_head, before_q.eps
         return Attention(q, k, v, nothing, channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
     return None
 
@@ -505,7 +506,7 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
 def _positions(
     q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
 ) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
-    """How scores follow from queries and keys, and both with their pairs as halves and their scale such that q . k / root is it."""
+    """How scores follow from queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
     turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
     if turn is None:
         return None

@@ -5,7 +5,7 @@ A node's write w is what one unit of it adds to the residual stream, AbsTopK of 
     attn_out, mlp_out    the unit vector of its channel           arrives at the site after its sublayer's
     mlp_act, v           its column of W_down, W_o                the same
     attn_in, mlp_in      reads its channel: the unit vector is what it reads, at its sublayer's own site
-    q, k                 none: they decide where is looked
+    q, k, mlp_gate       none: they decide where is looked, and what is let through
 
     promotes     tokens by U w, U the sparse unembedding, the largest and the smallest
     embedded     for attn_in and mlp_in instead: tokens by E_i, whose embedding writes the channel
@@ -13,7 +13,8 @@ A node's write w is what one unit of it adds to the residual stream, AbsTopK of 
                  (without the final norm's gain, which is not found generically), where the model says which that is
 
 Links are nonzero weights into and out of the node, the strongest first. Without a weight, drawn and not counted: `residual`, a
-channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied.
+channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied; `gate`,
+a neuron and its gate.
 
 The summary is made by rule, of the sign whose contexts are stronger in sum: which token most of these contexts have at, before
 and after the position, else what kind of token; then the tokens promoted. It describes what was seen in this text, and is no

@@ -62,7 +62,7 @@ class AttentionShape(_Part):
 
 
 class BlockShape(_Part):
-    """What the sparse block has of the dense model's, as measured on that; the defaults are a plain block (paper, section 2.2)."""
+    """What the sparse block has of the dense model's, as measured; the defaults are a plain block (paper, section 2.2)."""
 
     heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
     kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
@@ -88,10 +88,13 @@ class SparseShape(_Part):
     """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
 
     width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
-    head_channels: int | None = Field(default=None, ge=2, description="channels of an attention head; unset: the dense model's")
-    mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per residual channel; unset: the dense model's")
+    head_channels: int | None = Field(default=None, ge=2, description="channels of a head; unset: the dense model's")
+    mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per channel; unset: the dense model's")
     mlp: Literal["auto", "plain", "gated"] = "auto"
-    keep: float = Field(default=0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
+    keep: float | None = Field(
+        default=None, gt=0, le=1,
+        description="share of the values AbsTopK keeps at every node location; unset: a quarter, or all that the dense model needs",
+    )  # fmt: skip
     sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
     positions: Literal["auto", "none", "learned", "rotary"] = Field(default="auto", description="auto: the dense model's")
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
@@ -116,7 +119,7 @@ class SparseShape(_Part):
 class Sparsity(_Part):
     """How many weights stay (paper, appendix A.2)."""
 
-    l0: float = Field(description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
+    l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     embed_l0: float | None = Field(
         default=None, gt=0, le=1, description="fraction of embedding, positions and unembedding that stays; unset: that of l0"
     )
@@ -143,7 +146,9 @@ class Data(_Part):
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
-    rows: int = Field(default=32, ge=2, description="rows a step, over all processes")
+    rows: int | None = Field(
+        default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
+    )
 
 
 class Budget(_Part):
@@ -162,8 +167,11 @@ class Budget(_Part):
 class Optimizer(_Part):
     """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
 
-    rate: float = Field(
-        default=3e-3, ge=0, description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn"
+    rate: float | None = Field(
+        default=None,
+        ge=0,
+        description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn; "
+        "unset: 3e-3, or 1e-3 where it does not start at random",
     )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(
@@ -221,7 +229,7 @@ class Recipe(_Part):
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
     sparse: SparseShape = SparseShape()
-    sparsity: Sparsity
+    sparsity: Sparsity = Sparsity()
     data: Data = Data()
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
@@ -235,7 +243,7 @@ class Recipe(_Part):
             raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
         if self.losses.carried and self.losses.splice == "literal":
             raise ValueError("losses.carried has no literal form; leave losses.splice at 'sampled', or losses.carried at 0")
-        if not self.optimizer.rate and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
+        if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise ValueError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "
                 "and losses that bridges have part in"
@@ -268,11 +276,10 @@ def recipe_values(
     adapter: str | None = None,
     revision: str | None = None,
     settings: dict[str, Any] | None = None,
-    required: bool = True,
 ) -> dict[str, Any]:
     """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
 
-    `settings` maps names of numbers ("optimizer.rate") to values; without `required`, L0 may be left unsaid. Raises RecipeError.
+    `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     if tokens is not None or minutes is not None:
@@ -296,8 +303,6 @@ def recipe_values(
         except ValidationError as error:
             raise RecipeError(_one_line(error, "losses")) from None
         values["losses"] = losses.uncoupled().model_dump()
-    if required and not values.get("sparsity"):
-        raise RecipeError("how sparse is not said; give --l0: below 1 the fraction of weights that stay, from 1 on their number")
     return values
 
 
@@ -315,9 +320,8 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
 
 def resolve(values: dict[str, Any]) -> Recipe:
     """Nested values as a Recipe. Raises RecipeError with the first thing that is wrong, in one line."""
-    required: dict[str, Any] = {"sparsity": {}}  # so that what is missing is named in full
     try:
-        return Recipe.model_validate(required | values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_one_line(error)) from None
 

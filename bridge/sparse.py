@@ -6,6 +6,9 @@
     logits = U norm(x) + b + B[token]                                  bigram table B, dense
 
 K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
+That is the plain block. What the dense model's blocks have beyond it (`recipe.BlockShape`, found by `anatomy`) these have too:
+gated MLPs, g = K(act(W_gate r + b)), a = K(g (W_up r + b)); heads that share keys and values; rotary positions at any frequency,
+windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; reads without a norm.
 `attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
 (`kernels/attention`); elsewhere a dummy first position and one extra query/key channel carry it, so that the fused causal kernels
 still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
@@ -139,6 +142,11 @@ class SparseTransformer(nn.Module):
     def n_sites(self) -> int:
         """Number of sites: sublayers + 1."""
         return len(self.sublayer_kinds) + 1
+
+    @property
+    def keep(self) -> float:
+        """Share of the values that AbsTopK keeps at every node location."""
+        return self.shape.keep or 0.25
 
     @property
     def device(self) -> torch.device:
@@ -311,7 +319,7 @@ class SparseTransformer(nn.Module):
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
     def _node(self, layer: int, kind: str, gate: Gate, x_btn: Tensor) -> Tensor:
-        kept = max(1, round(self.shape.keep * x_btn.shape[-1]))
+        kept = max(1, round(self.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
     def held(self, name: str) -> Compact | None:

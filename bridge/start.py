@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.anatomy import Affine, Anatomy, Attention, Mlp, Written, dissect, unexplained
-from bridge.bridges import Coupling
+from bridge.bridges import Coupling, folder_of
+from bridge.checkpoint import read_json
 from bridge.dense import DenseModel
 from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape
 from bridge.sparse import Fractions, SparseTransformer, norm_scale
@@ -43,6 +44,7 @@ from bridge.sparse import Fractions, SparseTransformer, norm_scale
 UNMOVED = 1e-6  # share of a write that a sink may change
 TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
 ROWS, TOKENS = 4, 64  # of the text, on which maps are found and copies verified
+QUIET = 0.1  # RMS of what a random sublayer writes, beside that of the dense one
 VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
 EMBEDDING_RMS = 0.5  # of the channels in use, as in a random start
 SMALL = 0.02  # of what it was, the random weight by which an unused channel or neuron reads
@@ -92,6 +94,7 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
         positions = "learned" if anatomy.position_td is not None else "rotary" if turning else "none"
     if attention is not None and channels == attention.channels:
         form |= _heads(anatomy, attention, times, positions)
+    keep = shape.keep or (0.25 if shape.start == "random" or not anatomy.mlp else max(0.25, min(1.0, dense.width / width)))
     if mlp is not None:
         form |= {"activation": mlp.activation, "gated": mlp.gate is not None}
         if shape.mlp_ratio is None:
@@ -102,7 +105,7 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     raw = [part.raw for part in (*anatomy.attention.values(), *anatomy.mlp.values())]
     form |= {"writes_normed": any(outs), "reads_normed": not (raw and all(raw))}
     update = {
-        "width": width, "head_channels": channels, "positions": positions, "mlp_ratio": shape.mlp_ratio or 4,
+        "width": width, "head_channels": channels, "positions": positions, "mlp_ratio": shape.mlp_ratio or 4, "keep": keep,
         "block": BlockShape(**form),
     }  # fmt: skip
     return shape.model_copy(update=update)
@@ -121,7 +124,8 @@ def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> di
         shapes = []
     shapes = shapes[:1] if all(each == shapes[0] for each in shapes) else shapes
     return {
-        "heads": heads, "kv_heads": keys, "attention": tuple(shapes) if shapes != [AttentionShape()] else (), "score_cap": one.cap,
+        "heads": heads, "kv_heads": keys, "score_cap": one.cap,
+        "attention": tuple(shapes) if shapes != [AttentionShape()] else (),
         "qk_norm": None if one.gains is None else "head" if one.by_head else "all",
     }  # fmt: skip
 
@@ -159,6 +163,14 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
     return Started(_copy_embedding(sparse, frame, anatomy), _copy_unembedding(sparse, frame, anatomy), True, sublayers)
 
 
+def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
+    """A recipe's shape with what it leaves open taken from a coupling that it starts from. Raises CheckpointError."""
+    facts = read_json(folder_of(path) / "coupling.json")
+    theirs = SparseShape.model_validate((facts.get("recipe") or {}).get("sparse") or {})
+    unsaid = {name: value for name, value in theirs.model_dump().items() if getattr(shape, name) in (None, "auto")}
+    return shape.model_copy(update={**unsaid, "block": theirs.block or BlockShape()})
+
+
 @torch.no_grad()
 def start_from_coupling(coupling: Coupling, path: str) -> Started:
     """Give a new coupling the weights of one that was fitted to the same dense model, in place.
@@ -166,7 +178,10 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
     Raises CheckpointError where there is none, RecipeError where it has another shape.
     """
     other = Coupling.from_pretrained(path, dense=coupling.dense)
-    mine, theirs = (one.recipe.sparse.model_copy(update={"start": "auto"}) for one in (coupling, other))
+    mine, theirs = (
+        one.recipe.sparse.model_copy(update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form})
+        for one in (coupling, other)
+    )
     if (mine, coupling.context) != (theirs, other.context):
         differ = [name for name, value in theirs.model_dump().items() if getattr(mine, name) != value] or ["data.context"]
         raise RecipeError(
@@ -294,6 +309,10 @@ def _copy_sublayer(
     with _keeping_all(sparse):
         if not written or not (best := explained()) > VERIFIED:
             block.load_state_dict(before)
+            size = (sparse.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
+            quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+            for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
+                linear.weight *= quiet  # what is random would drown what was copied
             return None
         for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
             block.sinks.fill_(sink)

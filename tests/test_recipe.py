@@ -97,7 +97,6 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
             "sparse.head_channels 5 is odd, and rotary positions turn pairs; make it even",
         ),
         ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'auto', 'none', 'learned' or 'rotary'"),
-        ({"sparsity": {}}, "sparsity.l0 is missing from the recipe; give it there or with --set sparsity.l0=..."),
         ({"budget": {"minutes": -1}}, "budget.minutes = -1: input should be greater than 0"),
         ({"budget": {"tokens": 0}}, "budget.tokens = 0: input should be greater than or equal to 1"),
         ({"data": {"context": 1}}, "data.context = 1: input should be greater than or equal to 2"),
@@ -187,7 +186,7 @@ def test_every_number_has_a_name_that_can_be_set() -> None:
     assert len(known_names()) == len(set(known_names())) > 30
     for name in known_names():
         *part, key = name.split(".")
-        changed = recipe_values(settings=dict([parse_setting(f"{name}=1")]), required=False)
+        changed = recipe_values(settings=dict([parse_setting(f"{name}=1")]))
         assert changed == ({part[0]: {key: 1}} if part else {key: 1})
 
 
@@ -236,8 +235,6 @@ def test_flags_that_do_not_make_a_recipe_are_refused(tmp_path: Path) -> None:
     file.write_text("[losses]\nce = -1\n[sparsity]\nl0 = 0.5")
     with pytest.raises(RecipeError, match=r"^losses\.ce = -1: input should be greater than or equal to 0$"):
         recipe_values(recipe=file, uncoupled=True)
-    with pytest.raises(RecipeError, match="^how sparse is not said; give --l0: "):
-        recipe_values(tokens=5)
 
 
 @pytest.mark.parametrize(

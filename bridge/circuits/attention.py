@@ -7,8 +7,8 @@ c, at a query position p, with P its pattern and v, m the values and means of it
     weight     P_pp' = exp S_pp' / (exp sink + sum over p'' <= p of exp S_pp'')     `sink` is the share that goes nowhere
     moved      z_p = sum over p' of P_pp' v_p', which W_o hands on to attn_out
 
-With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner; a score stands
-here before ALiBi and a soft cap. Heads may share keys and values: their nodes are then ablated for one head at a time. A
+With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner; a score
+stands here before ALiBi and a soft cap. Keys and values that heads share are ablated for one head at a time. A
 `ValueTerm` is what a v channel at p' adds to d: P_pp' (v_p'c - m_c) times the gradient of d along W_o's column, summed over the
 circuit's attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`attribution`).
 
@@ -108,8 +108,8 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself, and
-    what it is by each way of ablating (ablated_3htc).
+    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself,
+    and what it is by each way of ablating (ablated_3htc).
     """
 
     q_htc: Tensor
