@@ -15,8 +15,8 @@ into the softmax. With z = h centred and divided by its deviation (LayerNorm; RM
 
 What does not fit is None; what does is verified where it is used (`start`), by what the whole sublayer writes.
 
-Shape legend: b batch row, t token (x: of all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and values,
-c channels of a head, m neurons, v vocabulary.
+Shape legend: b batch row, t token (x: of all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and
+values, c channels of a head, m neurons, v vocabulary.
 """
 
 from __future__ import annotations

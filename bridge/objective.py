@@ -43,7 +43,7 @@ from bridge.recipe import Losses
 from bridge.residual import EMBEDDING, Enter
 from bridge.sparse import SparseTransformer
 
-OUTLYING = 4.0  # NMSE of a token from which on it counts by its logarithm
+OUTLYING = 32.0  # NMSE of a token from which on it counts by its logarithm
 PIECE = 1 << 22  # logits that are looked at in float32 at a time
 STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
 

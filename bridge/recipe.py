@@ -93,7 +93,7 @@ class SparseShape(_Part):
     mlp: Literal["auto", "plain", "gated"] = "auto"
     keep: float | None = Field(
         default=None, gt=0, le=1,
-        description="share of the values AbsTopK keeps at every node location; unset: a quarter, or all that the dense model needs",
+        description="share of the values AbsTopK keeps at every node location; unset: 1/4, or all that the dense model needs",
     )  # fmt: skip
     sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
     positions: Literal["auto", "none", "learned", "rotary"] = Field(default="auto", description="auto: the dense model's")
@@ -171,7 +171,7 @@ class Optimizer(_Part):
         default=None,
         ge=0,
         description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn; "
-        "unset: 3e-3, or 1e-3 where it does not start at random",
+        "unset: 3e-3, or what a start as the dense model bears, 1e-3 at the most",
     )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(

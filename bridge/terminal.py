@@ -274,6 +274,8 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
     )
     if not run.resume:
         print(f"start   {run.started or 'random'}")
+    if recipe.optimizer.rate:
+        print(f"rate    {recipe.optimizer.rate:.2g} at its peak (--set optimizer.rate), AbsTopK keeps {sparse.keep:.3g}")
     print(f"data    {run.blocks.description}")
     per_step = (recipe.data.rows or 0) * (recipe.data.context or 0)
     steps = math.inf if recipe.budget.tokens is None else math.ceil(recipe.budget.tokens / per_step)

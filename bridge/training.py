@@ -48,10 +48,10 @@ from bridge.kernels.products import Pattern
 from bridge.kernels.top_k import project_
 from bridge.objective import Objective, draw_splice
 from bridge.optimizer import SharkfinAdamW
-from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
+from bridge.recipe import BlockShape, Losses, Recipe, RecipeError, RunError, recipe_values, resolve
 from bridge.slopes import refit_decoders
 from bridge.sparse import Fractions, SparseTransformer, annealed_l0
-from bridge.start import Started, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
+from bridge.start import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
@@ -146,7 +146,7 @@ def prepare(
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
     )
-    recipe = resolve_for(dense, recipe)
+    recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
@@ -172,7 +172,11 @@ def prepare(
             _check_same(started.l0, kept)
     elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         assert recipe.data.rows is not None
-        started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
+        tokens_bt = blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device)
+        started = start_from_dense(coupling, tokens_bt)
+        if unsaid:
+            optimizer = recipe.optimizer.model_copy(update={"rate": gentle_rate(coupling, tokens_bt)})
+            coupling = replace(coupling, recipe=recipe.model_copy(update={"optimizer": optimizer}))
     if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
         coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
@@ -240,6 +244,8 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         shape = shape_of_coupling(shape.start, shape)
     elif shape.block is None:
         shape = shape_for(dense, shape, data.context or 1)
+        if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
+            shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
     optimizer = recipe.optimizer
     if optimizer.rate is None:
         random = shape.start == "random" or not recipe.losses.coupled
@@ -451,7 +457,7 @@ class _State:
         """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
         if ce is None:
             return
-        value, self.since = float(ce), self.since + 1
+        value, self.since = float(ce.detach()), self.since + 1
         if value > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
             self.caution, self.since = self.caution / 2, 0
         self.best = min(self.best, value)

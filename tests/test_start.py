@@ -182,14 +182,16 @@ def test_a_sublayer_that_is_not_verified_is_left_as_it_was() -> None:
     assert what.sublayers[1] is None
     for name, parameter in coupling.sparse.blocks[0].named_parameters():
         if name.startswith(("up", "down")):
-            assert torch.equal(parameter, untouched_block[name]), name
+            was = untouched_block[name]
+            quieter = parameter.norm() / was.norm().clamp_min(1e-9)  # so that what is random does not drown what was copied
+            assert quieter <= 1 and torch.allclose(parameter, quieter * was, atol=1e-7), name
 
 
 def test_a_narrower_model_starts_close_and_one_too_narrow_says_so() -> None:
     """AbsTopK then loses something; without the d channels there is nowhere to write the dense model."""
     model = tiny_gpt2()
     wanted_btv = logits(model, tokens())
-    coupling, what = started(model, width=3 * WIDTH)
+    coupling, what = started(model, width=3 * WIDTH, keep=0.25)
     assert all(share is not None and 0.5 < share < 0.999 for share in what.sublayers)
     random = new_coupling(coupling.dense, coupling.recipe)
     with torch.no_grad():

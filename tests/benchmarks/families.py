@@ -2,9 +2,10 @@
 
     python tests/benchmarks/families.py [--steps 200] [--only llama gemma2] [--add MODEL]
 
-The models are tiny and random (`tests/families.py`), the text a Markov chain over tokens. Columns: sublayers copied; KL of the sparse
-model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults (twice the width); of that start projected to L0 1/4 at once; after a fit to L0 1/4.
-The dense model's entropy says how much there is to lose. --add names real models (folders, hub ids, .gguf), for the start alone.
+The models are tiny and random (`tests/families.py`), the text a Markov chain over tokens. Columns: sublayers copied; KL of the
+sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults (twice the width); of
+that start projected to L0 1/4 at once; after a fit to L0 1/4. The dense model's entropy says how much there is to lose. --add names
+real models (folders, hub ids, .gguf), for the start alone.
 """
 
 from __future__ import annotations
