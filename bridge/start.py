@@ -394,6 +394,7 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: _Frame, attent
             linear.bias[rows] *= times
             if not attention.by_head:
                 linear.weight[len(rows) :] = 0
+            block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
             block.gains[kind][rows] = gain_o * math.sqrt(share)
     block.sinks.fill_(NO_SINK)
     return _write_by(block, "attn_out", block.o, value_rows, frame, out)
@@ -449,10 +450,11 @@ def _write_by(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor,
 
 @torch.no_grad()
 def gentle_rate(coupling: Coupling, tokens_bt: Tensor) -> float:
-    """The learning rate at which a step, were its signs random, would change the sparse model's answers by `GENTLE` nats.
+    """The learning rate for a model whose answers change by so much where a step moves every weight by it.
 
-    A step moves every weight by about the rate. The change goes by the rate's square, and blocks' changes about add up, so some
-    blocks are moved by the most that is offered, one at a time. Never more than `FASTEST`.
+    A step moves every weight by about the rate; with random signs the answers' KL goes by the rate's square, and blocks' changes
+    about add up, so some blocks are moved by `FASTEST`, one at a time. Where all of it is at most `GENTLE` nats that is the rate;
+    beyond, half of the way (in the logarithm) to the rate at which it would be: a lower one takes longer to mend what L0 breaks.
     """
     sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
     before_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
@@ -469,4 +471,4 @@ def gentle_rate(coupling: Coupling, tokens_bt: Tensor) -> float:
         total += float((before_btv.exp() * (before_btv - after_btv)).sum(-1).mean()) * n_blocks / len(some)
         for weight, was in zip(weights, kept, strict=True):
             weight.copy_(was)
-    return FASTEST * min(1.0, math.sqrt(GENTLE / max(total, 1e-12)))
+    return FASTEST * min(1.0, (GENTLE / max(total, 1e-12)) ** 0.25)

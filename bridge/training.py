@@ -402,7 +402,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 log.write(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
-                _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
+                if state.caution <= CAUTION:  # lower rates have been tried
+                    _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
             if asked or state.seconds - last_save >= SAVE_SECONDS:
                 if out is not None and accelerator.is_main_process:
                     _save(out, coupling, optimizer, state)
@@ -451,7 +452,7 @@ class _State:
         self.start_l0 = start_l0  # that the anneal falls from
         self.caution = 1.0  # what the rates are multiplied by
         self.best = math.inf  # the smallest cross-entropy of a step so far
-        self.since = 0  # steps since the rates were last halved
+        self.since = 10  # steps since the rates were last halved
 
     def watch(self, ce: Tensor | None, vocabulary: int) -> None:
         """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
@@ -647,6 +648,6 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
             raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
     optimizer.restore(tensors)
     state = _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
-    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 0), facts.get("best")
+    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
     state.best = math.inf if best is None else best
     return state

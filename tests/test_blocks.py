@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, VOCABULARY, perturbed, some_tokens, tiny
 from test_circuit import CONTEXT, PARALLEL, SEQUENTIAL
 from test_circuit import VOCABULARY as FEW
 from test_circuits_attribution import Frozen, edges_of, masked_model, some_edges, some_kept
+from tiny_families import FAMILIES, VOCABULARY, perturbed, some_tokens, tiny
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

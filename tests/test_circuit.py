@@ -50,7 +50,7 @@ def prompt(length: int = 6, seed: int = 0) -> Tensor:
 def literal(sparse: SparseTransformer, tokens_bt: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Every node and the logits of a sequential model, from its weights, with no gate, no fused attention and torch's topk."""
     weights = dict(sparse.named_parameters())
-    keep, channels = sparse.shape.keep, sparse.shape.head_channels
+    keep, channels = sparse.keep, sparse.shape.head_channels
 
     def top(x: Tensor) -> Tensor:
         kept = torch.zeros_like(x)

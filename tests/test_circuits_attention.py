@@ -94,7 +94,7 @@ def without(flow: Flow, head: ExplainedHead, kinds: str) -> float:
         held[kind][:, part] = masked.means[Location(layer, kind)][part]
     z_n[part] = _read(sparse, layer, held, head.head, p)
     out_n = sparse.get_parameter(f"blocks.{layer}.o.weight") @ z_n + sparse.get_parameter(f"blocks.{layer}.o.bias")
-    top = out_n.abs().topk(round(sparse.shape.keep * len(out_n))).indices
+    top = out_n.abs().topk(round(sparse.keep * len(out_n))).indices
     out_n = torch.zeros_like(out_n).scatter(0, top, out_n[top])
     at = Location(layer, "attn_out")
     out_n = torch.where(flow.kept[at][p], out_n, masked.means[at])

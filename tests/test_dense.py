@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, LAYERS, SEQUENTIAL, VOCABULARY, WIDTH, perturbed, some_tokens, tiny
+from tiny_families import FAMILIES, LAYERS, SEQUENTIAL, VOCABULARY, WIDTH, perturbed, some_tokens, tiny
 from torch import Tensor, nn
 
 from bridge.dense import DenseModel, DenseModelError, load_dense

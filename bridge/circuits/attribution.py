@@ -271,8 +271,8 @@ def _head_gradients(
     flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, slope_gts: Tensor, to_r: Tensor,
     write_rgc: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node (at to_r)
-    that reads them.
+    """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node, at
+    to_r, that reads them.
 
     With target = sum_s p_s u_s over heads, p the pattern at its position and u_s = v_s . w what the head's value there would
     write, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), the sink's u being 0.
