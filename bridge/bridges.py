@@ -203,7 +203,7 @@ class Coupling:
         try:
             recipe, known = resolve(facts["recipe"]), facts["dense"]
             sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
-            bridges = Bridges(sparse.n_sites, known["width"], sparse.width, recipe.sparse.keep)
+            bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
             identity, fitted_to = Identity.read(known), known["name"]
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
             if not all(isinstance(text, str) for text in texts):
@@ -358,5 +358,5 @@ def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:
     assert recipe.data.context is not None
     shape = recipe.sparse
     sparse = SparseTransformer(shape, dense.sublayers, dense.vocabulary, recipe.data.context, seed=recipe.seed)
-    bridges = Bridges(dense.n_sites, dense.width, sparse.width, shape.keep, seed=recipe.seed)
+    bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
     return Coupling(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)

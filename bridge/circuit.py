@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from bridge.kernels.top_k import choose
-from bridge.sparse import ERROR, Gate, Location, SparseTransformer
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location, SparseTransformer
 
 EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
 BIGRAM = Location(-1, "bigram")
-EdgeKind = Literal["weight", "value", "score", "residual", "embedding", "unembedding", "bigram", "error"]
+EdgeKind = Literal["weight", "value", "score", "gate", "residual", "embedding", "unembedding", "bigram", "error"]
 KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
 COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
 _ROW_TOKENS = 4096  # tokens in a batch of masked copies: large enough for the products, small enough for the caches

@@ -103,7 +103,9 @@ def info(
 @app.command()
 def fit(
     model: Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder or .gguf file; default the recipe's.")] = None,
-    l0: Annotated[float | None, typer.Option(help="Below 1 the fraction of weights that stay, from 1 on their number.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Below 1 the fraction of weights that stay (default 1/16), from 1 on their number.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
@@ -135,7 +137,6 @@ def fit(
         values = recipe_values(
             recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
             adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
-            required=not resume,
         )  # fmt: skip
         name = chosen_model(model, gguf, values.get("dense"))
         if name is None and resume and out is not None and (out / "training.json").is_file():
@@ -145,7 +146,7 @@ def fit(
         if name is None:
             raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
-        from bridge.training import FitStopped, finish, memory_needed, prepare, train
+        from bridge.training import FitStopped, finish, memory_needed, prepare, seconds_a_step, train
 
         reading = Phases()
         run = prepare(
@@ -153,7 +154,7 @@ def fit(
         )  # fmt: skip
         reading.end()
         if run.accelerator.is_main_process:
-            print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe))
+            print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
         watch = Watcher(quiet=not run.accelerator.is_main_process)
         started = time.monotonic()
         try:

@@ -58,7 +58,8 @@ from bridge.explanation import (
 from bridge.node_page import node_labels
 from bridge.nodes import sparse_fingerprint
 from bridge.prompts import Prompts
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 from bridge.threads import cores
 
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted

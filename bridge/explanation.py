@@ -27,7 +27,7 @@ from bridge.evidence.sufficiency import Backup, NestedCircuit
 from bridge.nodes import sparse_fingerprint
 from bridge.prompts import shown
 from bridge.recipe import UserError
-from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
+from bridge.schema import ERROR, KINDS
 
 FORMAT = 3  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
 
@@ -271,7 +271,7 @@ def _consistent(explanation: Explanation) -> Explanation:
     for node in explanation.nodes:
         if not 0 <= node.position < length:
             raise ValueError(f"node {node.id!r} is at token {node.position} of {length}")
-        if node.kind not in (kinds := (*ATTENTION_KINDS, *MLP_KINDS, ERROR)):
+        if node.kind not in (kinds := (*KINDS, ERROR)):
             raise ValueError(f"node {node.id!r} is of kind {node.kind!r}, not one of {', '.join(kinds)}")
         if node.group is not None and not 0 <= node.group < len(explanation.groups):
             raise ValueError(f"node {node.id!r} is of group {node.group} of {len(explanation.groups)}")

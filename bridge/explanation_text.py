@@ -21,7 +21,7 @@ from bridge.columns import columns
 from bridge.evidence.measures import EVIDENCE, evidence_row, evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
 from bridge.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, ExplainedNode, Explanation
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 
 LISTED_NODES = 40
 LISTED_EDGES = 2  # into each of them

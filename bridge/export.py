@@ -27,7 +27,7 @@ from bridge.checkpoint import CheckpointError, read_json, write_json, write_text
 from bridge.explanation import ExplainError, Explanation, check_coupling
 from bridge.node_page import NodePage, describe_node
 from bridge.nodes import parse_node, stored_facts
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 from bridge.viewer_graph import ExportError, features_json, graph_json, opened, origin, place
 
 Format = Literal["circuit-tracer", "neuronpedia", "graphml"]

@@ -41,7 +41,8 @@ from bridge.explanation import check_coupling, read_explanation
 from bridge.nodes import parse_node, sparse_fingerprint
 from bridge.recipe import UserError
 from bridge.residual import Trace
-from bridge.sparse import ERROR, Gate, Location
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location
 from bridge.studies.result import TaskResult
 from bridge.transport import Change, run_changed
 

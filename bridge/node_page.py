@@ -5,7 +5,7 @@ A node's write w is the vector that one unit of it adds to the residual stream, 
     attn_out, mlp_out    the unit vector of its channel           arrives at the site after its sublayer's
     mlp_act, v           its column of W_down, W_o                the same
     attn_in, mlp_in      none: the unit vector of the channel that it reads, at its sublayer's own site
-    q, k                 none: they decide which positions are attended to
+    q, k, mlp_gate       none: they decide which positions are attended to, and what is let through
 
     promotes     tokens by U w, U the sparse unembedding, the largest and the smallest
     embedded     for attn_in and mlp_in instead: tokens by E_i, whose embedding writes the channel
@@ -13,7 +13,8 @@ A node's write w is the vector that one unit of it adds to the residual stream, 
                  (without the final norm's gain, which is not found generically), where the model says which that is
 
 Links are nonzero weights into and out of the node, the strongest first. Without a weight, drawn and not counted: `residual`, a
-channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied.
+channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied; `gate`,
+a neuron and its gate.
 
 The summary is made by rule, from the sign whose contexts are stronger in sum: the token that most of these contexts have at,
 before and after the position, else its kind; then the tokens promoted. It describes this text, and is no evidence for anything
@@ -38,7 +39,8 @@ from bridge.bridges import Coupling
 from bridge.circuit import EMBEDDING, Node
 from bridge.nodes import Context, NodeFacts, stored_facts
 from bridge.prompts import Prompts
-from bridge.sparse import MATRICES, READ_KINDS, WRITE_KINDS, Location
+from bridge.schema import GATE, KEY_KINDS, READ_KINDS, WRITE_KINDS
+from bridge.sparse import Location
 
 TOKENS = 6  # promoted, demoted or embedded tokens that are listed
 LINKS = 8  # and links, each way
@@ -131,7 +133,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
     contexts = {"high": facts.extremes(node, "high"), "low": facts.extremes(node, "low"), "quantiles": facts.quantiles(node)}
     return NodePage(
         name=node.name,
-        head=index // sparse.shape.head_channels if at.kind in ("q", "k", "v") else None,
+        head=index // sparse.channels if at.kind == "q" or (at.kind in KEY_KINDS and sparse.group == 1) else None,
         n_tokens=facts.n_tokens,
         mean=mean,
         deviation=max(0.0, second - mean * mean) ** 0.5,
@@ -174,14 +176,21 @@ def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
 
 
 def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
-    """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it, and the site; None for q, k."""
+    """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it; None for q, k and gates.
+
+    Where a write goes through a norm, it is given up to that norm's scale.
+    """
     sparse, at, index = coupling.sparse, node.location, node.index
     site = sparse.site(at)
-    if at.kind in ("q", "k"):
+    if at.kind in ("q", "k", GATE):
         return None
     if at.kind in ("mlp_act", "v"):
-        matrix = "down" if at.kind == "mlp_act" else "o"
-        return site + 1, sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")[:, index]
+        matrix, kind = ("down", "mlp_out") if at.kind == "mlp_act" else ("o", "attn_out")
+        weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")
+        write_s = weight_ji[:, sparse.column_nodes(matrix) == index].sum(1)  # of a value that heads share, through all of them
+        return site + 1, write_s * sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_norm(
+            at.layer, kind
+        ) else write_s
     unit_s = torch.zeros(sparse.width, device=sparse.device, dtype=sparse.unembedding.weight.dtype)
     unit_s[index] = 1
     return site + (at.kind in WRITE_KINDS), unit_s
@@ -235,17 +244,21 @@ def _strength(link: Link) -> float:
     return -abs(link.weight) if link.weight is not None else 0.0
 
 
-def _entries(weight_n: Tensor, location: Location) -> Iterator[Link]:
+def _entries(weight_n: Tensor, location: Location, node_n: Tensor | None = None) -> Iterator[Link]:
     index_k = weight_n.nonzero().flatten()
-    for index, weight in zip(index_k.tolist(), weight_n[index_k].tolist(), strict=True):
+    node_k = index_k if node_n is None else node_n[index_k]
+    for index, weight in zip(node_k.tolist(), weight_n[index_k].tolist(), strict=True):
         yield Link(Node(location, index).name, "weight", weight)
 
 
 def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
-    for name, (source, target) in MATRICES.items():
+    for name, (source, target) in sparse.matrices.items():
         if target == at.kind:
-            yield from _entries(sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")[node.index], Location(at.layer, source))
+            weight_i = sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")[node.index]
+            yield from _entries(weight_i, Location(at.layer, source), sparse.column_nodes(name))
+    if at.kind == "mlp_act" and sparse.form.gated:
+        yield Link(Node(Location(at.layer, GATE), node.index).name, "gate", None)
     if at.kind in READ_KINDS:
         if sparse.embedding[:, node.index].any():
             yield Link(Node(EMBEDDING, node.index).name, "residual", None)
@@ -256,17 +269,22 @@ def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
 
 def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
-    for name, (source, target) in MATRICES.items():
+    for name, (source, target) in sparse.matrices.items():
         if source == at.kind:
             weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{name}.weight")
-            yield from _entries(weight_ji[:, node.index], Location(at.layer, target))
+            for column in (sparse.column_nodes(name) == node.index).nonzero().flatten().tolist():
+                yield from _entries(weight_ji[:, column], Location(at.layer, target))
+    if at.kind == GATE:
+        yield Link(Node(Location(at.layer, "mlp_act"), node.index).name, "gate", None)
     if at.kind in ("q", "k"):
-        head, channel = divmod(node.index, sparse.shape.head_channels)
-        half = sparse.shape.head_channels // 2
-        partners = {channel, (channel + half) % (2 * half)} if sparse.shape.positions == "rotary" else {channel}
-        for partner in sorted(partners):
-            other = Location(at.layer, "k" if at.kind == "q" else "q")
-            yield Link(Node(other, head * sparse.shape.head_channels + partner).name, "score", None)
+        head, channel = divmod(node.index, sparse.channels)
+        pairs = len(sparse.frequencies(at.layer))
+        partners = {channel, (channel + pairs) % (2 * pairs)} if channel < 2 * pairs else {channel}
+        other = Location(at.layer, "k" if at.kind == "q" else "q")
+        heads = [head // sparse.group] if at.kind == "q" else range(head * sparse.group, (head + 1) * sparse.group)
+        for with_head in heads:
+            for partner in sorted(partners):
+                yield Link(Node(other, with_head * sparse.channels + partner).name, "score", None)
     if at.kind in WRITE_KINDS:
         for other in sparse.locations():
             if other.kind in READ_KINDS and sparse.site(other) > sparse.site(at):

@@ -43,6 +43,7 @@ from bridge.recipe import Losses
 from bridge.residual import EMBEDDING, Enter
 from bridge.sparse import SparseTransformer
 
+OUTLYING = 32.0  # NMSE of a token from which on it counts by its logarithm
 PIECE = 1 << 22  # logits that are looked at in float32 at a time on a CPU
 GPU_PIECE = 1 << 26  # elsewhere, where what counts is how few calls there are
 STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
@@ -335,7 +336,9 @@ def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:
     # a token at the mean, or a row of one token again and again, would count without bound
     floor_b1 = 1e-3 * target_btx.square().sum(-1).mean(-1, keepdim=True) + 1e-12
     error_bt = (predicted_btx - target_btx).square().sum(-1)
-    return (error_bt / deviation_bt.maximum(floor_b1)).mean(-1)
+    ratio_bt = error_bt / deviation_bt.maximum(floor_b1)
+    # else one token whose residual is a hundred times the others' (an attention sink) would be all there is
+    return torch.where(ratio_bt < OUTLYING, ratio_bt, OUTLYING * (1 + (ratio_bt / OUTLYING).clamp_min(1).log())).mean(-1)
 
 
 def _spread(rows: int, n_sites: int, generator: torch.Generator) -> Tensor:

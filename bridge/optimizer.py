@@ -25,6 +25,7 @@ class SharkfinAdamW:
     def __init__(self, coupling: Coupling) -> None:
         numbers = coupling.recipe.optimizer
         self.numbers = numbers
+        assert numbers.rate is not None
         weights = {name: p for name, p in coupling.sparse.sparse_weights().items() if p.requires_grad}
         sparse_weights = list(weights.values())
         blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
@@ -46,8 +47,8 @@ class SharkfinAdamW:
         names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
         self.names = names
 
-    def step(self, done: float, l0: float | Fractions) -> bool:
-        """Normalise, update, clear the gradient; False (and no update) where the gradient is not finite."""
+    def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
+        """Normalise, update by rates times `caution`, clear the gradient; False (and no update) where it is not finite."""
         for group in self.normalised:
             gradients = [p.grad for p in group if p.grad is not None]
             count = sum(gradient.numel() for gradient in gradients)
@@ -59,7 +60,7 @@ class SharkfinAdamW:
         warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
         for group in self.adam.param_groups:
             fin = 1 / math.sqrt(getattr(fractions, group["fin"])) if group["fin"] else 1.0
-            group["lr"] = group["peak"] * max(warm, 1e-3) * (1 - done) * fin
+            group["lr"] = group["peak"] * max(warm, 1e-3) * (1 - done) * fin * caution
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return True

@@ -27,7 +27,7 @@ from bridge.explanation import Explanation, Fingerprints, check_coupling
 from bridge.node_page import describe_node
 from bridge.nodes import parse_node, stored_facts
 from bridge.recipe import UserError
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
 

@@ -53,28 +53,65 @@ class _Part(BaseModel):
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+class AttentionShape(_Part):
+    """What a block's attention knows of positions."""
+
+    frequencies: tuple[float, ...] = Field(default=(), description="radians a token of the pairs of a head's channels that turn")
+    window: int | None = Field(default=None, ge=1, description="tokens that a query sees, its own included; unset: all")
+    slopes: tuple[float, ...] = Field(default=(), description="ALiBi: what a token further on adds to a head's scores")
+
+
+class BlockShape(_Part):
+    """What the sparse block has of the dense model's, as measured; the defaults are a plain block (paper, section 2.2)."""
+
+    heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
+    kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
+    neurons: int | None = Field(default=None, ge=1, description="of the MLP; unset: mlp_ratio times the width")
+    gated: bool = False
+    activation: Literal["gelu_new", "gelu", "silu", "relu", "quick_gelu", "relu2"] = "gelu_new"
+    attention: tuple[AttentionShape, ...] = Field(default=(), description="of every block; shorter: again and again")
+    score_cap: float | None = Field(default=None, gt=0, description="soft cap of attention scores")
+    logit_cap: float | None = Field(default=None, gt=0, description="soft cap of logits, before the bigram table")
+    qk_norm: Literal["head", "all"] | None = Field(default=None, description="norm of queries and keys, by head or over all")
+    reads_normed: bool = Field(default=True, description="sublayers read the residual through a norm")
+    writes_normed: bool = Field(default=False, description="and write through one with a gain")
+    eps: float = Field(default=1e-6, ge=0, description="of the norms")
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> BlockShape:
+        if self.kv_heads and (self.heads or 0) % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} of keys and values; make it a multiple")
+        return self
+
+
 class SparseShape(_Part):
     """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
 
     width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
-    head_channels: int = Field(default=16, ge=2, description="channels of an attention head")
-    mlp_ratio: int = Field(default=4, ge=1, description="MLP neurons per residual channel")
-    keep: float = Field(default=0.25, gt=0, le=1, description="share of the values AbsTopK keeps at every node location")
+    head_channels: int | None = Field(default=None, ge=2, description="channels of a head; unset: the dense model's")
+    mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per channel; unset: the dense model's")
+    mlp: Literal["auto", "plain", "gated"] = "auto"
+    keep: float | None = Field(
+        default=None, gt=0, le=1,
+        description="share of the values AbsTopK keeps at every node location; unset: 1/4, or all that the dense model needs",
+    )  # fmt: skip
     sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
-    positions: Literal["none", "learned", "rotary"] = "none"
+    positions: Literal["auto", "none", "learned", "rotary"] = Field(default="auto", description="auto: the dense model's")
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
     bigram_rank: int = Field(default=64, ge=1)
     start: str = Field(
         default="auto", description="auto: from the dense model as far as it can be; random; or a coupling's folder"
     )
+    block: BlockShape | None = Field(default=None, description="unset: the dense model's, filled in when fitting begins")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:
-        if self.width is not None and self.width % self.head_channels:
+        apart = self.block is not None and self.block.heads is not None
+        if self.width is not None and self.head_channels is not None and self.width % self.head_channels and not apart:
             raise ValueError(
                 f"sparse.width {self.width} is not a multiple of sparse.head_channels {self.head_channels}; change one of them"
             )
-        if self.positions == "rotary" and self.head_channels % 2:
+        if self.positions == "rotary" and (self.head_channels or 0) % 2 and not apart:
             raise ValueError(f"sparse.head_channels {self.head_channels} is odd, and rotary positions turn pairs; make it even")
         return self
 
@@ -82,7 +119,7 @@ class SparseShape(_Part):
 class Sparsity(_Part):
     """How many weights stay (paper, appendix A.2)."""
 
-    l0: float = Field(description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
+    l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     embed_l0: float | None = Field(
         default=None, gt=0, le=1, description="fraction of embedding, positions and unembedding that stays; unset: that of l0"
     )
@@ -109,7 +146,9 @@ class Data(_Part):
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
-    rows: int = Field(default=32, ge=2, description="rows a step, over all processes")
+    rows: int | None = Field(
+        default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
+    )
 
 
 class Budget(_Part):
@@ -128,8 +167,11 @@ class Budget(_Part):
 class Optimizer(_Part):
     """AdamW with RMS-normalised gradients (paper, appendix A.2); eps and the normalisation belong together."""
 
-    rate: float = Field(
-        default=3e-3, ge=0, description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn"
+    rate: float | None = Field(
+        default=None,
+        ge=0,
+        description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn; "
+        "unset: 3e-3, or what a start as the dense model bears, 1e-3 at the most",
     )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(
@@ -187,7 +229,7 @@ class Recipe(_Part):
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
     sparse: SparseShape = SparseShape()
-    sparsity: Sparsity
+    sparsity: Sparsity = Sparsity()
     data: Data = Data()
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
@@ -201,7 +243,7 @@ class Recipe(_Part):
             raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
         if self.losses.carried and self.losses.splice == "literal":
             raise ValueError("losses.carried has no literal form; leave losses.splice at 'sampled', or losses.carried at 0")
-        if not self.optimizer.rate and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
+        if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise ValueError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "
                 "and losses that bridges have part in"
@@ -234,11 +276,10 @@ def recipe_values(
     adapter: str | None = None,
     revision: str | None = None,
     settings: dict[str, Any] | None = None,
-    required: bool = True,
 ) -> dict[str, Any]:
     """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
 
-    `settings` maps names of numbers ("optimizer.rate") to values; without `required`, L0 may be left unsaid. Raises RecipeError.
+    `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     if tokens is not None or minutes is not None:
@@ -262,8 +303,6 @@ def recipe_values(
         except ValidationError as error:
             raise RecipeError(_one_line(error, "losses")) from None
         values["losses"] = losses.uncoupled().model_dump()
-    if required and not values.get("sparsity"):
-        raise RecipeError("how sparse is not said; give --l0: below 1 the fraction of weights that stay, from 1 on their number")
     return values
 
 
@@ -281,9 +320,8 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
 
 def resolve(values: dict[str, Any]) -> Recipe:
     """Nested values as a Recipe. Raises RecipeError with the first thing that is wrong, in one line."""
-    required: dict[str, Any] = {"sparsity": {}}  # so that what is missing is named in full
     try:
-        return Recipe.model_validate(required | values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_one_line(error)) from None
 

@@ -6,6 +6,9 @@
     logits = U norm(x) + b + B[token]                                  bigram table B, dense
 
 K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
+That is the plain block. What the dense model's blocks have beyond it (`recipe.BlockShape`, found by `anatomy`) these have too:
+gated MLPs, g = K(act(W_gate r + b)), a = K(g (W_up r + b)); heads that share keys and values; rotary positions at any frequency,
+windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; reads without a norm.
 `attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
 (`kernels/attention`); elsewhere a dummy first position and one extra query/key channel carry it, so that the fused causal kernels
 still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
@@ -34,23 +37,14 @@ from bridge.kernels.attention import NEVER, attend
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
 from bridge.kernels.top_k import abs_top_k, gelu, normed, project_, top_k_mask
-from bridge.recipe import RecipeError, SparseShape, Sparsity, kept_fraction, n_kept
+from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape, Sparsity, kept_fraction, n_kept
 from bridge.residual import Enter, Trace, run
-
-ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
-MLP_KINDS = ("mlp_in", "mlp_act", "mlp_out")
-# which matrix of a block leads from which kind of node to which; "o" reads the values through the attention pattern
-MATRICES = {
-    "q": ("attn_in", "q"), "k": ("attn_in", "k"), "v": ("attn_in", "v"), "o": ("v", "attn_out"),
-    "up": ("mlp_in", "mlp_act"), "down": ("mlp_act", "mlp_out"),
-}  # fmt: skip
-READ_KINDS, WRITE_KINDS = ("attn_in", "mlp_in"), ("attn_out", "mlp_out")  # of the residual stream
-ERROR = "error"  # the kind of what is added to the stream at a site, where the dense model is followed (`circuits/error_nodes`)
+from bridge.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, MATRICES, matrices, mlp_kinds, output_side
 
 
 @dataclass(frozen=True, order=True)
 class Location:
-    """A place in the model where nodes live: a block and a kind (attn_in, q, k, v, attn_out, mlp_in, mlp_act, mlp_out)."""
+    """A place in the model where nodes live: a block and a kind of `schema`."""
 
     layer: int
     kind: str
@@ -96,18 +90,24 @@ class SparseTransformer(nn.Module):
         self, shape: SparseShape, sublayer_kinds: tuple[str, ...], vocabulary: int, context: int, *, seed: int = 0
     ) -> None:
         super().__init__()
-        if shape.width is None or shape.width % shape.head_channels:
-            raise ValueError(f"a sparse width of {shape.width} is not a multiple of {shape.head_channels} head channels")
+        self.form = form = shape.block or BlockShape()
+        self.channels = channels = shape.head_channels or 16
+        if shape.width is None or (form.heads is None and shape.width % channels):
+            raise ValueError(f"a sparse width of {shape.width} is not a multiple of {channels} head channels")
         self.shape = shape
         self.sublayer_kinds = sublayer_kinds
         self.context = context
         self.vocabulary = vocabulary
         self.width = width = shape.width
         n_blocks = sum(kind != "mlp" for kind in sublayer_kinds)
-        neurons = shape.mlp_ratio * width
+        self.neurons = form.neurons or (shape.mlp_ratio or 4) * width
+        self.heads_of_queries = form.heads or width // channels
+        self.heads_of_keys = form.kv_heads or self.heads_of_queries
+        self.group = self.heads_of_queries // self.heads_of_keys  # query heads that share keys and values
         self.embedding = nn.Parameter(torch.empty(vocabulary, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
-        self.blocks = nn.ModuleList(_Block(width, width // shape.head_channels, neurons) for _ in range(n_blocks))
+        sizes = (width, channels * self.heads_of_queries, channels * self.heads_of_keys, self.neurons)
+        self.blocks = nn.ModuleList(_Block(form, *sizes, channels) for _ in range(n_blocks))
         self.unembedding = _Linear(width, vocabulary)
         self.bigram: nn.ParameterList = nn.ParameterList()
         if shape.bigram == "full":
@@ -127,7 +127,7 @@ class SparseTransformer(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() < 2:
-                    parameter.zero_()
+                    parameter.fill_(float(".gains." in name))
                     continue
                 deviation = 1 / math.sqrt(parameter.shape[1])
                 if name.endswith(("o.weight", "down.weight")):
@@ -144,6 +144,11 @@ class SparseTransformer(nn.Module):
         return len(self.sublayer_kinds) + 1
 
     @property
+    def keep(self) -> float:
+        """Share of the values that AbsTopK keeps at every node location."""
+        return self.shape.keep or 0.25
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.unembedding.bias.device
@@ -152,10 +157,20 @@ class SparseTransformer(nn.Module):
         """Every node location in the order of the computation, with its number of nodes."""
         sizes: dict[Location, int] = {}
         for layer, _, part in self._parts():
-            kinds = (ATTENTION_KINDS if part != "mlp" else ()) + (MLP_KINDS if part != "attn" else ())
+            kinds = (ATTENTION_KINDS if part != "mlp" else ()) + (mlp_kinds(self.form.gated) if part != "attn" else ())
             for kind in kinds:
-                sizes[Location(layer, kind)] = self.width * (self.shape.mlp_ratio if kind == "mlp_act" else 1)
+                sizes[Location(layer, kind)] = self._size(kind)
         return sizes
+
+    def _size(self, kind: str) -> int:
+        if kind in HEAD_KINDS:
+            return self.channels * (self.heads_of_queries if kind == "q" else self.heads_of_keys)
+        return self.neurons if kind in ("mlp_act", GATE) else self.width
+
+    @property
+    def matrices(self) -> dict[str, tuple[str, str]]:
+        """By name, the kinds of node that a block's matrices read and write."""
+        return matrices(self.form.gated)
 
     def site(self, location: Location) -> int:
         """The site that the location's sublayer reads; its writes arrive at the next one."""
@@ -240,15 +255,48 @@ class SparseTransformer(nn.Module):
 
     def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
         """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
-        q_bhtc, k_bhtc = (self.heads(x, rotate=True) for x in (q_btn, k_btn))
-        score_bhtt = q_bhtc @ k_bhtc.transpose(-1, -2) / math.sqrt(self.shape.head_channels)
-        length = score_bhtt.shape[-1]
-        future_tt = torch.ones(length, length, dtype=torch.bool, device=score_bhtt.device).triu(1)
-        score_bhtt = score_bhtt.masked_fill(future_tt, -torch.inf)
+        score_bhtt = self.scores(layer, q_btn, k_btn)
+        place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
+        distance_tt = place_t[:, None] - place_t
+        score_bhtt = score_bhtt.masked_fill((distance_tt < 0) | (distance_tt >= self._window(layer, len(place_t))), -torch.inf)
         if not self.shape.sinks:
             return score_bhtt.softmax(-1)
         sink_bht1 = self._block(layer).sinks.view(1, -1, 1, 1).expand(*score_bhtt.shape[:3], 1)
         return torch.cat([sink_bht1, score_bhtt], -1).softmax(-1)[..., 1:]
+
+    def scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
+        """score_bhtt of a block's q and k nodes, also of what no query sees."""
+        q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
+        score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
+        if slopes := self._attention_shape(layer).slopes:
+            place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
+            score_bhtt = score_bhtt + score_bhtt.new_tensor(slopes)[:, None, None] * (place_t - place_t[:, None])
+        cap = self.form.score_cap
+        return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
+
+    def score_slope(self, score: Tensor) -> Tensor:
+        """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
+        cap = self.form.score_cap
+        return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
+
+    def column_nodes(self, name: str) -> Tensor:
+        """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
+        source = self.matrices[name][0]
+        column_i = torch.arange(self._size("q" if name == "o" else source), device=self.device)
+        if name != "o":
+            return column_i
+        return column_i // (self.group * self.channels) * self.channels + column_i % self.channels
+
+    def shared(self, x_bgtc: Tensor) -> Tensor:
+        """x_bhtc for every query head, of what `heads` gave of keys or values."""
+        return x_bgtc if self.group == 1 else x_bgtc.repeat_interleave(self.group, 1)
+
+    def _attention_shape(self, layer: int) -> AttentionShape:
+        shapes = self.form.attention
+        return shapes[layer % len(shapes)] if shapes else AttentionShape()
+
+    def _window(self, layer: int, tokens: int) -> int:
+        return self._attention_shape(layer).window or tokens
 
     # -- the computation, in its order ----------------------------------------------------------------------------------
 
@@ -271,7 +319,7 @@ class SparseTransformer(nn.Module):
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
     def _node(self, layer: int, kind: str, gate: Gate, x_btn: Tensor) -> Tensor:
-        kept = max(1, round(self.shape.keep * x_btn.shape[-1]))
+        kept = max(1, round(self.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
     def held(self, name: str) -> Compact | None:
@@ -295,20 +343,58 @@ class SparseTransformer(nn.Module):
 
     def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
-        r_bts = self._node(layer, "attn_in", gate, _norm(x_bts))
+        r_bts = self._node(layer, "attn_in", gate, self._read(x_bts))
         reads = (("q", block.q, r_bts[:, -1:] if last_only else r_bts), ("k", block.k, r_bts), ("v", block.v, r_bts))
         q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, self._map(f"blocks.{layer}.{kind}", linear, read_bts))
+            self._node(layer, kind, gate, self.after(layer, kind, self._map(f"blocks.{layer}.{kind}", linear, read_bts)))
             for kind, linear, read_bts in reads
         )
-        z_btn = self._attend(block, q_btn, k_btn, v_btn)
-        return self._node(layer, "attn_out", gate, self._map(f"blocks.{layer}.o", block.o, z_btn))
+        return self.attended(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
+
+    def attended(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
+        """attn_out nodes of what the heads moved."""
+        write_bts = self._map(f"blocks.{layer}.o", self._block(layer).o, z_btn)
+        return self._node(layer, "attn_out", gate, self.after(layer, "attn_out", write_bts))
+
+    def after(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
+        """What a linear map gives on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
+        return y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+
+    def has_norm(self, layer: int, kind: str) -> bool:
+        """Whether what linear maps give goes through a norm with a gain on its way to nodes of a kind."""
+        return kind in self._block(layer).gains
+
+    def after_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
+        """scale_btn by which that norm multiplies each channel."""
+        gain_n, y_btn = self._block(layer).gains[kind], y_btn if y_btn.dtype == torch.float64 else y_btn.float()
+        if kind in HEAD_KINDS and self.form.qk_norm == "head":
+            y_bthc = y_btn.unflatten(-1, (-1, self.channels))
+            return (norm_scale(y_bthc, self.form.eps) * gain_n.view(-1, self.channels)).flatten(-2)
+        return norm_scale(y_btn, self.form.eps) * gain_n
 
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
         block = self._block(layer)
-        r_bts = self._node(layer, "mlp_in", gate, _norm(x_bts))
-        a_btn = self._node(layer, "mlp_act", gate, gelu(self._map(f"blocks.{layer}.up", block.up, r_bts)))
-        return self._node(layer, "mlp_out", gate, self._map(f"blocks.{layer}.down", block.down, a_btn))
+        r_bts = self._node(layer, "mlp_in", gate, self._read(x_bts))
+        up_btn = self._map(f"blocks.{layer}.up", block.up, r_bts)
+        if block.gate is None:
+            a_btn = self.activation(up_btn)
+        else:
+            a_btn = self._node(layer, GATE, gate, self.activation(self._map(f"blocks.{layer}.gate", block.gate, r_bts))) * up_btn
+        a_btn = self._node(layer, "mlp_act", gate, a_btn)
+        write_bts = self._map(f"blocks.{layer}.down", block.down, a_btn)
+        return self._node(layer, "mlp_out", gate, self.after(layer, "mlp_out", write_bts))
+
+    def activation(self, x_btn: Tensor) -> Tensor:
+        """The MLP's nonlinearity."""
+        return ACTIVATIONS[self.form.activation](x_btn)
+
+    def read_scale(self, site: int, x_bts: Tensor) -> Tensor:
+        """scale_bt1 by which what a site's sublayer (or the unembedding) reads is multiplied: the norm's, or 1 without one."""
+        normed_here = self.form.reads_normed or site == self.n_sites - 1
+        return norm_scale(x_bts, self.form.eps) if normed_here else torch.ones_like(x_bts[..., :1])
+
+    def _read(self, x_bts: Tensor) -> Tensor:
+        return _norm(x_bts, self.form.eps) if self.form.reads_normed else x_bts
 
     def _attention(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         write_bts = self._attention_write(layer, gate, last_only, x_bts)
@@ -323,7 +409,7 @@ class SparseTransformer(nn.Module):
         return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        logits_btv, entry_btv = self._map("unembedding", self.unembedding, _norm(x_bts)), self.bigram_entries(tokens_bt)
+        logits_btv, entry_btv = self.capped(self.uncapped(x_bts)), self.bigram_entries(tokens_bt)
         return logits_btv if entry_btv is None else logits_btv + entry_btv
 
     def bigram_entries(self, tokens_bt: Tensor) -> Tensor | None:
@@ -339,40 +425,65 @@ class SparseTransformer(nn.Module):
         sink_h = self._block(layer).sinks
         return sink_h if self.shape.sinks else torch.full_like(sink_h, NEVER)
 
-    def heads(self, x_btn: Tensor, *, rotate: bool) -> Tensor:
-        """x_bhtc of q, k or v nodes; with rotate turned by their position, where the model's positions are rotary."""
-        x_bhtc = x_btn.unflatten(-1, (-1, self.shape.head_channels)).transpose(1, 2)
-        return self._turned(x_bhtc, 1) if rotate else x_bhtc
+    def uncapped(self, x_bts: Tensor) -> Tensor:
+        """logits_btv of the last residual, before a soft cap and without the bigram table."""
+        return self._map("unembedding", self.unembedding, _norm(x_bts, self.form.eps))
 
-    def nodes(self, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits through the soft cap, where there is one."""
+        cap = self.form.logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
+        """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate turned by their position, where positions are rotary."""
+        x_bhtc = x_btn.unflatten(-1, (-1, self.channels)).transpose(1, 2)
+        return self._turned(layer, x_bhtc, 1) if rotate else x_bhtc
+
+    def nodes(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
         """x_btn of what `heads` gave: its inverse, and so also what takes slopes of heads to slopes of nodes."""
-        return (self._turned(x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
+        return (self._turned(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
 
-    def _turned(self, x_bhtc: Tensor, sign: int) -> Tensor:
+    def frequencies(self, layer: int) -> tuple[float, ...]:
+        """Radians a token by which channel i of a head turns with channel i + their number; the other channels stay."""
         if self.shape.positions != "rotary":
+            return ()
+        if self.form.attention:
+            return self._attention_shape(layer).frequencies
+        half = self.channels // 2
+        return tuple((10_000 ** (-torch.arange(half) / half)).tolist())
+
+    def _turned(self, layer: int, x_bhtc: Tensor, sign: int) -> Tensor:
+        frequencies = self.frequencies(layer)
+        if not frequencies:
             return x_bhtc
-        half = self.shape.head_channels // 2
-        frequency_c = 10_000 ** (-torch.arange(half, device=x_bhtc.device) / half)
-        angle_tc = sign * torch.arange(x_bhtc.shape[2], device=x_bhtc.device)[:, None] * frequency_c
+        half = len(frequencies)
+        angle_tc = sign * torch.arange(x_bhtc.shape[2], device=x_bhtc.device)[:, None] * x_bhtc.new_tensor(frequencies).float()
         cosine_tc, sine_tc = angle_tc.cos().to(x_bhtc.dtype), angle_tc.sin().to(x_bhtc.dtype)
-        first, second = x_bhtc[..., :half], x_bhtc[..., half:]
-        return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc], -1)
+        first, second, rest = x_bhtc[..., :half], x_bhtc[..., half : 2 * half], x_bhtc[..., 2 * half :]
+        return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc, rest], -1)
 
     def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
         return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
 
-    def _attend(self, block: _Block, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
-        channels, sink_h = self.shape.head_channels, block.sinks if self.shape.sinks else None
-        earlier = k_btn.shape[1] - q_btn.shape[1]
-        fused = q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
-        if earlier and (self.shape.positions == "rotary" or not fused):
+    def _attend(self, layer: int, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
+        channels, sink_h = self.channels, self._block(layer).sinks if self.shape.sinks else None
+        earlier, turns = k_btn.shape[1] - q_btn.shape[1], bool(self.frequencies(layer))
+        shape, tokens = self._attention_shape(layer), k_btn.shape[1]
+        plain = self.form.score_cap is None and not shape.slopes and self._window(layer, tokens) >= tokens
+        fused = plain and q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
+        if earlier and (turns or not fused):
             q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # whose queries are not used
-            return self._attend(block, q_btn, k_btn, v_btn)[:, earlier:]
-        if self.shape.positions == "rotary":
-            q_btn, k_btn = (self.heads(x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
+            return self._attend(layer, q_btn, k_btn, v_btn)[:, earlier:]
+        if not plain:  # no fused kernel has these scores
+            pattern_bhtt = self.pattern(layer, q_btn, k_btn).to(v_btn.dtype)
+            return (pattern_bhtt @ self.shared(self.heads(layer, v_btn, rotate=False))).transpose(1, 2).flatten(2)
+        if turns:
+            q_btn, k_btn = (self.heads(layer, x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
+        if self.group > 1:
+            k_btn, v_btn = (x.unflatten(-1, (-1, channels)).repeat_interleave(self.group, 2).flatten(2) for x in (k_btn, v_btn))
         if fused:
             return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
-        q_bhtc, k_bhtc, v_bhtc = (self.heads(x, rotate=False) for x in (q_btn, k_btn, v_btn))
+        q_bhtc, k_bhtc, v_bhtc = (self.heads(layer, x, rotate=False) for x in (q_btn, k_btn, v_btn))
         scale = 1 / math.sqrt(channels)
         if sink_h is None:
             z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
@@ -399,8 +510,9 @@ class SparseTransformer(nn.Module):
         return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
 
     def biases(self) -> dict[str, nn.Parameter]:
-        """The vectors: biases of the linear maps, and attention sinks."""
-        return {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
+        """The vectors that may be made sparse: biases of the linear maps, and attention sinks."""
+        vectors = {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
+        return {name: p for name, p in vectors.items() if ".gains." not in name}
 
     def fractions(self, sparsity: Sparsity) -> Fractions:
         """What a recipe's L0 keep of every matrix; a number of weights is one of the matrices that l0 speaks of.
@@ -530,25 +642,35 @@ class _Linear(nn.Linear):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, neurons: int) -> None:
+    def __init__(self, form: BlockShape, width: int, queries: int, keys: int, neurons: int, channels: int) -> None:
         super().__init__()
-        self.q = _Linear(width, width)
-        self.k = _Linear(width, width)
-        self.v = _Linear(width, width)
-        self.o = _Linear(width, width)
-        self.sinks = nn.Parameter(torch.empty(heads))
+        self.q = _Linear(width, queries)
+        self.k = _Linear(width, keys)
+        self.v = _Linear(width, keys)
+        self.o = _Linear(queries, width)
+        self.sinks = nn.Parameter(torch.empty(queries // channels))
         self.up = _Linear(width, neurons)
         self.down = _Linear(neurons, width)
+        self.gate = _Linear(width, neurons) if form.gated else None
+        gains = {"q": queries, "k": keys} if form.qk_norm else {}
+        gains |= {"attn_out": width, "mlp_out": width} if form.writes_normed else {}
+        self.gains = nn.ParameterDict({kind: nn.Parameter(torch.empty(size)) for kind, size in gains.items()})
 
 
-def norm_scale(x_bts: Tensor) -> Tensor:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": gelu, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
+    "relu2": lambda x: F.relu(x).square(),
+}  # fmt: skip
+
+
+def norm_scale(x_bts: Tensor, eps: float = 1e-6) -> Tensor:
     """scale_bt1, by which RMSNorm multiplies a residual."""
-    return torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + 1e-6)
+    return torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + eps)
 
 
-def _norm(x_bts: Tensor) -> Tensor:
+def _norm(x_bts: Tensor, eps: float) -> Tensor:
     """RMSNorm without a gain, in float32; under autocast its result is handed on in the type that dense products compute in."""
-    r_bts = normed(x_bts, norm_scale)
+    r_bts = normed(x_bts, partial(norm_scale, eps=eps))
     device = x_bts.device.type
     wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
     return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts
@@ -556,10 +678,9 @@ def _norm(x_bts: Tensor) -> Tensor:
 
 def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
     """Mask of what min_per_neuron protects in a matrix, the `minimum` largest weights on a neuron's side of it; None: nothing."""
-    if not minimum:
+    matrix = name.removesuffix(".weight").split(".")[-1]
+    if not minimum or matrix not in MATRICES:
         return None
-    axis = {"up": 1, "q": 1, "k": 1, "v": 1, "down": 0, "o": 0}.get(name.removesuffix(".weight").split(".")[-1])
-    if axis is None:
-        return None
+    axis = 0 if output_side(matrix) else 1
     largest = weight.detach().abs().topk(min(minimum, weight.shape[axis]), dim=axis).indices
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(axis, largest, True)

@@ -26,26 +26,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.bridges import Coupling
+from bridge.anatomy import Affine, Anatomy, Attention, Mlp, Written, dissect, unexplained
+from bridge.bridges import Coupling, folder_of
+from bridge.checkpoint import read_json
 from bridge.dense import DenseModel
-from bridge.recipe import RecipeError
+from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape
 from bridge.sparse import Fractions, SparseTransformer, norm_scale
-from bridge.wiring import first_tensor, output_tensor
 
+UNMOVED = 1e-6  # share of a write that a sink may change
 TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
 ROWS, TOKENS = 4, 64  # of the text, on which maps are found and copies verified
-SAME = 0.01  # largest unexplained share of the variance at which two tensors are called the same, up to constants
+GENTLE, FASTEST, MOVED = 0.007, 1e-3, 6  # see `gentle_rate`; the model that ships, for which 1e-3 was found best, has .007
+QUIET = 0.1  # RMS of what a random sublayer writes, beside that of the dense one
 VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
-EXACT = 0.999  # at which no other copy is tried
 EMBEDDING_RMS = 0.5  # of the channels in use, as in a random start
 SMALL = 0.02  # of what it was, the random weight by which an unused channel or neuron reads
 SINKS = (-4.0, -6.0, -8.0, -12.0)  # logits beside a dense model without sinks: as high as changes nothing, to have a gradient
@@ -77,32 +78,98 @@ class Started:
         return (", ".join(parts) + " from the dense model" if parts else "nothing from the dense model") + random
 
 
+def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShape:
+    """A recipe's shape with what it leaves to the dense model filled in, as that is measured."""
+    anatomy = dissect(dense, context)
+    attention = next(iter(anatomy.attention.values()), None)
+    mlp = next(iter(anatomy.mlp.values()), None)
+    channels = shape.head_channels or (attention.channels if attention else 16)
+    width = shape.width or max(1, round(2 * dense.width / channels)) * channels
+    if not (attention and channels == attention.channels) and width % channels:
+        raise RecipeError(f"sparse.width {width} is not a multiple of sparse.head_channels {channels}; change one of them")
+    times = max(1.0, width / dense.width)
+    form: dict[str, Any] = {"eps": _sparse_eps(anatomy, dense.width, width), "logit_cap": anatomy.logit_cap}
+    positions = shape.positions
+    if positions == "auto":
+        turning = any(each.shape.frequencies for each in anatomy.attention.values())
+        positions = "learned" if anatomy.position_td is not None else "rotary" if turning else "none"
+    if attention is not None and channels == attention.channels:
+        form |= _heads(anatomy, attention, times, positions)
+    keep = shape.keep or (0.25 if shape.start == "random" or not anatomy.mlp else max(0.25, min(1.0, dense.width / width)))
+    if mlp is not None:
+        form |= {"activation": mlp.activation, "gated": mlp.gate is not None}
+        if shape.mlp_ratio is None:
+            form["neurons"] = round(mlp.neurons * times)
+    if shape.mlp != "auto":
+        form["gated"] = shape.mlp == "gated"
+    outs = [part.out.gain_d is not None for part in (*anatomy.attention.values(), *anatomy.mlp.values())]
+    raw = [part.raw for part in (*anatomy.attention.values(), *anatomy.mlp.values())]
+    form |= {"writes_normed": any(outs), "reads_normed": not (raw and all(raw))}
+    update = {
+        "width": width, "head_channels": channels, "positions": positions, "mlp_ratio": shape.mlp_ratio or 4, "keep": keep,
+        "block": BlockShape(**form),
+    }  # fmt: skip
+    return shape.model_copy(update=update)
+
+
+def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> dict[str, Any]:
+    """Heads, what they know of positions, and their scores, as in the dense model's blocks; as many times more as it is wider."""
+    every = [anatomy.attention.get(site, one) for site in sorted({*anatomy.attention, *anatomy.mlp}) if site in anatomy.attention]
+    keys = max(one.kv_heads, int(one.kv_heads * times + 1e-9))
+    heads, shapes = keys * one.heads // one.kv_heads, []
+    for each in every:
+        slopes = each.shape.slopes + (0.0,) * (heads - one.heads) if each.shape.slopes else ()
+        frequencies = each.shape.frequencies if positions == "rotary" else ()
+        shapes.append(each.shape.model_copy(update={"slopes": slopes, "frequencies": frequencies}))
+    if positions == "rotary" and not any(each.frequencies for each in shapes):  # the recipe's own
+        shapes = []
+    shapes = shapes[:1] if all(each == shapes[0] for each in shapes) else shapes
+    return {
+        "heads": heads, "kv_heads": keys, "score_cap": one.cap,
+        "attention": tuple(shapes) if shapes != [AttentionShape()] else (),
+        "qk_norm": None if one.gains is None else "head" if one.by_head else "all",
+    }  # fmt: skip
+
+
+def _sparse_eps(anatomy: Anatomy, d: int, s: int) -> float:
+    """The eps of the sparse norms at which they are the dense ones, the residual being divided by `_scale`."""
+    return anatomy.eps * d / (s * _scale(anatomy) ** 2)
+
+
+def _scale(anatomy: Anatomy) -> float:
+    """S, by which the dense residual is divided, such that the embedding's RMS is the same as in a random start."""
+    if anatomy.embedding_vd is None:
+        return 1.0
+    e_vd = anatomy.embedding_vd - (anatomy.embedding_vd.mean(-1, keepdim=True) if anatomy.centred else 0)
+    return max(1e-6, e_vd.square().mean().sqrt().item() / EMBEDDING_RMS)
+
+
 @torch.no_grad()
 def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
     """Overwrite a new coupling by its dense model, in place, as far as that is verified on tokens_bt; calibrates the bridges."""
     dense, sparse = coupling.dense, coupling.sparse
-    residuals = [h_btd.float() for h_btd in dense.run(tokens_bt).residuals]
+    trace = dense.run(tokens_bt)
+    residuals = [h_btd.float() for h_btd in trace.residuals]
     coupling.bridges.calibrate(residuals)
     nothing = Started(False, False, False, (None,) * len(dense.sublayers))
     if sparse.width < dense.width:
         return nothing
-    maps, sample = _watch(dense, tokens_bt[:ROWS, :TOKENS])
-    reads = {centred: _reads(maps, sample.residuals, centred) for centred in (True, False)}
-    centred = sum(map(len, reads[True])) > sum(map(len, reads[False]))
-    frame = _Frame(torch.eye(dense.width, device=dense.device), sparse.width, centred, 1.0)
-    rms = frame.into(residuals[0]).square().mean().sqrt().clamp_min(1e-12).item()
-    frame = replace(frame, turn_dd=_turn(coupling, frame, reads[centred][-1]), scale=rms / EMBEDDING_RMS)
-    turned = [[replace(read, weight_od=read.weight_od @ frame.turn_dd) for read in here] for here in reads[centred]]
+    anatomy = dissect(dense, coupling.context)
+    frame = _Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
+    if not sparse.form.writes_normed:  # a gain there is one for each channel
+        frame = replace(frame, turn_dd=_turn(anatomy, frame))
     _copy_bridges(coupling, frame)
-    sublayers = tuple(
-        _copy_sublayer(coupling, site, frame, turned[site], maps, sample.residuals) for site in range(len(dense.sublayers))
-    )
-    return Started(
-        _copy_embedding(coupling, frame, tokens_bt, residuals[0]),
-        _copy_unembedding(sparse, frame, turned[-1], sample),
-        True,
-        sublayers,
-    )
+    sample = [h_btd[:ROWS, :TOKENS] for h_btd in residuals]
+    sublayers = tuple(_copy_sublayer(coupling, site, frame, anatomy, sample) for site in range(len(dense.sublayers)))
+    return Started(_copy_embedding(sparse, frame, anatomy), _copy_unembedding(sparse, frame, anatomy), True, sublayers)
+
+
+def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
+    """A recipe's shape with what it leaves open taken from a coupling that it starts from. Raises CheckpointError."""
+    facts = read_json(folder_of(path) / "coupling.json")
+    theirs = SparseShape.model_validate((facts.get("recipe") or {}).get("sparse") or {})
+    unsaid = {name: value for name, value in theirs.model_dump().items() if getattr(shape, name) in (None, "auto")}
+    return shape.model_copy(update={**unsaid, "block": theirs.block or BlockShape()})
 
 
 @torch.no_grad()
@@ -112,7 +179,10 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
     Raises CheckpointError where there is none, RecipeError where it has another shape.
     """
     other = Coupling.from_pretrained(path, dense=coupling.dense)
-    mine, theirs = (one.recipe.sparse.model_copy(update={"start": "auto"}) for one in (coupling, other))
+    mine, theirs = (
+        one.recipe.sparse.model_copy(update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form})
+        for one in (coupling, other)
+    )
     if (mine, coupling.context) != (theirs, other.context):
         differ = [name for name, value in theirs.model_dump().items() if getattr(mine, name) != value] or ["data.context"]
         raise RecipeError(
@@ -131,6 +201,7 @@ class _Frame:
     s: int
     centred: bool
     scale: float
+    eps: float
 
     @property
     def d(self) -> int:
@@ -148,110 +219,29 @@ class _Frame:
         """The dense residual, or a write to it, on the first d channels of the sparse one."""
         return self.centre(h_xd) @ self.turn_dd / self.scale
 
+    def normal(self, h_xd: Tensor, eps: float) -> Tensor:
+        """z_xd of a dense residual."""
+        x_xs = self.place(h_xd)
+        return (x_xs * norm_scale(x_xs, eps))[..., : self.d] * self.gain @ self.turn_dd.T
+
+    def read(self, part: Affine, raw: bool) -> Affine:
+        """A map of z (or, raw, of h) as one of what the sparse norm gives (or of x)."""
+        return Affine(part.weight_oi @ self.turn_dd * (self.scale if raw else self.gain), part.bias_o)
+
     def place(self, h_xd: Tensor) -> Tensor:
         """x_xs of a dense residual."""
         return F.pad(self.into(h_xd), (0, self.s - self.d))
 
 
-# --- what the dense model is made of
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A linear map of the dense model as it was called: output_to = input_ti @ weight_oi.T + bias_o."""
-
-    weight_oi: Tensor
-    bias_o: Tensor
-    input_ti: Tensor
-    output_to: Tensor
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A map that reads the residual at a site, as a map of z: weight_od z + bias_o."""
-
-    weight_od: Tensor
-    bias_o: Tensor
-    map: _Map
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Some text through the dense model, rows and tokens flattened: the residual of every site, and the logits."""
-
-    residuals: list[Tensor]
-    logits_tv: Tensor
-    rows: int
-
-
-def _watch(dense: DenseModel, tokens_bt: Tensor) -> tuple[list[_Map], _Sample]:
-    """The linear maps of the dense model in the order of their first calls, and what it made of the tokens."""
-    maps: dict[nn.Module, _Map] = {}
-
-    def seen(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        x, y, weight = first_tensor(args, kwargs), output_tensor(output), module.weight
-        assert isinstance(weight, Tensor)
-        tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and weight.is_floating_point()
-        if module in maps or not tensors or x.numel() // x.shape[-1] != tokens_bt.numel():
-            return
-        x_ti, y_to = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
-        bias = getattr(module, "bias", None)
-        bias_o = torch.zeros_like(y_to[0]) if bias is None else bias.float()
-        for weight_oi in (weight.float(), weight.float().T):  # transformers' Conv1D has inputs first
-            fits = weight_oi.shape == (y_to.shape[1], x_ti.shape[1])
-            if fits and _unexplained(torch.addmm(bias_o, x_ti, weight_oi.T), y_to) < SAME:
-                maps[module] = _Map(weight_oi, bias_o, x_ti.clone(), y_to.clone())
-                return
-
-    with ExitStack() as hooks:
-        for module in dense.model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 2:
-                hooks.enter_context(module.register_forward_hook(seen, with_kwargs=True))
-        trace = dense.run(tokens_bt)
-    residuals = [h_btd.flatten(0, 1).float() for h_btd in trace.residuals]
-    return list(maps.values()), _Sample(residuals, trace.logits_btv.flatten(0, 1).float(), len(tokens_bt))
-
-
-def _reads(maps: Sequence[_Map], residuals: Sequence[Tensor], centred: bool) -> list[list[_Read]]:
-    """The maps that read each site through a norm with gain and bias, each at the site that explains its input best."""
-    normalised = []
-    for h_td in residuals:
-        h_td = h_td - h_td.mean(-1, keepdim=True) if centred else h_td
-        normalised.append(h_td * torch.rsqrt(h_td.square().mean(-1, keepdim=True) + 1e-6))
-    found: list[list[_Read]] = [[] for _ in residuals]
-    for one in maps:
-        if one.input_ti.shape != residuals[0].shape:
-            continue
-        fits = []
-        for z_td in normalised:
-            mean_d = z_td.mean(0) if centred else torch.zeros_like(z_td[0])
-            z0_td, n0_td = z_td - mean_d, one.input_ti - (one.input_ti.mean(0) if centred else 0)
-            gain_d = (z0_td * n0_td).sum(0) / z0_td.square().sum(0).clamp_min(1e-12)
-            bias_d = one.input_ti.mean(0) - gain_d * mean_d if centred else torch.zeros_like(mean_d)
-            fits.append((_unexplained(gain_d * z_td + bias_d, one.input_ti), gain_d, bias_d))
-        site = min(range(len(fits)), key=lambda site: fits[site][0])
-        unexplained, gain_d, bias_d = fits[site]
-        if unexplained < SAME:
-            found[site].append(_Read(one.weight_oi * gain_d, one.weight_oi @ bias_d + one.bias_o, one))
-    return found
-
-
-def _unexplained(guess_tx: Tensor, target_tx: Tensor) -> float:
-    """Share of the target's variance over tokens that a guess leaves."""
-    total = (target_tx - target_tx.mean(0)).square().sum()
-    return ((guess_tx - target_tx).square().sum() / total.clamp_min(1e-20)).item()
-
-
 # --- what of it is written to the sparse model
 
 
-def _turn(coupling: Coupling, frame: _Frame, reads: Sequence[_Read]) -> Tensor:
+def _turn(anatomy: Anatomy, frame: _Frame) -> Tensor:
     """The rotation in which embedding and unembedding, their rows of length 1, have the largest sum of fourth powers.
 
     From the embedding's principal axes, each step goes to the rotation nearest to the gradient.
     """
-    weights = [_embedding_weight(coupling), *(read.weight_od for read in reads if len(read.bias_o) == coupling.sparse.vocabulary)]
+    weights = [anatomy.embedding_vd, None if anatomy.unembedding is None else anatomy.unembedding.weight_oi]
     unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // TURN_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
     if not unit:
         return frame.turn_dd
@@ -261,14 +251,6 @@ def _turn(coupling: Coupling, frame: _Frame, reads: Sequence[_Read]) -> Tensor:
         left_dd, _, right_dd = torch.linalg.svd(unit_xd.T @ (unit_xd @ turn_dd).pow(3))
         turn_dd = left_dd @ right_dd
     return turn_dd
-
-
-def _embedding_weight(coupling: Coupling) -> Tensor | None:
-    """weight_vd of the dense model's input embeddings, None where they are not a table of the residual's width."""
-    weight = getattr(coupling.dense.model.get_input_embeddings(), "weight", None)
-    if not isinstance(weight, Tensor) or weight.shape != (coupling.dense.vocabulary, coupling.dense.width):
-        return None
-    return weight.float()
 
 
 def _copy_bridges(coupling: Coupling, frame: _Frame) -> None:
@@ -282,75 +264,60 @@ def _copy_bridges(coupling: Coupling, frame: _Frame) -> None:
         bridge.decoder.bias.copy_(-frame.centre(bridge.mean_d) / bridge.scale)
 
 
-def _copy_embedding(coupling: Coupling, frame: _Frame, tokens_bt: Tensor, h_btd: Tensor) -> bool:
-    """The embedding where the residual at site 0 is a multiple of it plus a vector per position."""
-    sparse, weight_vd = coupling.sparse, _embedding_weight(coupling)
-    if weight_vd is None:
+def _copy_embedding(sparse: SparseTransformer, frame: _Frame, anatomy: Anatomy) -> bool:
+    """The embedding, and what positions add to it, or their mean where the sparse model has none."""
+    if anatomy.embedding_vd is None:
         return False
-    e_btd = weight_vd[tokens_bt]
-    deviation_btd = e_btd - e_btd.mean(0)
-    multiple = (deviation_btd * (h_btd - h_btd.mean(0))).sum() / deviation_btd.square().sum().clamp_min(1e-12)
-    position_td = (h_btd - multiple * e_btd).mean(0)
-    if not _unexplained((multiple * e_btd + position_td).flatten(0, 1), h_btd.flatten(0, 1)) < SAME:
-        return False
-    mean_d = torch.zeros_like(position_td[0])
-    if sparse.positions is None:
-        mean_d = position_td.mean(0)
-    else:
-        sparse.positions.copy_(frame.place(position_td))
-    sparse.embedding.copy_(frame.place(multiple * weight_vd + mean_d))
+    embedding_vd, position_td = anatomy.embedding_vd, anatomy.position_td
+    if sparse.positions is not None:
+        sparse.positions.zero_()
+        if position_td is not None:
+            sparse.positions.copy_(frame.place(position_td[: sparse.context]))
+    elif position_td is not None:
+        embedding_vd = embedding_vd + position_td[: sparse.context].mean(0)
+    sparse.embedding.copy_(frame.place(embedding_vd))
     return True
 
 
-def _copy_unembedding(sparse: SparseTransformer, frame: _Frame, reads: Sequence[_Read], sample: _Sample) -> bool:
+def _copy_unembedding(sparse: SparseTransformer, frame: _Frame, anatomy: Anatomy) -> bool:
     """The unembedding where the logits are a linear map of the last residual's norm."""
-    for read in reads:
-        one = read.map
-        if one.output_to.shape == sample.logits_tv.shape and _unexplained(one.output_to, sample.logits_tv) < SAME:
-            _read_by(sparse.unembedding, slice(None), read.weight_od * frame.gain, read.bias_o)
-            return True
-    return False
+    if anatomy.unembedding is None or sparse.form.logit_cap != anatomy.logit_cap:
+        return False
+    _read_by(sparse.unembedding, slice(None), frame.read(anatomy.unembedding, raw=False))
+    return True
 
 
 def _copy_sublayer(
-    coupling: Coupling, site: int, frame: _Frame, reads: Sequence[_Read], maps: Sequence[_Map], residuals: Sequence[Tensor]
-) -> float | None:
-    """Try what the maps at a site may be; the share of the write that the copy explains, None where none was accepted."""
+    coupling: Coupling, site: int, frame: _Frame, anatomy: Anatomy, residuals: Sequence[Tensor]
+) -> float | None:  # fmt: skip
+    """Write a sublayer to the sparse block; the share of its write that the copy explains, None where it is not accepted."""
     dense, sparse = coupling.dense, coupling.sparse
-    kind = dense.sublayers[site]
-    write_td = residuals[site + 1] - residuals[site]
-    writers = [one for one in maps if one.output_to.shape == write_td.shape and _unexplained(one.output_to, write_td) < SAME]
-    if kind == "parallel" or len(writers) != 1:
-        return None
-    layer = sum(other != "mlp" for other in dense.sublayers[: site + 1]) - 1
+    kind, layer = dense.sublayers[site], sum(other != "mlp" for other in dense.sublayers[: site + 1]) - 1
     block: Any = sparse.blocks[layer]
-    rows = ROWS if len(write_td) % ROWS == 0 else 1
-    x_bts = frame.place(residuals[site]).unflatten(0, (rows, -1))
-    wanted_td = frame.into(write_td)
+    x_bts, wanted_btd = frame.place(residuals[site]), frame.into(residuals[site + 1] - residuals[site])
+    attention, mlp = anatomy.attention.get(site), anatomy.mlp.get(site)
 
     def explained() -> float:
         written_bts = sparse.sublayer(site)(x_bts) - x_bts
-        return 1 - _unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_td)
+        return 1 - unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_btd.flatten(0, 1))
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    best, chosen = VERIFIED, before
-    z_td = (x_bts * norm_scale(x_bts))[..., : frame.d].flatten(0, 1) * frame.gain
-    attention = _attention_copies(coupling, block, frame, reads, writers[0], z_td)
-    for _ in attention if kind == "attn" else _mlp_copies(block, frame, reads, writers[0]):
-        with _keeping_all(sparse):
-            share = explained()
-        if share > best:
-            best, chosen = share, {name: parameter.clone() for name, parameter in block.named_parameters()}
-        if share > EXACT:
-            break
-        block.load_state_dict(before)
-    block.load_state_dict(chosen)
-    if chosen is before:
-        return None
+    z_xd = frame.normal(residuals[site].flatten(0, 1), sparse.form.eps)
+    written = all([
+        kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
+        kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),
+    ])  # fmt: skip
     with _keeping_all(sparse):
-        for sink in SINKS if kind == "attn" and sparse.shape.sinks else ():
+        if not written or not (best := explained()) > VERIFIED:
+            block.load_state_dict(before)
+            size = (sparse.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
+            quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+            for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
+                linear.weight *= quiet  # what is random would drown what was copied
+            return None
+        for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
             block.sinks.fill_(sink)
-            if explained() > best - (1 - EXACT):
+            if explained() > best - UNMOVED:
                 break
             block.sinks.fill_(NO_SINK)
     return explained()
@@ -367,106 +334,141 @@ def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
         sparse.shape = shape
 
 
-def _mlp_copies(block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map) -> Iterator[None]:
-    """The MLP, written to the block: as it is, and with a steeper GELU, which is a ReLU."""
-    neurons = writer.weight_oi.shape[1]
-    if len(reads) != 1 or len(reads[0].bias_o) != neurons or neurons > block.up.out_features:
-        return
-    for steepness in (1.0, 4.0):
-        _read_by(block.up, slice(neurons), steepness * frame.gain * reads[0].weight_od, steepness * reads[0].bias_o)
-        _write_by(block.down, slice(neurons), frame.into(writer.weight_oi.T).T / steepness, frame.into(writer.bias_o))
-        yield
+def _copy_mlp(sparse: SparseTransformer, block: Any, frame: _Frame, mlp: Mlp) -> bool:
+    """Write an MLP to a block; False where that has another form."""
+    form, rows = sparse.form, slice(mlp.neurons)
+    same = (form.gated, form.activation, form.reads_normed) == (mlp.gate is not None, mlp.activation, not mlp.raw)
+    if not same or mlp.neurons > sparse.neurons:
+        return False
+    if mlp.gate is not None:
+        _read_by(block.gate, rows, frame.read(mlp.gate, mlp.raw))
+    _read_by(block.up, rows, frame.read(mlp.up, mlp.raw))
+    return _write_by(block, "mlp_out", block.down, rows, frame, mlp.out)
 
 
-def _attention_copies(
-    coupling: Coupling, block: Any, frame: _Frame, reads: Sequence[_Read], writer: _Map, z_td: Tensor
-) -> Iterator[None]:
-    """The attention, written to the block with every order that q, k and v may have, scores scaled or not.
+def _copy_attention(sparse: SparseTransformer, layer: int, frame: _Frame, attention: Attention, z_xd: Tensor) -> bool:
+    """Write attention to a block; False where that has another form.
 
-    Keys lose their mean: it adds as much to all scores of a query, which only the sink would notice. A head wider than the sparse
-    ones becomes several, which share out its values and have each the same queries and keys, cut down to their width.
+    Keys lose their mean where nothing turns them: it adds as much to all scores of a query, which only the sink would notice. A
+    head wider than the sparse ones becomes several, which share out its values and have each the same queries and keys, cut down
+    to their width.
     """
-    shape = coupling.sparse.shape
-    heads = getattr(coupling.dense.model.config.get_text_config(), "num_attention_heads", None)
-    width = writer.weight_oi.shape[1]
-    if not isinstance(heads, int) or width % heads:
-        return
-    channels, own = width // heads, shape.head_channels
-    parts = math.ceil(channels / own)
-    if heads * parts * own > frame.s or (parts > 1 and shape.positions == "rotary"):
-        return
-    value_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(heads)])
-    rows = torch.arange(heads * parts * own) if parts > 1 else value_rows
-    for q, k, v in _orders(reads, heads, channels):
-        if shape.positions != "rotary":
-            k = k[0], -k[0] @ z_td.mean(0)
+    form, own, channels = sparse.form, sparse.channels, attention.channels
+    block: Any = sparse.blocks[layer]
+    turns, plain = sparse.frequencies(layer), attention.gains is None and attention.cap is None
+    q, k, v, out = attention.q, attention.k, attention.v, attention.out
+    if (form.reads_normed, form.score_cap) != (not attention.raw, attention.cap):
+        return False
+    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (
+        True,
+        attention.heads // attention.kv_heads,
+    )
+    if not same:  # heads of its own, of which several may stand for one
+        parts = math.ceil(channels / own)
+        if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
+            return False
+        k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
+    if plain and not turns and not attention.raw:
+        k = Affine(k.weight_oi, -k.weight_oi @ z_xd.mean(0))
+    if same:
+        q_rows = value_rows = torch.arange(attention.heads * own, device=z_xd.device)
+        k_rows = v_rows = torch.arange(attention.kv_heads * own, device=z_xd.device)
+    else:
+        value_rows = v_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(attention.heads)])
         if parts > 1:
-            q, k = (_repeated(part, heads * parts, own) for part in _narrowed(q, k, z_td, heads, own))
-        for scaled in (1.0, math.sqrt(channels)):  # a few models do not divide scores by the root of the width (GPT-Neo)
-            factor = scaled * math.sqrt(own / channels)
-            _read_by(block.q, rows, factor * frame.gain * q[0], factor * q[1])
-            _read_by(block.k, rows, frame.gain * k[0], k[1])
-            _read_by(block.v, value_rows, frame.gain * v[0], v[1])
-            _write_by(block.o, value_rows, frame.into(writer.weight_oi.T).T, frame.into(writer.bias_o))
-            block.sinks.fill_(NO_SINK)
-            yield
+            q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
+        q_rows = k_rows = torch.arange(attention.heads * parts * own) if parts > 1 else value_rows
+        q = Affine(*(x * math.sqrt(own / channels) for x in (q.weight_oi, q.bias_o)))
+    for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
+        _read_by(linear, rows, frame.read(part, attention.raw))
+    if attention.gains is not None:
+        for kind, linear, rows, gain_o in (
+            ("q", block.q, q_rows, attention.gains[0]),
+            ("k", block.k, k_rows, attention.gains[1]),
+        ):
+            if kind not in block.gains:
+                return False
+            share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over
+            times = math.sqrt(form.eps / (share * attention.norm_eps)) if form.eps and attention.norm_eps else 1.0
+            linear.weight[rows] *= times
+            linear.bias[rows] *= times
+            if not attention.by_head:
+                linear.weight[len(rows) :] = 0
+            block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
+            block.gains[kind][rows] = gain_o * math.sqrt(share)
+    block.sinks.fill_(NO_SINK)
+    return _write_by(block, "attn_out", block.o, value_rows, frame, out)
 
 
-def _narrowed(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], z_td: Tensor, heads: int, own: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
     """Queries and keys of `own` channels a head whose scores, on the text, are the nearest to the given ones (by SVD)."""
-    q_htc, k_htc = ((z_td @ weight_od.T + bias_o).unflatten(-1, (heads, -1)).transpose(0, 1) for weight_od, bias_o in (q, k))
+    q_htc, k_htc = (part(z_xd).unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k))
     q_hcc, k_hcc = torch.linalg.qr(q_htc).R, torch.linalg.qr(k_htc).R  # scores are (.. Q) R_q R_k^T (.. Q)^T
     left_hcc, values_hc, right_hcc = torch.linalg.svd(q_hcc @ k_hcc.transpose(-1, -2))
     root_h1c = values_hc[:, None, :own].sqrt()
     narrow = []
-    for (weight_od, bias_o), r_hcc, side_hcc in ((q, q_hcc, left_hcc), (k, k_hcc, right_hcc.transpose(-1, -2))):
+    for part, r_hcc, side_hcc in ((q, q_hcc, left_hcc), (k, k_hcc, right_hcc.transpose(-1, -2))):
         turn_hoc = (torch.linalg.pinv(r_hcc) @ side_hcc[..., :own] * root_h1c).transpose(-1, -2)
-        weight_hcd, bias_hc1 = weight_od.unflatten(0, (heads, -1)), bias_o.unflatten(0, (heads, -1))[..., None]
-        narrow.append(((turn_hoc @ weight_hcd).flatten(0, 1), (turn_hoc @ bias_hc1).flatten()))
+        weight_hcd, bias_hc1 = part.weight_oi.unflatten(0, (heads, -1)), part.bias_o.unflatten(0, (heads, -1))[..., None]
+        narrow.append(Affine((turn_hoc @ weight_hcd).flatten(0, 1), (turn_hoc @ bias_hc1).flatten()))
     return narrow[0], narrow[1]
 
 
-def _orders(reads: Sequence[_Read], heads: int, channels: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(weight_od, bias_o) of q, k and v, in every way in which the maps that read may hold them."""
-    parts = [(read.weight_od, read.bias_o) for read in reads]
-    if len(parts) == 1:
-        weight_od, bias_o = parts[0]
-        shared = len(bias_o) - heads * channels  # k and v together; fewer heads than q has where they are shared
-        if shared <= 0 or shared % (2 * channels):
-            return
-        sizes = [heads * channels, shared // 2, shared // 2]
-        split = list(zip(weight_od.split(sizes), bias_o.split(sizes), strict=True))
-        yield [_repeated(part, heads, channels) for part in split]
-        if sizes[0] == sizes[1]:  # q, k and v head by head (BLOOM)
-            by_head = weight_od.unflatten(0, (heads, 3, channels)), bias_o.unflatten(0, (heads, 3, channels))
-            yield [(by_head[0][:, part].flatten(0, 1), by_head[1][:, part].flatten()) for part in range(3)]
-    elif len(parts) == 3:
-        for order in permutations(parts):
-            sizes = [len(bias_o) for _, bias_o in order]
-            if sizes[0] == heads * channels and sizes[1] == sizes[2] and sizes[1] % channels == 0:
-                yield [_repeated(part, heads, channels) for part in order]
-
-
-def _repeated(part: tuple[Tensor, Tensor], heads: int, channels: int) -> tuple[Tensor, Tensor]:
+def _repeated(part: Affine, heads: int, channels: int) -> Affine:
     """Keys or values that several heads share, once for each."""
-    weight_hcd, bias_hc = (x.unflatten(0, (-1, channels)) for x in part)
+    weight_hcd, bias_hc = (x.unflatten(0, (-1, channels)) for x in (part.weight_oi, part.bias_o))
     times = heads // len(bias_hc)
-    return weight_hcd.repeat_interleave(times, 0).flatten(0, 1), bias_hc.repeat_interleave(times, 0).flatten()
+    return Affine(weight_hcd.repeat_interleave(times, 0).flatten(0, 1), bias_hc.repeat_interleave(times, 0).flatten())
 
 
-def _read_by(linear: nn.Linear, rows: slice | Tensor, weight_od: Tensor, bias_o: Tensor) -> None:
+def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
     """Give some outputs of a map these weights from the dense channels; everything else reads by little."""
     linear.weight.mul_(SMALL)
-    linear.weight[rows, : weight_od.shape[1]] = weight_od
+    linear.weight[rows] = 0
+    linear.weight[rows, : part.weight_oi.shape[1]] = part.weight_oi
     linear.bias.zero_()
-    linear.bias[rows] = bias_o
+    linear.bias[rows] = part.bias_o
 
 
-def _write_by(linear: nn.Linear, columns: slice | Tensor, weight_do: Tensor, bias_d: Tensor) -> None:
-    """Give some inputs of a map these weights to the dense channels; everything else writes nothing."""
+def _write_by(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor, frame: _Frame, out: Written) -> bool:
+    """Give some inputs of a map these weights to the dense channels; everything else writes nothing. False: another form."""
+    if (kind in block.gains) != (out.gain_d is not None):
+        return False
+    weight_do, bias_d = out.map.weight_oi, out.map.bias_o
+    if out.gain_d is None:
+        weight_do, bias_d = frame.into(weight_do.T).T, frame.into(bias_d)
+    else:
+        times = math.sqrt(frame.eps * frame.s / (frame.d * out.eps)) if frame.eps and out.eps else 1.0
+        weight_do, bias_d = weight_do * times, bias_d * times
+        block.gains[kind][: frame.d] = frame.into(out.gain_d) * frame.gain
     linear.weight.zero_()
-    linear.weight[: len(bias_d), columns] = weight_do
+    linear.weight[: frame.d, columns] = weight_do
     linear.bias.zero_()
-    linear.bias[: len(bias_d)] = bias_d
+    linear.bias[: frame.d] = bias_d
+    return True
+
+
+@torch.no_grad()
+def gentle_rate(coupling: Coupling, tokens_bt: Tensor) -> float:
+    """The learning rate for a model whose answers change by so much where a step moves every weight by it.
+
+    A step moves every weight by about the rate; with random signs the answers' KL goes by the rate's square, and blocks' changes
+    about add up, so some blocks are moved by `FASTEST`, one at a time. Where all of it is at most `GENTLE` nats that is the rate;
+    beyond, half of the way (in the logarithm) to the rate at which it would be: a lower one takes longer to mend what L0 breaks.
+    """
+    sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
+    before_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
+    generator, n_blocks = torch.Generator().manual_seed(0), len(sparse.blocks)
+    some = sorted({index * n_blocks // MOVED for index in range(MOVED)})
+    total = 0.0
+    for index in some:
+        weights = [weight for weight in sparse.blocks[index].parameters() if weight.dim() == 2]
+        kept = [weight.clone() for weight in weights]
+        for weight in weights:
+            sign = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            weight.add_(sign.to(weight), alpha=FASTEST)
+        after_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
+        total += float((before_btv.exp() * (before_btv - after_btv)).sum(-1).mean()) * n_blocks / len(some)
+        for weight, was in zip(weights, kept, strict=True):
+            weight.copy_(was)
+    return FASTEST * min(1.0, (GENTLE / max(total, 1e-12)) ** 0.25)

@@ -260,8 +260,8 @@ class Phases:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def print_run(run: Run, needed: int) -> None:
-    """Print the plan of a fit."""
+def print_run(run: Run, needed: int, seconds: float) -> None:
+    """Print what a fit is about to do, and what it will take: bytes, and seconds a step."""
     import psutil
 
     recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
@@ -277,7 +277,15 @@ def print_run(run: Run, needed: int) -> None:
     )
     if not run.resume:
         print(f"start   {run.started or 'random'}")
+    if recipe.optimizer.rate:
+        print(f"rate    {recipe.optimizer.rate:.2g} at its peak (--set optimizer.rate), AbsTopK keeps {sparse.keep:.3g}")
     print(f"data    {run.blocks.description}")
+    per_step = (recipe.data.rows or 0) * (recipe.data.context or 0)
+    steps = math.inf if recipe.budget.tokens is None else math.ceil(recipe.budget.tokens / per_step)
+    minutes = min(steps * seconds / 60, recipe.budget.minutes or math.inf)
+    takes = f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+    tokens = int(min(steps, minutes * 60 / seconds)) * per_step
+    print(f"time    about {takes} for {tokens:,} tokens, {per_step:,} a step of {seconds:.2g} s (--minutes, --tokens)")
     print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
     if needed > free and dense.device.type == "cpu":
         print("        that may not fit; lower --width or --set data.rows=...", flush=True)

@@ -45,15 +45,18 @@ from bridge.dense import DenseModel, load_dense
 from bridge.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
+from bridge.kernels.top_k import project_
 from bridge.objective import Objective, draw_splice
 from bridge.optimizer import SharkfinAdamW
-from bridge.recipe import Losses, Recipe, RecipeError, RunError, recipe_values, resolve
+from bridge.recipe import BlockShape, Losses, Recipe, RecipeError, RunError, recipe_values, resolve
 from bridge.refit import refit_decoders
 from bridge.sparse import Fractions, SparseTransformer, annealed_l0
-from bridge.start import Started, start_from_coupling, start_from_dense
+from bridge.start import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
+CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
+ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
 WORST = 2  # the same of the model that is to be written, on one row of text
 
@@ -133,6 +136,7 @@ def prepare(
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
             raise RecipeError(f"--resume goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
+        saved.get("sparse", {}).setdefault("block", {})  # of a run that was begun before there was any
         values = {**saved, **{key: value for key, value in values.items() if key == "budget"}}
     live = not isinstance(model, (str, Path))
     recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
@@ -142,7 +146,7 @@ def prepare(
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
     )
-    recipe = resolve_for(dense, recipe)
+    recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
@@ -167,7 +171,12 @@ def prepare(
         if not recipe.optimizer.rate:
             _check_same(started.l0, kept)
     elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
-        started = start_from_dense(coupling, blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device))
+        assert recipe.data.rows is not None
+        tokens_bt = blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device)
+        started = start_from_dense(coupling, tokens_bt)
+        if unsaid:
+            optimizer = recipe.optimizer.model_copy(update={"rate": gentle_rate(coupling, tokens_bt)})
+            coupling = replace(coupling, recipe=recipe.model_copy(update={"optimizer": optimizer}))
     if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
         coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
@@ -211,7 +220,7 @@ def fit(
     """
     values = recipe_values(
         l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled,
-        adapter=adapter, revision=revision, seed=seed, required=not resume,
+        adapter=adapter, revision=revision, seed=seed,
     )  # fmt: skip
     run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
     for progress in train(run):
@@ -226,16 +235,35 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     Raises RecipeError where the context is longer than the dense model's.
     """
     shape, data = recipe.sparse, recipe.data
-    if shape.width is None:
-        heads = max(1, round(2 * dense.width / shape.head_channels))
-        shape = shape.model_copy(update={"width": heads * shape.head_channels})
     limit = dense.context or math.inf
     if data.context is None:
         data = data.model_copy(update={"context": int(min(128, limit))})
     elif data.context > limit:
         raise RecipeError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
-    update = {"sparse": shape, "data": data, "dense": dense.name, "revision": dense.revision}
-    return recipe.model_copy(update=update)
+    if shape.block is None and shape.start not in ("auto", "random"):
+        shape = shape_of_coupling(shape.start, shape)
+    elif shape.block is None:
+        shape = shape_for(dense, shape, data.context or 1)
+        if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
+            shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
+    optimizer = recipe.optimizer
+    if optimizer.rate is None:
+        random = shape.start == "random" or not recipe.losses.coupled
+        optimizer = optimizer.model_copy(update={"rate": 3e-3 if random else 1e-3})
+    update = {"sparse": shape, "optimizer": optimizer, "dense": dense.name, "revision": dense.revision}
+    recipe = recipe.model_copy(update=update)
+    if data.rows is None:  # as many as fit, so that a fit with no further option runs
+        sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
+        fits = (each for each in sizes if memory_needed(dense, recipe.model_copy(update={"data": each})) <= ROOM * _memory(dense))
+        data = next(fits, data.model_copy(update={"rows": 2}))
+    return recipe.model_copy(update={"data": data})
+
+
+def _memory(dense: DenseModel) -> int:
+    """Bytes that the machine, or the device, has in all."""
+    if dense.device.type == "cuda":
+        return torch.cuda.get_device_properties(dense.device).total_memory
+    return psutil.virtual_memory().total
 
 
 def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
@@ -245,9 +273,37 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
-    tokens = recipe.data.rows * recipe.data.context
+    tokens = (recipe.data.rows or 32) * recipe.data.context
     per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
     return trained * 16 + frozen + tokens * per_token
+
+
+def seconds_a_step(run: Run) -> float:
+    """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
+    coupling, recipe, sparse = run.coupling, run.coupling.recipe, run.coupling.sparse
+    assert recipe.data.rows is not None
+    rows = max(2, recipe.data.rows // run.accelerator.num_processes)
+    tokens_bt = run.blocks.batch(0, rows, recipe.seed).to(coupling.dense.device)
+    splice = None
+    if recipe.losses.splice == "sampled" and recipe.losses.coupled:
+        splice = draw_splice(rows, coupling.n_sites, recipe.losses, torch.Generator().manual_seed(recipe.seed))
+    objective, trained = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses), [*sparse.parameters()]
+    trained = [p for p in (*trained, *coupling.bridges.parameters()) if p.requires_grad]
+    for _ in range(2):
+        began = time.monotonic()
+        with run.accelerator.autocast():
+            total = objective(tokens_bt, splice)["total"]
+        total.backward()
+        float(total.detach())
+        seconds = time.monotonic() - began
+        for parameter in trained:
+            parameter.grad = None
+    largest = max(sparse.sparse_weights().values(), key=Tensor.numel).detach().clone()
+    began = time.monotonic()  # the update, in five passes, and the projection, of which the first search is the longest
+    for _ in range(5):
+        largest.mul_(0.9).add_(0.1)
+    project_([largest], largest.numel() // 2)
+    return seconds + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
 
 
 def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progress, None, None]:
@@ -258,7 +314,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
     recipe, sparse = coupling.recipe, coupling.sparse
     budget, rows = recipe.budget, recipe.data.rows
-    assert recipe.data.context is not None
+    assert rows is not None and recipe.data.context is not None
     processes, process = accelerator.num_processes, accelerator.process_index
     if rows % processes:
         raise RecipeError(f"data.rows {rows} cannot be shared by {processes} processes; make it a multiple")
@@ -315,13 +371,14 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 counts = [count / processes for count in whole.counts()]
             losses = objective(tokens_bt, splice, counts)
             accelerator.backward(losses["total"])
-            finite = optimizer.step(done, annealed(done))
+            finite = optimizer.step(done, annealed(done), state.caution)
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
             if updates_mask:
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
                 native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
+            state.watch(losses.get("ce"), sparse.vocabulary)
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
@@ -345,7 +402,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 log.write(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
-                _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
+                if state.caution <= CAUTION:  # lower rates have been tried
+                    _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
             if asked or state.seconds - last_save >= SAVE_SECONDS:
                 if out is not None and accelerator.is_main_process:
                     _save(out, coupling, optimizer, state)
@@ -392,6 +450,18 @@ class _State:
         self.seconds = seconds
         self.native = native  # the matrices that are trained by their nonzeros, once that is decided
         self.start_l0 = start_l0  # that the anneal falls from
+        self.caution = 1.0  # what the rates are multiplied by
+        self.best = math.inf  # the smallest cross-entropy of a step so far
+        self.since = 10  # steps since the rates were last halved
+
+    def watch(self, ce: Tensor | None, vocabulary: int) -> None:
+        """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
+        if ce is None:
+            return
+        value, self.since = float(ce.detach()), self.since + 1
+        if value > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
+            self.caution, self.since = self.caution / 2, 0
+        self.best = min(self.best, value)
 
 
 class _Log:
@@ -551,6 +621,7 @@ def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State
     tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
     facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
+    facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
     for name in native.packed(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
@@ -576,4 +647,7 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
     optimizer.restore(tensors)
-    return _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
+    state = _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
+    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
+    state.best = math.inf if best is None else best
+    return state

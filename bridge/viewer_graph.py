@@ -9,7 +9,7 @@ groups are supernodes.
 Both viewers colour activations from 0 up, and show a feature by a number. A channel is therefore two features, of its positive
 and of its negative values, numbered apart from all others of the row, and the activation shown is the magnitude:
 
-    index       (8 channel + kind) 2 + (value < 0)                   kind by its place in ATTENTION_KINDS + MLP_KINDS
+    index       (9 channel + kind) 2 + (value < 0)                   kind by its place in schema.KINDS
                 1,000,000 + site                                     of an error
     feature     (row + index)(row + index + 1) / 2 + index           the Cantor pair of row and index
     influence   share of the summed |effect| that the nodes of larger |effect| have, and the node itself
@@ -33,9 +33,8 @@ from bridge.explanation import ExplainedNode, Explanation, Token
 from bridge.explanation_text import question
 from bridge.node_page import Excerpt, NodePage
 from bridge.recipe import UserError
-from bridge.sparse import ATTENTION_KINDS, ERROR, MLP_KINDS
+from bridge.schema import ERROR, KINDS, MLP_KINDS
 
-KINDS = ATTENTION_KINDS + MLP_KINDS
 ERRORS = 1_000_000  # the index from which on errors are numbered, by site: more than there are channels
 PINNED = 120  # nodes of the subgraph that is open at first, the strongest
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")

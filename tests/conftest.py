@@ -91,7 +91,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def untrained(dense: DenseModel, **parts: dict) -> Coupling:
     """An untrained coupling of width 32 to a dense model, every parameter moved off its initial zero."""
-    values = {"dense": "tiny", "sparse": {"width": 32, "positions": "learned"}, "sparsity": {"l0": 0.25}, "data": {"rows": 4}}
+    shape = {"width": 32, "head_channels": 16, "positions": "learned", "keep": 0.25}
+    values = {"dense": "tiny", "sparse": shape, "sparsity": {"l0": 0.25}, "data": {"rows": 4}}
     recipe = resolve_for(dense, resolve({**values, **parts}))
     coupling = new_coupling(dense, recipe)
     generator = torch.Generator().manual_seed(1)

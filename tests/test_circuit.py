@@ -50,7 +50,7 @@ def prompt(length: int = 6, seed: int = 0) -> Tensor:
 def literal(sparse: SparseTransformer, tokens_bt: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Every node and the logits of a sequential model, from its weights, with no gate, no fused attention and torch's topk."""
     weights = dict(sparse.named_parameters())
-    keep, channels = sparse.shape.keep, sparse.shape.head_channels
+    keep, channels = sparse.keep, sparse.channels
 
     def top(x: Tensor) -> Tensor:
         kept = torch.zeros_like(x)
@@ -157,7 +157,7 @@ def test_a_missing_mean_or_a_wrong_mask_is_an_error():
     circuit = random_circuit(sparse)
     fewer = {at: mean for at, mean in circuit.means.items() if at != Location(1, "v")}
     for build in (
-        lambda: Circuit("quotes", {at: kept_tn[:1] for at, kept_tn in circuit.kept.items()}, fewer, {}),
+        lambda: Circuit("quotes", {at: kept_tn[:1] for at, kept_tn in circuit.kept.items()}, fewer),
         lambda: ablation_gate(circuit.kept, fewer),
         lambda: MaskedModel(sparse, question(), fewer),
     ):
@@ -165,7 +165,7 @@ def test_a_missing_mean_or_a_wrong_mask_is_an_error():
             build()
     one = {at: kept_tn[:1] for at, kept_tn in circuit.kept.items()}
     with pytest.raises(ValueError, match=r"the mask at 0\.attn_in is torch\.bool of shape \(5, 16\)"):
-        Circuit("quotes", {**one, Location(0, "attn_in"): torch.ones(5, 16, dtype=torch.bool)}, circuit.means, {})
+        Circuit("quotes", {**one, Location(0, "attn_in"): torch.ones(5, 16, dtype=torch.bool)}, circuit.means)
     with pytest.raises(ValueError, match="two different ones"):
         Question.of_prompt(prompt(), 3, 3)
     with pytest.raises(ValueError, match="at least one token"):
@@ -291,10 +291,10 @@ def test_the_circuit_of_a_task_is_at_every_position():
     sparse = model()
     means = corpus_means(sparse, prompt(CONTEXT)[None])
     kept = {at: (torch.arange(n) % 5 == 0)[None] for at, n in sparse.locations().items()}
-    circuit = Circuit("quotes", kept, means, {})
+    circuit = Circuit("quotes", kept, means)
     assert circuit.nodes[0] == Node(Location(0, "attn_in"), 0) and {node.position for node in circuit.nodes} == {None}
     at_every_position = {at: kept_1n.expand(6, -1) for at, kept_1n in kept.items()}
     same, tokens_1t = ablation_gate(at_every_position, means), prompt(6)[None]
     assert torch.equal(sparse.run(tokens_1t, gate=circuit.gate).logits_btv, sparse.run(tokens_1t, gate=same).logits_btv)
     with pytest.raises(ValueError, match="not bool of shape"):
-        Circuit("quotes", at_every_position, means, {})
+        Circuit("quotes", at_every_position, means)

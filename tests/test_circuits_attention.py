@@ -28,7 +28,7 @@ def nodes_of(flow: Flow) -> dict[Location, Tensor]:
 
 def score(sparse: SparseTransformer, q_n: Tensor, k_n: Tensor, head: int, query: int, position: int) -> float:
     """q times k by the root of the channels; with rotary positions as complex numbers that are turned by the distance."""
-    channels = sparse.shape.head_channels
+    channels = sparse.channels
     q, k = (x[head * channels : (head + 1) * channels].tolist() for x in (q_n, k_n))
     if sparse.shape.positions != "rotary":
         return sum(a * b for a, b in zip(q, k, strict=True)) / math.sqrt(channels)
@@ -94,7 +94,7 @@ def without(flow: Flow, head: ExplainedHead, kinds: str) -> float:
         held[kind][:, part] = masked.means[Location(layer, kind)][part]
     z_n[part] = _read(sparse, layer, held, head.head, p)
     out_n = sparse.get_parameter(f"blocks.{layer}.o.weight") @ z_n + sparse.get_parameter(f"blocks.{layer}.o.bias")
-    top = out_n.abs().topk(round(sparse.shape.keep * len(out_n))).indices
+    top = out_n.abs().topk(round(sparse.keep * len(out_n))).indices
     out_n = torch.zeros_like(out_n).scatter(0, top, out_n[top])
     at = Location(layer, "attn_out")
     out_n = torch.where(flow.kept[at][p], out_n, masked.means[at])

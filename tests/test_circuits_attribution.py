@@ -14,7 +14,8 @@ from bridge.circuits.error_nodes import error_locations
 from bridge.circuits.flow import flow_through
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.sparse import ERROR, Gate, Location, SparseTransformer
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location, SparseTransformer
 
 
 def masked_model(sparse: SparseTransformer, *, length: int = 6, contrast: int | None = None, errors: bool = True) -> MaskedModel:

@@ -48,7 +48,7 @@ def literal_logits(flow: Flow, removed: list[tuple[Node, Node]]) -> Tensor:
         gone.setdefault((target.location, target.position or 0, target.index), []).append(source)
 
     def top(at: Location, x_1tn: Tensor) -> Tensor:
-        kept = max(1, round(sparse.shape.keep * x_1tn.shape[-1]))
+        kept = max(1, round(sparse.keep * x_1tn.shape[-1]))
         order = x_1tn.abs().argsort(dim=-1, descending=True, stable=True)[..., :kept]
         return gate(at, torch.zeros_like(x_1tn).scatter(-1, order, x_1tn.gather(-1, order)))
 
@@ -69,7 +69,7 @@ def literal_logits(flow: Flow, removed: list[tuple[Node, Node]]) -> Tensor:
         if kind == "attn":
             r_1ts = top(Location(layer, "attn_in"), r_1ts)
             q, k, v = (top(Location(layer, name), mapped(layer, name, name, "attn_in", r_1ts)) for name in "qkv")
-            pattern_htt, channels = sparse.pattern(layer, q, k)[0], sparse.shape.head_channels
+            pattern_htt, channels = sparse.pattern(layer, q, k)[0], sparse.channels
             z_1tn = torch.cat([pattern_htt[h] @ v[0, :, h * channels :][:, :channels] for h in range(len(pattern_htt))], -1)[None]
             weight_sn, bias_s = (sparse.get_parameter(f"blocks.{layer}.o.{part}") for part in ("weight", "bias"))
             y_1ts = z_1tn @ weight_sn.T + bias_s

@@ -14,7 +14,7 @@ from bridge.circuits.attribution import draw_edges
 from bridge.circuits.flow import flow_through
 from bridge.circuits.graph_scores import replacement_and_completeness
 from bridge.circuits.masked_model import MaskedModel
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 
 
 def literal(edges: tuple[Edge, ...]) -> tuple[float, float]:

@@ -30,7 +30,8 @@ from bridge.circuits.paths import path_words, strongest_paths
 from bridge.circuits.question import Question
 from bridge.dense import DenseModel
 from bridge.prompts import Prompts
-from bridge.sparse import ATTENTION_KINDS, ERROR, Location
+from bridge.schema import ATTENTION_KINDS, ERROR
+from bridge.sparse import Location
 
 
 def drawn(kinds: tuple[str, ...] = SEQUENTIAL, density: float = 0.3) -> tuple[Flow, Edges]:

@@ -234,7 +234,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--l0", "0"], "sparsity.l0 = 0.0: some weights must stay"),
         (["--l0", "-1"], "sparsity.l0 = -1.0: some weights must stay"),
         (["--l0", "1e9"], "more than the"),
-        ([], "how sparse is not said; give --l0"),
         (["--l0", "0.1", "--data", "nowhere.txt"], "data 'nowhere.txt' does not exist"),
         (["--l0", "0.1", "--set", "sparse.wdth=3"], "--set sparse.wdth is not a number of the recipe"),
         (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),

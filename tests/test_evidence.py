@@ -26,7 +26,8 @@ from bridge.evidence.measures import Criterion
 from bridge.evidence.patching import Counterfactual, full_swap, mean_share, moved, patched
 from bridge.evidence.sufficiency import adversary, backup, backup_nodes, measure_nested, superset_draws
 from bridge.residual import Enter
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 from tests.conftest import CONTEXT, VOCABULARY, untrained
 
 LENGTH = 6

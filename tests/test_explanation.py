@@ -22,7 +22,8 @@ from bridge.explanation_text import LISTED_HEADS, render_answer, render_text
 from bridge.prompts import PromptError
 from bridge.recipe import UserError
 from bridge.residual import Enter
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 from tests.conftest import CONTEXT, VOCABULARY, tiny_gpt2, untrained
 
 PROMPT = "w30 w31 w4 w8"

@@ -27,7 +27,7 @@ from bridge.export import ExportError, export, node_pages, to_networkx
 from bridge.node_page import NodePage
 from bridge.nodes import collect_nodes
 from bridge.recipe import UserError
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 from bridge.viewer_graph import opened
 
 HERE = Path(__file__).parent

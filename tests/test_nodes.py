@@ -279,7 +279,7 @@ def test_hostile_text_is_printed_as_python_would_write_it() -> None:
 
 def test_a_page_is_plain_json(pair: Coupling, facts: NodeFacts) -> None:
     page = describe_node(pair, facts, Node(Location(0, "v"), 9))
-    assert page.head == 9 // pair.sparse.shape.head_channels and page.n_tokens == ROWS * CONTEXT
+    assert page.head == 9 // pair.sparse.channels and page.n_tokens == ROWS * CONTEXT
     assert json.loads(json.dumps(page.to_json()))["high"][0]["token"] == page.high[0].token
 
 

@@ -29,7 +29,7 @@ from bridge.explain import explain
 from bridge.explanation import Answered, Explanation, read_explanation
 from bridge.nodes import collect_nodes
 from bridge.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
-from bridge.sparse import ERROR
+from bridge.schema import ERROR
 
 VIEWER = Path(__file__).parent.parent / "bridge" / "viewer"
 PROMPT = "w5 w9 w12 w5 w30 w2"

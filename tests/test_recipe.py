@@ -50,7 +50,7 @@ def refusal(*assignments: str, **parts: Any) -> str:
 
 def test_the_least_recipe_is_complete() -> None:
     recipe = resolve(values())
-    assert (recipe.sparsity.l0, recipe.budget.tokens, recipe.sparse.keep, recipe.seed) == (0.1, 1000, 0.25, 0)
+    assert (recipe.sparsity.l0, recipe.budget.tokens, recipe.sparse.keep, recipe.seed) == (0.1, 1000, None, 0)
     assert recipe.losses.coupled
 
 
@@ -88,13 +88,15 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     [
         ({"dense": None}, "dense = None: input should be a valid string"),
         ({"sparse": 5}, "sparse = 5: must be a table of numbers; write one of them in full, for example sparse.width = 512"),
-        ({"sparse": {"width": 100}}, "sparse.width 100 is not a multiple of sparse.head_channels 16; change one of them"),
+        (
+            {"sparse": {"width": 100, "head_channels": 16}},
+            "sparse.width 100 is not a multiple of sparse.head_channels 16; change one of them",
+        ),
         (
             {"sparse": {"positions": "rotary", "head_channels": 5}},
             "sparse.head_channels 5 is odd, and rotary positions turn pairs; make it even",
         ),
-        ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'none', 'learned' or 'rotary'"),
-        ({"sparsity": {}}, "sparsity.l0 is missing from the recipe; give it there or with --set sparsity.l0=..."),
+        ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'auto', 'none', 'learned' or 'rotary'"),
         ({"budget": {"minutes": -1}}, "budget.minutes = -1: input should be greater than 0"),
         ({"budget": {"tokens": 0}}, "budget.tokens = 0: input should be greater than or equal to 1"),
         ({"data": {"context": 1}}, "data.context = 1: input should be greater than or equal to 2"),
@@ -109,10 +111,8 @@ def test_what_is_wrong_is_named_with_its_rule(parts: dict[str, Any], message: st
 
 
 def test_what_is_missing_is_named() -> None:
-    for left_out, needed in [("dense", "dense is missing"), ("sparsity", "sparsity.l0 is missing")]:
-        incomplete = {key: value for key, value in values().items() if key != left_out}
-        with pytest.raises(RecipeError, match=needed):
-            resolve(incomplete)
+    with pytest.raises(RecipeError, match="dense is missing"):
+        resolve({key: value for key, value in values().items() if key != "dense"})
 
 
 def test_losses_that_are_all_zero_are_refused() -> None:
@@ -184,7 +184,7 @@ def test_every_number_has_a_name_that_can_be_set() -> None:
     assert len(known_names()) == len(set(known_names())) > 30
     for name in known_names():
         *part, key = name.split(".")
-        changed = recipe_values(settings=dict([parse_setting(f"{name}=1")]), required=False)
+        changed = recipe_values(settings=dict([parse_setting(f"{name}=1")]))
         assert changed == ({part[0]: {key: 1}} if part else {key: 1})
 
 
@@ -233,8 +233,6 @@ def test_flags_that_do_not_make_a_recipe_are_refused(tmp_path: Path) -> None:
     file.write_text("[losses]\nce = -1\n[sparsity]\nl0 = 0.5")
     with pytest.raises(RecipeError, match=r"^losses\.ce = -1: input should be greater than or equal to 0$"):
         recipe_values(recipe=file, uncoupled=True)
-    with pytest.raises(RecipeError, match="^how sparse is not said; give --l0: "):
-        recipe_values(tokens=5)
 
 
 @pytest.mark.parametrize(

@@ -121,17 +121,17 @@ def test_separate_maps_and_unscaled_scores_are_found() -> None:
 
 
 @pytest.mark.usefixtures("nothing_unused")
-def test_a_relu_is_nearly_a_steep_gelu() -> None:
+def test_a_relu_and_positions_with_an_offset_are_found() -> None:
     """OPT, whose positions begin at an offset and whose keys are made before its queries are declared."""
     config = OPTConfig(
         vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
         num_hidden_layers=2, num_attention_heads=2, pad_token_id=1, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    coupling, what = started(shaken(OPTForCausalLM(config)))
-    attention, mlp = what.sublayers[::2], what.sublayers[1::2]
-    assert what.embedding and what.unembedding
-    assert all(share is not None and share > 0.9999 for share in attention)
-    assert all(share is not None and share > 0.95 for share in mlp)
+    model = shaken(OPTForCausalLM(config))
+    coupling, what = started(model)
+    assert coupling.recipe.sparse.block is not None
+    assert None not in what.sublayers and coupling.recipe.sparse.block.activation == "relu"
+    assert max(errors(coupling, model)) < 1e-3
 
 
 @pytest.mark.usefixtures("nothing_unused")
@@ -158,10 +158,10 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.mark.usefixtures("nothing_unused")
-def test_what_a_llama_has_beyond_the_sparse_model_stays_random() -> None:
-    """Its gated MLP; its attention is copied where the recipe has rotary positions."""
+def test_what_the_recipe_has_otherwise_stays_random() -> None:
+    """A plain MLP for a gated one; the attention is copied."""
     model = llama()
-    coupling, what = started(model, positions="rotary")
+    coupling, what = started(model, positions="auto", mlp="plain")
     attention, mlp = what.sublayers[::2], what.sublayers[1::2]
     assert what.embedding and what.unembedding and mlp == (None, None)
     assert all(share is not None and share > 0.999 for share in attention)
@@ -174,7 +174,7 @@ def test_what_a_llama_has_beyond_the_sparse_model_stays_random() -> None:
 
 def test_a_sublayer_that_is_not_verified_is_left_as_it_was() -> None:
     dense = load_dense(llama())
-    shape = {"width": 4 * WIDTH, "head_channels": 8, "positions": "none"}
+    shape = {"width": 4 * WIDTH, "head_channels": 8, "mlp": "plain"}
     values = {"dense": "tiny", "sparse": shape, "sparsity": {"l0": 0.25}, "data": {"context": CONTEXT}}
     recipe = resolve_for(dense, resolve(values))
     coupling, untouched = new_coupling(dense, recipe), new_coupling(dense, recipe)
@@ -183,14 +183,16 @@ def test_a_sublayer_that_is_not_verified_is_left_as_it_was() -> None:
     assert what.sublayers[1] is None
     for name, parameter in coupling.sparse.blocks[0].named_parameters():
         if name.startswith(("up", "down")):
-            assert torch.equal(parameter, untouched_block[name]), name
+            was = untouched_block[name]
+            quieter = parameter.norm() / was.norm().clamp_min(1e-9)  # so that what is random does not drown what was copied
+            assert quieter <= 1 and torch.allclose(parameter, quieter * was, atol=1e-7), name
 
 
 def test_a_narrower_model_starts_close_and_one_too_narrow_says_so() -> None:
     """AbsTopK then loses something; without the d channels there is nowhere to write the dense model."""
     model = tiny_gpt2()
     wanted_btv = logits(model, tokens())
-    coupling, what = started(model, width=3 * WIDTH)
+    coupling, what = started(model, width=3 * WIDTH, keep=0.25)
     assert all(share is not None and 0.5 < share < 0.999 for share in what.sublayers)
     random = new_coupling(coupling.dense, coupling.recipe)
     with torch.no_grad():
@@ -244,7 +246,7 @@ def test_a_run_that_goes_on_does_not_start_again(text_file: Path, tmp_path: Path
     for _ in range(4):
         next(steps)
     steps.close()
-    monkeypatch.setattr(start, "_watch", None)  # a second start would fail
+    monkeypatch.setattr(start, "dissect", None)  # a second start would fail
     rest = made(tmp_path / "cut", resume=True)
     assert rest.started is None
     for _ in train(rest):

@@ -211,7 +211,7 @@ def test_the_ends_of_the_model_can_keep_more(dense_folder: Path, text_file: Path
 def test_another_shape_is_no_start(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     fitted(dense_folder, text_file, tokens=1, out=tmp_path / "first")
     with pytest.raises(RecipeError, match="another shape .keep."):
-        settings = {"sparse.start": str(tmp_path / "first"), "sparse.keep": 0.5}
+        settings = {"sparse.start": str(tmp_path / "first"), "sparse.keep": 0.25}
         prepare(dense_folder, values(text_file, TOKENS, **settings), device="cpu")
     with pytest.raises(CheckpointError, match="nowhere"):
         prepare(dense_folder, values(text_file, TOKENS, **{"sparse.start": str(tmp_path / "nowhere")}), device="cpu")
@@ -267,13 +267,14 @@ def test_every_neuron_keeps_its_minimum(dense_folder: Path, text_file: Path) -> 
 
 def test_bfloat16_keeps_float32_weights(dense_folder: Path, text_file: Path) -> None:
     """And a float32 fit may follow in the same process."""
-    coupling, reports = fitted(dense_folder, text_file, dtype="bfloat16")
+    settings = {"sparse.keep": 0.25}  # where nothing is lost at the start there is nothing to compare
+    coupling, reports = fitted(dense_folder, text_file, dtype="bfloat16", settings=settings)
     assert all(p.dtype == torch.float32 for p in coupling.sparse.parameters())
     assert all(math.isfinite(value) for report in reports for value in report.losses.values())
-    _, plain = fitted(dense_folder, text_file)
+    _, plain = fitted(dense_folder, text_file, settings=settings)
     for name, value in plain[0].losses.items():
         assert reports[0].losses[name] != value  # it really was another arithmetic, and yet
-        assert reports[0].losses[name] == pytest.approx(value, rel=0.05), name
+        assert reports[0].losses[name] == pytest.approx(value, rel=0.1), name
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -428,13 +429,13 @@ def test_not_a_number_stops_with_the_last_good_state(
 
 def test_divergence_stops(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(FitError, match=r"cross-entropy is .* nats, worse than guessing \(3\.69\)"):
-        fitted(dense_folder, text_file, tmp_path / "run", settings={"optimizer.rate": 100.0}, tokens=4 * TOKENS)
+        fitted(dense_folder, text_file, tmp_path / "run", settings={"optimizer.rate": 100.0}, tokens=10 * TOKENS)
 
 
 def test_a_run_goes_on_by_its_own_recipe(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     begun(dense_folder, text_file, out)
-    for settings, named in (({"seed": 5}, "seed"), ({"sparse.keep": 0.5}, "sparse"), ({"sparsity.l0": 0.2}, "sparsity")):
+    for settings, named in (({"seed": 5}, "seed"), ({"sparse.keep": 0.25}, "sparse"), ({"sparsity.l0": 0.2}, "sparsity")):
         with pytest.raises(RecipeError, match=rf"--resume goes on by the recipe in .* differs in {named}$"):
             prepare(dense_folder, values(text_file, TOKENS, **settings), out=out, resume=True, device="cpu")
     run = prepare(dense_folder, values(text_file, tokens=3 * TOKENS // 2), out=out, resume=True, device="cpu")

@@ -7,7 +7,8 @@ c, at a query position p, with P its pattern and v, m the values and means of it
     weight     P_pp' = exp S_pp' / (exp sink + sum over p'' <= p of exp S_pp'')     `sink` is the share that goes nowhere
     moved      z_p = sum over p' of P_pp' v_p', which W_o hands on to attn_out
 
-With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner. A
+With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner; a score
+stands here before ALiBi and a soft cap. Keys and values that heads share are ablated for one head at a time. A
 `ValueTerm` is what a v channel at p' adds to d: P_pp' (v_p'c - m_c) times the gradient of d along W_o's column, summed over the
 circuit's attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`attribution`).
 
@@ -38,17 +39,19 @@ from torch import Tensor
 from bridge.circuit import Node
 from bridge.circuits.flow import Flow
 from bridge.residual import Enter, Trace
-from bridge.sparse import ERROR, Gate, Location
+from bridge.sparse import Location
 
 HEADS = 16  # at a query position, that are measured
 READS = 4  # positions listed of each, those of the largest weights
 TERMS = 6  # channels listed of each score, and of what is moved
-_WAYS = (("q", "k", "v"), ("q", "k"), ("v",))  # what is ablated: everything, the pattern's, the values'
+_WAYS = 3  # what is ablated: everything, the pattern's, the values'
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """A channel's share of a score: query value times key value by the root of the channels. `channel` numbers q and k nodes."""
+    """A channel's share of a score: query value times key value by the root of the channels. `channel` numbers q nodes, and
+    k nodes where heads share none.
+    """
 
     channel: int
     query_value: float
@@ -106,13 +109,17 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, and the gradient of d along z (gradient_thc)."""
+    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself,
+    and what it is by each way of ablating (ablated_3htc).
+    """
 
     q_htc: Tensor
     k_htc: Tensor
     pattern_htt: Tensor
     change_thc: Tensor
     gradient_thc: Tensor
+    z_htc: Tensor
+    ablated_3htc: Tensor
     first_order_3th: Tensor
 
 
@@ -128,7 +135,7 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
         if size > 0
     ]
     pairs = [pair for _, *pair in sorted(sizes, reverse=True)[:most]]
-    effects = _effects(flow, pairs)
+    effects = _effects(flow, layers, pairs)
     heads = [
         _explained(flow, layers[layer], layer, head, query, its) for (layer, head, query), its in zip(pairs, effects, strict=True)
     ]
@@ -142,7 +149,7 @@ def moved_to(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     for layer in sorted({node.location.layer for node in nodes}):
         q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
         pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
-        change_thc = flow.change[v].unflatten(-1, (-1, flow.sparse.shape.head_channels))
+        change_thc = flow.change[v].unflatten(-1, (-1, flow.sparse.channels))
         for node in nodes:
             if node.location == out and node.position is not None:
                 write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])
@@ -159,52 +166,56 @@ def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:
 
 def _layer(flow: Flow, layer: int) -> _Layer:
     sparse, value = flow.sparse, flow.value
-    channels = sparse.shape.head_channels
+    channels = sparse.channels
     q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
     mean = {at: flow.masked.means[at].to(value[at].dtype).expand_as(value[at]) for at in (q, k, v)}
     pattern_htt, ablated_htt = (sparse.pattern(layer, of[q][None], of[k][None])[0] for of in (value, mean))
-    gradient_thc = ((flow.gradient[out] * flow.kept[out]) @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
-    v_htc, mean_htc = (of[v].unflatten(-1, (-1, channels)).transpose(0, 1) for of in (value, mean))
+    passed_ts = flow.passed(out)
+    gradient_ts = flow.gradient[out] * flow.kept[out] * (1.0 if passed_ts is None else passed_ts)
+    gradient_thc = (gradient_ts @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
+    v_htc, mean_htc = (sparse.shared(sparse.heads(layer, of[v][None], rotate=False))[0] for of in (value, mean))
     z_htc = pattern_htt @ v_htc
-    lost_3htc = z_htc - torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
+    ablated_3htc = torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
     return _Layer(
-        q_htc=sparse.heads(value[q][None], rotate=True)[0],
-        k_htc=sparse.heads(value[k][None], rotate=True)[0],
+        q_htc=sparse.heads(layer, value[q][None], rotate=True)[0],
+        k_htc=sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0],
         pattern_htt=pattern_htt,
         change_thc=(v_htc - mean_htc).transpose(0, 1),
         gradient_thc=gradient_thc,
-        first_order_3th=(lost_3htc.transpose(1, 2) * gradient_thc).sum(-1),
+        z_htc=z_htc,
+        ablated_3htc=ablated_3htc,
+        first_order_3th=((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1),
     )
 
 
-def _effects(flow: Flow, pairs: list[list[int]]) -> list[list[float]]:
-    """What d loses for each pair of head and query by each of the ways of ablating."""
+def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> list[list[float]]:
+    """What d loses for each pair of layer, head and query by each of the ways of ablating."""
     if not pairs:
         return []
     sparse, masked = flow.sparse, flow.masked
-    whole, (_, correct) = _run(flow, 1), masked.gates(flow.kept_f[None])
-    order, site_r, x_rts = [], [], []
-    for layer in sorted({layer for layer, _, _ in pairs}):
-        site = sparse.site(Location(layer, "attn_out"))
-        here = [(head, query) for at, head, query in pairs if at == layer]
-        heads = sorted({head for head, _ in here})
-        rows = [(head, ways) for head in heads for ways in _WAYS]
-        ablated = sparse.sublayer(site, _without(flow, layer, rows))(whole.residuals[site].repeat(len(rows), 1, 1))
-        ablated_rts = correct(Location(site + 1, ERROR), ablated)
-        for head, query in here:
-            first = heads.index(head) * len(_WAYS)
-            x_3ts = whole.residuals[site + 1].repeat(len(_WAYS), 1, 1)
-            x_3ts[:, query] = ablated_rts[first : first + len(_WAYS), query]
-            order.append((layer, head, query))
-            site_r += [site + 1] * len(_WAYS)
-            x_rts.append(x_3ts)
-    parts = torch.cat(x_rts).split(masked.rows), torch.tensor(site_r).split(masked.rows)
-    logits_rv = torch.cat([
-        _run(flow, len(some_r), Enter(some_r, some_rts)).logits_btv[:, -1] for some_rts, some_r in zip(*parts, strict=True)
-    ])  # fmt: skip
-    lost_r = flow.difference - masked.question.difference(logits_rv, torch.zeros(len(site_r), dtype=torch.long))
-    lost = dict(zip(order, lost_r.unflatten(0, (-1, len(_WAYS))).tolist(), strict=True))
-    return [lost[layer, head, query] for layer, head, query in pairs]
+    whole = _run(flow, 1)
+    keep, _ = masked.gates(flow.kept_f.expand(_WAYS, -1))
+    site_r, x_rts = [], []
+    for layer, head, query in pairs:
+        site, its = sparse.site(Location(layer, "attn_out")), layers[layer]
+        z_3htc = its.z_htc.repeat(_WAYS, 1, 1, 1)
+        z_3htc[:, head, query] = its.ablated_3htc[:, head, query]
+        before_1ts, after_3ts = (
+            sparse.attended(layer, z_bhtc.transpose(1, 2).flatten(2), keep) for z_bhtc in (its.z_htc[None], z_3htc)
+        )
+        x_3ts = whole.residuals[site + 1].repeat(_WAYS, 1, 1)
+        x_3ts[:, query] += (after_3ts - before_1ts)[:, query]
+        site_r += [site + 1] * _WAYS
+        x_rts.append(x_3ts)
+    order_r = torch.tensor(site_r).argsort(stable=True)
+    lost_r = torch.empty(len(site_r), dtype=torch.float64)
+    for some_r in order_r.split(masked.rows):
+        enter = Enter(torch.tensor(site_r)[some_r], torch.cat(x_rts)[some_r])
+        logits_rv = _run(flow, len(some_r), enter).logits_btv[:, -1]
+        lost_r[some_r] = (
+            flow.difference - masked.question.difference(logits_rv, torch.zeros(len(some_r), dtype=torch.long)).cpu().double()
+        )
+    return lost_r.unflatten(0, (-1, _WAYS)).tolist()
 
 
 def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
@@ -213,28 +224,11 @@ def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
     return flow.sparse.run(flow.tokens_t.expand(rows, -1), enter, gate, correct=correct, last_only=True)
 
 
-def _without(flow: Flow, layer: int, rows: list[tuple[int, tuple[str, ...]]]) -> Gate:
-    """S_C's gate under which a head's nodes of some kinds are ablated, a head and kinds for every row."""
-    channels, (keep, _) = flow.sparse.shape.head_channels, flow.masked.gates(flow.kept_f[None])
-
-    def gate(location: Location, x_rtn: Tensor) -> Tensor:
-        x_rtn = keep(location, x_rtn)
-        if location.layer != layer or location.kind not in _WAYS[0]:
-            return x_rtn
-        x_rtn = x_rtn.clone()
-        for row, (head, kinds) in enumerate(rows):
-            if location.kind in kinds:
-                part = slice(head * channels, (head + 1) * channels)
-                x_rtn[row, :, part] = flow.masked.means[location][part].to(x_rtn.dtype)
-        return x_rtn
-
-    return gate
-
-
 def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
     effect, pattern_effect, value_effect = effects
     weight_t = its.pattern_htt[head, query]
-    v, first = Location(layer, "v"), head * flow.sparse.shape.head_channels
+    channels = flow.sparse.channels
+    v, first, own = Location(layer, "v"), head * channels, head // flow.sparse.group * channels
     reads = []
     for position in weight_t[: query + 1].topk(min(READS, query + 1)).indices.tolist():
         query_c, key_c = its.q_htc[head, query], its.k_htc[head, position]
@@ -242,10 +236,10 @@ def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effec
         listed = [c for c in product_c.abs().topk(min(TERMS, len(product_c))).indices.tolist() if product_c[c] != 0]
         terms = tuple(ScoreTerm(first + c, float(query_c[c]), float(key_c[c]), float(product_c[c])) for c in listed)
         effect_c = weight_t[position] * its.change_thc[position, head] * its.gradient_thc[query, head]
-        nodes = flow.kept[v][position, first : first + len(effect_c)].nonzero().flatten().tolist()
+        nodes = flow.kept[v][position, own : own + channels].nonzero().flatten().tolist()
         moved = sorted(
             (
-                ValueTerm(str(Node(v, first + c, position)), float(flow.value[v][position, first + c]), float(effect_c[c]))
+                ValueTerm(str(Node(v, own + c, position)), float(flow.value[v][position, own + c]), float(effect_c[c]))
                 for c in nodes
             ),
             key=lambda term: -abs(term.effect),

@@ -1,11 +1,13 @@
 """What flows between the nodes of a circuit: its edges, with what each adds to its target and to the answer.
 
 Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
-an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons before GELU):
+an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons, or their gates,
+before the nonlinearity); where a matrix's output goes through a norm, or is multiplied by a gate, that is held (`flow.passed`):
 
     weight = d target / d source * (a_source - m_source)
 
-    weight       W_ji (a_i - m_i)            attn_in -> q, k, v;  mlp_in -> mlp_act;  mlp_act -> mlp_out           exact
+    weight       W_ji (a_i - m_i)            attn_in -> q, k, v;  mlp_in -> mlp_gate, mlp_act -> mlp_out           exact
+    gate         (W_up r + b)_i (a_i - m_i)  mlp_gate -> mlp_act, same neuron, what it multiplies being held       exact
     value        P_pp' W_ji (a_i - m_i)      v at p' -> attn_out at p, P the attention pattern of S_C              exact
     score        by gradient through P       q at p, k at p' -> attn_out at p, the values being held               first order
     residual     (a_i - m_i) / rms           attn_out, mlp_out -> attn_in, mlp_in of a later sublayer, same channel, rms held
@@ -42,7 +44,8 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.nested import evenly
 from bridge.circuits.subject import SparseSubject
 from bridge.residual import Enter
-from bridge.sparse import ERROR, MATRICES, READ_KINDS, WRITE_KINDS, Location
+from bridge.schema import ERROR, GATE, READ_KINDS, WRITE_KINDS
+from bridge.sparse import Location
 
 _ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose gradients are taken at once
 
@@ -161,7 +164,8 @@ def draw_edges(flow: Flow, most: int | None = None, progress: Callable[[str], No
     progress is told between two locations, and may raise to end the work.
     """
     drawing = _Drawing(flow, most)
-    for found in (_weight_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow)):
+    parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
+    for found in parts:
         for edges in found:
             progress("edges")
             drawing.add(edges)
@@ -272,69 +276,91 @@ def _no_edges(flow: Flow) -> tuple[Tensor, ...]:
 
 
 def _weight_edges(flow: Flow) -> Iterator[_Some]:
-    for source in flow.locations("attn_in", "mlp_in", "mlp_act"):
-        for name, (kind, to) in MATRICES.items():
-            if kind != source.kind:
-                continue
+    for name, (kind, to) in flow.sparse.matrices.items():
+        for source in flow.locations(kind) if name != "o" else ():
             target, weight_ji = Location(source.layer, to), flow.weight(source.layer, name)
-            from_tn, to_tn = flow.kept[source], flow.kept[target]
+            from_tn, to_tn, passed_tj = flow.kept[source], flow.kept[target], flow.passed(target)
             column_k, row_k = (kept_tn.any(0).nonzero().flatten() for kept_tn in (from_tn, to_tn))
             row_w, column_w = weight_ji[row_k[:, None], column_k].nonzero().unbind(1)
             row_w, column_w = row_k[row_w], column_k[column_w]
             position, w = (from_tn[:, column_w] & to_tn[:, row_w]).nonzero().unbind(1)
             i, j = column_w[w], row_w[w]
             added_e = weight_ji[j, i] * flow.change[source][position, i]
+            added_e = added_e if passed_tj is None else added_e * passed_tj[position, j]
             ends = (source, i, position), (target, j, position)
             yield _Some("weight", *ends, added_e, added_e * flow.gradient[target][position, j])
 
 
+def _gate_edges(flow: Flow) -> Iterator[_Some]:
+    for source in flow.locations(GATE):
+        target = Location(source.layer, "mlp_act")
+        position, i = (flow.kept[source] & flow.kept[target]).nonzero().unbind(1)
+        added_e = flow.mapped(source.layer, "up")[position, i] * flow.change[source][position, i]
+        yield _Some("gate", (source, i, position), (target, i, position), added_e, added_e * flow.gradient[target][position, i])
+
+
 def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
-    sparse, channels = flow.sparse, flow.sparse.shape.head_channels
+    sparse, channels, group = flow.sparse, flow.sparse.channels, flow.sparse.group
     for target in flow.locations("attn_out"):
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
-        pattern_hts = sparse.pattern(target.layer, *(flow.value[source][None] for source in sources[:2]))[0]
+        q_1tn, k_1tn = (flow.value[source][None] for source in sources[:2])
+        pattern_hts, scores_hts = (of(target.layer, q_1tn, k_1tn)[0] for of in (sparse.pattern, sparse.scores))
+        slope_hts = pattern_hts * sparse.score_slope(scores_hts) / math.sqrt(channels)
         to_position_r, to_index_r = flow.kept[target].nonzero().unbind(1)
         write_rhc = flow.weight(target.layer, "o")[to_index_r].unflatten(-1, (-1, channels))
-        kept_hk = torch.cat([flow.kept[source] for source in sources]).unflatten(-1, (-1, channels)).any(0)
-        for head in kept_hk.any(-1).nonzero().flatten().tolist():
-            here = slice(head * channels, (head + 1) * channels)
-            heard_r = write_rhc[:, head].any(-1).nonzero().flatten()  # few rows of a sparse matrix write from it
+        if (passed_tj := flow.passed(target)) is not None:
+            write_rhc = write_rhc * passed_tj[to_position_r, to_index_r][:, None, None]
+        for shared in range(sparse.heads_of_keys):  # keys and values, and the heads that share them
+            heads = slice(shared * group, (shared + 1) * group)
+            first = {source: shared * channels * (group if source.kind == "q" else 1) for source in sources}
+            here = {at: slice(start, start + channels * (group if at.kind == "q" else 1)) for at, start in first.items()}
+            if not any(bool(flow.kept[source][:, here[source]].any()) for source in sources):
+                continue
+            heard_r = write_rhc[:, heads].flatten(1).any(-1).nonzero().flatten()  # few rows of a sparse matrix write from them
             for row_r in heard_r.split(_ATTENTION_TARGETS) if len(heard_r) else ():
                 at_r, index_r = to_position_r[row_r], to_index_r[row_r]
-                gradients = _head_gradients(flow, sources, head, pattern_hts[head], at_r, write_rhc[row_r, head])
+                patterns = pattern_hts[heads], slope_hts[heads]
+                gradients = _head_gradients(flow, sources, heads, shared, *patterns, at_r, write_rhc[row_r, heads])
                 to_gradient_r11 = flow.gradient[target][at_r, index_r][:, None, None]
                 for source, gradient_rtc in zip(sources, gradients, strict=True):
-                    there_rtc = (gradient_rtc != 0) & flow.kept[source][:, here]
-                    added_rtc = gradient_rtc * flow.change[source][:, here]
+                    there_rtc = (gradient_rtc != 0) & flow.kept[source][:, here[source]]
+                    added_rtc = gradient_rtc * flow.change[source][:, here[source]]
                     effect_rtc = added_rtc * to_gradient_r11
-                    used_r, used_c = there_rtc.any(1).nonzero().unbind(1)
+                    used = None
+                    if source.kind == "v":  # a weight for each of the heads
+                        used_r, used_h, used_c = (there_rtc.any(1)[:, None] & (write_rhc[row_r, heads] != 0)).nonzero().unbind(1)
+                        used = (heads.start + used_h) * channels + used_c, index_r[used_r]
                     r, position, c = (there_rtc & drawing.strong(effect_rtc)).nonzero().unbind(1)
                     yield _Some(
-                        "value" if source.kind == "v" else "score", (source, here.start + c, position),
+                        "value" if source.kind == "v" else "score", (source, first[source] + c, position),
                         (target, index_r[r], at_r[r]), added_rtc[r, position, c], effect_rtc[r, position, c],
-                        int(there_rtc.sum()), (here.start + used_c, index_r[used_r]),
+                        int(there_rtc.sum()), used,
                     )  # fmt: skip
 
 
 def _head_gradients(
-    flow: Flow, sources: list[Location], head: int, pattern_ts: Tensor, to_r: Tensor, write_rc: Tensor
-) -> tuple[Tensor, ...]:
-    """gradient_rtc = d target / d node for a head's q, k and v nodes, a row for each attn_out node, at to_r, that reads the head.
+    flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, slope_gts: Tensor, to_r: Tensor,
+    write_rgc: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node, at
+    to_r, that reads them.
 
     With target = sum_s p_s u_s over heads, p the pattern at its position and u_s = v_s . w what the head's value there would
     write, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), the sink's u being 0.
     """
-    sparse, rows = flow.sparse, torch.arange(len(to_r), device=to_r.device)
-    q_tc, k_sc, v_sc = (
-        sparse.heads(flow.value[source][None], rotate=source.kind != "v")[0, head] for source in sources
-    )  # fmt: skip
-    pattern_rs, u_rs = pattern_ts[to_r], write_rc @ v_sc.T
-    score_rs = pattern_rs * (u_rs - (pattern_rs * u_rs).sum(-1, keepdim=True)) / math.sqrt(sparse.shape.head_channels)
-    q_rtc = torch.zeros(len(to_r), *q_tc.shape, dtype=q_tc.dtype, device=q_tc.device)
-    q_rtc[rows, to_r] = score_rs @ k_sc
-    k_rsc = score_rs[:, :, None] * q_tc[to_r][:, None]
-    q_rtc, k_rsc = (sparse.nodes(gradient[:, None], rotated=True) for gradient in (q_rtc, k_rsc))
-    return q_rtc, k_rsc, pattern_rs[:, :, None] * write_rc[:, None]
+    sparse, rows, layer = flow.sparse, torch.arange(len(to_r), device=to_r.device), sources[0].layer
+    q_gtc, k_1sc, v_1sc = (
+        sparse.heads(layer, flow.value[source][None], rotate=source.kind != "v")[0, part]
+        for source, part in zip(sources, (heads, slice(shared, shared + 1), slice(shared, shared + 1)), strict=True)
+    )
+    pattern_rgs, u_rgs = pattern_gts[:, to_r].transpose(0, 1), write_rgc @ v_1sc[0].T
+    above_rgs = u_rgs - (pattern_rgs * u_rgs).sum(-1, keepdim=True)
+    score_rgs = slope_gts[:, to_r].transpose(0, 1) * above_rgs
+    q_rgtc = torch.zeros(len(to_r), *q_gtc.shape, dtype=q_gtc.dtype, device=q_gtc.device)
+    q_rgtc[rows, :, to_r] = score_rgs @ k_1sc[0]
+    k_r1sc = torch.einsum("rgs,rgc->rsc", score_rgs, q_gtc[:, to_r].transpose(0, 1))[:, None]
+    q_rtc, k_rsc = (sparse.nodes(layer, gradient, rotated=True) for gradient in (q_rgtc, k_r1sc))
+    return q_rtc, k_rsc, torch.einsum("rgs,rgc->rsc", pattern_rgs, write_rgc)
 
 
 def _residual_edges(flow: Flow) -> Iterator[_Some]:
@@ -380,5 +406,7 @@ def _answer_edges(flow: Flow) -> Iterator[_Some]:
     if sparse.bigram:
         nothing_11s = torch.zeros_like(flow.change[EMBEDDING][:1])[None]
         token_1 = flow.tokens_t[-1:]
-        entry_v = sparse.run(token_1[None], Enter.at(last_site, nothing_11s)).logits_btv[0, 0] - sparse.unembedding.bias
+        entry_v = sparse.run(token_1[None], Enter.at(last_site, nothing_11s)).logits_btv[0, 0] - sparse.capped(
+            sparse.unembedding.bias
+        )
         yield to_answer("bigram", BIGRAM, token_1, (flow.read_v @ entry_v)[None])

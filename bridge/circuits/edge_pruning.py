@@ -142,7 +142,7 @@ class EdgeMaskedModel:
         added_re = removed_re[:, its.edge_e] * its.weight_e * change_re
         if name == "o":
             pattern_rhtt = self.flow.sparse.pattern(layer, *(value[Location(layer, kind)] for kind in ("q", "k")))
-            head_e = its.source_index_e // self.flow.sparse.shape.head_channels
+            head_e = its.source_index_e // self.flow.sparse.channels
             added_re = added_re * pattern_rhtt[:, head_e, its.position_e, its.source_position_e]
         rows, _, wide = y_rtm.shape
         added_rf = torch.zeros(rows, y_rtm.shape[1] * wide, device=y_rtm.device)

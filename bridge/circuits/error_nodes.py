@@ -25,7 +25,8 @@ from torch import Tensor
 from bridge.bridges import Coupling
 from bridge.circuit import corpus_means
 from bridge.residual import Enter, Trace
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 _ROWS = 8  # of the reference corpus at a time

@@ -4,8 +4,11 @@ Everything is read off S_C, the sparse model with every node and every error out
 With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, r_v = dd / d logits there,
 
     change      a_i - m_i;  of the embedding E - mean E;  of a kept error e - mean e, a vector for each site and token
-    gradient    dd / d what the node is before AbsTopK (of MLP neurons before GELU); 0 where AbsTopK makes it 0
-    scale       1 / rms of the residual stream, per token, at every site
+    gradient    dd / d what the node is before AbsTopK (of MLP neurons, or gates, before their nonlinearity); 0 where AbsTopK
+                makes it 0
+    passed      what a unit of a matrix's output is on its way to a node: times the scale of the norm that it goes through, which
+                is held; of gated neurons, times the gate
+    scale       1 / rms of the residual stream, per token, at every site (1 where it is read without a norm)
     read_v      r_v; against one other token it is 1 for the answer, -1 for the contrast, exactly and everywhere; against all
                 others it is 1 for the answer, minus each other token's share of the others' probability, and first order
 
@@ -24,8 +27,8 @@ from torch import Tensor
 
 from bridge.circuit import EMBEDDING, check_means
 from bridge.circuits.masked_model import MaskedModel
-from bridge.kernels.top_k import gelu
-from bridge.sparse import ERROR, Location, SparseTransformer, norm_scale
+from bridge.schema import ERROR, GATE, activated
+from bridge.sparse import Location, SparseTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class Flow:
     scale: tuple[Tensor, ...]
     logits_v: Tensor
     read_v: Tensor
+    uncapped_v: Tensor
     difference: float
 
     @property
@@ -64,12 +68,33 @@ class Flow:
 
     @cached_property
     def read_s(self) -> Tensor:
-        """read_v through the unembedding: what a unit of the normed last residual adds to d."""
-        return self.read_v @ self.sparse.unembedding.weight
+        """read_v through the unembedding, and a soft cap's slope: what a unit of the normed last residual adds to d."""
+        cap = self.sparse.form.logit_cap
+        slope_v = 1.0 if cap is None else 1 - (self.uncapped_v / cap).tanh().square()
+        return (self.read_v * slope_v) @ self.sparse.unembedding.weight
 
     def weight(self, layer: int, name: str) -> Tensor:
         """weight_ji of a block's matrix."""
         return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
+
+    def mapped(self, layer: int, name: str) -> Tensor:
+        """y_tj that a block's matrix makes of its nodes, its bias included."""
+        if name == "o":
+            q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
+            v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
+            x_tn = (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
+        else:
+            x_tn = self.value[Location(layer, self.sparse.matrices[name][0])]
+        return F.linear(x_tn, self.weight(layer, name), self.sparse.get_parameter(f"blocks.{layer}.{name}.bias"))
+
+    def passed(self, target: Location) -> Tensor | None:
+        """What a unit of a matrix's output at each token is on its way to each node, passed_tj; None: the same."""
+        if target.kind == "mlp_act" and self.sparse.form.gated:
+            return self.value[Location(target.layer, GATE)]
+        if not self.sparse.has_norm(target.layer, target.kind):
+            return None
+        name = next(name for name, (_, to) in self.sparse.matrices.items() if to == target.kind)
+        return self.sparse.after_scale(target.layer, target.kind, self.mapped(target.layer, name))
 
     def locations(self, *kinds: str) -> list[Location]:
         """The locations of some kinds that have a kept node."""
@@ -102,16 +127,18 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
     value = {at: value_1tn[0].detach() for at, value_1tn in value.items()}
     gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
     for at in gradient:
-        if at.kind == "mlp_act":
-            gradient[at] = gradient[at] * _gelu_slope(sparse, at.layer, value[Location(at.layer, "mlp_in")])
+        if at.kind == activated(sparse.form.gated):
+            gradient[at] = gradient[at] * _slope(sparse, at, value[Location(at.layer, "mlp_in")])
     kept = masked.space.split(kept_f)
     change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}
     change[EMBEDDING] = sparse.embed(tokens_1t)[0] - masked.means[EMBEDDING]
     for at, error_bts in (masked.errors or {}).items():
         kept_t1 = kept[at] if at.layer < sparse.n_sites else kept[at][-1:]
         change[at] = (error_bts[0] - masked.means[at]) * kept_t1
-    scale = tuple(norm_scale(x_1ts.detach())[0, :, 0] for x_1ts in trace.residuals)
-    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_1v[0].detach(), read_1v[0], float(d_1))
+    scale = tuple(sparse.read_scale(site, x_1ts.detach())[0, :, 0] for site, x_1ts in enumerate(trace.residuals))
+    uncapped_v = sparse.uncapped(trace.residuals[-1][:, -1:].detach())[0, 0]
+    logits_v = logits_1v[0].detach()
+    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_v, read_1v[0], uncapped_v, float(d_1))
 
 
 def errors_before(flow: Flow, site: int) -> list[Location]:
@@ -119,9 +146,10 @@ def errors_before(flow: Flow, site: int) -> list[Location]:
     return [at for at in flow.locations(ERROR) if at.layer <= site]
 
 
-def _gelu_slope(sparse: SparseTransformer, layer: int, read_tn: Tensor) -> Tensor:
-    up = f"blocks.{layer}.up"
+def _slope(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:
+    """Of the nonlinearity, where the nodes of a location are made."""
+    name = f"blocks.{at.layer}.{'gate' if at.kind == GATE else 'up'}"
     with torch.enable_grad():
-        before_tn = F.linear(read_tn, sparse.get_parameter(f"{up}.weight"), sparse.get_parameter(f"{up}.bias"))
+        before_tn = F.linear(read_tn, sparse.get_parameter(f"{name}.weight"), sparse.get_parameter(f"{name}.bias"))
         before_tn = before_tn.detach().requires_grad_()
-        return torch.autograd.grad(gelu(before_tn).sum(), before_tn)[0]
+        return torch.autograd.grad(sparse.activation(before_tn).sum(), before_tn)[0]

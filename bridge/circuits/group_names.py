@@ -28,7 +28,7 @@ from bridge.circuits.attribution import Edges
 from bridge.circuits.flow import Flow, flow_through
 from bridge.circuits.groups import Ablated, Group, GroupEdge, group_edges, node_effects
 from bridge.prompts import Prompts
-from bridge.sparse import ERROR, READ_KINDS
+from bridge.schema import ERROR, READ_KINDS
 
 LONGEST = 60  # characters of a name
 _TOKEN = 14  # and of a token in it

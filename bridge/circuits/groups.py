@@ -36,7 +36,8 @@ from torch import Tensor
 from bridge.circuit import Node
 from bridge.circuits.attribution import Edges
 from bridge.circuits.flow import Flow
-from bridge.sparse import ATTENTION_KINDS, ERROR, Location
+from bridge.schema import ATTENTION_KINDS, ERROR
+from bridge.sparse import Location
 
 _APART = 9.0  # the distance of nodes that are never joined
 _INNER = 3  # edges, at most, that follow each other in one sublayer: read, value, write

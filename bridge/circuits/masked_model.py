@@ -33,7 +33,8 @@ from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
 from bridge.kernels.top_k import choose
 from bridge.residual import Enter, Trace
-from bridge.sparse import ERROR, Gate, Location, SparseTransformer
+from bridge.schema import ERROR
+from bridge.sparse import Gate, Location, SparseTransformer
 
 _ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
 _ROW_NODES = 1 << 24  # and mask entries, which outnumber the tokens by the nodes of a token

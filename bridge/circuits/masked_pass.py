@@ -29,6 +29,7 @@ from bridge.circuit import NodeSpace
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.products import Compact, multiply_lines
+from bridge.recipe import AttentionShape
 from bridge.residual import EMBEDDING, Enter, Trace
 from bridge.sparse import ERROR, Location, SparseTransformer
 
@@ -42,9 +43,14 @@ Back = Callable[[Array, Array], Array]  # (dy, dmask) -> dx; dmask is added to
 
 
 def serves(sparse: SparseTransformer) -> bool:
-    """Whether the pass computes a model: frozen, sparse, in float32 on a CPU, its sublayers one after the other."""
+    """Whether the pass computes a model: frozen, sparse, in float32 on a CPU, its blocks plain, one sublayer after the other."""
+    form = sparse.form
+    other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
+    plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
     return (
-        bool(sparse.compact)
+        plain
+        and sparse.heads_of_keys == sparse.heads_of_queries
+        and bool(sparse.compact)
         and sparse.device.type == "cpu"
         and sparse.shape.positions != "rotary"
         and set(sparse.sublayer_kinds) == {"attn", "mlp"}
@@ -382,7 +388,7 @@ class _Tile:
         of, n = self.of, len(change)
         through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
         places, first = lanes.places(n, of.space), of.first[at]
-        kept = max(1, round(of.sparse.shape.keep * n))
+        kept = max(1, round(of.sparse.keep * n))
         masked.nodes(change, kept, self.mask, places, first, of.means[at], of.held, through, y)
 
         def back(dy: Array, dmask: Array) -> Array:
@@ -394,7 +400,7 @@ class _Tile:
     def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], None]]:
         """RMSNorm, and what adds to dx by dy."""
         y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
-        masked.norm(x, scale, y)
+        masked.norm(x, scale, y, self.of.sparse.form.eps)
         return y, lambda dy, dx: masked.norm_back(dy, x, scale, dx)
 
     def _attend(
@@ -402,7 +408,7 @@ class _Tile:
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
         """What the heads read for every lane of `to`, and the way back."""
         of, room, rows = self.of, self.room, len(self.last_r)
-        channels, narrow = of.sparse.shape.head_channels, to is not lanes
+        channels, narrow = of.sparse.channels, to is not lanes
         sink = of.sparse.sinks(layer).numpy()
         z, heads = room.take(*q.shape), rows * len(sink)
         z[:, len(to.row_l) :] = 0

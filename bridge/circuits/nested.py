@@ -184,14 +184,9 @@ class _Search:
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
-<<<<<<< HEAD
-        more, met = (1, _MET_SEVERAL / 2**attempt) if several else (4**attempt, _MET)
+        more, met = (1, _MET_SEVERAL * _STRICTER**attempt) if several else (4**attempt, _MET)
         start = min(more * self._start(core_f, node_k, level), len(node_k))
         rank_k = torch.arange(len(node_k), device=node_k.device)
-=======
-        more, met = (1, _MET_SEVERAL * _STRICTER**attempt) if several else (4**attempt, _MET)
-        start = min(more * self._start(core_f, node_k, rank_k, level), len(node_k))
->>>>>>> wt-task
         tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))

@@ -23,7 +23,7 @@ from torch import Tensor
 from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.circuits.masked_model import last_logits
 from bridge.residual import Trace
-from bridge.sparse import MATRICES, Gate, Location, SparseTransformer, identity_gate
+from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
 from bridge.tasks.tokens import TokenPairs
 
 
@@ -95,12 +95,12 @@ class SparseSubject:
         """Every matrix between nodes."""
         return tuple(
             Matrix(
-                Location(layer, source), Location(layer, target), weight_ji, column_i, row_j
+                Location(layer, source), Location(layer, target), weight_ji, self.sparse.column_nodes(name),
+                torch.arange(len(weight_ji), device=weight_ji.device),
             )
             for layer in range(len(self.sparse.blocks))
-            for name, (source, target) in MATRICES.items()
+            for name, (source, target) in self.sparse.matrices.items()
             for weight_ji in [self.sparse.get_parameter(f"blocks.{layer}.{name}.weight").detach()]
-            for row_j, column_i in [(torch.arange(n, device=weight_ji.device) for n in weight_ji.shape)]
         )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from bridge.circuit import NodeSpace, recording_gate
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
-from bridge.sparse import ERROR, Location
+from bridge.schema import ERROR
+from bridge.sparse import Location
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
 def ridge_bridges(coupling: Coupling, tokens_bt: Tensor) -> Bridges:
     """Bridges between the two models as they are, by ridge regression on text; the last quarter of it chooses the penalty."""
     sparse, dense = coupling.sparse, coupling.dense
-    bridges = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.shape.keep).to(dense.device).requires_grad_(False)
+    bridges = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
     rows = tokens_bt.to(dense.device)
     traces = [(dense.run(some).residuals, sparse.run(some, last_only=True).residuals) for some in rows.split(16)]
     bridges.calibrate([torch.cat([h[site] for h, _ in traces]) for site in range(coupling.n_sites)])
@@ -146,7 +146,7 @@ def shuffled_bridges(coupling: Coupling, seed: int) -> Bridges:
     """The coupling's bridges with their sparse channels in a random order, another at every site."""
     generator = torch.Generator().manual_seed(seed)
     sparse, dense = coupling.sparse, coupling.dense
-    shuffled = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.shape.keep).to(dense.device).requires_grad_(False)
+    shuffled = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
     for site in range(coupling.n_sites):
         order_s = torch.randperm(sparse.width, generator=generator).to(dense.device)
         state = dict(coupling.bridges[site].state_dict())

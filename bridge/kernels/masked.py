@@ -70,7 +70,7 @@ def gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray) -> None:
 
 
 @compiled
-def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
+def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray, eps: float) -> None:
     """RMSNorm without a gain: y = x scale."""
     n, lanes = x.shape
     scale[:] = 0
@@ -78,7 +78,7 @@ def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
         for i in range(lanes):
             scale[i] += x[j, i] * x[j, i]
     for i in range(lanes):
-        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(n) + np.float32(1e-6))
+        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(n) + np.float32(eps))
     for j in range(n):
         for i in range(lanes):
             y[j, i] = x[j, i] * scale[i]

@@ -37,11 +37,11 @@ from bridge.explain import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanation import Answered, Drawn, Explanation
 from bridge.page import described_nodes, page_data, render_html
 from bridge.recipe import UserError
+from bridge.schema import ERROR
 from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, OnProgress, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
-from bridge.sparse import ERROR
 from bridge.steer import steer
 from bridge.tasks.pairs import load_task, task_names
 from bridge.tasks.templates import TASKS

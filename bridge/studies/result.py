@@ -28,6 +28,7 @@ from bridge.circuits.loss import SearchConfig
 from bridge.columns import columns
 from bridge.evidence.measures import EVIDENCE, Report, evidence_row, evidence_table
 from bridge.evidence.task_sufficiency import TaskLevel
+from bridge.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.sparse import Location
 from bridge.tasks.tokens import Scores
 
@@ -223,7 +224,7 @@ def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, T
         if name.startswith(f"{prefix}."):
             layer, kind = name.removeprefix(f"{prefix}.").split(".", 1)
             found[Location(int(layer), kind)] = tensor
-    order = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")
+    order = (*ATTENTION_KINDS, *MLP_KINDS)
     return dict(sorted(found.items(), key=lambda item: (item[0].layer, order.index(item[0].kind))))
 
 

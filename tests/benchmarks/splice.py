@@ -55,6 +55,7 @@ class Contender:
         while time.perf_counter() - start < seconds:
             done = min(0.999, (self.seconds + time.perf_counter() - start) / total)
             rows = self.recipe.data.rows
+            assert rows is not None
             splice = None
             if self.recipe.losses.splice == "sampled":
                 generator = torch.Generator().manual_seed(self.step)

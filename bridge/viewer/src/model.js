@@ -13,6 +13,7 @@ export const KIND_NAMES = {
   v: "value",
   attn_out: "attention output",
   mlp_in: "MLP input",
+  mlp_gate: "MLP gate",
   mlp_act: "MLP neuron",
   mlp_out: "MLP output",
   error: "error",
