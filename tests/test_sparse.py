@@ -44,7 +44,7 @@ def literal_logits(model: SparseTransformer, tokens: list[int]) -> np.ndarray:
 
     def keep(x: np.ndarray) -> np.ndarray:
         kept = np.zeros_like(x)
-        first = np.argsort(-np.abs(x), kind="stable")[: max(1, round(shape.keep * len(x)))]
+        first = np.argsort(-np.abs(x), kind="stable")[: max(1, round(model.keep * len(x)))]
         kept[first] = x[first]
         return kept
 
