@@ -86,7 +86,7 @@ def move(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_n
         n_new = int((~stays_p).sum())
         flat = gradient_mn.view(-1)
         flat[index_p] = 0  # also what was just dropped: it would come back at once
-        project_(flat, max(1, n_new))
+        project_([flat], max(1, n_new))
         new_p = flat.nonzero().flatten()[:n_new]
         if len(new_p) < n_new:  # there is no gradient elsewhere: as many stay as are needed
             stays_p[(~stays_p).nonzero().flatten()[: n_new - len(new_p)]] = True
@@ -108,7 +108,7 @@ def _stays(name: str, matrix: Compact, share: float, min_per_neuron: int) -> Ten
         if kept_mn is not None:
             magnitude_p[kept_mn.view(-1)[matrix.pattern.index_p]] = torch.inf
     n_stay = len(magnitude_p) - int(share * len(magnitude_p))
-    project_(magnitude_p, max(1, n_stay))
+    project_([magnitude_p], max(1, n_stay))
     return magnitude_p != 0
 
 

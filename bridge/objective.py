@@ -44,7 +44,8 @@ from bridge.residual import EMBEDDING, Enter
 from bridge.sparse import SparseTransformer
 
 OUTLYING = 32.0  # NMSE of a token from which on it counts by its logarithm
-PIECE = 1 << 22  # logits that are looked at in float32 at a time
+PIECE = 1 << 22  # logits that are looked at in float32 at a time on a CPU
+GPU_PIECE = 1 << 26  # elsewhere, where what counts is how few calls there are
 STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
 
 
@@ -248,8 +249,8 @@ class _Target:
         self.logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
         logits_btv = self.logits_btv
         self.log_sum_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
-        for b, tokens in _pieces(logits_btv):
-            self.log_sum_bt[b, tokens] = logits_btv[b, tokens].float().logsumexp(-1)
+        for rows, tokens in _pieces(logits_btv):
+            self.log_sum_bt[rows, tokens] = logits_btv[rows, tokens].float().logsumexp(-1)
 
     def divergence(self, logits_btv: Tensor, row_b: Tensor | None = None) -> Tensor:
         """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats; times the square of the temperature."""
@@ -274,18 +275,16 @@ class _Losses(torch.autograd.Function):
     def forward(
         ctx: Any, logits_btv: Tensor, target: _Target, row_b: Tensor | None, tokens_bt: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        row_b = torch.arange(len(logits_btv), device=logits_btv.device) if row_b is None else row_b
         kl_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
         log_sum_bt, ce_bt = torch.empty_like(kl_bt), torch.zeros_like(kl_bt)
         next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last one has none: its CE is left out
-        for b, tokens in _pieces(logits_btv):
-            log_q_tv, log_p_tv, p_tv = _logs(logits_btv, target, row_b, b, tokens)
-            log_sum_t = log_q_tv.logsumexp(-1)
-            log_q_tv -= log_sum_t[:, None]
-            log_sum_bt[b, tokens] = log_sum_t
-            kl_bt[b, tokens] = (p_tv * (log_p_tv - log_q_tv)).sum(-1)
+        for at in _pieces(logits_btv):
+            log_q_btv, log_p_btv, p_btv = _logs(logits_btv, target, row_b, at)
+            log_sum_bt[at] = log_q_btv.logsumexp(-1)
+            log_q_btv -= log_sum_bt[at][..., None]
+            kl_bt[at] = (p_btv * (log_p_btv - log_q_btv)).sum(-1)
             if next_bt is not None:
-                ce_bt[b, tokens] = -log_q_tv.gather(-1, next_bt[b, tokens, None]).squeeze(-1)
+                ce_bt[at] = -log_q_btv.gather(-1, next_bt[at][..., None]).squeeze(-1)
         ctx.save_for_backward(logits_btv, row_b, log_sum_bt, next_bt)
         ctx.target = target
         return kl_bt, ce_bt
@@ -294,32 +293,35 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, dkl_bt: Tensor, dce_bt: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         logits_btv, row_b, log_sum_bt, next_bt = ctx.saved_tensors
         dlogits_btv = torch.empty_like(logits_btv)
-        for b, tokens in _pieces(logits_btv):
-            q_tv, _, p_tv = _logs(logits_btv, ctx.target, row_b, b, tokens)
-            q_tv.sub_(log_sum_bt[b, tokens, None]).exp_()
-            dkl_t1, dce_t1 = dkl_bt[b, tokens, None], dce_bt[b, tokens, None]
-            d_tv = q_tv.mul_(dkl_t1 + dce_t1 if next_bt is not None else dkl_t1).sub_(p_tv.mul_(dkl_t1))
+        for at in _pieces(logits_btv):
+            q_btv, _, p_btv = _logs(logits_btv, ctx.target, row_b, at)
+            q_btv.sub_(log_sum_bt[at][..., None]).exp_()
+            dkl_bt1, dce_bt1 = dkl_bt[at][..., None], dce_bt[at][..., None]
+            d_btv = q_btv.mul_(dkl_bt1 + dce_bt1 if next_bt is not None else dkl_bt1).sub_(p_btv.mul_(dkl_bt1))
             if next_bt is not None:
-                d_tv.scatter_add_(-1, next_bt[b, tokens, None], -dce_t1)
-            dlogits_btv[b, tokens] = d_tv.to(dlogits_btv.dtype)
+                d_btv.scatter_add_(-1, next_bt[at][..., None], -dce_bt1)
+            dlogits_btv[at] = d_btv.to(dlogits_btv.dtype)
         return dlogits_btv, None, None, None
 
 
-def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor, b: int, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one piece: the logits in float32 (a copy), log p and p of the target."""
-    row = int(row_b[b])
-    log_p_tv = target.logits_btv[row, tokens].float() - target.log_sum_bt[row, tokens, None]
-    logits_tv = torch.empty_like(log_p_tv, memory_format=torch.contiguous_format).copy_(logits_btv[b, tokens])
-    return logits_tv, log_p_tv, log_p_tv.exp()
+def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one piece: the logits in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
+    of = at if row_b is None else (row_b[at[0]], at[1])
+    log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
+    logits_copy_btv = torch.empty_like(log_p_btv, memory_format=torch.contiguous_format).copy_(logits_btv[at])
+    return logits_copy_btv, log_p_btv, log_p_btv.exp()
 
 
-def _pieces(logits_btv: Tensor) -> Iterator[tuple[int, slice]]:
-    """Rows, cut into pieces of a few million logits."""
+def _pieces(logits_btv: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and tokens of pieces of a few million logits: one row or a part of it on a CPU, for its caches; several elsewhere."""
     rows, length, vocabulary = logits_btv.shape
-    step = max(1, PIECE // vocabulary)
-    for b in range(rows):
+    on_cpu = logits_btv.device.type == "cpu"
+    most = PIECE if on_cpu else GPU_PIECE
+    together = 1 if on_cpu else max(1, most // (length * vocabulary))
+    step = max(1, most // vocabulary)
+    for row in range(0, rows, together):
         for start in range(0, length, step):
-            yield b, slice(start, start + step)
+            yield slice(row, row + together), slice(start, start + step)
 
 
 def _cross_entropy(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:

@@ -524,11 +524,12 @@ class SparseTransformer(nn.Module):
         fractions = Fractions.of(fraction)
         if not self.values:
             self.compact.clear()  # copies of what changes here
+        alike: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices of one size that keep as many weights
         for name, weight in self.sparse_weights().items():
             kept = n_kept(fractions.at(name), weight.numel())
             kept_first = protected(name, weight, min_per_neuron)
             if kept_first is None:
-                self._thresholds[name] = project_(weight.data, kept, self._thresholds.get(name))
+                alike.setdefault((weight.numel(), kept), {})[name] = weight.data
             elif (needed := int(kept_first.sum())) > kept:
                 raise RecipeError(
                     f"l0 leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}; raise l0 or lower it"
@@ -536,9 +537,12 @@ class SparseTransformer(nn.Module):
             else:
                 priority = torch.where(kept_first, torch.inf, weight.detach().abs())
                 weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
+        for (_, kept), weights in alike.items():
+            thresholds = project_([*weights.values()], kept, [self._thresholds.get(name) for name in weights])
+            self._thresholds |= dict(zip(weights, thresholds, strict=True))
         if biases:
             for bias in self.biases().values():
-                project_(bias.data, n_kept(fractions.blocks, bias.numel()))
+                project_([bias.data], n_kept(fractions.blocks, bias.numel()))
 
     def achieved_l0(self) -> float:
         """Share of the weights of the matrices that are made sparse that are nonzero."""

@@ -139,7 +139,7 @@ def test_projection_keeps_what_a_stable_sort_of_the_whole_matrix_keeps(weight: T
     k = 1 + round(share * (weight.numel() - 1))
     for held in layouts(weight):
         before = held.clone()
-        project_(held, k)
+        project_([held], k)
         expected = kept_by_sorting(before.reshape(1, -1), k).view(before.shape)
         assert same_bits(held, torch.where(expected, before, torch.zeros_like(before)))
 
@@ -148,7 +148,7 @@ def test_projection_keeps_what_a_stable_sort_of_the_whole_matrix_keeps(weight: T
 def test_projection_of_a_larger_matrix_in_place(k: int) -> None:
     weight = torch.nn.Parameter(torch.randn(250, 100, generator=torch.Generator().manual_seed(0)))
     before, memory = weight.detach().clone(), weight.data_ptr()
-    project_(weight, k)
+    project_([weight], k)
     smallest = before.abs().flatten().sort(descending=True).values[k - 1]
     assert torch.equal(weight, torch.where(before.abs() >= smallest, before, 0))
     assert (weight.count_nonzero(), weight.data_ptr(), weight.requires_grad) == (k, memory, True)
@@ -190,12 +190,12 @@ def test_a_hint_changes_nothing(size: int, share: float, near: float, rounded: b
     weight = (4 * weight).round() if rounded else weight
     k = min(size - 1, 1 + round(share * (size - 1)))
     expected = weight.clone()
-    threshold = project_(expected, k)
+    (threshold,) = project_([expected], k)
     order = weight.abs().sort(descending=True, stable=True).indices[:k]
     assert torch.equal(expected, torch.zeros_like(weight).index_copy(0, order, weight[order]))
     assert threshold is not None
     hinted = weight.clone()
-    assert project_(hinted, k, threshold * near) == threshold
+    assert project_([hinted], k, [threshold * near]) == [threshold]
     assert torch.equal(hinted, expected)
 
 

@@ -28,12 +28,12 @@ for dtype in (torch.float32, torch.bfloat16):
             kept, mask = abs_top_k(x, k)
             assert torch.equal(mask, top_k_mask(x, k)), (dtype, width, k)
             assert torch.equal(kept.nan_to_num(3), torch.where(mask, x, 0).nan_to_num(3)), (dtype, width, k)
-weight = torch.randn(70, 130, device=device)
-for each in (weight, weight.round()):
-    for k in (1, 100, 9000):
-        found = each.clone()
-        project_(found, k)
-        assert torch.equal(found, torch.where(top_k_mask(each.view(1, -1), k).view_as(each), each, 0)), k
+weights = [torch.randn(70, 130, device=device), torch.randn(70, 130, device=device).round(), torch.randn(91, 100, device=device)]
+for k in (1, 100, 9000):
+    found = [each.clone() for each in weights]
+    project_(found, k)
+    for each, kept in zip(weights, found):
+        assert torch.equal(kept, torch.where(top_k_mask(each.view(1, -1), k).view_as(each), each, 0)), k
 """
 
 
@@ -56,5 +56,5 @@ def test_the_kernels_keep_the_references_set_on_a_gpu() -> None:
     assert torch.equal(kept, torch.where(mask, x, 0)) and torch.equal(gradient, mask.float())
     weight = torch.randn(2048, 1024, device="cuda")
     before = weight.clone()
-    project_(weight, 30_000)
+    project_([weight], 30_000)
     assert torch.equal(weight, torch.where(top_k_mask(before.view(1, -1), 30_000).view_as(before), before, 0))

@@ -1,16 +1,17 @@
 """AbsTopK and the magnitude projection on CUDA, in Triton; the same sets as in `cpu`, found without sorting.
 
 AbsTopK holds a row in registers and bisects the bit pattern of the threshold: 31 counts, then one cumulative sum for what ties.
-The projection finds the threshold of a whole matrix by three histograms of 11, 10 and 10 bits, each over what shares the digits
-found so far, and never waits for the device.
+The projection finds the threshold of every matrix by three histograms of 11, 10 and 10 bits, each over what shares the digits
+found so far, all matrices of one size together, and never waits for the device.
 
 Triton comes with CUDA builds of torch. Where it is missing, `serves` says so and the torch reference runs.
 
-Shape legend: n rows, w width.
+Shape legend: n rows, w width or entries of a matrix, m matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -44,24 +45,26 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return kept, mask
 
 
-def project_(weight: Tensor, k: int) -> None:
-    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude, in place."""
-    flat = weight.detach().view(-1)
-    grid = (-(-len(flat) // _BLOCK),)
-    prefix = torch.zeros(1, dtype=torch.int32, device=flat.device)
-    room = torch.full((1,), k, dtype=torch.int64, device=flat.device)
+def project_(weights: Sequence[Tensor], k: int) -> None:
+    """Zero all but the k entries of each of several float32 tensors of one size that are largest in magnitude, in place."""
+    flat_mw = torch.stack([weight.detach().view(-1) for weight in weights])
+    count, size = flat_mw.shape
+    prefix_m1 = torch.zeros(count, 1, dtype=torch.int32, device=flat_mw.device)
+    room_m1 = torch.full((count, 1), k, dtype=torch.int64, device=flat_mw.device)
     left = sum(DIGITS)
     for digits in DIGITS:
         left -= digits
-        counts = torch.zeros(1 << digits, dtype=torch.int32, device=flat.device)
-        _kernels()["histogram"][grid](flat, counts, prefix, len(flat), left, DIGITS=digits, BLOCK=_BLOCK)
-        at_least = counts.long().flip(0).cumsum(0)  # from the top
-        place = torch.searchsorted(at_least, room)  # the first bucket from the top by which room is reached
-        room = room - at_least.gather(0, place) + counts.flip(0).gather(0, place)
-        prefix = (prefix << digits) | ((1 << digits) - 1 - place).int()
-    bits = flat.view(torch.int32).bitwise_and(0x7FFFFFFF).clamp_(max=0x7F800000)
-    tied = bits == prefix
-    flat.masked_fill_(~((bits > prefix) | (tied & (tied.cumsum(0) <= room))), 0)
+        counts = torch.zeros(count, 1 << digits, dtype=torch.int32, device=flat_mw.device)
+        _kernels()["histogram"][(-(-size // _BLOCK), count)](flat_mw, counts, prefix_m1, size, left, DIGITS=digits, BLOCK=_BLOCK)
+        descending = counts.long().flip(1)
+        at_least = descending.cumsum(1)  # from the top
+        place_m1 = torch.searchsorted(at_least, room_m1)  # the first bucket from the top by which room is reached
+        room_m1 = room_m1 - at_least.gather(1, place_m1) + descending.gather(1, place_m1)
+        prefix_m1 = (prefix_m1 << digits) | ((1 << digits) - 1 - place_m1).int()
+    bits_mw = flat_mw.view(torch.int32).bitwise_and(0x7FFFFFFF).clamp_(max=0x7F800000)
+    tied_mw = bits_mw == prefix_m1
+    flat_mw.masked_fill_(~((bits_mw > prefix_m1) | (tied_mw & (tied_mw.cumsum(1) <= room_m1))), 0)
+    torch._foreach_copy_([weight.view(-1) for weight in weights], list(flat_mw))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _kernels() -> dict[str, Any]:
@@ -95,12 +98,13 @@ def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore
 
 def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(flat + at, mask=at < size, other=0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    which = tl.program_id(1).to(tl.int64)
+    bits = tl.load(flat + which * size + at, mask=at < size, other=0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.minimum(bits, 0x7F800000)
     place = bits >> left
-    counted = (at < size) & ((place >> DIGITS) == tl.load(prefix))
+    counted = (at < size) & ((place >> DIGITS) == tl.load(prefix + which))
     # what is not counted goes to a second half that nobody reads
     bucket = tl.where(counted, place & ((1 << DIGITS) - 1), 1 << DIGITS)
     histogram = tl.histogram(bucket, 2 << DIGITS)
     bins = tl.arange(0, 2 << DIGITS)
-    tl.atomic_add(counts + bins, histogram, mask=bins < (1 << DIGITS))
+    tl.atomic_add(counts + which * (1 << DIGITS) + bins, histogram, mask=bins < (1 << DIGITS))

@@ -7,7 +7,7 @@ than hidden. The reference runs where there is no other version: for types that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from bridge.kernels import cpu, cuda, gates
 
 _FAST = (torch.float32, torch.bfloat16)
+TOGETHER = 1 << 26  # entries that are projected in one go on a GPU: fewer calls, and at most a gigabyte beside them
 
 
 def abs_top_k(x: Tensor, k: int) -> Tensor:
@@ -64,21 +65,27 @@ def mix(mask_bn: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
     return torch.lerp(else_n.to(x_btn.dtype), x_btn, mask_bn.to(x_btn.dtype)[..., None, :])
 
 
-def project_(weight: Tensor, k: int, hint: float | None = None) -> float | None:
-    """Zero all but the k entries of weight that are largest in magnitude, in place and without gradient (appendix A.2).
+def project_(weights: Sequence[Tensor], k: int, hints: Sequence[float | None] | None = None) -> list[float | None]:
+    """Zero all but the k entries of each weight that are largest in magnitude, in place and without gradient (appendix A.2).
 
-    Returns the threshold where it was searched for: as the next call's `hint` it saves time and changes nothing else.
+    The weights have one size and one device. Returns the thresholds where they were searched for: as the next call's `hints` they
+    save time and change nothing else.
     """
+    thresholds: list[float | None] = [None] * len(weights)
+    if not weights or k >= weights[0].numel():
+        return thresholds
     with torch.no_grad():
-        if k >= weight.numel():
-            return None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
-            return cpu.project_(weight, k, hint)
-        if cuda.serves(weight) and weight.dtype == torch.float32 and weight.is_contiguous():
-            cuda.project_(weight, k)
+        plain = all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+        if weights[0].device.type == "cpu" and plain:
+            return [cpu.project_(weight, k, hint) for weight, hint in zip(weights, hints or thresholds, strict=True)]
+        if plain and cuda.serves(weights[0]):
+            together = max(1, TOGETHER // weights[0].numel())
+            for start in range(0, len(weights), together):
+                cuda.project_(weights[start : start + together], k)
         else:
-            weight.masked_fill_(~top_k_mask(weight.reshape(1, -1), k).view_as(weight), 0)
-        return None
+            for weight in weights:
+                weight.masked_fill_(~top_k_mask(weight.reshape(1, -1), k).view_as(weight), 0)
+    return thresholds
 
 
 def top_k_mask(x: Tensor, k: int) -> Tensor:

@@ -96,10 +96,10 @@ def main() -> None:
     weight_mn = torch.randn(2048, 8192, device=device)
     moved_mn, k = weight_mn + 1e-3 * torch.randn_like(weight_mn), weight_mn.numel() // 64
     scratch_mn = torch.empty_like(weight_mn)
-    hint = project_(weight_mn.clone(), k)
+    hint = project_([weight_mn.clone()], k)
 
     def ours(hint: float | None) -> None:
-        project_(scratch_mn.copy_(moved_mn), k, hint)
+        project_([scratch_mn.copy_(moved_mn)], k, hint)
 
     def sorted_mask() -> None:
         flat = scratch_mn.copy_(moved_mn).view(-1)
