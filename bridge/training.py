@@ -302,7 +302,7 @@ def seconds_a_step(run: Run) -> float:
     began = time.monotonic()  # the update, in five passes, and the projection, of which the first search is the longest
     for _ in range(5):
         largest.mul_(0.9).add_(0.1)
-    project_(largest, largest.numel() // 2)
+    project_([largest], largest.numel() // 2)
     return seconds + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
 
 

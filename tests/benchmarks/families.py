@@ -2,8 +2,8 @@
 
     python tests/benchmarks/families.py [--steps 200] [--only llama gemma2] [--add MODEL]
 
-The models are tiny and random (`tests/tiny_families.py`), the text is what each writes itself. Columns: sublayers copied; KL of the
-sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults (twice the width); of
+The models are tiny and random (`tests/tiny_families.py`), the text is what each writes itself. Columns: sublayers copied; KL of
+the sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults (twice the width); of
 that start projected to L0 1/16 at once; after a fit to L0 1/16. The dense model's entropy says how much there is to lose. --add
 names real models (folders, hub ids, .gguf), for the start alone.
 """
