@@ -378,15 +378,16 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
                 native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
-            state.watch(losses.get("ce"), sparse.vocabulary)
+            ce = float(losses["ce"].detach()) if "ce" in losses else 0.0
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
             asked = bool(stop) or stretch_over
             if processes > 1:  # every process must see the same clock and the same wish to stop
-                shared = torch.tensor([state.seconds, float(asked)], dtype=torch.float64, device=accelerator.device)
-                state.seconds, wishes = _over_processes(accelerator, shared)
+                shared = torch.tensor([state.seconds, float(asked), ce], dtype=torch.float64, device=accelerator.device)
+                state.seconds, wishes, ce = _over_processes(accelerator, shared)
                 asked = wishes > 0
+            state.watch(ce, sparse.vocabulary)
             if not frozen:
                 target = annealed(fraction())  # the last step ends on the target
                 sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
@@ -454,14 +455,12 @@ class _State:
         self.best = math.inf  # the smallest cross-entropy of a step so far
         self.since = 10  # steps since the rates were last halved
 
-    def watch(self, ce: Tensor | None, vocabulary: int) -> None:
+    def watch(self, ce: float, vocabulary: int) -> None:
         """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
-        if ce is None:
-            return
-        value, self.since = float(ce.detach()), self.since + 1
-        if value > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
+        self.since += 1
+        if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
             self.caution, self.since = self.caution / 2, 0
-        self.best = min(self.best, value)
+        self.best = min(self.best, ce)
 
 
 class _Log:

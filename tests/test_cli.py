@@ -99,8 +99,8 @@ def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], de
     out, result = fitted
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["dense", "sparse", "start", "data", "memory"]
-    assert "coupled at every site" in lines[1] and "from the dense model" in lines[2] and "GB needed" in lines[4]
+    assert [line.split()[0] for line in lines[:7]] == ["dense", "sparse", "start", "rate", "data", "time", "memory"]
+    assert "coupled at every site" in lines[1] and "from the dense model" in lines[2] and "GB needed" in lines[6]
     progress = next(line for line in lines if line.lstrip().startswith("100%"))
     for name in ("ce", "kl", "nmse-f", "nmse-g", "in", "out", "both", "L0 0.2", "tok/s", "0:00:00 left"):
         assert f"  {name}" in progress or f" {name}" in progress, name
@@ -206,6 +206,7 @@ def test_a_run_that_is_asked_to_stop_exits_with_130(
     import signal
 
     draw = training.draw_splice
+    monkeypatch.setattr(training, "seconds_a_step", lambda run: 1.0)  # which draws one as well, with nothing yet to save
     monkeypatch.setattr(training, "draw_splice", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a))[1])
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 130 and "goes on" in result.stderr

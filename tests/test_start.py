@@ -129,8 +129,7 @@ def test_a_relu_and_positions_with_an_offset_are_found() -> None:
     )  # fmt: skip
     model = shaken(OPTForCausalLM(config))
     coupling, what = started(model)
-    assert coupling.recipe.sparse.block is not None
-    assert None not in what.sublayers and coupling.recipe.sparse.block.activation == "relu"
+    assert None not in what.sublayers and coupling.sparse.form.activation == "relu"
     assert max(errors(coupling, model)) < 1e-3
 
 
