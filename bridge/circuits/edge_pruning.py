@@ -25,7 +25,7 @@ from bridge.circuit import COUNTED, KINDS
 from bridge.circuits.attribution import Edges
 from bridge.circuits.flow import Flow
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
-from bridge.sparse import MATRICES, Location
+from bridge.sparse import Location
 
 _DENSITIES = np.array([0.25, 0.5, 0.75])  # of the other edges that supersets have
 _SIZES = 8  # tried at a time
@@ -62,10 +62,12 @@ def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed:
     """The edges of a circuit without the weights that it does not need at a level."""
     before = edges.count(*COUNTED)
     is_weight_e = torch.isin(edges.kind_e, torch.tensor([KINDS.index(kind) for kind in COUNTED], device=edges.kind_e.device))
-    weight_k = is_weight_e.nonzero().flatten()  # largest effect first, as the edges are
-    if not len(weight_k) or len(weight_k) < before:
+    if not before or int(is_weight_e.sum()) < before:
         return PrunedEdges(edges, before, None)
-    model, count = EdgeMaskedModel(loss, flow, edges), len(weight_k)
+    model = EdgeMaskedModel(loss, flow, edges)
+    is_weight_e &= model.removable_e
+    weight_k = is_weight_e.nonzero().flatten()  # largest effect first, as the edges are
+    count = len(weight_k)
     generator = np.random.default_rng(seed + 5_000_011)
     high, low, best = count, -1, model.miss(torch.ones(1, len(is_weight_e), dtype=torch.bool))[0]
     for _ in range(_ROUNDS):
@@ -93,10 +95,12 @@ class EdgeMaskedModel:
     """The circuit of a flow with any of its weights between nodes removed."""
 
     def __init__(self, loss: CircuitLoss, flow: Flow, edges: Edges) -> None:
-        self.loss, self.flow = loss, flow
+        self.loss, self.flow, self._edges = loss, flow, edges
         self.matrices: dict[tuple[int, str], _Matrix] = {}
         for layer in range(len(flow.sparse.blocks)):
-            for name, (source, target) in MATRICES.items():
+            for name, (source, target) in flow.sparse.matrices.items():
+                if name == "o" and flow.sparse.heads_of_keys != flow.sparse.heads_of_queries:
+                    continue  # a value that heads share is several columns, and is not removed head by head
                 kind = KINDS.index("value" if name == "o" else "weight")
                 ends = Location(layer, source), Location(layer, target)
                 here_e = (edges.kind_e == kind) & edges.ends.within(ends[0], edges.source_e)
@@ -106,6 +110,14 @@ class EdgeMaskedModel:
                     position_e, to_e = edges.ends.parts(ends[1], edges.target_e[edge_e])
                     weight_e = flow.weight(layer, name)[to_e, from_e]
                     self.matrices[layer, name] = _Matrix(edge_e, weight_e, ends[0], from_position_e, from_e, position_e, to_e)
+
+    @property
+    def removable_e(self) -> Tensor:
+        """Which edges can be removed."""
+        removable_e = torch.zeros_like(self._edges.kind_e, dtype=torch.bool)
+        for matrix in self.matrices.values():
+            removable_e[matrix.edge_e] = True
+        return removable_e
 
     @torch.no_grad()
     def miss(self, kept_re: Tensor) -> Tensor:
