@@ -8,61 +8,62 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge.api import Coupling, fit, load
+    from bridge.cards.card import Card
     from bridge.circuits.loss import SearchConfig
-    from bridge.coupling import Coupling, fit, load
-    from bridge.dense import DenseModel, load_dense
-    from bridge.evaluate import Evaluation, evaluate
+    from bridge.errors import UserError
     from bridge.evidence.measures import Report
-    from bridge.explain import explain
-    from bridge.explanation import Explanation
-    from bridge.export import Exported, export, node_pages, to_networkx
-    from bridge.frontier import Frontier
-    from bridge.interventions import Intervention
-    from bridge.node_page import NodePage, describe_node
-    from bridge.nodes import NodeFacts, collect_nodes
-    from bridge.recipe import Recipe, UserError
-    from bridge.steer import Steering, steer
-    from bridge.studies.card import Card
+    from bridge.explanations.build import explain
+    from bridge.explanations.explanation import Explanation
+    from bridge.explanations.export import Exported, export, node_pages, to_networkx
+    from bridge.models.dense import DenseModel, load_dense
+    from bridge.nodes.description import NodePage, describe_node
+    from bridge.nodes.statistics import NodeFacts, collect_nodes
+    from bridge.recipe import Recipe
+    from bridge.steering.curves import Steering, steer
+    from bridge.steering.interventions import Intervention
+    from bridge.studies.frontier import Frontier
     from bridge.studies.result import TaskResult
     from bridge.studies.search import Subjects, search_task
-    from bridge.sweep import sweep
-    from bridge.training import Progress
+    from bridge.studies.sweep import sweep
+    from bridge.training.evaluate import Evaluation, evaluate
+    from bridge.training.loop import Progress
 
 __version__ = "0.1.0"
 
 # The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
 _HOME = {
-    "Card": "studies.card",
-    "Coupling": "coupling",
-    "DenseModel": "dense",
-    "Evaluation": "evaluate",
-    "Explanation": "explanation",
-    "Exported": "export",
-    "Frontier": "frontier",
-    "Intervention": "interventions",
-    "NodeFacts": "nodes",
-    "NodePage": "node_page",
-    "Progress": "training",
+    "Card": "cards.card",
+    "Coupling": "api",
+    "DenseModel": "models.dense",
+    "Evaluation": "training.evaluate",
+    "Explanation": "explanations.explanation",
+    "Exported": "explanations.export",
+    "Frontier": "studies.frontier",
+    "Intervention": "steering.interventions",
+    "NodeFacts": "nodes.statistics",
+    "NodePage": "nodes.description",
+    "Progress": "training.loop",
     "Recipe": "recipe",
     "Report": "evidence.measures",
     "SearchConfig": "circuits.loss",
-    "Steering": "steer",
+    "Steering": "steering.curves",
     "Subjects": "studies.search",
     "TaskResult": "studies.result",
-    "UserError": "recipe",
-    "collect_nodes": "nodes",
-    "describe_node": "node_page",
-    "evaluate": "evaluate",
-    "explain": "explain",
-    "export": "export",
-    "fit": "coupling",
-    "load": "coupling",
-    "load_dense": "dense",
-    "node_pages": "export",
+    "UserError": "errors",
+    "collect_nodes": "nodes.statistics",
+    "describe_node": "nodes.description",
+    "evaluate": "training.evaluate",
+    "explain": "explanations.build",
+    "export": "explanations.export",
+    "fit": "api",
+    "load": "api",
+    "load_dense": "models.dense",
+    "node_pages": "explanations.export",
     "search_task": "studies.search",
-    "steer": "steer",
-    "sweep": "sweep",
-    "to_networkx": "export",
+    "steer": "steering.curves",
+    "sweep": "studies.sweep",
+    "to_networkx": "explanations.export",
 }
 
 __all__ = [

@@ -15,15 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from bridge.errors import UserError
+
 MOST_SEED = 2**32 - 1  # what numpy takes for one
-
-
-class UserError(ValueError):
-    """Something a user can mend, said in one line; the commands print it and exit with code 2."""
-
-
-class RunError(RuntimeError):
-    """A run that had to stop, said in one line; the commands print it and exit with code 1."""
 
 
 def not_text(text: str) -> str | None:

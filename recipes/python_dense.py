@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bridge.corpora import documents
-from bridge.data import load_blocks
+from bridge.data.blocks import load_blocks
+from bridge.data.corpora import documents
 
 VOCABULARY = 2048  # the paper's vocabulary for Python; a larger one would spend the small model on its embedding
 CONTEXT = 128  # about 10 lines of code, enough for every task of the suite

@@ -11,16 +11,16 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
-from test_studies_suite import bridge_folder, task_file  # noqa: F401  (fixtures)
+from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  (fixtures)
 
 import bridge
-from bridge import training
-from bridge.bridges import Coupling as Bare
-from bridge.coupling import Coupling
+from bridge.api import Coupling
+from bridge.cards.suite import Wanted, run_cards
+from bridge.models.bridges import Coupling as Bare
 from bridge.studies import search
-from bridge.studies.cards import Wanted, run_cards
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
+from bridge.training import loop as training
 
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.py"
 PROMPT = "w9 w12 w30 w2"
@@ -44,9 +44,9 @@ def test_what_is_loaded_is_the_bare_coupling_with_methods(held: Coupling, bridge
 
 
 def test_explain_and_evaluate_are_the_functions(held: Coupling) -> None:
-    assert held.explain(PROMPT) == bridge.explain(held, PROMPT)
+    assert held.explain(PROMPT) == bridge.explanations.build(held, PROMPT)
     assert held.reference_bt is not None
-    assert held.evaluate(held.reference_bt[:2]) == bridge.evaluate(held, held.reference_bt[:2])
+    assert held.evaluate(held.reference_bt[:2]) == bridge.training.evaluate(held, held.reference_bt[:2])
 
 
 def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:

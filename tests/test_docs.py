@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VOCABULARY
-from test_explanation import PROMPT, agreeing
+from support.explanation_cases import PROMPT, agreeing
+from support.models import VOCABULARY
 
-from bridge.dense import DenseModel
-from bridge.explain import explain
-from bridge.explanation import FORMAT, ExplainError, Explanation
+from bridge.explanations.build import explain
+from bridge.explanations.explanation import FORMAT, ExplainError, Explanation
+from bridge.models.dense import DenseModel
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "explanation-json.md"
 WRITTEN_OUT = {  # properties that stand in the JSON beside the fields

@@ -38,13 +38,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bridge.circuit import NodeSpace
 from bridge.circuits.masked_model import Masked
 from bridge.circuits.question import Question
 from bridge.circuits.subject import Matrix
-from bridge.dense import DenseModel, exclusive
-from bridge.sparse import Gate, Location
-from bridge.wiring import DenseModelError, forward, probe_tokens
+from bridge.huggingface.site_discovery import DenseModelError, forward, probe_tokens
+from bridge.models.circuit import NodeSpace
+from bridge.models.dense import DenseModel, exclusive
+from bridge.models.sparse import Gate, Location
 
 _MEAN_ROWS = 8  # of corpus at a time
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.bridges import Coupling
-from bridge.circuit import corpus_means
-from bridge.residual import Enter, Trace
-from bridge.schema import ERROR
-from bridge.sparse import Location
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import corpus_means
+from bridge.models.residual import Enter, Trace
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Location
 
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 _ROWS = 8  # of the reference corpus at a time

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuit import kl
 from bridge.circuits.masked_model import Masked
+from bridge.models.circuit import kl
 
 M = TypeVar("M", bound=Masked)
 

@@ -25,16 +25,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bridge.circuit import NodeSpace, check_means
 from bridge.circuits.error_nodes import error_locations
 from bridge.circuits.masked_pass import MaskedPass, serves
 from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
 from bridge.kernels.top_k import choose
-from bridge.residual import Enter, Trace
-from bridge.schema import ERROR
-from bridge.sparse import Gate, Location, SparseTransformer
+from bridge.models.circuit import NodeSpace, check_means
+from bridge.models.residual import Enter, Trace
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Gate, Location, SparseTransformer
 
 _ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
 _ROW_NODES = 1 << 24  # and mask entries, which outnumber the tokens by the nodes of a token

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuit import NodeSpace
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.products import Compact, multiply_lines
+from bridge.models.circuit import NodeSpace
+from bridge.models.residual import EMBEDDING, Enter, Trace
+from bridge.models.sparse import ERROR, Location, SparseTransformer
 from bridge.recipe import AttentionShape
-from bridge.residual import EMBEDDING, Enter, Trace
-from bridge.sparse import ERROR, Location, SparseTransformer
 
 _TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
 _TILES = 4  # that are kept for the way back; of more, each is computed again
@@ -47,16 +47,10 @@ def serves(sparse: SparseTransformer) -> bool:
     form = sparse.form
     other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
     plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
-    return (
-        plain
-        and sparse.heads_of_keys == sparse.heads_of_queries
-        and bool(sparse.compact)
-        and sparse.device.type == "cpu"
-        and sparse.shape.positions != "rotary"
-        and set(sparse.sublayer_kinds) == {"attn", "mlp"}
-        and all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
-        and sparse.achieved_l0() <= _DENSEST
-    )
+    plain = plain and sparse.heads_of_keys == sparse.heads_of_queries and sparse.shape.positions != "rotary"
+    frozen = all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
+    alone = set(sparse.sublayer_kinds) == {"attn", "mlp"} and sparse.device.type == "cpu"
+    return bool(plain and frozen and alone and sparse.compact) and sparse.achieved_l0() <= _DENSEST
 
 
 class _Room:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from bridge.tasks.tokens import TokenPairs
+from bridge.data.task_tokens import TokenPairs
 
 
 @dataclass(frozen=True, eq=False)

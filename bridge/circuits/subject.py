@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bridge.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
 from bridge.circuits.masked_model import last_logits
-from bridge.residual import Trace
-from bridge.sparse import Gate, Location, SparseTransformer, identity_gate
-from bridge.tasks.tokens import TokenPairs
+from bridge.data.task_tokens import TokenPairs
+from bridge.models.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
+from bridge.models.residual import Trace
+from bridge.models.sparse import Gate, Location, SparseTransformer, identity_gate
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,17 +21,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bridge.bridges import Coupling
 from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked, MaskedModel
-from bridge.circuits.nested import Nested, evenly, find_nested
 from bridge.circuits.question import Question
+from bridge.circuits.search import Nested, evenly, find_nested
 from bridge.circuits.subject import in_order
-from bridge.recipe import UserError
-from bridge.sparse import Location
-from bridge.tasks.tokens import Resolved, TokenPairs
+from bridge.data.task_tokens import Resolved, TokenPairs
+from bridge.errors import UserError
+from bridge.models.bridges import Coupling
+from bridge.models.sparse import Location
 
 TASK_SEARCH = SearchConfig(
     attempts=3, steps=400

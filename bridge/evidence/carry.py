@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bridge.bridges import Coupling
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
-from bridge.residual import Enter, Trace
-from bridge.transport import Change
+from bridge.models.bridges import Coupling
+from bridge.models.residual import Enter, Trace
+from bridge.models.transport import Change
 
 _LOGITS, _ROWS = 2**25, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference

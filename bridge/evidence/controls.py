@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bridge.bridges import Coupling
-from bridge.circuit import NodeSpace, recording_gate
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
-from bridge.schema import ERROR
-from bridge.sparse import Location
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import NodeSpace, recording_gate
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Location
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.bootstrap import Interval, interval
-from bridge.bridges import Coupling
+from bridge.evidence.bootstrap import Interval, interval
 from bridge.evidence.carry import Carrier
 from bridge.evidence.measures import Control, Criterion, Measure, Point
+from bridge.models.bridges import Coupling
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bridge.columns import columns
+from bridge.display.columns import columns
 
 Op = Literal[">=", "<="]
 Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "representational", "mechanistic support"]

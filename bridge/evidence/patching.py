@@ -32,15 +32,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.bootstrap import interval
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.masked_model import MaskedModel
+from bridge.evidence.bootstrap import interval
 from bridge.evidence.carry import Carrier
 from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.residual import Trace
-from bridge.sparse import Gate, Location, identity_gate
-from bridge.transport import Change
+from bridge.models.residual import Trace
+from bridge.models.sparse import Gate, Location, identity_gate
+from bridge.models.transport import Change
 
 LEAST_SWAP = 0.2  # nats; shares of less mean nothing
 ROTATIONS, QUANTILE, OTHER_PAIRS = 100, 0.99, 20

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.bootstrap import interval
+from bridge.evidence.bootstrap import interval
 from bridge.evidence.carry import Carrier
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.residual import Enter
+from bridge.models.residual import Enter
 
 DELETED = 5  # matched draws, that are deleted as well
 LEAST = 0.1  # nats, on average; shares of less than that mean nothing

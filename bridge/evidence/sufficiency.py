@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, random_sets
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
-from bridge.circuits.nested import Nested
+from bridge.circuits.search import Nested
 from bridge.evidence.controls import active_nodes
 
 _DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model

@@ -31,20 +31,20 @@ from fastapi.security import HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from bridge.bridges import Coupling
-from bridge.checkpoint import CheckpointError
-from bridge.explain import counterfactual_tokens, explain, prompt_tokens
-from bridge.explanation import Answered, Drawn, Explanation
-from bridge.page import described_nodes, page_data, render_html
-from bridge.recipe import UserError
-from bridge.schema import ERROR
+from bridge.data.task_pairs import load_task, task_names
+from bridge.data.task_templates import TASKS
+from bridge.errors import UserError
+from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
+from bridge.explanations.explanation import Answered, Drawn, Explanation
+from bridge.explanations.page import described_nodes, page_data, render_html
+from bridge.models.bridges import Coupling
+from bridge.models.schema import ERROR
+from bridge.models.store import CheckpointError
 from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, OnProgress, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
-from bridge.steer import steer
-from bridge.tasks.pairs import load_task, task_names
-from bridge.tasks.templates import TASKS
+from bridge.steering.curves import steer
 
 PAIRS_SHOWN = 8
 STOP_SECONDS = 3.0

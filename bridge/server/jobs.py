@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from bridge.recipe import UserError
+from bridge.errors import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 OnProgress = Callable[[str], None]

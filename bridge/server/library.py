@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from bridge.bridges import Coupling
-from bridge.checkpoint import CheckpointError, read_json, write_json
-from bridge.explanation import Fingerprints
-from bridge.nodes import NodeError, parse_node
-from bridge.recipe import UserError, resolve
-from bridge.sparse import Location, SparseTransformer
+from bridge.errors import UserError
+from bridge.explanations.explanation import Fingerprints
+from bridge.models.bridges import Coupling
+from bridge.models.sparse import Location, SparseTransformer
+from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.nodes.statistics import NodeError, parse_node
+from bridge.recipe import resolve
 
 DEPTH = 3  # of folders below a root
 MOST_LISTED = 500

@@ -29,7 +29,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridge.recipe import UserError
+from bridge.errors import UserError
 
 COOKIE = "bridge_token"
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,}"

@@ -26,13 +26,13 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from bridge.circuit import Edge
 from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
+from bridge.data.task_tokens import TokenPairs
 from bridge.evidence.controls import random_deletions
-from bridge.evidence.task_sufficiency import expected_overlap
+from bridge.models.circuit import Edge
 from bridge.studies.backbone import Backbone, find_backbone
 from bridge.studies.result import Size, TaskResult
-from bridge.tasks.tokens import TokenPairs
+from bridge.verdicts.task_search import expected_overlap
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task

@@ -21,16 +21,16 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from bridge import display
-from bridge.checkpoint import CheckpointError, read_folder, read_json, write_folder, write_json
-from bridge.circuit import Circuit, Edge, Node
 from bridge.circuits.loss import SearchConfig
-from bridge.columns import columns
+from bridge.data.task_tokens import Scores
+from bridge.display import html as display
+from bridge.display.columns import columns
 from bridge.evidence.measures import EVIDENCE, Report, evidence_row, evidence_table
-from bridge.evidence.task_sufficiency import TaskLevel
-from bridge.schema import ATTENTION_KINDS, MLP_KINDS
-from bridge.sparse import Location
-from bridge.tasks.tokens import Scores
+from bridge.models.circuit import Circuit, Edge, Node
+from bridge.models.schema import ATTENTION_KINDS, MLP_KINDS
+from bridge.models.sparse import Location
+from bridge.models.store import CheckpointError, read_folder, read_json, write_folder, write_json
+from bridge.verdicts.task_search import TaskLevel
 
 FORMAT = 2
 Null = Literal["labels", "weights", "shuffled"]

@@ -29,21 +29,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.bridges import Coupling
-from bridge.circuit import Circuit
-from bridge.circuits.attribution import task_edges
 from bridge.circuits.dense_nodes import DenseSubject
 from bridge.circuits.error_nodes import reference_means, reference_rows
 from bridge.circuits.loss import SearchConfig
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses, with_all_splits
-from bridge.evidence.null_couplings import permuted_weights
-from bridge.evidence.task_sufficiency import SOLVED, Judged, gather_task
-from bridge.nodes import sparse_fingerprint
-from bridge.sparse import Location
+from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.graph.attribution import task_edges
+from bridge.huggingface.site_discovery import DenseModelError
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Circuit
+from bridge.models.sparse import Location
+from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
-from bridge.tasks.tokens import Resolved, TokenPairs, score
-from bridge.wiring import DenseModelError
+from bridge.verdicts.null_couplings import permuted_weights
+from bridge.verdicts.task_search import SOLVED, Judged, gather_task
 
 RULES = 7  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own

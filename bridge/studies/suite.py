@@ -11,16 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bridge.checkpoint import read_json, write_json
 from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, measured_prompts
-from bridge.columns import columns
-from bridge.node_page import node_labels
+from bridge.data.task_pairs import load_task
+from bridge.data.task_tokens import Resolved, resolve
+from bridge.display.columns import columns
+from bridge.huggingface.site_discovery import DenseModelError
+from bridge.models.store import read_json, write_json
+from bridge.nodes.description import node_labels
 from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
 from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
 from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, search_facts, search_task, whole_size
-from bridge.tasks.pairs import load_task
-from bridge.tasks.tokens import Resolved, resolve
-from bridge.wiring import DenseModelError
 
 Say = Callable[[str], None]
 

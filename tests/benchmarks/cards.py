@@ -2,7 +2,7 @@
 
     python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/dense] [--tasks NAME ...] [--seeds 2]
 
-takes the circuits that `circuits.py` has left there, and runs, one after another, whatever `--out` does not hold yet (it may be
+takes the circuits that `task_circuits.py` has left there, and runs, one after another, whatever `--out` does not hold yet (it may be
 killed and goes on),
 
     bridge circuit --task T --seeds N --no-dense --out OUT/T
@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from circuits import command, number, search, table
+from task_circuits import command, number, search, table
 
-from bridge.checkpoint import read_json
-from bridge.studies.card import Card
+from bridge.cards.card import Card
+from bridge.models.store import read_json
 from bridge.studies.result import TaskResult
 
 TASKS = (

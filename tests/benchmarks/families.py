@@ -2,10 +2,10 @@
 
     python tests/benchmarks/families.py [--steps 200] [--only llama gemma2] [--add MODEL]
 
-The models are tiny and random (`tests/tiny_families.py`), the text is what each writes itself. Columns: sublayers copied; KL of
-the sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults (twice the
-width); of that start projected to L0 1/16 at once; after a fit to L0 1/16. The dense model's entropy says how much there is to
-lose. --add names real models (folders, hub ids, .gguf), for the start alone.
+The models are tiny and random (`tests/support/tiny_families.py`), the text is what each writes itself. Columns: sublayers
+copied; KL of the sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults
+(twice the width); of that start projected to L0 1/16 at once; after a fit to L0 1/16. The dense model's entropy says how much
+there is to lose. --add names real models (folders, hub ids, .gguf), for the start alone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_families import FAMILIES, tiny
+from support.tiny_families import FAMILIES, tiny
 
-from bridge.bridges import Coupling, new_coupling
-from bridge.dense import DenseModel, load_dense
-from bridge.objective import Objective, draw_splice
-from bridge.optimizer import SharkfinAdamW
+from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.dense import DenseModel, load_dense
+from bridge.models.sparse import annealed_l0
 from bridge.recipe import resolve
-from bridge.sparse import annealed_l0
-from bridge.start import Started, start_from_dense
-from bridge.training import resolve_for
+from bridge.training.initialize import Started, start_from_dense
+from bridge.training.loop import resolve_for
+from bridge.training.objective import Objective, draw_splice
+from bridge.training.optimizer import SharkfinAdamW
 
 ROWS, HELD, TOKENS, L0 = 16, 32, 16, 1 / 16
 

@@ -36,7 +36,7 @@ def main() -> int:
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
         steps = 3 * arguments.rows * arguments.context
         command = [
-            *(sys.executable, "-m", "bridge.cli", "fit", str(model), "--l0", "0.01", "--data", str(text)),
+            *(sys.executable, "-m", "bridge.cli.main", "fit", str(model), "--l0", "0.01", "--data", str(text)),
             *("--tokens", str(steps), "--width", str(arguments.width), "--out", str(Path(folder) / "run")),
             *("--set", f"data.rows={arguments.rows}", "--set", f"data.context={arguments.context}"),
         ]

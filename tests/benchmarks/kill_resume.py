@@ -26,8 +26,8 @@ from pathlib import Path
 # The command itself, but for how often it saves: a state per step, a log line per step.
 DRIVER = """
 import sys
-from bridge import training
-from bridge.cli import main
+from bridge.training import loop as training
+from bridge.cli.main import main
 training.REPORT_SECONDS = training.SAVE_SECONDS = 0.0
 sys.argv = ["bridge", *sys.argv[1:]]
 main()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from bridge.evaluate import evaluate
 from bridge.recipe import recipe_values
-from bridge.training import prepare, train
+from bridge.training.evaluate import evaluate
+from bridge.training.loop import prepare, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = {

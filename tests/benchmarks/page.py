@@ -20,9 +20,9 @@ from statistics import median
 from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from explained import made_up
+from support.explained import made_up
 
-from bridge.page import render_html
+from bridge.explanations.page import render_html
 
 _AFTER = """(act) => new Promise((done) => {
   const began = performance.now();

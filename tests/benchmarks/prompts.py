@@ -3,7 +3,7 @@
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
     python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
 
-Prompts are 8 to 24 tokens from anywhere in the documents that were held out of training (every 50th, `bridge/data.py`), drawn by
+Prompts are 8 to 24 tokens from anywhere in the documents that were held out of training (every 50th, `data/blocks`), drawn by
 seed. A line for each prompt, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised
 faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what
 they would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 import bridge
-from bridge.bridges import Coupling
-from bridge.data import load_blocks
-from bridge.explanation import Explanation
-from bridge.recipe import UserError
+from bridge.data.blocks import load_blocks
+from bridge.errors import UserError
+from bridge.explanations.explanation import Explanation
+from bridge.models.bridges import Coupling
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 LENGTHS = 8, 24  # tokens
@@ -176,12 +176,12 @@ def main() -> None:
         prompts = held_out_prompts(coupling, arguments.count, arguments.seed)
     else:
         prompts = given_prompts(arguments.prompts)[: arguments.count]
-    bridge.explain(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
+    bridge.explanations.build(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
     explanations, walls, processors = list[Explanation](), list[float](), list[float]()
     for place, prompt in enumerate(prompts):
         started = time.perf_counter(), time.process_time()
         try:
-            explanation = bridge.explain(coupling, prompt)
+            explanation = bridge.explanations.build(coupling, prompt)
         except UserError as error:
             print(f"{place:>3} {error}")
             continue

@@ -58,7 +58,7 @@ def main() -> None:
     command = [
         sys.executable,
         "-m",
-        "bridge.cli",
+        "bridge.cli.main",
         "serve",
         "--port",
         "0",

@@ -17,15 +17,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from bridge.bridges import new_coupling
-from bridge.data import load_blocks
-from bridge.dense import load_dense
-from bridge.evaluate import evaluate
-from bridge.objective import Objective, draw_splice
-from bridge.optimizer import SharkfinAdamW
+from bridge.data.blocks import load_blocks
+from bridge.models.bridges import new_coupling
+from bridge.models.dense import load_dense
+from bridge.models.sparse import annealed_l0
 from bridge.recipe import recipe_values, resolve
-from bridge.sparse import annealed_l0
-from bridge.training import resolve_for
+from bridge.training.evaluate import evaluate
+from bridge.training.loop import resolve_for
+from bridge.training.objective import Objective, draw_splice
+from bridge.training.optimizer import SharkfinAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
 TURN_SECONDS = 5.0

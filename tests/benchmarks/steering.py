@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridge.bridges import Coupling
-from bridge.checkpoint import write_text
-from bridge.circuit import Node, recording_gate
-from bridge.interventions import Intervention, Steerer, circuit_interventions, every_node
-from bridge.sparse import Location
-from bridge.steer import Spread, logits_at, random_like
-from bridge.steer_figure import Panel, plot
-from bridge.tasks.pairs import load_task
-from bridge.tasks.tokens import TokenPairs, resolve
-from bridge.terminal import shipped_coupling
-from bridge.transport import Change
+from bridge.cli.console import shipped_coupling
+from bridge.data.task_pairs import load_task
+from bridge.data.task_tokens import TokenPairs, resolve
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Node, recording_gate
+from bridge.models.sparse import Location
+from bridge.models.store import write_text
+from bridge.models.transport import Change
+from bridge.steering.curves import Spread, logits_at, random_like
+from bridge.steering.figure import Panel, plot
+from bridge.steering.interventions import Intervention, Steerer, circuit_interventions, every_node
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 FEW = (1, 10, 100, 1000)

@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bridge import native
-from bridge.bridges import new_coupling
-from bridge.dense import load_dense
 from bridge.kernels.cpu import reuse_memory
-from bridge.objective import Objective, draw_splice
-from bridge.optimizer import SharkfinAdamW
+from bridge.models.bridges import new_coupling
+from bridge.models.dense import load_dense
 from bridge.recipe import Losses, resolve
-from bridge.training import resolve_for
+from bridge.training import sparse_native as native
+from bridge.training.loop import resolve_for
+from bridge.training.objective import Objective, draw_splice
+from bridge.training.optimizer import SharkfinAdamW
 
 LOOK_EVERY = 20
 
@@ -140,8 +140,10 @@ def main() -> None:
                 start = time.perf_counter()
                 if name == "today":
                     with (
-                        patch("bridge.sparse.abs_top_k", topk_and_scatter), patch("bridge.bridges.abs_top_k", topk_and_scatter),
-                        patch("bridge.sparse.project_", project_by_topk), patch("bridge.sparse.attend", masked_attention),
+                        patch("bridge.models.sparse.abs_top_k", topk_and_scatter),
+        patch("bridge.models.bridges.abs_top_k", topk_and_scatter),
+                        patch("bridge.models.sparse.project_", project_by_topk),
+        patch("bridge.models.sparse.attend", masked_attention),
                     ):  # fmt: skip
                         step(False)
                 else:

@@ -15,18 +15,18 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from circuits import number, table
+from task_circuits import number, table
 
 import bridge
-from bridge.bridges import Coupling
-from bridge.evidence.null_couplings import MOST_TOKENS, ridge_bridges
-from bridge.evidence.null_table import stored_task_nulls
+from bridge.cards.evidence import TESTS, gather_task, null_task, rules
+from bridge.cards.nulls import WORK_SHARE
+from bridge.cards.task_circuit import TaskCircuit
+from bridge.models.bridges import Coupling
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
-from bridge.studies.task import TESTS, gather_task, null_task, rules
-from bridge.studies.task_circuit import TaskCircuit
-from bridge.studies.task_nulls import WORK_SHARE
+from bridge.verdicts.null_couplings import MOST_TOKENS, ridge_bridges
+from bridge.verdicts.null_table import stored_task_nulls
 
 
 def trained(coupling: Coupling, options: argparse.Namespace) -> Coupling:

@@ -1,0 +1,85 @@
+"""The coupling as a user holds it: the library's functions that take a coupling first, as methods.
+
+`bridges.Coupling` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which is
+the same, and whose methods are the functions that take a coupling first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from bridge.cards.card import Card
+from bridge.cards.suite import Wanted, run_cards
+from bridge.explanations.build import explain
+from bridge.models.bridges import Coupling as Bare
+from bridge.steering.curves import steer
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import resolved
+from bridge.training import loop as training
+from bridge.training.evaluate import evaluate
+
+P = ParamSpec("P")
+
+
+def _with_methods(make: Callable[P, Bare]) -> Callable[P, Coupling]:
+    """Wrap a function that returns a coupling, so that it returns one with methods."""
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Coupling:
+        bare = make(*args, **kwargs)
+        return Coupling(**{field.name: getattr(bare, field.name) for field in fields(bare) if field.init})
+
+    return made
+
+
+load = _with_methods(Bare.from_pretrained)
+fit = _with_methods(training.fit)
+
+
+class Coupling(Bare):
+    """A dense model, the sparse model that explains it, and the bridges between them, with the library's functions as methods."""
+
+    from_pretrained = staticmethod(load)
+    evaluate = evaluate
+    explain = explain
+    steer = steer
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """Both models with the means of their nodes, taken once for any number of tasks."""
+        return Subjects.of(self)
+
+    def circuit(self, task: str | Path, **options: Any) -> TaskResult:
+        """The circuit of a built-in task, or of a .jsonl or .yaml file of examples; options are those of `search_task`.
+
+        Raises TaskError, UnsolvedError where the sparse model does not do the task, SearchError where there is nothing to search.
+        """
+        return search_task(self.subjects, resolved(self.subjects, str(task)), **options)
+
+    def card(
+        self,
+        task: str | Path,
+        circuit: TaskResult | str | Path | None = None,
+        *,
+        seeds: int = 1,
+        seed: int = 0,
+        work: float = 1.0,
+        progress: Callable[[str], None] | None = None,
+    ) -> Card:
+        """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
+
+        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
+        seeds and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
+        CardError where it is not this task's or not this coupling's.
+        """
+        found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
+        wanted = Wanted(str(task), found, None)
+        on_progress = progress or (lambda _: None)
+        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, work=work, progress=on_progress))
+        assert card is not None  # of a single one, what is wrong is raised
+        return card

@@ -1,0 +1,1 @@
+"""What a task's circuit explains of the dense model."""

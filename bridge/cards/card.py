@@ -1,0 +1,117 @@
+"""The card of a task's circuit: its report, with what it was made of; saved, loaded, and as text. Many cards as a table."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bridge.cards.evidence import TESTS, TaskEvidenceConfig, holds
+from bridge.cards.task_circuit import CardError
+from bridge.display.columns import columns
+from bridge.evidence.measures import Report, Verdict, evidence_table
+from bridge.verdicts.null_table import TaskNull
+
+_HOW_TO_READ = (
+    "How to read this: d is the logit of the right answer less that of the wrong one, the span what the dense model has of it "
+    'beyond every node at its mean. "All nodes" is what the whole sparse model reaches in the circuit\'s place: what is missing '
+    "there the coupling has lost, not the circuit. Intervals are over pairs. What a null passes too is no evidence by itself."
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a task's circuit explains of the dense model, on so many held-out pairs; notes say what these cannot show."""
+
+    task: str
+    pairs: int
+    report: Report
+    nulls: tuple[TaskNull, ...] | None
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, str | float | int | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far the evidence goes."""
+        return self.report.verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain JSON values; verdict, reasons, and whether each measure has passed, written out."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
+            written["passed"] = measure.passed
+        for null, written in zip(self.nulls or (), values["nulls"] or (), strict=True):
+            written["passed"] = null.passed
+        return {**values, "verdict": self.verdict, "reasons": list(self.report.reasons)}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Card:
+        """The card that `to_json` wrote. Raises CardError for anything else."""
+        try:
+            return _READER.validate_python(values)
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise CardError(f"this is not a card that this version of bridge reads ({first}); make it again") from None
+
+
+_READER = TypeAdapter(Card)
+
+
+def render_card(card: Card, width: int = 110) -> str:
+    """The card for a terminal `width` columns wide."""
+    made, report = card.provenance, card.report
+    verdict = f"{card.verdict.upper()}. {' '.join(report.reasons)}"
+    parts = (
+        [f"card      {card.task} ({card.pairs} held-out pairs); a circuit of {made.get('nodes', 0):,} nodes"],
+        textwrap.wrap(verdict, width, initial_indent="VERDICT   ", subsequent_indent=" " * 10),
+        evidence_table(report.measures, width, places=True),
+        render_nulls(card.nulls, width) if card.nulls else [f"NULLS     NOT KNOWN: {report['nulls'].note}."],
+        [line for note in card.notes for line in textwrap.wrap(note, width)],
+        textwrap.wrap(_HOW_TO_READ, width),
+        [f"{made.get('coupling') or 'a coupling in memory'}, seed {made.get('seed')}; {card.seconds:.0f} s"],
+    )
+    return "\n".join(line for part in parts if part for line in (*part, "")).rstrip()
+
+
+def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
+    """On how many tasks each null passes each test; all tests on one task it must not."""
+    rows = [["NULLS", "all tests", "tasks", "solved", *TESTS]]
+    for null in nulls:
+        solved = sum((task.accuracy or 0) >= TaskEvidenceConfig.solved for task in null.tasks)
+        verdict = "PASSES: the method fails" if null.passed else "fails, as it must"
+        rows.append([f"  {null.name}", verdict, f"{len(null.tasks)}", f"{solved}", *(_passing(null, test) for test in TESTS)])
+    lines = columns(rows, width)
+    for null in nulls:
+        why = "; ".join(f"{task.task}: {task.why}" for task in null.tasks if task.why)
+        for text in (f"{null.name}: {null.what}", why, null.note):
+            lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def _passing(null: TaskNull, test: str) -> str:
+    """On how many tasks it holds, and the mean of its first value."""
+    values = [value for task in null.tasks if (value := task.values.get(test)) is not None]
+    return f"{null.passing(test)} of {len(null.tasks)}" + (f" ({sum(values) / len(values):.3f})" if values else "")
+
+
+def render_cards(cards: Sequence[Card]) -> str:
+    """A line per card: each test's first value with its ceiling, and whether the test holds."""
+    rows = [["task", "nodes", *TESTS, "verdict"]]
+    for card in cards:
+        cells = []
+        for test, keys in TESTS.items():
+            first = next((measure for measure in card.report.measures if measure.key in keys), None)
+            met = {True: "yes", False: "NO", None: "?"}[holds(card.report, test)]
+            value = "-" if first is None or first.value is None else f"{first.value:.3f}"
+            ceiling = "" if first is None or first.ceiling is None else f" of {first.ceiling:.3f}"
+            cells.append(f"{value}{ceiling} {met}")
+        rows.append([card.task, f"{card.provenance.get('nodes', 0):,}", *cells, card.verdict])
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, sizes)).rstrip() for row in rows]
+    supported = sum(card.verdict == "mechanistic support" for card in cards)
+    return "\n".join([*lines, "", f"{supported} of {len(cards)} with mechanistic support"])

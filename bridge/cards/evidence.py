@@ -1,0 +1,223 @@
+"""All evidence on a task's circuit, and the table of rules by which it earns its verdict: the only place that has them.
+
+    no explanation       one of the models does not do the task, or the span is too small
+    refuted              the circuit is not sufficient in the sparse model (the search's own verdict)
+    undecided            whether it is could not be measured
+    behavioural          it is
+    representational     interchange interventions on it change the dense model's answer; and its deletion, carried into the dense
+                         model, takes there what it takes in the sparse one, at the site where it takes least of that
+    mechanistic support  also: without it the answer is lost; it does in place of the dense blocks, and its complement does not;
+                         single nodes' effects rank alike in both models; it predicts the dense model on prompts that nobody has
+                         seen; the circuits of several seeds agree; and the coupling's nulls fail
+
+It is of at most 64 pairs of the test split, every second one the other way round, and of stress prompts made of the same pairs;
+what is the same computation as for a prompt is the same code, on all prompts. Intervals are bootstraps over pairs.
+
+Shape legend: b pair (row), c circuit, f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bridge.cards.prediction import prediction_measures
+from bridge.cards.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
+from bridge.data.task_stress import stress_pairs
+from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.evidence.carry import Carrier
+from bridge.evidence.controls import matched
+from bridge.evidence.deletion import Deletions
+from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
+from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
+from bridge.evidence.patching import Counterfactual, patching_measures
+from bridge.evidence.substitution import substitution_measures
+from bridge.models.bridges import Coupling
+from bridge.verdicts.null_couplings import NULL_NAMES
+from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_of, stored_task_nulls
+from bridge.verdicts.prompt import EvidenceConfig
+
+VERSION = 4  # to be raised where the same circuit comes to have other evidence: what is kept is then made again
+TESTS: Mapping[str, tuple[str, ...]] = {
+    "patching": ("patching", "patching_rotated", "patching_pairs"),
+    "deletion": ("dense_ratio", "dense_matched"),
+    "substitution": ("substitution", "complement"),
+    "effect profile": ("profile",),
+    "prediction": ("prediction", "prediction_margin", "signs", "mistakes"),
+}
+NULLS: tuple[str, ...] = (*NULL_NAMES, "labels")
+UNTOUCHED = frozenset({("bridges", "prediction")})  # a test that does not use what a null changes
+
+
+@dataclass(frozen=True)
+class TaskEvidenceConfig(EvidenceConfig):
+    """What a task's circuit is held to beyond what a prompt's is, and how much is drawn."""
+
+    nodes: int = 100
+    matched_draws: int = 40  # what one keeps in place of the blocks varies by .05 to .15
+    pairs: int = 64
+    solved: float = 0.9  # accuracy
+    least_span: float = 1.0  # nats
+    substituted: float = 0.8
+    substituted_others: float = 0.3  # at most: matched nodes in the mean, and the complement
+    agreement: float = 0.9  # of signs
+
+
+def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
+    """The table, weakest verdict first; what was left out of the measures is not asked."""
+    there = {measure.key for measure in measures}
+    keys = {test: tuple(key for key in wanted if key in there) for test, wanted in TESTS.items()}
+    return (
+        Rule(
+            "undecided",
+            ("dense_solves", "sparse_solves", "searched", "span"),
+            "Both models do the task, and there is a span to explain.",
+            refuted="no explanation",
+        ),
+        Rule("behavioural", ("sufficient",), "The circuit is sufficient in the sparse model.", refuted="refuted"),
+        Rule(
+            "representational",
+            (*keys["patching"], *keys["deletion"]),
+            "Patching its nodes, carried into the dense model, changes the answer there, and so does deleting them.",
+        ),
+        Rule(
+            "mechanistic support",
+            ("lost", *keys["substitution"], *keys["effect profile"], *keys["prediction"], "seeds", "nulls"),
+            "Without it the answer is lost, it does in place of the dense blocks, its nodes have effects that rank alike in both "
+            "models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests do.",
+        ),
+    )
+
+
+def holds(report: Report, test: str) -> bool | None:
+    """Whether a test holds: False where one of its measures fails, None where one could not be taken, or none is there."""
+    passed = [measure.passed for measure in report.measures if measure.key in TESTS[test]]
+    return False if False in passed else None if None in passed or not passed else True
+
+
+def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> NullTask:
+    """What is kept of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
+    found = {test: holds(report, test) for test in TESTS}
+    values = {test: next((m.value for m in report.measures if m.key in keys), None) for test, keys in TESTS.items()}
+    return NullTask(task, found, values, all(held is True for held in found.values()), accuracy, prompts=prompts)
+
+
+def rules(config: TaskEvidenceConfig | None = None) -> str:
+    """What tells how circuits are searched and held from other ways of doing so."""
+    return rules_of(config or TaskEvidenceConfig(), SEARCH_RULES, VERSION)
+
+
+def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPairs:
+    """At most so many pairs of a task's test split, every second one the other way round, by length.
+
+    Raises CardError where there are none.
+    """
+    pairs = task.splits["test"]
+    if not len(pairs):
+        raise CardError(f"the task {task.task} has no test pairs under this tokenizer; take another task, or add examples")
+    row_b = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
+    place_b = torch.arange(len(row_b))
+    both = pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + len(row_b)))
+    return both.rows(both.last_b.argsort(stable=True))
+
+
+@torch.no_grad()
+def gather_task(
+    coupling: Coupling,
+    circuit: TaskCircuit,
+    task: Resolved,
+    alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
+    *,
+    config: TaskEvidenceConfig | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """All evidence on a task's circuit; `alter` changes the answers of all pairs that it is held to, for a null.
+
+    progress may raise to end the work. Raises CardError where the task has no held-out pairs, or the coupling no text.
+    """
+    config, generator = config or TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
+    if (reference_bt := coupling.reference_bt) is None:
+        raise CardError("the coupling holds no reference text, which a card's baseline is taken from; fit it again")
+    chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
+    stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
+    stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
+    pairs = alter(chosen).to(coupling.dense.device)
+    progress("evidence: both models on the task")
+    carrier = circuit.on(coupling, pairs)
+    loss, masked = carrier.loss, carrier.masked
+    kept_f = circuit.kept_f(masked.space, coupling.dense.device)
+    matched_cf = matched(masked, kept_f, config.matched_draws, generator)
+    some_cf = matched_cf[: config.deleted_draws]
+    progress("evidence: patching, in the dense model")
+    there = Counterfactual(pairs.counterfactual_bt, followed_rows(coupling, pairs.counterfactual_bt, pairs.last_b))
+    patching = patching_measures(carrier, there, kept_f, some_cf, config.patched, seed)
+    progress("evidence: deletion, in both models")
+    deletions = Deletions.of(carrier, kept_f, some_cf)
+    deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
+    left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
+    lost = deletions.lost(1 - float(left_b.mean()), config.lost)
+    progress(f"evidence: substitution, and {len(matched_cf)} times of matched nodes")
+    substitution = substitution_measures(carrier, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
+    progress(f"evidence: {config.nodes} nodes one at a time, in both models")
+    node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
+    profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    progress("evidence: prediction on stress prompts")
+    prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
+    measures = (
+        *_solved(coupling, config, carrier, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
+        *prediction, _seeds(circuit), _nulls(coupling, config),
+    )  # fmt: skip
+    return Report(measures, task_rules(measures))
+
+
+def with_nulls(report: Report, coupling: Coupling, config: TaskEvidenceConfig | None = None) -> Report:
+    """The report with the nulls that the coupling has now."""
+    measures = tuple(m if m.key != "nulls" else _nulls(coupling, config or TaskEvidenceConfig()) for m in report.measures)
+    return Report(measures, report.rules)
+
+
+def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pairs: TokenPairs) -> tuple[Measure, ...]:
+    chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
+    models = ("dense", coupling.dense), ("sparse", coupling.sparse)
+    return (
+        *(
+            Measure(f"{name}_solves", f"accuracy of the {name} model", score(model, pairs).accuracy, least, chance)
+            for name, model in models
+        ),
+        Measure("span", "span in nats", abs(carrier.loss.span), Criterion(">=", config.least_span)),
+    )
+
+
+def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
+    """The search's own verdict, in two parts: whether there is something to explain, and whether the circuit does."""
+    found = float(circuit.sparse not in ("unsolved", "no explanation"))
+    value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse), Criterion(">=", 1.0)
+    note = f"the search's verdict on it is {circuit.sparse}"
+    return (
+        Measure("searched", "something to explain in the sparse model", found, yes),
+        Measure("sufficient", "sufficient in the sparse model", value, yes, note=note),
+    )
+
+
+def _seeds(circuit: TaskCircuit) -> Measure:
+    value = None if circuit.seeds_agree is None else float(circuit.seeds_agree)
+    note = "one seed was searched" if value is None else ""
+    return Measure("seeds", "circuits of several seeds agree", value, Criterion(">=", 1.0), note=note)
+
+
+def _nulls(coupling: Coupling, config: TaskEvidenceConfig) -> Measure:
+    nulls, why = stored_task_nulls(coupling, rules(config))
+    nulls = nulls or ()
+    weak = [f"the null {null.name!r} is too weak to show anything" for null in nulls if null.note]
+    missing = [f"the null {name!r} was not run" for name in NULLS if name not in {null.name for null in nulls}]
+    return nulls_measure(nulls, why or "; ".join(weak + missing), "; ".join(map(_alone, nulls)))
+
+
+def _alone(null: TaskNull) -> str:
+    """Which single tests a null passes, which are then no evidence by themselves."""
+    found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNTOUCHED}
+    passed = [f"{test} on {count} of {len(null.tasks)}" for test, count in found.items() if count]
+    return f"{null.name} passes {', '.join(passed) or 'no test'}"

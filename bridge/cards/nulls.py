@@ -1,0 +1,126 @@
+"""The nulls of a coupling on tasks: the same search and the same evidence on couplings that must fail them.
+
+    uncoupled, weights   circuits are searched in the null (`null_couplings`)
+    bridges              the coupling's own circuits
+    labels               the coupling itself and its circuits, every answer token replaced by a random one, the same everywhere
+
+A null passes where all tests hold (`task.null_task`), whatever else is to be said of it: that no model does a nonsense task is no
+test's merit. A search that finds no circuit fails; one that cannot be run is an error. Where an uncoupled model does none of the
+tasks, its null is weak, and says so: it was trained too briefly.
+
+They are written after every task: a run that is killed goes on where it was, and results of another coupling, of other prompts or
+by other rules are never taken for this one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, null_task, rules
+from bridge.cards.task_circuit import CardError, TaskCircuit
+from bridge.circuits.task_search import NoCircuitError
+from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.models.bridges import Coupling
+from bridge.models.store import read_json
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, random_labels, search_task
+from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
+from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
+
+TASKS = 3  # by default: of those the coupling solves
+WORK_SHARE = 0.2  # of a search's work: it is a null
+WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
+WHAT: Mapping[str, str] = {
+    "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
+    "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
+    "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
+    "labels": "every answer token replaced by one drawn at random, the same one everywhere",
+}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Nulls:
+    """What the nulls of a coupling are made with: tasks and their circuits, the uncoupled coupling's folder and budget, seeds."""
+
+    coupling: Coupling
+    tasks: tuple[Resolved, ...]
+    circuits: Callable[[Resolved], TaskResult]
+    against: Path
+    minutes: float = MINUTES
+    work: float = WORK_SHARE
+    seed: int = 0
+
+    def run(self, progress: Progress) -> Generator[TaskNull, None, None]:
+        """Every null as it ends; results found in the coupling's folder are taken from there."""
+        kept, _ = stored_task_nulls(self.coupling, rules(), **self._facts)
+        done = {null.name: null for null in kept or ()}
+        asked = {resolved.task: resolved for resolved in self.tasks}
+        for name in NULLS:
+            before = {task.task: task for task in (done[name].tasks if name in done else ())}
+            found = [task for task in before.values() if task.task not in asked]
+            made = cache(partial(self._subjects, name, progress))
+            for task, resolved in asked.items():
+                known = before.get(task)
+                fits = known is not None and known.prompts == resolved.digest
+                found.append(known if known is not None and fits else self._judged(name, made, resolved, progress))
+                unsolved = name == "uncoupled" and all((one.accuracy or 0) < TaskEvidenceConfig.solved for one in found)
+                done[name] = TaskNull(name, WHAT[name], tuple(found), WEAK if unsolved else "")
+                keep_nulls(self.coupling, "tasks", tuple(done.values()), rules(), **self._facts)
+            yield done[name]
+
+    @property
+    def _facts(self) -> dict[str, str | float | int]:
+        """What the results depend on; the uncoupled model may come to be on the way."""
+        file = self.against / "coupling.json"
+        against = (read_json(file).get("tensors") or {}).get("sha256", "") if file.is_file() else ""
+        return {"against": against, "work": self.work, "seed": self.seed}
+
+    def _subjects(self, name: str, progress: Progress) -> Subjects:
+        """The coupling of a null."""
+        known: dict[str, NullName] = {null: null for null in NULL_NAMES}
+        if name not in known:
+            return Subjects.of(self.coupling)
+        options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
+        return Subjects.of(null_coupling(self.coupling, known[name], **options, progress=progress))
+
+    def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: Progress) -> NullTask:
+        """The evidence of a null on a task; where there is no circuit, why."""
+
+        def say(text: str) -> None:
+            progress(f"{name}, {task.task}: {text}")
+
+        def alter(pairs: TokenPairs) -> TokenPairs:
+            return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if name == "labels" else pairs
+
+        subjects, coupling = made(), made().coupling
+        accuracy = score(coupling.sparse, alter(held_out(task)).to(coupling.dense.device)).accuracy
+        if name in ("bridges", "labels"):
+            result = self.circuits(task)
+        else:
+            try:
+                result = search_task(subjects, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
+            except NoCircuitError as error:
+                return NullTask(task.task, {}, {}, False, accuracy, f"no circuit: {error}", task.digest)
+        report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=say)
+        return null_task(task.task, report, accuracy, task.digest)
+
+
+def solved_tasks(coupling: Coupling, tasks: Iterable[Resolved], most: int = TASKS) -> tuple[Resolved, ...]:
+    """The first tasks that both models of a coupling do. Raises CardError where there are none."""
+    solved: list[Resolved] = []
+    for task in tasks:
+        if len(solved) == most:
+            break
+        if not len(task.splits["test"]):
+            continue
+        pairs = held_out(task).to(coupling.dense.device)
+        if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= TaskEvidenceConfig.solved:
+            solved.append(task)
+    if not solved:
+        raise CardError("the models of this coupling do none of the tasks, so there is no card for nulls to fail; name --tasks")
+    return tuple(solved)

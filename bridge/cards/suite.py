@@ -1,0 +1,215 @@
+"""Cards for many circuits, and the nulls of a coupling: circuits found or searched, cards kept and taken again.
+
+A card is kept as card.json beside its circuit, or alone, with a fingerprint of circuit, coupling, prompts, rules and seed; one
+that is there and fits is not made again, but shows the nulls that the coupling has now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bridge.cards.card import Card, render_card, render_cards, render_nulls
+from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, rules, with_nulls
+from bridge.cards.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
+from bridge.cards.task_circuit import CardError, TaskCircuit
+from bridge.circuits.task_search import SearchError
+from bridge.data.task_pairs import TaskError
+from bridge.data.task_tokens import Resolved
+from bridge.models.bridges import Coupling
+from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.studies.result import TaskResult
+from bridge.studies.search import Subjects, search_task
+from bridge.studies.suite import folder_name, resolved
+from bridge.verdicts.null_table import fingerprint, stored_task_nulls
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A card to be made: the task by name or file, its circuit or the folder of it (None: to be searched), the card's folder."""
+
+    task: str
+    circuit: Path | TaskResult | None
+    out: Path | None
+
+
+def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str], out: Path | None) -> tuple[Wanted, ...]:
+    """What is asked for: the circuit in a folder, or those in its folders; or a task, or several, searched where out has none.
+
+    Raises CardError where a folder holds no circuit.
+    """
+    if circuit is not None:
+        found = tuple(_in_folder(circuit))
+        if not found:
+            raise CardError(f"{str(circuit)!r} holds no circuit; name a folder that `bridge circuit --out` wrote")
+        one = found[0][0] == circuit
+        if task is not None and not one:
+            raise CardError(f"{str(circuit)!r} holds several circuits, of tasks they name; leave out --task, or name one of them")
+        return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
+    several = task is None
+    places = [
+        (name, None if out is None else out / folder_name(name) if several else out) for name in ([task] if task else names)
+    ]
+    return tuple(Wanted(name, _circuit_at(place), place) for name, place in places)
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Folders with circuits, and the names of their tasks."""
+    candidates = [folder] if (folder / "circuit.json").is_file() else sorted(folder.glob("*/")) if folder.is_dir() else []
+    for one in candidates:
+        if (one / "circuit.json").is_file():
+            facts = read_json(one / "circuit.json")
+            yield one, str((facts.get("facts") or facts).get("task", one.name))
+
+
+def _circuit_at(place: Path | None) -> Path | None:
+    return place if place is not None and (place / "circuit.json").is_file() else None
+
+
+def task_card(
+    coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: Progress = lambda _: None
+) -> Card:
+    """The card of a task's circuit, with the nulls that the coupling has.
+
+    Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
+    """
+    started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
+    report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
+    pairs, asked = len(held_out(task)), TaskEvidenceConfig.pairs
+    return Card(
+        task=task.task,
+        pairs=pairs,
+        report=report,
+        nulls=stored_task_nulls(coupling, rules())[0],
+        notes=(f"{pairs} held-out pairs, and {asked} are asked.",) if pairs < asked else (),
+        provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes},
+        seconds=time.monotonic() - started,
+    )
+
+
+def run_cards(
+    subjects: Subjects,
+    wanted: Sequence[Wanted],
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    work: float = 1.0,
+    width: int = 110,
+    progress: Progress,
+) -> Generator[tuple[Card | None, str], None, None]:
+    """Every card as it is made, with its text; at the end, of several, their table. A task without a circuit is a line.
+
+    Of a single one, what is wrong is raised: TaskError, SearchError, CheckpointError or CardError.
+    """
+    nulls, _ = stored_task_nulls(subjects.coupling, rules())
+    cards: list[Card] = []
+    for one in wanted:
+        where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
+
+        def say(text: str, where: str = where) -> None:
+            progress(f"{where}{text}")
+
+        try:
+            task = resolved(subjects, one.task)
+            result, digest = _circuit(subjects, task, one, seed, seeds, work, say)
+            card = _kept(one.out, digest, seed)
+            if card is None:
+                card = task_card(subjects.coupling, task, result, seed=seed, progress=say)
+                card = replace(card, provenance={**card.provenance, "circuit": digest})
+            card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
+        except (TaskError, SearchError, CardError, CheckpointError) as error:
+            if len(wanted) == 1:
+                raise
+            yield None, f"card      {one.task}: no card: {error}"
+            continue
+        if one.out is not None:
+            one.out.mkdir(parents=True, exist_ok=True)
+            write_json(one.out / "card.json", card.to_json())
+        cards.append(card)
+        yield card, render_card(card, width)
+    if len(wanted) > 1 and cards:
+        yield None, render_cards(cards)
+
+
+def _circuit(
+    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, work: float, say: Progress
+) -> tuple[TaskResult, str]:
+    """A circuit from its folder, or searched and kept; and what tells it from others."""
+    found = one.circuit
+    if found is None:
+        found = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, work=work, progress=say)
+        if one.out is not None:
+            found.save(one.out)
+            found = one.out
+    folder = None if isinstance(found, TaskResult) else found
+    result = found if isinstance(found, TaskResult) else TaskResult.load(found)
+    which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
+    if result.facts.task != task.task:
+        raise CardError(f"{which} is of the task {result.facts.task}, not {task.task}; give that as --task")
+    if folder is None:
+        return result, ""
+    coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
+    circuit = read_json(folder / "circuit.json")["tensors"]["sha256"][:16]
+    return result, f"{circuit}; coupling {coupling}; prompts {task.digest}; rules {rules()}"
+
+
+def _kept(out: Path | None, digest: str, seed: int) -> Card | None:
+    """The card that is in a folder, if it is of this circuit, coupling, prompts, rules and seed."""
+    if out is None or not digest or not (out / "card.json").is_file():
+        return None
+    try:
+        card = Card.from_json(read_json(out / "card.json"))
+    except (CheckpointError, CardError):
+        return None
+    return card if (card.provenance.get("circuit"), card.provenance.get("seed")) == (digest, seed) else None
+
+
+def run_nulls(
+    subjects: Subjects,
+    *,
+    names: Sequence[str],
+    explicit: bool,
+    circuits: Path | None,
+    against: Path,
+    minutes: float,
+    work: float = WORK_SHARE,
+    seed: int = 0,
+    width: int = 110,
+    progress: Progress,
+) -> Generator[str, None, None]:
+    """The nulls on some tasks (of those not named explicitly the first few that both models do), a text as each ends.
+
+    Circuits of the coupling come from a folder of them, or are searched. Raises CardError where no task is solved.
+    """
+    fingerprint(subjects.coupling)  # refused before anything is run
+    there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
+    if circuits is not None and not there:
+        raise CardError(f"{str(circuits)!r} holds no circuits; name a folder that `bridge circuit --out` wrote")
+    chosen = (
+        names if explicit or not there else [name for name in there if "failed" not in read_json(there[name] / "circuit.json")]
+    )
+    progress("nulls: which tasks the models do")
+    tasks = tuple(resolved(subjects, name) for name in chosen) if explicit else ()
+    tasks = tasks or solved_tasks(subjects.coupling, (resolved(subjects, name) for name in chosen), TASKS)
+    found: dict[str, TaskResult] = {}
+
+    def circuit(task: Resolved) -> TaskResult:
+        if task.task not in found:
+            if task.task in there:
+                found[task.task] = TaskResult.load(there[task.task])
+            else:
+                found[task.task] = search_task(subjects, task, dense=False, work=work, seed=seed, progress=progress)
+        return found[task.task]
+
+    nulls = Nulls(subjects.coupling, tasks, circuit, against, minutes, work, seed)
+    done = []
+    yield f"nulls     {len(NULLS)} on {', '.join(task.task for task in tasks)}; each must fail"
+    for null in nulls.run(progress):
+        done.append(null)
+        verdict = "PASSES, which is a failure of the method" if null.passed else "fails, as it must"
+        yield f"{null.name:<9} {verdict}"
+    yield "\n".join(render_nulls(done, width))

@@ -1,0 +1,105 @@
+"""What the evidence on a task takes from the result of its search, and the circuit on pairs of prompts, in both models.
+
+This is the only module of the evidence that knows what such a result looks like.
+
+Shape legend: b prompt, t token, n nodes of a location, f all nodes in one row, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.error_nodes import Followed, error_locations, follow, reference_means, reference_rows
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.data.task_tokens import TokenPairs
+from bridge.errors import UserError
+from bridge.evidence.carry import Carrier
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Node, NodeSpace
+from bridge.models.residual import Trace
+from bridge.models.sparse import ERROR, Location
+from bridge.nodes.statistics import sparse_fingerprint
+from bridge.studies.result import TaskResult
+from bridge.studies.search import RULES
+
+SEARCH_RULES = RULES  # which search circuits are of: another one leaves others
+_LOGITS = 2**24  # of dense runs at a time
+
+
+class CardError(UserError):
+    """A card that cannot be made or read, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskCircuit:
+    """A task's circuit: kept_1n (bool) and means_n by location, errors among them where its search followed the dense model.
+
+    sparse is the verdict on it in the sparse model, seeds_agree whether the circuits of several seeds overlap (None: not known).
+    """
+
+    task: str
+    kept: Mapping[Location, Tensor]
+    means: Mapping[Location, Tensor]
+    sparse: str
+    seeds_agree: bool | None
+
+    @staticmethod
+    def of(result: TaskResult, coupling: Coupling) -> TaskCircuit:
+        """The circuit of a result. Raises CardError where it was searched in other weights, or is a null's."""
+        facts, circuit = result.facts, result.circuit
+        if facts.null is not None:
+            raise CardError(f"the circuit of {facts.task} is a null's ({facts.null}); name one that was searched without")
+        if facts.provenance.get("sparse_fingerprint") != sparse_fingerprint(coupling.sparse):
+            raise CardError(
+                f"the circuit of {facts.task} is not of this coupling: it was searched in other weights; give --bridge the "
+                "coupling that it was searched in, or search again"
+            )
+        kept, means = dict(circuit.kept), dict(circuit.means)
+        if facts.explains == "dense" and coupling.reference_bt is not None:
+            of_text = reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
+            for at in error_locations(coupling.n_sites):
+                kept[at], means[at] = torch.tensor([[Node(at, 0).name in facts.errors]]), of_text[at]
+        return TaskCircuit(facts.task, kept, means, result.report.verdict, result.report["stable"].passed)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, errors left out."""
+        return sum(int(kept_1n.sum()) for at, kept_1n in self.kept.items() if at.kind != ERROR)
+
+    def kept_f(self, space: NodeSpace, device: torch.device) -> Tensor:
+        """The circuit as a mask; what it does not name is not kept."""
+        none = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in space.sizes.items()}
+        return space.join({at: self.kept.get(at, none_1n).cpu() for at, none_1n in none.items()}).to(device)
+
+    def masked(self, coupling: Coupling, pairs: TokenPairs, errors: Mapping[Location, Tensor] | None = None) -> MaskedModel:
+        """The sparse model on the prompts of some pairs; errors at their means where the circuit has them and none are given."""
+        device, question = coupling.dense.device, Question.of_pairs(pairs)
+        means = {at: mean_n.to(device) for at, mean_n in self.means.items()}
+        of_errors = [at for at in means if at.kind == ERROR]
+        shape = pairs.prompt_bt.shape
+        if errors is None:
+            errors = {at: means[at].expand(shape[0], 1 if at.layer == coupling.n_sites else shape[1], -1) for at in of_errors}
+        return MaskedModel(coupling.sparse, question, means, errors if of_errors else None, by_position=False)
+
+    def on(self, coupling: Coupling, pairs: TokenPairs) -> Carrier:
+        """Both models on the prompts of some pairs; the reference keeps every node."""
+        followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
+        masked = self.masked(coupling, pairs, followed.errors)
+        loss = CircuitLoss(masked, followed.dense_bv, SearchConfig())
+        return Carrier.of(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
+
+
+def followed_rows(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:
+    """The errors on any number of prompts; of the dense logits those after each prompt alone are kept."""
+    rows = max(1, _LOGITS // (prompt_bt.shape[1] * coupling.dense.vocabulary))
+    parts = [follow(coupling, *some) for some in zip(prompt_bt.split(rows), last_b.split(rows), strict=True)]
+    dense_bv = torch.cat([part.dense_bv for part in parts])
+    residuals = tuple(torch.cat(x) for x in zip(*(part.dense.residuals for part in parts), strict=True))
+    errors = {at: torch.cat([part.errors[at] for part in parts]) for at in parts[0].errors}
+    return Followed(Trace(dense_bv[:, None], residuals), dense_bv, errors)

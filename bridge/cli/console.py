@@ -1,0 +1,362 @@
+"""Helpers of the commands: one-line refusals, progress, and printed results."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from bridge.recipe import MOST_SEED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bridge.data.task_pairs import Example
+    from bridge.models.bridges import Coupling
+    from bridge.training.evaluate import Evaluation
+    from bridge.training.loop import Progress, Run
+
+Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
+Dense = Annotated[
+    str | None, typer.Option(help="Where the coupling's dense model is: hub id, folder or .gguf file; default where it was.")
+]
+Gguf = Annotated[str | None, typer.Option(help="A .gguf file, in the model's folder or by its path, to load instead.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def seed_of(what: str) -> Any:
+    """The option --seed of a command, with `what` as its help."""
+    return typer.Option(help=what, min=0, max=MOST_SEED)
+
+
+class Several(TyperCommand):
+    """A command whose `--l0 .1 .2 --tasks a b` is `--l0 .1 --l0 .2 --tasks a --tasks b`."""
+
+    numbers, words = ("--l0", "--width"), ("--tasks", "--load")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = word if word in self.numbers + self.words else "", 0
+            elif option:
+                if values and option in self.numbers and not is_number(word):
+                    option = ""  # the model
+                elif values:
+                    spread.append(option)
+                values += 1
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A context that ends the command in one line on an error: exit code 2 for a user's, 1 for a run that had to stop."""
+    from bridge.errors import RunError, UserError
+
+    try:
+        yield
+    except (UserError, RunError) as error:
+        refuse(str(error), 2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        _print_to_nobody()
+        raise typer.Exit(141) from None
+    except OSError as error:
+        if not error.filename:
+            refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
+        refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
+
+
+def refuse(message: str, code: int) -> NoReturn:
+    """Print one line on standard error and exit."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(f"bridge: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def usage_line(error: Any) -> str:
+    """Typer's error on a command line as one line, with the value and a pointer to --help."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if hasattr(error.__cause__, "errors"):
+        text += f" (given: {error.__cause__.errors()[0]['input']!r})"
+    more = "" if text.endswith("?") else f"; see {getattr(error.ctx, 'command_path', 'bridge')} --help"
+    return f"{text[0].lower()}{text[1:]}{more}"
+
+
+def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | None] = (), **files: Path | None) -> None:
+    """Refuse an --out folder, or files by the name of their option, that cannot be written, before anything is computed.
+
+    So is a file that two options name, or that the command reads.
+    """
+    from bridge.models.store import CheckpointError, check_folder, check_target
+
+    if folder is not None:
+        check_folder(folder)
+    taken = {Path(file).resolve(): "what is read" for file in read if file is not None and Path(file).is_file()}
+    for name, file in files.items():
+        if file is None:
+            continue
+        check_target(file, f"--{name}")
+        if file.exists() and not file.is_file():
+            continue  # a pipe or a device may be written to twice
+        if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":
+            raise CheckpointError(f"--{name} {str(file)!r} is {other} too, and would replace it; name another file")
+
+
+def print_output(text: str = "") -> None:
+    """Print, and continue where the reader has closed the pipe, so that files are still written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _print_to_nobody()
+
+
+def _print_to_nobody() -> None:
+    """Redirect further output to the null device: the interpreter would complain of the closed pipe at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_written(*files: Path | None) -> None:
+    """Print which files were written, if any."""
+    names = [str(file) for file in files if file is not None]
+    if names:
+        print(f"\nwrote {', '.join(names)}")
+
+
+def choose_device(device: str) -> str:
+    """The device: cpu or cuda for auto. Raises RecipeError where the named one is not available."""
+    import torch
+
+    from bridge.recipe import RecipeError
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
+    return device
+
+
+def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
+    """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
+    from bridge.data.blocks import DataError, load_blocks
+
+    if data is None:
+        if coupling.reference_bt is None:
+            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
+        return coupling.reference_bt[:rows]
+    limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
+    dense, seed = coupling.dense, coupling.recipe.seed
+    return load_blocks(data, dense.prompts, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
+
+
+def shipped_coupling() -> str:
+    """The folder of the coupling that ships. Raises CheckpointError where it is missing."""
+    from bridge.models.store import CheckpointError
+
+    folder = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
+    if not folder.is_dir():
+        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
+    here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def chosen_model(model: str | None, gguf: str | None, default: str | None = None) -> str | None:
+    """The model that a command names, as a GGUF file where --gguf gives one, or the default."""
+    from bridge.huggingface.gguf_file import named_gguf
+
+    return named_gguf(model or default, gguf) if gguf is not None else model or default
+
+
+def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> Coupling:
+    """The coupling that --bridge names, or the one that ships, loaded with its dense model, from --dense where given."""
+    from bridge.models.bridges import Coupling
+
+    name = chosen_coupling(bridge) if bridge is None or isinstance(bridge, str) else bridge
+    return Coupling.from_pretrained(name, dense=dense, device=choose_device(device))
+
+
+def chosen_coupling(bridge: str | None) -> str:
+    """The name of the coupling: --bridge, or the one that ships where it is not given.
+
+    Raises CheckpointError for an empty one.
+    """
+    if bridge is None:
+        return shipped_coupling()
+    if not bridge.strip():
+        from bridge.models.store import CheckpointError
+
+        raise CheckpointError(f"--bridge {bridge!r} names no coupling; give a folder or hub id, or leave it out for what ships")
+    return bridge
+
+
+def terminal_width() -> int:
+    """The number of columns to print in."""
+    import shutil
+
+    return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+
+
+def is_number(word: str) -> bool:
+    """Whether a word reads as a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def sample_prompt(example: Example | None, taken: int) -> str:
+    """The end of a prompt, as long as fits on a line, and its answer."""
+    if example is None:
+        return ""
+    answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
+    room = max(16, terminal_width() - taken - len(answer) - 5)
+    prompt = repr(example.prompt)
+    return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
+
+
+def show_phase(phase: str) -> None:
+    """Show the current phase on the terminal, over the one before."""
+    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+
+
+class Phases:
+    """Progress of a search on standard error: one rewritten line with a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = self.started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Show the progress of a search."""
+        now = time.monotonic()
+        if not self.terminal and now - self.last < 15:
+            return
+        self.last = now
+        words = text.replace(",", "").split()
+        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
+        bar = ""
+        if "step" in words and step.isdigit() and of.isdigit():
+            done = round(16 * int(step) / max(1, int(of)))
+            bar = f"[{'#' * done}{'.' * (16 - done)}] "
+        line = f"{int(now - self.started):>4} s  {bar}{text}"[: terminal_width()]
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def print_run(run: Run, needed: int, seconds: float) -> None:
+    """Print what a fit is about to do, and what it will take: bytes, and seconds a step."""
+    import psutil
+
+    recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
+    weights = sparse.n_sparse_weights()
+    kept = sparse.n_kept(sparse.fractions(recipe.sparsity))
+    alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
+    how = "coupled at every site" if recipe.losses.coupled else alone
+    how = how if recipe.optimizer.rate else "which stay as they are: bridges alone learn"
+    free = psutil.virtual_memory().available
+    print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
+    print(
+        f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
+    )
+    if not run.resume:
+        print(f"start   {run.started or 'random'}")
+    if recipe.optimizer.rate:
+        print(f"rate    {recipe.optimizer.rate:.2g} at its peak (--set optimizer.rate), AbsTopK keeps {sparse.keep:.3g}")
+    print(f"data    {run.blocks.description}")
+    per_step = (recipe.data.rows or 0) * (recipe.data.context or 0)
+    steps = math.inf if recipe.budget.tokens is None else math.ceil(recipe.budget.tokens / per_step)
+    minutes = min(steps * seconds / 60, recipe.budget.minutes or math.inf)
+    takes = f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+    tokens = int(min(steps, minutes * 60 / seconds)) * per_step
+    print(f"time    about {takes} for {tokens:,} tokens, {per_step:,} a step of {seconds:.2g} s (--minutes, --tokens)")
+    print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
+    if needed > free and dense.device.type == "cpu":
+        print("        that may not fit; lower --width or --set data.rows=...", flush=True)
+
+
+class Watcher:
+    """Progress of a fit: one rewritten line on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty()
+        self.last = -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        """Show the progress of a fit."""
+        now = time.monotonic()
+        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
+            return
+        self.last = now
+        line = progress_line(progress)
+        print(f"\r\033[K{line[: terminal_width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.terminal and not self.quiet:
+            print()
+
+
+def progress_line(progress: Progress) -> str:
+    """The progress of a fit in one line."""
+    short = {"nmse_encoder": "nmse-f", "nmse_decoder": "nmse-g", "hybrid_in": "in", "hybrid_out": "out", "hybrid_both": "both"}
+    losses = "  ".join(f"{short.get(name, name)} {value:.3f}" for name, value in progress.losses.items() if name != "total")
+    left = int(progress.seconds_left)
+    clock = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+    return (
+        f"{progress.fraction:4.0%}  {progress.tokens / 1e6:.2f} M tokens  {losses}  L0 {progress.l0:.4f}  "
+        f"{progress.tokens_per_second:,.0f} tok/s  {clock} left"
+    )
+
+
+def _share(l0: float) -> str:
+    return f"{l0:.4f} (1/{1 / max(l0, 1e-9):.1f})"
+
+
+def evaluation_table(result: Evaluation) -> str:
+    """An evaluation as a table."""
+    lines = [
+        f"{result.tokens:,} held-out tokens; KL and CE in nats per token",
+        "",
+        "                explained variance             KL to dense      CE recovered",
+        "site  read by   encoder (later)  decoder (later)    in     out      in     out   CE in   CE out  CE mean",
+    ]
+    for row in result.sites:
+        lines.append(
+            f"{row.site:>4}  {row.read_by:<8}  {row.ev_encoder:7.3f} {row.ev_encoder_later:7.3f} {row.ev_decoder:8.3f} "
+            f"{row.ev_decoder_later:7.3f} {row.kl_in:7.3f} {row.kl_out:7.3f} {row.recovered_in:7.3f} {row.recovered_out:7.3f} "
+            f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
+        )
+    dead = result.dead_neurons / result.neurons if result.neurons else 0.0
+    facts: list[tuple[str, Any]] = [
+        ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
+        ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
+        ("CE recovered, mean", f"dense to sparse {result.recovered_in:.3f}, sparse to dense {result.recovered_out:.3f}"),
+        ("explained variance, mean", f"encoder {result.ev_encoder:.3f}, decoder {result.ev_decoder:.3f}"),
+        (
+            "top-1 agreement with dense",
+            f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
+        ),
+        ("nonzero weights", f"{_share(result.l0)}; blocks {_share(result.l0_blocks)}, embeddings {_share(result.l0_embed)}"),
+        ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
+    ]
+    lines += ["", *(f"{name:<27} {value}" for name, value in facts)]
+    lines += ["", "in: dense until the site, encoded, sparse to the end; out: the reverse; later: without the first position."]
+    return "\n".join(lines)

@@ -1,0 +1,407 @@
+"""The commands: each checks its arguments, imports its modules, calls the library, and prints.
+
+Nothing heavy is imported before a command runs, so that --help answers at once. What a user can mend is one line on standard
+error and exit code 2; a run that had to stop is exit code 1, one that was asked to stop 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from bridge.cli.console import (
+    Adapter,
+    Dense,
+    Device,
+    Gguf,
+    Phases,
+    Revision,
+    Watcher,
+    check_outputs,
+    choose_device,
+    chosen_model,
+    evaluation_table,
+    held_out_text,
+    one_line_errors,
+    opened_coupling,
+    print_output,
+    print_run,
+    print_written,
+    seed_of,
+    shipped_coupling,
+    show_phase,
+    terminal_width,
+    usage_line,
+)
+from bridge.cli.tasks import of_tasks
+
+app = typer.Typer(
+    help="Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(of_tasks)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"bridge {version('bridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
+
+
+Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
+
+
+@app.command()
+def info(
+    model: Model = None, gguf: Gguf = None, adapter: Adapter = None, revision: Revision = None, device: Device = "auto"
+) -> None:
+    """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
+    with one_line_errors():
+        from bridge.models.dense import load_dense
+        from bridge.recipe import RecipeError
+
+        if (name := chosen_model(model, gguf)) is None:
+            raise RecipeError("which model is not said; give a hub id, a folder or a .gguf file")
+        dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
+        kinds = list(dense.sublayers)
+        parameters = sum(p.numel() for p in dense.model.parameters())
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        rows = [
+            ("model", f"{dense.name} ({type(dense.model).__name__}, {parameters / 1e6:.1f} M parameters)"),
+            ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
+            ("sublayers", f"{len(kinds)}: {counts}"),
+            ("width", f"{dense.width}"),
+            ("vocabulary", f"{dense.vocabulary:,}" + (f" ({missing})" if (missing := dense.prompts.missing) else "")),
+            ("context", f"{dense.context:,}" if dense.context else "unlimited"),
+            ("sites", f"{dense.n_sites}"),
+            ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),
+        ]
+        for name, value in rows:
+            print(f"{name:<11} {value}")
+        print("\nsite  read by   largest logit error when resumed there")
+        for site, (kind, error) in enumerate(zip((*kinds, "unembed"), dense.parity.errors, strict=True)):
+            print(f"{site:>4}  {kind:<9} {error:.1e}")
+
+
+@app.command()
+def fit(
+    model: Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder or .gguf file; default the recipe's.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Below 1 the fraction of weights that stay (default 1/16), from 1 on their number.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
+    width: Annotated[int | None, typer.Option(help="Residual width of the sparse model; default twice the model's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with every number, such as those in recipes/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/MODEL.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    uncoupled: Annotated[bool, typer.Option("--uncoupled", help="No bridge losses: the sparse model learns text alone.")] = False,
+    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
+    gguf: Gguf = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    seed: Annotated[int | None, seed_of("Seed of weights, order of text and splices.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+    log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
+) -> None:
+    """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
+    with one_line_errors():
+        from bridge.recipe import RecipeError, parse_setting, recipe_values
+
+        if stretch is not None and not 0 <= stretch < float("inf"):
+            raise RecipeError(f"--stretch {stretch:g} is no number of minutes; give one, such as 9")
+        if resume and out is not None and (out / "coupling.json").is_file():
+            from bridge.training.loop import check_resumable
+
+            check_resumable(out)
+        values = recipe_values(
+            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
+            adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
+        )  # fmt: skip
+        name = chosen_model(model, gguf, values.get("dense"))
+        if name is None and resume and out is not None and (out / "training.json").is_file():
+            from bridge.models.store import read_json
+
+            name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
+        if name is None:
+            raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
+        folder = out or Path("runs") / Path(name).name
+        from bridge.training.loop import FitStopped, finish, memory_needed, prepare, seconds_a_step, train
+
+        reading = Phases()
+        run = prepare(
+            name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
+        )  # fmt: skip
+        reading.end()
+        if run.accelerator.is_main_process:
+            print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
+        watch = Watcher(quiet=not run.accelerator.is_main_process)
+        started = time.monotonic()
+        try:
+            for progress in train(run, stretch_minutes=stretch):
+                watch(progress)
+        except FitStopped as stopped:
+            watch.end()
+            print(f"bridge: {stopped}", file=sys.stderr)
+            raise typer.Exit(0 if stopped.planned else 130) from None
+        watch.end()
+        refitting = Phases()
+        finish(run, refitting if run.accelerator.is_main_process else lambda _: None)
+        refitting.end()
+        if run.accelerator.is_main_process:
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+            print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")
+            print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
+
+
+@app.command("eval")
+def eval_(
+    bridge: Annotated[Path, typer.Argument(help="A coupling: a folder that `bridge fit` wrote, or a hub id.")],
+    data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
+    rows: Annotated[int, typer.Option(help="Most rows of text to use.", min=1)] = 256,
+    dense: Dense = None,
+    device: Device = "auto",
+) -> None:
+    """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
+    with one_line_errors():
+        from bridge.models.store import write_json
+        from bridge.training.evaluate import evaluate
+
+        coupling = opened_coupling(bridge, dense, device)
+        result = evaluate(coupling, held_out_text(coupling, bridge, data, rows))
+        print(evaluation_table(result))
+        if bridge.is_dir():
+            write_json(bridge / "eval.json", result.to_json())
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
+    bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    target: Annotated[str | None, typer.Option(help="Explain this token, by text or #id; default the dense model's.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Rather than this token; default than any other.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
+    counterfactual: Annotated[
+        str | None, typer.Option(help="As many tokens, another answer: adds patching to the evidence.")
+    ] = None,
+    seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
+    dense: Dense = None,
+    device: Device = "auto",
+) -> None:
+    """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
+    with one_line_errors():
+        from bridge.explanations.build import explain as explain_prompt
+        from bridge.explanations.explanation import Answered, Drawn
+        from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+        from bridge.explanations.text import render_answer, render_text
+        from bridge.models.store import write_json
+
+        check_outputs(html=html, json=json)
+        coupling = opened_coupling(bridge, dense, device)
+        note = show_phase if sys.stderr.isatty() else None
+        width = terminal_width()
+
+        def show(known: Answered | Drawn) -> None:
+            if isinstance(known, Answered):
+                print_output(f"{render_answer(known, width)}\n")
+
+        explanation = explain_prompt(
+            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=note,
+            stage=show,
+        )  # fmt: skip
+        if json is not None:
+            write_json(json, explanation.to_json())
+        if html is not None:
+            write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
+        print_output(render_text(explanation, width, answer=False))
+        print_written(json, html)
+
+
+@app.command()
+def view(
+    explanation: Annotated[Path, typer.Argument(help="A file that `bridge explain --json` wrote.")],
+    html: Annotated[Path, typer.Option(help="The page to write: one HTML file that needs no other.")],
+    bridge: Annotated[str | None, typer.Option(help="Its coupling, to tell of its nodes what `bridge nodes` collected.")] = None,
+    dense: Dense = None,
+    device: Device = "auto",
+) -> None:
+    """Make a page of an explanation that was saved as JSON."""
+    with one_line_errors():
+        from bridge.explanations.explanation import read_explanation
+        from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+
+        read, nodes = read_explanation(explanation), {}
+        check_outputs(html=html, read=[explanation])
+        if bridge is not None:
+            nodes = described_nodes(opened_coupling(bridge, dense, device), read)
+        write_page(html, render_html(page_data(read, nodes)))
+        print(f"wrote {html}")
+
+
+@app.command()
+def export(
+    explanation: Annotated[Path, typer.Argument(help="What `bridge explain --json` wrote.")],
+    to: Annotated[str, typer.Option(help="circuit-tracer, neuronpedia or graphml.")],
+    out: Annotated[Path, typer.Option(help="Where to: a folder for circuit-tracer, a file for the others.")],
+    slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and answer.")] = None,
+    scan: Annotated[
+        str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small; it asks for one.")
+    ] = None,
+    features_url: Annotated[str | None, typer.Option(help="Where the features for Neuronpedia will be hosted.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="Coupling with `bridge nodes` facts; default the explanation's.")] = None,
+    dense: Dense = None,
+) -> None:
+    """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
+    with one_line_errors():
+        from bridge.explanations.explanation import read_explanation
+        from bridge.explanations.export import export as export_to
+        from bridge.explanations.export import pages_for
+
+        explained = read_explanation(explanation)
+        if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
+            from bridge.errors import UserError
+
+            raise UserError(f"--bridge {bridge!r} is for pages of features, which {to} has none of here; leave it out")
+        if to != "circuit-tracer" and out.parent.is_dir():
+            check_outputs(out=out, read=[explanation])
+        else:
+            check_outputs(out)
+        pages = pages_for(explained, bridge, dense=dense) if to == "circuit-tracer" or features_url is not None else None
+        done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
+        about = f", {done.features:,} features" if done.features else ""
+        print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
+        if done.features and pages is None:
+            print("features show this prompt alone: run `bridge nodes` on the coupling first for contexts and tokens")
+        for step in done.next:
+            print(f"next: {step}")
+
+
+@app.command()
+def steer(
+    prompt: Annotated[str | None, typer.Option(help="The text after which the dense model is steered.")] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="A prompt of as many tokens, whose nodes' values are taken.")] = None,
+    node: Annotated[
+        list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1; repeatable.")
+    ] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
+    explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
+    site: Annotated[int | None, typer.Option(help="Add the whole change at this site; default at each sublayer's own.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Follow this token, by text or #id; default the answer to the prompt.")
+    ] = None,
+    contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
+    draws: Annotated[int, typer.Option(help="Random directions beside.", min=1, max=1000)] = 20,
+    seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
+    bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
+    dense: Dense = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Change nodes of the sparse model, patch that into the dense one, and see its answers and text change."""
+    with one_line_errors():
+        from bridge.models.store import write_json, write_text
+        from bridge.steering.curves import STRENGTHS, check_strengths
+        from bridge.steering.curves import steer as steer_prompt
+        from bridge.steering.figure import render_steering, steering_plot
+        from bridge.steering.interventions import chosen_interventions
+
+        check_strengths(strength or STRENGTHS)
+        check_outputs(svg=svg, json=json, read=[explanation])
+        coupling = opened_coupling(bridge, dense, device)
+        text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
+        steering = steer_prompt(
+            coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
+            strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
+        )  # fmt: skip
+        if svg is not None:
+            write_text(svg, steering_plot(steering))
+        if json is not None:
+            write_json(json, steering.to_json())
+        print_output(render_steering(steering, terminal_width()))
+        print_written(svg, json)
+
+
+@app.command()
+def serve(
+    bridge: Annotated[
+        list[Path] | None, typer.Option(help="A coupling's folder, or one with couplings below; repeatable; default what ships.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; beyond this machine a token is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any that is free.", min=0, max=65535)] = 8765,
+    circuits: Annotated[Path | None, typer.Option(help="A folder that `bridge circuit --out` wrote to.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="BRIDGE_TOKEN", help="What every request must show; beyond this machine drawn if not given."),
+    ] = None,
+    dense: Dense = None,
+    device: Device = "auto",
+) -> None:
+    """Serve explanations over HTTP: a page to ask from, and an API that /openapi.json describes."""
+    with one_line_errors():
+        from bridge.recipe import RecipeError
+
+        try:
+            from bridge.server.run import serve as run_server
+        except ModuleNotFoundError as error:
+            if error.name not in ("fastapi", "starlette", "uvicorn"):
+                raise
+            raise RecipeError(f"{error.name} is not installed, which serving needs; pip install 'bridge[serve]'") from None
+        folders = bridge or [Path(shipped_coupling())]
+        beside = folders[0].parent / "circuits"
+        if circuits is None and not bridge and beside.is_dir():
+            circuits = beside  # of what ships
+        stopped = run_server(
+            folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=choose_device(device),
+            progress=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        if not stopped:
+            os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash
+
+
+def main() -> NoReturn:
+    """Entry point of the `bridge` command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make every other process on the machine slower
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        code = app(prog_name="bridge", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not Typer's: its errors are of a class of click's or its own, by its version
+            raise
+        code = 2
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            print(f"bridge: {usage_line(error)}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Sources -> the pieces of a corpus, in an order fixed by the seed, and the parts of the source that are left out.
+
+    stdlib, stdlib+packages   the source of the Python library on this machine, and of the packages beside it
+    a file                    as `records` reads it
+    a folder                  what `datasets` saved (save_to_disk): its split to train on
+                              a data set with a card (README.md that begins with one): the files `datasets` resolves for train
+                              any other: its files except hidden ones; where some are records, without those that describe them
+    anything else             a hub data set, streamed
+
+The test and validation splits of a data set are never read, so that they stay unseen. A split is recognised by the name of a file
+or of its folder. A file that is given by its own name is read, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridge.data.records import (
+    COLUMNS,
+    PACKED_SUFFIXES,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    DataError,
+    Piece,
+    file_pieces,
+    piece,
+    suffix_of,
+)
+from bridge.huggingface.site_discovery import first_line
+
+MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
+SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct")
+FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
+SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what save_to_disk leaves
+CARD_KEYS = {"configs", "dataset_info", "task_categories", "task_ids", "size_categories", "source_datasets"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The pieces of a source, read as they are taken, and a description of the parts left out ("" for none)."""
+
+    pieces: Iterator[Piece]
+    left_out: str = ""
+
+
+def open_corpus(source: str, seed: int = 0) -> Corpus:
+    """Open the corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
+    if source in ("stdlib", "stdlib+packages"):
+        return Corpus(("text", text) for text in _python_source(packages=source != "stdlib", seed=seed))
+    path, configuration = Path(source).expanduser(), None
+    if not path.exists() and ":" in source:  # a configuration of a data set that lies here
+        name, _, named = source.rpartition(":")
+        if Path(name).expanduser().is_dir():
+            path, configuration = Path(name).expanduser(), named
+    if path.is_dir():
+        return _folder(path, configuration, seed)
+    if path.exists():
+        return Corpus(file_pieces(path))
+    if source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES:
+        raise DataError(f"data {source!r} does not exist; name a file, a folder, 'stdlib', 'self' or a hub data set")
+    return Corpus(_streamed(source))
+
+
+def documents(source: str, seed: int = 0) -> Iterator[str]:
+    """The texts of a corpus, in an order fixed by the seed. Raises DataError where it is none."""
+    for kind, value in open_corpus(source, seed).pieces:
+        if kind == "text":
+            yield value
+
+
+# -- what is on this machine ------------------------------------------------------------------------------------------------
+
+
+def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    if packages:
+        roots += [Path(sysconfig.get_paths()["purelib"])]
+    files = {}
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            inside = path.relative_to(root).parts
+            if "__pycache__" in inside or ("site-packages" in inside and root == roots[0]):
+                continue
+            files["/".join(inside)] = path
+    names = sorted(files)
+    random.Random(seed).shuffle(names)
+    seen: set[bytes] = set()
+    for name in names:
+        try:
+            if files[name].stat().st_size > MAX_DOCUMENT_BYTES:
+                continue
+            text = files[name].read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        digest = hashlib.sha256(text.encode()).digest()
+        if text.strip() and digest not in seen:  # vendored copies are common
+            seen.add(digest)
+            yield text
+
+
+def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
+    where = str(path) if configuration is None else f"{path}:{configuration}"
+    if any(all((path / name).is_file() for name in names) for names in SAVED):
+        return _saved(path)
+    inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = sorted(p for p in inside if p.is_file() and suffix_of(p) in SUFFIXES)
+    card = _card(path)
+    about_data = _records(files) or not CARD_KEYS.isdisjoint(card or ())
+    asked = configuration is not None or (card is not None and about_data)
+    if asked and (splits := _resolved(path, configuration, where, card or {})):
+        chosen = _to_train_on(splits, where, "a file of it")
+        return Corpus(_shuffled(splits[chosen], seed), _splits(name for name in splits if name != chosen))
+    files, left = _without_others(path, files)
+    if left and not files:
+        raise DataError(f"data {where!r} has nothing to train on but its {_splits(left)}; name a file of it to take that")
+    if not files:
+        packed = ", ".join(PACKED_SUFFIXES)
+        raise DataError(f"data {where!r} holds no file ending in {', '.join(SUFFIXES)} (also with {packed} behind it)")
+    return Corpus(_shuffled(files, seed), _splits(left))
+
+
+def _shuffled(files: Iterable[Path], seed: int) -> Iterator[Piece]:
+    files = list(files)
+    random.Random(seed).shuffle(files)
+    for file in files:
+        yield from file_pieces(file)
+
+
+def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files of a folder that are its text, and the splits whose files are left out.
+
+    Code and prose that lie beside records say what these are; a text file is of a split where another is called train.
+    """
+    records = _records(files)
+    data = [*records, *(file for file in files if suffix_of(file) == ".txt")]
+    split = {file: _split_of(file.relative_to(path)) for file in data}
+    if "train" in split.values():
+        kept = [file for file in data if split[file] == "train"]
+    elif records:
+        about = re.compile(rf"({'|'.join(ABOUT)})\b", re.IGNORECASE)
+        texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES and not about.match(file.name)]
+        kept = [*(file for file in records if split[file] is None), *texts]
+    else:
+        return [file for file in files if file.name not in FACTS], []
+    left = {name for file in data if (name := split[file]) not in (None, "train") and file not in kept}
+    return sorted(kept), sorted(left)
+
+
+def _split_of(inside: Path) -> str | None:
+    """The split that a file's name gives, or the name of a folder that holds it."""
+    for part in reversed(inside.parts):
+        for split, words in SPLITS.items():
+            if re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", part.lower()):
+                return split
+    return None
+
+
+# -- what `datasets` knows of ----------------------------------------------------------------------------------------------
+
+
+def _saved(path: Path) -> Corpus:
+    """The pieces of a data set written by `save_to_disk`."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except Exception as error:
+        why = first_line(error)
+        raise DataError(f"data {str(path)!r} is a saved data set that cannot be loaded ({why}); save it again") from None
+    splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
+    chosen = _to_train_on(splits, str(path), "the folder of one")
+    return Corpus(_saved_rows(splits[chosen], str(path)), _splits([name for name in splits if name != chosen]))
+
+
+def _saved_rows(table: Any, where: str) -> Iterator[Piece]:
+    wanted = [column for column in COLUMNS if column in table.column_names]
+    if not wanted:
+        piece(dict.fromkeys(table.column_names), where)  # says so
+    try:
+        for row in table.with_format(None).select_columns(wanted):  # not the tensors that it may have been saved to give
+            yield piece(row, where)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data {where!r} cannot be read ({first_line(error)}); save it again") from None
+
+
+def _records(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if suffix_of(file) in RECORD_SUFFIXES and file.name not in FACTS]
+
+
+def _card(path: Path) -> dict[str, Any] | None:
+    """The metadata at the head of a folder's README.md; None where there is none."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8-sig")
+        facts = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _resolved(path: Path, configuration: str | None, where: str, card: dict[str, Any]) -> dict[str, list[Path]]:
+    """The files of a data set by split, as `datasets` finds them by its card and by their names; {} where it knows of none."""
+    from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
+
+    here = str(path.resolve())
+    with tempfile.TemporaryDirectory() as nowhere:  # its cache stays as it is
+        try:
+            names = get_dataset_config_names(here)
+            if configuration is None and len(names) > 1:
+                configuration = get_dataset_default_config_name(here)
+            if configuration not in (None, *names) or (configuration is None and len(names) > 1):
+                raise DataError(f"data {where!r} has the configurations {', '.join(names)}; name one, as in {path}:{names[0]}")
+            found = load_dataset_builder(here, configuration, cache_dir=nowhere).config.data_files or {}
+        except DataError:
+            raise
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and configuration is None and "configs" not in card:
+                return {}
+            why = first_line(error)
+            raise DataError(f"data {where!r} is a data set that cannot be resolved ({why}); name its data files") from None
+    return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def _to_train_on(splits: Iterable[str], where: str, remedy: str) -> str:
+    """The split that is called train, or the only one that is not of another kind."""
+    names = list(splits)
+    kinds = {name: _split_of(Path(name)) for name in names}
+    some = [name for name in names if kinds[name] == "train"] or [name for name in names if kinds[name] is None]
+    if "train" not in names and len(some) != 1:
+        raise DataError(f"data {where!r} has the splits {', '.join(names)}, none or several to train on; name {remedy}")
+    return "train" if "train" in names else some[0]
+
+
+def _splits(left: Iterable[str]) -> str:
+    names = list(left)
+    return f"{'splits' if len(names) > 1 else 'split'} {', '.join(names)}" if names else ""
+
+
+def _streamed(source: str) -> Iterator[Piece]:
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        for row in load_dataset(name, configuration or None, split="train", streaming=True):
+            yield piece(row, source)
+    except DataError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        raise DataError(f"data {source!r} is no file here, nor could the hub stream it ({reason}); name another") from None

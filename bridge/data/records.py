@@ -1,0 +1,247 @@
+"""Files and rows -> pieces of a corpus: ("text", str), ("tokens", ids), ("chat", (messages, where they are)).
+
+    txt, md, rst, py        one text
+    jsonl, ndjson, json     a row each; .json is one value, or lines as well
+    csv, tsv                a row each, by the names in the first
+    parquet, arrow          a row each
+
+all but the last two may be compressed by gz, bz2, xz or zst. A row gives its first filled column: `input_ids` without the padding
+by its `attention_mask`, the first text column, or the first chat.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from bridge.errors import UserError
+from bridge.huggingface.site_discovery import first_line
+from bridge.recipe import not_text
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+RECORD_SUFFIXES = (*LINE_SUFFIXES, ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED_SUFFIXES = (*PACKED, ".zst")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+TEXT_COLUMNS = ("text", "content", "code", "document")
+CHAT_COLUMNS = ("messages", "conversations")
+COLUMNS = ("input_ids", "attention_mask", *TEXT_COLUMNS, *CHAT_COLUMNS)
+LONGEST_FIELD = 2**31 - 1  # characters of a field of a table
+POINTER = b"version https://git-lfs.github.com/spec/"  # how what a clone has not fetched begins
+BATCH = 1024  # rows in memory at a time
+_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+
+Piece = tuple[str, Any]
+
+
+class DataError(UserError):
+    """A corpus that cannot be read, in one line with the remedy."""
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix of a file's name in lower case, without that of its compression."""
+    name = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else file
+    return name.suffix.lower()
+
+
+def file_pieces(file: Path) -> Iterator[Piece]:
+    """The pieces in a file. Raises DataError where it cannot be read, or holds a row that is none of a corpus."""
+    where, kind = str(file), suffix_of(file)
+    packed = file.suffix.lower() in PACKED_SUFFIXES
+    if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
+        raise DataError(f"data {where!r} is an archive; unpack it, and name what was in it")
+    try:
+        with file.open("rb") as begun:
+            if begun.read(len(POINTER)) == POINTER:
+                raise DataError(f"data {where!r} stands for a file that was not fetched; run `git lfs pull` where it lies")
+        if kind in RECORD_SUFFIXES:
+            yield from (piece(row, where) for row in _rows(file, kind))
+        else:
+            with _opened(file) as stream:
+                yield "text", stream.read()
+    except UnicodeDecodeError:
+        raise DataError(f"data {where!r} is not UTF-8 text; convert it, or give jsonl or parquet") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"data {where!r} cannot be {'unpacked' if packed else 'read'} ({reason})") from None
+
+
+def piece(row: Any, where: str) -> Piece:
+    """A row as a piece of a corpus. Raises DataError where it has no column for one, or one that holds anything else."""
+    if isinstance(row, str):
+        return "text", _checked(row, where)
+    if not isinstance(row, dict):
+        raise _no_column([type(row).__name__], where)
+    if (ids := row.get("input_ids")) not in (None, []):
+        return "tokens", _unpadded(ids, row.get("attention_mask"), where)
+    texts = {column: value for column in TEXT_COLUMNS if (value := row.get(column)) not in (None, "", [])}
+    for value in texts.values():
+        if isinstance(value, str) and value.strip():
+            return "text", _checked(value, where)
+    for column in CHAT_COLUMNS:
+        if row.get(column):
+            return "chat", (_messages(row[column], where), where)
+    for column, value in texts.items():
+        if not isinstance(value, str):
+            raise DataError(f"data {where!r} holds {_what(value)} in its column {column!r}; make it one text a row")
+    if not any(column in row for column in COLUMNS):
+        raise _no_column(row, where)
+    return "text", ""
+
+
+# -- files to rows ----------------------------------------------------------------------------------------------------------
+
+
+def _opened(file: Path, newline: str | None = None) -> TextIO:
+    if file.suffix.lower() == ".zst":
+        import pyarrow
+
+        return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig", newline=newline)
+    stream: Any = PACKED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig", newline=newline)
+    return stream
+
+
+def _rows(file: Path, kind: str) -> Iterator[Any]:
+    if kind in COLUMN_SUFFIXES:
+        return _column_rows(file, kind)
+    if kind in (".csv", ".tsv"):
+        return _table_rows(file, kind)
+    return _json_rows(file) if kind == ".json" and not _has_lines(file) else _line_rows(file)
+
+
+def _column_rows(file: Path, kind: str) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        table: Any = parquet.ParquetFile(file) if kind == ".parquet" else _arrow_reader(file)
+        names = (table.schema_arrow if kind == ".parquet" else table.schema).names
+        wanted = [column for column in COLUMNS if column in names]  # the others may be large
+        if not wanted:
+            raise _no_column(names, str(file))
+        batches = table.iter_batches(BATCH, columns=wanted) if kind == ".parquet" else (batch.select(wanted) for batch in table)
+        for batch in batches:
+            for start in range(0, len(batch), BATCH):
+                yield from batch.slice(start, BATCH).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"data {str(file)!r} is not a readable {kind[1:]} file ({first_line(error)})") from None
+
+
+def _arrow_reader(file: Path) -> Any:
+    """The batches of an Arrow file: a stream, as `datasets` writes it, or one that begins with its format's name."""
+    import pyarrow
+
+    with file.open("rb") as stream:
+        named = stream.read(6) == b"ARROW1"
+    mapped = pyarrow.memory_map(str(file))
+    if not named:
+        return pyarrow.ipc.open_stream(mapped)
+    table = pyarrow.ipc.open_file(mapped)
+    return pyarrow.RecordBatchReader.from_batches(table.schema, map(table.get_batch, range(table.num_record_batches)))
+
+
+def _table_rows(file: Path, kind: str) -> Iterator[Any]:
+    csv.field_size_limit(LONGEST_FIELD)
+    with _opened(file, newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise csv.Error("more fields than the first line has names")
+                yield row
+        except csv.Error as error:
+            raise DataError(f"data {str(file)!r} is not {kind[1:].upper()} ({error}: line {reader.line_num})") from None
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether a .json file holds one value per line, not one over all of them."""
+    with _opened(file) as lines:
+        filled = (line for line in lines if line.strip())
+        first = next(filled, "").lstrip()
+        if first[:1] not in ("{", '"') or next(filled, None) is None:
+            return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    with _opened(file) as stream:
+        text = stream.read()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data {str(file)!r} is not JSON ({error})") from None
+    yield from value if isinstance(value, list) else [value]
+
+
+def _line_rows(file: Path) -> Iterator[Any]:
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line.strip())
+                except json.JSONDecodeError as error:
+                    where = f"line {number}, column {error.colno}"
+                    raise DataError(f"data {str(file)!r} is not JSON lines ({error.msg}: {where})") from None
+                except (ValueError, RecursionError) as error:
+                    why = str(error).partition(";")[0]
+                    raise DataError(f"data {str(file)!r} is not JSON lines ({why}: line {number})") from None
+
+
+# -- rows to pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _no_column(found: Iterable[Any], where: str) -> DataError:
+    columns = ", ".join(map(str, found)) or "none"
+    return DataError(f"data {where!r} has no text column (found: {columns}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
+
+
+def _checked(text: str, where: str) -> str:
+    if wrong := not_text(text):
+        raise DataError(f"data {where!r} holds {wrong}, which is no character of UTF-8 text; write it again without")
+    return text
+
+
+def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
+    """The ids that an attention mask marks as text; all of them where there is none."""
+    if not isinstance(ids, list):
+        raise DataError(f"data {where!r} has input_ids that are not whole numbers ({_what(ids)}); tokenize it again")
+    if mask is None:
+        return ids
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        length = len(mask) if isinstance(mask, list) else "no list"
+        raise DataError(f"data {where!r} has an attention_mask of {length} for {len(ids)} input_ids; tokenize it again")
+    return [token for token, there in zip(ids, mask, strict=True) if there]
+
+
+def _messages(given: Any, where: str) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it: messages of role and content."""
+    if isinstance(given, dict) and all(isinstance(value, list) for value in given.values()):  # a list of structs, by columns
+        given = [dict(zip(given, values, strict=False)) for values in zip(*given.values(), strict=False)]
+    messages = []
+    for message in given if isinstance(given, list) else [given]:
+        if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
+            message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"data {where!r} holds a conversation whose messages are not of role and content; write them so")
+        messages.append(message)
+    return messages
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list of strings" if all(isinstance(part, str) for part in value) else "a list"
+    return {dict: "a nested value", str: "a text", int: "a number", float: "a number"}.get(type(value), type(value).__name__)

@@ -1,0 +1,184 @@
+"""Stress prompts: a task's held-out pairs changed in ways that the search has not seen, by rules that fit any task.
+
+Each kind changes both members of a pair alike, in text, and the tokenizer resolves what comes of it anew, as it did the task:
+
+    distractor   another pair's counterfactual and its answer stand before the prompt, on a line of their own
+    context      a stretch of the coupling's held-out text, 16 to 48 tokens, stands before it
+    rename       one of the names becomes a name of another pair, wherever it stands, in the answers too
+    swap         two of the names change places, in the answers too
+    paraphrase   code: all lines indented by four more, or below a comment; other text: a lead-in before it
+
+Names are what a template had drawn; where a task has none (a user's), the words that both members of a pair have and not every
+other pair. A kind that does not fit a pair (no two names, too long for the context, another number of tokens) makes none of it.
+
+Shape legend: b row of text, t token.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bridge.data.task_pairs import Example, Task
+from bridge.data.task_tokens import TokenPairs, resolve
+from bridge.huggingface.prompts import Prompts
+
+PROMPTS = 240  # at most, over all kinds; both members of a pair count
+STRETCH = (16, 48)  # tokens of held-out text
+LEAD_INS = ("As was said before: ", "It is known, and often told: ", "Note the following. ", "Here is what happened. ")
+COMMENTS = ("# as before", "# see below", "# not used elsewhere", "# TODO: tidy")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]+")
+
+Rule = Callable[[Example, random.Random], Example | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Stress:
+    """Pairs of one kind, and from which of the held-out pairs, by number, each was made."""
+
+    pairs: TokenPairs
+    source_b: Tensor
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def first(self, count: int) -> Stress:
+        """The first of them."""
+        return Stress(self.pairs.rows(torch.arange(count)), self.source_b[:count])
+
+
+def stress_pairs(
+    pairs: TokenPairs,
+    prompts: Prompts,
+    reference_bt: Tensor,
+    context: int,
+    *,
+    language: str = "python",
+    seed: int = 0,
+) -> dict[str, Stress]:
+    """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
+    examples = pairs.examples
+    rules = _rules(examples, _is_code(examples, language), _stretches(prompts, reference_bt, seed))
+    wanted = PROMPTS // 2
+    found: dict[str, Stress] = {}
+    for kind, rule in rules.items():
+        generator = random.Random(f"{seed} {kind}")
+        order = generator.sample(range(len(examples)), len(examples))
+        made = _distinct(((index, rule(examples[index], generator)) for index in order), examples)
+        task = Task(kind, language, kind, {"test": tuple(made)}, {"test": wanted})
+        resolved = resolve(task, prompts, context=context, splits=("test",)).splits["test"]
+        if len(resolved):
+            found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
+    while sum(map(len, found.values())) > wanted:  # from the kinds that have most
+        most = max(map(len, found.values()))
+        found = {kind: some.first(min(len(some), most - 1)) for kind, some in found.items()}
+    return found
+
+
+def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
+    """The examples made that are new, each once, and the number of the pair that each was made from."""
+    seen = {example.prompt for example in known} | {example.counterfactual for example in known}
+    new: dict[Example, int] = {}
+    for index, example in made:
+        if example is not None and example.prompt != example.counterfactual and example.prompt not in seen:
+            seen |= {example.prompt, example.counterfactual}
+            new[replace(example, spans=(), template="", variants=())] = index
+    return new
+
+
+def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) -> Mapping[str, Rule]:
+    names = [_names(example, examples) for example in examples]
+    place = {id(example): index for index, example in enumerate(examples)}
+    pool = sorted({name for some in names for name in some})
+
+    def distractor(example: Example, generator: random.Random) -> Example | None:
+        other = generator.choice(examples)
+        if other is example:
+            return None
+        answer = other.wrong[0] if other.wrong else ""
+        return _before(example, f"{other.counterfactual}{answer}\n")
+
+    def context(example: Example, generator: random.Random) -> Example | None:
+        return _before(example, f"{generator.choice(stretches)}\n") if stretches else None
+
+    def rename(example: Example, generator: random.Random) -> Example | None:
+        own = names[place[id(example)]]
+        others = [name for name in pool if not _has(example, name)]
+        if not own or not others:
+            return None
+        return _renamed(example, {generator.choice(own): generator.choice(others)})
+
+    def swap(example: Example, generator: random.Random) -> Example | None:
+        own = names[place[id(example)]]
+        if len(own) < 2:
+            return None
+        first, second = generator.sample(own, 2)
+        return _renamed(example, {first: second, second: first})
+
+    def paraphrase(example: Example, generator: random.Random) -> Example | None:
+        if not code:
+            return _before(example, generator.choice(LEAD_INS))
+        if generator.random() < 0.5:
+            return _changed(example, lambda text: "    " + text.replace("\n", "\n    "))
+        indent = re.match(r" *", example.prompt)
+        return _before(example, f"{indent.group() if indent else ''}{generator.choice(COMMENTS)}\n")
+
+    return {"distractor": distractor, "context": context, "rename": rename, "swap": swap, "paraphrase": paraphrase}
+
+
+def _changed(example: Example, change: Callable[[str], str]) -> Example:
+    return replace(example, prompt=change(example.prompt), counterfactual=change(example.counterfactual))
+
+
+def _before(example: Example, text: str) -> Example:
+    return _changed(example, lambda prompt: f"{text}{prompt}")
+
+
+def _renamed(example: Example, names: Mapping[str, str]) -> Example:
+    """The example with names replaced, all at once, wherever they stand as words."""
+    found = re.compile("|".join(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])" for name in names))
+
+    def change(text: str) -> str:
+        return found.sub(lambda match: names[match[0]], text)
+
+    answer, wrong = (tuple(map(change, side)) for side in (example.answer, example.wrong))
+    return replace(_changed(example, change), answer=answer, wrong=wrong)
+
+
+def _has(example: Example, name: str) -> bool:
+    return any(name in _WORD.findall(text) for text in (example.prompt, example.counterfactual, *example.answer, *example.wrong))
+
+
+def _names(example: Example, examples: Sequence[Example]) -> list[str]:
+    """The names of a pair: what its template drew; else the words of both its members that not all pairs have."""
+    if labelled := [span for span in example.spans if span.label != "differs"]:
+        return sorted({example.prompt[slice(*span.prompt)] for span in labelled})
+    words = set(_WORD.findall(example.prompt)) & set(_WORD.findall(example.counterfactual))
+    common = set.intersection(*(set(_WORD.findall(other.prompt)) for other in examples))
+    return sorted(words - common)
+
+
+def _is_code(examples: Sequence[Example], language: str) -> bool:
+    return language == "python" or any("\n" in example.prompt for example in examples)
+
+
+def _stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> list[str]:
+    """Stretches of held-out text, from the beginning of a line to the end of one where they have lines."""
+    generator = random.Random(f"{seed} stretches")
+    special, found = prompts.special, []
+    for row_t in reference_bt[:64].tolist():
+        ids = [token for token in row_t if token not in special]
+        length = generator.randint(*STRETCH)
+        start = generator.randrange(max(1, len(ids) - length))
+        text = prompts.decode(ids[start : start + length])
+        lines = text.split("\n")
+        text = "\n".join(lines[1:-1]) if len(lines) > 3 else text
+        if text.strip():
+            found.append(text)
+    return found

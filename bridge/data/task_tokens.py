@@ -1,0 +1,359 @@
+"""A task's tokens under any tokenizer, and how well a model does on them.
+
+    resolve     Task, `prompts` -> Resolved: per split the TokenPairs that are left, and what was dropped and why
+    score       model, TokenPairs -> Scores
+
+Both members of a pair have as many tokens. An answer is read at the first token that tells it from the wrong one, and is a set of
+tokens where it has several spellings:
+
+    D = log sum over answer of exp(logit) - log sum over wrong of exp(logit)     right: D > 0     two-way loss: softplus(-D) nats
+
+How a pair is resolved, whatever the tokenizer: the prompt is tokenized with each spelling after it. Spellings before which its
+own tokens change do not count; where that is all of an answer's, the quotes, spaces and other marks at its end are left to the
+answers until they change no more. The tokens that all spellings share are appended to the prompt, and the next ones are the
+answer's and the wrong answer's. The pair is dropped where these are no two sets, or other ones after the counterfactual, and
+where the two members are not equally long.
+
+Shape legend: b pair (row), t token, k token ids of an answer, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bridge.data.task_pairs import SPLITS, Example, Split, Task, TaskError, reverse_pair
+from bridge.huggingface.prompts import PromptError, Prompts
+from bridge.models.residual import ResidualModel
+
+_MOVABLE = 8  # marks at the end of a prompt that may be left to the answer
+_LOGITS = 2**26  # at most in a batch that is scored
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """A labelled part of a pair, as half-open ranges of tokens in the prompt and in the counterfactual."""
+
+    label: str
+    prompt: tuple[int, int]
+    counterfactual: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """Pairs as tokens. Both members of row b have last_b + 1 tokens, padded on the right; the answer is read at last_b.
+
+    prompt_bt, counterfactual_bt  int64
+    last_b                        int64, position of the last token
+    answer_bk, wrong_bk           int64, ids of the first token that tells answer from wrong, -1 where there are fewer than k
+    answer_not_b, wrong_not_b     bool: the side is every token but the ids listed for it
+    examples, spans               row by row, what the tokens are of
+    """
+
+    prompt_bt: Tensor
+    counterfactual_bt: Tensor
+    last_b: Tensor
+    answer_bk: Tensor
+    wrong_bk: Tensor
+    answer_not_b: Tensor
+    wrong_not_b: Tensor
+    examples: tuple[Example, ...]
+    spans: tuple[tuple[TokenSpan, ...], ...]
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.last_b)
+
+    @property
+    def there_bt(self) -> Tensor:
+        """The mask of positions that are a prompt's, not padding."""
+        return torch.arange(self.prompt_bt.shape[1], device=self.last_b.device) <= self.last_b[:, None]
+
+    def to(self, device: Any) -> TokenPairs:
+        """The pairs on a device."""
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def rows(self, row_b: Tensor) -> TokenPairs:
+        """Some of the pairs, by index, cut to the longest."""
+        indices = row_b.tolist()
+        few = {name: value[row_b.to(value.device)] for name, value in self._tensors().items()}
+        longest = int(few["last_b"].max()) + 1 if indices else 0
+        for name in ("prompt_bt", "counterfactual_bt"):
+            few[name] = few[name][:, :longest]
+        kept = tuple(self.examples[index] for index in indices)
+        return replace(self, **few, examples=kept, spans=tuple(self.spans[index] for index in indices))
+
+    def reversed(self) -> TokenPairs:
+        """The pairs with prompt and counterfactual, and the two answers, exchanged."""
+        return TokenPairs(
+            prompt_bt=self.counterfactual_bt,
+            counterfactual_bt=self.prompt_bt,
+            last_b=self.last_b,
+            answer_bk=self.wrong_bk,
+            wrong_bk=self.answer_bk,
+            answer_not_b=self.wrong_not_b,
+            wrong_not_b=self.answer_not_b,
+            examples=tuple(reverse_pair(example) for example in self.examples),
+            spans=tuple(tuple(TokenSpan(s.label, s.counterfactual, s.prompt) for s in spans) for spans in self.spans),
+        )
+
+    def both(self) -> TokenPairs:
+        """Both members of every pair as prompts: the pairs, then the reversed pairs."""
+        return self.and_those(self.reversed())
+
+    def and_those(self, others: TokenPairs) -> TokenPairs:
+        """These pairs and others, padded to one length."""
+        tensors = {}
+        for name, value in self._tensors().items():
+            other = getattr(others, name)
+            if value.dim() == 2:
+                wide, filler = max(value.shape[1], other.shape[1]), -1 if name in ("answer_bk", "wrong_bk") else 0
+                value, other = (F.pad(x, (0, wide - x.shape[1]), value=filler) for x in (value, other))
+            tensors[name] = torch.cat([value, other])
+        return TokenPairs(**tensors, examples=self.examples + others.examples, spans=self.spans + others.spans)
+
+    def at_last(self, logits_btv: Tensor) -> Tensor:
+        """logits_bv where the answers are read."""
+        return logits_btv[torch.arange(len(self), device=logits_btv.device), self.last_b]
+
+    def difference(self, logits_bv: Tensor) -> Tensor:
+        """The logit difference of each prompt: the log-odds of the answer against the wrong one."""
+        logits_bv = logits_bv.float()
+        return _pooled(logits_bv, self.answer_bk, self.answer_not_b) - _pooled(logits_bv, self.wrong_bk, self.wrong_not_b)
+
+    def loss(self, logits_bv: Tensor) -> Tensor:
+        """Two-way loss per prompt in nats, loss_b = -log p(answer) / (p(answer) + p(wrong)); chance is log 2."""
+        return F.softplus(-self.difference(logits_bv))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A task under a tokenizer: the usable pairs by split, the number looked at, and the reasons for dropping others."""
+
+    task: str
+    language: str
+    splits: Mapping[Split, TokenPairs]
+    seen: int
+    dropped: Mapping[str, int]
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of the pairs looked at that were dropped."""
+        return sum(self.dropped.values()) / self.seen if self.seen else 0.0
+
+    @property
+    def digest(self) -> str:
+        """A digest that distinguishes the prompts and answers from others."""
+        digest = hashlib.sha256()
+        for name, pairs in sorted(self.splits.items()):
+            for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
+                digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's scores on both members of pairs: accuracy, two-way loss in nats per prompt, mean logit difference."""
+
+    accuracy: float
+    loss: float
+    difference: float
+    pairs: int
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A prompt's tokens, and the first tokens of the answer and of the wrong answer after them; none: not those of the other."""
+
+    tokens: tuple[int, ...]
+    answer: frozenset[int]
+    wrong: frozenset[int]
+
+
+def resolve(
+    task: Task,
+    prompts: Prompts | PreTrainedTokenizerBase | None,
+    *,
+    context: int | None = None,
+    splits: Sequence[Split] = SPLITS,
+) -> Resolved:
+    """The pairs of a task as tokens, of at most `context` each, by split; a split is empty where nothing is left.
+
+    Of a template's pairs those with names of few tokens come first, the templates in turn, until there are as many as the task
+    wants. `prompts` is a dense model's, or a tokenizer. Raises TaskError where the text cannot be read.
+    """
+    try:
+        return _resolve(task, Prompts.of(prompts), context, splits)
+    except PromptError as error:
+        raise TaskError(f"task {task.name!r} cannot be read: {error}") from None
+
+
+def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence[Split]) -> Resolved:
+    prompts.check()
+    seen, dropped = 0, Counter[str]()
+    resolved: dict[Split, TokenPairs] = {}
+    for split in splits:
+        rows = []
+        for example in _in_order(task.examples[split], prompts):
+            if len(rows) == task.wanted[split]:
+                break
+            seen += 1
+            reason = ""
+            for variant in (example, *example.variants):
+                reads = _resolved(variant, prompts, context)
+                if not isinstance(reads, str):
+                    rows.append((variant, *reads, _token_spans(variant, reads, prompts)))
+                    break
+                reason = reason or reads
+            else:
+                dropped[reason] += 1
+        resolved[split] = _tensors(rows)
+    return Resolved(task.name, task.language, resolved, seen, dict(dropped))
+
+
+def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
+    """A user's examples in order; generated ones by templates in turn, each beginning with its names of fewest tokens."""
+    if not any(example.template for example in examples):
+        yield from examples
+        return
+    names = {example: [example.prompt[slice(*s.prompt)] for s in example.spans if s.label != "differs"] for example in examples}
+    words = list({name for some in names.values() for name in some})
+    plain, spaced = prompts.encode(words), prompts.encode([f" {word}" for word in words])
+    tokens = {word: max(len(a), len(b)) for word, a, b in zip(words, plain, spaced, strict=True)}
+    by_template: dict[str, list[Example]] = {}
+    for example in examples:
+        by_template.setdefault(example.template, []).append(example)
+    queues = [sorted(some, key=lambda example: sum(tokens[name] for name in names[example])) for some in by_template.values()]
+    for row in zip_longest(*queues):
+        yield from (example for example in row if example is not None)
+
+
+def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[_Read, _Read] | str:
+    """Both members of a pair, or the reason for dropping it."""
+    prompt = _read(example.prompt, example.answer, example.wrong, prompts)
+    counterfactual = _read(example.counterfactual, example.wrong, example.answer, prompts)
+    if isinstance(prompt, str) or isinstance(counterfactual, str):
+        return prompt if isinstance(prompt, str) else str(counterfactual)
+    if len(prompt.tokens) != len(counterfactual.tokens):
+        return "unequal length"
+    if context is not None and len(prompt.tokens) > context:
+        return "longer than the context"
+    if prompt.tokens == counterfactual.tokens or (prompt.answer, prompt.wrong) != (counterfactual.wrong, counterfactual.answer):
+        return "ambiguous"
+    return prompt, counterfactual
+
+
+def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
+    movable = _movable(prompt) if answer and wrong else 0  # an answer of any other token is not distinct from a mark before it
+    heads = [prompt[: len(prompt) - n] for n in range(movable + 1)]
+    encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
+    sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
+    for head in encoded[len(answer) + len(wrong) :]:
+        right, left = ([ids for ids in side if ids[: len(head)] == head and len(ids) > len(head)] for side in sides)
+        if head and bool(right) == bool(answer) and bool(left) == bool(wrong):
+            break
+    else:
+        return "no stable prompt"
+    start = _shared(right + left) if right and left else len(head)
+    firsts = [frozenset(ids[start] for ids in side if len(ids) > start) for side in (right, left)]
+    if firsts[0] & firsts[1] or bool(firsts[0]) != bool(answer) or bool(firsts[1]) != bool(wrong):
+        return "ambiguous"
+    return _Read(tuple((right or left)[0][:start]), *firsts)
+
+
+def _movable(prompt: str) -> int:
+    """The number of marks, quotes and spaces at the end of a prompt that may be left to its answer."""
+    return min(len(prompt) - len(re.sub(r"\W+\Z", "", prompt)), _MOVABLE)
+
+
+def _shared(rows: list[list[int]]) -> int:
+    """The number of tokens that all rows begin with."""
+    low, high = min(rows), max(rows)  # any row lies between these two
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def _token_spans(example: Example, reads: tuple[_Read, _Read], prompts: Prompts) -> tuple[TokenSpan, ...]:
+    """The spans in tokens; none where the tokenizer cannot map tokens to characters."""
+    offsets = prompts.offsets([example.prompt, example.counterfactual])
+    if offsets is None:
+        return ()
+    rows = [row[: len(read.tokens)] for row, read in zip(offsets, reads, strict=True)]
+    return tuple(TokenSpan(s.label, _tokens(s.prompt, rows[0]), _tokens(s.counterfactual, rows[1])) for s in example.spans)
+
+
+def _tokens(span: tuple[int, int], offsets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The half-open range of the tokens that overlap a span."""
+    touching = [index for index, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and start < end]
+    if touching:
+        return touching[0], touching[-1] + 1
+    after = sum(end <= span[0] for _, end in offsets)
+    return after, after
+
+
+def _tensors(rows: Sequence[tuple[Example, _Read, _Read, tuple[TokenSpan, ...]]]) -> TokenPairs:
+    prompts, counterfactuals = [row[1].tokens for row in rows], [row[2].tokens for row in rows]
+    answers, wrongs = [sorted(row[1].answer) for row in rows], [sorted(row[1].wrong) for row in rows]
+    # what is not the other one is listed by the other one's ids
+    listed = [(answer or wrong, wrong or answer) for answer, wrong in zip(answers, wrongs, strict=True)]
+    return TokenPairs(
+        prompt_bt=_padded(prompts, 0),
+        counterfactual_bt=_padded(counterfactuals, 0),
+        last_b=torch.tensor([len(tokens) - 1 for tokens in prompts], dtype=torch.int64),
+        answer_bk=_padded([answer for answer, _ in listed], -1),
+        wrong_bk=_padded([wrong for _, wrong in listed], -1),
+        answer_not_b=torch.tensor([not answer for answer in answers], dtype=torch.bool),
+        wrong_not_b=torch.tensor([not wrong for wrong in wrongs], dtype=torch.bool),
+        examples=tuple(row[0] for row in rows),
+        spans=tuple(row[3] for row in rows),
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64).view(len(rows), longest)
+
+
+# -- scores -------------------------------------------------------------------------------------------------------------
+
+
+def _pooled(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
+    """The log of the summed exp of the listed tokens' logits, or of all others' where not_b."""
+    listed_bk = logits_bv.gather(1, ids_bk.clamp(min=0)).masked_fill(ids_bk < 0, -torch.inf)
+    pooled_b = listed_bk.logsumexp(-1)
+    if not bool(not_b.any()):
+        return pooled_b
+    first_bk = torch.where(ids_bk < 0, ids_bk[:, :1], ids_bk)  # a row lists one id at least
+    others_b = logits_bv.scatter(1, first_bk, -torch.inf).logsumexp(-1)
+    return torch.where(not_b, others_b, pooled_b)
+
+
+@torch.no_grad()
+def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
+    """Score a model on pairs, which are on its device. Raises TaskError where there are none."""
+    if not len(pairs):
+        raise TaskError("there are no pairs to score; take another split, or a tokenizer that the task's prompts suit")
+    prompts = pairs.both()
+    rows = max(1, min(64, _LOGITS // (prompts.prompt_bt.shape[1] * model.vocabulary)))
+    differences = []
+    for row_b in prompts.last_b.argsort(stable=True).split(rows):  # those of a length together: little is padded
+        some = prompts.rows(row_b)
+        differences.append(some.difference(some.at_last(model.run(some.prompt_bt).logits_btv)))
+    difference_b = torch.cat(differences).double()
+    loss = float(F.softplus(-difference_b).mean())
+    return Scores(float((difference_b > 0).double().mean()), loss, float(difference_b.mean()), len(pairs))

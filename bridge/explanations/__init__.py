@@ -1,0 +1,1 @@
+"""The explanation of a prompt: built, as a value, as text, page and files for other viewers."""

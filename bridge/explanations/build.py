@@ -1,0 +1,330 @@
+"""A prompt -> an Explanation: what the dense model answers, nested circuits of the sparse model that follow it, and the evidence.
+
+    tokens      `prompts`: the prompt as the dense model is given it; target, by default the dense model's answer, against all
+                other tokens, or against a contrast that is named
+    errors      the dense run, and what makes the sparse model follow it (`circuits/error_nodes`)
+    means       of every node and every error over the coupling's reference text; kept with the coupling
+    search      `circuits/nested`: the nested circuits. Where the span is too small there is nothing to explain, and no search
+    edges       `circuits/flow`: what flows through the opening circuit; the edges that it needs (`circuits/edge_pruning`);
+                attention: what its heads read, why, and what that does
+    groups      `circuits/groups`: nodes that do one job, as one
+    evidence    `evidence/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
+
+Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the opening circuit, before the
+slower evidence.
+
+Shape legend: b batch row (one), t token, n nodes of a location, f all nodes and errors of a prompt in one row, k some of them by
+their place, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.error_nodes import follow, reference_means, reference_rows
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.circuits.search import Nested, find_nested
+from bridge.evidence.patching import Counterfactual
+from bridge.explanations.explanation import (
+    Answer,
+    Answered,
+    Counts,
+    Drawn,
+    ExplainedEdge,
+    ExplainedGroup,
+    ExplainedNode,
+    ExplainError,
+    Explanation,
+    Provenance,
+    Token,
+)
+from bridge.explanations.threads import cores
+from bridge.graph.attention import explain_attention
+from bridge.graph.attribution import Edges, draw_edges
+from bridge.graph.edge_pruning import PrunedEdges, prune_edges
+from bridge.graph.flow import Flow, flow_through
+from bridge.graph.group_names import group_names
+from bridge.graph.groups import Group, ablate_groups, group_edges, group_nodes
+from bridge.graph.scores import replacement_and_completeness
+from bridge.huggingface.prompts import Prompts
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import COUNTED, Node
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Location
+from bridge.nodes.description import node_labels
+from bridge.nodes.statistics import sparse_fingerprint
+from bridge.verdicts.prompt import gather
+
+MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
+MOST_EDGES = 5000  # and edges, the strongest ones
+MOST_SUMMED = 100_000  # edges that groups are made of and that are summed between them, the strongest ones
+DELETED_TOKENS = 8000  # of masked copies, in which nodes are ablated one by one
+SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a pass than two that wait for each other
+
+
+@torch.no_grad()
+def explain(
+    coupling: Coupling,
+    prompt: str,
+    *,
+    target: str | int | None = None,
+    contrast: str | int | None = None,
+    counterfactual: str | None = None,
+    config: SearchConfig | None = None,
+    seed: int = 0,
+    reference_bt: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
+    stage: Callable[[Answered | Drawn], None] | None = None,
+) -> Explanation:
+    """Explain the dense model's next token after a prompt: why it is `target` at all, or rather than `contrast`:
+    texts, #id, or ids.
+
+    counterfactual, a prompt of as many tokens whose answer is another, adds patching to the evidence. reference_bt, tokens over
+    which means are taken, is by default the coupling's own; what is computed from them is kept with the coupling. progress is
+    told the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the work.
+    Raises PromptError or ExplainError.
+    """
+    say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
+    config = replace(config or SearchConfig(), seed=seed)
+    reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
+    if reference_bt is None or not reference_bt.numel():
+        raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
+    tokens_t = prompt_tokens(coupling, prompt)
+    other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
+    say("tokens: both models' answers")
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    followed = follow(coupling, tokens_t[None], last_b)
+    swapped = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
+    question = _question(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
+    used_bt = reference_rows(coupling, reference_bt)
+    say(f"means: {used_bt.numel():,} tokens of reference text")
+    means = reference_means(coupling, used_bt)
+    masked = MaskedModel(coupling.sparse, question, means, followed.errors)
+    with cores(1 if masked.space.size <= SHORT else torch.get_num_threads()):
+        loss = CircuitLoss(masked, followed.dense_bv, config)
+        answered = _answered(coupling, prompt, loss)
+        hand_over(answered)
+        say("search")
+        nested = find_nested(loss, say) if abs(loss.span) >= config.least_span else _none_found(loss)
+        kept_f = nested.kept(config.opening)
+        say("edges")
+        flow = flow_through(masked, kept_f)
+        edges = draw_edges(flow, MOST_SUMMED, say)
+        pruned = prune_edges(loss, flow, edges, nested.levels[config.opening], seed)
+        say("groups")
+        groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
+        drawn = _drawn(coupling, loss, nested, flow, edges, pruned, groups)
+        hand_over(drawn)
+        say("attention")
+        attention = explain_attention(flow)
+        scores = replacement_and_completeness(masked, kept_f)
+        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), swapped, seed=seed, progress=say)
+    return Explanation(
+        **vars(answered),
+        report=evidence.report,
+        nested=evidence.nested,
+        opening=drawn.opening,
+        nodes=drawn.nodes,
+        edges=drawn.edges,
+        groups=tuple(
+            replace(group, dense_effect=effect) for group, effect in zip(drawn.groups, evidence.group_dense_effects, strict=True)
+        ),
+        group_edges=drawn.group_edges,
+        attention=attention.heads,
+        attention_left_out=attention.left_out,
+        counts=drawn.counts,
+        replacement=scores.replacement,
+        completeness=scores.completeness,
+        backup=evidence.backup,
+        config=config,
+        provenance=_provenance(coupling, used_bt, seed),
+    )
+
+
+# -- the question -------------------------------------------------------------------------------------------------------------
+
+
+def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+    """tokens_t of a prompt. Raises PromptError where it cannot be read, is empty, or too long."""
+    return torch.tensor(coupling.dense.prompts.read(prompt, coupling.context), device=coupling.dense.device)
+
+
+def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
+    """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises ExplainError."""
+    if len(other_t) != len(tokens_t):
+        counts = f"{len(other_t)} tokens and the prompt {len(tokens_t)}"
+        raise ExplainError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
+    if torch.equal(other_t.to(tokens_t), tokens_t):
+        raise ExplainError("the counterfactual is the prompt itself; change what decides the answer")
+    return other_t
+
+
+def _question(
+    prompts: Prompts, prompt: str, tokens_t: Tensor, dense_v: Tensor, target: str | int | None, contrast: str | int | None
+) -> Question:
+    answer = int(dense_v.argmax()) if target is None else prompts.target(target, prompt)
+    against = None if contrast is None else prompts.target(contrast, prompt, "contrast")
+    if answer == against:
+        whose = "the dense model's own answer" if target is None else f"both {token_of(prompts, answer)}"
+        raise ExplainError(f"target and contrast are {whose}; name two different tokens")
+    return Question.of_prompt(tokens_t, answer, against)
+
+
+def token_of(prompts: Prompts, token: int) -> Token:
+    """A token with the text that names it."""
+    return Token(token, prompts.text(token))
+
+
+def top_answers(prompts: Prompts, logits_v: Tensor) -> tuple[Answer, ...]:
+    """The likeliest next tokens, at most 5."""
+    best = logits_v.softmax(-1).topk(5)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return tuple(Answer(token_of(prompts, token), probability) for token, probability in pairs)
+
+
+def _answered(coupling: Coupling, prompt: str, loss: CircuitLoss) -> Answered:
+    question, prompts = loss.masked.question, coupling.dense.prompts
+    sparse_v = coupling.sparse.run(question.prompt_bt, last_only=True).logits_btv[0, -1].float()
+    contrast = question.contrast
+    return Answered(
+        prompt=prompt,
+        tokens=tuple(token_of(prompts, token) for token in question.tokens_t.tolist()),
+        answer=token_of(prompts, question.answer),
+        contrast=None if contrast is None else token_of(prompts, contrast),
+        dense=top_answers(prompts, loss.model_bv[0]),
+        sparse=top_answers(prompts, sparse_v),
+        dense_d=loss.model,
+        sparse_d=float(question.difference(sparse_v[None])),
+        nothing_d=loss.nothing,
+    )
+
+
+# -- the circuit --------------------------------------------------------------------------------------------------------------
+
+
+def _none_found(loss: CircuitLoss) -> Nested:
+    """Empty circuits, where there is nothing to search for."""
+    levels = loss.config.nested()
+    level_f = torch.full((loss.masked.space.size,), len(levels), device=loss.model_bv.device)
+    return Nested(levels, level_f, (torch.inf,) * len(levels))
+
+
+def _drawn(
+    coupling: Coupling,
+    loss: CircuitLoss,
+    nested: Nested,
+    flow: Flow,
+    edges: Edges,
+    pruned: PrunedEdges,
+    groups: tuple[Group, ...],
+) -> Drawn:
+    masked, opening = loss.masked, loss.config.opening
+    all_f = torch.ones_like(flow.kept_f)
+    active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
+    nodes, labels = _nodes(coupling, loss, nested, groups)
+    drawn = pruned.edges
+    entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
+    ablated = ablate_groups(flow, groups)
+    names = group_names(flow, edges, groups, ablated, coupling.dense.prompts, labels)
+    listed = {name: getattr(drawn, name)[:MOST_EDGES] for name in ("kind_e", "source_e", "target_e", "weight_e", "effect_e")}
+    return Drawn(
+        nodes=nodes,
+        edges=tuple(
+            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in replace(drawn, **listed).strongest
+        ),
+        groups=tuple(
+            ExplainedGroup(
+                place, name, tuple(map(str, group.nodes)), group.positions, group.layers, group.kind, effect, None
+            )
+            for place, (group, name, effect) in enumerate(zip(groups, names, ablated.effect_g, strict=True))
+        ),
+        group_edges=group_edges(flow, edges, groups),
+        counts=Counts(
+            int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), drawn.count(*COUNTED), pruned.before,
+            pruned.faithfulness, drawn.distinct(*COUNTED), *entries, active,
+        ),
+        sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
+        opening=opening,
+    )  # fmt: skip
+
+
+def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
+    """kept_f of each group's nodes alone."""
+    none_f = torch.zeros_like(masked.is_error_f)
+    places = [[masked.space.place(node) for node in group.nodes] for group in groups]
+    return [none_f.index_fill(0, torch.tensor(place_k, device=none_f.device), True) for place_k in places]
+
+
+def _nodes(
+    coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
+) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
+    """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
+    masked, opening = loss.masked, loss.config.opening
+    kept_f = nested.kept(opening)
+    above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))
+    if not bool(above_f.any()):
+        return (), {}
+    gradient_1f, _ = masked.gradient(kept_f[None], loss.miss)
+    order_f = torch.where(kept_f, 1.0, 0.0) + gradient_1f[0].abs() / (gradient_1f.abs().max() * 2).clamp(min=1e-30)
+    place_k = torch.where(above_f, order_f, -1).argsort(descending=True, stable=True)[: min(MOST_NODES, int(above_f.sum()))]
+    measured_k = place_k[kept_f[place_k]][: max(1, 2 * DELETED_TOKENS // masked.n_tokens)]  # an ablation runs half of the model
+    whole_1v, without_kv = masked.logits(kept_f[None]), masked.logits_without(kept_f, measured_k)
+    lost_k = masked.question.difference(whole_1v) - masked.question.difference(without_kv)
+    effects = dict(zip(measured_k.tolist(), lost_k.tolist(), strict=True))
+    value_f = torch.where(kept_f, values_in(masked, kept_f), values_in(masked, above_f)).tolist()
+    mean_f, level_f = _means_of(masked).tolist(), nested.level_f.tolist()
+    found = [(place, masked.space.node(place)) for place in sorted(place_k.tolist())]
+    labels = node_labels(coupling, [Node(node.location, node.index) for _, node in found if node.location.kind != ERROR])
+    group_of = {str(node): number for number, group in enumerate(groups) for node in group.nodes}
+    nodes = []
+    for place, node in found:
+        value, name, at = value_f[place], node.name, node.location
+        label = labels.get(f"{'+' if value > 0 else '-' if value < 0 else ''}{name}", labels.get(name)) if labels else None
+        where = (str(node), name, at.layer, at.kind, node.index, node.position or 0)
+        measured = (value, mean_f[place], effects.get(place), level_f[place], group_of.get(str(node)))
+        nodes.append(ExplainedNode(*where, *measured, label))
+    return tuple(nodes), labels
+
+
+@torch.no_grad()
+def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
+    """value_f of every node of the one prompt where a mask is kept: what AbsTopK has left of it; of errors their lengths."""
+    assert masked.errors is not None
+    gate, correct = masked.gates(kept_f[None])
+    values = {at: torch.zeros(1, masked.space.n_tokens, n, device=kept_f.device) for at, n in masked.space.sizes.items()}
+
+    def recording(at: Location, x_1tn: Tensor) -> Tensor:
+        values[at][:, -x_1tn.shape[1] :] = x_1tn
+        return gate(at, x_1tn)
+
+    for at, error_1ts in masked.errors.items():
+        values[at][:, -error_1ts.shape[1] :] = error_1ts.norm(dim=-1, keepdim=True)
+    masked.sparse.run(masked.question.prompt_bt, gate=recording, correct=correct, last_only=True)
+    return masked.space.join(values)[0]
+
+
+def _means_of(masked: MaskedModel) -> Tensor:
+    """mean_f of every node, and of errors the length of theirs."""
+    means = {
+        at: (mean.norm()[None] if at.kind == ERROR else mean).expand(masked.space.n_tokens, -1)
+        for at, mean in ((at, masked.means[at]) for at in masked.space.sizes)
+    }
+    return masked.space.join(means)
+
+
+def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
+    digest = hashlib.sha256(used_bt.cpu().to(torch.int32).numpy().tobytes()).hexdigest()
+    source = coupling.recipe.data.source
+    return Provenance(
+        **coupling.provenance,
+        seed=seed,
+        reference=f"{used_bt.numel()} tokens of held-out text ({source}), sha256 {digest[:12]}",
+        coupling_fingerprint=sparse_fingerprint(coupling.sparse),
+    )

@@ -1,0 +1,123 @@
+"""An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
+
+    {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text},
+     "served": bool, "job": the explanation's id on the server or null}
+
+is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
+element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
+head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
+
+Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import UserError
+from bridge.explanations.explanation import Explanation, Fingerprints, check_coupling
+from bridge.models.bridges import Coupling
+from bridge.models.schema import ERROR
+from bridge.models.store import CheckpointError, check_target, write_text
+from bridge.nodes.description import describe_node
+from bridge.nodes.statistics import parse_node, stored_facts
+
+DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
+
+
+PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
+
+
+class PageError(UserError):
+    """A page that cannot be made or written, in one line."""
+
+
+def page_data(
+    explanation: Explanation,
+    nodes: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Mapping[str, str] | None = None,
+    *,
+    job: str | None = None,
+) -> dict[str, Any]:
+    """The data of a page as plain JSON values: nodes as from `described_nodes`, labels given by people, by name.
+
+    job is the explanation's id where a server shows it.
+    """
+    values = {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {})}
+    return {**values, "served": job is not None, "job": job}
+
+
+def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerprints | None = None) -> dict[str, dict[str, Any]]:
+    """Pages of an explanation's strongest nodes by name, from facts stored with the coupling; {} without any.
+
+    The dense direction's entries are left out, its length is put in: a page draws no vectors. `known` are the coupling's
+    fingerprints, where it is one that does not change. Raises ExplainError for another coupling than the explanation's.
+    """
+    known = Fingerprints.of(coupling) if known is None else known
+    check_coupling(explanation, coupling, known)
+    facts = stored_facts(coupling, fingerprint=known.sparse)
+    if facts is None:
+        return {}
+    sizes, pages = coupling.sparse.locations(), {}
+    for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]:
+        if node.kind != ERROR and node.name not in pages:
+            page = describe_node(coupling, facts, parse_node(node.name, sizes)).to_json()
+            if page["dense"] is not None:
+                page["dense"]["length"] = sum(x * x for x in page["dense"].pop("direction")) ** 0.5
+            pages[node.name] = page
+    return pages
+
+
+def render_html(data: Mapping[str, Any]) -> str:
+    """The self-contained HTML page for some `page_data`."""
+    viewer = files("bridge") / "viewer"
+    read = {name: (viewer / name).read_text(encoding="utf-8") for name in PARTS}
+    script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
+    connect = "'self'" if data["served"] else "'none'"
+    policy = (
+        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; font-src data:; img-src blob: data:; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    prompt = " ".join(data["explanation"]["prompt"].split())
+    title = f"{prompt[-60:]} \u2192 {data['explanation']['answer']['text'].strip()}"
+    parts = {
+        "policy": escape(policy),
+        "title": escape(title.encode(errors="replace").decode()),
+        "style": style,
+        "data": embedded_json(data),
+        "licences": read["licences.txt"],
+        "script": script,
+    }
+    head, *pieces = read["index.html"].split("{{")
+    filled = [head]
+    for piece in pieces:  # each place once, and nothing that was put in is looked at again
+        name, _, rest = piece.partition("}}")
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def embedded_json(data: Any) -> str:
+    """JSON that can be embedded in an element of a page for any texts: ASCII, without `<`, `>` and `&`."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def write_page(path: str | Path, html: str) -> None:
+    """Write a page, atomically. Raises PageError where that cannot be done."""
+    try:
+        write_text(check_target(path, "--html"), html)
+    except CheckpointError as error:
+        raise PageError(str(error)) from None
+    except OSError as error:
+        raise PageError(f"could not write {str(path)!r} ({error.strerror}); free space or name another file") from None
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

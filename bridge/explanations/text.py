@@ -1,0 +1,368 @@
+"""An Explanation as text for a terminal and as HTML for a notebook.
+
+answer      both models' next tokens, and the question with its span
+VERDICT     with its reasons
+CIRCUITS    the nested circuits, a row each
+PATH        the strongest ways from tokens to answer, in words, through the groups of the opening circuit
+GROUPS      each with what ablating it does in the sparse and in the dense model, and what it is joined to
+NODES       the strongest, at the tokens they are at
+ATTENTION, EVIDENCE, how to read it, what it was made from
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from bridge.display import html as display
+from bridge.display.columns import columns
+from bridge.evidence.measures import EVIDENCE, evidence_row, evidence_table
+from bridge.evidence.sufficiency import NestedCircuit
+from bridge.explanations.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, ExplainedNode, Explanation
+from bridge.graph.attention import Read
+from bridge.graph.paths import strongest_paths
+from bridge.models.schema import ERROR
+
+LISTED_NODES = 40
+LISTED_EDGES = 2  # into each of them
+LISTED_GROUPS = 20
+LISTED_HEADS = 6
+PATHS = 3
+_LEAST = 0.005  # nats; weaker edges are not shown
+_HEAD = 10  # columns, in which a section's name stands
+
+# -- as text ----------------------------------------------------------------------------------------------------------------
+
+
+def render_text(explanation: Explanation, width: int = 100, *, answer: bool = True) -> str:
+    """The explanation for a terminal `width` columns wide; without the answer where that has been shown already."""
+    where = explanation.provenance
+    made = (
+        f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}), dense model "
+        f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
+    )
+    drawn = (_path(explanation, width), _groups(explanation, width), _nodes(explanation, width), _attention(explanation, width))
+    parts = (
+        *((render_answer(explanation, width).split("\n"),) if answer else ()),
+        _verdict(explanation, width),
+        _circuits(explanation, width),
+        *(drawn if explanation.counts.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
+        evidence_table(explanation.report.measures, width),
+        textwrap.wrap(_HOW_TO_READ, width),
+        textwrap.wrap(made, width),
+    )
+    return "\n".join(_cut(line, width) for part in parts for line in (*part, "")).rstrip()
+
+
+_HOW_TO_READ = (
+    "How to read this: d is the log-odds in question, in nats; the span is what d loses when every node and every error is at "
+    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
+    "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
+    "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
+    "group alone is ablated from the circuit; the dense effect is the same ablation patched through the bridge into the dense "
+    "model. An edge's effect is first order. What holds in the sparse model holds for the dense one only as far as the "
+    "evidence on it goes."
+)
+
+
+def render_answer(answered: Answered, width: int = 100) -> str:
+    """The first part of `render_text`: prompt, both models' answers, and the question."""
+    agree = "agrees" if answered.agree else "answers otherwise by itself"
+    lines = [
+        *_wrap("prompt    ", f"{quoted(answered.prompt)}  ({len(answered.tokens)} tokens)", width),
+        f"dense     {_answers(answered.dense)}",
+        f"sparse    {_answers(answered.sparse)}  {agree}",
+        *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
+    ]
+    return "\n".join(_cut(line, width) for line in lines)
+
+
+def question(answered: Answered) -> str:
+    """The question in words."""
+    over = "at all" if answered.contrast is None else f"rather than {answered.contrast}"
+    own = "" if answered.answer.id == answered.dense[0].token.id else ", which is not the dense model's answer"
+    return f"why {answered.answer} {over}{own}"
+
+
+def _span(answered: Answered) -> str:
+    against = "against all other tokens " if answered.contrast is None else ""
+    return (
+        f"log-odds {against}{answered.dense_d:+.1f} in the dense model, {answered.nothing_d:+.1f} with everything at its mean: a "
+        f"span of {abs(answered.span):.1f} nats to explain (the sparse model by itself: {answered.sparse_d:+.1f})"
+    )
+
+
+def _answers(answers: tuple[Answer, ...]) -> str:
+    return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:4])
+
+
+def _verdict(explanation: Explanation, width: int) -> list[str]:
+    report = explanation.report
+    return _wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width)
+
+
+def _circuits(explanation: Explanation, width: int) -> list[str]:
+    """The nested circuits as a table, and the shares of the span that flow through nodes and errors."""
+    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
+    rows: list[tuple[str, ...]] = [heads]
+    for place, each in enumerate(explanation.nested):
+        mark = ">" if place == explanation.opening else " "
+        name = "all of KL" if each.asked is None else f"F {each.asked:g}"
+        rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
+    lines = columns(rows, width)
+    circuit, counts = explanation.circuit, explanation.counts
+    if not counts.nodes:
+        return lines
+    missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
+    errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
+    alone = counts.edges_faithfulness
+    pruned = "" if alone is None else f" (of {counts.edges_before:,}; F {alone:.3f} with these edges alone)"
+    legend = (
+        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
+        f"{counts.edges:,} edges over {counts.weights:,} weights{pruned}, in {len(explanation.groups):,} groups. "
+        f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
+        f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
+    )
+    lines += _wrap(" " * _HEAD, legend, width)
+    if (backup := explanation.backup) is not None:
+        strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
+        what = (
+            f"Ablated, it leaves {backup.left:.2f} of the span, more than {explanation.config.left:g}: {backup.nodes:,} other "
+            f"nodes back it up{strongest}."
+        )
+        lines += _wrap(" " * _HEAD, what, width)
+    return lines
+
+
+def _numbers(each: NestedCircuit) -> tuple[str, ...]:
+    adversary = "" if each.adversary is None else f"{each.adversary:.2f}"
+    return (
+        f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:.2f}", f"{each.kl:.3f}",
+        f"{each.supersets_mean:.3f}", f"{each.supersets_worst:.2f}", adversary, f"{each.left:.2f}", f"{each.error_share:.2f}",
+    )  # fmt: skip
+
+
+# -- the path ---------------------------------------------------------------------------------------------------------------
+
+
+def _path(explanation: Explanation, width: int) -> list[str]:
+    groups = {f"group:{group.id}": group for group in explanation.groups}
+    lines: list[str] = []
+    described: set[str] = set()
+    for path in strongest_paths(explanation.group_edges, PATHS):
+        words = []
+        for each in path.steps:
+            group = groups.get(each)
+            if group is None or each in described:
+                words.append(_end(explanation, each))
+            else:
+                count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
+                words.append(f"[{group.id}: {_what(group, group.label or group.name)} ({count})]")
+                described.add(each)
+        lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
+    return lines or ["PATH      No group adds anything to the answer."]
+
+
+def _end(explanation: Explanation, end: str) -> str:
+    """An end of a group edge in words."""
+    kind, _, where = end.partition(":")
+    if kind == "answer":
+        return quoted(explanation.answer.text)
+    if kind == "group":
+        return f"[{where}]"
+    if kind == "input":
+        return f"{quoted(explanation.tokens[int(where)].text)} at {where}"
+    site, _, position = where.partition("@")
+    return f"error at site {site}, token {position}"
+
+
+def _groups(explanation: Explanation, width: int) -> list[str]:
+    """Every group of a small circuit in the order of the computation, the strongest of a large one."""
+    shown = set(
+        sorted((group.id for group in explanation.groups), key=lambda id: -abs(explanation.groups[id].effect))[:LISTED_GROUPS]
+    )
+    head = "The loss of d when all of a group is ablated: in the circuit; in the dense model, patched through the bridge."
+    lines = [*_wrap("GROUPS    ", head, width)]
+    lines += [f"{'':8}{'group':<6}{'sparse':>8}{'dense':>8}   what it is"] if shown else []
+    for group in explanation.groups:
+        if group.id in shown:
+            lines += _group(explanation, group, width)
+    if len(explanation.groups) > len(shown):
+        lines.append(f"        and {len(explanation.groups) - len(shown):,} groups of smaller effect, which the JSON lists")
+    return lines
+
+
+def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[str]:
+    dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+    count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
+    head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
+    what = f"{_what(group, group.name)} ({count}){f': {group.label}' if group.label else ''}"
+    lines = _wrap(head, what, width, " " * 33)
+    own = f"group:{group.id}"
+    for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
+        joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
+        joined.sort(key=lambda edge: -abs(edge.effect))
+        if joined:
+            ends = ", ".join(_keep(f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}") for edge in joined[:6])
+            lines += _kept(_wrap(f"{'':33}{word} ", ends, width, " " * 38))
+    return lines
+
+
+def _what(group: ExplainedGroup, name: str) -> str:
+    """A group's name, after its block, part of the block and tokens."""
+    positions = ", ".join(map(str, group.positions))
+    if group.kind == ERROR:
+        return f"{name}, at token {positions}"
+    first, last = group.layers[0], group.layers[-1]
+    return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name}"
+
+
+def _nodes(explanation: Explanation, width: int) -> list[str]:
+    opened = [node for node in explanation.nodes if node.effect is not None]
+    shown = sorted(opened, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
+    inputs: dict[str, list[ExplainedEdge]] = {}
+    for edge in explanation.edges:  # strongest first
+        if abs(edge.effect) >= _LEAST:
+            inputs.setdefault(edge.target, []).append(edge)
+    names = {node.id: _name(node) for node in shown}
+    longest = max(map(len, names.values()), default=4)
+    lines = [f"NODES     {len(shown):,} of {explanation.counts.nodes:,}, those of largest effect, at the tokens they are at"]
+    lines.append(f"        {'node':<{longest}}  group    value     mean   effect   inputs")
+    for position, token in enumerate(explanation.tokens):
+        here = [node for node in explanation.nodes if node.position == position and node.id in names]
+        lines += [f"  {position:>3}  {quoted(token.text)}"] if here else []
+        for node in here:
+            value = f"{node.activation:+.2f}" if node.activation else "inactive"
+            arrows = ", ".join(_keep(_input(edge, position)) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
+            group = "" if node.group is None else f"[{node.group}]"
+            head = f"        {names[node.id]:<{longest}}  {group:<5}{value:>8}{node.mean:>+9.2f}{node.effect or 0:>+9.2f}   "
+            lines += _kept(_wrap(head, arrows, width)) if arrows else [head.rstrip()]
+            lines += textwrap.wrap(node.label, width, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
+    last = len(explanation.tokens) - 1
+    answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
+    lines += _kept(_wrap("        d from ", ", ".join(map(_keep, answer[:8])), width)) if answer else []
+    if len(opened) > len(shown):
+        lines.append(f"        and {len(opened) - len(shown):,} nodes of smaller effect, which the JSON lists")
+    return lines
+
+
+def _name(node: ExplainedNode) -> str:
+    return f"error at site {node.layer}" if node.kind == ERROR else node.name
+
+
+def _input(edge: ExplainedEdge, position: int) -> str:
+    name, _, at = edge.source.partition("@")
+    return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
+
+
+def _attention(explanation: Explanation, width: int) -> list[str]:
+    if not explanation.attention:
+        return ["ATTENTION No head of the circuit does anything for d."]
+    left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
+    head = "What d loses when a head's nodes are ablated at a token; by its pattern alone; by its values alone."
+    lines = [
+        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have some effect.", width),
+        "        head         effect  pattern   values   sink   reads",
+    ]
+    for head in explanation.attention[:LISTED_HEADS]:
+        numbers = f"{head.effect:>+7.2f}  {head.pattern_effect:>+7.2f}  {head.value_effect:>+7.2f}  {head.sink:>5.2f}"
+        reads = ", ".join(_read(explanation, read) for read in head.reads[:3] if read.weight >= 0.05)
+        lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
+        for read in head.reads[:1]:
+            why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
+            values = ", ".join(
+                f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
+            )
+            text = f"@{read.position} by {why or 'no channel'}; moves {values or 'no node of the circuit'}"
+            lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
+    return lines
+
+
+def _read(explanation: Explanation, read: Read) -> str:
+    return f"{quoted(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
+
+
+# -- lines --------------------------------------------------------------------------------------------------------------------
+
+
+def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head) if below is None else below)
+
+
+def _keep(text: str) -> str:
+    """Mark text that is not to be divided between lines; `_kept` removes the marks."""
+    return text.replace(" ", "\u00a0")
+
+
+def _kept(lines: Sequence[str]) -> list[str]:
+    return [line.replace("\u00a0", " ") for line in lines]
+
+
+def quoted(text: str) -> str:
+    """Text as Python would write it, so that spaces, newlines and quotes can be seen."""
+    return repr(text)
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "\u2026"
+
+
+# -- in a notebook ------------------------------------------------------------------------------------------------------------
+
+
+def render_html(explanation: Explanation) -> str:
+    """The explanation as a piece of HTML: question, what d owes to each token, verdict, nested circuits, groups, evidence."""
+    effects = [0.0] * len(explanation.tokens)
+    for node in explanation.nodes:
+        effects[node.position] += abs(node.effect or 0)
+    most = max(effects) or 1.0
+    shaded = "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True))
+    answers = (
+        ("dense", _answers(explanation.dense), f"{explanation.dense_d:+.2f}"),
+        ("sparse", _answers(explanation.sparse), f"{explanation.sparse_d:+.2f}"),
+        ("everything at its mean", "", f"{explanation.nothing_d:+.2f}"),
+    )
+    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
+    nested = [("all of KL" if each.asked is None else f"F {each.asked:g}", *_numbers(each)) for each in explanation.nested]
+    report, counts = explanation.report, explanation.counts
+    size = f"{counts.nodes:,} nodes, {counts.edges:,} edges"
+    return display.card(
+        question(explanation),
+        shaded,
+        display.table(("", "answers", "d"), answers),
+        f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
+        display.table(heads, nested),
+        display.fold(
+            f"{len(explanation.groups):,} groups of the circuit at F {explanation.circuit.asked or 0:g}",
+            _group_table(explanation),
+        ),
+        display.fold(f"{size}; the nodes of largest effect", _node_table(explanation)),
+        display.fold("evidence", display.table(("", *EVIDENCE[1:]), map(evidence_row, report.measures))),
+    )
+
+
+def _group_table(explanation: Explanation) -> str:
+    largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
+    rows = []
+    for group in explanation.groups:
+        dense = "" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+        effect = display.Cell(f"{group.effect:+.2f}", group.effect / largest)
+        what = _what(group, group.label or group.name)
+        rows.append((str(group.id), what, f"{len(group.nodes):,}", effect, dense))
+    return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
+
+
+def _node_table(explanation: Explanation) -> str:
+    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
+    largest = max((abs(node.effect or 0) for node in strongest), default=0) or 1.0
+    rows = [
+        (
+            _name(node),
+            f"{node.position} {quoted(explanation.tokens[node.position].text)}",
+            f"{node.activation:+.2f}",
+            display.Cell("" if node.effect is None else f"{node.effect:+.2f}", (node.effect or 0) / largest),
+            node.label or "",
+        )
+        for node in strongest
+    ]
+    return display.table(("node", "at", "value", "effect", ""), rows)

@@ -1,0 +1,1 @@
+"""What runs through a circuit: edges, attention, groups, paths."""

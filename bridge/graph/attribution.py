@@ -1,0 +1,412 @@
+"""What flows between the nodes of a circuit: its edges, with what each adds to its target and to the answer.
+
+Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
+an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons, or their gates,
+before the nonlinearity); where a matrix's output goes through a norm, or is multiplied by a gate, that is held (`flow.passed`):
+
+    weight = d target / d source * (a_source - m_source)
+
+    weight       W_ji (a_i - m_i)            attn_in -> q, k, v;  mlp_in -> mlp_gate, mlp_act -> mlp_out           exact
+    gate         (W_up r + b)_i (a_i - m_i)  mlp_gate -> mlp_act, same neuron, what it multiplies being held       exact
+    value        P_pp' W_ji (a_i - m_i)      v at p' -> attn_out at p, P the attention pattern of S_C              exact
+    score        by gradient through P       q at p, k at p' -> attn_out at p, the values being held               first order
+    residual     (a_i - m_i) / rms           attn_out, mlp_out -> attn_in, mlp_in of a later sublayer, same channel, rms held
+    embedding    (E_i - mean E_i) / rms      the token's nonzero entry -> attn_in, mlp_in, same channel
+    error        (e_i - mean e_i) / rms      a kept error, one node for a site and token -> attn_in, mlp_in there and later
+                 read_s . (e - mean e) / rms     one at the last token -> answer;   read_v . (e - mean e)  that of the logits
+    unembedding  read_i (a_i - m_i) / rms    a write (or embedding entry) at the last position -> answer
+    bigram       read_v . B                  the last token -> answer, in full: it is part of every circuit
+
+read_v = dd / d logits in S_C and read_s = read_v U: against one other token U_answer - U_contrast, exactly; against all others
+first order (`flow`). Biases are constants, and no edges.
+
+Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
+entries are counted by their own names, the others drawn. `effect` is the weight times dd / d target, which makes edges into
+different targets comparable; it is 0 into a target that AbsTopK makes 0 in S_C. How a score splits into pairs of q and k
+channels `attention` tells.
+
+Shape legend: r attn_out node, t token, n nodes of a location, e edge, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.search import evenly
+from bridge.circuits.subject import SparseSubject
+from bridge.graph.flow import Flow, errors_before, flow_through
+from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
+from bridge.models.residual import Enter
+from bridge.models.schema import ERROR, GATE, READ_KINDS, WRITE_KINDS
+from bridge.models.sparse import Location
+
+_ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose gradients are taken at once
+
+
+class Ends:
+    """Numbers for the ends of edges: of nodes and errors their places in the row of all; then embedding, bigram and answer."""
+
+    def __init__(self, flow: Flow) -> None:
+        space = flow.masked.space
+        wide = {EMBEDDING: flow.sparse.width, BIGRAM: flow.sparse.vocabulary, flow.answer: flow.sparse.vocabulary}
+        self.n_nodes, self.n_tokens, self.answer = space.size, space.n_tokens, flow.answer
+        self._sizes = {**space.sizes, **wide}
+        self._first: dict[Location, int] = {}
+        self.size = 0
+        for location, n in self._sizes.items():
+            self._first[location] = self.size
+            self.size += n * space.n_tokens
+
+    def number(self, location: Location, index_e: Tensor, position_e: Tensor) -> Tensor:
+        """end_e of channels of a location at positions."""
+        return self._first[location] + position_e * self._sizes[location] + index_e
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Those that ends are of."""
+        return tuple(self._first)
+
+    def node(self, end: int) -> Node:
+        """The node (or entry, or answer) of a number."""
+        location = next(at for at in reversed(self._first) if self._first[at] <= end)
+        position, index = divmod(end - self._first[location], self._sizes[location])
+        return Node(location, index, position)
+
+    def within(self, location: Location, end_e: Tensor) -> Tensor:
+        """Which ends are of a location."""
+        first = self._first[location]
+        return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
+
+    def parts(self, location: Location, end_e: Tensor) -> tuple[Tensor, Tensor]:
+        """(position_e, index_e) of ends of a location."""
+        place_e, n = end_e - self._first[location], self._sizes[location]
+        return place_e // n, place_e % n
+
+    def inputs(self, end_e: Tensor) -> Tensor:
+        """token_e whose embedding or bigram entry an end is; -1 of nodes, errors and the answer."""
+        token_e = torch.full_like(end_e, -1)
+        for location in (EMBEDDING, BIGRAM):
+            place_e = end_e - self._first[location]
+            n = self._sizes[location]
+            token_e = torch.where((place_e >= 0) & (place_e < n * self.n_tokens), place_e // n, token_e)
+        return token_e
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """Edges of one prompt's circuit, the largest effects on the answer first, in columns; source_e and target_e are `Ends`.
+
+    number counts the edges of each kind, also of those beyond the strongest that were asked for; weights counts, of `COUNTED`
+    kinds, those that differ by more than their positions: a weight is one wherever it is used.
+    """
+
+    ends: Ends
+    kind_e: Tensor
+    source_e: Tensor
+    target_e: Tensor
+    weight_e: Tensor
+    effect_e: Tensor
+    number: Mapping[EdgeKind, int]
+    weights: Mapping[EdgeKind, int]
+
+    @cached_property
+    def strongest(self) -> tuple[Edge, ...]:
+        """The edges as values."""
+        nodes = {end: self.ends.node(end) for end in torch.cat([self.source_e, self.target_e]).unique().tolist()}
+        columns = (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
+        rows = zip(*(column_e.tolist() for column_e in columns), strict=True)
+        return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
+
+    def some(self, kept_e: Tensor) -> Edges:
+        """Those of a mask, where all edges are listed."""
+        kind_e, source_e, target_e, weight_e, effect_e = (
+            column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
+        )
+        number: dict[EdgeKind, int] = {
+            kind: int((kind_e == place).sum()) for place, kind in enumerate(KINDS) if kind in self.number
+        }
+        weights: dict[EdgeKind, int] = {}
+        for kind in self.weights:
+            ends = torch.stack([self._anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
+            weights[kind] = len(ends.unique(dim=1).T)
+        return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, number, weights)
+
+    def _anywhere(self, end_e: Tensor) -> Tensor:
+        """Numbers of nodes without their positions: those at position 0."""
+        at_0_e = end_e.clone()
+        for location in self.ends.locations:
+            here_e = self.ends.within(location, end_e)
+            at_0_e[here_e] = self.ends.number(
+                location, self.ends.parts(location, end_e[here_e])[1], torch.zeros_like(end_e[here_e])
+            )
+        return at_0_e
+
+    def count(self, *kinds: EdgeKind) -> int:
+        """How many edges are of some kinds."""
+        return sum(self.number.get(kind, 0) for kind in kinds)
+
+    def distinct(self, *kinds: EdgeKind) -> int:
+        """How many weights the edges of some kinds have."""
+        return sum(self.weights.get(kind, 0) for kind in kinds)
+
+
+@torch.no_grad()
+def draw_edges(flow: Flow, most: int | None = None, progress: Callable[[str], None] = lambda _: None) -> Edges:
+    """Every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
+
+    progress is told between two locations, and may raise to end the work.
+    """
+    drawing = _Drawing(flow, most)
+    parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
+    for found in parts:
+        for edges in found:
+            progress("edges")
+            drawing.add(edges)
+    return drawing.edges()
+
+
+@torch.no_grad()
+def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edge, ...]:
+    """Every weight between the nodes of a task's circuit, the largest effects first, each with the entry itself as its weight.
+
+    effect is what the weight adds to d, over all positions, in the mean over at most so many of the prompts.
+    """
+    rows = evenly(len(masked.question), most).tolist()
+    added: dict[tuple[Location, Location], Tensor] = {}
+    for row in rows:
+        one = masked.only(row)
+        alone = MaskedModel(one.sparse, one.question, one.means, one.errors)
+        masks = {at: kept_1n.expand(alone.n_tokens, -1) for at, kept_1n in masked.space.split(kept_f).items()}
+        flow = flow_through(alone, alone.space.join(masks))
+        for some in (*_weight_edges(flow), *_attention_edges(flow, _Drawing(flow, None))):
+            if some.kind in COUNTED:
+                (source, from_e, _), (target, to_e, _) = some.source, some.target
+                sizes = masked.space.sizes[target], masked.space.sizes[source]
+                into_ji = added.setdefault((source, target), torch.zeros(sizes, device=kept_f.device))
+                into_ji.index_put_((to_e, from_e), some.effect_e / len(rows), accumulate=True)
+    kept, found = masked.space.split(kept_f), []
+    for matrix in SparseSubject(masked.sparse, masked.means).matrices():
+        kind: EdgeKind = "value" if matrix.source.kind == "v" else "weight"
+        effect_ji = added.get((matrix.source, matrix.target), torch.zeros_like(matrix.weight_ji))
+        for j, i in matrix.inside(kept).nonzero().tolist():
+            ends = Node(matrix.source, i), Node(matrix.target, j)
+            found.append(Edge(*ends, kind, float(matrix.weight_ji[j, i]), float(effect_ji[j, i])))
+    return tuple(sorted(found, key=lambda edge: -abs(edge.effect)))
+
+
+_End = tuple[Location, Tensor, Tensor]  # location, index_e, position_e
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Edges of one kind between two locations, and what each adds to its target and to d.
+
+    Where only the strongest are asked for, weaker ones may be left out; `number` counts them all (None: none was left out), and
+    used holds the indices (source_k, target_k) of all that are weights.
+    """
+
+    kind: EdgeKind
+    source: _End
+    target: _End
+    weight_e: Tensor
+    effect_e: Tensor
+    number: int | None = None
+    used: tuple[Tensor, Tensor] | None = None
+
+
+class _Drawing:
+    """The strongest of the edges that are added. There can be ten million, of which a page shows some thousands."""
+
+    def __init__(self, flow: Flow, most: int | None) -> None:
+        self.ends, self.most, self.least = Ends(flow), most, 0.0  # least: the effect of the weakest that can be among them
+        self.parts: list[tuple[Tensor, ...]] = [_no_edges(flow)]
+        self.number: dict[EdgeKind, int] = {}
+        self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
+
+    def strong(self, effect: Tensor) -> Tensor:
+        """Which effects may be among the strongest: also what is no number."""
+        return ~(effect.abs() < self.least)
+
+    def add(self, some: _Some) -> None:
+        """Count edges, and keep those that may be among the strongest."""
+        self.number[some.kind] = self.number.get(some.kind, 0) + (len(some.weight_e) if some.number is None else some.number)
+        if some.kind in COUNTED:
+            from_k, to_k = some.used or (some.source[1], some.target[1])
+            key = some.kind, some.source[0], some.target[0]
+            self.used.setdefault(key, []).append((from_k << 32 | to_k).unique())
+        strong_k = self.strong(some.effect_e).nonzero().flatten()
+        if len(strong_k):
+            from_e, to_e = (self.ends.number(at, index_e, p_e)[strong_k] for at, index_e, p_e in (some.source, some.target))
+            kind_e = torch.full_like(strong_k, KINDS.index(some.kind))
+            self.parts.append((kind_e, from_e, to_e, some.weight_e[strong_k], some.effect_e[strong_k]))
+        if self.most is not None and sum(len(part[0]) for part in self.parts) > 4 * self.most:
+            self._weed(self.most)
+
+    def _weed(self, most: int) -> None:
+        columns = self._columns()
+        size_e = columns[-1].abs()
+        self.least = float(size_e.nan_to_num(torch.inf).topk(most).values[-1])
+        strong_k = self.strong(size_e).nonzero().flatten()
+        self.parts = [tuple(column[strong_k] for column in columns)]
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
+
+    def edges(self) -> Edges:
+        """What was asked for."""
+        columns = self._columns()
+        order_e = columns[-1].abs().argsort(descending=True, stable=True)[: self.most]
+        weights: dict[EdgeKind, int] = {}
+        for (kind, _, _), parts in self.used.items():
+            weights[kind] = weights.get(kind, 0) + len(torch.cat(parts).unique())
+        kind_e, source_e, target_e, weight_e, effect_e = (column[order_e] for column in columns)
+        return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, self.number, weights)
+
+
+def _no_edges(flow: Flow) -> tuple[Tensor, ...]:
+    end_0, weight_0 = flow.tokens_t[:0], flow.read_v[:0]
+    return end_0, end_0, end_0, weight_0, weight_0
+
+
+def _weight_edges(flow: Flow) -> Iterator[_Some]:
+    for name, (kind, to) in flow.sparse.matrices.items():
+        for source in flow.locations(kind) if name != "o" else ():
+            target, weight_ji = Location(source.layer, to), flow.weight(source.layer, name)
+            from_tn, to_tn, passed_tj = flow.kept[source], flow.kept[target], flow.passed(target)
+            column_k, row_k = (kept_tn.any(0).nonzero().flatten() for kept_tn in (from_tn, to_tn))
+            row_w, column_w = weight_ji[row_k[:, None], column_k].nonzero().unbind(1)
+            row_w, column_w = row_k[row_w], column_k[column_w]
+            position, w = (from_tn[:, column_w] & to_tn[:, row_w]).nonzero().unbind(1)
+            i, j = column_w[w], row_w[w]
+            added_e = weight_ji[j, i] * flow.change[source][position, i]
+            added_e = added_e if passed_tj is None else added_e * passed_tj[position, j]
+            ends = (source, i, position), (target, j, position)
+            yield _Some("weight", *ends, added_e, added_e * flow.gradient[target][position, j])
+
+
+def _gate_edges(flow: Flow) -> Iterator[_Some]:
+    for source in flow.locations(GATE):
+        target = Location(source.layer, "mlp_act")
+        position, i = (flow.kept[source] & flow.kept[target]).nonzero().unbind(1)
+        added_e = flow.mapped(source.layer, "up")[position, i] * flow.change[source][position, i]
+        yield _Some("gate", (source, i, position), (target, i, position), added_e, added_e * flow.gradient[target][position, i])
+
+
+def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
+    sparse, channels, group = flow.sparse, flow.sparse.channels, flow.sparse.group
+    for target in flow.locations("attn_out"):
+        sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
+        q_1tn, k_1tn = (flow.value[source][None] for source in sources[:2])
+        pattern_hts, scores_hts = (of(target.layer, q_1tn, k_1tn)[0] for of in (sparse.pattern, sparse.scores))
+        slope_hts = pattern_hts * sparse.score_slope(scores_hts) / math.sqrt(channels)
+        to_position_r, to_index_r = flow.kept[target].nonzero().unbind(1)
+        write_rhc = flow.weight(target.layer, "o")[to_index_r].unflatten(-1, (-1, channels))
+        if (passed_tj := flow.passed(target)) is not None:
+            write_rhc = write_rhc * passed_tj[to_position_r, to_index_r][:, None, None]
+        for shared in range(sparse.heads_of_keys):  # keys and values, and the heads that share them
+            heads = slice(shared * group, (shared + 1) * group)
+            first = {source: shared * channels * (group if source.kind == "q" else 1) for source in sources}
+            here = {at: slice(start, start + channels * (group if at.kind == "q" else 1)) for at, start in first.items()}
+            if not any(bool(flow.kept[source][:, here[source]].any()) for source in sources):
+                continue
+            heard_r = write_rhc[:, heads].flatten(1).any(-1).nonzero().flatten()  # few rows of a sparse matrix write from them
+            for row_r in heard_r.split(_ATTENTION_TARGETS) if len(heard_r) else ():
+                at_r, index_r = to_position_r[row_r], to_index_r[row_r]
+                patterns = pattern_hts[heads], slope_hts[heads]
+                gradients = _head_gradients(flow, sources, heads, shared, *patterns, at_r, write_rhc[row_r, heads])
+                to_gradient_r11 = flow.gradient[target][at_r, index_r][:, None, None]
+                for source, gradient_rtc in zip(sources, gradients, strict=True):
+                    there_rtc = (gradient_rtc != 0) & flow.kept[source][:, here[source]]
+                    added_rtc = gradient_rtc * flow.change[source][:, here[source]]
+                    effect_rtc = added_rtc * to_gradient_r11
+                    used = None
+                    if source.kind == "v":  # a weight for each of the heads
+                        used_r, used_h, used_c = (there_rtc.any(1)[:, None] & (write_rhc[row_r, heads] != 0)).nonzero().unbind(1)
+                        used = (heads.start + used_h) * channels + used_c, index_r[used_r]
+                    r, position, c = (there_rtc & drawing.strong(effect_rtc)).nonzero().unbind(1)
+                    yield _Some(
+                        "value" if source.kind == "v" else "score", (source, first[source] + c, position),
+                        (target, index_r[r], at_r[r]), added_rtc[r, position, c], effect_rtc[r, position, c],
+                        int(there_rtc.sum()), used,
+                    )  # fmt: skip
+
+
+def _head_gradients(
+    flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, slope_gts: Tensor, to_r: Tensor,
+    write_rgc: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node, at
+    to_r, that reads them.
+
+    With target = sum_s p_s u_s over heads, p the pattern at its position and u_s = v_s . w what the head's value there would
+    write, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), the sink's u being 0.
+    """
+    sparse, rows, layer = flow.sparse, torch.arange(len(to_r), device=to_r.device), sources[0].layer
+    q_gtc, k_1sc, v_1sc = (
+        sparse.heads(layer, flow.value[source][None], rotate=source.kind != "v")[0, part]
+        for source, part in zip(sources, (heads, slice(shared, shared + 1), slice(shared, shared + 1)), strict=True)
+    )
+    pattern_rgs, u_rgs = pattern_gts[:, to_r].transpose(0, 1), write_rgc @ v_1sc[0].T
+    above_rgs = u_rgs - (pattern_rgs * u_rgs).sum(-1, keepdim=True)
+    score_rgs = slope_gts[:, to_r].transpose(0, 1) * above_rgs
+    q_rgtc = torch.zeros(len(to_r), *q_gtc.shape, dtype=q_gtc.dtype, device=q_gtc.device)
+    q_rgtc[rows, :, to_r] = score_rgs @ k_1sc[0]
+    k_r1sc = torch.einsum("rgs,rgc->rsc", score_rgs, q_gtc[:, to_r].transpose(0, 1))[:, None]
+    q_rtc, k_rsc = (sparse.nodes(layer, gradient, rotated=True) for gradient in (q_rgtc, k_r1sc))
+    return q_rtc, k_rsc, torch.einsum("rgs,rgc->rsc", pattern_rgs, write_rgc)
+
+
+def _residual_edges(flow: Flow) -> Iterator[_Some]:
+    for target in flow.locations(*READ_KINDS):
+        site, kept_tn, gradient_tn = flow.sparse.site(target), flow.kept[target], flow.gradient[target]
+        for source, writes_tn in _writers(flow, site):
+            position, index = (kept_tn & writes_tn).nonzero().unbind(1)
+            added_e = flow.change[source][position, index] * flow.scale[site][position]
+            kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
+            ends = (source, index, position), (target, index, position)
+            yield _Some(kind, *ends, added_e, added_e * gradient_tn[position, index])
+        for source in errors_before(flow, site):
+            position, index = (kept_tn & flow.kept[source] & (flow.change[source] != 0)).nonzero().unbind(1)
+            added_e = flow.change[source][position, index] * flow.scale[site][position]
+            ends = (source, torch.zeros_like(index), position), (target, index, position)
+            yield _Some("error", *ends, added_e, added_e * gradient_tn[position, index])
+
+
+def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
+    """The embedding, where it has entries, and the kept writes that arrive at a site: which channels_tn each writes."""
+    yield EMBEDDING, flow.sparse.embedding[flow.tokens_t] != 0
+    for source in flow.locations(*WRITE_KINDS):
+        if flow.sparse.site(source) < site:
+            yield source, flow.kept[source]
+
+
+def _answer_edges(flow: Flow) -> Iterator[_Some]:
+    sparse, last_site, last_1 = flow.sparse, flow.sparse.n_sites - 1, torch.tensor([len(flow.tokens_t) - 1]).to(flow.tokens_t)
+    scale_1 = flow.scale[last_site][-1:]
+    answer_1 = torch.full_like(last_1, flow.masked.question.answer)
+
+    def to_answer(kind: EdgeKind, source: Location, index_e: Tensor, added_e: Tensor) -> _Some:
+        ends = (source, index_e, last_1.expand_as(index_e)), (flow.answer, answer_1.expand_as(index_e), last_1.expand_as(index_e))
+        return _Some(kind, *ends, added_e, added_e)
+
+    for source, writes_tn in _writers(flow, last_site):
+        index_e = (writes_tn[-1] & (flow.read_s != 0)).nonzero().flatten()
+        yield to_answer("unembedding", source, index_e, flow.read_s[index_e] * flow.change[source][-1, index_e] * scale_1)
+    for source in flow.locations(ERROR):
+        if bool(flow.kept[source][-1]):
+            read = flow.read_s * scale_1 if source.layer <= last_site else flow.read_v
+            yield to_answer("error", source, torch.zeros_like(last_1), (flow.change[source][-1] @ read)[None])
+    if sparse.bigram:
+        nothing_11s = torch.zeros_like(flow.change[EMBEDDING][:1])[None]
+        token_1 = flow.tokens_t[-1:]
+        entry_v = sparse.run(token_1[None], Enter.at(last_site, nothing_11s)).logits_btv[0, 0] - sparse.capped(
+            sparse.unembedding.bias
+        )
+        yield to_answer("bigram", BIGRAM, token_1, (flow.read_v @ entry_v)[None])

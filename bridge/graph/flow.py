@@ -1,0 +1,155 @@
+"""What runs through a prompt's circuit: values, their changes from the means, and gradients of the answer.
+
+Everything is read off S_C, the sparse model with every node and every error outside the circuit C at its mean (`masked_model`).
+With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, r_v = dd / d logits there,
+
+    change      a_i - m_i;  of the embedding E - mean E;  of a kept error e - mean e, a vector for each site and token
+    gradient    dd / d what the node is before AbsTopK (of MLP neurons, or gates, before their nonlinearity); 0 where AbsTopK
+                makes it 0
+    passed      what a unit of a matrix's output is on its way to a node: times the scale of the norm that it goes through, which
+                is held; of gated neurons, times the gate
+    scale       1 / rms of the residual stream, per token, at every site (1 where it is read without a norm)
+    read_v      r_v; against one other token it is 1 for the answer, -1 for the contrast, exactly and everywhere; against all
+                others it is 1 for the answer, minus each other token's share of the others' probability, and first order
+
+Shape legend: t token, n nodes of a location, f all nodes and errors in one row, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge.circuits.masked_model import MaskedModel
+from bridge.models.circuit import EMBEDDING, check_means
+from bridge.models.schema import ERROR, GATE, activated
+from bridge.models.sparse import Location, SparseTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What runs through a circuit of one prompt, without the batch axis; see the module's docstring.
+
+    kept are the circuit's masks per location, errors' kept_t1; change has those of the embedding and of kept errors (change_ts,
+    0 where an error is not kept; change_1v of the logits'); difference is d.
+    """
+
+    masked: MaskedModel
+    kept_f: Tensor
+    kept: Mapping[Location, Tensor]
+    value: Mapping[Location, Tensor]
+    change: Mapping[Location, Tensor]
+    gradient: Mapping[Location, Tensor]
+    scale: tuple[Tensor, ...]
+    logits_v: Tensor
+    read_v: Tensor
+    uncapped_v: Tensor
+    difference: float
+
+    @property
+    def sparse(self) -> SparseTransformer:
+        """The sparse model."""
+        return self.masked.sparse
+
+    @property
+    def tokens_t(self) -> Tensor:
+        """The prompt."""
+        return self.masked.question.tokens_t
+
+    @property
+    def answer(self) -> Location:
+        """Where the answer is, as the end of edges."""
+        return Location(len(self.sparse.blocks), "answer")
+
+    @cached_property
+    def read_s(self) -> Tensor:
+        """read_v through the unembedding, and a soft cap's slope: what a unit of the normed last residual adds to d."""
+        cap = self.sparse.form.logit_cap
+        slope_v = 1.0 if cap is None else 1 - (self.uncapped_v / cap).tanh().square()
+        return (self.read_v * slope_v) @ self.sparse.unembedding.weight
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """weight_ji of a block's matrix."""
+        return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
+
+    def mapped(self, layer: int, name: str) -> Tensor:
+        """y_tj that a block's matrix makes of its nodes, its bias included."""
+        if name == "o":
+            q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
+            v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
+            x_tn = (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
+        else:
+            x_tn = self.value[Location(layer, self.sparse.matrices[name][0])]
+        return F.linear(x_tn, self.weight(layer, name), self.sparse.get_parameter(f"blocks.{layer}.{name}.bias"))
+
+    def passed(self, target: Location) -> Tensor | None:
+        """What a unit of a matrix's output at each token is on its way to each node, passed_tj; None: the same."""
+        if target.kind == "mlp_act" and self.sparse.form.gated:
+            return self.value[Location(target.layer, GATE)]
+        if not self.sparse.has_norm(target.layer, target.kind):
+            return None
+        name = next(name for name, (_, to) in self.sparse.matrices.items() if to == target.kind)
+        return self.sparse.after_scale(target.layer, target.kind, self.mapped(target.layer, name))
+
+    def locations(self, *kinds: str) -> list[Location]:
+        """The locations of some kinds that have a kept node."""
+        return [at for at, kept_tn in self.kept.items() if at.kind in kinds and bool(kept_tn.any())]
+
+
+@torch.no_grad()
+def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = None) -> Flow:
+    """What runs through a circuit alone; or, with run_f, through the nodes and errors of that mask.
+
+    Raises ValueError where there are several prompts, or the means lack that of the embedding (`corpus_means` gives it).
+    """
+    sparse, question = masked.sparse, masked.question
+    check_means([EMBEDDING], masked.means)
+    tokens_1t = question.tokens_t[None]
+    gate, correct = masked.gates((kept_f if run_f is None else run_f)[None])
+    value: dict[Location, Tensor] = {}
+    probe: dict[Location, Tensor] = {}
+
+    def probing(location: Location, x_1tn: Tensor) -> Tensor:
+        probe[location] = torch.zeros_like(x_1tn).requires_grad_()  # adds nothing, and receives dd / d node
+        value[location] = gate(location, x_1tn) + probe[location]
+        return value[location]
+
+    with torch.enable_grad():
+        trace = sparse.run(tokens_1t, gate=probing, correct=correct, last_only=True)
+        logits_1v = trace.logits_btv[:, -1]
+        d_1 = question.difference(logits_1v)
+        read_1v, *gradients = torch.autograd.grad(d_1.sum(), [logits_1v, *probe.values()])
+    value = {at: value_1tn[0].detach() for at, value_1tn in value.items()}
+    gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
+    for at in gradient:
+        if at.kind == activated(sparse.form.gated):
+            gradient[at] = gradient[at] * _slope(sparse, at, value[Location(at.layer, "mlp_in")])
+    kept = masked.space.split(kept_f)
+    change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}
+    change[EMBEDDING] = sparse.embed(tokens_1t)[0] - masked.means[EMBEDDING]
+    for at, error_bts in (masked.errors or {}).items():
+        kept_t1 = kept[at] if at.layer < sparse.n_sites else kept[at][-1:]
+        change[at] = (error_bts[0] - masked.means[at]) * kept_t1
+    scale = tuple(sparse.read_scale(site, x_1ts.detach())[0, :, 0] for site, x_1ts in enumerate(trace.residuals))
+    uncapped_v = sparse.uncapped(trace.residuals[-1][:, -1:].detach())[0, 0]
+    logits_v = logits_1v[0].detach()
+    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_v, read_1v[0], uncapped_v, float(d_1))
+
+
+def errors_before(flow: Flow, site: int) -> list[Location]:
+    """The places of the kept errors that the residual stream has at a site."""
+    return [at for at in flow.locations(ERROR) if at.layer <= site]
+
+
+def _slope(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:
+    """Of the nonlinearity, where the nodes of a location are made."""
+    name = f"blocks.{at.layer}.{'gate' if at.kind == GATE else 'up'}"
+    with torch.enable_grad():
+        before_tn = F.linear(read_tn, sparse.get_parameter(f"{name}.weight"), sparse.get_parameter(f"{name}.bias"))
+        before_tn = before_tn.detach().requires_grad_()
+        return torch.autograd.grad(sparse.activation(before_tn).sum(), before_tn)[0]

@@ -1,0 +1,72 @@
+"""The strongest paths from the prompt's tokens through groups to the answer.
+
+An edge between groups carries the share of its target that is its effect by the magnitudes of the effects of all edges into that
+target. A path's effect, in terms of d, is that of its last edge, into the answer, times the shares of the edges before it: what
+of the answer can be followed back along it. Since every share is at most 1 in magnitude, paths that are followed backwards from
+the answer, the strongest first, are found in their order. A path ends at a token, at an error, or at a group that nothing feeds.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bridge.graph.groups import Group, GroupEdge
+
+_MOST_STEPS = 20_000  # of the search
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way to the answer: its steps, named as the ends of `GroupEdge`s are, and an effect at every step but the last.
+
+    effects[i] is what of the answer, in terms of d, is followed back to steps[i]; effect is effects[0].
+    """
+
+    steps: tuple[str, ...]
+    effects: tuple[float, ...]
+
+    @property
+    def effect(self) -> float:
+        """What of the answer is followed back to where the path begins."""
+        return self.effects[0]
+
+
+def strongest_paths(edges: Sequence[GroupEdge], most: int = 5) -> tuple[Path, ...]:
+    """The paths with the largest effects, largest first; a path enters no group twice."""
+    into: dict[str, list[GroupEdge]] = {}
+    for edge in edges:
+        into.setdefault(edge.target, []).append(edge)
+    total = {target: sum(abs(edge.effect) for edge in its) for target, its in into.items()}
+    # (magnitude, number in the search, so that equal ones keep an order, steps, effects)
+    waiting: list[tuple[float, int, tuple[str, ...], tuple[float, ...]]] = [(0.0, 0, ("answer",), ())]
+    found, count = [], 0
+    while waiting and len(found) < most and count < _MOST_STEPS:
+        _, _, steps, effects = heapq.heappop(waiting)
+        if steps[0] not in into:
+            if len(steps) > 1:
+                found.append(Path(steps, effects))
+            continue
+        for edge in into[steps[0]]:
+            if edge.source in steps or not edge.effect:
+                continue
+            effect = edge.effect if not effects else effects[0] * edge.effect / total[edge.target]
+            count += 1
+            heapq.heappush(waiting, (-abs(effect), count, (edge.source, *steps), (effect, *effects)))
+    return tuple(found)
+
+
+def path_words(path: Path, tokens: Sequence[str], groups: Sequence[Group], answer: str) -> str:
+    """A path in words: ' while' at 7 -> L0 mlp at 7 -> L2 attention at 9 -> ':'; tokens are the texts of the prompt's."""
+    return " -> ".join(_words(step, tokens, groups, answer) for step in path.steps)
+
+
+def _words(step: str, tokens: Sequence[str], groups: Sequence[Group], answer: str) -> str:
+    kind, _, where = step.partition(":")
+    if kind == "input":
+        return f"{tokens[int(where)]!r} at {where}"
+    if kind == "error":
+        site, _, position = where.partition("@")
+        return f"error at site {site}, token {position}"
+    return repr(answer) if kind == "answer" else str(groups[int(where)])

@@ -1,0 +1,1 @@
+"""Reading a foreign model: where its residual stream is, which model it is, what wraps it, its tokenizer."""

@@ -1,0 +1,231 @@
+"""A PEFT adapter merged exactly, or refused.
+
+What the adapter computes is what PEFT's own forward computes on probe tokens, in the state in which the model was given (several
+adapters active, one switched off). Then every layer of the adapter is replaced by a plain one with the change in its weights, and
+the plain model must give the same logits and the same embedding of every token. A weight that several modules share (tied
+embeddings, replicated layers) is first given to each of them, where the adapter changes one: merged into the shared weight, the
+change would reach them all.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, first_line, forward, largest, probe_tokens
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER = "tokenizer_config.json"
+_OTHER_KIND = "give one that only changes weights, such as a plain LoRA"
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a live model has PEFT adapters: a PeftModel, or a transformers model to which one was added."""
+    return hasattr(model, "peft_config")
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model that a model with adapters wraps; the model itself where it is one."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder with an adapter's files, downloaded where `adapter` is a hub id. Raises DenseModelError."""
+    folder, who = Path(adapter), f"adapter {adapter!r}"
+    if folder.is_file():
+        raise DenseModelError(f"{who} is a file; give the folder that PEFT's save_pretrained wrote")
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            wanted = [CONFIG, WEIGHTS, "tokenizer*", "*token*.json", "vocab*", "merges.txt", "chat_template*"]
+            folder = Path(snapshot_download(adapter, allow_patterns=wanted))
+        except Exception as error:
+            where = "neither a folder here nor an adapter that the Hugging Face hub or its cache gives"
+            raise DenseModelError(f"{who} is {where}; give a folder ({first_line(error)})") from error
+    if not (folder / CONFIG).is_file():
+        within = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))  # where PEFT puts one that has a name
+        remedy = f"give {within[0]!r}, which has one" if within else "give the folder that PEFT's save_pretrained wrote"
+        raise DenseModelError(f"{who} has no {CONFIG}; {remedy}")
+    if not (folder / WEIGHTS).is_file():
+        raise DenseModelError(f"{who} has no {WEIGHTS} (other weight files can run code); save it with PEFT's save_pretrained")
+    return folder
+
+
+def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
+    """The model with an adapter from `adapter_folder` merged into its weights; `model` is changed in place.
+
+    A model with fewer tokens than the adapter has weights for is given them. Raises DenseModelError where the adapter does not
+    fit, or cannot be merged exactly.
+    """
+    from peft import get_peft_model
+
+    who, remedy = f"adapter {adapter!r}", "give the model that it was trained on"
+    config = _config(folder, who)
+    n_added = _resized(model, folder, config)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT fills an adapter at random before it loads it
+        warnings.simplefilter("ignore")  # what they say is checked here
+        try:
+            peft_model = get_peft_model(model, config)
+            report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
+        except Exception as error:
+            raise DenseModelError(f"{who} does not fit model {name!r} ({_reason(error)}); {remedy}") from error
+    unused, unfilled = report.unexpected_keys, _unfilled(peft_model, report.missing_keys)
+    for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
+        if keys:
+            raise DenseModelError(f"{who} does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such); {remedy}")
+    return merged(peft_model, who, name, n_added)
+
+
+def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
+    """A plain transformers model that computes what a model with PEFT adapters, `who`, computes; `model` is changed in place.
+
+    Adapters that are switched off are left out. The last `n_added` tokens must have weights from the adapter. Raises
+    DenseModelError where the plain model gives other logits.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    plain = base_of(model)
+    kinds = ", ".join(sorted({_kind(config) for config in model.peft_config.values()}))
+    problem = f"{who} ({kinds}) cannot be merged into the weights of model {name!r}"
+    layer_types = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    model.eval()
+    tokens_bt = probe_tokens(plain, f"model {name!r}", context_of(plain))
+    with warnings.catch_warnings(), torch.no_grad(), torch.autocast(tokens_bt.device.type, enabled=False):
+        warnings.simplefilter("ignore")
+        try:
+            wanted_btv, wanted_vd = forward(model, tokens_bt), _embeddings(model)
+            for rows, what in ((wanted_vd, "embeddings"), (wanted_btv[0, 0, :, None], "output weights")) if n_added else ():
+                if lost := int(rows[-n_added:].isnan().any(-1).sum()):
+                    problem = f"{who} has no {what} for {lost} of the {n_added} tokens that it adds"
+                    raise DenseModelError(f"{problem}; give a model that was saved with it merged")
+            for layer in model.modules():
+                if isinstance(layer, layer_types) and layer.disable_adapters:
+                    if isinstance(layer, BaseTunerLayer) and layer.merged:
+                        layer.unmerge()
+                    layer.set_adapter([])
+            _untie(model, layer_types)
+            for path, layer in [*model.named_modules()]:
+                if isinstance(layer, AuxiliaryTrainingWrapper):
+                    model.set_submodule(path, layer.unload_and_optionally_merge_module(True, False, None))
+            for path, layer in reversed([*model.named_modules()]):  # from within: one may wrap another
+                if isinstance(layer, BaseTunerLayer):
+                    layer.merge()
+                    model.set_submodule(path, layer.get_base_layer())
+            _forget(plain)
+            got_btv, got_vd = forward(plain, tokens_bt), _embeddings(plain)
+        except DenseModelError:
+            raise
+        except Exception as error:
+            raise DenseModelError(f"{problem} ({_reason(error)}); {_OTHER_KIND}") from error
+    for wanted, got, what in ((wanted_btv, got_btv, "logits"), (wanted_vd, got_vd, "embeddings")):
+        if wanted.shape != got.shape:
+            raise DenseModelError(f"{problem}: with it there are {what} of another shape; {_OTHER_KIND}")
+        error, tolerance = largest(got - wanted), max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest(wanted))
+        if not error <= tolerance < torch.inf:
+            raise DenseModelError(f"{problem}: {what} would be off by {error:.2g} (tolerance {tolerance:.2g}); {_OTHER_KIND}")
+    return plain
+
+
+def _kind(config: PeftConfig) -> str:
+    """PEFT's name for the kind of an adapter."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _config(folder: Path, who: str) -> PeftConfig:
+    """An adapter's configuration. Raises DenseModelError for one that cannot be merged into a causal language model."""
+    from peft import PeftConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise DenseModelError(f"{who} has an {CONFIG} that cannot be read ({_reason(error)}); save it again with PEFT") from error
+    # PEFT leaves out settings that it does not know, such as those of later versions
+    known = {*dir(config), "peft_version", "runtime_config"}
+    if unknown := sorted(key for key, value in given.items() if value and key not in known):
+        raise DenseModelError(f"{who} has a setting that this version of PEFT does not know, {unknown[0]!r}; install a later one")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise DenseModelError(f"{who} is for the task {config.task_type}; give one that was trained as a CAUSAL_LM")
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+        raise DenseModelError(f"{who} is {_kind(config)}, which changes no weights and cannot be merged into them; {_OTHER_KIND}")
+    return config
+
+
+def _unfilled(peft_model: nn.Module, keys: list[str]) -> list[str]:
+    """The model's weights that PEFT found none for in the file, and that were not filled under another name either."""
+    weights = dict(peft_model.named_parameters(remove_duplicate=False))
+    filled = {id(weight) for key, weight in weights.items() if key not in keys}
+    return [key for key in keys if id(weights.get(key)) not in filled]
+
+
+def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
+    """The number of tokens the model is resized to, to have all of the adapter's; their weights are nan, for it to replace."""
+    from safetensors import safe_open
+
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    n_now, width = tables[0].weight.shape
+    paths = [f".{path}." for path, module in model.named_modules() if module in tables]
+    trained = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    numbers = [number + 1 for group in (trained.values() if isinstance(trained, dict) else [trained]) for number in group]
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in [*file.keys()] if any(path in key for path in paths)]
+    except Exception:  # PEFT will say what is wrong with it
+        return 0
+    n_tokens = max([*numbers, *(shape[0] for shape in shapes if shape[1:] == [width])], default=0)
+    if n_tokens <= n_now:
+        return 0
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if table is not None:
+                table.weight[n_now:] = torch.nan
+    return n_tokens - n_now
+
+
+def _embeddings(model: Any) -> Tensor:
+    """The embedding of every token."""
+    table = model.get_input_embeddings()
+    return table(torch.arange(table.weight.shape[0], device=table.weight.device))
+
+
+def _untie(model: nn.Module, layer_types: tuple[type, ...]) -> None:
+    """Give each module that shares a weight with one under an adapter a weight of its own."""
+    changed = {id(weight) for layer in model.modules() if isinstance(layer, layer_types) for weight in layer.parameters()}
+    owned: set[int] = set()
+    for module in model.modules():
+        for key, weight in module.named_parameters(recurse=False):
+            if id(weight) in changed & owned:
+                setattr(module, key, nn.Parameter(weight.detach().clone(), requires_grad=False))
+            owned.add(id(weight))
+
+
+def _forget(plain: Any) -> None:
+    """Remove every mention of adapters, and of weights no longer tied, from a model whose layers are plain."""
+    if has_adapter(plain):
+        del plain.peft_config
+    plain._hf_peft_config_loaded = False
+    embedding, unembedding = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if unembedding is not None and unembedding.weight is not embedding.weight:
+        for config in (plain.config, plain.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _reason(error: Exception) -> str:
+    """The message of a foreign error in one line; torch names the sizes that do not fit in its second."""
+    lines = [line.strip().rstrip(". ") for line in str(error).split("\n")]
+    return next((line for line in lines if line.startswith("size mismatch")), first_line(error))

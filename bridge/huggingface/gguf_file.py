@@ -1,0 +1,132 @@
+"""Models in GGUF, the format of llama.cpp: one file with weights, configuration and tokenizer, read by transformers.
+
+transformers turns such a file into one of its own models, its quantized weights into floats. It does not report what it drops:
+tensors that it has no place for, such as Llama 3's rotary factors, and settings for which it takes its own default. Both are
+looked up in the file, and a file that was not read completely is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from importlib.util import find_spec
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from bridge.huggingface.identity import settings_of
+from bridge.huggingface.site_discovery import DenseModelError
+
+# settings of a file that decide its function, after the architecture's name, and what transformers' configurations call them
+EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+SETTINGS = {
+    "attention.layer_norm_rms_epsilon": EPSILON,
+    "attention.layer_norm_epsilon": EPSILON,
+    "attention.sliding_window": ("sliding_window",),
+    "attention.scale": ("attention_multiplier",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "rope.freq_base": ("rope_theta",),
+    "rope.scaling.factor": ("factor",),
+}
+
+
+def find_gguf(name: str) -> tuple[str, str] | None:
+    """The folder or hub id, and the file in it, of the GGUF that a model's name refers to; None where it names none.
+
+    A name is that of the file (on the hub owner/model/file.gguf), or of a folder that has one such file and no safetensors.
+    Raises DenseModelError where a folder has several, or the package that reads them is not installed.
+    """
+    path = Path(name)
+    if name.endswith(".gguf") and not path.is_dir():
+        parts = name.split("/")
+        on_hub = not path.exists() and len(parts) > 2 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).is_dir()
+        found = ("/".join(parts[:2]), "/".join(parts[2:])) if on_hub else (str(path.parent), path.name)
+        if not on_hub and not path.is_file():
+            raise DenseModelError(f"model {name!r} is not there; give a .gguf file, or the folder that holds one")
+    else:
+        files = [] if not path.is_dir() or any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
+        if not files:
+            return None
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
+            raise DenseModelError(f"model {name!r} holds {len(files)} GGUF files ({names}); say which with --gguf FILE")
+        found = name, files[0].name
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[1]):
+        raise DenseModelError(f"model {name!r} is one part of several ({found[1]}); join them with `llama-gguf-split --merge`")
+    if find_spec("gguf") is None:
+        raise DenseModelError(f"model {name!r} is in GGUF, and the package that reads it is not here; pip install 'bridge[gguf]'")
+    return found
+
+
+def named_gguf(model: str | None, file: str) -> str:
+    """The full name of a GGUF file, given as a model (folder, hub id or None) and a file in it, or as a path."""
+    if not file.endswith(".gguf"):
+        raise DenseModelError(f"--gguf {file!r} is no .gguf file; name one")
+    if model is None or (Path(file).is_file() and not (Path(model) / file).is_file()):
+        return file
+    return str(Path(model) / file) if Path(model).is_dir() else f"{model}/{file}"
+
+
+def loading_options(file: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a GGUF file: its name, and that its weights are dequantized."""
+    import transformers
+
+    quantization = getattr(transformers, "GgufConfig", None)  # earlier versions know no other way than to dequantize
+    return {"gguf_file": file} | ({"quantization_config": quantization(dequantize=True)} if quantization else {})
+
+
+def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | None) -> Any:
+    """Weights of a GGUF model in a plain instance: transformers will not save a model read from a GGUF, as quantized.
+
+    Raises DenseModelError where the file says more than the model has.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    path = Path(where) / file
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(where, file, revision=revision))
+    _check_whole(model, config.get_text_config(), who, path)
+    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    plain.config._name_or_path = f"{where}/{file}"
+    return plain
+
+
+def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+
+    reader = GGUFReader(str(path))
+    stored = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    taken = [weight.numel() for weight in model.parameters()]
+    if sum(stored.values()) != sum(taken):
+        left = Counter(stored.values()) - Counter(taken)
+        odd = next((name for name, size in stored.items() if size in left), next(iter(stored), "nothing"))
+        what = f"holds {sum(stored.values()):,} weights, of which the model that transformers makes of it has {sum(taken):,}"
+        raise DenseModelError(f"{who} {what} ({odd} has no place in it); give the model in safetensors")
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    architecture = f"{fields['general.architecture']}."
+    given = {name.removeprefix(architecture): value for name, value in fields.items() if name.startswith(architecture)}
+    has: dict[str, list[Any]] = {}
+    for key, value in settings_of(config).items():
+        has.setdefault(key.rpartition(".")[2], []).append(value)
+
+    def expect(setting: str, values: list[Any]) -> None:
+        value = given.get(setting)
+        numbers = [each for each in values if isinstance(each, (int, float))]
+        if not isinstance(value, (int, float)) or not value or any(isclose(value, each, rel_tol=1e-5) for each in numbers):
+            return
+        found = ", ".join(map(str, values)) or "no such setting"
+        what = f"says {architecture}{setting} {value:g}, and the model that transformers makes of it has {found}"
+        raise DenseModelError(f"{who} {what}; give the model in safetensors")
+
+    for setting, names in SETTINGS.items():
+        expect(setting, [value for name in names for value in has.get(name, ())])
+    head = has.get("head_dim") or [config.hidden_size // config.num_attention_heads]
+    expect("rope.dimension_count", [each * part for each in head if each for part in has.get("partial_rotary_factor") or [1.0]])

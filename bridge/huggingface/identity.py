@@ -1,0 +1,158 @@
+"""The identity of a dense model: its weights, the configuration that decides its function, and its answers to a few fixed tokens.
+
+Weights alone do not identify it: another rotary base, activation or epsilon in config.json is another function. So a fingerprint
+is a digest of both, computed from memory at each call (weights are hashed at the speed of memory, so that nothing is cached and
+nothing can be stale). It distinguishes models; it is no signature.
+
+- Weights count as float32 values by name, so that a file and the model loaded from it in another precision are the same.
+- The configuration counts where it differs from its class's defaults, without what cannot change a logit (INERT): a later version
+  of transformers may add a setting, and every model stays the one it was.
+- Answers are log-probabilities. They catch what neither shows (an activation exchanged in a live model, a default that changed
+  between versions), and are compared within a tolerance, never hashed: other machines round otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from bridge.huggingface.site_discovery import PROBE_ROWS, PROBE_TOKENS, forward
+
+# settings that no logit in eval mode depends on: names, precision, training, caches, labels, which tokens are special
+INERT = re.compile(
+    r"_|(torch_)?dtype$|transformers_version|architectures|auto_map|quantization_config|.*token_ids?$|.*(dropout|pdrop|layerdrop)"
+    r"|initializer|init_std|use_cache|cache_implementation|return_dict|output_(attentions|hidden_states|router_logits)|id2label"
+    r"|label2id|problem_type|summary_|task_specific_params|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
+    r"|.*(aux_loss|z_loss)_coef"
+)
+SAME_ANSWERS = 0.1  # nats; TF32 changes a log-probability by up to some .05, another function by far more
+DEFAULT = "its default"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A digest of the weights, the non-default configuration by dotted key, log-probabilities, and their precision."""
+
+    weights: str
+    configuration: Mapping[str, Any]
+    answers: tuple[float, ...]
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The identity as stored with a coupling; `read` is the inverse."""
+        return {
+            "fingerprint": _digest(self.weights, self.configuration),
+            "weights": self.weights,
+            "configuration": dict(self.configuration),
+            "dtype": self.dtype,
+            "answers": list(self.answers),
+        }
+
+    @staticmethod
+    def read(facts: Mapping[str, Any]) -> Identity:
+        """Read the identity from stored facts. Raises KeyError, TypeError or ValueError where it is not whole."""
+        weights, configuration, dtype = facts["weights"], facts["configuration"], facts["dtype"]
+        if not (isinstance(weights, str) and isinstance(configuration, dict) and isinstance(dtype, str)):
+            raise TypeError("the identity of its dense model is not texts and settings")
+        if facts["fingerprint"] != _digest(weights, configuration):
+            raise ValueError("the fingerprint of its dense model is not that of the weights and configuration beside it")
+        return Identity(weights, configuration, tuple(float(answer) for answer in facts["answers"]), dtype)
+
+    def difference(self, now: Identity) -> str | None:
+        """The difference of another model in a few words: settings by key, weights, or answers; None where there is none."""
+        keys = sorted({*self.configuration, *now.configuration})
+        was, found = ({key: one.configuration.get(key, DEFAULT) for key in keys} for one in (self, now))
+        changed = [f"{key} is {found[key]}, was {was[key]}" for key in keys if found[key] != was[key]]
+        if changed:
+            more = f" and {len(changed) - 3} more settings" if len(changed) > 3 else ""
+            return f"its configuration differs: {', '.join(changed[:3])}{more}"
+        if self.weights != now.weights:
+            return "its weights differ"
+        if len(self.answers) != len(now.answers):
+            return "it answers as many tokens as it was not asked"
+        off = max((abs(a - b) for a, b in zip(self.answers, now.answers, strict=True)), default=0.0)
+        eps = max(torch.finfo(getattr(torch, one.dtype, torch.bfloat16)).eps for one in (self, now))
+        if not off <= max(SAME_ANSWERS, 8 * eps * max(map(abs, self.answers), default=0.0)):
+            return f"weights and configuration are the same, but its log-probabilities are off by {off:.2g}: code has changed it"
+        return None
+
+
+def fingerprint_of(model: Any) -> str:
+    """64 hex digits that distinguish the model, as it is now, from others with other weights or another configuration."""
+    return _digest(_weights(model), configuration_of(model))
+
+
+@torch.no_grad()
+def identity_of(model: Any, context: int | None) -> Identity:
+    """The identity of a model as it is now; context is the most tokens it takes."""
+    weight = next(model.parameters())
+    vocabulary = model.config.get_text_config().vocab_size
+    length = min(PROBE_TOKENS, context or PROBE_TOKENS)
+    tokens_bt = (torch.arange(PROBE_ROWS * length).reshape(PROBE_ROWS, length) * 7919 + 1) % vocabulary
+    with torch.autocast(weight.device.type, enabled=False):
+        log_p_btv = forward(model, tokens_bt.to(weight.device)).float().log_softmax(-1).cpu()
+    answers_bt = log_p_btv.gather(-1, tokens_bt.roll(-1, 1)[..., None])[..., 0]
+    answers = answers_bt.nan_to_num(neginf=-1e4).clamp(min=-1e4).flatten().tolist()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Identity(_weights(model), configuration_of(model), tuple(round(answer, 5) for answer in answers), dtype)
+
+
+def configuration_of(model: Any) -> dict[str, Any]:
+    """The settings that decide the model's function where they are not its class's defaults, by dotted key."""
+    from transformers.utils import logging
+
+    config = model.config.get_text_config()
+    settings, verbosity = settings_of(config), logging.get_verbosity()
+    logging.set_verbosity_error()  # some classes find fault with their own defaults
+    try:
+        defaults = settings_of(type(config)())
+    except Exception:  # a class that cannot be made without settings has no defaults
+        defaults = {}
+    finally:
+        logging.set_verbosity(verbosity)
+    kept = {key: value for key, value in settings.items() if value != defaults.get(key)}
+    kept |= {key: None for key, value in defaults.items() if value is not None and settings.get(key) is None}
+    return {"model_type": config.model_type, **kept}
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Every setting of a configuration that a logit may depend on, by dotted key, as JSON has it."""
+    return _flat(config.to_dict())
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        parts = {f"{key}.{name}" if key else str(name): each for name, each in value.items()}
+        parts = {name: each for name, each in parts.items() if key or not INERT.match(name)}
+        return {name: leaf for part, each in parts.items() for name, leaf in _flat(each, part).items()}
+    return {key: json.loads(json.dumps(value, default=str), parse_float=_number, parse_constant=str)}
+
+
+def _number(text: str) -> int | float:
+    """The number as an int where it is one: people write 10000 or 10000.0."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _digest(weights: str, configuration: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([weights, configuration], sort_keys=True).encode()).hexdigest()
+
+
+def _weights(model: Any) -> str:
+    digest = xxhash.xxh3_128()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(_bytes(weight.detach().to("cpu", torch.float32)))
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> Any:
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy()

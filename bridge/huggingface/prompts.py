@@ -1,0 +1,334 @@
+"""Text -> tokens, one way for all: what a tokenizer puts before a text, the text's own tokens, and which token a text names.
+
+    prefix      what the tokenizer puts before a text: BOS, several tokens (GLM: [gMASK]<sop>), or none
+    read        a prompt -> prefix and body, held to the context; what the tokenizer puts behind a text (EOS, SEP) is left out: a
+                prompt is to go on
+    text        a token -> its name: a text that means this token and no other
+    target      a name, a text in the place after a prompt, or #id -> the token
+
+The prefix is found by asking for the same text with and without what is added. Every id is held to the model's vocabulary.
+
+A token's own text is what it adds to a text that it continues: decode(a, token) less decode(a). It is the token's name where it
+is tokenized as that token alone behind a letter, a digit and a mark, wherever this leaves their tokens as they are. So a name is
+read back by tokenizing it, and no two tokens share one. A token whose own text is not read back so is named as the tokenizer
+spells it, if in ASCII (##s, <0x41>) and no text of another; what is left (part of a character, a text that another token has) is
+named #id.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bridge.errors import UserError
+from bridge.huggingface.gguf_file import find_gguf
+from bridge.huggingface.site_discovery import first_line
+from bridge.recipe import not_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACES = ("a", "1", ".")  # behind which a name is tried
+_PROBES = 8  # tokens of the vocabulary whose texts show what is put before a text
+_SHOWN = 8  # tokens of a text that a refusal lists
+_NUMBER = re.compile(r"#([0-9]{1,18})")
+_ESCAPE = re.compile(r"\\(?:[nrt\\'\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+_HUB_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class PromptError(UserError):
+    """Text that cannot be read as tokens of the dense model, or names none, in one line with the remedy."""
+
+
+class Prompts:
+    """A tokenizer as bridge uses it, with the number of ids that its model has (None: not known).
+
+    `name` is the model's; `damage` tells why a tokenizer that is there could not be read. What needs one raises PromptError where
+    there is none.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None, *, name: str = "", damage: str = ""
+    ) -> None:
+        self.tokenizer, self.vocabulary, self.damage = tokenizer, vocabulary, damage
+        self._who = f"the dense model {name!r}" if name else "the model"
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def of(cls, given: Prompts | PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> Prompts:
+        """The given Prompts, or those of a tokenizer."""
+        return given if isinstance(given, Prompts) else cls(given, vocabulary)
+
+    @property
+    def missing(self) -> str | None:
+        """The reason why no text can be read, without the remedy; None where it can."""
+        if self.tokenizer is not None:
+            return None
+        if self.damage:
+            return f"the tokenizer of {self._who} cannot be read ({self.damage})"
+        return f"{self._who} has no tokenizer"
+
+    def check(self) -> None:
+        """Raise PromptError where no text can be read."""
+        self._there()
+
+    # -- text to tokens -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts before a text; none where there is no tokenizer. Raises PromptError for a damaged one."""
+        if self.tokenizer is None and not self.damage:
+            return ()
+        tokenizer: Any = self._there()
+        ordinary = sorted(self._ids - self._added.keys())
+        texts = ["a", "1 b.", *(self.decode([token]) for token in ordinary[:: 1 + len(ordinary) // _PROBES])]
+        rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        pairs = [(row, body) for row, body in zip(rows, self._plain(texts), strict=True) if body]
+        starts = [{at for at in range(len(row)) if row[at : at + len(body)] == body} for row, body in pairs]
+        both = set.intersection(*starts) if starts else {0}
+        prefixes = {tuple(row[: min(both)]) for row, _ in pairs} if both else set()
+        if not both or len(prefixes) > 1:
+            raise PromptError(f"the tokenizer of {self._who} changes a text's own tokens when it adds to them; give another one")
+        prefix = prefixes.pop() if prefixes else ()
+        self._hold(prefix, "its tokenizer puts before every text")
+        return prefix
+
+    @property
+    def end(self) -> int | None:
+        """Id of the token that ends a text, where the tokenizer has one."""
+        end: Any = getattr(self.tokenizer, "eos_token_id", None)
+        if end is not None:
+            self._hold([end], "its tokenizer ends a text with")
+        return end
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        return frozenset(self._there().all_special_ids)
+
+    def bodies(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's own tokens, with nothing before and behind. Raises PromptError for one that the model does not have."""
+        rows = self._plain(texts)
+        for row in rows:
+            self._hold(row, "the text holds")
+        return rows
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's tokens as the model is given them: the prefix, unless the text begins with it, and its own."""
+        return [[*self._before(body), *body] for body in self.bodies(texts)]
+
+    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]] | None:
+        """The half-open range of characters of each token that `encode` returns; None where the tokenizer cannot tell."""
+        tokenizer = self._there()
+        if not tokenizer.is_fast:
+            return None
+        read: Any = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        return [[*((0, 0) for _ in self._before(body)), *offsets] for body, offsets in rows]
+
+    def read(self, prompt: str, context: int) -> list[int]:
+        """A prompt's tokens. Raises PromptError where it is empty, too long, or no text of the model's."""
+        self.check()
+        if wrong := not_text(prompt):
+            raise PromptError(f"the prompt holds {wrong}, which is no character of UTF-8 text; give it in UTF-8")
+        remedy = "give the text whose next token is to be explained"
+        (body,) = self.bodies([prompt]) if prompt else [[]]
+        if self.special.issuperset(body):
+            but = f" but for {self._listed(body)}" if body else ""
+            raise PromptError(f"the prompt is empty{but}; {remedy}")
+        tokens = [*self._before(body), *body]
+        if len(tokens) > context:
+            raise PromptError(f"the prompt is {len(tokens)} tokens long, and the context is {context}; give its last part only")
+        return tokens
+
+    # -- tokens to text -------------------------------------------------------------------------------------------------
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, nothing left out and nothing tidied."""
+        return str(self._there().decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def continued(self, tokens: Sequence[int], more: Sequence[int]) -> str:
+        """The text that further tokens add to some, including the space that many tokenizers drop at the beginning of a text."""
+        head, whole = self.decode(tokens), self.decode([*tokens, *more])
+        return whole.removeprefix(head) if whole.startswith(head) else self.decode(more)
+
+    def text(self, token: int) -> str:
+        """The text that names this token alone, and that `target` takes; #id where there is none."""
+        if token not in self._texts:
+            self._texts[token] = self._name(token)
+        return self._texts[token]
+
+    # -- a text to the token that it names ------------------------------------------------------------------------------
+
+    def target(self, given: str | int, prompt: str, role: str = "target") -> int:
+        """The id of the token named by its text (as from `text`, or in the place after the prompt), or by #id.
+
+        role is what it is called where it is refused. Raises PromptError: where a text is not one token, with what it may mean.
+        """
+        if isinstance(given, int) or _NUMBER.fullmatch(given):
+            token = given if isinstance(given, int) else int(given[1:])
+        else:
+            self.check()
+            if wrong := not_text(given):
+                raise PromptError(f"{role} {given!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
+            token = self._named(given)
+            token = self._after_prompt(given, prompt) if token is None else token
+            token = self._named(_unescaped(given)) if token is None else token
+            if token is None:
+                raise PromptError(self._unclear(given, prompt, role))
+        if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
+            last = "" if self.vocabulary is None else f" to {self.vocabulary - 1}"
+            raise PromptError(f"{role} {given} is no token of the dense model; ids go from 0{last}")
+        return token
+
+    def _named(self, text: str) -> int | None:
+        """The token named by a text."""
+        after = self._after(text)
+        token: Any = after.pop() if len(after) == 1 else self._spelled(text)
+        return token if token is not None and self.text(token) == text else None
+
+    def _after_prompt(self, text: str, prompt: str) -> int | None:
+        """The token that a text is as a continuation of the prompt, if it is one and leaves the prompt's own as they are."""
+        head, whole = self._plain([prompt, prompt + text])
+        one = len(whole) == len(head) + 1 and whole[:-1] == head
+        return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
+
+    def _unclear(self, given: str, prompt: str, role: str) -> str:
+        """The reason why a text names no token, and the tokens that it may mean."""
+        unknown: Any = self._there().unk_token_id
+        head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
+        tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
+        if tokens and set(tokens) == {unknown}:
+            return f"{role} {given!r} is not in the dense model's vocabulary; give one of its tokens"
+        spaced = [self._named(f" {given}"), self._after_prompt(f" {given}", prompt)] if given else []
+        meant: dict[int | None, None] = dict.fromkeys([self._spelled(given), *(alone if len(alone) == 1 else []), *spaced])
+        near = [t for t in meant if t is not None and t != unknown and (self.vocabulary is None or t < self.vocabulary)]
+        pieces = f"{role} {given!r} is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
+        if near:
+            return f"{pieces} and no single one after the prompt; it may mean {' or '.join(map(self._shown, near))}: give the #id"
+        such = f", such as {self.text(tokens[0])!r}" if tokens else ""
+        return f"{pieces}, and only a single token can be explained; give one{such}"
+
+    # -- within ---------------------------------------------------------------------------------------------------------
+
+    def _there(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            absent, damaged = ", so no text can be read; load it with one", "; mend its files, or load the model with another"
+            raise PromptError(f"{self.missing}{damaged if self.damage else absent}")
+        return self.tokenizer
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        rows: Any = self._there()(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return rows
+
+    def _before(self, body: Sequence[int]) -> tuple[int, ...]:
+        """The prefix, unless the text has brought it along, as a chat template does."""
+        return () if tuple(body[: len(self.prefix)]) == self.prefix else self.prefix
+
+    def _hold(self, tokens: Sequence[int], whose: str) -> None:
+        """Raise PromptError for a token beyond the model's vocabulary."""
+        if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
+            raise PromptError(
+                f"{whose} {self._shown(beyond)}, and {self._who} has the ids 0 to {self.vocabulary - 1}: tokens were added to "
+                "the tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave the token out"
+            )
+
+    def _shown(self, token: int) -> str:
+        return shown(self.text(token), token)
+
+    def _listed(self, tokens: Sequence[int]) -> str:
+        names = [repr(self.text(token)) for token in tokens[:_SHOWN]]
+        return " ".join([*names, *(["..."] if len(tokens) > _SHOWN else [])]) or "none"
+
+    @cached_property
+    def _joined(self) -> bool:
+        """Whether the tokenizer writes its tokens with spaces between: then every place after a text is behind a space."""
+        backend: Any = getattr(self._there(), "backend_tokenizer", None)
+        return backend is not None and backend.decoder is None
+
+    @cached_property
+    def _places(self) -> list[tuple[str, list[int]]]:
+        """The texts behind which names are tried, and their tokens."""
+        texts = [f"{place} " if self._joined else place for place in PLACES]
+        return [(text, tokens) for text, tokens in zip(texts, self._plain(texts), strict=True) if tokens]
+
+    def _after(self, text: str) -> set[int]:
+        """The tokens that a text is, as a whole, behind a letter, a digit and a mark."""
+        rows = self._plain([place + text for place, _ in self._places]) if text and self._places else []
+        pairs = zip(rows, (tokens for _, tokens in self._places), strict=False)
+        return {row[-1] for row, head in pairs if len(row) == len(head) + 1 and row[:-1] == head}
+
+    def _spelled(self, text: str) -> int | None:
+        """The token with that spelling in the tokenizer."""
+        tokenizer = self._there()
+        token: Any = tokenizer.convert_tokens_to_ids(text) if text else None
+        return token if token is not None and tokenizer.convert_ids_to_tokens(token) == text else None
+
+    def _name(self, token: int) -> str:
+        if token not in self._ids:  # padding of the model's vocabulary, or there is no tokenizer
+            return f"#{token}"
+        piece: Any = self._there().convert_ids_to_tokens(token)
+        own = self._own(token)
+        for text in dict.fromkeys((own, piece)):
+            if _NUMBER.fullmatch(text) or not_text(text):
+                continue
+            after = self._after(text)
+            spelled = not after and text == piece and (text == own or text.isascii())
+            if after == {token} or (spelled and self._spelled(text) == token):
+                return text
+        return f"#{token}"
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {token: str(added) for token, added in cast(Any, self._there()).added_tokens_decoder.items()}
+
+    def _own(self, token: int) -> str:
+        """The text that a token adds to one that it continues."""
+        if token in self._added:
+            return self._added[token]
+        head = [] if self._joined or not self._places else self._places[0][1]
+        return self.continued(head, [token]) if head else self.decode([token])
+
+
+def shown(text: str, token: int) -> str:
+    """A token for messages: its name as a Python literal, and its id."""
+    return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer of a folder, hub id or .gguf file, None where there is none, and the reason where one cannot be read."""
+    from transformers import AutoTokenizer
+
+    where, gguf = find_gguf(name) or (name, None)
+    its = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
+    except Exception as error:  # a model without a tokenizer can still be coupled to token ids
+        return None, f"{type(error).__name__}: {first_line(error)}" if gguf or _has_files(where, revision) else ""
+    # a folder without tokenizer files can give an empty tokenizer rather than an error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        return None, "its files hold no tokens but special ones" if gguf or _has_files(where, revision) else ""
+    return tokenizer, ""
+
+
+def _has_files(name: str, revision: str | None) -> bool:
+    """Whether a folder, or the cache of a hub id, has files of a tokenizer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (folder := Path(name)).is_dir():
+        return any(path.is_file() for pattern in _FILES for path in folder.glob(pattern))
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _HUB_FILES)
+
+
+def _unescaped(text: str) -> str:
+    """A text with Python escapes such as \\n replaced by their characters, the inverse of how tokens are printed."""
+    return _ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), text)

@@ -1,0 +1,220 @@
+"""Circuits: which nodes of the sparse model are kept, and what stands in for the others.
+
+With a_i the value of node i after AbsTopK, m_i its mean over a reference corpus, and C the nodes that are kept (Gao et al. 2025,
+section 2.2 and appendix A.5), the circuit alone is the model S_C in which, in the order of the computation,
+
+    a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
+
+so that S_C with every node kept is S itself. A mean that is missing is an error: zero is another model. A node that AbsTopK has
+silenced has the value 0 when kept and m_i when not; it is a node like any other, kept or not kept.
+
+Nodes of a prompt are (location, position, channel), of a task (location, channel), at every position alike. Circuits of prompts
+are masks over the one row of a NodeSpace (`circuits/masked_model`).
+
+Shape legend: b batch row, r row, t token, n nodes of a location, f all nodes of a prompt in one row (location by location,
+position by position, channel by channel), s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bridge.kernels.top_k import choose
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Gate, Location, SparseTransformer
+
+EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
+BIGRAM = Location(-1, "bigram")
+EdgeKind = Literal["weight", "value", "score", "gate", "residual", "embedding", "unembedding", "bigram", "error"]
+KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
+COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
+_ROW_TOKENS = 4096  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
+_ROW_NODES = 1 << 26  # and mask entries, which outnumber the tokens by the nodes of a token
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A channel of a location, at one position of a prompt (None: at every position)."""
+
+    location: Location
+    index: int
+    position: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The node without its position, as `L0.mlp_act[37]`; of an error its site, as `error[3]`."""
+        if self.location.kind == ERROR:
+            return f"error[{self.location.layer}]"
+        layer = f"L{self.location.layer}." if self.location.layer >= 0 else ""
+        return f"{layer}{self.location.kind}[{self.index}]"
+
+    def __str__(self) -> str:
+        return self.name if self.position is None else f"{self.name}@{self.position}"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
+
+    Of a task's circuit, whose ends are at every position: weight is the entry W_ji itself, effect the mean over prompts of what
+    W_ji (a_i - m_i) adds to D at all positions, to first order.
+    """
+
+    source: Node
+    target: Node
+    kind: EdgeKind
+    weight: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class NodeSpace:
+    """Every node of a prompt in one row, and back."""
+
+    sizes: Mapping[Location, int]
+    n_tokens: int
+
+    @cached_property
+    def size(self) -> int:
+        """Number of nodes of the prompt."""
+        return self.n_tokens * sum(self.sizes.values())
+
+    def split(self, x_rf: Tensor) -> dict[Location, Tensor]:
+        """x_rtn per location of x_rf: views, of any number of leading axes."""
+        lengths = [self.n_tokens * n for n in self.sizes.values()]
+        parts = x_rf.split(lengths, -1)
+        return {at: part.unflatten(-1, (self.n_tokens, n)) for (at, n), part in zip(self.sizes.items(), parts, strict=True)}
+
+    def join(self, parts: Mapping[Location, Tensor]) -> Tensor:
+        """x_rf of x_rtn per location."""
+        return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
+
+    def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
+        """(location, which of node_k are there, their places t * n + index) for the locations of some nodes."""
+        start = 0
+        for location, n in self.sizes.items():
+            here_k = ((node_k >= start) & (node_k < start + self.n_tokens * n)).nonzero().flatten()
+            if len(here_k):
+                yield location, here_k, node_k[here_k] - start
+            start += self.n_tokens * n
+
+    def place(self, node: Node) -> int:
+        """The place of a node in the row."""
+        start = 0
+        for location, n in self.sizes.items():
+            if location == node.location:
+                return start + (node.position or 0) * n + node.index
+            start += self.n_tokens * n
+        raise KeyError(f"there is no node {node}")
+
+    def node(self, flat: int) -> Node:
+        """The node at a place of the row."""
+        for location, n in self.sizes.items():
+            if flat < self.n_tokens * n:
+                return Node(location, flat % n, flat // n)
+            flat -= self.n_tokens * n
+        raise IndexError(f"there are {self.size} nodes")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """The channels kept for a task, which is named: kept_1n (bool) and corpus means_n per location.
+
+    `edges` are the weights between kept nodes, none of them pruned; None where they were not looked at. Raises ValueError where a
+    location has no mean, or a mask is not that of every position.
+    """
+
+    explains: str
+    kept: Mapping[Location, Tensor]
+    means: Mapping[Location, Tensor]
+    edges: tuple[Edge, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_means(self.kept, self.means)
+        for location, kept_tn in self.kept.items():
+            if kept_tn.dtype != torch.bool or kept_tn.shape != (1, len(self.means[location])):
+                wanted = f"bool of shape {(1, len(self.means[location]))}"
+                raise ValueError(f"the mask at {location} is {kept_tn.dtype} of shape {tuple(kept_tn.shape)}, not {wanted}")
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The kept nodes, in the order of the computation."""
+        return tuple(
+            Node(location, index)
+            for location, kept_tn in self.kept.items()
+            for index in kept_tn.any(0).nonzero().flatten().tolist()
+        )
+
+    @property
+    def gate(self) -> Gate:
+        """The gate that makes the sparse model this circuit alone."""
+        return ablation_gate(self.kept, self.means)
+
+
+def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tensor]) -> Gate:
+    """A gate under which nodes outside the masks have their corpus mean; kept_tn, or kept_rtn with a mask for every row.
+
+    Rows with masks of their own must be in the order in which they enter the model, because a sublayer sees only those that have.
+    Raises ValueError where a location has no mean, KeyError where the model has a location without a mask.
+    """
+    check_means(kept, means)
+
+    def gate(location: Location, x_btn: Tensor) -> Tensor:
+        return choose(_mask_for(kept[location], x_btn), x_btn, means[location])
+
+    return gate
+
+
+def _mask_for(kept: Tensor, x_btn: Tensor) -> Tensor:
+    """The rows and positions of kept_tn or kept_rtn that a sublayer computes: of a narrow run the last position alone."""
+    kept = kept[..., -x_btn.shape[1] :, :]
+    return kept if kept.dim() == 2 else kept[: len(x_btn)]
+
+
+def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:
+    """A gate that keeps what every node becomes (under `gate`, if given) and changes nothing more."""
+
+    def record(location: Location, x_btn: Tensor) -> Tensor:
+        into[location] = x_btn if gate is None else gate(location, x_btn)
+        return into[location]
+
+    return record
+
+
+@torch.no_grad()
+def corpus_means(sparse: SparseTransformer, tokens_bt: Tensor) -> dict[Location, Tensor]:
+    """means_n of every node over a reference corpus, from the model's own forward (after AbsTopK), and of the embedding.
+
+    Raises ValueError for a corpus without tokens.
+    """
+    if not tokens_bt.numel():
+        raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
+    sums: dict[Location, Tensor] = {}
+
+    def add(location: Location, x_btn: Tensor) -> Tensor:
+        total_n = x_btn.double().sum((0, 1)) if x_btn.device.type != "mps" else x_btn.sum((0, 1))
+        sums[location] = sums[location] + total_n if location in sums else total_n
+        return x_btn
+
+    for rows_bt in tokens_bt.to(sparse.device).split(max(1, _ROW_TOKENS // tokens_bt.shape[1])):
+        add(EMBEDDING, sparse.run(rows_bt, gate=add, last_only=True).residuals[0])
+    return {location: (total_n / tokens_bt.numel()).to(sparse.embedding.dtype) for location, total_n in sums.items()}
+
+
+def kl(from_v: Tensor, to_v: Tensor) -> Tensor:
+    """KL of next-token distributions by their logits, in nats, over any leading axes."""
+    from_v, to_v = from_v.log_softmax(-1), to_v.log_softmax(-1)
+    return (from_v.exp() * (from_v - to_v)).sum(-1)
+
+
+def check_means(locations: Iterable[Location], means: Mapping[Location, Tensor]) -> None:
+    """Raise ValueError where a location has no mean: zero is none."""
+    missing = [str(location) for location in locations if location not in means]
+    if missing:
+        raise ValueError(f"no corpus mean for {', '.join(missing)}; take them with corpus_means (zero is not a mean)")

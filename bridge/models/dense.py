@@ -1,0 +1,421 @@
+"""A Hugging Face causal language model as a ResidualModel: its sites found generically, and checked before anyone relies on them.
+
+Loading goes in this order, and each step refuses what the next would get wrong: files (safetensors alone, no code of theirs),
+an adapter merged, sites found (`wiring`), and parity: the model is resumed at every site from the residual of *another row* and
+must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a model in which
+something besides the residual carries information past a site must not.)
+
+A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
+enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
+one that enters at the last site replaces the last block's output. What the model computes for a row before it enters is
+overwritten. Zeroing the writer, rather than adding the difference later, keeps an entry exact in every dtype.
+
+Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bridge.huggingface.adapters import TOKENIZER, adapter_folder, base_of, has_adapter, merged, with_adapter
+from bridge.huggingface.gguf_file import as_plain_model, find_gguf, loading_options
+from bridge.huggingface.identity import Identity, fingerprint_of, identity_of
+from bridge.huggingface.live import check_weights, twin_of, unwrapped
+from bridge.huggingface.prompts import Prompts, load_tokenizer
+from bridge.huggingface.site_discovery import (
+    PARITY_FP32,
+    PROBE_ROWS,
+    Block,
+    DenseModelError,
+    context_of,
+    first_line,
+    first_tensor,
+    forward,
+    largest,
+    output_tensor,
+    probe_tokens,
+    watch_blocks,
+    wire,
+    with_first_tensor,
+    with_output_tensor,
+)
+from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Buffers, masks and their constants, that earlier versions of transformers saved with a model's weights.
+_BUFFER = re.compile(
+    r"\b(attn|attention)\.(bias|masked_bias|causal_mask)$|\b(inv_freq|position_ids|embed_positions|embed_positions\.weights)$"
+)
+
+# Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
+_ONE_AT_A_TIME = threading.RLock()
+_under_way: list[_Run] = []
+
+
+def exclusive() -> AbstractContextManager[Any]:
+    """While it lasts no other thread runs a dense model: for whoever puts hooks of its own on one."""
+    return _ONE_AT_A_TIME
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How exactly a model resumes: the largest absolute logit error per site, and the tolerance it was held to."""
+
+    errors: tuple[float, ...]
+    tolerance: float
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute logit error over all sites."""
+        return max(self.errors)
+
+
+class DenseModel:
+    """A frozen causal LM as a ResidualModel. Made by `load_dense`, which wires and checks it.
+
+    Not an nn.Module, so that a module that holds one neither trains nor saves it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        revision: str | None,
+        *,
+        live: bool = False,
+        damage: str = "",
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.revision, self.live = model, tokenizer, name, revision, live
+        who = f"model {name!r}"
+        self.context = context_of(model)
+        # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens_bt = probe_tokens(model, who, self.context)
+            calls, logits_btv = watch_blocks(model, who, tokens_bt)
+            self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
+            rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+            self.prompts = Prompts(tokenizer, min(rows, self.vocabulary), name=name, damage=damage)
+            self._blocks = wire(who, calls)
+            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
+            self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
+            self.parity = _check_parity(self, who, tokens_bt, logits_btv)
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites: sublayers + 1."""
+        return len(self.sublayers) + 1
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, as they were wired."""
+        return self._blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> DenseModel:
+        """Move the model's weights to a device, in place."""
+        nn.Module.to(self.model, device)
+        return self
+
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
+        """Run a batch; rows may enter at any site with a residual of their own, through which gradients flow.
+
+        Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens.
+        """
+        if self.context is not None and tokens_bt.shape[1] > self.context:
+            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
+        if enter is not None:
+            check_sites(enter, self.n_sites)
+            wanted = (*tokens_bt.shape, self.width)
+            if tuple(enter.x_btd.shape) != wanted or len(enter.site_b) != wanted[0]:
+                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
+                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
+        run = _Run(enter, self.n_sites, tokens_bt.device)
+        with exclusive(), self._hooked(run):
+            logits_btv = forward(self.model, tokens_bt)
+        return Trace(logits_btv, tuple(run.residuals[site] for site in range(self.n_sites)))
+
+    def fingerprint(self) -> str:
+        """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
+        return fingerprint_of(self.model)
+
+    def identity(self) -> Identity:
+        """What tells this model, as it is now, from others, and in what they differ."""
+        with exclusive():
+            return identity_of(self.model, self.context)
+
+    def found_at(self, adapter: str | None = None) -> str | None:
+        """Where loading gives this model, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
+
+        None where there is no such place: the model was made or changed in memory.
+        """
+        where = getattr(self.model.config, "_name_or_path", None) if self.live else self.name
+        if not self.live or not where:
+            return where or None
+        try:
+            there = load_dense(where, adapter=adapter, dtype=next(self.model.parameters()).dtype)
+        except DenseModelError:
+            return None
+        return where if self.identity().difference(there.identity()) is None else None
+
+    @contextmanager
+    def _hooked(self, run: _Run) -> Iterator[None]:
+        """The hooks of one run, on the model for as long as it lasts."""
+        site = 0
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                before = partial(run.before_block, site, block.middle is not None)
+                hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
+                site += 1
+                if block.middle is not None:
+                    if run.anyone_enters(site):
+                        after = partial(run.after_writer, site, block.middle.sums)
+                        hooks.enter_context(block.middle.writer.register_forward_hook(after))
+                    reads = partial(run.before_reader, site)
+                    hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
+                    site += 1
+            last = partial(run.after_last, site)
+            hooks.enter_context(self._blocks[-1].module.register_forward_hook(last))
+            _under_way.append(run)
+            hooks.callback(_under_way.pop)
+            yield
+
+
+class _Run:
+    """One run under way: the rows that enter, sorted by site so that those of a site are one slice, and the residuals seen."""
+
+    def __init__(self, enter: Enter | None, n_sites: int, device: torch.device) -> None:
+        self.residuals: dict[int, Tensor] = {}
+        self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
+        if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
+            order_b = torch.argsort(enter.site_b, stable=True)
+            order_b = order_b[int((enter.site_b == EMBEDDING).sum()) :]
+            self._bounds = torch.searchsorted(enter.site_b[order_b], torch.arange(n_sites + 1)).tolist()
+            self._row_b = order_b.to(device, non_blocking=True)
+            self._given_btd = enter.x_btd[self._row_b]
+
+    def anyone_enters(self, site: int) -> bool:
+        """Whether a row enters at a site."""
+        return self._bounds[site] < self._bounds[site + 1]
+
+    def place(self, site: int, x_btd: Tensor) -> Tensor:
+        """x_btd with the rows that enter at the site in place."""
+        if not self.anyone_enters(site):
+            return x_btd
+        here = slice(self._bounds[site], self._bounds[site + 1])
+        return x_btd.index_copy(0, self._row_b[here], self._given_btd[here].to(x_btd.dtype))  # not in place: autograd, records
+
+    def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        given_btd = first_tensor(args, kwargs)
+        x_btd = self.residuals[site] = self.place(site, given_btd)
+        if has_middle:  # what the first sublayer makes of the rows that enter after it is taken back by `after_writer`
+            x_btd = self.place(site + 1, x_btd)
+        return None if x_btd is given_btd else with_first_tensor(args, kwargs, x_btd)
+
+    def after_writer(self, site: int, sums: bool, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        written = output_tensor(output)
+        if sums:
+            placed = self.place(site, self._by_row(written))
+        else:
+            here = slice(self._bounds[site], self._bounds[site + 1])
+            placed = self._by_row(written).index_fill(0, self._row_b[here], 0)
+        return with_output_tensor(output, placed.reshape(written.shape))
+
+    def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if _under_way[-1] is self:
+            self.residuals[site] = self._by_row(first_tensor(args, kwargs))
+
+    def after_last(self, site: int, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        if _under_way[-1] is not self:
+            return None
+        x_btd = self.residuals[site] = self.place(site, output_tensor(output))
+        return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that slopes reach it."""
+        shape = self.residuals[0].shape
+        return x if x.shape == shape else x.reshape(shape)
+
+
+def load_dense(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> DenseModel:
+    """Load a causal LM as a DenseModel: a hub id, a folder, a .gguf file, or a live PreTrainedModel (or PeftModel).
+
+    A live model is left exactly as it is, mode, gradients and hooks included: what runs is a frozen twin that shares its
+    weights, without what torch.compile or DataParallel have put around it (`dtype` and `revision` do not apply; the device is
+    the model's own unless given). Where LoRA weights are merged, from `adapter` or a live PeftModel, it is a copy with weights
+    of its own. Raises DenseModelError.
+    """
+    named = isinstance(model, (str, Path))
+    if named:
+        name = str(model)
+        loaded, unused = _from_pretrained(name, revision, dtype)
+        found = _tokenizer(name, revision)  # or why there is none
+        check_weights(loaded, f"model {name!r}")
+    else:
+        model = unwrapped(model)
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
+        check_weights(model, f"model {type(model).__name__!r}")
+        name, found, unused = type(base_of(model)).__name__, (None, ""), None
+        loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
+    if base_of(loaded).config.is_encoder_decoder:
+        raise DenseModelError(f"model {name!r} is an encoder-decoder model; bridge reads decoder-only causal language models")
+    if has_adapter(loaded):
+        loaded = merged(loaded, "its adapter", name)
+    if adapter is not None:
+        folder = adapter_folder(str(adapter))
+        if (folder / TOKENIZER).is_file():
+            found = _tokenizer(str(folder), None)
+        loaded = with_adapter(loaded, folder, str(adapter), name)
+    if named or device is not None:
+        loaded.to(device or "cpu")
+    loaded.eval().requires_grad_(False)
+    on_hub = named and not Path(name).exists()
+    revision = getattr(loaded.config, "_commit_hash", None) if on_hub else None
+    found, damage = found if tokenizer is None else (tokenizer, "")
+    dense = DenseModel(loaded, found, name, revision, live=not named, damage=damage)
+    if unused:  # now, because of an encoder there is more to say
+        raise DenseModelError(unused)
+    return dense
+
+
+def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The model of a hub id, a folder or a .gguf file, and why it is not all that its files hold, if so."""
+    from transformers import AutoModelForCausalLM
+
+    who, folder = f"model {name!r}", Path(name)
+    where, file = find_gguf(name) or (name, None)
+    if file is not None:
+        pass
+    elif folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
+        if not (folder / "config.json").is_file():
+            raise DenseModelError(f"{who} has no config.json; give a folder that save_pretrained wrote")
+        if not any(folder.glob("*.safetensors")):
+            raise DenseModelError(f"{who} has no *.safetensors; other weight files can run code: convert with save_pretrained")
+    elif folder.is_file():
+        raise DenseModelError(f"{who} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
+    with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
+        try:
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **({} if file is None else loading_options(file)),
+            )  # fmt: skip
+            model, info = both
+        except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
+            raise DenseModelError(_why_not_loaded(name, who, error)) from error
+        if has_adapter(model):  # a hub id
+            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
+        unused = _unused_weights(who, info)
+        return model if file is None else as_plain_model(model, who, where, file, revision), unused
+
+
+def _unused_weights(who: str, info: dict[str, Any]) -> str | None:
+    """Why a model is not all that its files hold, if so. Raises DenseModelError where they do not hold all of the model."""
+    for key, *(found, wanted) in sorted(info["mismatched_keys"]):
+        sizes = f"{key} of shape {tuple(found)}, and its config.json asks for {tuple(wanted)}"
+        many = len(info["mismatched_keys"])
+        raise DenseModelError(f"{who} has {sizes} ({many} such); give the config.json that its weights were saved with")
+    unused = sorted(key for key in info["unexpected_keys"] if not _BUFFER.search(key))
+    if missing := sorted(info["missing_keys"]):
+        others = f"; its file has {len(unused)} under other names, such as {unused[0]}" if unused else ""
+        problem = f"{who} holds no weights for {missing[0]} ({len(missing)} missing{others})"
+        raise DenseModelError(f"{problem}: not a complete causal LM")
+    if not unused:
+        return None
+    remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
+    return f"{who} has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such); {remedy}"
+
+
+def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase | None, str]:
+    with _quiet():
+        return load_tokenizer(name, revision)
+
+
+def _why_not_loaded(name: str, who: str, error: Exception) -> str:
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        return f"{who} needs code from its own repository, which is not run; only architectures within transformers are read"
+    if "Unrecognized configuration class" in reason:
+        return f"{who} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
+    if "CONVERSION" in reason:  # it refers to a report that is not printed
+        return f"{who} has experts whose weights do not fit together; its files are incomplete, or config.json is not theirs"
+    if Path(name).is_dir():
+        return f"{who} cannot be loaded: {reason}"
+    if "couldn't connect" in reason or "offline" in reason.lower():
+        return f"{who} is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached; give a folder"
+    if "Repo id must" in reason or "is not a local folder" in reason:
+        return f"{who} is neither a folder here nor a model on the Hugging Face hub; give one or the other"
+    return f"{who} cannot be loaded from the Hugging Face hub: {reason}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they would say is checked here, and said in one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:
+    """Resume at every site from another row's residual, a few sites in one batch, its first row starting from its tokens."""
+    plain = dense.run(tokens_bt)
+    eps = torch.finfo(logits_btv.dtype).eps
+    tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * largest(logits_btv)  # half precision: a few roundings of a logit
+    if not (error := largest(plain.logits_btv - logits_btv)) <= tolerance:
+        raise DenseModelError(f"{who} gives other logits when its sites are recorded: off by up to {error:.2g}")
+    errors: list[float] = []
+    for first in range(0, dense.n_sites, PROBE_ROWS - 1):
+        sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
+        site_b = torch.tensor([EMBEDDING, *sites, *[EMBEDDING] * (PROBE_ROWS - 1 - len(sites))])
+        other_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # whose logits a row should give
+        x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), other_b.tolist(), strict=True)])
+        error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[other_b]
+        bystander = largest(error_btv[site_b == EMBEDDING])
+        errors += [max(bystander, largest(error_tv)) for error_tv in error_btv[site_b != EMBEDDING]]
+    for site, error in enumerate(errors):
+        if not error <= tolerance:
+            reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
+            message = f"{who} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
+            raise DenseModelError(f"{message} (tolerance {tolerance:.2g}); what it reads later is not all in the residual there")
+    return Parity(tuple(errors), tolerance)

@@ -1,0 +1,316 @@
+"""What every node of the sparse model does on text, collected in one pass over it.
+
+A node has an activation a_p, after AbsTopK, at each of the P positions p of the text (row by row). Collected are
+
+    mean, second    sum a_p / P, sum a_p^2 / P
+    active          the share of positions with a_p != 0
+    high, low       the KEPT positions of the largest a_p > 0, of the smallest a_p < 0; of equal ones the earlier
+    sample          SAMPLED of the positions with a_p != 0, those that come first in one seeded shuffle of all positions: a
+                    reservoir that every set of positions is equally likely to fill, however the pass is cut
+
+so memory grows with the text by the text alone. Contexts and samples are held as sortable 64-bit keys: the bits of a float32
+above 0 sort as the float does, so (bits of a_p, -p) orders by activation, then by position, and (place in the shuffle, bits of
+a_p) by the shuffle. A key below 0 is an empty place.
+
+The pass goes stretch by stretch of rows. With a folder, the state is written there now and then as `nodes.json` and a safetensors
+file; the same pass, killed, goes on from the last one and ends with the same bits, and one that had ended is read back. The same
+means: equal weights of the sparse model (their SHA-256), equal text (its), equal seed.
+
+Shape legend: b row of text, t token, p position in the text (b t), n nodes of a location, k places of a list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bridge.errors import UserError
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Node
+from bridge.models.sparse import Location, SparseTransformer
+from bridge.models.store import CheckpointError, read_folder, write_folder
+
+FORMAT = 1
+KEPT = 8
+SAMPLED = 16
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_STRETCH_TOKENS = 2048
+_CHANNELS = 256  # looked at together
+_LAST = 2**31 - 1
+_PARTS = ("sum", "square", "active", "high", "low", "sample")
+
+
+class NodeError(UserError):
+    """A node, or text for nodes, that is not to be had, in one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where in the text a node had a value; quantile among its nonzero values, None for an extreme."""
+
+    value: float
+    row: int
+    position: int
+    quantile: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class NodeFacts:
+    """What every node did on the text tokens_bt, of which the first `rows_done` rows have been seen.
+
+    fingerprint is that of the sparse weights, order_p the shuffle of positions; `parts` holds per location the running sum_n,
+    square_n and active_n, and the keys high_nk, low_nk and sample_nk (see the module's docstring).
+    """
+
+    fingerprint: str
+    seed: int
+    tokens_bt: Tensor
+    order_p: Tensor
+    rows_done: int
+    parts: Mapping[Location, Mapping[str, Tensor]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole text has been seen."""
+        return self.rows_done == len(self.tokens_bt)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens have been seen."""
+        return self.rows_done * self.tokens_bt.shape[1]
+
+    def mean(self, location: Location) -> Tensor:
+        """mean_n over the text, in float64."""
+        return self.parts[location]["sum"] / self.n_tokens
+
+    def second_moment(self, location: Location) -> Tensor:
+        """Mean square_n over the text, in float64."""
+        return self.parts[location]["square"] / self.n_tokens
+
+    def active(self, location: Location) -> Tensor:
+        """Share_n of the positions where the node is not 0."""
+        return self.parts[location]["active"] / self.n_tokens
+
+    def extremes(self, node: Node, side: Literal["high", "low"]) -> tuple[Context, ...]:
+        """The contexts of the node's largest positive (high) or negative (low) values, the strongest first."""
+        key_k = self.parts[node.location][side][node.index]
+        key_k = key_k[key_k >= 0]
+        value_k = _float(key_k >> 32) * (1 if side == "high" else -1)
+        return tuple(map(self._context, value_k.tolist(), (_LAST - (key_k & _LAST)).tolist()))
+
+    def quantiles(self, node: Node) -> tuple[Context, ...]:
+        """A context at each of QUANTILES of the node's nonzero values, as far as the sample tells; fewer where it has fewer."""
+        key_k = self.parts[node.location]["sample"][node.index]
+        key_k = key_k[key_k >= 0]
+        value_k, rank_k = _float(key_k & 0xFFFFFFFF).sort(stable=True)
+        place_k = self.order_p[(_LAST - (key_k >> 32))[rank_k]].tolist()
+        chosen = {round(quantile * (len(place_k) - 1)): quantile for quantile in QUANTILES} if place_k else {}
+        return tuple(self._context(float(value_k[k]), place_k[k], quantile) for k, quantile in chosen.items())
+
+    def _context(self, value: float, place: int, quantile: float | None = None) -> Context:
+        return Context(value, *divmod(place, self.tokens_bt.shape[1]), quantile)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `nodes.json` and its tensors. Raises CheckpointError where that fails; nothing is half-written."""
+        tensors = {f"{part}.{at}": tensor for at, parts in self.parts.items() for part, tensor in parts.items()}
+        tensors |= {"tokens": self.tokens_bt.to(torch.int32), "order": self.order_p.to(torch.int32)}
+        facts = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "text": text_digest(self.tokens_bt),
+            "seed": self.seed,
+            "rows": len(self.tokens_bt),
+            "rows_done": self.rows_done,
+            "locations": [str(at) for at in self.parts],
+        }
+        write_folder(folder, "nodes", tensors, facts)
+
+    @staticmethod
+    def load(folder: str | Path) -> NodeFacts:
+        """What `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
+        tensors, facts = read_folder(folder, "nodes")
+        try:
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']!r}")
+            locations = {Location(int(layer), kind): f"{layer}.{kind}" for layer, kind in map(_split, facts["locations"])}
+            parts = {at: {part: tensors[f"{part}.{name}"] for part in _PARTS} for at, name in locations.items()}
+            tokens_bt, order_p = tensors["tokens"].long(), tensors["order"].long()
+            return NodeFacts(facts["fingerprint"], facts["seed"], tokens_bt, order_p, facts["rows_done"], parts)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{str(Path(folder) / 'nodes.json')!r} is not what this version of bridge reads ({error})"
+            raise CheckpointError(f"{what}; delete it and run `bridge nodes` again") from None
+
+
+@torch.no_grad()
+def collect_nodes(
+    coupling: Coupling,
+    tokens_bt: Tensor | None = None,
+    *,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    save_seconds: float = 10.0,
+    progress: Callable[[str], None] | None = None,
+) -> NodeFacts:
+    """What every node does on tokens_bt, by default the coupling's own reference text.
+
+    With a folder, the facts are kept there, at least every save_seconds and at the end, and read back where they are there
+    already. Raises NodeError where there is no text or its rows are too long, CheckpointError where writing fails.
+    """
+    sparse = coupling.sparse
+    tokens_bt = coupling.reference_bt if tokens_bt is None else tokens_bt
+    if tokens_bt is None or not tokens_bt.numel():
+        raise NodeError("the coupling holds no reference text, and none was given; give text, such as --data stdlib")
+    if tokens_bt.shape[1] > sparse.context:
+        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens are longer than the context of {sparse.context}; cut them")
+    tokens_bt = tokens_bt.cpu()
+    facts = _begun(sparse, tokens_bt, seed, folder) or _nothing(sparse, tokens_bt, seed)
+    saved, step = time.monotonic(), max(1, _STRETCH_TOKENS // tokens_bt.shape[1])
+    while not facts.complete:
+        facts = _further(sparse, facts, step)
+        if folder is not None and (facts.complete or time.monotonic() - saved >= save_seconds):
+            facts.save(folder)
+            saved = time.monotonic()
+        if progress is not None:
+            progress(f"nodes: row {facts.rows_done:,} of {len(tokens_bt):,}")
+    return NodeFacts(facts.fingerprint, seed, tokens_bt, facts.order_p, facts.rows_done, _to_cpu(facts.parts))
+
+
+def stored_facts(coupling: Coupling, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
+    """The complete facts beside a coupling (or in another folder), None where there are none that are of its weights.
+
+    `fingerprint` is that of its sparse weights, where it is known.
+    """
+    folder = coupling.path if folder is None else folder
+    if folder is None or not (Path(folder) / "nodes.json").is_file():
+        return None
+    try:
+        facts = NodeFacts.load(folder)
+    except CheckpointError:
+        return None
+    fingerprint = sparse_fingerprint(coupling.sparse) if fingerprint is None else fingerprint
+    return facts if facts.complete and facts.fingerprint == fingerprint else None
+
+
+def sparse_fingerprint(sparse: SparseTransformer) -> str:
+    """SHA-256 over the names, shapes and fp32 values of the sparse weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(sparse.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def text_digest(tokens_bt: Tensor) -> str:
+    """SHA-256 over the shape and the ids of a text."""
+    digest = hashlib.sha256(f"{tuple(tokens_bt.shape)}".encode())
+    digest.update(tokens_bt.cpu().to(torch.int32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
+    """The node that a text such as 1.mlp_act[37] or L1.mlp_act[37] names. Raises NodeError where there is none."""
+    match = re.fullmatch(r"L?(\d{1,6})\.(\w+)\[(\d{1,9})\]", text.strip())
+    if match is None:
+        raise NodeError(f"{text!r} names no node; write layer, kind and channel as in 1.mlp_act[37]")
+    location, index = Location(int(match[1]), match[2]), int(match[3])
+    if location not in sizes:
+        layers, kinds = max(at.layer for at in sizes), dict.fromkeys(at.kind for at in sizes)
+        raise NodeError(f"there is no location {location}; layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
+    if index >= sizes[location]:
+        raise NodeError(f"{location} has no channel {index}; its channels go from 0 to {sizes[location] - 1}")
+    return Node(location, index)
+
+
+def render_summary(facts: NodeFacts) -> str:
+    """What was collected, a line per location."""
+    lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]
+    for at in facts.parts:
+        active_n, mean_n = facts.active(at), facts.mean(at)
+        deviation_n = (facts.second_moment(at) - mean_n.square()).clamp_min(0).sqrt()
+        never = int((active_n == 0).sum())
+        middle = f"{float(active_n.median()):>14.1%}  {float(deviation_n.median()):>17.3g}"
+        lines.append(f"{f'L{at.layer}.{at.kind}':<13} {len(active_n):>6} {never:>13}  {middle}")
+    return "\n".join(lines)
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------------
+
+
+def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFacts:
+    parts = {}
+    for at, n in sparse.locations().items():
+        zero_n, double_n = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.float64)
+        lists = {part: torch.full((n, k), -1) for part, k in (("high", KEPT), ("low", KEPT), ("sample", SAMPLED))}
+        parts[at] = {"sum": double_n, "square": double_n, "active": zero_n, **lists}
+    order_p = torch.randperm(tokens_bt.numel(), generator=torch.Generator().manual_seed(seed))
+    return NodeFacts(sparse_fingerprint(sparse), seed, tokens_bt, order_p, 0, parts)
+
+
+def _begun(sparse: SparseTransformer, tokens_bt: Tensor, seed: int, folder: str | Path | None) -> NodeFacts | None:
+    """What the same pass has left in a folder; what another left, or damage, is as good as nothing: it can be made again."""
+    if folder is None or not (Path(folder) / "nodes.json").is_file():
+        return None
+    try:
+        facts = NodeFacts.load(folder)
+    except CheckpointError:
+        return None
+    same = facts.seed == seed and torch.equal(facts.tokens_bt, tokens_bt) and list(facts.parts) == list(sparse.locations())
+    return facts if same and facts.fingerprint == sparse_fingerprint(sparse) else None
+
+
+def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
+    """The facts after the next rows of the text."""
+    first, length = facts.rows_done, facts.tokens_bt.shape[1]
+    tokens_bt = facts.tokens_bt[first : first + rows].to(sparse.device)
+    place_p = torch.arange(first * length, first * length + tokens_bt.numel(), device=sparse.device)
+    rank_p = torch.empty_like(facts.order_p)
+    rank_p[facts.order_p] = torch.arange(len(rank_p))
+    rank_p = rank_p.to(sparse.device)[place_p]
+    # all that stays is laid out beforehand: made between large temporaries, it would leave holes that nothing fits into
+    parts = {at: {part: x.to(sparse.device, copy=True) for part, x in had.items()} for at, had in facts.parts.items()}
+
+    def see(location: Location, x_btn: Tensor) -> Tensor:
+        x_np = x_btn.detach().flatten(0, 1).float().t().contiguous()
+        for first_n in range(0, len(x_np), _CHANNELS):
+            add({part: x[first_n : first_n + _CHANNELS] for part, x in parts[location].items()}, x_np[first_n:][:_CHANNELS])
+        return x_btn
+
+    def add(had: Mapping[str, Tensor], x_np: Tensor) -> None:
+        bits_np = x_np.view(torch.int32).long()
+        had["sum"].add_(x_np.double().sum(1))
+        had["square"].add_(x_np.double().square().sum(1))
+        had["active"].add_((x_np != 0).sum(1))
+        _best(had["high"], torch.where(x_np > 0, bits_np << 32 | (_LAST - place_p), -1))
+        _best(had["low"], torch.where(x_np < 0, (bits_np & _LAST) << 32 | (_LAST - place_p), -1))
+        _best(had["sample"], torch.where(x_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF), -1))
+
+    sparse.run(tokens_bt, gate=see, last_only=True)
+    return NodeFacts(facts.fingerprint, facts.seed, facts.tokens_bt, facts.order_p, first + len(tokens_bt), parts)
+
+
+def _best(had_nk: Tensor, key_np: Tensor) -> None:
+    """Put into had_nk the largest of the keys that it has and of the new ones."""
+    k = had_nk.shape[1]
+    had_nk.copy_(torch.cat([had_nk, key_np.topk(min(k, key_np.shape[1])).values], 1).topk(k).values)
+
+
+def _float(bits_k: Tensor) -> Tensor:
+    """The float32 whose bits are the lower half of a 64-bit number."""
+    return bits_k.to(torch.int32).view(torch.float32)
+
+
+def _to_cpu(parts: Mapping[Location, Mapping[str, Tensor]]) -> dict[Location, dict[str, Tensor]]:
+    return {at: {part: tensor.cpu() for part, tensor in tensors.items()} for at, tensors in parts.items()}
+
+
+def _split(name: Any) -> tuple[str, str]:
+    layer, kind = str(name).split(".", 1)
+    return layer, kind

@@ -1,0 +1,265 @@
+"""The dense model's answers and text under `interventions`, against their strength; the paper's figure 9.
+
+Beside every curve stand random directions: at each site and position of as large a norm as what is added there, one draw for
+all strengths; and two ceilings, every node on its counterfactual value, and the dense model on the counterfactual itself.
+
+Shape legend: t token, d dense width, v vocabulary, r draw, k strength, 2 target and contrast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.explanations.build import prompt_tokens, token_of, top_answers
+from bridge.explanations.explanation import Answer, Token
+from bridge.huggingface.prompts import Prompts
+from bridge.models.bridges import Coupling
+from bridge.models.residual import Trace
+from bridge.steering.interventions import (
+    ChangedNode,
+    Intervention,
+    Steerer,
+    SteerError,
+    every_node,
+    parse_intervention,
+    run_patched,
+)
+
+STRENGTHS = tuple(place / 10 for place in range(11))
+MOST_DRAWS = 1000
+DRAWS = 20  # random directions
+TOKENS = 16  # that are generated
+_BATCH_TOKENS = 4096  # of rows that are run at once
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The dense model at a strength: its likeliest next tokens, target and contrast, and, on request, its continuation."""
+
+    strength: float
+    dense: tuple[Answer, ...]
+    probability_target: float
+    probability_contrast: float
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A probability over random directions: mean, lowest and highest."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The controls of a strength: random directions of equal norm, and every node on its counterfactual value.
+
+    every_* are None without a counterfactual, and where the chosen nodes are every one.
+    """
+
+    strength: float
+    random_target: Spread
+    random_contrast: Spread
+    every_target: float | None
+    every_contrast: float | None
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The dense model's answers against the strength with which some nodes were changed.
+
+    target is by default its answer on the prompt, contrast its answer on the counterfactual (without one, its second answer).
+    sites are those at which something was added, norms by how much in the mean over positions where it was, as a share of
+    the residual's norm there; `at_once`: it was one site, which was named, not each sublayer's own. counterfactual_* are the
+    dense model's probabilities on the counterfactual itself.
+    """
+
+    prompt: str
+    counterfactual: str | None
+    tokens: tuple[Token, ...]
+    target: Token
+    contrast: Token
+    n_changed: int
+    changed: tuple[ChangedNode, ...]
+    sites: tuple[int, ...]
+    norms: tuple[float, ...]
+    at_once: bool
+    curve: tuple[Steered, ...]
+    beside: tuple[Beside, ...]
+    draws: int
+    seed: int
+    counterfactual_target: float | None
+    counterfactual_contrast: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as plain JSON."""
+        return json.loads(json.dumps(asdict(self), allow_nan=False))
+
+
+def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """change_rtd in random directions, at every position as long as change_td is there."""
+    drawn_rtd = torch.randn(draws, *change_td.shape, generator=generator).to(change_td.device, change_td.dtype)
+    return drawn_rtd / drawn_rtd.norm(dim=-1, keepdim=True) * change_td.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def logits_at(
+    coupling: Coupling, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
+) -> Tensor:
+    """logits_rkv of a prompt's last position, a row for each draw of change_rtd by site, and for each strength."""
+    draws = len(next(iter(changes.values())))
+    strength_k = torch.tensor(strengths, device=tokens_t.device)
+    rows = max(1, _BATCH_TOKENS // len(tokens_t))
+    place_b = torch.arange(draws * len(strengths), device=tokens_t.device)
+    found = []
+    for some_b in place_b.split(rows):
+        draw_b, scale_b = some_b // len(strengths), strength_k[some_b % len(strengths)]
+        added = {site: change_rtd[draw_b] * scale_b[:, None, None] for site, change_rtd in changes.items()}
+        trace = run_patched(coupling, tokens_t.expand(len(some_b), -1), plain, added)
+        found.append(trace.logits_btv[:, -1].float())
+    return torch.cat(found).unflatten(0, (draws, len(strengths)))
+
+
+def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """0 and the strengths, ascending. Raises SteerError for one that is not between 0 and 1."""
+    for strength in strengths:
+        if not 0 <= strength <= 1:
+            raise SteerError(
+                f"strength {strength:g} is not between 0 and 1; give 0 for the dense model itself, 1 for the whole change"
+            )
+    return tuple(sorted({0.0, *strengths}))
+
+
+@torch.no_grad()
+def steer(
+    coupling: Coupling,
+    prompt: str,
+    interventions: Sequence[Intervention | str] | None = None,
+    *,
+    counterfactual: str | None = None,
+    target: str | int | None = None,
+    contrast: str | int | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    site: int | None = None,
+    tokens: int = TOKENS,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Steering:
+    """The dense model's answers with some nodes changed, against the strength; random directions of equal norm beside.
+
+    An intervention is an Intervention, or text such as "1.mlp_act[37]@4=2.5"; None sets every node to its counterfactual value.
+    Target and contrast are texts of tokens, #id, or ids. At strength 0 and at the largest one `tokens` tokens are generated.
+    Raises SteerError, NodeError or PromptError.
+    """
+    strengths = check_strengths(strengths)
+    if not 1 <= draws <= MOST_DRAWS:
+        why = "no control" if draws < 1 else "more than are held at once"
+        raise SteerError(f"{draws:,} random directions are {why}; give 1 to {MOST_DRAWS:,}")
+    dense, prompts, sizes = coupling.dense, coupling.dense.prompts, coupling.sparse.locations()
+    tokens_t = prompt_tokens(coupling, prompt)
+    other_t = None if counterfactual is None else prompt_tokens(coupling, counterfactual)
+    if other_t is not None and torch.equal(other_t, tokens_t):
+        raise SteerError("the counterfactual is the prompt itself; change what decides the answer")
+    whole = interventions is None
+    if interventions is None:
+        if other_t is None:
+            raise SteerError("nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt")
+        interventions = every_node(sizes)
+    chosen = [parse_intervention(each, sizes) if isinstance(each, str) else each for each in interventions]
+    steerer = Steerer(coupling, tokens_t, chosen, other_t, site=site)
+
+    plain = dense.run(tokens_t[None])
+    plain_v = plain.logits_btv[0, -1].float()
+    counterfactual_v = None if other_t is None else dense.run(other_t[None]).logits_btv[0, -1].float()
+    target_id, contrast_id = _sides(prompts, prompt, plain_v, counterfactual_v, target, contrast)
+    pair = torch.tensor([target_id, contrast_id], device=plain_v.device)
+
+    changes = steerer.changes(tokens_t[None])
+    above = strengths[1:]
+    generator = torch.Generator().manual_seed(seed)
+    random = {site: random_like(change_1td[0], draws, generator) for site, change_1td in changes.items()}
+    logits_kv, random_rk2 = plain_v[None], _pair_of(plain_v[None, None].expand(draws, 1, -1), pair)
+    if above:
+        logits_kv = torch.cat([logits_kv, logits_at(coupling, tokens_t, plain, changes, above)[0]])
+        random_rk2 = torch.cat([random_rk2, _pair_of(logits_at(coupling, tokens_t, plain, random, above), pair)], 1)
+    every_k2 = None
+    if other_t is not None and not whole:
+        every_k2 = _pair_of(plain_v[None], pair)
+        if above:
+            every = Steerer(coupling, tokens_t, every_node(sizes), other_t, site=site).changes(tokens_t[None])
+            every_k2 = torch.cat([every_k2, _pair_of(logits_at(coupling, tokens_t, plain, every, above)[0], pair)])
+
+    probability_k2 = _pair_of(logits_kv, pair)
+    on_counterfactual = None if counterfactual_v is None else _pair_of(counterfactual_v, pair).tolist()
+    curve, beside = [], []
+    for k, strength in enumerate(strengths):
+        text = None
+        if tokens > 0 and strength in (strengths[0], strengths[-1]):
+            text = prompts.continued(tokens_t.tolist(), steerer.generate(strength, tokens).tolist())
+        of_target, of_contrast = probability_k2[k].tolist()
+        curve.append(Steered(strength, top_answers(prompts, logits_kv[k]), of_target, of_contrast, text))
+        every_target, every_contrast = (None, None) if every_k2 is None else every_k2[k].tolist()
+        by_chance = _spread(random_rk2[:, k, 0]), _spread(random_rk2[:, k, 1])
+        beside.append(Beside(strength, *by_chance, every_target, every_contrast))
+    n_changed, changed = steerer.changed()
+    return Steering(
+        prompt=prompt,
+        counterfactual=counterfactual,
+        tokens=tuple(token_of(prompts, token) for token in tokens_t.tolist()),
+        target=token_of(prompts, target_id),
+        contrast=token_of(prompts, contrast_id),
+        n_changed=n_changed,
+        changed=changed,
+        sites=steerer.sites,
+        norms=tuple(_share(change_1td[0], plain.residuals[at][0]) for at, change_1td in changes.items()),
+        at_once=site is not None,
+        curve=tuple(curve),
+        beside=tuple(beside),
+        draws=draws,
+        seed=seed,
+        counterfactual_target=None if on_counterfactual is None else on_counterfactual[0],
+        counterfactual_contrast=None if on_counterfactual is None else on_counterfactual[1],
+    )
+
+
+def _sides(
+    prompts: Prompts,
+    prompt: str,
+    plain_v: Tensor,
+    counterfactual_v: Tensor | None,
+    target: str | int | None,
+    contrast: str | int | None,
+) -> tuple[int, int]:
+    """Ids of target and contrast: the named ones, else the dense model's answers to the prompt and to the counterfactual."""
+    first = int(plain_v.argmax()) if target is None else prompts.target(target, prompt)
+    if contrast is not None:
+        second = prompts.target(contrast, prompt, "contrast")
+    else:
+        ranked = (plain_v if counterfactual_v is None else counterfactual_v).topk(2).indices.tolist()
+        second = ranked[1] if ranked[0] == first else ranked[0]
+    if first == second:
+        raise SteerError("target and contrast are the same token; name two different ones")
+    return first, second
+
+
+def _pair_of(logits_v: Tensor, pair: Tensor) -> Tensor:
+    return logits_v.softmax(-1)[..., pair]
+
+
+def _spread(value_r: Tensor) -> Spread:
+    return Spread(float(value_r.mean()), float(value_r.min()), float(value_r.max()))
+
+
+def _share(change_td: Tensor, residual_td: Tensor) -> float:
+    """The norm of a change relative to the residual's, in the mean over the positions at which it is not zero."""
+    norm_t = change_td.norm(dim=-1)
+    there_t = norm_t > 0
+    return float((norm_t / residual_td.norm(dim=-1))[there_t].mean()) if bool(there_t.any()) else 0.0

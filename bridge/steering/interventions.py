@@ -1,0 +1,334 @@
+"""Interventions on nodes of the sparse model, and the changes that they make to the residual of the dense one.
+
+    targets    every chosen node gets a value of its own: one that is named, its value on the prompt plus an amount, or its value
+               on a counterfactual prompt of as many tokens
+    changed    the sparse model is run with all of them clamped at these values at once
+    patched    the change of the sparse residual is decoded and added to the dense one, times a strength s (`transport`)
+
+Nodes of several sublayers can be patched in two ways. By default every sublayer i adds what clamping its own nodes changes, at
+the site after it, given all that is changed before:
+
+    h_(i+1)  <-  h_(i+1) + s (g(x'_(i+1)) - g(F_i(x'_i)))       x' the changed run, F_i the sublayer with its nodes left alone
+
+and the dense model makes of it whatever it makes: consequences are its own. To add each sublayer's whole change instead would
+count a consequence twice, once as the dense model's and once as the sparse one's. With one site named, what the changed run
+differs by there is added at once; nodes behind that site then do nothing, and consequences before it are the sparse model's. Both
+are exact where the dense model is the sparse one, and they are the same for nodes of one sublayer and the site after it. The
+default is the stricter: at a late site the sparse model has computed the answer, and the dense one only reads it off.
+
+Steering persists over generated text: at every step both sparse runs are made anew on the whole text, so that what was changed
+at the prompt reaches later tokens through the sparse model's attention as well. Nodes without a position that are set to a value,
+or changed by an amount, are so at generated tokens too; counterfactual values exist for the prompt alone. The model is causal, so
+no step alters an earlier one's input. Generation is greedy and ends at the context.
+
+Shape legend: b row, t token, n nodes of a location, m interventions, s sparse width, d dense width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bridge.errors import UserError
+from bridge.explanations.explanation import check_coupling, read_explanation
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Node, recording_gate
+from bridge.models.residual import Trace
+from bridge.models.schema import ERROR
+from bridge.models.sparse import Gate, Location
+from bridge.models.transport import Change, run_changed
+from bridge.nodes.statistics import parse_node, sparse_fingerprint
+from bridge.studies.result import TaskResult
+
+MOST_LISTED = 1000  # nodes that a result lists
+MOST_VALUE = 1e6  # that a node may be set to, or changed by
+_INTERVENTION = re.compile(r"(?P<node>[^@=+\-\]]*\[\d+\])(@(?P<position>\d{1,6}))?((?P<how>[=+\-])(?P<amount>.+))?")
+Way = Literal["value", "amount", "counterfactual"]
+
+
+class SteerError(UserError):
+    """A node, strength or pair of prompts that cannot be steered, in one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An intervention on a node: set it to a value, add an amount, or, with neither, set it to its counterfactual value.
+
+    A node without a position is changed at every position. Raises SteerError where both are given.
+    """
+
+    node: Node
+    value: float | None = None
+    amount: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.value is not None and self.amount is not None:
+            raise SteerError(f"{self.node} cannot be both set and changed by an amount; give a value or an amount")
+
+    @property
+    def way(self) -> Way:
+        """The kind of intervention."""
+        return "value" if self.value is not None else "amount" if self.amount is not None else "counterfactual"
+
+
+@dataclass(frozen=True)
+class ChangedNode:
+    """A changed node: where it is, its value on the prompt, and its new value."""
+
+    node: str
+    position: int
+    before: float
+    after: float
+
+
+def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention:
+    """Parse an intervention: 1.mlp_act[37], perhaps @4, perhaps =2.5, +1 or -1. Raises SteerError or NodeError."""
+    match = _INTERVENTION.fullmatch(text.strip())
+    if match is None:
+        raise SteerError(f"{text!r} names no change; write a node as in 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1")
+    node = parse_node(match["node"], sizes)
+    if match["position"] is not None:
+        node = Node(node.location, node.index, int(match["position"]))
+    if match["how"] is None:
+        return Intervention(node)
+    try:
+        amount = float(match["amount"])
+        if not abs(amount) <= MOST_VALUE:
+            raise ValueError
+    except ValueError:
+        raise SteerError(f"{match['amount']!r} in {text!r} is no number up to a million; write =2.5, +1 or -1") from None
+    return (
+        Intervention(node, value=amount)
+        if match["how"] == "="
+        else Intervention(node, amount=-amount if match["how"] == "-" else amount)
+    )
+
+
+def circuit_interventions(path: str | Path, coupling: Coupling) -> list[Intervention]:
+    """Interventions that set every node of a circuit that `bridge circuit --out` wrote to its counterfactual value.
+
+    Raises UserError where there is none, or it is of other sparse weights than the coupling's.
+    """
+    result, sizes = TaskResult.load(path), coupling.sparse.locations()
+    if result.facts.provenance.get("sparse_fingerprint") not in (None, sparse_fingerprint(coupling.sparse)):
+        raise SteerError(
+            f"the circuit in {str(path)!r} is of {result.facts.provenance.get('coupling')!r}, whose weights "
+            f"{coupling.path or 'this coupling'!r} has not; name its own coupling, or search again"
+        )
+    return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
+
+
+def explanation_interventions(path: str | Path, coupling: Coupling) -> tuple[str, list[Intervention]]:
+    """The prompt of a stored explanation, and its opening circuit's nodes set to their counterfactual values.
+
+    Raises UserError where there is none, or it is of another coupling.
+    """
+    explanation = read_explanation(path)
+    check_coupling(explanation, coupling)
+    sizes = coupling.sparse.locations()
+    opened = [node for node in explanation.nodes if node.level <= explanation.opening and node.kind != ERROR]
+    return explanation.prompt, [parse_intervention(node.id, sizes) for node in opened]
+
+
+def chosen_interventions(
+    coupling: Coupling, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
+) -> tuple[str, list[Intervention] | None]:
+    """A prompt (by default the explanation's) and the interventions from all sources; None where none is named.
+
+    Nodes that are named go before those of the circuit and the explanation. Raises UserError.
+    """
+    sizes, interventions = coupling.sparse.locations(), list[Intervention]()
+    if circuit is not None:
+        interventions += circuit_interventions(circuit, coupling)
+    if explanation is not None:
+        text, its = explanation_interventions(explanation, coupling)
+        prompt, interventions = text if prompt is None else prompt, interventions + its
+    if prompt is None:
+        raise SteerError("which prompt is not said; give --prompt TEXT, or an --explanation that has one")
+    interventions += [parse_intervention(text, sizes) for text in nodes]
+    return prompt, None if not (nodes or circuit or explanation) else interventions
+
+
+def every_node(sizes: Mapping[Location, int]) -> list[Intervention]:
+    """Interventions that set every node at every position to its counterfactual value."""
+    return [Intervention(Node(location, index)) for location, size in sizes.items() for index in range(size)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Clamp:
+    """The interventions at a location: where the mask is set, a node becomes keep * its value + amount.
+
+    The last of the t + 1 rows is for tokens behind the prompt.
+    """
+
+    mask_tn: Tensor
+    keep_tn: Tensor
+    amount_tn: Tensor
+
+    def target(self, x_btn: Tensor) -> Tensor:
+        """The clamped values of x_btn, the plain values of the nodes at the prompt and any number of tokens behind it."""
+        row_t = torch.arange(x_btn.shape[1], device=x_btn.device).clamp(max=len(self.mask_tn) - 1)
+        clamped_btn = self.keep_tn[row_t] * x_btn + self.amount_tn[row_t]
+        return torch.where(self.mask_tn[row_t], clamped_btn, x_btn)
+
+    def mask(self, length: int) -> Tensor:
+        """The mask of clamped nodes at `length` tokens."""
+        return self.mask_tn[torch.arange(length, device=self.mask_tn.device).clamp(max=len(self.mask_tn) - 1)]
+
+
+class Steerer:
+    """Interventions on a prompt, and the changes that they make to the dense residual of any text that begins with the prompt.
+
+    A later intervention on a node replaces an earlier one; one at a position goes before one everywhere. Raises SteerError for a
+    position or site that does not exist, a counterfactual that is missing or of another length, or no node before the site.
+    """
+
+    def __init__(
+        self,
+        coupling: Coupling,
+        tokens_t: Tensor,
+        interventions: Sequence[Intervention],
+        counterfactual_t: Tensor | None = None,
+        *,
+        site: int | None = None,
+    ) -> None:
+        self.coupling, self.tokens_t = coupling, tokens_t
+        sparse, length = coupling.sparse, len(tokens_t)
+        if not interventions:
+            raise SteerError("no node is chosen; name at least one")
+        if counterfactual_t is not None and len(counterfactual_t) != length:
+            raise SteerError(
+                f"the prompt is {length} tokens long and the counterfactual {len(counterfactual_t)}; make them equally long"
+            )
+        if site is not None and not 0 <= site < coupling.n_sites:
+            raise SteerError(f"site {site} does not exist; sites go from 0 to {coupling.n_sites - 1}")
+        values, sizes = self._values(counterfactual_t), sparse.locations()
+        self.clamps = {
+            location: _clamp(its, length, sizes[location], None if values is None else values[location][0], sparse.device)
+            for location, its in _by_location(interventions).items()
+        }
+        touched = sorted({sparse.site(location) for location in self.clamps})
+        if site is not None and touched[0] >= site:
+            raise SteerError(f"no chosen node is before site {site}; they write at {touched[0] + 1} or later, give that or more")
+        self.touched, self.site = tuple(touched), site
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """The sites at which something is added to the dense residual."""
+        return tuple(site + 1 for site in self.touched) if self.site is None else (self.site,)
+
+    def changed(self) -> tuple[int, tuple[ChangedNode, ...]]:
+        """The number of nodes clamped at another value than they have on the prompt, and those that change most."""
+        values = self._values(self.tokens_t)
+        assert values is not None
+        found = []
+        for location, clamp in self.clamps.items():
+            before_tn = values[location][0]
+            after_tn = clamp.target(before_tn[None])[0]
+            for position, index in (before_tn != after_tn).nonzero().tolist():
+                where = Node(location, index).name, position
+                found.append(ChangedNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
+        most = sorted(found, key=lambda each: -abs(each.after - each.before))[:MOST_LISTED]
+        return len(found), tuple(most)
+
+    @torch.no_grad()
+    def changes(self, tokens_bt: Tensor) -> dict[int, Tensor]:
+        """change_btd of the dense residual by site, at strength 1, for texts that begin with the prompt."""
+        sparse = self.coupling.sparse
+        values: dict[Location, Tensor] = {}
+        plain = sparse.run(tokens_bt, gate=recording_gate(values), last_only=True)
+        changed = sparse.run(tokens_bt, gate=self._gate(values), last_only=True)
+        if self.site is not None:
+            site_b = torch.full((len(tokens_bt),), self.site)
+            return {self.site: Change.between(plain, changed, site_b).decoded(self.coupling)}
+        found = {}
+        for site in self.touched:
+            own_bts = changed.residuals[site + 1] - sparse.sublayer(site)(changed.residuals[site])
+            found[site + 1] = Change(torch.full((len(tokens_bt),), site + 1), own_bts).decoded(self.coupling)
+        return found
+
+    @torch.no_grad()
+    def generate(self, strength: float, count: int) -> Tensor:
+        """tokens_t that the steered dense model adds to the prompt, the likeliest one each time; fewer at the context's end."""
+        dense, tokens_1t = self.coupling.dense, self.tokens_t[None]
+        for _ in range(min(count, self.coupling.context - len(self.tokens_t))):
+            trace = dense.run(tokens_1t)
+            if strength:
+                added = {site: strength * change_btd for site, change_btd in self.changes(tokens_1t).items()}
+                trace = run_patched(self.coupling, tokens_1t, trace, added)
+            tokens_1t = torch.cat([tokens_1t, trace.logits_btv[:, -1].argmax(-1, keepdim=True)], 1)
+        return tokens_1t[0, len(self.tokens_t) :]
+
+    def _values(self, tokens_t: Tensor | None) -> dict[Location, Tensor] | None:
+        if tokens_t is None:
+            return None
+        values: dict[Location, Tensor] = {}
+        with torch.no_grad():
+            self.coupling.sparse.run(tokens_t[None], gate=recording_gate(values), last_only=True)
+        return values
+
+    def _gate(self, plain: Mapping[Location, Tensor]) -> Gate:
+        def gate(location: Location, x_btn: Tensor) -> Tensor:
+            clamp = self.clamps.get(location)
+            if clamp is None:
+                return x_btn
+            return torch.where(clamp.mask(x_btn.shape[1]), clamp.target(plain[location]), x_btn)
+
+        return gate
+
+
+def _by_location(interventions: Iterable[Intervention]) -> dict[Location, list[Intervention]]:
+    found: dict[Location, dict[Node, Intervention]] = {}
+    for each in interventions:
+        found.setdefault(each.node.location, {})[each.node] = each
+    return {location: list(its.values()) for location, its in found.items()}
+
+
+def _clamp(
+    interventions: Sequence[Intervention], length: int, size: int, other_tn: Tensor | None, device: torch.device
+) -> _Clamp:
+    """The interventions at a location as masks; other_tn, its nodes on the counterfactual."""
+    mask_tn = torch.zeros(length + 1, size, dtype=torch.bool)
+    keep_tn, amount_tn = torch.zeros(length + 1, size), torch.zeros(length + 1, size)
+    everywhere_tn = torch.zeros(length + 1, size) if other_tn is None else torch.cat([other_tn.cpu(), torch.zeros(1, size)])
+    for positions in (False, True):  # a node at one position goes before the node everywhere
+        for way in ("value", "amount", "counterfactual"):
+            its = [m for m in interventions if (m.node.position is not None) == positions and m.way == way]
+            if not its:
+                continue
+            if way == "counterfactual" and other_tn is None:
+                raise SteerError(
+                    f"{its[0].node} is to go to its value on the counterfactual, and none is given; give one, or write =1 or +1"
+                )
+            index_m = torch.tensor([each.node.index for each in its])
+            rows, columns = torch.arange(length + 1)[:, None], index_m
+            if positions:
+                rows = torch.tensor([each.node.position for each in its])
+                if int(rows.max()) >= length:
+                    wrong = next(each.node for each in its if each.node.position == int(rows.max()))
+                    raise SteerError(f"{wrong} is outside the prompt, whose tokens go from 0 to {length - 1}")
+            mask_tn[rows, columns], keep_tn[rows, columns] = True, float(way == "amount")
+            if way == "counterfactual":
+                amount_tn[rows, columns] = everywhere_tn[rows, columns]
+                mask_tn[length, index_m] &= positions  # there is no such value behind the prompt
+            else:
+                amount_tn[rows, columns] = torch.tensor([each.value if way == "value" else each.amount for each in its])
+    return _Clamp(mask_tn.to(device), keep_tn.to(device), amount_tn.to(device))
+
+
+@torch.no_grad()
+def run_patched(coupling: Coupling, tokens_bt: Tensor, plain: Trace, changes: Mapping[int, Tensor]) -> Trace:
+    """Run the dense model with change_btd added to its residual at each of some sites, one after the other.
+
+    `plain` is its own run of the tokens, one row of which serves all.
+    """
+    trace = plain
+    for site in sorted(changes):
+        trace = run_changed(coupling, tokens_bt, trace, torch.full((len(tokens_bt),), site), changes[site])
+    return trace

@@ -1,1 +1,0 @@
-"""Tasks as data: pairs of text, and their tokens under any tokenizer."""

@@ -1,0 +1,653 @@
+"""The training loop: recipe -> Coupling.
+
+Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
+RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
+L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). At a rate of 0
+bridges alone learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay valid.
+
+A step depends on the weights, the optimizer and the step's number alone, so a run that is killed and resumed from its last saved
+state continues bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the clock) and the matrices that
+are trained by their nonzeros are given (`sparsity.native`) or were saved: `auto` measures which they are.
+
+A run's folder holds `coupling.json` and its tensors once finished, `training.json` and its tensors while under way, and
+`log.jsonl`, a line per report.
+
+Shape legend: b batch row, t token.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from bridge.data.blocks import Blocks, load_blocks
+from bridge.errors import RunError
+from bridge.huggingface.identity import Identity
+from bridge.kernels.cpu import reuse_memory
+from bridge.kernels.products import Pattern
+from bridge.kernels.top_k import project_
+from bridge.models.bridges import Coupling, new_coupling, reference_text
+from bridge.models.dense import DenseModel, load_dense
+from bridge.models.sparse import Fractions, SparseTransformer, annealed_l0
+from bridge.models.store import CheckpointError, check_new, read_folder, read_json, write_folder, write_text
+from bridge.recipe import BlockShape, Losses, Recipe, RecipeError, recipe_values, resolve
+from bridge.training import sparse_native as native
+from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
+from bridge.training.objective import Objective, draw_splice
+from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.refit import refit_decoders
+
+REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
+REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
+CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
+ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
+DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+WORST = 2  # the same of the model that is to be written, on one row of text
+
+
+_TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature", "splice"))
+
+
+class FitError(RunError):
+    """A run that had to stop, in one line with the remedy."""
+
+
+class FitStopped(RuntimeError):
+    """A run that stopped and saved its state: `planned` at the end of a stretch, else on SIGTERM or Ctrl-C."""
+
+    def __init__(self, message: str, *, planned: bool) -> None:
+        super().__init__(message)
+        self.planned = planned
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a run: losses by name (means since the last report), the achieved L0, and speed."""
+
+    step: int
+    steps: int | None
+    tokens: int
+    fraction: float
+    losses: dict[str, float]
+    l0: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fit that is ready to start or to resume: the argument of `train` and `finish`, made by `prepare`.
+
+    started describes what a new coupling takes from its dense model or another coupling; None if it is random, or resumed.
+    """
+
+    coupling: Coupling
+    blocks: Blocks
+    accelerator: Accelerator
+    out: Path | None
+    resume: bool
+    started: Started | None = None
+
+
+def prepare(
+    model: Any,
+    values: dict[str, Any],
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "float32",
+    log_with: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Run:
+    """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
+
+    With `resume`, what is in `out` goes on by the recipe saved there, of which only the budget may be changed. Raises
+    RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
+    """
+    out = None if out is None else Path(out)
+    if resume and out is not None:
+        check_resumable(out)
+    begun = out is not None and (out / "training.json").exists()
+    if out is not None and not (resume and (begun or (out / "log.jsonl").exists())):
+        check_new(out)
+    resume = resume and begun  # a run killed before it first saved starts over
+    if out is not None and resume:
+        saved = read_json(out / "training.json").get("recipe")
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"checkpoint file {str(out / 'training.json')!r} is damaged: it holds no recipe; fit it again")
+        changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
+        if changed:
+            raise RecipeError(f"--resume goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
+        saved.get("sparse", {}).setdefault("block", {})  # of a run that was begun before there was any
+        values = {**saved, **{key: value for key, value in values.items() if key == "budget"}}
+    live = not isinstance(model, (str, Path))
+    recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
+    if dtype not in ("float32", "bfloat16"):
+        raise RecipeError(f"dtype {dtype!r} is not offered; it is float32 or bfloat16 (products only, weights stay float32)")
+    accelerator = _accelerator(device, dtype, log_with, out)
+    dense = load_dense(
+        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
+    )
+    recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
+    assert recipe.data.context is not None
+    if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
+        raise RecipeError(
+            f"this fit needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}; lower --width or data.rows"
+        )
+    coupling = new_coupling(dense, recipe)
+    kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
+    if minimum:  # what the last projection would refuse is refused now
+        copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
+    blocks = load_blocks(
+        recipe.data.source,
+        dense.prompts,
+        recipe.data.context,
+        max_tokens=recipe.budget.tokens,
+        seed=recipe.seed,
+        dense=dense.model,
+        progress=progress if accelerator.is_main_process else None,
+    )
+    started = None
+    if recipe.sparse.start not in ("auto", "random") and not resume:
+        started = start_from_coupling(coupling, recipe.sparse.start)
+        if not recipe.optimizer.rate:
+            _check_same(started.l0, kept)
+    elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
+        assert recipe.data.rows is not None
+        tokens_bt = blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device)
+        started = start_from_dense(coupling, tokens_bt)
+        if unsaid:
+            optimizer = recipe.optimizer.model_copy(update={"rate": gentle_rate(coupling, tokens_bt)})
+            coupling = replace(coupling, recipe=recipe.model_copy(update={"optimizer": optimizer}))
+    if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
+        coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
+    return Run(coupling, blocks, accelerator, out, resume, started)
+
+
+def check_resumable(out: Path) -> None:
+    """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
+    if (out / "coupling.json").exists():
+        raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
+    begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {str(out)!r} holds no run to resume; name the folder of one, or a new one")
+
+
+def fit(
+    model: Any,
+    l0: float | None = None,
+    *,
+    tokenizer: Any = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    width: int | None = None,
+    recipe: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    uncoupled: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    adapter: str | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    log_with: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Coupling:
+    """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
+
+    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. `recipe` is a TOML file of `recipes/`, and
+    `settings` maps its numbers ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
+    """
+    values = recipe_values(
+        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled,
+        adapter=adapter, revision=revision, seed=seed,
+    )  # fmt: skip
+    run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
+    for progress in train(run):
+        if on_progress is not None:
+            on_progress(progress)
+    return finish(run)
+
+
+def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
+    """The recipe with everything that depends on the dense model filled in.
+
+    Raises RecipeError where the context is longer than the dense model's.
+    """
+    shape, data = recipe.sparse, recipe.data
+    limit = dense.context or math.inf
+    if data.context is None:
+        data = data.model_copy(update={"context": int(min(128, limit))})
+    elif data.context > limit:
+        raise RecipeError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
+    if shape.block is None and shape.start not in ("auto", "random"):
+        shape = shape_of_coupling(shape.start, shape)
+    elif shape.block is None:
+        shape = shape_for(dense, shape, data.context or 1)
+        if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
+            shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
+    optimizer = recipe.optimizer
+    if optimizer.rate is None:
+        random = shape.start == "random" or not recipe.losses.coupled
+        optimizer = optimizer.model_copy(update={"rate": 3e-3 if random else 1e-3})
+    update = {"sparse": shape, "optimizer": optimizer, "dense": dense.name, "revision": dense.revision}
+    recipe = recipe.model_copy(update=update)
+    if data.rows is None:  # as many as fit, so that a fit with no further option runs
+        sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
+        fits = (each for each in sizes if memory_needed(dense, recipe.model_copy(update={"data": each})) <= ROOM * _memory(dense))
+        data = next(fits, data.model_copy(update={"rows": 2}))
+    return recipe.model_copy(update={"data": data})
+
+
+def _memory(dense: DenseModel) -> int:
+    """Bytes that the machine, or the device, has in all."""
+    if dense.device.type == "cuda":
+        return torch.cuda.get_device_properties(dense.device).total_memory
+    return psutil.virtual_memory().total
+
+
+def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
+    """Bytes that a fit takes, roughly: weights, gradient and two moments in float32, and one step's activations."""
+    assert recipe.sparse.width is not None and recipe.data.context is not None
+    with torch.device("meta"):
+        sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
+    trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
+    frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
+    tokens = (recipe.data.rows or 32) * recipe.data.context
+    per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
+    return trained * 16 + frozen + tokens * per_token
+
+
+def seconds_a_step(run: Run) -> float:
+    """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
+    coupling, recipe, sparse = run.coupling, run.coupling.recipe, run.coupling.sparse
+    assert recipe.data.rows is not None
+    rows = max(2, recipe.data.rows // run.accelerator.num_processes)
+    tokens_bt = run.blocks.batch(0, rows, recipe.seed).to(coupling.dense.device)
+    splice = None
+    if recipe.losses.splice == "sampled" and recipe.losses.coupled:
+        splice = draw_splice(rows, coupling.n_sites, recipe.losses, torch.Generator().manual_seed(recipe.seed))
+    objective, trained = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses), [*sparse.parameters()]
+    trained = [p for p in (*trained, *coupling.bridges.parameters()) if p.requires_grad]
+    for _ in range(2):
+        began = time.monotonic()
+        with run.accelerator.autocast():
+            total = objective(tokens_bt, splice)["total"]
+        total.backward()
+        float(total.detach())
+        seconds = time.monotonic() - began
+        for parameter in trained:
+            parameter.grad = None
+    largest = max(sparse.sparse_weights().values(), key=Tensor.numel).detach().clone()
+    began = time.monotonic()  # the update, in five passes, and the projection, of which the first search is the longest
+    for _ in range(5):
+        largest.mul_(0.9).add_(0.1)
+    project_([largest], largest.numel() // 2)
+    return seconds + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
+
+
+def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progress, None, None]:
+    """Train a coupling in place to the end of its recipe's budget (or of a stretch), yielding Progress every few seconds.
+
+    Raises FitError on NaN or divergence, FitStopped after SIGTERM or Ctrl-C; the last good state is then in `out`.
+    """
+    coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
+    recipe, sparse = coupling.recipe, coupling.sparse
+    budget, rows = recipe.budget, recipe.data.rows
+    assert rows is not None and recipe.data.context is not None
+    processes, process = accelerator.num_processes, accelerator.process_index
+    if rows % processes:
+        raise RecipeError(f"data.rows {rows} cannot be shared by {processes} processes; make it a multiple")
+    share = slice(rows * process // processes, rows * (process + 1) // processes)
+    per_step = rows * recipe.data.context
+    steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
+    reuse_memory()
+    torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
+    coupling.bridges.requires_grad_(recipe.losses.coupled)
+    frozen = recipe.optimizer.rate == 0
+    if frozen:
+        sparse.requires_grad_(False)
+        sparse.use_products()
+    objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
+    optimizer = SharkfinAdamW(coupling)
+    state = _State(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
+    if run.resume and out is not None:
+        state = _restore(out, coupling, optimizer)
+    elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
+        _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
+    began, first_step, spent_before = time.monotonic(), state.step, state.seconds
+    last_report = last_save = state.seconds
+    kept = sparse.fractions(recipe.sparsity)
+    names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
+    if recipe.losses.splice == "literal" and "hybrid_both" in names:
+        names.remove("hybrid_both")  # the paper's sum has none
+    zero = torch.zeros((), device=accelerator.device)
+    sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
+
+    def annealed(done: float) -> Fractions:
+        anneal, start = recipe.sparsity.anneal, state.start_l0
+        return Fractions(annealed_l0(kept.blocks, done, anneal, start.blocks), annealed_l0(kept.embed, done, anneal, start.embed))
+
+    def fraction() -> float:
+        by_steps = state.step / steps if steps else 0.0
+        by_clock = state.seconds / (60 * budget.minutes) if budget.minutes else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+    with _asked_to_stop() as stop, _Log(out, accelerator, state.step) as log:
+        while (done := fraction()) < 1:
+            if state.native is None and done >= recipe.sparsity.anneal and not frozen:
+                state.native = _choose(run, kept, per_step)
+                for name in state.native:
+                    optimizer.exchange(name, coupling)
+            updates_mask = bool(state.native) and state.step % recipe.sparsity.look_every == 0
+            if updates_mask:
+                native.look(sparse)
+            tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
+            splice = counts = None
+            if recipe.losses.splice == "sampled" and recipe.losses.coupled:
+                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + state.step)
+                whole = draw_splice(rows, coupling.n_sites, recipe.losses, generator)
+                splice = whole.rows(share.start, share.stop)
+                counts = [count / processes for count in whole.counts()]
+            losses = objective(tokens_bt, splice, counts)
+            accelerator.backward(losses["total"])
+            finite = optimizer.step(done, annealed(done), state.caution)
+            if not finite or not bool(torch.isfinite(losses["total"])):
+                raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
+            if updates_mask:
+                dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
+                native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
+
+            ce = float(losses["ce"].detach()) if "ce" in losses else 0.0
+            state.step += 1
+            state.seconds = spent_before + time.monotonic() - began
+            stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
+            asked = bool(stop) or stretch_over
+            if processes > 1:  # every process must see the same clock and the same wish to stop
+                shared = torch.tensor([state.seconds, float(asked), ce], dtype=torch.float64, device=accelerator.device)
+                state.seconds, wishes, ce = _over_processes(accelerator, shared)
+                asked = wishes > 0
+            state.watch(ce, sparse.vocabulary)
+            if not frozen:
+                target = annealed(fraction())  # the last step ends on the target
+                sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+            sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
+            summed += 1
+            if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
+                means = dict(zip(names, _over_processes(accelerator, sums / summed)))
+                speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
+                left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
+                progress = Progress(
+                    state.step, steps, state.step * per_step, fraction(), means, sparse.achieved_l0(), speed, left
+                )
+                log.write(progress)
+                sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
+                yield progress
+                if state.caution <= CAUTION:  # lower rates have been tried
+                    _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
+            if asked or state.seconds - last_save >= SAVE_SECONDS:
+                if out is not None and accelerator.is_main_process:
+                    _save(out, coupling, optimizer, state)
+                last_save = state.seconds
+            if asked and fraction() < 1:
+                where = f"; --resume --out {out} goes on" if out else ""
+                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}", planned=not stop)
+
+
+def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupling:
+    """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
+    coupling, out = run.coupling, run.out
+    native.unpack(coupling.sparse)
+    coupling.sparse.requires_grad_(False).eval()
+    coupling.bridges.requires_grad_(False).eval()
+    refit = coupling.recipe.refit
+    if coupling.recipe.losses.coupled:  # in dense arithmetic: which products are faster is measured, and sums differ by it
+        refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
+    coupling.sparse.use_products()
+    path = None if out is None else str(out)
+    reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
+    coupling = replace(coupling, reference_bt=reference_bt, path=path)
+    _check_sound(coupling, out)
+    if out is not None and run.accelerator.is_main_process:
+        coupling.save_pretrained(out)
+        for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(out / ".training.writing", ignore_errors=True)  # of a kill
+    return coupling
+
+
+def _check_same(there: Fractions, asked: Fractions) -> None:
+    """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
+    if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
+        raise RecipeError(
+            f"optimizer.rate 0 leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at "
+            f"{there.embed:.4g}; the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+        )
+
+
+class _State:
+    def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
+        self.step = step
+        self.seconds = seconds
+        self.native = native  # the matrices that are trained by their nonzeros, once that is decided
+        self.start_l0 = start_l0  # that the anneal falls from
+        self.caution = 1.0  # what the rates are multiplied by
+        self.best = math.inf  # the smallest cross-entropy of a step so far
+        self.since = 10  # steps since the rates were last halved
+
+    def watch(self, ce: float, vocabulary: int) -> None:
+        """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
+        self.since += 1
+        if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
+            self.caution, self.since = self.caution / 2, 0
+        self.best = min(self.best, ce)
+
+
+class _Log:
+    """log.jsonl, and accelerate's trackers where they were asked for."""
+
+    def __init__(self, out: Path | None, accelerator: Accelerator, step: int) -> None:
+        self.accelerator = accelerator
+        self.file = None
+        if out is not None and accelerator.is_main_process:
+            path = out / "log.jsonl"
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                if path.exists():  # what came after the saved state is run again
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                    write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+                self.file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise CheckpointError(f"could not write {str(path)!r} ({error.strerror}); name another folder") from None
+        if accelerator.log_with:
+            accelerator.init_trackers("bridge")
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def write(self, progress: Progress) -> None:
+        values = {**progress.losses, "l0": progress.l0, "tokens_per_second": progress.tokens_per_second}
+        self.accelerator.log(values, step=progress.step)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": progress.step, "tokens": progress.tokens, **values}) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.accelerator.end_training()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the half line of a kill
+
+
+class _asked_to_stop:
+    """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it."""
+
+    def __enter__(self) -> list[int]:
+        self.seen: list[int] = []
+        self.earlier: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.earlier[number] = signal.signal(number, self._note)
+        return self.seen
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen.append(number)
+        signal.signal(number, self.earlier[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def _agrees(given: Any, saved: Any) -> bool:
+    """Whether the given settings contradict none of a saved recipe's."""
+    if isinstance(given, dict) and isinstance(saved, dict):
+        return all(_agrees(value, saved.get(key)) for key, value in given.items())
+    return given == saved or (isinstance(saved, list) and list(given) == saved)
+
+
+def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device {device!r} is not offered; it is auto, cpu or cuda (accelerate launch chooses among several)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device 'cuda' was asked for and torch sees no GPU here; give --device cpu")
+    if log_with and out is None:
+        raise RecipeError(f"--log-with {log_with} needs a folder to log to; give --out")
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit of this process may have chosen otherwise
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if dtype == "bfloat16" else "no",
+            log_with=log_with,
+            project_dir=out,
+            # a process's rows may enter at some sites and not at others
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:
+        raise RecipeError(f"--log-with {log_with}: {error}") from None
+    if log_with and not accelerator.log_with:
+        raise RecipeError(f"--log-with {log_with} needs the package of that name, which is not installed here")
+    return accelerator
+
+
+@torch.no_grad()
+def _calibrate(coupling: Coupling, tokens_bt: Tensor) -> None:
+    coupling.bridges.calibrate(coupling.dense.run(tokens_bt).residuals)
+
+
+def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
+    """The mean over the processes of each value."""
+    means = accelerator.reduce(values, "mean")
+    assert isinstance(means, Tensor)
+    return means.tolist()
+
+
+def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
+    """The matrices that are trained by their nonzeros from now on. With several processes none: theirs are averaged densely."""
+    recipe, accelerator = run.coupling.recipe, run.accelerator
+    if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
+        return []
+    if recipe.sparsity.native == "always":
+        return native.all_matrices(run.coupling.sparse)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return native.faster_matrices(run.coupling.sparse, kept, tokens, dtype)
+
+
+def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
+    by_steps = steps * state.seconds / state.step if steps else math.inf
+    return min(by_steps, minutes * 60 if minutes else math.inf)
+
+
+def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out: Path | None) -> None:
+    uniform = math.log(coupling.sparse.vocabulary)
+    ce = progress.losses.get("ce", 0.0)
+    if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
+        what = f"the sparse model's cross-entropy is {ce:.2f} nats, worse than guessing ({uniform:.2f})"
+        raise FitError(_what_to_try(what, progress.step, out))
+
+
+@torch.no_grad()
+def _check_sound(coupling: Coupling, out: Path | None) -> None:
+    """Raise FitError where the last step left a model that answers worse than guessing, or not with numbers."""
+    assert coupling.reference_bt is not None
+    row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
+    trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)
+    ce = float(F.cross_entropy(trace.logits_btv[0, :-1].float(), row_1t[0, 1:])) if row_1t.shape[1] > 1 else 0.0
+    crossed = [coupling.bridges[site].decode(x_bts) for site, x_bts in enumerate(trace.residuals)]
+    crossed += [coupling.bridges[site].encode(h_btd) for site, h_btd in enumerate(truth.residuals)]
+    if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= WORST * uniform:
+        what = f"what was fitted answers with {ce:.2f} nats on held-out text (guessing: {uniform:.2f}), or with what is no number"
+        raise FitError(_what_to_try(what, "the end", out))
+
+
+def _what_to_try(what: str, step: int | str, out: Path | None) -> str:
+    at = step if isinstance(step, str) else f"step {step}"
+    kept = f" The last good state is in {out} (--resume)." if out is not None and (out / "training.json").exists() else ""
+    return (
+        f"stopped at {at}: {what}.{kept} Try a lower rate (--set optimizer.rate=..., --set optimizer.bridge_rate=...), or "
+        "--dtype float32 if it was bfloat16"
+    )
+
+
+def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State) -> None:
+    tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
+    tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
+    facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
+    facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
+    facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
+    for name in native.packed(coupling.sparse):
+        tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
+    write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
+
+
+def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
+    tensors, facts = read_folder(out, "training")
+    try:
+        difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"the run in {str(out)!r} does not say of which dense model it is; fit it again") from None
+    if difference:
+        name = coupling.dense.name
+        raise CheckpointError(f"the run in {str(out)!r} has another dense model than {name!r}: {difference}; give that one")
+    for name in facts.get("native") or ():
+        weight = coupling.sparse.get_parameter(name)
+        pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
+        optimizer.exchange(name, coupling, pattern)
+    for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            module.load_state_dict(part)
+        except RuntimeError:
+            raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
+    optimizer.restore(tensors)
+    state = _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
+    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
+    state.best = math.inf if best is None else best
+    return state

@@ -1,0 +1,349 @@
+"""What a coupling is trained on (Gao et al. 2025, section 2.3), by a splice sampled per row, or literally.
+
+    CE(y_s, text), KL(y_d, y_s)                                  the sparse model on its own
+    NMSE(f_i(h_d), stop(h_s)), NMSE(g_i(h_s), h_d)               every bridge, mean over sites
+    KL(y_d, y of: dense until i, f_i, sparse to the end)         hybrid in, mean over sites
+    KL(y_d, y of: sparse until i, g_i, dense to the end)         hybrid out, mean over sites
+    KL(y_d, y of: dense, h_i(other) + lin g_i (h_s - h_s(other)), dense to the end)              carried, off unless asked for
+
+Literally the hybrid sums cost a partial pass of each model per site. Sampled, every row of the batch draws its own splice. Half
+of the rows begin at the sparse embedding: they carry CE, KL and NMSE, and each leaves for the dense model at a site of its own.
+The other half enter the sparse model at sites of their own, and leave again at a later one (`hybrid_both`, mixtures of two
+transitions, which the paper leaves out). So one sparse pass, in which rows are computed only from where they enter, one dense
+pass that makes the targets and one that the leaving rows enter carry all terms, at any depth. Each term is a mean over the rows
+that carry it; sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
+
+`carried` (not in the paper either) is what steering and counterfactual transport ask of a decoder: the dense residual of another
+row of the batch, moved by the difference of the two sparse ones, is to give this row's answers. A hybrid pass does not ask it: a
+norm forgives g_i(h_s) for being too short, and what is short carries too little.
+
+Hybrid terms and `carried` may be taken at a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)).
+At 1, as in the paper, a confident answer says nothing of how confident it is; above, its logits are to be right too.
+
+NMSE of a token is its squared error over the squared deviation of its target from the mean of its row, the target detached. The
+mean is the row's, not the batch's, so that every term is a mean over rows: the sampled estimate stays unbiased, and several
+processes compute what one would.
+
+Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bridge.models.bridges import Bridges
+from bridge.models.dense import DenseModel
+from bridge.models.residual import EMBEDDING, Enter
+from bridge.models.sparse import SparseTransformer
+from bridge.recipe import Losses
+
+OUTLYING = 32.0  # NMSE of a token from which on it counts by its logarithm
+PIECE = 1 << 22  # logits that are looked at in float32 at a time on a CPU
+GPU_PIECE = 1 << 26  # elsewhere, where what counts is how few calls there are
+STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Where each row enters the sparse model (EMBEDDING: at its tokens) and leaves it for the dense one (STAYS: nowhere)."""
+
+    enter: tuple[int, ...]
+    leave: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Splice:
+        """The splice of some of the rows."""
+        return Splice(self.enter[start:stop], self.leave[start:stop])
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """How many rows start from tokens, start there and leave, enter, enter and leave."""
+        kinds = [(enter != EMBEDDING, leave != STAYS) for enter, leave in zip(self.enter, self.leave, strict=True)]
+        return (
+            sum(not entered for entered, _ in kinds),
+            kinds.count((False, True)),
+            sum(entered for entered, _ in kinds),
+            kinds.count((True, True)),
+        )
+
+
+def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Generator) -> Splice:
+    """Draw a splice for a whole batch: which half begins at the embedding, and sites, uniform for each row and evenly spread."""
+    entering = rows // 2 if losses.hybrid_in or losses.hybrid_both else 0
+    enter = torch.full((rows,), EMBEDDING)
+    leave = torch.full((rows,), STAYS)
+    row_b = torch.randperm(rows, generator=generator)
+    from_tokens_b, entering_b = row_b[entering:], row_b[:entering]
+    enter[entering_b] = _spread(entering, n_sites, generator)
+    if losses.hybrid_out or losses.carried:
+        leave[from_tokens_b] = _spread(len(from_tokens_b), n_sites, generator)
+    if losses.hybrid_both:
+        for row in entering_b.tolist():
+            later = n_sites - 1 - int(enter[row])
+            if later:
+                leave[row] = enter[row] + 1 + torch.randint(later, (), generator=generator)
+    return Splice(tuple(enter.tolist()), tuple(leave.tolist()))
+
+
+class Objective(nn.Module):
+    """The weighted sum of a batch's losses, with the trainable parts as submodules."""
+
+    def __init__(self, dense: DenseModel, sparse: SparseTransformer, bridges: Bridges, losses: Losses) -> None:
+        super().__init__()
+        self.dense = dense  # frozen, and no nn.Module: not part of what is trained
+        self.sparse = sparse
+        self.bridges = bridges
+        self.losses = losses
+
+    def forward(self, tokens_bt: Tensor, splice: Splice | None, counts: Sequence[float] | None = None) -> dict[str, Tensor]:
+        """Every term by name, unweighted, and their weighted sum as "total", each a scalar.
+
+        `splice` is that of these rows; None means the literal objective. `counts` (as of `Splice.counts`) is what the terms are
+        divided by; with several processes each passes the whole batch's counts over the number of processes, so that the mean
+        over processes is the mean over the batch.
+        """
+        losses = self.losses
+        if not losses.coupled:
+            terms = self._uncoupled(tokens_bt)
+        elif splice is None:
+            terms = self._literal(tokens_bt)
+        else:
+            terms = self._sampled(tokens_bt, splice, counts or splice.counts())
+        terms = {name: term for name, term in terms.items() if getattr(losses, name)}
+        return {"total": sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(())), **terms}
+
+    def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
+        """What needs no bridge: text, and the dense model's answers where they are asked for."""
+        logits_btv = self.sparse(tokens_bt)
+        if not self.losses.kl:
+            return {"ce": _cross_entropy(logits_btv, tokens_bt).mean()}
+        with torch.no_grad():
+            target = _Target(self.dense.run(tokens_bt).logits_btv)
+        kl_b, ce_b = target.losses(logits_btv, tokens_bt)
+        return {"ce": ce_b.mean(), "kl": kl_b.mean()}
+
+    def _sampled(self, tokens_bt: Tensor, splice: Splice, counts: Sequence[float]) -> dict[str, Tensor]:
+        losses, sites = self.losses, range(self.dense.n_sites)
+        n_plain, n_out, n_in, n_both = (max(count, 1e-9) for count in counts)  # 0 rows: an empty sum over a little
+        # Rows in the order in which they enter: those from tokens are the first `plain`, those entering at a site are a slice.
+        order = sorted(range(len(splice.enter)), key=lambda row: splice.enter[row])
+        enter, leave = [splice.enter[row] for row in order], [splice.leave[row] for row in order]
+        plain = enter.count(EMBEDDING)
+        tokens_bt = tokens_bt[torch.tensor(order, device=tokens_bt.device)]
+
+        with torch.no_grad():
+            dense = self.dense.run(tokens_bt)
+            target = _Target(dense.logits_btv)
+            warm = self._warm(target)
+
+        # Encode: what enters, and what NMSE compares.
+        with_nmse = plain if losses.nmse_encoder else 0
+        encoded: list[Tensor] = []
+        entering: list[Tensor] = []
+        for site in sites:
+            start = plain + sum(EMBEDDING < other < site for other in enter)
+            stop = start + enter.count(site)
+            if with_nmse or stop > start:
+                h_btd = dense.residuals[site]
+                x_bts = self.bridges[site].encode(torch.cat([h_btd[:with_nmse], h_btd[start:stop]]))
+                entering.append(x_bts[with_nmse:])
+                if with_nmse:
+                    encoded.append(x_bts[:with_nmse])
+        x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
+
+        sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
+        place_b = torch.arange(len(tokens_bt), device=tokens_bt.device)
+        kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
+        terms = {
+            "ce": ce_b[:plain].sum() / n_plain,
+            "kl": kl_b[:plain].sum() / n_plain,
+            "hybrid_in": (kl_b[plain:] if warm is target else warm.divergence(sparse.logits_btv[plain:], place_b[plain:])).sum()
+            / n_in,
+        }
+
+        # Decode: what leaves, what NMSE compares, and what is carried to another row that began at the embedding.
+        with_nmse = plain if losses.nmse_decoder else 0
+        nmse_encoder, nmse_decoder = [], []
+        leaving_rows: list[int] = []
+        leaving: list[Tensor] = []
+        carried_rows: list[int] = []
+        carried: list[Tensor] = []
+        for site in sites:
+            x_bts = sparse.residuals[site]
+            if encoded:  # not where every row of a process's share enters
+                nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
+            rows = [row for row, other in enumerate(leave) if other == site]
+            before = [row for row in rows if row < with_nmse]  # these are decoded for NMSE already
+            after = torch.tensor([row for row in rows if row >= with_nmse], dtype=torch.long, device=x_bts.device)
+            if with_nmse or len(after):
+                h_btd = self.bridges[site].decode(torch.cat([x_bts[:with_nmse], x_bts[after]]))
+                leaving_rows += [*before, *after.tolist()]
+                leaving += [h_btd[before], h_btd[with_nmse:]]
+                if with_nmse:
+                    nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:plain]).sum())
+            if losses.carried and (here := [row for row in rows if row < plain]):
+                other_b = torch.tensor([(row + 1) % plain for row in here], device=x_bts.device)
+                change_bts = x_bts[here] - x_bts[other_b]
+                carried_rows += here
+                carried.append(dense.residuals[site][other_b] + self.bridges[site].decode_change(change_bts))
+        if nmse_encoder:
+            terms["nmse_encoder"] = torch.stack(nmse_encoder).mean() / n_plain
+        if nmse_decoder:
+            terms["nmse_decoder"] = torch.stack(nmse_decoder).mean() / n_plain
+
+        if leaving_rows:
+            rows = leaving_rows + carried_rows
+            row_b = torch.tensor(rows, device=tokens_bt.device)
+            site_b = torch.tensor([leave[row] for row in rows])
+            hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat([*leaving, *carried])))
+            kl_b, carried_b = warm.divergence(hybrid.logits_btv, row_b).split([len(leaving_rows), len(carried_rows)])
+            from_tokens_b = row_b[: len(leaving_rows)] < plain
+            terms["hybrid_out"] = (kl_b * from_tokens_b).sum() / n_out
+            terms["hybrid_both"] = (kl_b * ~from_tokens_b).sum() / n_both
+            if losses.carried:
+                terms["carried"] = carried_b.sum() / n_out
+        return terms
+
+    def _warm(self, target: _Target) -> _Target:
+        """The target of the terms that are taken at a temperature."""
+        temperature = self.losses.temperature
+        return target if temperature == 1 else _Target(target.logits_btv, temperature)
+
+    def _literal(self, tokens_bt: Tensor) -> dict[str, Tensor]:
+        sites = range(self.dense.n_sites)
+        with torch.no_grad():
+            dense = self.dense.run(tokens_bt)
+            target = _Target(dense.logits_btv)
+            warm = self._warm(target)
+        sparse = self.sparse.run(tokens_bt)
+        encoded = [self.bridges[site].encode(dense.residuals[site]) for site in sites]
+        decoded = [self.bridges[site].decode(sparse.residuals[site]) for site in sites]
+
+        def mean(per_site: list[Tensor]) -> Tensor:
+            return torch.stack(per_site).mean()
+
+        kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
+        return {
+            "ce": ce_b.mean(),
+            "kl": kl_b.mean(),
+            "nmse_encoder": mean([_nmse(encoded[site], sparse.residuals[site].detach()) for site in sites]),
+            "nmse_decoder": mean([_nmse(decoded[site], dense.residuals[site]) for site in sites]),
+            "hybrid_in": mean(
+                [warm.divergence(self.sparse.run(tokens_bt, Enter.at(site, encoded[site])).logits_btv) for site in sites]
+            ),
+            "hybrid_out": mean(
+                [warm.divergence(self.dense.run(tokens_bt, Enter.at(site, decoded[site])).logits_btv) for site in sites]
+            ),
+        }
+
+
+class _Target:
+    """The dense model's next-token distribution at a temperature, against which every KL is taken."""
+
+    def __init__(self, logits_btv: Tensor, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+        self.logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
+        logits_btv = self.logits_btv
+        self.log_sum_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
+        for rows, tokens in _pieces(logits_btv):
+            self.log_sum_bt[rows, tokens] = logits_btv[rows, tokens].float().logsumexp(-1)
+
+    def divergence(self, logits_btv: Tensor, row_b: Tensor | None = None) -> Tensor:
+        """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats; times the square of the temperature."""
+        temperature = self.temperature
+        logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
+        kl_bt, _ = _Losses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
+        return kl_bt.mean(-1) * temperature**2
+
+    def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
+        """The same and the next-token cross-entropy, means over each row's tokens."""
+        kl_bt, ce_bt = _Losses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
+        return kl_bt.mean(-1), ce_bt[:, :-1].mean(-1)
+
+
+class _Losses(torch.autograd.Function):
+    """KL to a target and cross-entropy of every token, in float32 but in pieces: nothing of the logits' size is kept but they.
+
+    KL = sum_v p (log p - log q), CE = - log q_next; d KL / d logits = q - p, d CE / d logits = q - onehot(next).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_btv: Tensor, target: _Target, row_b: Tensor | None, tokens_bt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        kl_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
+        log_sum_bt, ce_bt = torch.empty_like(kl_bt), torch.zeros_like(kl_bt)
+        next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last one has none: its CE is left out
+        for at in _pieces(logits_btv):
+            log_q_btv, log_p_btv, p_btv = _logs(logits_btv, target, row_b, at)
+            log_sum_bt[at] = log_q_btv.logsumexp(-1)
+            log_q_btv -= log_sum_bt[at][..., None]
+            kl_bt[at] = (p_btv * (log_p_btv - log_q_btv)).sum(-1)
+            if next_bt is not None:
+                ce_bt[at] = -log_q_btv.gather(-1, next_bt[at][..., None]).squeeze(-1)
+        ctx.save_for_backward(logits_btv, row_b, log_sum_bt, next_bt)
+        ctx.target = target
+        return kl_bt, ce_bt
+
+    @staticmethod
+    def backward(ctx: Any, dkl_bt: Tensor, dce_bt: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        logits_btv, row_b, log_sum_bt, next_bt = ctx.saved_tensors
+        dlogits_btv = torch.empty_like(logits_btv)
+        for at in _pieces(logits_btv):
+            q_btv, _, p_btv = _logs(logits_btv, ctx.target, row_b, at)
+            q_btv.sub_(log_sum_bt[at][..., None]).exp_()
+            dkl_bt1, dce_bt1 = dkl_bt[at][..., None], dce_bt[at][..., None]
+            d_btv = q_btv.mul_(dkl_bt1 + dce_bt1 if next_bt is not None else dkl_bt1).sub_(p_btv.mul_(dkl_bt1))
+            if next_bt is not None:
+                d_btv.scatter_add_(-1, next_bt[at][..., None], -dce_bt1)
+            dlogits_btv[at] = d_btv.to(dlogits_btv.dtype)
+        return dlogits_btv, None, None, None
+
+
+def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one piece: the logits in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
+    of = at if row_b is None else (row_b[at[0]], at[1])
+    log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
+    logits_copy_btv = torch.empty_like(log_p_btv, memory_format=torch.contiguous_format).copy_(logits_btv[at])
+    return logits_copy_btv, log_p_btv, log_p_btv.exp()
+
+
+def _pieces(logits_btv: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and tokens of pieces of a few million logits: one row or a part of it on a CPU, for its caches; several elsewhere."""
+    rows, length, vocabulary = logits_btv.shape
+    on_cpu = logits_btv.device.type == "cpu"
+    most = PIECE if on_cpu else GPU_PIECE
+    together = 1 if on_cpu else max(1, most // (length * vocabulary))
+    step = max(1, most // vocabulary)
+    for row in range(0, rows, together):
+        for start in range(0, length, step):
+            yield slice(row, row + together), slice(start, start + step)
+
+
+def _cross_entropy(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:
+    """Next-token cross-entropy of each row, mean over its tokens."""
+    loss_bt = F.cross_entropy(logits_btv[:, :-1].float().flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="none")
+    return loss_bt.view(tokens_bt.shape[0], -1).mean(-1)
+
+
+def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:
+    """NMSE of each row, mean over its tokens."""
+    deviation_bt = (target_btx - target_btx.mean(1, keepdim=True)).square().sum(-1)
+    # a token at the mean, or a row of one token again and again, would count without bound
+    floor_b1 = 1e-3 * target_btx.square().sum(-1).mean(-1, keepdim=True) + 1e-12
+    error_bt = (predicted_btx - target_btx).square().sum(-1)
+    ratio_bt = error_bt / deviation_bt.maximum(floor_b1)
+    # else one token whose residual is a hundred times the others' (an attention sink) would be all there is
+    return torch.where(ratio_bt < OUTLYING, ratio_bt, OUTLYING * (1 + (ratio_bt / OUTLYING).clamp_min(1).log())).mean(-1)
+
+
+def _spread(rows: int, n_sites: int, generator: torch.Generator) -> Tensor:
+    """A site per row: each site equally likely for each row, and each as often as any other to within one."""
+    if not rows:
+        return torch.zeros(0, dtype=torch.long)
+    offset = torch.randint(n_sites, (), generator=generator)
+    return ((torch.arange(rows) + offset) % n_sites)[torch.randperm(rows, generator=generator)]

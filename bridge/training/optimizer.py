@@ -1,0 +1,103 @@
+"""AdamW for couplings (Gao et al. 2025, appendix A.2).
+
+The gradient is normalised to RMS 1 over the sparse model and over the bridges, and goes into AdamW with an eps of the same scale.
+Every group has a rate of its own, which rises for a moment and falls linearly to 0; on sparse weights it is multiplied by
+1 / sqrt(L0) ("sharkfin"). A matrix that is trained by its nonzeros changes places with their values, moments with it (`native`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.kernels.products import Pattern
+from bridge.models.bridges import Coupling
+from bridge.models.sparse import Fractions, embeds
+from bridge.training import sparse_native as native
+
+
+class SharkfinAdamW:
+    """AdamW over groups with rates of their own: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        numbers = coupling.recipe.optimizer
+        self.numbers = numbers
+        assert numbers.rate is not None
+        weights = {name: p for name, p in coupling.sparse.sparse_weights().items() if p.requires_grad}
+        sparse_weights = list(weights.values())
+        blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
+        rest = [p for p in coupling.sparse.parameters() if p.requires_grad and all(p is not weight for weight in sparse_weights)]
+        bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
+        self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
+        groups: list[dict[str, Any]] = [
+            {"params": part, "peak": numbers.rate, "fin": fin if numbers.sharkfin else None, "weight_decay": numbers.weight_decay}
+            for part, fin in ((blocks, "blocks"), (embed, "embed"))
+            if part
+        ]
+        if rest:
+            groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
+        for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
+            if part := [p for p in bridges if p.dim() == dimensions]:
+                groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})
+        self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
+        names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
+        names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
+        self.names = names
+
+    def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
+        """Normalise, update by rates times `caution`, clear the gradient; False (and no update) where it is not finite."""
+        for group in self.normalised:
+            gradients = [p.grad for p in group if p.grad is not None]
+            count = sum(gradient.numel() for gradient in gradients)
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+            if not bool(torch.isfinite(norm)):
+                return False
+            torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))  # pyright: ignore[reportPrivateImportUsage]
+        fractions = Fractions.of(l0)
+        warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
+        for group in self.adam.param_groups:
+            fin = 1 / math.sqrt(getattr(fractions, group["fin"])) if group["fin"] else 1.0
+            group["lr"] = group["peak"] * max(warm, 1e-3) * (1 - done) * fin * caution
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return True
+
+    def exchange(self, name: str, coupling: Coupling, pattern: Pattern | None = None) -> None:
+        """Replace a matrix by the values of its nonzeros, here and in the model, together with its moments."""
+        old = coupling.sparse.get_parameter(name)
+        new = native.pack(coupling.sparse, name, pattern)
+        index_p = coupling.sparse.compact[name].pattern.index_p
+        for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
+            group[:] = [new if p is old else p for p in group]
+        state = self.adam.state.pop(old, {})
+        if state:
+            self.adam.state[new] = {
+                key: value if value.dim() == 0 else value.reshape(-1)[index_p].clone() for key, value in state.items()
+            }
+        del self.names[old]
+        self.names[new] = f"sparse.values.{native.key(name)}"
+
+    def moments(self) -> native.Moments:
+        """Both moments of every matrix that is stored by its nonzeros, by the matrix's name."""
+        prefix = "sparse.values."
+        return {
+            name.removeprefix(prefix).replace("/", "."): {
+                key: value for key, value in self.adam.state.get(p, {}).items() if value.dim()
+            }
+            for p, name in self.names.items()
+            if name.startswith(prefix)
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both moments and the count of every parameter, by name."""
+        return {f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the state that `tensors` returned."""
+        for p, name in self.names.items():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
+            if keys:
+                self.adam.state[p] = {key: tensors[f"adam.{key}.{name}"].to(p.device) for key in keys}

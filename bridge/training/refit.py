@@ -1,0 +1,164 @@
+"""The decoders' last fit, in closed form: small changes of the sparse model are to have the same effect in the dense one.
+
+The losses of the bridges measure how residuals agree and what large changes do. A circuit is made of small changes: deleting one
+node changes the answer by a thousandth, and a decoder that transports large changes well may rank such nodes wrongly. To first
+order, a change dx of the sparse residual at a site changes a logit difference by g_x . dx in the sparse model and by g_h . W dx
+in the dense one, where g_x and g_h are its gradients by the two residuals and W is the decoder's linear part. So W^T g_h should
+equal g_x:
+
+    min_W   E (g_h^T (W - W_0) (x - E x))^2 / s   +   w  sum_c q_c E ((g_h^T W)_c - r g_x,c)^2 / q
+
+over text and random logit differences (the dense model's likeliest answer at a token, less one of the next four, summed over
+tokens with random signs). The first term is the cost to large changes, with gradients and residuals taken as independent; q_c is
+one over the variance of a channel's gradient, so that all channels count alike, and smaller where almost nothing is ever written
+to it; s and q are the means over channels of the two weights; r keeps the decoder about as long as before, as a regression on
+noisy values shortens it. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P = A^(1/2) W the answer is
+
+    P (S / s + w diag(q_c) / q) = P_0 S / s + w r A^(-1/2) C diag(q_c) / q
+
+A null's bridges go through the same. None of this is in the paper.
+
+Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary, k answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bridge.models.bridges import Bridge, Coupling
+from bridge.models.dense import DenseModel
+from bridge.models.residual import Enter
+from bridge.models.sparse import SparseTransformer
+
+ANSWERS = 5  # the dense model's likeliest, of which a difference takes the first and another
+ROWS_AT_ONCE = 8
+MOST_BYTES = 1 << 30  # of sums in memory at a time
+RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
+
+
+def refit_decoders(
+    coupling: Coupling, tokens_bt: Tensor, weight: float, progress: Callable[[str], None] = lambda _: None
+) -> None:
+    """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit."""
+    if not weight:
+        return
+    dense, sparse, device = coupling.dense, coupling.sparse, coupling.dense.device
+    together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
+    for first in range(0, coupling.n_sites, together):  # wide models in several passes over the text, some sites in each
+        sites = range(first, min(first + together, coupling.n_sites))
+        moments = {site: _Moments.zero(dense.width, sparse.width) for site in sites}
+        generator = torch.Generator().manual_seed(0)
+        done = 0
+        for rows_bt in tokens_bt.to(device).split(ROWS_AT_ONCE):
+            with torch.no_grad():
+                question = Question.drawn(dense.run(rows_bt).logits_btv, generator)
+            gradient_h, _ = gradients(dense, rows_bt, question)
+            gradient_x, x = gradients(sparse, rows_bt, question)
+            for site, sums in moments.items():
+                sums.add(gradient_h[site], gradient_x[site], x[site], x[site] - x[site - 1] if site else x[site])
+            done += len(rows_bt)
+            progress(f"decoders of sites {sites[0]} to {sites[-1]}: gradients over {done} of {len(tokens_bt)} rows")
+        with torch.no_grad():
+            for site, sums in moments.items():
+                sums.refit(coupling.bridges[site], weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A random sum over tokens, with signs, of differences between two of the dense model's likeliest answers."""
+
+    answers_btk: Tensor
+    sign_bt: Tensor
+
+    @staticmethod
+    def drawn(logits_btv: Tensor, generator: torch.Generator) -> Question:
+        """A question for every row; the first answer at a token is the likeliest, the other is drawn from the next."""
+        best_btk = logits_btv.topk(min(ANSWERS, logits_btv.shape[-1])).indices
+        shape = (*best_btk.shape[:2], 1)
+        other_bt1 = torch.randint(1, best_btk.shape[-1], shape, generator=generator).to(best_btk.device)
+        sign_bt = (torch.randint(2, shape[:2], generator=generator) * 2 - 1).to(best_btk.device)
+        return Question(torch.cat([best_btk[..., :1], best_btk.gather(-1, other_bt1)], -1), sign_bt)
+
+    def difference(self, logits_btv: Tensor) -> Tensor:
+        """The sum over tokens and rows, a scalar; gradients of rows do not mix."""
+        answer_bt, other_bt = logits_btv.gather(-1, self.answers_btk).float().unbind(-1)
+        return (self.sign_bt * (answer_bt - other_bt)).sum()
+
+
+def gradients(model: DenseModel | SparseTransformer, tokens_bt: Tensor, question: Question) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradient of the question's difference by the residual at every site of a model, and those residuals."""
+    with torch.no_grad():
+        first_btd = model.run(tokens_bt).residuals[0]
+    with torch.enable_grad():
+        trace = model.run(tokens_bt, Enter.at(0, first_btd.detach().clone().requires_grad_(True)))
+        found = torch.autograd.grad(question.difference(trace.logits_btv), trace.residuals)
+    return list(found), [x_btd.detach() for x_btd in trace.residuals]
+
+
+@dataclass(eq=False)
+class _Moments:
+    """Sums over tokens at a site, in float64: gradients in both models, the sparse residual, and what is written to it."""
+
+    count: int
+    gradients_dd: Tensor
+    cross_ds: Tensor
+    gradient_s: Tensor
+    x_ss: Tensor
+    mean_s: Tensor
+    written_s: Tensor
+    written_mean_s: Tensor
+    effect_s: Tensor
+
+    @staticmethod
+    def size(dense: int, sparse: int) -> int:
+        """The size of the matrices in bytes."""
+        return 8 * (dense * dense + dense * sparse + sparse * sparse)
+
+    @staticmethod
+    def zero(dense: int, sparse: int) -> _Moments:
+        shapes = ((dense, dense), (dense, sparse), (sparse,), (sparse, sparse), (sparse,), (sparse,), (sparse,), (sparse,))
+        return _Moments(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, gradient_btd: Tensor, gradient_bts: Tensor, x_bts: Tensor, written_bts: Tensor) -> None:
+        gradient_nd, gradient_ns, x_ns, written_ns = (
+            some.detach().flatten(0, 1).cpu().double() for some in (gradient_btd, gradient_bts, x_bts, written_bts)
+        )
+        self.count += len(x_ns)
+        self.gradients_dd += gradient_nd.T @ gradient_nd
+        self.cross_ds += gradient_nd.T @ gradient_ns
+        self.gradient_s += gradient_ns.square().sum(0)
+        self.x_ss += x_ns.T @ x_ns
+        self.mean_s += x_ns.sum(0)
+        self.written_s += written_ns.square().sum(0)
+        self.written_mean_s += written_ns.sum(0)
+        self.effect_s += (gradient_ns * written_ns).square().sum(0)
+
+    def refit(self, bridge: Bridge, weight: float) -> None:
+        n = self.count  # sums are on the CPU, in float64, wherever the bridge is
+        a_dd, cross_ds = self.gradients_dd / n, self.cross_ds / n
+        mean_s = self.mean_s / n
+        s_ss = self.x_ss / n - torch.outer(mean_s, mean_s)
+        written_s = (self.written_s / n - (self.written_mean_s / n).square()).clamp_min(0)
+        strength = a_dd.diagonal().mean()
+        if not (strength > 0 and cross_ds.norm() > 0 and s_ss.diagonal().mean() > 0):
+            return  # no answer depends on this site, or nothing varies there
+        values_d, vectors_dd = torch.linalg.eigh(a_dd + RIDGE * strength * torch.eye(len(a_dd), dtype=a_dd.dtype))
+        root_dd = vectors_dd * values_d.sqrt() @ vectors_dd.T
+        inverse_dd = vectors_dd * values_d.rsqrt() @ vectors_dd.T
+        scale = bridge.scale.detach().cpu().double()
+        before_ds = root_dd @ (bridge.decoder.weight.detach().cpu().double() * scale)
+        by_gradients_ds = inverse_dd @ cross_ds
+        by_gradients_ds = by_gradients_ds * (before_ds.norm() / by_gradients_ds.norm())
+        effect_s = written_s * self.gradient_s / n
+        count_s = written_s / (effect_s + FLOOR * effect_s.mean()).clamp_min(1e-30)
+        count_s = weight * count_s / count_s.mean().clamp_min(1e-30)
+        s_ss = s_ss / s_ss.diagonal().mean() + KEEP * torch.eye(len(s_ss), dtype=s_ss.dtype)  # what never varies stays as it is
+        after_ds = torch.linalg.solve(s_ss + torch.diag(count_s), (before_ds @ s_ss + by_gradients_ds * count_s).T).T
+        change_ds = inverse_dd @ (after_ds - before_ds) / scale
+        if bool(torch.isfinite(change_ds).all()):
+            bridge.decoder.weight.add_(change_ds.to(bridge.decoder.weight))
+            bridge.decoder.bias.sub_((change_ds @ mean_s).to(bridge.decoder.bias))  # the mean goes where it went

@@ -1,0 +1,117 @@
+"""Sparse-native training: after the anneal, matrices are trained by their nonzeros alone, and the mask goes on changing.
+
+    every step          gradient and AdamW at the nonzeros
+    every `look_every`  the dense gradient G of that step's batch besides; then, in every matrix, the share r of the nonzeros
+                        that is smallest in magnitude is dropped, and as many grow where |G| is largest among the zeros,
+                        from 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
+
+(Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) Dense-masked training, in which a dense gradient updates every weight at
+every step and a projection keeps the largest, is the reference; `products.worth_it` measures which matrices leave it.
+
+Shape legend: p nonzeros, m x n a matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bridge.kernels.products import Compact, Look, Pattern, worth_it
+from bridge.kernels.top_k import project_
+from bridge.models.sparse import Fractions, SparseTransformer, protected
+
+Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq
+
+
+def faster_matrices(sparse: SparseTransformer, kept: Fractions, tokens: int, dtype: torch.dtype) -> list[str]:
+    """Names of the matrices whose sparse product is measured faster at this density; none where there is no kernel."""
+    return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
+
+
+def all_matrices(sparse: SparseTransformer) -> list[str]:
+    """Names of all matrices that can be stored by their nonzeros; none where there is no kernel."""
+    return list(sparse.packable())
+
+
+def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
+    """Replace a matrix by the values of its nonzeros (or of `pattern`) as the trained parameter, and return it."""
+    module, attribute = _place(sparse, name)
+    weight = getattr(module, attribute)
+    matrix = Compact.of(weight) if pattern is None else Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
+    parameter = nn.Parameter(matrix.value_p)
+    matrix.value_p = parameter
+    sparse.compact[name] = matrix
+    sparse.values[key(name)] = parameter
+    setattr(module, attribute, None)
+    return parameter
+
+
+def unpack(sparse: SparseTransformer) -> None:
+    """Replace the packed values by the dense matrices again."""
+    for name in packed(sparse):
+        module, attribute = _place(sparse, name)
+        weight = nn.Parameter(sparse.compact.pop(name).dense())
+        del sparse.values[key(name)]
+        setattr(module, attribute, weight)
+
+
+def packed(sparse: SparseTransformer) -> list[str]:
+    """Names of the matrices that are stored by their nonzeros."""
+    return [name.replace("/", ".") for name in sparse.values]
+
+
+def key(name: str) -> str:
+    """The parameter name of a matrix's values: parameter names have no dot."""
+    return name.replace(".", "/")
+
+
+def look(sparse: SparseTransformer) -> None:
+    """Have the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
+    for name in packed(sparse):
+        sparse.compact[name].look = Look(sparse.compact[name].pattern.shape)
+
+
+@torch.no_grad()
+def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_neuron: int = 0) -> None:
+    """Drop the smallest `share` of every matrix's nonzeros and grow as many by the collected gradient, in place.
+
+    Moments of what stays move with it; what grows starts at zero.
+    """
+    for name in packed(sparse):
+        matrix = sparse.compact[name]
+        assert matrix.look is not None
+        gradient_mn, matrix.look = matrix.look.gradient_mn, None
+        index_p, value_p = matrix.pattern.index_p, matrix.value_p.detach()
+        stays_p = _stays(name, matrix, share, min_per_neuron)
+        n_new = int((~stays_p).sum())
+        flat = gradient_mn.view(-1)
+        flat[index_p] = 0  # also what was just dropped: it would come back at once
+        project_([flat], max(1, n_new))
+        new_p = flat.nonzero().flatten()[:n_new]
+        if len(new_p) < n_new:  # there is no gradient elsewhere: as many stay as are needed
+            stays_p[(~stays_p).nonzero().flatten()[: n_new - len(new_p)]] = True
+        index_q, order_q = torch.cat([index_p[stays_p], new_p]).sort()
+        matrix.pattern = Pattern.at(index_q, matrix.pattern.shape)
+
+        def reordered(tensor_p: Tensor, stays_p: Tensor = stays_p, new_p: Tensor = new_p, order_q: Tensor = order_q) -> Tensor:
+            return torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q]
+
+        value_p.copy_(reordered(value_p))
+        for moment_p in moments.get(name, {}).values():
+            moment_p.copy_(reordered(moment_p))
+
+
+def _stays(name: str, matrix: Compact, share: float, min_per_neuron: int) -> Tensor:
+    magnitude_p = matrix.value_p.detach().abs()
+    if min_per_neuron:
+        kept_mn = protected(name, matrix.dense(), min_per_neuron)
+        if kept_mn is not None:
+            magnitude_p[kept_mn.view(-1)[matrix.pattern.index_p]] = torch.inf
+    n_stay = len(magnitude_p) - int(share * len(magnitude_p))
+    project_([magnitude_p], max(1, n_stay))
+    return magnitude_p != 0
+
+
+def _place(sparse: SparseTransformer, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return sparse.get_submodule(path), attribute

@@ -1,0 +1,172 @@
+"""Couplings that must fail whatever a coupling passes: uncoupled, with shuffled bridges, with permuted weights.
+
+    uncoupled   a sparse model of the same shape from a random start, with at least 1/16 of its weights, trained on text and on
+                the dense model's answers but on nothing inside it; bridges fitted afterwards by ridge regression on the
+                coupling's reference text. That it has more weights, and answers to learn from, makes it the harder null
+    bridges     the coupling with the sparse channels of every bridge in a random order, another at every site (residual streams
+                share their channels over sites, so that only to exchange sites would change little)
+    weights     the entries of every matrix of the sparse model permuted; ridge bridges
+
+Shape legend: b row, t token, d dense width, s sparse width, n token of all rows, i and j sides of a regression.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bridge.errors import UserError
+from bridge.models.bridges import Bridges, Coupling
+from bridge.models.sparse import SparseTransformer
+from bridge.recipe import Losses
+from bridge.training.loop import Progress, fit
+from bridge.training.refit import refit_decoders
+
+NullName = Literal["uncoupled", "bridges", "weights"]
+NULL_NAMES: tuple[NullName, ...] = get_args(NullName)
+MINUTES = 20.0
+RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
+L0 = 1 / 16  # the least: from a random start, a model as sparse as some couplings learns no task in hours
+MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out rows is taken
+
+
+class NullError(UserError):
+    """A null that cannot be made or read, in one line that says what to change."""
+
+
+def null_coupling(
+    coupling: Coupling,
+    name: NullName,
+    *,
+    against: Path | None = None,
+    minutes: float = MINUTES,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Coupling:
+    """The null of a name; the uncoupled one's model is found, or trained, in the folder `against`.
+
+    Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
+    """
+    if coupling.reference_bt is None:
+        raise NullError("the coupling has no reference text, on which a null's bridges are fitted; fit it again")
+    if name == "bridges":
+        return replace(coupling, bridges=shuffled_bridges(coupling, seed))
+    if name == "weights":
+        return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), coupling.reference_bt)
+    if against is None:
+        raise NullError("an uncoupled model is trained in a folder of its own; name one with against=")
+    other = uncoupled(coupling, against, minutes, seed, progress)
+    return with_ridge_bridges(replace(coupling, sparse=other.sparse), coupling.reference_bt)
+
+
+def with_ridge_bridges(coupling: Coupling, reference_bt: Tensor) -> Coupling:
+    """The coupling with bridges by ridge regression, their decoders refitted to small changes as the coupling's own are."""
+    fitted = replace(coupling, bridges=ridge_bridges(coupling, reference_bt))
+    refit_decoders(fitted, reference_bt, coupling.recipe.refit.slopes)
+    return fitted
+
+
+def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: Callable[[str], None]) -> Coupling:
+    """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
+
+    Raises NullError where the folder holds a model of another shape, or one that was coupled.
+    """
+    if not (folder / "coupling.json").is_file():
+        progress(f"uncoupled: training without bridges for {minutes:g} minutes")
+        recipe = coupling.recipe
+        values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
+        settings = {
+            f"{part}.{key}": value for part, some in values.items() if isinstance(some, dict) for key, value in some.items()
+        }
+        settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
+        losses = Losses().without_bridges().model_dump(exclude={"splice"})
+        settings |= {f"losses.{term}": weight for term, weight in losses.items()}
+        if coupling.sparse.fractions(recipe.sparsity).blocks < L0:
+            settings["sparsity.l0"] = L0
+        tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
+
+        def watch(state: Progress) -> None:
+            progress(f"uncoupled: {state.fraction:.0%} of {minutes:g} minutes, CE {state.losses.get('ce', float('nan')):.2f}")
+
+        fit(
+            coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=tokens, minutes=minutes,
+            settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
+            device=str(coupling.dense.device), on_progress=watch,
+        )  # fmt: skip
+    other = Coupling.from_pretrained(folder, dense=coupling.dense)
+    if other.recipe.losses.coupled:
+        raise NullError(f"{str(folder)!r} was coupled to the dense model; name one of `bridge fit --uncoupled`")
+    if other.sparse.locations() != coupling.sparse.locations():
+        raise NullError(f"{str(folder)!r} has a sparse model of another shape; fit one with the coupling's recipe, --uncoupled")
+    return other
+
+
+@torch.no_grad()
+def ridge_bridges(coupling: Coupling, tokens_bt: Tensor) -> Bridges:
+    """Bridges between the two models as they are, by ridge regression on text; the last quarter of it chooses the penalty."""
+    sparse, dense = coupling.sparse, coupling.dense
+    bridges = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
+    rows = tokens_bt.to(dense.device)
+    traces = [(dense.run(some).residuals, sparse.run(some, last_only=True).residuals) for some in rows.split(16)]
+    bridges.calibrate([torch.cat([h[site] for h, _ in traces]) for site in range(coupling.n_sites)])
+    for site in range(coupling.n_sites):
+        h_nd = torch.cat([h[site].flatten(0, 1) for h, _ in traces]).double()
+        x_ns = torch.cat([x[site].flatten(0, 1) for _, x in traces]).double()
+        bridge = bridges[site]
+        scaled_nd = (h_nd - bridge.mean_d.double()) / bridge.scale.double()
+        for linear, source, target in ((bridge.encoder, scaled_nd, x_ns), (bridge.decoder, x_ns, scaled_nd)):
+            weight, bias = ridge(source, target)
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+    return bridges
+
+
+def ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
+    """weight_ji and bias_j of the ridge regression of target on source, float64, whose penalty serves held-out rows best."""
+    n = len(source_ni) * 3 // 4 if len(source_ni) >= 8 else len(source_ni)
+    mean_i, mean_j = source_ni[:n].mean(0), target_nj[:n].mean(0)
+    centred_ni, centred_nj = source_ni - mean_i, target_nj - mean_j
+    gram_ii, cross_ij = centred_ni[:n].T @ centred_ni[:n] / n, centred_ni[:n].T @ centred_nj[:n] / n
+    strength = gram_ii.diagonal().mean().clamp(min=1e-12)
+    eye_ii = torch.eye(len(gram_ii), dtype=gram_ii.dtype, device=gram_ii.device)
+    weights = [torch.linalg.solve(gram_ii + penalty * strength * eye_ii, cross_ij) for penalty in RIDGES]
+    late = slice(n, None) if n < len(source_ni) else slice(None)
+    best_ij = min(weights, key=lambda w_ij: float((centred_nj[late] - centred_ni[late] @ w_ij).square().sum()))
+    return best_ij.T, mean_j - mean_i @ best_ij
+
+
+@torch.no_grad()
+def shuffled_bridges(coupling: Coupling, seed: int) -> Bridges:
+    """The coupling's bridges with their sparse channels in a random order, another at every site."""
+    generator = torch.Generator().manual_seed(seed)
+    sparse, dense = coupling.sparse, coupling.dense
+    shuffled = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
+    for site in range(coupling.n_sites):
+        order_s = torch.randperm(sparse.width, generator=generator).to(dense.device)
+        state = dict(coupling.bridges[site].state_dict())
+        state |= {
+            "encoder.weight": state["encoder.weight"][order_s],
+            "encoder.bias": state["encoder.bias"][order_s],
+            "decoder.weight": state["decoder.weight"][:, order_s],
+        }
+        shuffled[site].load_state_dict(state)
+    return shuffled
+
+
+def permuted_weights(sparse: SparseTransformer, seed: int) -> SparseTransformer:
+    """The model with the entries of every matrix in a random order: as many nonzeros, of the same sizes, elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return other

@@ -1,0 +1,175 @@
+"""The nulls of a coupling, of prompts and of tasks, kept with it: what each null earned where it must fail.
+
+nulls.json in the coupling's folder has them under `prompts` and `tasks`, with what they depend on: the coupling, and the bounds
+of search and evidence. Others' are never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from bridge.circuits.loss import SearchConfig
+from bridge.evidence.measures import Criterion, Measure, Point
+from bridge.models.bridges import Coupling, folder_of
+from bridge.models.store import CheckpointError, read_json, write_json
+
+FILE = "nulls.json"
+STRONG = ("representational", "mechanistic support")
+Kind = Literal["prompts", "tasks"]
+_HOW: Mapping[Kind, str] = {"prompts": "`bridge nulls --prompts` runs them", "tasks": "`bridge nulls` runs them"}
+
+
+@dataclass(frozen=True)
+class PromptNull:
+    """A null on some prompts: how many explanations there are of each verdict, and the median of what judges them."""
+
+    name: str
+    prompts: int
+    verdicts: Mapping[str, int]
+    ratio: float | None
+
+    @property
+    def count(self) -> int:
+        """On how many prompts it was run."""
+        return self.prompts
+
+    @property
+    def strong(self) -> int:
+        """How many earn "representational" or better."""
+        return sum(self.verdicts.get(verdict, 0) for verdict in STRONG)
+
+    @staticmethod
+    def of(name: str, verdicts: list[str], ratios: list[float | None]) -> PromptNull:
+        """The null of the verdicts of some prompts."""
+        known = sorted(ratio for ratio in ratios if ratio is not None)
+        return PromptNull(name, len(verdicts), dict(Counter(verdicts)), known[len(known) // 2] if known else None)
+
+
+@dataclass(frozen=True)
+class NullTask:
+    """A null on a task: which tests hold (None: could not be taken), each test's first value, and whether all do.
+
+    accuracy is that of the null's sparse model; why says what there was instead of evidence, "" where there was some; prompts
+    tells which prompts they were.
+    """
+
+    task: str
+    holds: Mapping[str, bool | None]
+    values: Mapping[str, float | None]
+    passed: bool
+    accuracy: float | None = None
+    why: str = ""
+    prompts: str = ""
+
+
+@dataclass(frozen=True)
+class TaskNull:
+    """A null on some tasks; it passes where all tests hold on any of them, and must not.
+
+    note says what weakens it: that it fails is then no evidence.
+    """
+
+    name: str
+    what: str
+    tasks: tuple[NullTask, ...]
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the method fails: what must not pass does."""
+        return self.strong > 0
+
+    @property
+    def count(self) -> int:
+        """On how many tasks it was run."""
+        return len(self.tasks)
+
+    @property
+    def strong(self) -> int:
+        """On how many tasks all tests hold."""
+        return sum(task.passed for task in self.tasks)
+
+    def passing(self, test: str) -> int:
+        """On how many tasks a single test holds."""
+        return sum(task.holds.get(test) is True for task in self.tasks)
+
+
+_PROMPTS, _TASKS = TypeAdapter(tuple[PromptNull, ...]), TypeAdapter(tuple[TaskNull, ...])
+
+
+def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -> Measure:
+    """The share of cases in which a null's circuit is as strong as what it is beside; none where `why` says what is missing."""
+    name, criterion = "nulls' explanations as strong", Criterion("<=", 0.0)
+    if why or not nulls:
+        return Measure("nulls", name, None, criterion, note=why or "no null was run")
+    points = tuple(
+        Point(null.name, {"prompts" if isinstance(null, PromptNull) else "tasks": null.count, "strong": null.strong})
+        for null in nulls
+    )
+    share = sum(null.strong for null in nulls) / max(1, sum(null.count for null in nulls))
+    return Measure("nulls", name, share, criterion, note=note, points=points)
+
+
+def keep_nulls(
+    coupling: Coupling, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
+) -> None:
+    """Write the nulls beside what else nulls.json has. Raises CheckpointError where the coupling is in no folder."""
+    file = _file(coupling)
+    if file is None:
+        raise CheckpointError("the coupling is in no folder; save it first, nulls are kept with it")
+    there: dict[str, Any] = read_json(file) if file.is_file() else {}
+    mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
+    write_json(file, {**there, kind: mine})
+
+
+def stored_prompt_nulls(coupling: Coupling, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:
+    """The nulls of prompts kept with a coupling; or None, and why there are none in a few words."""
+    return _stored(coupling, "prompts", rules, _PROMPTS)
+
+
+def stored_task_nulls(coupling: Coupling, rules: str, **facts: str | float | int) -> tuple[tuple[TaskNull, ...] | None, str]:
+    """The nulls of tasks kept with a coupling, by the facts given where there are any; or None, and why there are none."""
+    return _stored(coupling, "tasks", rules, _TASKS, facts)
+
+
+def _stored(
+    coupling: Coupling, kind: Kind, rules: str, reader: TypeAdapter, facts: Mapping[str, str | float | int] | None = None
+) -> tuple[tuple | None, str]:
+    try:
+        file = _file(coupling)
+        kept = (read_json(file) if file is not None and file.is_file() else {}).get(kind)
+        if file is None or not isinstance(kept, dict):
+            return None, f"the coupling's nulls on {kind} were not run; {_HOW[kind]}"
+        if kept.get("coupling") != fingerprint(coupling):
+            return None, f"the nulls kept are of another coupling; {_HOW[kind]}"
+        if kept.get("rules") != rules or any(kept.get(name) != value for name, value in (facts or {}).items()):
+            return None, f"the nulls kept were judged by other bounds; {_HOW[kind]}"
+        return reader.validate_python(kept.get("nulls")), ""
+    except (CheckpointError, ValidationError):
+        return None, f"{FILE} cannot be read; remove it, and {_HOW[kind]}"
+
+
+def rules_of(*configs: SearchConfig | Any) -> str:
+    """What tells some bounds, of search and evidence, from others."""
+    text = json.dumps([config if isinstance(config, int) else asdict(config) for config in configs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(coupling: Coupling) -> str:
+    """The digests of a coupling's tensors and of its dense model. Raises CheckpointError where it is in no folder."""
+    if coupling.path is None:
+        raise CheckpointError("the coupling is in no folder; save it first, nulls are kept with it")
+    facts = read_json(folder_of(coupling.path) / "coupling.json")
+    return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
+
+
+def _file(coupling: Coupling) -> Path | None:
+    return None if coupling.path is None else folder_of(coupling.path) / FILE

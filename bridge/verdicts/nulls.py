@@ -1,0 +1,112 @@
+"""The nulls of a coupling on prompts: the same search and the same evidence on couplings that must fail them.
+
+For each null (`null_couplings`) and each prompt the dense model's own answer is asked about, the null's sparse model is made to
+follow it, circuits are searched and judged by the same bounds; what is kept is how many explanations of each verdict there are.
+None may earn "representational" or better. A prompt without enough of a span counts as no explanation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.error_nodes import follow, reference_means, reference_rows
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.circuits.search import find_nested
+from bridge.display.columns import columns
+from bridge.models.bridges import Coupling
+from bridge.models.sparse import Location
+from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
+from bridge.verdicts.null_table import PromptNull, keep_nulls, rules_of
+from bridge.verdicts.prompt import EvidenceConfig, gather
+
+LENGTHS = 8, 24  # tokens of a prompt
+
+Means = dict[Location, Tensor]
+
+
+def prompt_means(coupling: Coupling) -> Means:
+    """The means of every node and every error over the coupling's reference text, kept with it. It must have some."""
+    assert coupling.reference_bt is not None
+    return reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
+
+
+def cut_prompts(coupling: Coupling, count: int, seed: int = 0) -> list[Tensor]:
+    """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises ValueError where it has none."""
+    if coupling.reference_bt is None or not coupling.reference_bt.numel():
+        raise ValueError("the coupling holds no reference text to cut prompts from; fit it again")
+    text_bt, generator = coupling.reference_bt, torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    prompts = []
+    for _ in range(count):
+        length = min(draw(*LENGTHS), text_bt.shape[1])
+        row, start = draw(0, len(text_bt) - 1), draw(0, text_bt.shape[1] - length)
+        prompts.append(text_bt[row, start : start + length])
+    return prompts
+
+
+def judged(
+    coupling: Coupling, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
+) -> tuple[str, float | None]:
+    """The verdict on one prompt's explanation, and the ratio of dense to sparse loss by the circuit's deletion."""
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    followed = follow(coupling, tokens_t[None], last_b)
+    question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
+    loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
+    if abs(loss.span) < search.least_span:
+        return "no explanation", None
+    report = gather(coupling, loss, find_nested(loss), followed, config=config, seed=seed).report
+    return report.verdict, report["dense_ratio"].value
+
+
+def run_prompt_nulls(
+    coupling: Coupling,
+    prompts: Sequence[Tensor],
+    against: Path | None,
+    *,
+    names: Sequence[NullName] = NULL_NAMES,
+    search: SearchConfig | None = None,
+    config: EvidenceConfig | None = None,
+    minutes: float = MINUTES,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[PromptNull, ...]:
+    """Each null on the prompts, written to the coupling's folder where it is in one.
+
+    The uncoupled model is found, or trained for some minutes, in the folder `against`. Raises NullError where it has none.
+    """
+    search, config = search or SearchConfig(), config or EvidenceConfig()
+    nulls: list[PromptNull] = []
+    for name in names:
+        progress(f"{name}: the coupling")
+        null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
+        means = prompt_means(null)
+        verdicts: list[str] = []
+        ratios: list[float | None] = []
+        for place, tokens_t in enumerate(prompts):
+            verdict, ratio = judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed)
+            progress(f"{name}, prompt {place + 1} of {len(prompts)}: {verdict}")
+            verdicts.append(verdict)
+            ratios.append(ratio)
+        nulls.append(PromptNull.of(name, verdicts, ratios))
+    if coupling.path is not None:
+        keep_nulls(coupling, "prompts", nulls, rules_of(search, config))
+    return tuple(nulls)
+
+
+def render_prompt_nulls(nulls: Sequence[PromptNull]) -> str:
+    """The nulls as a table: how many explanations earn each verdict, and the median of what judges them."""
+    rows: list[tuple[str, ...]] = [("null", "prompts", "representational or better", "verdicts", "dense over sparse loss")]
+    for null in nulls:
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(null.verdicts.items()))
+        ratio = "-" if null.ratio is None else f"{null.ratio:.2f}"
+        rows.append((null.name, str(null.prompts), str(null.strong), verdicts, ratio))
+    return "\n".join(columns(rows, 120))

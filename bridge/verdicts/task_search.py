@@ -1,0 +1,196 @@
+"""All evidence on a task's circuits in the sparse model, and the table of rules for its verdict there.
+
+    no explanation   the sparse model does not do the task, or the span is too small, or too much of it flows through errors
+    refuted          on held-out prompts the opening circuit alone or in random supersets is not what the search took it for,
+                     matched nodes do as well, or the answer is there without it
+    behavioural      none of these; what the dense model does, the card says
+
+Everything is measured on the test split, whose names and templates the search has not seen. Bounds there are wider than those of
+the search, which a circuit is held to on other prompts.
+
+Shape legend: c circuit, u superset, b prompt, f all nodes in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.loss import CircuitLoss
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.search import Nested
+from bridge.data.task_tokens import Scores
+from bridge.evidence.controls import active_nodes, matched
+from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
+from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
+
+SOLVED = 0.9  # accuracy
+
+
+@dataclass(frozen=True)
+class TaskEvidenceConfig:
+    """What a task's circuit is held to, and how much is drawn; saved with its result."""
+
+    solved: float = SOLVED
+    most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
+    faithfulness: float = 0.8  # on held-out prompts, where the search asks .9 on its own
+    superset_mean: float = 0.7
+    superset_worst: float = 0.4
+    matched: float = 0.1  # of faithfulness, in the median
+    lost: float = 0.8  # of the span, by deleting the circuit
+    stable: float = 0.6  # Jaccard overlap of two seeds' nodes
+    smaller: float = 16.0  # times fewer edges than the dense model's own circuit
+    supersets: int = 10
+    draws: int = 4  # of matched nodes
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The table, weakest verdict first."""
+        return (
+            Rule(
+                "undecided", ("solved", "span", "error_share"),
+                "The sparse model does the task, and nodes carry most of the answer.", refuted="no explanation",
+            ),
+            Rule(
+                "behavioural", ("faithfulness", "accuracy", "supersets_mean", "supersets_worst", "matched", "lost"),
+                "On held-out prompts the circuit alone keeps the answers, in random supersets too, other active nodes do not, "
+                "and without it the answers are lost.",
+                refuted="refuted",
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskLevel:
+    """One of a task's nested circuits on held-out prompts, its edges, and the faithfulness of nodes matched by location."""
+
+    circuit: NestedCircuit
+    edges: int
+    matched: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Circuits to be judged, with every seed's opening nodes, edges by level, and those of the dense model's own circuit."""
+
+    nested: Nested
+    seeds_f: Sequence[Tensor]
+    edges: Sequence[int]
+    dense_edges: int | None
+
+
+@torch.no_grad()
+def gather_task(
+    test: CircuitLoss[MaskedModel],
+    judged: Judged,
+    scores: Scores,
+    dense_scores: Scores,
+    *,
+    config: TaskEvidenceConfig | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Report, tuple[TaskLevel, ...]]:
+    """All evidence on a task's circuits on some prompts, and every level measured there."""
+    config, opening = config or TaskEvidenceConfig(), test.config.opening
+    generator = torch.Generator().manual_seed(seed + 3_000_017)
+    on_f, nested = active_nodes(test.masked), judged.nested
+    levels: list[TaskLevel] = []
+    controls: Controls | None = None
+    for place, level in enumerate(nested.levels):
+        progress(f"evidence: {level}, alone, in supersets, deleted, beside matched nodes")
+        kept_f = nested.kept(place)
+        superset_uf = superset_draws(test, config.supersets, seed + place)
+        found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.within(kept_f, level))
+        drawn = Controls.of(test, kept_f, on_f, config.draws, generator)
+        controls = drawn if place == opening else controls
+        levels.append(TaskLevel(found, judged.edges[place], median(drawn.alone) if drawn.alone else None))
+    assert controls is not None
+    opened, kept_f = levels[opening].circuit, nested.kept(opening)
+    report = Report(
+        (
+            Measure(
+                "solved", "accuracy of the sparse model", scores.accuracy, Criterion(">=", config.solved),
+                Control("chance", 1, 0.5, 0.5, "it"), note=f"the dense model {dense_scores.accuracy:.3f}",
+            ),
+            Measure("span", "span in nats", test.span, Criterion(">=", test.config.least_span)),
+            Measure("error_share", "share of the span through errors", opened.error_share, Criterion("<=", config.most_error)),
+            Measure("faithfulness", "faithfulness alone", opened.faithfulness, Criterion(">=", config.faithfulness)),
+            Measure("accuracy", "accuracy alone", _accuracy(test, kept_f), Criterion(">=", config.solved)),
+            Measure("supersets_mean", "in random supersets, mean", opened.supersets_mean, Criterion(">=", config.superset_mean)),
+            Measure(
+                "supersets_worst", "in random supersets, worst", opened.supersets_worst, Criterion(">=", config.superset_worst)
+            ),
+            Measure(
+                "matched", "faithfulness of matched nodes", levels[opening].matched, Criterion("<=", config.matched),
+                note="other active nodes, one for one at the same locations",
+            ),
+            Measure(
+                "lost", "span lost in sparse by deletion", 1 - opened.left, Criterion(">=", config.lost, True),
+                Control.of("matched", controls.lost, max, "largest"),
+            ),
+            Measure("kl", "KL alone in nats", opened.kl),
+            _stable(config, judged.seeds_f, on_f),
+            _smaller(config, judged.edges[opening], judged.dense_edges),
+        ),
+        config.rules(),
+    )  # fmt: skip
+    return report, tuple(levels)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Circuits of matched nodes: faithfulness of each alone, and the span lost by deleting it; none where too few are active."""
+
+    alone: tuple[float, ...]
+    lost: tuple[float, ...]
+
+    @staticmethod
+    def of(test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator) -> Controls:
+        """Some draws of as many other active nodes at the same locations."""
+        wanted = int((kept_f & test.nodes_f).sum())
+        if not 0 < wanted <= int((on_f & ~kept_f).sum()):
+            return Controls((), ())
+        matched_cf = matched(test.masked, kept_f, draws, generator)
+        count = len(test.model_b)
+        alone_rv = test.logits(matched_cf)
+        deleted_rv = test.logits(test.complement(matched_cf))
+        alone_c = 1 - test.miss(alone_rv).view(-1, count).mean(1).abs()
+        lost_c = 1 - test.left(deleted_rv).view(-1, count).mean(1)
+        return Controls(tuple(alone_c.tolist()), tuple(lost_c.tolist()))
+
+
+def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
+    """How often the circuit alone prefers the answer."""
+    row_b = torch.arange(len(test.model_b), device=kept_f.device)
+    return float((test.masked.question.difference(test.logits(kept_f[None]), row_b) > 0).float().mean())
+
+
+def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor) -> Measure:
+    """Overlap of the seeds' circuits, beside what as many active nodes share by chance."""
+    key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
+    if len(seeds_f) < 2:
+        return Measure(key, name, None, criterion, note="there is one seed; give --seeds 5")
+    overlaps, by_chance = [], []
+    for one_f, other_f in combinations(seeds_f, 2):
+        shared, sizes = int((one_f & other_f).sum()), int(one_f.sum()) + int(other_f.sum())
+        expected = expected_overlap(int(one_f.sum()), int(other_f.sum()), int((on_f | one_f | other_f).sum()))
+        overlaps.append(shared / max(1, sizes - shared))
+        by_chance.append(expected / max(1.0, sizes - expected))
+    sizes = ", ".join(f"{int(kept_f.sum()):,}" for kept_f in seeds_f)
+    control = Control.of("chance", by_chance, max, "most")
+    return Measure(key, name, sum(overlaps) / len(overlaps), criterion, control, note=f"nodes: {sizes}")
+
+
+def expected_overlap(first: int, second: int, of: int) -> float:
+    """How many of `of` things two random sets share on average (hypergeometric)."""
+    return first * second / of if of else 0.0
+
+
+def _smaller(config: TaskEvidenceConfig, edges: int, dense_edges: int | None) -> Measure:
+    value = None if dense_edges is None else dense_edges / max(1, edges)
+    note = "the dense model's own circuit was not searched" if dense_edges is None else f"{edges:,} edges, dense {dense_edges:,}"
+    return Measure("smaller", "times fewer edges than the dense model's own", value, Criterion(">=", config.smaller), note=note)

@@ -1,0 +1,96 @@
+"""The pass without autograd gives the logits, the residuals and the gradients that the model under its gates does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import CONTEXT, VOCABULARY, planted_pairs, untrained
+from torch import Tensor
+
+from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.masked_pass import serves
+from bridge.circuits.question import Question
+from bridge.kernels.products import Compact
+from bridge.models.circuit import corpus_means
+from bridge.models.dense import DenseModel
+from bridge.models.residual import Enter
+
+WIDTHS = {"width": 64, "positions": "learned"}
+SHAPES = [WIDTHS, {**WIDTHS, "sinks": False, "bigram": "none"}, {**WIDTHS, "keep": 1.0, "bigram": "full"}]
+
+
+def masked_models(dense: DenseModel, shape: dict, *, several: bool) -> tuple[MaskedModel, MaskedModel]:
+    """One and the same masked model, through the pass and through the gates."""
+    coupling = untrained(dense, sparse=shape)
+    sparse = coupling.sparse
+    sparse.project(0.15)
+    sparse.requires_grad_(False)
+    corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
+    pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
+    question = pairs if several else prompt
+    followed = follow(coupling, question.prompt_bt, question.last_b)
+    means = {**corpus_means(sparse, corpus_bt), **error_means(coupling, corpus_bt)}
+    assert not serves(sparse)
+    gates = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
+    for name, weight in sparse.packable().items():
+        sparse.compact[name] = Compact.of(weight)
+    assert serves(sparse)
+    compiled = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
+    sparse.compact.clear()
+    return compiled, gates
+
+
+def masks(masked: MaskedModel, rows: int) -> list[Tensor]:
+    """Masks of every density, and mixtures."""
+    mix_rf = torch.rand(rows, masked.space.size, generator=torch.Generator().manual_seed(2))
+    return [mix_rf < torch.linspace(0.02, 1.01, rows)[:, None], mix_rf]
+
+
+def assert_same(made: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(made, wanted, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("several", [False, True])
+def test_logits_and_gradients_are_those_of_the_gates(dense: DenseModel, shape: dict, several: bool) -> None:
+    compiled, gates = masked_models(dense, shape, several=several)
+    row_r = torch.arange(70) % len(compiled.question)  # more than a tile, and more tiles than are kept for the way back
+    for mask_rf in masks(compiled, len(row_r)):
+        assert_same(compiled.logits(mask_rf, row_r), gates.logits(mask_rf, row_r))
+
+        def loss(logits_rv: Tensor) -> Tensor:
+            return compiled.question.difference(logits_rv, row_r[: len(logits_rv)]).square()
+
+        for rows in (3, len(row_r)):
+            made, wanted = (model.gradient(mask_rf[:rows], loss, row_r[:rows]) for model in (compiled, gates))
+            scale = float(wanted[0].abs().max())
+            assert scale > 0
+            torch.testing.assert_close(made[0], wanted[0], atol=1e-4 * scale, rtol=1e-3)
+            assert_same(made[1], wanted[1])
+            node_k = torch.arange(0, compiled.space.size, 7)
+            some_rk, _ = compiled.gradient(mask_rf[:rows], loss, row_r[:rows], node_k)
+            assert torch.equal(some_rk, made[0][:, node_k])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_enter_at_sites_and_leave_residuals(dense: DenseModel, shape: dict) -> None:
+    compiled, gates = masked_models(dense, shape, several=False)
+    mask_rf = masks(compiled, 6)[0]
+    wanted, late = gates.run(mask_rf, narrow=True), compiled.sparse.narrow_from
+    made = compiled.run(mask_rf, narrow=True)
+    for x_rts, y_rts in zip(made.residuals, wanted.residuals, strict=True):
+        assert_same(x_rts, y_rts)
+    for sites in ([-1, 0, 0, 1, late - 1, late - 1], [late] * 4 + [late + 1] * 2):
+        x_rts = torch.stack([wanted.residuals[max(0, site)][row] + 0.1 for row, site in enumerate(sites)])
+        made, other = (model.run(mask_rf, None, Enter(torch.tensor(sites), x_rts), narrow=True) for model in (compiled, gates))
+        assert_same(made.logits_btv, other.logits_btv)
+        for site in range(sites[-1], compiled.sparse.n_sites):
+            assert_same(made.residuals[site], other.residuals[site])
+
+
+def test_every_mask_kept_is_the_dense_model(dense: DenseModel) -> None:
+    compiled, _ = masked_models(dense, WIDTHS, several=False)
+    all_1f = torch.ones(1, compiled.space.size, dtype=torch.bool)
+    dense_v = dense.run(compiled.question.prompt_bt).logits_btv[0, -1]
+    assert_same(compiled.logits(all_1f)[0], dense_v)

@@ -1,0 +1,366 @@
+"""A sweep end to end on tiny models, killed and resumed at every level; its means, its table and its plot."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cli_cases import assert_refused, run
+from support.models import CONTEXT, tiny_gpt2, tiny_tokenizer, untrained
+from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  fixtures
+
+import bridge
+from bridge.data.task_pairs import TaskError
+from bridge.display.svg import log_ticks, ticks
+from bridge.errors import UserError
+from bridge.models.dense import load_dense
+from bridge.models.store import CheckpointError
+from bridge.recipe import RecipeError
+from bridge.studies import search as task_circuit
+from bridge.studies import suite
+from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
+from bridge.studies.result import Size
+from bridge.studies.sweep import SweepError, plan
+from bridge.training import loop as training
+
+module = importlib.import_module("bridge.studies.sweep")
+SETTINGS = {"sparse.head_channels": 8, "data.rows": 4}
+STEPS = 10
+
+
+@pytest.fixture
+def described(dense_folder: Path, text_file: Path, task_file: Path, bridge_folder: Path) -> dict[str, Any]:  # noqa: F811
+    """Two fits of ten steps, and a loaded coupling that does the task."""
+    return {
+        "model": str(dense_folder), "l0": (0.25, 0.125), "width": (32,), "load": (bridge_folder,), "tasks": (str(task_file),),
+        "tokens": STEPS * 4 * CONTEXT, "data": str(text_file), "settings": SETTINGS, "level": 0.9,
+        "explains": "sparse", "budget": 0.2, "rows": 4, "device": "cpu",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each expensive step is begun."""
+    counts: Counter[str] = Counter()
+
+    def count(home: Any, name: str) -> None:
+        original = getattr(home, name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(home, name, counting)
+
+    for home, name in ((module, "fit"), (module, "evaluate"), (module, "search_dense"), (suite, "search_task")):
+        count(home, name)
+    return counts
+
+
+def sizes(*edges: int, failed: int = 0) -> tuple[TaskSize, ...]:
+    done = tuple(TaskSize(f"t{place}", Size(2 * n, n)) for place, n in enumerate(edges))
+    return done + tuple(TaskSize(f"f{place}", Size(5_000, 40_000), "unsolved") for place in range(failed))
+
+
+def point(name: str, width: int, l0: float, ce: float, tasks: tuple[TaskSize, ...], **parts: Any) -> Point:
+    return Point(name, parts.pop("loaded", None), width, l0, 100, 1600, ce, parts.pop("ce_dense", 2.5), 0.5, 0.7, 0.8, tasks)
+
+
+def example() -> Frontier:
+    points = (
+        point("w256-l0-0.0625", 256, 0.0625, 3.5, sizes(900, 400)),
+        point("w256-l0-0.0156", 256, 0.015625, 4.2, sizes(80, failed=1)),
+        point("w512-l0-0.0625", 512, 0.0625, 3.1, sizes(700, 500)),
+        point("a<b&c", 512, 0.3, 3.11, sizes(720, 500), loaded="runs/a<b&c"),
+    )
+    dense = DensePoint("tiny", "f" * 64, 2.5, sizes(9_000, 7_000))
+    return Frontier(points, (Failure("w512-l0-0.5", "it diverged"),), (), dense, 0.9, 1)
+
+
+# -- end to end ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counter[str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = bridge.studies.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
+    assert isinstance(result, bridge.Frontier)
+    assert [p.name for p in result.points] == ["w32-l0-0.25", "w32-l0-0.125", "bridge"] and not result.failures
+    for p, l0 in zip(result.points, (0.25, 0.125), strict=False):
+        folder = tmp_path / "sweep" / p.name
+        assert (folder / "coupling.json").is_file() and (folder / "circuits" / "planted" / "circuit.json").is_file()
+        assert (
+            p.width == 32 and p.loaded is None and p.l0 == pytest.approx(l0, abs=0.01) and p.nonzeros == round(p.l0 * p.weights)
+        )
+        evaluation = json.loads((folder / "eval.json").read_text())
+        assert (p.ce, p.kl, p.recovered_in) == (evaluation["ce_sparse"], evaluation["kl_sparse"], evaluation["recovered_in"])
+        assert p.solved == 0 and p.edges == pytest.approx(p.tasks[0].size.edges) and "unsolved" not in p.tasks[0].verdict
+    loaded = result.points[-1]
+    assert loaded.loaded == str(described["load"][0]) and loaded.solved == 1 and loaded.edges == pytest.approx(4)
+    assert not (tmp_path / "sweep" / "bridge" / "coupling.json").exists() and not (described["load"][0] / "eval.json").exists()
+    assert result.dense is not None and result.dense.ce == result.points[0].ce_dense and len(result.dense.tasks) == 1
+    assert Frontier.load(tmp_path / "sweep") == result
+    assert (tmp_path / "sweep" / "sweep.txt").read_text() == f"{result}\n"
+    assert any(line.startswith("[1/3] w32-l0-0.25: fit: 640 tokens in") for line in lines), lines
+    assert any("[3/3] bridge: circuit 1/1 planted: 6 nodes, 4 edges, behavioural" in line for line in lines), lines
+    assert counted == {"fit": 2, "evaluate": 3, "search_task": 3, "search_dense": 1}
+
+    again = bridge.studies.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
+    assert again == result and sum(counted.values()) == 9
+    more = bridge.studies.sweep(**{**described, "l0": (0.125, 0.0625)}, out=tmp_path / "sweep")
+    assert counted["fit"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
+
+
+def test_a_killed_sweep_goes_on_at_every_level(
+    described: dict[str, Any], counted: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    seen: list[str] = []
+
+    def killed_at(word: str) -> Callable[[str], None]:
+        def say(text: str) -> None:
+            seen.append(text)
+            if word in text:
+                raise KeyboardInterrupt
+
+        return say
+
+    out = tmp_path / "sweep"
+    for word in ("w32-l0-0.25: fit: 50%", "w32-l0-0.125: fit: 30%", "bridge: evaluation", "bridge: planted: edges"):
+        with pytest.raises(KeyboardInterrupt):
+            bridge.studies.sweep(**described, out=out, progress=killed_at(word))
+    assert (out / "w32-l0-0.125" / "coupling.json").is_file() and Frontier.load(out).missing == ("bridge",)
+    seen.clear()
+    result = bridge.studies.sweep(**described, out=out, progress=killed_at("nothing"))
+    assert len(result.points) == 3 and not any("fit:" in text for text in seen)
+    # each fit begun twice, the second time where it was; nothing that was finished is begun again
+    assert counted == {"fit": 4, "evaluate": 4, "search_task": 4, "search_dense": 1}
+    steps = [json.loads(line)["step"] for line in (out / "w32-l0-0.25" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    whole = bridge.studies.sweep(**described, out=tmp_path / "unkilled")
+    assert [p.ce for p in whole.points] == [p.ce for p in result.points]
+
+
+def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "fit: 60%" in text:
+            raise KeyboardInterrupt
+
+    alone = {**described, "l0": (0.25,), "load": ()}
+    with pytest.raises(KeyboardInterrupt):
+        bridge.studies.sweep(**alone, out=tmp_path / "sweep", progress=say)
+    said.clear()
+    bridge.studies.sweep(**alone, out=tmp_path / "sweep", progress=said.append)
+    fits = [text.partition("fit: ")[2].partition(",")[0] for text in said if "fit: " in text]
+    assert fits == ["60%", "70%", "80%", "90%", "100%"]  # the state saved last was that of the fifth step
+
+
+def test_a_failing_point_is_reported_and_the_others_measured(
+    described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.fit
+
+    def fit(model: Any, l0: float, **options: Any) -> Any:
+        if l0 == 0.25:
+            raise training.FitError("stopped at step 3:\n it diverged")
+        return original(model, l0, **options)
+
+    monkeypatch.setattr(module, "fit", fit)
+    other = tmp_path / "other"
+    replace(untrained(load_dense(tiny_gpt2(seed=7), tokenizer=tiny_tokenizer()))).save_pretrained(other)
+    lines: list[str] = []
+    loads = (described["load"][0], other, tmp_path / "absent")
+    result = bridge.studies.sweep(**{**described, "load": loads}, out=tmp_path / "sweep", on_step_end=lines.append, dense=False)
+    assert [p.name for p in result.points] == ["w32-l0-0.125", "bridge"]
+    assert [failure.name for failure in result.failures] == ["w32-l0-0.25", "other", "absent"]
+    assert result.failures[0].why == "stopped at step 3: it diverged" and "not the one" in result.failures[1].why
+    assert "[1/5] w32-l0-0.25: FAILED: stopped at step 3: it diverged" in lines
+    assert "FAILED: stopped at step 3: it diverged" in (tmp_path / "sweep" / "sweep.txt").read_text()
+    assert result.dense is not None and result.dense.edges is None and result.dense.why_not == "not asked for"
+    assert all("\n" not in line for line in lines)
+
+
+def test_measures_are_not_taken_for_anothers(described: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    only = {**described, "l0": (0.25,), "load": (), "dense": False}
+    bridge.studies.sweep(**only, out=out)
+    changed = bridge.studies.sweep(**{**only, "tokens": 1280}, out=out)
+    assert "another budget.tokens; name another --out" in changed.failures[0].why and not changed.points
+    rows = bridge.studies.sweep(**{**only, "rows": 2}, out=out)
+    assert "was searched by" in rows.failures[0].why
+    bridge.studies.sweep(**only, out=out)
+    with pytest.raises(SweepError, match="holds a sweep by another search|holds a sweep by"):
+        bridge.studies.sweep(**{**only, "level": 0.95}, out=out)
+    facts = json.loads((out / "w32-l0-0.25" / "point.json").read_text())
+    (out / "w32-l0-0.25" / "point.json").write_text(json.dumps({**facts, "sha256": "0"}))
+    assert "measures of other weights" in bridge.studies.sweep(**only, out=out).failures[0].why
+
+
+def test_the_dense_models_own_circuits(
+    described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
+) -> None:
+    monkeypatch.setattr(task_circuit, "SOLVED", 0.0)
+    monkeypatch.setattr(task_circuit, "TASK_SEARCH", replace(task_circuit.TASK_SEARCH, least_span=-1.0))  # of a random model
+    only = {**described, "l0": (), "width": (), "model": None}
+    result = bridge.studies.sweep(**only, out=tmp_path / "sweep")
+    dense = result.dense
+    assert dense is not None and not dense.tasks[0].failed and dense.edges == pytest.approx(dense.tasks[0].size.edges)
+    assert dense.tasks[0].size.nodes > 0 and str(dense.tasks[0].size.edges) in str(result).replace(",", "")
+    assert bridge.studies.sweep(**only, out=tmp_path / "sweep") == result and counted["search_dense"] == 1
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_points_of_a_plan(tmp_path: Path) -> None:
+    assert [p.name for p in plan((0.1, 0.01), (64, 32))] == ["w64-l0-0.1", "w64-l0-0.01", "w32-l0-0.1", "w32-l0-0.01"]
+    assert [p.name for p in plan((100_000,))] == ["wauto-l0-100000"]
+    recipe = tmp_path / "one.toml"
+    recipe.write_text('dense = "x"\n[sparse]\nwidth = 48\n[sparsity]\nl0 = 0.2\n')
+    assert [p.name for p in plan(recipe=recipe)] == ["w48-l0-0.2"]
+    assert [p.name for p in plan(load=["runs/a", "runs/b"], recipe=recipe)] == ["a", "b"]
+    assert [p.name for p in plan(load=["one/a", "two/a"])] == ["one-a", "two-a"]
+    for problem, options in (
+        ("give --l0", {}),
+        ("l0 0.1 is named twice", {"l0": (0.1, 0.1)}),
+        ("width 32 is named twice", {"l0": (0.1,), "width": (32, 32)}),
+        ("is not a multiple of sparse.head_channels", {"l0": (0.1,), "width": (33,)}),
+        ("two points would be", {"l0": (0.1, 0.2), "settings": {"sparsity.l0": 0.3}}),
+        ("two results would be written to a folder", {"load": ("x/y/a", "z/y/a")}),
+        ("two results would be written to a folder", {"load": ("runs/dense-model",)}),
+        ("some weights must stay", {"l0": (-1.0,)}),
+    ):
+        with pytest.raises(UserError, match=problem) as caught:
+            plan(**options)  # pyright: ignore[reportArgumentType]
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(described: dict[str, Any], tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    file = tmp_path / "for_while.jsonl"
+    file.write_text("")
+    for kind, problem, options in (
+        (TaskError, "there is no task 'no_such'", {"tasks": ("no_such",)}),
+        (SweepError, "two tasks are called 'for_while'", {"tasks": ("for_while", str(file))}),
+        (SweepError, "seeds 0", {"seeds": 0}),
+        (SweepError, "is not empty and holds no sweep", {"out": full}),
+        (SweepError, "which model is not said", {"model": None}),
+        (UserError, "nowhere", {"model": str(tmp_path / "nowhere")}),
+        (RecipeError, "recipe .* does not exist", {"recipe": tmp_path / "none.toml"}),
+    ):
+        with pytest.raises(kind, match=problem) as caught:
+            bridge.studies.sweep(**{**described, "out": tmp_path / "sweep", **options})
+        assert "\n" not in str(caught.value) and not (tmp_path / "sweep").exists()
+
+
+def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    common = ("--width", 32, "--tokens", 640, "--data", text_file, "--set", "sparse.head_channels=8", "--set", "data.rows=4")
+    common += (
+        "--explains",
+        "sparse",
+        "--budget",
+        0.1,
+        "--rows",
+        4,
+        "--no-dense",
+        "--device",
+        "cpu",
+        "--tasks",
+        *described["tasks"],
+    )
+    out = tmp_path / "sweep"
+    result = run("sweep", "--l0", 0.25, 0.125, dense_folder, *common, "--load", described["load"][0], "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "[2/3] w32-l0-0.125: evaluation: CE" in result.stdout and "wrote" in result.stdout
+    assert [p.name for p in Frontier.load(out).points] == ["w32-l0-0.25", "w32-l0-0.125", "bridge"]
+    partly = run("sweep", dense_folder, "--l0", 0.25, *common, "--load", tmp_path / "a", "--out", out)
+    assert partly.exit_code == 1 and "1 of 2 points failed; the same command tries them again" in partly.stderr
+    assert "[2/2] a: FAILED:" in partly.stdout and "[1/2] w32-l0-0.25: fit: there already" in partly.stdout
+    assert_refused(run("sweep", dense_folder, "--l0", 0.1), "give --out FOLDER")
+    assert_refused(run("sweep", dense_folder, "--out", tmp_path / "new"), "give --l0")
+    assert_refused(run("sweep", dense_folder, "--l0", 0.1, "--tasks", "x", "--out", tmp_path / "new"), "there is no task 'x'")
+    assert_refused(run("sweep", "--l0", 0.1, "--out", tmp_path / "new"), "which model is not said")
+    assert not (tmp_path / "new").exists()
+
+
+# -- values, table, plot ------------------------------------------------------------------------------------------------
+
+
+def test_the_geometric_mean_counts_failed_tasks_at_full_size() -> None:
+    one = point("p", 32, 0.1, 3.0, sizes(10, 200, failed=2))
+    literal = math.prod([10, 200, 40_000, 40_000]) ** (1 / 4)
+    assert one.edges == pytest.approx(literal) and one.solved == 2
+    assert one.nodes == pytest.approx(math.prod([20, 400, 5_000, 5_000]) ** (1 / 4))
+    assert point("p", 32, 0.1, 3.0, sizes(0, 100)).edges == pytest.approx(10)  # an empty circuit counts as one edge
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    frontier = example()
+    frontier.save(tmp_path / "new")
+    assert Frontier.load(tmp_path / "new") == frontier
+    values = json.loads((tmp_path / "new" / "sweep.json").read_text())
+    assert values["points"][0]["edges"] == pytest.approx(600) and values["points"][1]["solved"] == 1
+    assert values["dense"]["edges"] == pytest.approx(math.sqrt(63e6))
+    with pytest.raises(CheckpointError, match="holds no sweep.json"):
+        Frontier.load(tmp_path)
+    (tmp_path / "new" / "sweep.json").write_text('{"format": 1, "points": 3}')
+    with pytest.raises(CheckpointError, match="is no sweep that this version reads"):
+        Frontier.load(tmp_path / "new")
+
+
+def test_the_table() -> None:
+    text = render_frontier(example())
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[1][:6] == ["w256-l0-0.0625", "256", "0.0625", "100", "3.500", "0.750"] and rows[1][6:9] == ["2", "of", "2"]
+    assert rows[1][-2:] == ["600", "7,937"] and "w512-l0-0.5     FAILED: it diverged" in text
+    assert "different text" not in text
+    other = replace(example(), points=(*example().points, point("o", 64, 0.5, 4.0, sizes(3), ce_dense=2.9)))
+    assert "the dense model's CE is 2.500 to 2.900" in render_frontier(other)
+
+
+def test_the_plot_holds_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = "{http://www.w3.org/2000/svg}"
+    frontier = example()
+    root = ElementTree.fromstring(scatter(frontier))
+    marks = [group for group in root.iter(f"{space}g") if "point" in group.get("class", "").split()]
+    assert Counter(mark.get("data-name") for mark in marks) == {p.name: 2 for p in frontier.points}  # a panel each
+    side_x, side_y = float(root.get("width", 0)), float(root.get("height", 0))
+    for mark in marks:
+        circle, label = mark.find(f"{space}circle"), mark.find(f"{space}text")
+        assert circle is not None and label is not None and label.text
+        assert 0 < float(circle.get("cx", 0)) < side_x and 0 < float(circle.get("cy", 0)) < side_y
+        assert circle.get("class") == ("loaded" if mark.get("data-name") == "a<b&c" else "dot")
+    first = {mark.get("data-name"): mark.find(f"{space}circle") for mark in marks[: len(frontier.points)]}
+    x = {name: float(circle.get("cx", 0)) for name, circle in first.items() if circle is not None}
+    assert sorted(x, key=lambda name: x[str(name)]) == ["w512-l0-0.0625", "a<b&c", "w256-l0-0.0625", "w256-l0-0.0156"]
+    labels = {mark.get("data-name"): label.text for mark in marks if (label := mark.find(f"{space}text")) is not None}
+    assert labels["w512-l0-0.0625"] == "1/16" and labels["w256-l0-0.0156"] == "1/64 (1/2)"  # solved, where not all are
+    colours = {(mark.get("class") or "").split()[0] for mark in marks}
+    assert colours == {"c0", "c1"}
+    text = scatter(frontier)
+    assert "prefers-color-scheme:dark" in text and "currentColor" in text and "http" not in text.replace(space[1:-1], "")
+    assert len([line for line in root.iter(f"{space}line") if line.get("class") == "dense"]) == 1 + 2 * 2
+    for some in (replace(frontier, points=(), dense=None), replace(frontier, points=frontier.points[:1], dense=None)):
+        ElementTree.fromstring(scatter(some))
+    assert ticks([2.5, 4.2])[0] <= 2.5 and log_ticks([600.0, 8_000.0]) == [500, 1e3, 2e3, 5e3, 1e4]
+
+
+def test_functions_named_like_their_modules_stay_functions() -> None:
+    for name in ("sweep", "evaluate"):
+        home = importlib.import_module(f"bridge.{name}")
+        assert getattr(bridge, name) is getattr(home, name) and callable(getattr(bridge, name))

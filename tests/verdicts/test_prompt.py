@@ -1,0 +1,173 @@
+"""All evidence on a prompt: what it gathers, the table of rules, and the nulls kept with a coupling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridge.circuits.error_nodes import follow
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.circuits.search import Nested
+from bridge.evidence.measures import Control, Report
+from bridge.evidence.patching import Counterfactual
+from bridge.models.bridges import Coupling
+from bridge.verdicts import nulls as nulls_module
+from bridge.verdicts.null_couplings import NULL_NAMES, NullError, null_coupling
+from bridge.verdicts.null_table import FILE, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
+from bridge.verdicts.nulls import judged, prompt_means, run_prompt_nulls
+from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather
+from tests.conftest import VOCABULARY
+
+LENGTH = 6
+SEARCH = SearchConfig(steps=2, rounds=1, sweeps=1, least_span=0.0)
+CONFIG = EvidenceConfig(nodes=12, matched_draws=3)
+
+
+def prompt(seed: int) -> Tensor:
+    return torch.randint(2, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def loaded(coupling_folder: Path) -> Coupling:
+    return Coupling.from_pretrained(coupling_folder)
+
+
+def gathered(coupling: Coupling, counterfactual: bool) -> tuple[Evidence, CircuitLoss]:
+    tokens_t, other_t = prompt(1), prompt(2)
+    last_b = torch.tensor([LENGTH - 1])
+    followed = follow(coupling, tokens_t[None], last_b)
+    question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
+    masked = MaskedModel(coupling.sparse, question, prompt_means(coupling), followed.errors)
+    loss = CircuitLoss(masked, followed.dense_bv, SEARCH)
+    levels = SEARCH.nested()
+    level_f = (6 * torch.rand(masked.space.size, generator=torch.Generator().manual_seed(3))).long().clamp(max=len(levels))
+    nested = Nested(levels, level_f, (1.0,) * len(levels))
+    other = Counterfactual(other_t[None], follow(coupling, other_t[None], last_b)) if counterfactual else None
+    groups = [nested.kept(SEARCH.opening) & (torch.arange(masked.space.size) % 3 == part) for part in range(3)]
+    return gather(coupling, loss, nested, followed, groups, other, config=CONFIG, seed=5), loss
+
+
+def test_evidence_is_whole_and_repeats_itself(loaded: Coupling) -> None:
+    evidence, loss = gathered(loaded, True)
+    again, _ = gathered(loaded, True)
+    assert evidence.report == again.report and evidence.group_dense_effects == again.group_dense_effects
+    assert len(evidence.group_dense_effects) == 3 and len(evidence.nested) == 5
+    report, opening = evidence.report, evidence.nested[SEARCH.opening]
+    assert report["faithfulness"].value == opening.faithfulness
+    assert report["span"].value == abs(loss.span)
+    assert len(report["dense_ratio"].points) == loaded.n_sites
+    assert (evidence.backup is not None) == (opening.left > SEARCH.left)
+    assert report["nulls"].passed is None and "not run" in report["nulls"].note
+    json.dumps([measure.note for measure in report.measures])
+    without, _ = gathered(loaded, False)
+    with pytest.raises(KeyError, match="patching"):
+        without.report["patching"]
+
+
+@pytest.fixture(scope="module")
+def template(loaded: Coupling) -> Report:
+    return gathered(loaded, True)[0].report
+
+
+GOOD = {
+    "span": 5.0, "error_share": 0.1, "faithfulness": 0.93, "supersets_mean": 0.9, "supersets_worst": 0.7, "matched": 0.02,
+    "dense_ratio": 0.8, "dense_matched": 0.01, "lost": 0.9, "profile": 0.7, "patching": 0.8, "nulls": 0.0,
+}  # fmt: skip
+
+
+def report_of(template: Report, **values: float | None) -> Report:
+    control = Control("control", 1, 0.0, 0.0, "it")
+    values = {**GOOD, **values}
+    measures = tuple(
+        replace(measure, value=values.get(measure.key, measure.value), control=control) for measure in template.measures
+    )
+    return Report(measures, template.rules)
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ({}, "mechanistic support"),
+        ({"span": -1.0}, "no explanation"),  # the search of these tests asks for no more than 0
+        ({"error_share": 0.6}, "no explanation"),
+        ({"faithfulness": 0.8}, "refuted"),
+        ({"supersets_mean": 0.5}, "refuted"),
+        ({"matched": 0.5}, "refuted"),
+        ({"matched": None}, "undecided"),
+        ({"dense_ratio": 0.0}, "behavioural"),
+        ({"dense_ratio": None}, "behavioural"),
+        ({"dense_matched": 0.3}, "behavioural"),
+        ({"lost": 0.5}, "representational"),
+        ({"profile": 0.2}, "representational"),
+        ({"patching": 0.1}, "representational"),
+        ({"nulls": 0.1}, "representational"),
+        ({"nulls": None}, "representational"),
+    ],
+)
+def test_the_table_gives_every_verdict(template: Report, values: dict[str, float | None], verdict: str) -> None:
+    report = report_of(template, **values)
+    assert report.verdict == verdict
+    assert report.reasons and all(reason[0].isupper() for reason in report.reasons)
+
+
+def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
+    loaded: Coupling, coupling_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(coupling_folder, folder)
+    (folder / FILE).write_text('{"format": 1, "nulls": []}')
+    coupling = replace(loaded, path=str(folder))
+    rules = rules_of(SEARCH, CONFIG)
+    assert stored_prompt_nulls(coupling, rules)[0] is None
+    nulls = (PromptNull.of("bridges", ["refuted", "representational", "refuted"], [None, 0.4, 0.2]),)
+    keep_nulls(coupling, "prompts", nulls, rules)
+    assert stored_prompt_nulls(coupling, rules) == (nulls, "")
+    assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 2, "representational": 1}
+    assert json.loads((folder / FILE).read_text())["format"] == 1
+    assert "other bounds" in stored_prompt_nulls(coupling, rules_of(SEARCH, replace(CONFIG, ratio=0.9)))[1]
+    (folder / FILE).write_text((folder / FILE).read_text().replace('"coupling": "', '"coupling": "x'))
+    assert "another coupling" in stored_prompt_nulls(coupling, rules)[1]
+    assert "in no folder" not in stored_prompt_nulls(replace(loaded, path=None), rules)[1]
+
+
+def test_nulls_are_judged_alike(loaded: Coupling, coupling_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(coupling_folder, folder)
+    coupling = replace(loaded, path=str(folder))
+    seen = []
+    monkeypatch.setattr(nulls_module, "judged", lambda null, *_: seen.append(null) or ("refuted", 0.1))
+    found = run_prompt_nulls(coupling, [prompt(1), prompt(2)], None, names=("bridges", "weights"), search=SEARCH, config=CONFIG)
+    assert [(null.name, null.prompts, null.strong, null.ratio) for null in found] == [
+        ("bridges", 2, 0, 0.1), ("weights", 2, 0, 0.1),
+    ]  # fmt: skip
+    assert stored_prompt_nulls(coupling, rules_of(SEARCH, CONFIG))[0] == found
+    bridges, _, weights, _ = seen
+    assert bridges.sparse is coupling.sparse and weights.sparse is not coupling.sparse
+    for name, weight in coupling.sparse.named_parameters():
+        moved = weights.sparse.get_parameter(name)
+        assert torch.equal(weight.flatten().sort().values, moved.flatten().sort().values)
+    order = bridges.bridges[1].decoder.weight.abs().sum(0).sort().values
+    torch.testing.assert_close(order, coupling.bridges[1].decoder.weight.abs().sum(0).sort().values)
+    assert not torch.equal(bridges.bridges[1].decoder.weight, coupling.bridges[1].decoder.weight)
+
+
+def test_one_prompt_is_judged_by_search_and_evidence(loaded: Coupling) -> None:
+    verdict, _ = judged(loaded, prompt(1), prompt_means(loaded), SEARCH, CONFIG)
+    assert verdict in ("no explanation", "refuted", "behavioural", "representational", "undecided")
+    assert judged(loaded, prompt(1), prompt_means(loaded), replace(SEARCH, least_span=1e6), CONFIG) == ("no explanation", None)
+
+
+def test_a_null_says_what_it_lacks(loaded: Coupling) -> None:
+    assert NULL_NAMES == ("uncoupled", "bridges", "weights")
+    with pytest.raises(NullError, match="name one with against="):
+        null_coupling(loaded, "uncoupled")
+    with pytest.raises(NullError, match="no reference text"):
+        null_coupling(replace(loaded, reference_bt=None), "bridges")
