@@ -69,6 +69,6 @@ result
 
 # %% Keep it. The JSON is the whole explanation and comes back as it was; other programs draw it from formats of their own.
 out.mkdir(parents=True, exist_ok=True)
-drawn = bridge.explanations.export(explanation, out / "circuit-tracer", "circuit-tracer")
+drawn = bridge.export(explanation, out / "circuit-tracer", "circuit-tracer")
 print(f"\n{drawn.file}: {drawn.nodes} nodes, {drawn.links} links; to see it:", *drawn.next, sep="\n  ")
-bridge.explanations.export(explanation, out / "explanation.graphml", "graphml")
+bridge.export(explanation, out / "explanation.graphml", "graphml")

@@ -44,9 +44,9 @@ def test_what_is_loaded_is_the_bare_coupling_with_methods(held: Coupling, bridge
 
 
 def test_explain_and_evaluate_are_the_functions(held: Coupling) -> None:
-    assert held.explain(PROMPT) == bridge.explanations.build(held, PROMPT)
+    assert held.explain(PROMPT) == bridge.explain(held, PROMPT)
     assert held.reference_bt is not None
-    assert held.evaluate(held.reference_bt[:2]) == bridge.training.evaluate(held, held.reference_bt[:2])
+    assert held.evaluate(held.reference_bt[:2]) == bridge.evaluate(held, held.reference_bt[:2])
 
 
 def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:

@@ -301,7 +301,7 @@ recipe; `eval.json`, where present, how faithful it is.
 
     import bridge
     coupling = bridge.load("{title}")
-    print(bridge.explanations.build(coupling, "some prompt"))
+    print(bridge.explain(coupling, "some prompt"))
 """
 
 

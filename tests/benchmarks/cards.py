@@ -2,7 +2,7 @@
 
     python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/dense] [--tasks NAME ...] [--seeds 2]
 
-takes the circuits that `task_circuits.py` has left there, and runs, one after another, whatever `--out` does not hold yet (it may be
+takes the circuits that `task_circuits.py` left there, and runs, one after another, whatever `--out` does not hold yet (it may be
 killed and goes on),
 
     bridge circuit --task T --seeds N --no-dense --out OUT/T

@@ -176,12 +176,12 @@ def main() -> None:
         prompts = held_out_prompts(coupling, arguments.count, arguments.seed)
     else:
         prompts = given_prompts(arguments.prompts)[: arguments.count]
-    bridge.explanations.build(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
+    bridge.explain(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
     explanations, walls, processors = list[Explanation](), list[float](), list[float]()
     for place, prompt in enumerate(prompts):
         started = time.perf_counter(), time.process_time()
         try:
-            explanation = bridge.explanations.build(coupling, prompt)
+            explanation = bridge.explain(coupling, prompt)
         except UserError as error:
             print(f"{place:>3} {error}")
             continue

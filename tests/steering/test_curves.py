@@ -172,7 +172,7 @@ def test_refusals_are_one_line(coupled: Coupling) -> None:
 
 
 def test_the_function_stays_one() -> None:
-    assert bridge.steering.curves is steer and bridge.Steering is Steering
+    assert bridge.steer is steer and bridge.Steering is Steering
 
 
 def test_the_table_and_the_plot(steered: Steering) -> None:

@@ -90,7 +90,7 @@ def example() -> Frontier:
 
 def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counter[str], tmp_path: Path) -> None:
     lines: list[str] = []
-    result = bridge.studies.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
+    result = bridge.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
     assert isinstance(result, bridge.Frontier)
     assert [p.name for p in result.points] == ["w32-l0-0.25", "w32-l0-0.125", "bridge"] and not result.failures
     for p, l0 in zip(result.points, (0.25, 0.125), strict=False):
@@ -112,9 +112,9 @@ def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counte
     assert any("[3/3] bridge: circuit 1/1 planted: 6 nodes, 4 edges, behavioural" in line for line in lines), lines
     assert counted == {"fit": 2, "evaluate": 3, "search_task": 3, "search_dense": 1}
 
-    again = bridge.studies.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
+    again = bridge.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
     assert again == result and sum(counted.values()) == 9
-    more = bridge.studies.sweep(**{**described, "l0": (0.125, 0.0625)}, out=tmp_path / "sweep")
+    more = bridge.sweep(**{**described, "l0": (0.125, 0.0625)}, out=tmp_path / "sweep")
     assert counted["fit"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
 
 
@@ -136,16 +136,16 @@ def test_a_killed_sweep_goes_on_at_every_level(
     out = tmp_path / "sweep"
     for word in ("w32-l0-0.25: fit: 50%", "w32-l0-0.125: fit: 30%", "bridge: evaluation", "bridge: planted: edges"):
         with pytest.raises(KeyboardInterrupt):
-            bridge.studies.sweep(**described, out=out, progress=killed_at(word))
+            bridge.sweep(**described, out=out, progress=killed_at(word))
     assert (out / "w32-l0-0.125" / "coupling.json").is_file() and Frontier.load(out).missing == ("bridge",)
     seen.clear()
-    result = bridge.studies.sweep(**described, out=out, progress=killed_at("nothing"))
+    result = bridge.sweep(**described, out=out, progress=killed_at("nothing"))
     assert len(result.points) == 3 and not any("fit:" in text for text in seen)
     # each fit begun twice, the second time where it was; nothing that was finished is begun again
     assert counted == {"fit": 4, "evaluate": 4, "search_task": 4, "search_dense": 1}
     steps = [json.loads(line)["step"] for line in (out / "w32-l0-0.25" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
-    whole = bridge.studies.sweep(**described, out=tmp_path / "unkilled")
+    whole = bridge.sweep(**described, out=tmp_path / "unkilled")
     assert [p.ce for p in whole.points] == [p.ce for p in result.points]
 
 
@@ -161,9 +161,9 @@ def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monk
 
     alone = {**described, "l0": (0.25,), "load": ()}
     with pytest.raises(KeyboardInterrupt):
-        bridge.studies.sweep(**alone, out=tmp_path / "sweep", progress=say)
+        bridge.sweep(**alone, out=tmp_path / "sweep", progress=say)
     said.clear()
-    bridge.studies.sweep(**alone, out=tmp_path / "sweep", progress=said.append)
+    bridge.sweep(**alone, out=tmp_path / "sweep", progress=said.append)
     fits = [text.partition("fit: ")[2].partition(",")[0] for text in said if "fit: " in text]
     assert fits == ["60%", "70%", "80%", "90%", "100%"]  # the state saved last was that of the fifth step
 
@@ -183,7 +183,7 @@ def test_a_failing_point_is_reported_and_the_others_measured(
     replace(untrained(load_dense(tiny_gpt2(seed=7), tokenizer=tiny_tokenizer()))).save_pretrained(other)
     lines: list[str] = []
     loads = (described["load"][0], other, tmp_path / "absent")
-    result = bridge.studies.sweep(**{**described, "load": loads}, out=tmp_path / "sweep", on_step_end=lines.append, dense=False)
+    result = bridge.sweep(**{**described, "load": loads}, out=tmp_path / "sweep", on_step_end=lines.append, dense=False)
     assert [p.name for p in result.points] == ["w32-l0-0.125", "bridge"]
     assert [failure.name for failure in result.failures] == ["w32-l0-0.25", "other", "absent"]
     assert result.failures[0].why == "stopped at step 3: it diverged" and "not the one" in result.failures[1].why
@@ -196,17 +196,17 @@ def test_a_failing_point_is_reported_and_the_others_measured(
 def test_measures_are_not_taken_for_anothers(described: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     only = {**described, "l0": (0.25,), "load": (), "dense": False}
-    bridge.studies.sweep(**only, out=out)
-    changed = bridge.studies.sweep(**{**only, "tokens": 1280}, out=out)
+    bridge.sweep(**only, out=out)
+    changed = bridge.sweep(**{**only, "tokens": 1280}, out=out)
     assert "another budget.tokens; name another --out" in changed.failures[0].why and not changed.points
-    rows = bridge.studies.sweep(**{**only, "rows": 2}, out=out)
+    rows = bridge.sweep(**{**only, "rows": 2}, out=out)
     assert "was searched by" in rows.failures[0].why
-    bridge.studies.sweep(**only, out=out)
+    bridge.sweep(**only, out=out)
     with pytest.raises(SweepError, match="holds a sweep by another search|holds a sweep by"):
-        bridge.studies.sweep(**{**only, "level": 0.95}, out=out)
+        bridge.sweep(**{**only, "level": 0.95}, out=out)
     facts = json.loads((out / "w32-l0-0.25" / "point.json").read_text())
     (out / "w32-l0-0.25" / "point.json").write_text(json.dumps({**facts, "sha256": "0"}))
-    assert "measures of other weights" in bridge.studies.sweep(**only, out=out).failures[0].why
+    assert "measures of other weights" in bridge.sweep(**only, out=out).failures[0].why
 
 
 def test_the_dense_models_own_circuits(
@@ -215,11 +215,11 @@ def test_the_dense_models_own_circuits(
     monkeypatch.setattr(task_circuit, "SOLVED", 0.0)
     monkeypatch.setattr(task_circuit, "TASK_SEARCH", replace(task_circuit.TASK_SEARCH, least_span=-1.0))  # of a random model
     only = {**described, "l0": (), "width": (), "model": None}
-    result = bridge.studies.sweep(**only, out=tmp_path / "sweep")
+    result = bridge.sweep(**only, out=tmp_path / "sweep")
     dense = result.dense
     assert dense is not None and not dense.tasks[0].failed and dense.edges == pytest.approx(dense.tasks[0].size.edges)
     assert dense.tasks[0].size.nodes > 0 and str(dense.tasks[0].size.edges) in str(result).replace(",", "")
-    assert bridge.studies.sweep(**only, out=tmp_path / "sweep") == result and counted["search_dense"] == 1
+    assert bridge.sweep(**only, out=tmp_path / "sweep") == result and counted["search_dense"] == 1
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(described: dict[
         (RecipeError, "recipe .* does not exist", {"recipe": tmp_path / "none.toml"}),
     ):
         with pytest.raises(kind, match=problem) as caught:
-            bridge.studies.sweep(**{**described, "out": tmp_path / "sweep", **options})
+            bridge.sweep(**{**described, "out": tmp_path / "sweep", **options})
         assert "\n" not in str(caught.value) and not (tmp_path / "sweep").exists()
 
 
