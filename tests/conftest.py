@@ -15,6 +15,8 @@ import torch
 from support.models import (
     CONTEXT,
     VOCABULARY,
+    coupling,  # noqa: F401  (a fixture)
+    dense,  # noqa: F401
     tiny_gpt2,
     tiny_tokenizer,
     untrained,

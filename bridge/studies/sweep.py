@@ -89,6 +89,10 @@ def plan(
         for one_width in width or (None,):
             for one_l0 in l0 or (None,):
                 values = recipe_values(l0=one_l0, width=one_width, **recipe)
+                if not values.get("sparsity"):
+                    raise SweepError(
+                        "how sparse is not said; give --l0: below 1 the fraction of weights that stay, or their number"
+                    )
                 wanted = resolve({"dense": "to be named", **values})
                 shape = "auto" if wanted.sparse.width is None else wanted.sparse.width
                 name = f"w{shape}-l0-{wanted.sparsity.l0:.12g}"
@@ -406,6 +410,12 @@ def _recipe_of(folder: Path) -> Recipe:
     return resolve(values)
 
 
+OF_THE_DENSE_MODEL = (  # what a fit fills in where it is not said
+    "sparse.width", "sparse.head_channels", "sparse.mlp_ratio", "sparse.mlp", "sparse.keep", "sparse.positions", "sparse.block",
+    "data.context", "data.rows", "optimizer.rate",
+)  # fmt: skip
+
+
 def _differences(wanted: Recipe, there: Recipe) -> list[str]:
     """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the dense model decides."""
     found = []
@@ -416,7 +426,7 @@ def _differences(wanted: Recipe, there: Recipe) -> list[str]:
             for part in name.split("."):
                 value = getattr(value, part)
             values.append(value)
-        unsaid = values[0] is None and name in ("sparse.width", "data.context")
+        unsaid = values[0] in (None, "auto") and name in OF_THE_DENSE_MODEL
         if values[0] != values[1] and not unsaid and name not in ("dense", "revision"):
             found.append(name)
     return found

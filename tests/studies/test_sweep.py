@@ -237,7 +237,7 @@ def test_the_points_of_a_plan(tmp_path: Path) -> None:
         ("give --l0", {}),
         ("l0 0.1 is named twice", {"l0": (0.1, 0.1)}),
         ("width 32 is named twice", {"l0": (0.1,), "width": (32, 32)}),
-        ("is not a multiple of sparse.head_channels", {"l0": (0.1,), "width": (33,)}),
+        ("is not a multiple of sparse.head_channels", {"l0": (0.1,), "width": (33,), "settings": {"sparse.head_channels": 8}}),
         ("two points would be", {"l0": (0.1, 0.2), "settings": {"sparsity.l0": 0.3}}),
         ("two results would be written to a folder", {"load": ("x/y/a", "z/y/a")}),
         ("two results would be written to a folder", {"load": ("runs/dense-model",)}),
@@ -361,6 +361,6 @@ def test_the_plot_holds_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_functions_named_like_their_modules_stay_functions() -> None:
-    for name in ("sweep", "evaluate"):
-        home = importlib.import_module(f"bridge.{name}")
+    for name, module in (("sweep", "studies.sweep"), ("evaluate", "training.evaluate")):
+        home = importlib.import_module(f"bridge.{module}")
         assert getattr(bridge, name) is getattr(home, name) and callable(getattr(bridge, name))
