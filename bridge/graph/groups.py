@@ -80,7 +80,7 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupEdge:
-    """What one group (or the input at a token, or the answer) adds to another: the sum of the effects of the edges between them.
+    """Effect of one group (or the input at a token) on another, or the answer: the sum of the effects of the edges between them.
 
     source and target are `group:3`, `input:7` (the embedding of token 7), `error:4@7` (an error) or `answer`.
     """
@@ -145,7 +145,7 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 
 @torch.no_grad()
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
-    """What becomes of the answer when all of a group is ablated from the circuit, by intervention, for each group."""
+    """The answer when all of a group is ablated from the circuit, by intervention, for each group."""
     place = flow.masked.space.place
     sets = [torch.tensor([place(node) for node in group.nodes], device=flow.kept_f.device) for group in groups]
     logits_gv = flow.masked.logits_without_sets(flow.kept_f, sets)
@@ -159,7 +159,7 @@ def error_name(node: Node) -> str:
 
 
 def node_effects(edges: Edges) -> dict[int, float]:
-    """What leaves every node, by its place in the row of all, in terms of d: the sum of the effects of its outgoing edges."""
+    """Outgoing effect of every node, by its place in the row of all, in terms of d: the sum of the effects of its outgoing edges."""
     place_k, place_e = edges.source_e.unique(return_inverse=True)
     effect_k = torch.zeros(len(place_k), dtype=edges.effect_e.dtype, device=place_k.device).index_add_(0, place_e, edges.effect_e)
     return dict(zip(place_k.tolist(), effect_k.tolist(), strict=True))

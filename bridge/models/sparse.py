@@ -274,7 +274,7 @@ class SparseTransformer(nn.Module):
         cap = self.form.score_cap
         return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
 
-    def score_slope(self, score: Tensor) -> Tensor:
+    def score_gradient(self, score: Tensor) -> Tensor:
         """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
         cap = self.form.score_cap
         return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
@@ -322,7 +322,7 @@ class SparseTransformer(nn.Module):
         kept = max(1, round(self.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
-    def held(self, name: str) -> Compact | None:
+    def compact(self, name: str) -> Compact | None:
         """The matrix of that name by its nonzeros; None where it is used as it is."""
         return self._matrix(name, self.get_parameter(name))
 
