@@ -27,7 +27,7 @@ from bridge.cards.prediction import prediction_measures
 from bridge.cards.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import matched
 from bridge.evidence.deletion import Deletions
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
@@ -146,28 +146,28 @@ def gather_task(
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
     pairs = alter(chosen).to(coupling.dense.device)
     progress("evidence: both models on the task")
-    carrier = circuit.on(coupling, pairs)
-    loss, masked = carrier.loss, carrier.masked
+    transporter = circuit.on(coupling, pairs)
+    loss, masked = transporter.loss, transporter.masked
     kept_f = circuit.kept_f(masked.space, coupling.dense.device)
     matched_cf = matched(masked, kept_f, config.matched_draws, generator)
     some_cf = matched_cf[: config.deleted_draws]
     progress("evidence: patching, in the dense model")
     there = Counterfactual(pairs.counterfactual_bt, followed_rows(coupling, pairs.counterfactual_bt, pairs.last_b))
-    patching = patching_measures(carrier, there, kept_f, some_cf, config.patched, seed)
+    patching = patching_measures(transporter, there, kept_f, some_cf, config.patched, seed)
     progress("evidence: deletion, in both models")
-    deletions = Deletions.of(carrier, kept_f, some_cf)
+    deletions = Deletions.of(transporter, kept_f, some_cf)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
     progress(f"evidence: substitution, and {len(matched_cf)} times of matched nodes")
-    substitution = substitution_measures(carrier, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
+    substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
     progress(f"evidence: {config.nodes} nodes one at a time, in both models")
-    node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
+    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     progress("evidence: prediction on stress prompts")
     prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
     measures = (
-        *_solved(coupling, config, carrier, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
+        *_solved(coupling, config, transporter, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
         *prediction, _seeds(circuit), _nulls(coupling, config),
     )  # fmt: skip
     return Report(measures, task_rules(measures))
@@ -179,7 +179,7 @@ def with_nulls(report: Report, coupling: Coupling, config: TaskEvidenceConfig | 
     return Report(measures, report.rules)
 
 
-def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pairs: TokenPairs) -> tuple[Measure, ...]:
+def _solved(coupling: Coupling, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
     models = ("dense", coupling.dense), ("sparse", coupling.sparse)
     return (
@@ -187,7 +187,7 @@ def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pa
             Measure(f"{name}_solves", f"accuracy of the {name} model", score(model, pairs).accuracy, least, chance)
             for name, model in models
         ),
-        Measure("span", "span in nats", abs(carrier.loss.span), Criterion(">=", config.least_span)),
+        Measure("span", "span in nats", abs(transporter.loss.span), Criterion(">=", config.least_span)),
     )
 
 

@@ -159,7 +159,7 @@ def error_name(node: Node) -> str:
 
 
 def node_effects(edges: Edges) -> dict[int, float]:
-    """Outgoing effect of every node, by its place in the row of all, in terms of d: the sum of the effects of its outgoing edges."""
+    """Sum of the effects of the outgoing edges of every node, by its place in the row of all, in terms of d."""
     place_k, place_e = edges.source_e.unique(return_inverse=True)
     effect_k = torch.zeros(len(place_k), dtype=edges.effect_e.dtype, device=place_k.device).index_add_(0, place_e, edges.effect_e)
     return dict(zip(place_k.tolist(), effect_k.tolist(), strict=True))

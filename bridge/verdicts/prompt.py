@@ -25,7 +25,7 @@ from torch import Tensor
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.search import Nested
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import another_prompt, matched
 from bridge.evidence.deletion import Deletions, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
@@ -127,19 +127,19 @@ def gather(
     other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
     sufficient = _sufficient(config, loss, circuits[opening], matched_cf, other_cf)
     progress("evidence: deletion, in both models")
-    carrier = Carrier.of(coupling, loss, followed.dense, kept_f)
-    deletions = Deletions.of(carrier, kept_f, matched_cf[: config.deleted_draws], other_cf)
-    group_effects = delete_groups(carrier, groups)
+    transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
+    deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
+    group_effects = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     lost = _lost(config, loss, kept_f, backup_k, deletions)
     progress("evidence: one node at a time, in both models")
-    node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
+    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     patching: tuple[Measure, ...] = ()
     if counterfactual is not None:
         progress("evidence: counterfactual patching, in the dense model")
         some_cf = matched_cf[: config.deleted_draws]
-        patching = patching_measures(carrier, counterfactual, kept_f, some_cf, config.patched, seed)
+        patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     measures = (*_explained(config, loss, circuits[opening]), *sufficient, *deleted, lost, profile, *patching)
     report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
     left = circuits[opening].left

@@ -41,7 +41,7 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
     arguments = ("card", "--task", task_file, "--circuit", found, "--bridge", bridge_folder, "--json", tmp_path / "card.json")
     result = run(*arguments, "--out", found)
     assert result.exit_code == 0, result.output
-    for wanted in ("card      planted", "VERDICT", "EVIDENCE", "share of the swap carried", "NULLS     NOT KNOWN"):
+    for wanted in ("card      planted", "VERDICT", "EVIDENCE", "share of the counterfactual's effect", "NULLS     NOT KNOWN"):
         assert wanted in result.stdout, wanted
     card = Card.from_json(json.loads((found / "card.json").read_text()))
     assert card == Card.from_json(json.loads((tmp_path / "card.json").read_text()))
