@@ -25,7 +25,7 @@ _HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class Card:
-    """What a task's circuit explains of the dense model, on so many held-out pairs; notes say what these cannot show."""
+    """How a task's circuit explains the dense model, on so many held-out pairs; notes give what these cannot show."""
 
     task: str
     pairs: int

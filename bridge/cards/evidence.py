@@ -4,11 +4,11 @@
     refuted              the circuit is not sufficient in the sparse model (the search's own verdict)
     undecided            whether it is could not be measured
     behavioural          it is
-    representational     interchange interventions on it change the dense model's answer; and its deletion, carried into the dense
-                         model, takes there what it takes in the sparse one, at the site where it takes least of that
-    mechanistic support  also: without it the answer is lost; it does in place of the dense blocks, and its complement does not;
-                         single nodes' effects rank alike in both models; it predicts the dense model on prompts that nobody has
-                         seen; the circuits of several seeds agree; and the coupling's nulls fail
+    representational     interchange interventions on it change the dense model's answer; and its deletion, transported into the
+                         dense model, takes there what it takes in the sparse one, at the site where it takes least of that
+    mechanistic support  also: when it is ablated the answer is lost; it does in place of the dense blocks, and its complement
+                         does not; single nodes' effects rank alike in both models; it predicts the dense model on prompts that
+                         were held out; the circuits of several seeds agree; and the coupling's nulls fail
 
 It is of at most 64 pairs of the test split, every second one the other way round, and of stress prompts made of the same pairs;
 what is the same computation as for a prompt is the same code, on all prompts. Intervals are bootstraps over pairs.
@@ -53,7 +53,7 @@ UNTOUCHED = frozenset({("bridges", "prediction")})  # a test that does not use w
 
 @dataclass(frozen=True)
 class TaskEvidenceConfig(EvidenceConfig):
-    """What a task's circuit is held to beyond what a prompt's is, and how much is drawn."""
+    """Bounds of the evidence on a task's circuit beyond a prompt's, and how much is drawn."""
 
     nodes: int = 100
     matched_draws: int = 40  # what one keeps in place of the blocks varies by .05 to .15
@@ -80,13 +80,13 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
         Rule(
             "representational",
             (*keys["patching"], *keys["deletion"]),
-            "Patching its nodes, carried into the dense model, changes the answer there, and so does deleting them.",
+            "Patching its nodes, transported into the dense model, changes the answer there, and so does deleting them.",
         ),
         Rule(
             "mechanistic support",
             ("lost", *keys["substitution"], *keys["effect profile"], *keys["prediction"], "seeds", "nulls"),
-            "Without it the answer is lost, it does in place of the dense blocks, its nodes have effects that rank alike in both "
-            "models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests do.",
+            "When it is ablated the answer is lost, it does in place of the dense blocks, its nodes have effects that rank alike in "
+            "both models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests do.",
         ),
     )
 
@@ -98,14 +98,14 @@ def holds(report: Report, test: str) -> bool | None:
 
 
 def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> NullTask:
-    """What is kept of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
+    """Summary of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
     found = {test: holds(report, test) for test in TESTS}
     values = {test: next((m.value for m in report.measures if m.key in keys), None) for test, keys in TESTS.items()}
-    return NullTask(task, found, values, all(held is True for held in found.values()), accuracy, prompts=prompts)
+    return NullTask(task, found, values, all(each is True for each in found.values()), accuracy, prompts=prompts)
 
 
 def rules(config: TaskEvidenceConfig | None = None) -> str:
-    """What tells how circuits are searched and held from other ways of doing so."""
+    """Digest of the rules by which circuits are searched and judged."""
     return rules_of(config or TaskEvidenceConfig(), SEARCH_RULES, VERSION)
 
 

@@ -1,4 +1,4 @@
-"""What the evidence on a task takes from the result of its search, and the circuit on pairs of prompts, in both models.
+"""A task's circuit as the evidence takes it from the result of a search, and on pairs of prompts, in both models.
 
 This is the only module of the evidence that knows what such a result looks like.
 

@@ -7,7 +7,8 @@ those of the circuit), the sparse model is run on the prompt with
 
 every other node computing on from what it then reads. The change of the residual at each site is transported into the dense
 model. The share is that of the counterfactual's effect, d(dense on the prompt) - d(dense on the counterfactual), in the mean
-over all sites behind the first sublayer: no site is chosen. Of several prompts (a task's pairs) both are sums over them. Beside it
+over all sites behind the first sublayer: no site is chosen. Of several prompts (a task's pairs) both are sums over them.
+Beside it
 
     all nodes     patched, the ceiling (the embedding is no node, and stays the prompt's)
     dense         by site, the dense model's own writes, h_j(c) - h_j(p) - (h_0(c) - h_0(p))

@@ -158,7 +158,7 @@ def _stored(
 
 
 def rules_of(*configs: SearchConfig | Any) -> str:
-    """What tells some bounds, of search and evidence, from others."""
+    """Digest of some bounds, of search and evidence."""
     text = json.dumps([config if isinstance(config, int) else asdict(config) for config in configs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -3,10 +3,10 @@
     no explanation       the span is too small, or too much of it flows through errors
     refuted              alone or in supersets the circuit is not what the search took it for, or matched nodes do as well
     behavioural          none of these
-    representational     its deletion, carried into the dense model, takes there what it takes in the sparse one, at the site
-                         where it takes least of that; other nodes take little
-    mechanistic support  also: without it (and its backup, if it has one) the answer is lost; single nodes' effects rank alike in
-                         both models; patching, where a counterfactual is given, carries over; and the coupling's nulls fail
+    representational     its deletion, transported into the dense model, takes there what it takes in the sparse one, at the
+                         site where it takes least of that; other nodes take little
+    mechanistic support  also: with it (and its backup, if any) ablated the answer is lost; single nodes' effects rank alike in
+                         both models; patching, where a counterfactual is given, transports; and the coupling's nulls fail
 
 `gather` measures, in the order of the table; every measure stands beside its control. What each is, its module says.
 
@@ -38,18 +38,18 @@ from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nu
 
 @dataclass(frozen=True)
 class EvidenceConfig:
-    """What a prompt's circuit is held to, and how much is drawn; saved with its explanation."""
+    """Bounds of the evidence on a prompt's circuit, and how much is drawn; saved with its explanation."""
 
     most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
     superset_mean: float = 0.8  # the search holds the rms of six supersets to 2 (1 - F); twenty others scatter about that
     superset_worst: float = 0.4  # and the worst of the six to 3.5 (1 - F): the worst of twenty is further out
     matched: float = 0.1  # of faithfulness, in the median: other active nodes of the same places are to do nothing
-    behind: float = 1 / 3  # of the sparse loss, that a change must carry for its site to count: elsewhere 0 is divided by 0
+    behind: float = 1 / 3  # of the sparse loss, that a change must make for its site to count: elsewhere 0 is divided by 0
     # dense over sparse loss at its least. Shuffled bridges reach .20 where circuits are taken without errors (14 prompts),
     # and with errors 1 of 12 goes beyond, whose error share refuses it; of python-bridge-32, 18 prompts, .30 to 1.07, median .64
     ratio: float = 0.25
     best: float = 0.6  # of the span, lost in the dense model at the best site
-    matched_lost: float = 0.1  # of the span, by deleting matched nodes, carried into dense at the same sites
+    matched_lost: float = 0.1  # of the span, by deleting matched nodes, transported into dense at the same sites
     lost: float = 0.8  # of the span, by deleting the circuit, or it and its backup
     correlation: float = 0.6
     patched: float = 0.5  # of the ceiling
@@ -65,7 +65,7 @@ class EvidenceConfig:
             Rule(
                 "undecided",
                 ("span", "error_share"),
-                "There is an answer to explain, and nodes carry most of it.",
+                "There is an answer to explain, and most of it flows through nodes.",
                 refuted="no explanation",
             ),
             Rule(
@@ -77,13 +77,13 @@ class EvidenceConfig:
             Rule(
                 "representational",
                 ("dense_ratio", "dense_matched"),
-                "Its deletion, carried into the dense model, takes there what it takes in the sparse one.",
+                "Its deletion, transported into the dense model, takes there what it takes in the sparse one.",
             ),
             Rule(
                 "mechanistic support",
                 ("lost", "profile", *patching, "nulls"),
-                "Without it the answer is lost, single nodes have effects in the dense model that rank as in the sparse one, and "
-                "couplings that must fail these tests do.",
+                "When it is ablated the answer is lost, single nodes have effects in the dense model that rank as in the sparse one, "
+                "and couplings that must fail these tests do.",
             ),
         )
 

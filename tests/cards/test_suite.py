@@ -24,7 +24,7 @@ def found(bridge_folder: Path, task_file: Path, tmp_path: Path) -> Path:  # noqa
         "--bridge",
         bridge_folder,
         "--no-dense",
-        "--work",
+        "--budget",
         0.2,
         "--explains",
         "sparse",
@@ -53,7 +53,7 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
 
 
 def test_a_task_is_searched_where_no_circuit_is(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--work", 0.2, "--out", tmp_path / "searched")
+    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--budget", 0.2, "--out", tmp_path / "searched")
     assert_refused(result, "nothing to explain")  # this dense model does not do the task
 
 
