@@ -85,8 +85,9 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
         Rule(
             "mechanistic support",
             ("lost", *keys["substitution"], *keys["effect profile"], *keys["prediction"], "seeds", "nulls"),
-            "When it is ablated the answer is lost, it does in place of the dense blocks, its nodes have effects that rank alike in "
-            "both models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests do.",
+            "When it is ablated the answer is lost, it does in place of the dense blocks, its nodes have effects that rank "
+            "alike in both models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests "
+            "do.",
         ),
     )
 

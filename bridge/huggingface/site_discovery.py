@@ -74,7 +74,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one block was given, and what it made of it."""
+    """Input of one block, and its output."""
 
     block: nn.Module
     args: tuple
@@ -271,7 +271,7 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign error says, in one line."""
+    """First line of a foreign error's text."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 

@@ -3,7 +3,7 @@
 Loading goes in this order, and each step refuses what the next would get wrong: files (safetensors alone, no code of theirs),
 an adapter merged, sites found (`wiring`), and parity: the model is resumed at every site from the residual of *another row* and
 must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a model in which
-something besides the residual carries information past a site must not.)
+something besides the residual takes information past a site must not.)
 
 A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
 enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
@@ -158,7 +158,7 @@ class DenseModel:
         return fingerprint_of(self.model)
 
     def identity(self) -> Identity:
-        """What tells this model, as it is now, from others, and in what they differ."""
+        """Identity of this model as it is now: its digests, and the facts by which others differ."""
         with exclusive():
             return identity_of(self.model, self.context)
 
@@ -254,7 +254,7 @@ class _Run:
         return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that slopes reach it."""
+        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that gradients reach it."""
         shape = self.residuals[0].shape
         return x if x.shape == shape else x.reshape(shape)
 

@@ -1,4 +1,4 @@
-"""What a sparse block is made of: one table that the model, every search, every edge, page and export read.
+"""Parts of a sparse block: one table that the model, every search, every edge, page and export read.
 
 A *node kind* is a place where AbsTopK is applied. A matrix leads from the nodes of one kind to those of another:
 

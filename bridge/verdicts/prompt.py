@@ -82,8 +82,8 @@ class EvidenceConfig:
             Rule(
                 "mechanistic support",
                 ("lost", "profile", *patching, "nulls"),
-                "When it is ablated the answer is lost, single nodes have effects in the dense model that rank as in the sparse one, "
-                "and couplings that must fail these tests do.",
+                "When it is ablated the answer is lost, single nodes have effects in the dense model that rank as in the sparse "
+                "one, and couplings that must fail these tests do.",
             ),
         )
 
