@@ -111,7 +111,7 @@ class SparseShape(_Part):
 
 
 class Sparsity(_Part):
-    """How many weights stay (paper, appendix A.2)."""
+    """Number of weights that stay (paper, appendix A.2)."""
 
     l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     embed_l0: float | None = Field(
@@ -146,7 +146,7 @@ class Data(_Part):
 
 
 class Budget(_Part):
-    """When training ends: at the first of the two that is reached; after 20 million tokens where neither is said."""
+    """End of training: at the first of the two that is reached; after 20 million tokens where neither is given."""
 
     tokens: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
@@ -345,7 +345,7 @@ def kept_fraction(l0: float, total: int) -> float:
 
 
 def n_kept(fraction: float, count: int) -> int:
-    """How many of a matrix's `count` weights stay, the same fraction of each matrix; at least one."""
+    """Number of a matrix's `count` weights that stay, the same fraction of each matrix; at least one."""
     return max(1, min(count, math.floor(fraction * count + 0.5)))
 
 

@@ -218,7 +218,7 @@ def _nulls(coupling: Coupling, config: TaskEvidenceConfig) -> Measure:
 
 
 def _alone(null: TaskNull) -> str:
-    """Which single tests a null passes, which are then no evidence by themselves."""
+    """Single tests that a null passes, which are then no evidence by themselves."""
     found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNTOUCHED}
     passed = [f"{test} on {count} of {len(null.tasks)}" for test, count in found.items() if count]
     return f"{null.name} passes {', '.join(passed) or 'no test'}"

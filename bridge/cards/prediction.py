@@ -159,7 +159,7 @@ def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tupl
 
 
 def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measure:
-    """On which share of the prompts the circuit prefers the answer that the dense model does."""
+    """Share of the prompts on which the circuit prefers the answer that the dense model does."""
     value, most, bigram = (_same(found.dense, x_b2) for x_b2 in (found.circuit, found.whole, found.bigram))
     same_b = ((found.dense > 0) == (found.circuit > 0)).mean(1)
     bounds = draws.interval(lambda weight_kb: weight_kb @ same_b / weight_kb.sum(1))
@@ -168,7 +168,7 @@ def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measur
 
 
 def predicted_mistakes(found: Predicted, draws: Draws) -> Measure:
-    """Which share of the dense model's mistakes the circuit makes as well, beside its own where the dense model is right."""
+    """Share of the dense model's mistakes that the circuit makes as well, beside its own where the dense model is right."""
     wrong_b2 = found.dense <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (found.circuit, found.whole))
     alarms = float(np.mean(found.circuit[~wrong_b2] <= 0))

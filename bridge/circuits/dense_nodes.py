@@ -92,7 +92,7 @@ class DenseSubject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """Device that the model takes its tokens on."""
         return self.dense.device
 
     def matrices(self) -> tuple[Matrix, ...]:

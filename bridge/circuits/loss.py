@@ -1,4 +1,4 @@
-"""How far a circuit is from what it explains, on a scale of its own: normalised faithfulness, alone, in supersets, and deleted.
+"""Distance of a circuit from what it explains, on a scale of its own: normalised faithfulness, alone, in supersets, and deleted.
 
 With d the question's log-odds, C the nodes (and errors) kept, U a random set of the others, and everything else at its mean,
 
@@ -168,7 +168,7 @@ class CircuitLoss(Generic[M]):
         return torch.maximum(miss_cb.mean(1).abs(), rms_c) / level.allowed
 
     def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
-        """As `off`, of one circuit's supersets, by the bound that is missed most."""
+        """Distance like `off` of one circuit's supersets, by the bound that is missed most."""
         if level.faithfulness is None:
             return float(self.kl(logits_uv).mean()) / (2 * self.config.kl)
         off_u, config = self.off(logits_uv, level), self.config
@@ -191,7 +191,7 @@ class CircuitLoss(Generic[M]):
         return off, terms
 
     def worst(self, kept_f: Tensor, level: Level) -> float:
-        """Of all that a level asks of a circuit, how far it is off by what it misses most: within it where at most 1."""
+        """Distance of a circuit from the bound of a level that it misses most: within the level where at most 1."""
         return self.measured(kept_f[None], level)[0][0]
 
     def within(self, kept_f: Tensor, level: Level) -> bool:

@@ -74,7 +74,7 @@ class Masked(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the prompts are."""
+        """Device of the prompts."""
         return self.question.last_b.device
 
     @property
@@ -84,12 +84,12 @@ class Masked(ABC):
 
     @property
     def rows(self) -> int:
-        """How many masked copies make a batch of sensible size."""
+        """Number of masked copies in a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
 
     @cached_property
     def is_error_f(self) -> Tensor:
-        """Which places of a row are errors."""
+        """Mask of the places of a row that are errors."""
         parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
         return self.space.join(parts).to(self.device)
 
@@ -173,7 +173,7 @@ class Masked(ABC):
         return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
     def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """How much an error of each row differs from its mean."""
+        """Difference of an error of each row from its mean."""
         assert self.errors is not None
         excess_bts = self.errors[location] - self.means[location]
         return excess_bts[:, -x_rts.shape[1] :][row_r]

@@ -72,7 +72,7 @@ class _Room:
 
 @dataclass(frozen=True, eq=False)
 class _Lanes:
-    """Which prompts and tokens the lanes of some masked copies are, row by row; padded counts those that fill vectors."""
+    """Prompts and tokens of the lanes of some masked copies, row by row; padded counts those that fill vectors."""
 
     row_l: Array
     prompt_l: Array

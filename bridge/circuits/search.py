@@ -234,7 +234,7 @@ class _Search:
         return torch.randperm(count, generator=self.generator)[:prompts] if count > 1 else torch.zeros(1, dtype=torch.long)
 
     def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
-        """How many of some nodes, best ranked first, get the answer about right."""
+        """Number of nodes, best ranked first, that get the answer about right."""
         sizes = [size for size in _STARTS if size < len(node_k)] or [len(node_k)]
         off_c = self._off(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
         good = (off_c <= _START_OFF).nonzero().flatten().tolist()
@@ -286,7 +286,7 @@ class _Search:
         return kept_f
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """How far off the answer is without each node alone, the mean over at most `config.prompts` prompts."""
+        """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""
         total_k, rows = torch.zeros(len(node_k), device=kept_f.device), evenly(len(self.loss.model_b), self.config.prompts)
         for row in rows.tolist():
             row_k = torch.full_like(node_k, row)

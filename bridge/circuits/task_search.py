@@ -49,7 +49,7 @@ class NoCircuitError(SearchError):
 
 @dataclass(frozen=True, eq=False)
 class TaskLosses:
-    """How far circuits of a model are from what it is to explain, on the prompts of every share."""
+    """Losses of a model's circuits on the prompts of every share."""
 
     train: CircuitLoss
     validation: CircuitLoss
@@ -79,7 +79,7 @@ class TaskLosses:
 def task_loss(
     coupling: Coupling, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
 ) -> CircuitLoss:
-    """How far circuits are from the dense model's answers on some prompts; from the sparse model's own where not `dense`."""
+    """Loss of circuits against the dense model's answers on some prompts; against the sparse model's own where not `dense`."""
     question = Question.of_pairs(pairs.to(coupling.sparse.device))
     if not dense:
         return _own(MaskedModel(coupling.sparse, question, means, by_position=False), config)
@@ -89,7 +89,7 @@ def task_loss(
 
 
 def dense_loss(subject: DenseSubject, pairs: TokenPairs, config: SearchConfig) -> CircuitLoss:
-    """How far circuits of the dense model's own nodes are from its answers on some prompts."""
+    """Loss of circuits of the dense model's own nodes against its answers on some prompts."""
     return _own(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
 
 

@@ -152,7 +152,7 @@ class Transporter:
         return Transported(lost_k[:, None], dense_k[:, None, None], None)
 
     def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Which masks on which prompts, with the reference, make a batch of sensible size."""
+        """Batches of masks and prompts, with the reference, of a sensible size."""
         some = min(self.prompts, max(1, self.masked.rows // _COPIES))
         for row_p in torch.arange(self.prompts).split(some):
             for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):

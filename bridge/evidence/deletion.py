@@ -115,7 +115,7 @@ class Deletions:
 
     @staticmethod
     def of(transporter: Transporter, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
-        """All of them, of masks."""
+        """The deletions of these masks."""
         other_cf = matched_cf[:0] if other_cf is None else other_cf
         circuit, every, *rest = delete(
             transporter, torch.cat([circuit_f[None], transporter.reference_f[None], matched_cf, other_cf])

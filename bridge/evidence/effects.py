@@ -128,7 +128,7 @@ def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def _repeats(dense_pb: np.ndarray) -> float | None:
-    """How well the effects over half of the prompts rank those over the other half, on average; None of a single prompt."""
+    """Mean rank correlation of the effects over half of the prompts with those over the other half; None of a single prompt."""
     generator, found = np.random.default_rng(0), []
     for _ in range(HALVES if dense_pb.shape[1] > 1 else 0):
         order_b = generator.permutation(dense_pb.shape[1])

@@ -38,7 +38,7 @@ class Control:
         return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
 
     def text(self) -> str:
-        """In words: what it is and its mean, and the bar where that says more."""
+        """Its name, its mean, and the bar where that says more."""
         bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {self.bar:.3f})"
         return f"{self.what} {self.mean:.3f}{bar}"
 

@@ -51,7 +51,7 @@ Changes = list[Tensor]  # change_bts of the sparse residual at every site
 
 @dataclass(frozen=True, eq=False)
 class Counterfactual:
-    """For every prompt another of as many tokens, and the dense run of it with the errors by which the sparse model follows."""
+    """Another prompt of as many tokens for every prompt, and its dense run with the errors by which the sparse model follows."""
 
     prompt_bt: Tensor
     followed: Followed
@@ -65,7 +65,7 @@ def counterfactual_effect(transporter: Transporter, counterfactual: Counterfactu
 
 @torch.no_grad()
 def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
-    """By circuit, the change at every site where its nodes take their counterfactual values.
+    """Changes at every site, by circuit, where its nodes take their counterfactual values.
 
     Raises ValueError where a counterfactual has more or fewer tokens than its prompt.
     """

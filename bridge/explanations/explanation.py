@@ -115,7 +115,7 @@ class ExplainedGroup:
 
 @dataclass(frozen=True)
 class Counts:
-    """How large the opening circuit is: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
+    """Sizes of the opening circuit: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
 
     Edges are those that it was pruned to, out of edges_before, and edges_faithfulness is that of the circuit with these alone;
     None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are
@@ -150,7 +150,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Answered:
-    """Known at once: the question and both models' answers.
+    """The first part of an explanation: the question and both models' answers.
 
     contrast is None where the question is why this answer rather than any other. dense_d, sparse_d are d of the dense model and
     of the sparse one by itself; nothing_d is d with every node and every error at its mean; span is dense_d less that.
@@ -179,7 +179,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Known before the evidence: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
+    """The part that is known before the evidence: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
 
     Effects of groups in the dense model are not known yet.
     """
@@ -307,7 +307,7 @@ class Fingerprints:
 
     @staticmethod
     def of(coupling: Coupling) -> Fingerprints:
-        """Those of a coupling as it is now."""
+        """Digests of a coupling as it is now."""
         return Fingerprints(coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse))
 
 

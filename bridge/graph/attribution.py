@@ -70,7 +70,7 @@ class Ends:
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """Those that ends are of."""
+        """Locations of the ends."""
         return tuple(self._first)
 
     def node(self, end: int) -> Node:
@@ -80,7 +80,7 @@ class Ends:
         return Node(location, index, position)
 
     def within(self, location: Location, end_e: Tensor) -> Tensor:
-        """Which ends are of a location."""
+        """Mask of the ends of a location."""
         first = self._first[location]
         return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
 
@@ -125,7 +125,7 @@ class Edges:
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
 
     def some(self, kept_e: Tensor) -> Edges:
-        """Those of a mask, where all edges are listed."""
+        """Edges of a mask, where all edges are listed."""
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         )
@@ -149,11 +149,11 @@ class Edges:
         return at_0_e
 
     def count(self, *kinds: EdgeKind) -> int:
-        """How many edges are of some kinds."""
+        """Number of edges of some kinds."""
         return sum(self.number.get(kind, 0) for kind in kinds)
 
     def distinct(self, *kinds: EdgeKind) -> int:
-        """How many weights the edges of some kinds have."""
+        """Number of weights that the edges of some kinds have."""
         return sum(self.weights.get(kind, 0) for kind in kinds)
 
 
@@ -231,7 +231,7 @@ class _Drawing:
         self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
 
     def strong(self, effect: Tensor) -> Tensor:
-        """Which effects may be among the strongest: also what is no number."""
+        """Mask of the effects that may be among the strongest, NaN included."""
         return ~(effect.abs() < self.least)
 
     def add(self, some: _Some) -> None:

@@ -113,7 +113,7 @@ class EdgeMaskedModel:
 
     @property
     def removable_e(self) -> Tensor:
-        """Which edges can be removed."""
+        """Mask of the edges that can be removed."""
         removable_e = torch.zeros_like(self._edges.kind_e, dtype=torch.bool)
         for matrix in self.matrices.values():
             removable_e[matrix.edge_e] = True

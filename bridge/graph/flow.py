@@ -63,7 +63,7 @@ class Flow:
 
     @property
     def answer(self) -> Location:
-        """Where the answer is, as the end of edges."""
+        """Location of the answer, as the end of edges."""
         return Location(len(self.sparse.blocks), "answer")
 
     @cached_property

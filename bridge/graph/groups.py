@@ -47,7 +47,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """How nodes are grouped; see the module's docstring."""
+    """Settings of the grouping of nodes; see the module's docstring."""
 
     most: int = 12
     distance: float = 0.501  # two writes with the same sources and targets, but no chain in common, are .5 apart
@@ -169,7 +169,7 @@ def node_effects(edges: Edges) -> dict[int, float]:
 
 
 def _part(node: Node) -> str:
-    """Which half of a block, or what else, a node is of."""
+    """Half of a block, or other part, that a node belongs to."""
     kind = node.location.kind
     return ERROR if kind == ERROR else "attention" if kind in ATTENTION_KINDS else "mlp"
 
@@ -187,7 +187,7 @@ def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
 
 
 def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
-    """Which sublayer every node is of, in the order of the computation; errors have numbers of their own, far from all."""
+    """Sublayer of every node, in the order of the computation; errors have numbers of their own, far from all."""
     parts = [Node(at, 0) for at in flow.sparse.locations()]
     order = {key: place for place, key in enumerate(dict.fromkeys((node.location.layer, _part(node)) for node in parts))}
     far = len(order) + 1
@@ -243,7 +243,7 @@ class _Profiles:
 
 
 def _index(sorted_k: Tensor, order_k: Tensor, end_e: Tensor) -> Array:
-    """Which node, by its place k, an end is; -1 where it is none of them."""
+    """Place k of the node that an end is; -1 where it is none of them."""
     if not len(sorted_k):
         return np.full(len(end_e), -1)
     at_e = torch.searchsorted(sorted_k, end_e).clamp(max=len(sorted_k) - 1)

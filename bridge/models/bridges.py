@@ -345,7 +345,7 @@ def _beside(path: str | Path | None, name: str | None) -> str | None:
 
 
 def _locate(folder: Path, name: str, beside: str | None) -> str:
-    """Where a model is now: beside the folder as it was when saved, else by its name."""
+    """Path of a model now: beside the folder as it was when saved, else by its name."""
     if beside and (folder / beside).exists():
         short = os.path.normpath(folder / beside)  # another place than meant where the folder is reached by a link
         same = os.path.exists(short) and os.path.samefile(short, folder / beside)

@@ -73,7 +73,7 @@ def exclusive() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Parity:
-    """How exactly a model resumes: the largest absolute logit error per site, and the tolerance it was held to."""
+    """Exactness of resuming a model: the largest absolute logit error per site, and the tolerance it was held to."""
 
     errors: tuple[float, ...]
     tolerance: float
@@ -127,7 +127,7 @@ class DenseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """Device that the model takes its tokens on."""
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> DenseModel:
@@ -163,7 +163,7 @@ class DenseModel:
             return identity_of(self.model, self.context)
 
     def found_at(self, adapter: str | None = None) -> str | None:
-        """Where loading gives this model, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
+        """Path from which this model loads, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
 
         None where there is no such place: the model was made or changed in memory.
         """
@@ -383,7 +383,7 @@ def _why_not_loaded(name: str, who: str, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they would say is checked here, and said in one line."""
+    """Silence transformers' progress bars and load reports: their content is checked here, and reported in one line."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -32,7 +32,7 @@ def mlp_kinds(gated: bool) -> tuple[str, ...]:
 
 
 def matrices(gated: bool) -> dict[str, tuple[str, str]]:
-    """By name, the kinds of node that a block's matrices read and write."""
+    """Kinds of node that a block's matrices read and write, by name."""
     return {name: ends for name, ends in MATRICES.items() if gated or GATE not in ends}
 
 

@@ -55,7 +55,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Fractions:
-    """Which fraction of a matrix's weights stays: of a block's, and of embedding, positions and unembedding."""
+    """Fraction of a matrix's weights that stays: of a block's, and of embedding, positions and unembedding."""
 
     blocks: float
     embed: float
@@ -150,7 +150,7 @@ class SparseTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.unembedding.bias.device
 
     def locations(self) -> dict[Location, int]:
@@ -169,7 +169,7 @@ class SparseTransformer(nn.Module):
 
     @property
     def matrices(self) -> dict[str, tuple[str, str]]:
-        """By name, the kinds of node that a block's matrices read and write."""
+        """Kinds of node that a block's matrices read and write, by name."""
         return matrices(self.form.gated)
 
     def site(self, location: Location) -> int:
@@ -505,7 +505,7 @@ class SparseTransformer(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
 
     def packable(self) -> dict[str, nn.Parameter]:
-        """Those of them that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
+        """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
         on_cpu = self.device.type == "cpu"
         return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
 
@@ -564,16 +564,16 @@ class SparseTransformer(nn.Module):
         return Fractions(_share(blocks), _share(embed))
 
     def n_sparse_weights(self) -> int:
-        """How many weights, zero or not, the matrices have that are made sparse."""
+        """Number of weights, zero or not, of the matrices that are made sparse."""
         return sum(count for _, count in self._sizes().values())
 
     def n_kept(self, kept: float | Fractions) -> int:
-        """How many of them stay where these fractions do."""
+        """Number of those weights that stay at these fractions."""
         fractions = Fractions.of(kept)
         return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """By name, nonzeros and weights of every matrix that is made sparse."""
+        """Nonzeros and weights of every matrix that is made sparse, by name."""
         sizes = {name: (weight.detach(), weight.numel()) for name, weight in self.sparse_weights().items()}
         for key, value in self.values.items():
             name = key.replace("/", ".")

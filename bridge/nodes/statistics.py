@@ -54,7 +54,7 @@ class NodeError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """Where in the text a node had a value; quantile among its nonzero values, None for an extreme."""
+    """Place in the text where a node had a value; quantile among its nonzero values, None for an extreme."""
 
     value: float
     row: int
@@ -84,7 +84,7 @@ class NodeFacts:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens have been seen."""
+        """Number of tokens seen."""
         return self.rows_done * self.tokens_bt.shape[1]
 
     def mean(self, location: Location) -> Tensor:

@@ -78,7 +78,7 @@ class Comparison:
         return sum(off) / len(off) if off else None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The comparison as plain JSON values."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         if self.backbone is not None:
             shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}

@@ -45,7 +45,7 @@ _EDGE_KINDS = ("weight", "value")
 
 @dataclass(frozen=True)
 class Size:
-    """How large something is: nodes, and edges as nonzero weights between them."""
+    """Size of a circuit or model: nodes, and edges as nonzero weights between them."""
 
     nodes: int
     edges: int

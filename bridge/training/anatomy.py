@@ -394,7 +394,7 @@ def _times(one: _Map, factor: float) -> Written:
 
 
 def _written(one: _Map, write_xd: Tensor) -> Written | None:
-    """How a map's output becomes what its sublayer writes."""
+    """The steps from a map's output to its sublayer's write."""
     factor, unexplained = _multiple(one.output_xo, write_xd)
     if unexplained < SAME:
         return _times(one, factor)
@@ -506,7 +506,7 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
 def _positions(
     q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
 ) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
-    """How scores follow from queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
+    """Positions in scores of queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
     turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
     if turn is None:
         return None
@@ -679,7 +679,7 @@ def _unembedding(seen: _Seen, reads: Sequence[_Read]) -> tuple[Affine | None, fl
 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
-    """How many tokens the last query of a row of `context` sees in every block; None: all."""
+    """Number of tokens that the last query of a row of `context` sees in every block; None: all."""
     tokens_1t, seen, now = _probe(dense, 1, context), dict[int, int](), [-1]
 
     def enter(index: int, *_: Any) -> None:

@@ -195,7 +195,7 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the dense residual is in the sparse one; turn_dd is R^T."""
+    """Place of the dense residual in the sparse one; turn_dd is R^T."""
 
     turn_dd: Tensor
     s: int

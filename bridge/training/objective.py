@@ -51,7 +51,7 @@ STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
 
 @dataclass(frozen=True)
 class Splice:
-    """Where each row enters the sparse model (EMBEDDING: at its tokens) and leaves it for the dense one (STAYS: nowhere)."""
+    """Sites where each row enters the sparse model (EMBEDDING: its tokens) and leaves it for the dense one (STAYS: nowhere)."""
 
     enter: tuple[int, ...]
     leave: tuple[int, ...]
@@ -61,7 +61,7 @@ class Splice:
         return Splice(self.enter[start:stop], self.leave[start:stop])
 
     def counts(self) -> tuple[int, int, int, int]:
-        """How many rows start from tokens, start there and leave, enter, enter and leave."""
+        """Numbers of rows that start from tokens, start there and leave, enter, enter and leave."""
         kinds = [(enter != EMBEDDING, leave != STAYS) for enter, leave in zip(self.enter, self.leave, strict=True)]
         return (
             sum(not entered for entered, _ in kinds),
@@ -305,7 +305,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one piece: the logits in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
+    """The logits of one piece in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
     of = at if row_b is None else (row_b[at[0]], at[1])
     log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
     logits_copy_btv = torch.empty_like(log_p_btv, memory_format=torch.contiguous_format).copy_(logits_btv[at])

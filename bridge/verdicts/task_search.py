@@ -164,7 +164,7 @@ class Controls:
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
-    """How often the circuit alone prefers the answer."""
+    """Share of prompts where the circuit alone prefers the answer."""
     row_b = torch.arange(len(test.model_b), device=kept_f.device)
     return float((test.masked.question.difference(test.logits(kept_f[None]), row_b) > 0).float().mean())
 
@@ -186,7 +186,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
 
 
 def expected_overlap(first: int, second: int, of: int) -> float:
-    """How many of `of` things two random sets share on average (hypergeometric)."""
+    """Number of `of` things that two random sets share on average (hypergeometric)."""
     return first * second / of if of else 0.0
 
 
