@@ -68,18 +68,18 @@ class Coupling(Bare):
         *,
         seeds: int = 1,
         seed: int = 0,
-        work: float = 1.0,
+        budget: float = 1.0,
         progress: Callable[[str], None] | None = None,
     ) -> Card:
         """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
         The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
-        seeds and with `work` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
+        seeds and with `budget` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
         CardError where it is not this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)
         on_progress = progress or (lambda _: None)
-        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, work=work, progress=on_progress))
+        card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, budget=budget, progress=on_progress))
         assert card is not None  # of a single one, what is wrong is raised
         return card

@@ -48,7 +48,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AttentionShape(_Part):
-    """What a block's attention knows of positions."""
+    """Positions in a block's attention."""
 
     frequencies: tuple[float, ...] = Field(default=(), description="radians a token of the pairs of a head's channels that turn")
     window: int | None = Field(default=None, ge=1, description="tokens that a query sees, its own included; unset: all")
@@ -56,7 +56,7 @@ class AttentionShape(_Part):
 
 
 class BlockShape(_Part):
-    """What the sparse block has of the dense model's, as measured; the defaults are a plain block (paper, section 2.2)."""
+    """Parts of the dense model's block that the sparse one has, as measured; by default a plain block (paper, section 2.2)."""
 
     heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
     kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
@@ -111,7 +111,7 @@ class SparseShape(_Part):
 
 
 class Sparsity(_Part):
-    """How many weights stay (paper, appendix A.2)."""
+    """Number of weights that stay (paper, appendix A.2)."""
 
     l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     embed_l0: float | None = Field(
@@ -136,7 +136,7 @@ class Sparsity(_Part):
 
 
 class Data(_Part):
-    """What is read."""
+    """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
@@ -146,7 +146,7 @@ class Data(_Part):
 
 
 class Budget(_Part):
-    """When training ends: at the first of the two that is reached; after 20 million tokens where neither is said."""
+    """End of training: at the first of the two that is reached; after 20 million tokens where neither is given."""
 
     tokens: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
@@ -154,8 +154,8 @@ class Budget(_Part):
     @model_validator(mode="before")
     @classmethod
     def _some(cls, values: Any) -> Any:
-        nothing_said = isinstance(values, dict) and all(value is None for value in values.values())
-        return {"tokens": 20_000_000} if nothing_said else values
+        unset = isinstance(values, dict) and all(value is None for value in values.values())
+        return {"tokens": 20_000_000} if unset else values
 
 
 class Optimizer(_Part):
@@ -169,7 +169,7 @@ class Optimizer(_Part):
     )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(
-        default=1e-2, gt=0, description="of their biases, which carry means: these drift by more than a matrix entry's size"
+        default=1e-2, gt=0, description="of their biases, which hold means: these drift by more than a matrix entry's size"
     )
     sharkfin: bool = Field(default=True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
     betas: tuple[_Share, _Share] = (0.9, 0.95)
@@ -210,9 +210,11 @@ class Losses(_Part):
 
 
 class Refit(_Part):
-    """The decoders' last fit, in closed form, once training is over: small changes too are to do what they do (`slopes.py`)."""
+    """The decoders' last fit, in closed form, once training is over: small changes too are to act alike (`training/refit.py`)."""
 
-    slopes: float = Field(default=1.0, ge=0, description="weight of slopes beside what decoders carry by then; 0: no such fit")
+    slopes: float = Field(
+        default=1.0, ge=0, description="weight of gradients beside the decoders' values by then; 0: no such fit"
+    )
     rows: int = Field(default=256, ge=1, description="rows of the training text that it takes")
 
 
@@ -343,7 +345,7 @@ def kept_fraction(l0: float, total: int) -> float:
 
 
 def n_kept(fraction: float, count: int) -> int:
-    """How many of a matrix's `count` weights stay, the same fraction of each matrix; at least one."""
+    """Number of a matrix's `count` weights that stay, the same fraction of each matrix; at least one."""
     return max(1, min(count, math.floor(fraction * count + 0.5)))
 
 

@@ -51,8 +51,8 @@ def test_explain_and_evaluate_are_the_functions(held: Coupling) -> None:
 
 def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
     subjects = Subjects.of(held)
-    expected = search_task(subjects, resolved(subjects, str(task_file)), explains="sparse", dense=False, work=0.2)
-    found = held.circuit(task_file, explains="sparse", dense=False, work=0.2)
+    expected = search_task(subjects, resolved(subjects, str(task_file)), explains="sparse", dense=False, budget=0.2)
+    found = held.circuit(task_file, explains="sparse", dense=False, budget=0.2)
     assert found.circuit.nodes == expected.circuit.nodes and found.report == expected.report
     assert held.subjects is held.subjects
     with pytest.raises(bridge.UserError, match="no-such-task"):
@@ -60,7 +60,7 @@ def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
 
 
 def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: Path) -> None:
-    found = held.circuit(task_file, explains="sparse", dense=False, work=0.2)
+    found = held.circuit(task_file, explains="sparse", dense=False, budget=0.2)
     found.save(tmp_path / "planted")
     (expected, _) = next(run_cards(held.subjects, [Wanted(str(task_file), tmp_path / "planted", None)], progress=lambda _: None))
     said: list[str] = []
@@ -73,7 +73,7 @@ def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: 
     with pytest.raises(bridge.UserError, match="the circuit is of the task another, not planted"):
         held.card(task_file, other)
     with pytest.raises(bridge.UserError, match="nothing to explain"):  # searched: this dense model does not do the task
-        held.card(task_file, work=0.2)
+        held.card(task_file, budget=0.2)
 
 
 def test_what_is_fitted_has_them_too(dense_folder: Path, text_file: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a task's circuit explains of the dense model."""
+"""Cards: how much a task's circuit explains of the dense model."""

@@ -25,7 +25,7 @@ _HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class Card:
-    """What a task's circuit explains of the dense model, on so many held-out pairs; notes say what these cannot show."""
+    """Evidence that a task's circuit explains the dense model, on so many held-out pairs; notes give what these cannot show."""
 
     task: str
     pairs: int
@@ -79,7 +79,7 @@ def render_card(card: Card, width: int = 110) -> str:
 
 
 def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
-    """On how many tasks each null passes each test; all tests on one task it must not."""
+    """Table of the number of tasks on which each null passes each test; no task may pass all."""
     rows = [["NULLS", "all tests", "tasks", "solved", *TESTS]]
     for null in nulls:
         solved = sum((task.accuracy or 0) >= TaskEvidenceConfig.solved for task in null.tasks)
@@ -94,7 +94,7 @@ def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
 
 
 def _passing(null: TaskNull, test: str) -> str:
-    """On how many tasks it holds, and the mean of its first value."""
+    """Number of tasks on which a test holds, and the mean of its first value."""
     values = [value for task in null.tasks if (value := task.values.get(test)) is not None]
     return f"{null.passing(test)} of {len(null.tasks)}" + (f" ({sum(values) / len(values):.3f})" if values else "")
 

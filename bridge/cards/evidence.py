@@ -4,11 +4,11 @@
     refuted              the circuit is not sufficient in the sparse model (the search's own verdict)
     undecided            whether it is could not be measured
     behavioural          it is
-    representational     interchange interventions on it change the dense model's answer; and its deletion, carried into the dense
-                         model, takes there what it takes in the sparse one, at the site where it takes least of that
-    mechanistic support  also: without it the answer is lost; it does in place of the dense blocks, and its complement does not;
-                         single nodes' effects rank alike in both models; it predicts the dense model on prompts that nobody has
-                         seen; the circuits of several seeds agree; and the coupling's nulls fail
+    representational     interchange interventions on it change the dense model's answer; and its deletion, transported into the
+                         dense model, takes there what it takes in the sparse one, at the site where it takes least of that
+    mechanistic support  also: when it is ablated the answer is lost; it does in place of the dense blocks, and its complement
+                         does not; single nodes' effects rank alike in both models; it predicts the dense model on prompts that
+                         were held out; the circuits of several seeds agree; and the coupling's nulls fail
 
 It is of at most 64 pairs of the test split, every second one the other way round, and of stress prompts made of the same pairs;
 what is the same computation as for a prompt is the same code, on all prompts. Intervals are bootstraps over pairs.
@@ -27,7 +27,7 @@ from bridge.cards.prediction import prediction_measures
 from bridge.cards.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import matched
 from bridge.evidence.deletion import Deletions
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
@@ -53,7 +53,7 @@ UNTOUCHED = frozenset({("bridges", "prediction")})  # a test that does not use w
 
 @dataclass(frozen=True)
 class TaskEvidenceConfig(EvidenceConfig):
-    """What a task's circuit is held to beyond what a prompt's is, and how much is drawn."""
+    """Bounds of the evidence on a task's circuit beyond a prompt's, and how much is drawn."""
 
     nodes: int = 100
     matched_draws: int = 40  # what one keeps in place of the blocks varies by .05 to .15
@@ -80,13 +80,14 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
         Rule(
             "representational",
             (*keys["patching"], *keys["deletion"]),
-            "Patching its nodes, carried into the dense model, changes the answer there, and so does deleting them.",
+            "Patching its nodes, transported into the dense model, changes the answer there, and so does deleting them.",
         ),
         Rule(
             "mechanistic support",
             ("lost", *keys["substitution"], *keys["effect profile"], *keys["prediction"], "seeds", "nulls"),
-            "Without it the answer is lost, it does in place of the dense blocks, its nodes have effects that rank alike in both "
-            "models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests do.",
+            "When it is ablated the answer is lost, it does in place of the dense blocks, its nodes have effects that rank "
+            "alike in both models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests "
+            "do.",
         ),
     )
 
@@ -98,14 +99,14 @@ def holds(report: Report, test: str) -> bool | None:
 
 
 def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> NullTask:
-    """What is kept of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
+    """Summary of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
     found = {test: holds(report, test) for test in TESTS}
     values = {test: next((m.value for m in report.measures if m.key in keys), None) for test, keys in TESTS.items()}
-    return NullTask(task, found, values, all(held is True for held in found.values()), accuracy, prompts=prompts)
+    return NullTask(task, found, values, all(each is True for each in found.values()), accuracy, prompts=prompts)
 
 
 def rules(config: TaskEvidenceConfig | None = None) -> str:
-    """What tells how circuits are searched and held from other ways of doing so."""
+    """Digest of the rules by which circuits are searched and judged."""
     return rules_of(config or TaskEvidenceConfig(), SEARCH_RULES, VERSION)
 
 
@@ -146,28 +147,28 @@ def gather_task(
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
     pairs = alter(chosen).to(coupling.dense.device)
     progress("evidence: both models on the task")
-    carrier = circuit.on(coupling, pairs)
-    loss, masked = carrier.loss, carrier.masked
+    transporter = circuit.on(coupling, pairs)
+    loss, masked = transporter.loss, transporter.masked
     kept_f = circuit.kept_f(masked.space, coupling.dense.device)
     matched_cf = matched(masked, kept_f, config.matched_draws, generator)
     some_cf = matched_cf[: config.deleted_draws]
     progress("evidence: patching, in the dense model")
     there = Counterfactual(pairs.counterfactual_bt, followed_rows(coupling, pairs.counterfactual_bt, pairs.last_b))
-    patching = patching_measures(carrier, there, kept_f, some_cf, config.patched, seed)
+    patching = patching_measures(transporter, there, kept_f, some_cf, config.patched, seed)
     progress("evidence: deletion, in both models")
-    deletions = Deletions.of(carrier, kept_f, some_cf)
+    deletions = Deletions.of(transporter, kept_f, some_cf)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
     progress(f"evidence: substitution, and {len(matched_cf)} times of matched nodes")
-    substitution = substitution_measures(carrier, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
+    substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
     progress(f"evidence: {config.nodes} nodes one at a time, in both models")
-    node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
+    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     progress("evidence: prediction on stress prompts")
     prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
     measures = (
-        *_solved(coupling, config, carrier, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
+        *_solved(coupling, config, transporter, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
         *prediction, _seeds(circuit), _nulls(coupling, config),
     )  # fmt: skip
     return Report(measures, task_rules(measures))
@@ -179,7 +180,7 @@ def with_nulls(report: Report, coupling: Coupling, config: TaskEvidenceConfig | 
     return Report(measures, report.rules)
 
 
-def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pairs: TokenPairs) -> tuple[Measure, ...]:
+def _solved(coupling: Coupling, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
     models = ("dense", coupling.dense), ("sparse", coupling.sparse)
     return (
@@ -187,7 +188,7 @@ def _solved(coupling: Coupling, config: TaskEvidenceConfig, carrier: Carrier, pa
             Measure(f"{name}_solves", f"accuracy of the {name} model", score(model, pairs).accuracy, least, chance)
             for name, model in models
         ),
-        Measure("span", "span in nats", abs(carrier.loss.span), Criterion(">=", config.least_span)),
+        Measure("span", "span in nats", abs(transporter.loss.span), Criterion(">=", config.least_span)),
     )
 
 
@@ -217,7 +218,7 @@ def _nulls(coupling: Coupling, config: TaskEvidenceConfig) -> Measure:
 
 
 def _alone(null: TaskNull) -> str:
-    """Which single tests a null passes, which are then no evidence by themselves."""
+    """Single tests that a null passes, which are then no evidence by themselves."""
     found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNTOUCHED}
     passed = [f"{test} on {count} of {len(null.tasks)}" for test, count in found.items() if count]
     return f"{null.name} passes {', '.join(passed) or 'no test'}"

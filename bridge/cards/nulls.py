@@ -31,7 +31,7 @@ from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_c
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 
 TASKS = 3  # by default: of those the coupling solves
-WORK_SHARE = 0.2  # of a search's work: it is a null
+BUDGET_SHARE = 0.2  # of a search's budget: it is a null
 WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
@@ -45,14 +45,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Nulls:
-    """What the nulls of a coupling are made with: tasks and their circuits, the uncoupled coupling's folder and budget, seeds."""
+    """Inputs of the nulls of a coupling: tasks and their circuits, the uncoupled coupling's folder and budget, seeds."""
 
     coupling: Coupling
     tasks: tuple[Resolved, ...]
     circuits: Callable[[Resolved], TaskResult]
     against: Path
     minutes: float = MINUTES
-    work: float = WORK_SHARE
+    budget: float = BUDGET_SHARE
     seed: int = 0
 
     def run(self, progress: Progress) -> Generator[TaskNull, None, None]:
@@ -75,10 +75,10 @@ class Nulls:
 
     @property
     def _facts(self) -> dict[str, str | float | int]:
-        """What the results depend on; the uncoupled model may come to be on the way."""
+        """Facts that the results depend on; the uncoupled model may come to be on the way."""
         file = self.against / "coupling.json"
         against = (read_json(file).get("tensors") or {}).get("sha256", "") if file.is_file() else ""
-        return {"against": against, "work": self.work, "seed": self.seed}
+        return {"against": against, "work": self.budget, "seed": self.seed}
 
     def _subjects(self, name: str, progress: Progress) -> Subjects:
         """The coupling of a null."""
@@ -91,7 +91,7 @@ class Nulls:
     def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: Progress) -> NullTask:
         """The evidence of a null on a task; where there is no circuit, why."""
 
-        def say(text: str) -> None:
+        def on_progress(text: str) -> None:
             progress(f"{name}, {task.task}: {text}")
 
         def alter(pairs: TokenPairs) -> TokenPairs:
@@ -103,10 +103,12 @@ class Nulls:
             result = self.circuits(task)
         else:
             try:
-                result = search_task(subjects, task, dense=False, gated=False, seed=self.seed, work=self.work, progress=say)
+                result = search_task(
+                    subjects, task, dense=False, gated=False, seed=self.seed, budget=self.budget, progress=on_progress
+                )
             except NoCircuitError as error:
                 return NullTask(task.task, {}, {}, False, accuracy, f"no circuit: {error}", task.digest)
-        report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=say)
+        report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=on_progress)
         return null_task(task.task, report, accuracy, task.digest)
 
 

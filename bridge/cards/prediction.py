@@ -6,7 +6,7 @@ that of the same two answers, in the same order, for both members of a pair.
 
     R^2          1 - sum (d_dense - d_C)^2 / sum (d_dense - mean d_dense)^2; above 0, and above a bigram's, with the intervals
                  of itself and of the difference
-    correlation  of d_C and d_dense among prompts when d is turned so that the right answer comes first: shown, not judged; what
+    correlation  of d_C and d_dense among prompts when d is signed so that the right answer comes first: shown, not judged; what
                  is predicted beyond which answer is given
     signs        share of prompts where both prefer the same answer: .9 and at least a bigram's
     mistakes     of the prompts that the dense model gets wrong, the share that the circuit gets wrong, above a half, and above
@@ -37,7 +37,7 @@ from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel
 
-FEWEST, FEWEST_MISTAKES = 200, 10
+LEAST_PROMPTS, LEAST_MISTAKES = 200, 10
 BIGRAM_ROWS = 128
 NAMES: Mapping[str, str] = {
     "prediction": "R^2 on unseen prompts",
@@ -66,8 +66,8 @@ def prediction_measures(
     reference_bt is text for the bigram baseline, agreement the share of signs that is asked.
     """
     prompts = sum(2 * len(some) for some in stress.values())
-    if prompts < FEWEST:
-        note = f"{prompts} stress prompts could be made of this task's pairs, and {FEWEST} are asked"
+    if prompts < LEAST_PROMPTS:
+        note = f"{prompts} stress prompts could be made of this task's pairs, and {LEAST_PROMPTS} are asked"
         asked = Criterion(">=", 0.0), Criterion(">=", 0.0), Criterion(">=", agreement)
         return tuple(Measure(key, name, None, each, note=note) for (key, name), each in zip(NAMES.items(), asked, strict=True))
     device = coupling.dense.device
@@ -81,7 +81,7 @@ def prediction_measures(
         for kind, each in found.items()
     )  # fmt: skip
     mistakes = int((every.dense <= 0).sum())
-    few = mistakes < FEWEST_MISTAKES or mistakes == every.dense.size
+    few = mistakes < LEAST_MISTAKES or mistakes == every.dense.size
     note = f"the dense model makes {mistakes} mistakes in {every.dense.size} prompts" + (": too few to predict" if few else "")
     measures = (*explained(every, points, draws), signs(every, agreement, note, draws))
     return measures if few else (*measures, predicted_mistakes(every, draws))
@@ -159,7 +159,7 @@ def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tupl
 
 
 def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measure:
-    """On which share of the prompts the circuit prefers the answer that the dense model does."""
+    """Share of the prompts on which the circuit prefers the answer that the dense model does."""
     value, most, bigram = (_same(found.dense, x_b2) for x_b2 in (found.circuit, found.whole, found.bigram))
     same_b = ((found.dense > 0) == (found.circuit > 0)).mean(1)
     bounds = draws.interval(lambda weight_kb: weight_kb @ same_b / weight_kb.sum(1))
@@ -168,7 +168,7 @@ def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measur
 
 
 def predicted_mistakes(found: Predicted, draws: Draws) -> Measure:
-    """Which share of the dense model's mistakes the circuit makes as well, beside its own where the dense model is right."""
+    """Share of the dense model's mistakes that the circuit makes as well, beside its own where the dense model is right."""
     wrong_b2 = found.dense <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (found.circuit, found.whole))
     alarms = float(np.mean(found.circuit[~wrong_b2] <= 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bridge.cards.card import Card, render_card, render_cards, render_nulls
 from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, rules, with_nulls
-from bridge.cards.nulls import TASKS, WORK_SHARE, Nulls, solved_tasks
+from bridge.cards.nulls import BUDGET_SHARE, TASKS, Nulls, solved_tasks
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
@@ -38,7 +38,7 @@ class Wanted:
 
 
 def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str], out: Path | None) -> tuple[Wanted, ...]:
-    """What is asked for: the circuit in a folder, or those in its folders; or a task, or several, searched where out has none.
+    """The cards asked for: of the circuits in a folder; or of a task, or several, searched where out has none.
 
     Raises CardError where a folder holds no circuit.
     """
@@ -97,7 +97,7 @@ def run_cards(
     *,
     seed: int = 0,
     seeds: int = 1,
-    work: float = 1.0,
+    budget: float = 1.0,
     width: int = 110,
     progress: Progress,
 ) -> Generator[tuple[Card | None, str], None, None]:
@@ -110,15 +110,15 @@ def run_cards(
     for one in wanted:
         where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
 
-        def say(text: str, where: str = where) -> None:
+        def on_progress(text: str, where: str = where) -> None:
             progress(f"{where}{text}")
 
         try:
             task = resolved(subjects, one.task)
-            result, digest = _circuit(subjects, task, one, seed, seeds, work, say)
+            result, digest = _circuit(subjects, task, one, seed, seeds, budget, on_progress)
             card = _kept(one.out, digest, seed)
             if card is None:
-                card = task_card(subjects.coupling, task, result, seed=seed, progress=say)
+                card = task_card(subjects.coupling, task, result, seed=seed, progress=on_progress)
                 card = replace(card, provenance={**card.provenance, "circuit": digest})
             card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
         except (TaskError, SearchError, CardError, CheckpointError) as error:
@@ -136,12 +136,12 @@ def run_cards(
 
 
 def _circuit(
-    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, work: float, say: Progress
+    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, budget: float, on_progress: Progress
 ) -> tuple[TaskResult, str]:
     """A circuit from its folder, or searched and kept; and what tells it from others."""
     found = one.circuit
     if found is None:
-        found = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, work=work, progress=say)
+        found = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, budget=budget, progress=on_progress)
         if one.out is not None:
             found.save(one.out)
             found = one.out
@@ -176,7 +176,7 @@ def run_nulls(
     circuits: Path | None,
     against: Path,
     minutes: float,
-    work: float = WORK_SHARE,
+    budget: float = BUDGET_SHARE,
     seed: int = 0,
     width: int = 110,
     progress: Progress,
@@ -202,10 +202,10 @@ def run_nulls(
             if task.task in there:
                 found[task.task] = TaskResult.load(there[task.task])
             else:
-                found[task.task] = search_task(subjects, task, dense=False, work=work, seed=seed, progress=progress)
+                found[task.task] = search_task(subjects, task, dense=False, budget=budget, seed=seed, progress=progress)
         return found[task.task]
 
-    nulls = Nulls(subjects.coupling, tasks, circuit, against, minutes, work, seed)
+    nulls = Nulls(subjects.coupling, tasks, circuit, against, minutes, budget, seed)
     done = []
     yield f"nulls     {len(NULLS)} on {', '.join(task.task for task in tasks)}; each must fail"
     for null in nulls.run(progress):

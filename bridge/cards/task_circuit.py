@@ -1,4 +1,4 @@
-"""What the evidence on a task takes from the result of its search, and the circuit on pairs of prompts, in both models.
+"""A task's circuit as the evidence takes it from the result of a search, and on pairs of prompts, in both models.
 
 This is the only module of the evidence that knows what such a result looks like.
 
@@ -19,7 +19,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.data.task_tokens import TokenPairs
 from bridge.errors import UserError
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Node, NodeSpace
 from bridge.models.residual import Trace
@@ -87,12 +87,12 @@ class TaskCircuit:
             errors = {at: means[at].expand(shape[0], 1 if at.layer == coupling.n_sites else shape[1], -1) for at in of_errors}
         return MaskedModel(coupling.sparse, question, means, errors if of_errors else None, by_position=False)
 
-    def on(self, coupling: Coupling, pairs: TokenPairs) -> Carrier:
+    def on(self, coupling: Coupling, pairs: TokenPairs) -> Transporter:
         """Both models on the prompts of some pairs; the reference keeps every node."""
         followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
         masked = self.masked(coupling, pairs, followed.errors)
         loss = CircuitLoss(masked, followed.dense_bv, SearchConfig())
-        return Carrier.of(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
+        return Transporter.of(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
 
 
 def followed_rows(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:

@@ -51,7 +51,7 @@ _MEAN_ROWS = 8  # of corpus at a time
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What linear maps took in and gave on the probe, and the order in which they were called."""
+    """Inputs and outputs of linear maps on the probe, and the order in which they were called."""
 
     taken: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
@@ -92,7 +92,7 @@ class DenseSubject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """Device that the model takes its tokens on."""
         return self.dense.device
 
     def matrices(self) -> tuple[Matrix, ...]:
@@ -142,7 +142,7 @@ class DenseSubject:
         )
 
     def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
-        """What the linear maps take in and give on the probe, the output of one of them changed."""
+        """Inputs and outputs of the linear maps on the probe, the output of one of them changed."""
         taken: dict[str, Tensor] = {}
         given: dict[str, Tensor] = {}
         twice: set[str] = set()
@@ -290,7 +290,7 @@ class MaskedDense(Masked):
         self.subject = subject
 
     def only(self, row: int) -> MaskedDense:
-        """The same nodes on one of the prompts."""
+        """These nodes on one of the prompts."""
         return MaskedDense(self.subject, self.question.rows(torch.tensor([row], device=self.device)))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How far a circuit is from what it explains, on a scale of its own: normalised faithfulness, alone, in supersets, and deleted.
+"""Distance of a circuit from what it explains, on a scale of its own: normalised faithfulness, alone, in supersets, and deleted.
 
 With d the question's log-odds, C the nodes (and errors) kept, U a random set of the others, and everything else at its mean,
 
@@ -36,7 +36,7 @@ M = TypeVar("M", bound=Masked)
 
 @dataclass(frozen=True)
 class Level:
-    """What one of the nested circuits is held to: a normalised faithfulness, or the whole next-token distribution (None)."""
+    """The bound of one of the nested circuits: a normalised faithfulness, or the whole next-token distribution (None)."""
 
     faithfulness: float | None
 
@@ -51,7 +51,7 @@ class Level:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What a search is bounded by and how long it takes; saved with its result.
+    """Bounds and length of a search; saved with its result.
 
     levels are the faithfulness of the nested circuits, smallest first; the explanation opens at `opens_at`, one of them.
     """
@@ -108,7 +108,7 @@ class CircuitLoss(Generic[M]):
         return self.model - self.nothing
 
     def seeded(self, seed: int) -> CircuitLoss[M]:
-        """The same with the supersets, and the config, of another seed."""
+        """Copy with the supersets, and the config, of another seed."""
         return CircuitLoss(self.masked, self.model_bv, replace(self.config, seed=seed))
 
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
@@ -168,7 +168,7 @@ class CircuitLoss(Generic[M]):
         return torch.maximum(miss_cb.mean(1).abs(), rms_c) / level.allowed
 
     def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
-        """The same of one circuit's supersets, by the bound that is missed most."""
+        """Distance like `off` of one circuit's supersets, by the bound that is missed most."""
         if level.faithfulness is None:
             return float(self.kl(logits_uv).mean()) / (2 * self.config.kl)
         off_u, config = self.off(logits_uv, level), self.config
@@ -191,7 +191,7 @@ class CircuitLoss(Generic[M]):
         return off, terms
 
     def worst(self, kept_f: Tensor, level: Level) -> float:
-        """Of all that a level asks of a circuit, how far it is off by what it misses most: within it where at most 1."""
+        """Distance of a circuit from the bound of a level that it misses most: within the level where at most 1."""
         return self.measured(kept_f[None], level)[0][0]
 
     def within(self, kept_f: Tensor, level: Level) -> bool:
@@ -199,7 +199,7 @@ class CircuitLoss(Generic[M]):
         return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
 
     def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor | None = None) -> Tensor:
-        """What a descent makes small: squared misses of a circuit (the first rows), of its supersets, and of its complement.
+        """Terms that a descent minimises: squared misses of a circuit (the first rows), of its supersets, and of its complement.
 
         A row for each of the prompts row_p, by default of all. In multiples of what the level allows; the complement, the last
         rows beyond `config.supersets`, where it is left with more than `config.left` of the span.
@@ -222,7 +222,7 @@ class CircuitLoss(Generic[M]):
         return off_r if level.faithfulness is None else (off_r / (_ONE_OF_SEVERAL if several else 1)) ** 2
 
     def superset_bound(self, level: Level) -> float:
-        """What `squared` is held to in supersets."""
+        """Bound of `squared` in supersets."""
         return 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
 
     def _by_circuit(self, x_r: Tensor) -> Tensor:

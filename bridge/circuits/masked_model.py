@@ -62,7 +62,7 @@ class Masked(ABC):
 
     @abstractmethod
     def only(self, row: int) -> Masked:
-        """The same nodes on one of the prompts."""
+        """These nodes on one of the prompts."""
 
     @abstractmethod
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Masked(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the prompts are."""
+        """Device of the prompts."""
         return self.question.last_b.device
 
     @property
@@ -84,12 +84,12 @@ class Masked(ABC):
 
     @property
     def rows(self) -> int:
-        """How many masked copies make a batch of sensible size."""
+        """Number of masked copies in a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
 
     @cached_property
     def is_error_f(self) -> Tensor:
-        """Which places of a row are errors."""
+        """Mask of the places of a row that are errors."""
         parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
         return self.space.join(parts).to(self.device)
 
@@ -145,10 +145,10 @@ class Masked(ABC):
         with torch.enable_grad():
             logits_rv = self._last_logits(row_r, gate, correct)
             loss_r = loss(logits_rv)
-            slopes = torch.autograd.grad(loss_r.sum(), list(through.values()))
+            gradients = torch.autograd.grad(loss_r.sum(), list(through.values()))
         gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
         into = self.space.split(gradient_rf)
-        for (location, change_rtn), y_rtn in zip(change.items(), slopes, strict=True):
+        for (location, change_rtn), y_rtn in zip(change.items(), gradients, strict=True):
             entry_rtn = y_rtn * change_rtn
             entry_rtn = entry_rtn.sum(-1, keepdim=True) if location.kind == ERROR else entry_rtn
             if self.space.n_tokens == 1:
@@ -173,13 +173,13 @@ class Masked(ABC):
         return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
     def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """How much an error of each row differs from its mean."""
+        """Difference of an error of each row from its mean."""
         assert self.errors is not None
         excess_bts = self.errors[location] - self.means[location]
         return excess_bts[:, -x_rts.shape[1] :][row_r]
 
     def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """What is added to the stream for an error under its masks."""
+        """Sum added to the stream for an error under its masks."""
         kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
         return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
 
@@ -211,7 +211,7 @@ class MaskedModel(Masked):
         self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
 
     def only(self, row: int) -> MaskedModel:
-        """The same nodes on one of the prompts."""
+        """These nodes on one of the prompts."""
         if len(self.question) == 1:
             return self
         question = self.question.rows(torch.tensor([row], device=self.device))

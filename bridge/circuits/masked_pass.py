@@ -72,7 +72,7 @@ class _Room:
 
 @dataclass(frozen=True, eq=False)
 class _Lanes:
-    """Which prompts and tokens the lanes of some masked copies are, row by row; padded counts those that fill vectors."""
+    """Prompts and tokens of the lanes of some masked copies, row by row; padded counts those that fill vectors."""
 
     row_l: Array
     prompt_l: Array
@@ -133,8 +133,8 @@ class MaskedPass:
         self.first = dict(zip(space.sizes, starts, strict=False))
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
         self.matrices: dict[str, _Matrix] = {}
-        self.rooms, self.brief, self.slopes = [_Room() for _ in range(_TILES)], _Room(), np.zeros(0, np.float32)
-        self.held = np.zeros(0, np.bool_)
+        self.rooms, self.brief, self.gradients = [_Room() for _ in range(_TILES)], _Room(), np.zeros(0, np.float32)
+        self.active = np.zeros(0, np.bool_)
         answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
         self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
 
@@ -176,30 +176,32 @@ class MaskedPass:
             logits_rv = self.logits(kept_rf, row_r)
         with torch.enable_grad():
             loss_r = loss(logits_rv.requires_grad_())
-            (slope_rv,) = torch.autograd.grad(loss_r.sum(), logits_rv)
+            (gradient_rv,) = torch.autograd.grad(loss_r.sum(), logits_rv)
         gradient_rf = torch.empty(len(kept_rf), kept_rf.shape[1] if node_k is None else len(node_k))
         first = 0
         for place, part in enumerate(parts):
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
             some = slice(first, first := first + len(part[1]))
-            slopes = self._slopes(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
-            slopes[:] = 0
-            tile.backward(slope_rv[some].numpy(), slopes)
+            gradients = (
+                self._gradient_room(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
+            )
+            gradients[:] = 0
+            tile.backward(gradient_rv[some].numpy(), gradients)
             if node_k is not None:
-                gradient_rf[some] = torch.from_numpy(slopes).view(-1, kept_rf.shape[1])[:, node_k]
+                gradient_rf[some] = torch.from_numpy(gradients).view(-1, kept_rf.shape[1])[:, node_k]
         return gradient_rf, loss_r.detach()
 
-    def _slopes(self, size: int) -> Array:
-        if self.slopes.size < size:
-            self.slopes = np.zeros(size, np.float32)
-        return self.slopes[:size]
+    def _gradient_room(self, size: int) -> Array:
+        if self.gradients.size < size:
+            self.gradients = np.zeros(size, np.float32)
+        return self.gradients[:size]
 
     def matrix(self, name: str) -> _Matrix:
         """A matrix by its name."""
         if name not in self.matrices:
             weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
-            held = self.sparse.held(f"{name}.weight")
-            self.matrices[name] = _Matrix.of(Compact.of(weight_mn) if held is None else held, bias_m)
+            compact = self.sparse.by_nonzeros(f"{name}.weight")
+            self.matrices[name] = _Matrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
         return self.matrices[name]
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
@@ -243,8 +245,8 @@ class _Tile:
         self.answers = _Lanes(rows, prompt_r, last_r, _whole(len(rows)))
         self.last_r = rows * tokens + last_r  # the lanes of the answers among the wide ones
         most = max(of.space.sizes.values()) * self.wide.padded
-        if of.held.size < most:
-            of.held = np.zeros(most, np.bool_)
+        if of.active.size < most:
+            of.active = np.zeros(most, np.bool_)
         sparse, self.residuals = of.sparse, dict[int, Tensor]()
         lanes = self.wide if begin < sparse.narrow_from else self.answers
         x = np.zeros((sparse.width, lanes.padded), np.float32)
@@ -275,10 +277,10 @@ class _Tile:
         self._error(sparse.n_sites, logits, self.answers, of_logits=True)
         self.logits_rv = torch.from_numpy(logits[:, : len(rows)].T.copy())
 
-    def backward(self, slope_rv: Array, dmask: Array) -> None:
+    def backward(self, gradient_rv: Array, dmask: Array) -> None:
         """Adds to the flat masks' gradients, by that of the logits."""
-        d = np.zeros((slope_rv.shape[1], self.answers.padded), np.float32)
-        d[:, : len(slope_rv)] = slope_rv.T
+        d = np.zeros((gradient_rv.shape[1], self.answers.padded), np.float32)
+        d[:, : len(gradient_rv)] = gradient_rv.T
         for back in reversed(self.ways):
             self.brief.used = 0
             d = back(d, dmask)
@@ -309,8 +311,10 @@ class _Tile:
 
         def back(dx: Array, dmask: Array) -> Array:
             dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
-            slopes = dict(zip("qkv", attend_back(dz), strict=True))
-            dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](slope, dmask), self.brief) for kind, slope in slopes.items())
+            gradients = dict(zip("qkv", attend_back(dz), strict=True))
+            dr_q, dr, dr_v = (
+                matrices[kind].back(parts[kind][1](gradient, dmask), self.brief) for kind, gradient in gradients.items()
+            )
             dr += dr_v
             if narrow:
                 dr[:, self.last_r] += dr_q[:, : len(self.last_r)]
@@ -331,14 +335,14 @@ class _Tile:
         y, normed_back = self._norm(x)
         r, r_back = self._nodes(Location(layer, "mlp_in"), y, lanes)
         before = up.times(r, room)
-        slope = room.take(*before.shape)
-        masked.gelu(before, before, slope)
+        gradient = room.take(*before.shape)
+        masked.gelu(before, before, gradient)
         a, a_back = self._nodes(Location(layer, "mlp_act"), before, lanes)
         write, write_back = self._nodes(Location(layer, "mlp_out"), down.times(a, room), lanes)
 
         def back(dx: Array, dmask: Array) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
-            da *= slope
+            da *= gradient
             normed_back(r_back(up.back(da, self.brief), dmask), dx)
             return dx
 
@@ -346,7 +350,7 @@ class _Tile:
         return self._sum(x, write)
 
     def _normed(self, x: Array) -> Array:
-        """What the unembedding reads."""
+        """The normed residual that the unembedding reads."""
         y, normed_back = self._norm(x)
 
         def back(dy: Array, _: Array) -> Array:
@@ -358,7 +362,7 @@ class _Tile:
         return y
 
     def _error(self, site: int, x: Array, lanes: _Lanes, *, of_logits: bool = False) -> None:
-        """What is added for the errors of a site to the stream, or to the logits."""
+        """Sum of the kept errors of a site, added to the stream, or to the logits."""
         of, at = self.of, Location(site, ERROR)
         if at not in of.excess:
             return
@@ -383,7 +387,7 @@ class _Tile:
         through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
         places, first = lanes.places(n, of.space), of.first[at]
         kept = max(1, round(of.sparse.keep * n))
-        masked.nodes(change, kept, self.mask, places, first, of.means[at], of.held, through, y)
+        masked.nodes(change, kept, self.mask, places, first, of.means[at], of.active, through, y)
 
         def back(dy: Array, dmask: Array) -> Array:
             masked.nodes_back(dy, change, through, places, first, dmask)
@@ -400,7 +404,7 @@ class _Tile:
     def _attend(
         self, layer: int, q: Array, k: Array, v: Array, lanes: _Lanes, to: _Lanes
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-        """What the heads read for every lane of `to`, and the way back."""
+        """Outputs of the heads for every lane of `to`, and their backward pass."""
         of, room, rows = self.of, self.room, len(self.last_r)
         channels, narrow = of.sparse.channels, to is not lanes
         sink = of.sparse.sinks(layer).numpy()
@@ -413,9 +417,9 @@ class _Tile:
         attention.forward(*arrays, channels, first, after, *strides, 0, heads)
 
         def back(dz: Array) -> tuple[Array, Array, Array]:
-            dq, dk, dv = slopes = [self.brief.take(*x.shape) for x in (q, k, v)]
-            for slope in slopes:
-                slope[:] = 0
+            dq, dk, dv = gradients = [self.brief.take(*x.shape) for x in (q, k, v)]
+            for gradient in gradients:
+                gradient[:] = 0
             flat = (x.reshape(-1) for x in (dz, dq, dk, dv))
             attention.backward(*arrays, *flat, np.zeros(heads, np.float32), channels, first, after, *strides, 0, heads)
             return dq, dk, dv

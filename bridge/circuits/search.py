@@ -107,13 +107,13 @@ class _Search:
                 kept_f, within = self._added(core_f, level)
                 kept_f = kept_f if within else self._by_descent(core_f, score_f, level, 1)
             else:
-                kept_f = self._fewest(core_f, self._scores(core_f).abs(), 1000, level)
+                kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
             self.progress(f"{level}: {int(kept_f.sum()):,} nodes")
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
             gradient_1f = self.loss.gradient(kept_f[None], self.loss.miss)
-            kept_f = self._fewest(none_f, gradient_1f[0].abs(), int(kept_f.sum()) // 2, levels[place], kept_f)
+            kept_f = self._minimised(none_f, gradient_1f[0].abs(), int(kept_f.sum()) // 2, levels[place], kept_f)
             circuits[place] = kept_f
         kept_lf = torch.stack([circuits[place] for place in range(len(levels))])
         off = tuple(self.loss.worst(kept_f, level) for kept_f, level in zip(kept_lf, levels, strict=True))
@@ -170,9 +170,9 @@ class _Search:
             if within:
                 break
         if not within:
-            return self._fewest(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
+            return self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
-        kept_f = self._fewest(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
+        kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
     def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int) -> Tensor:
@@ -234,7 +234,7 @@ class _Search:
         return torch.randperm(count, generator=self.generator)[:prompts] if count > 1 else torch.zeros(1, dtype=torch.long)
 
     def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
-        """How many of some nodes, best ranked first, get the answer about right."""
+        """Number of nodes, best ranked first, that get the answer about right."""
         sizes = [size for size in _STARTS if size < len(node_k)] or [len(node_k)]
         off_c = self._off(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
         good = (off_c <= _START_OFF).nonzero().flatten().tolist()
@@ -274,26 +274,26 @@ class _Search:
             if not 0 < len(node_k) <= 16 * most:
                 break
             if len(node_k) > most:
-                slope_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
-                tried_k = node_k[slope_k.topk(most, largest=False).indices]
+                gradient_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
+                tried_k = node_k[gradient_k.topk(most, largest=False).indices]
             else:
                 tried_k = node_k
             order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
             order_f[tried_k] = self._off_without(kept_f, tried_k)
-            kept_f = self._fewest(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
+            kept_f = self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
             if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
                 break
         return kept_f
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """How far off the answer is without each node alone, the mean over at most `config.prompts` prompts."""
+        """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""
         total_k, rows = torch.zeros(len(node_k), device=kept_f.device), evenly(len(self.loss.model_b), self.config.prompts)
         for row in rows.tolist():
             row_k = torch.full_like(node_k, row)
             total_k += self.loss.miss(self.masked.only(row).logits_without(kept_f, node_k), row_k).abs()
         return total_k / len(rows)
 
-    def _fewest(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
+    def _minimised(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
         """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
         place_k = others_f.nonzero().flatten()

@@ -38,7 +38,7 @@ class Matrix:
     target_j: Tensor
 
     def inside(self, kept: Mapping[Location, Tensor]) -> Tensor:
-        """Which entries_ji are edges between nodes of the masks kept_1n."""
+        """Mask of the entries_ji that are edges between nodes of the masks kept_1n."""
         source_i, target_j = kept[self.source][0][self.source_i], kept[self.target][0][self.target_j]
         return (self.weight_ji != 0) & target_j[:, None] & source_i
 
@@ -53,7 +53,7 @@ class Subject(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         ...
 
     def matrices(self) -> tuple[Matrix, ...]:
@@ -80,7 +80,7 @@ class SparseSubject:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.sparse.device
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:

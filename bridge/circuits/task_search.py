@@ -3,12 +3,12 @@
 Nodes are channels, kept at every token of every prompt or at none; prompts are members of pairs, as many first as second ones,
 and the question is the right answer against the wrong one. They are shared out:
 
-    train   what scores and descents learn from, some of them at each step
-    held    what every circuit is held to on the way
-    test    the test split, which the search has not seen: what is measured there is what is said
+    train       what scores and descents learn from, some of them at each step
+    validation  what every circuit is judged on during the search
+    test        the test split, which the search has not seen: measures that are reported are over it
 
-Train and held are taken from the training and the validation split both, which have other templates. What is explained is the
-dense model's answer, which errors make the sparse model give; they are at their means unless a level needs them.
+Train and validation are taken from both splits of those names, which have other templates. What is explained is the dense
+model's answer, which errors make the sparse model give; they are at their means unless a level needs them.
 
 Shape legend: b prompt, f all nodes in one row, v vocabulary.
 """
@@ -36,7 +36,7 @@ from bridge.models.sparse import Location
 TASK_SEARCH = SearchConfig(
     attempts=3, steps=400
 )  # of other prompts each: after 200 with_as was left with 698 nodes, after 400 414
-TRAIN, HELD, TEST = 128, 32, 32  # prompts
+TRAIN, VALIDATION, TEST = 128, 32, 32  # prompts
 
 
 class SearchError(UserError):
@@ -49,37 +49,37 @@ class NoCircuitError(SearchError):
 
 @dataclass(frozen=True, eq=False)
 class TaskLosses:
-    """How far circuits of a model are from what it is to explain, on the prompts of every share."""
+    """Losses of a model's circuits on the prompts of every share."""
 
     train: CircuitLoss
-    held: CircuitLoss
+    validation: CircuitLoss
     test: CircuitLoss
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """The levels of a task's circuits: those of the answer, not of the full distribution."""
-        return self.held.config.nested()[:-1]
+        return self.validation.config.nested()[:-1]
 
     @property
     def opening(self) -> Level:
         """The level that is found first."""
-        return self.levels[self.held.config.opening]
+        return self.levels[self.validation.config.opening]
 
     def opened(self, progress: Callable[[str], None] = lambda _: None, seed: int | None = None) -> Nested:
         """The circuit at the opening level alone, by a seed of its own where one is given."""
-        seed = self.held.config.seed if seed is None else seed
-        train, held = (one.seeded(seed) for one in (self.train, self.held))
-        return find_nested(held, progress, train, (self.opening,))
+        seed = self.validation.config.seed if seed is None else seed
+        train, validation = (one.seeded(seed) for one in (self.train, self.validation))
+        return find_nested(validation, progress, train, (self.opening,))
 
     def nested(self, progress: Callable[[str], None] = lambda _: None, opened_f: Tensor | None = None) -> Nested:
         """The nested circuits, around the opening one where that has been found."""
-        return find_nested(self.held, progress, self.train, self.levels, opened_f)
+        return find_nested(self.validation, progress, self.train, self.levels, opened_f)
 
 
 def task_loss(
     coupling: Coupling, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
 ) -> CircuitLoss:
-    """How far circuits are from the dense model's answers on some prompts; from the sparse model's own where not `dense`."""
+    """Loss of circuits against the dense model's answers on some prompts; against the sparse model's own where not `dense`."""
     question = Question.of_pairs(pairs.to(coupling.sparse.device))
     if not dense:
         return _own(MaskedModel(coupling.sparse, question, means, by_position=False), config)
@@ -89,7 +89,7 @@ def task_loss(
 
 
 def dense_loss(subject: DenseSubject, pairs: TokenPairs, config: SearchConfig) -> CircuitLoss:
-    """How far circuits of the dense model's own nodes are from its answers on some prompts."""
+    """Loss of circuits of the dense model's own nodes against its answers on some prompts."""
     return _own(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
 
 
@@ -105,7 +105,7 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     """
     shares = divided(task.splits["train"], task.splits["validation"])
     losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
-    if (span := losses.held.span) < (least := losses.held.config.least_span):
+    if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
             f"on {task.task} right and wrong answers are {span:.2f} nats further apart than with every node at its mean, and "
             f"{least:g} are asked, so there is nothing to explain; take another task"
@@ -134,23 +134,23 @@ def measured_prompts(task: Resolved) -> TokenPairs:
 
 
 def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
-    """The prompts that are learnt from and those, of other pairs, that circuits are held to; as many of either split.
+    """The prompts that are learnt from and those, of other pairs, that circuits are judged on; as many of either split.
 
     What was learnt from the templates of one split did not hold on the other's.
     """
     parts = [_apart(split) for split in (train, validation)]
-    most = zip(zip(*parts, strict=True), (TRAIN, HELD), strict=True)
-    learnt, held = (spread(one, count // 2).and_those(spread(other, count // 2)) for (one, other), count in most)
-    return learnt, held
+    most = zip(zip(*parts, strict=True), (TRAIN, VALIDATION), strict=True)
+    learnt, judged = (spread(one, count // 2).and_those(spread(other, count // 2)) for (one, other), count in most)
+    return learnt, judged
 
 
 def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
     """Pairs to learn from and others, evenly from all; the same where there is one."""
     ordered = in_order(pairs)
-    held_b = evenly(len(ordered), min(HELD // 2, (len(ordered) + 1) // 2))
-    rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), held_b)]
+    validation_b = evenly(len(ordered), min(VALIDATION // 2, (len(ordered) + 1) // 2))
+    rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), validation_b)]
     device = ordered.last_b.device
-    return ordered.rows((rest_b if len(rest_b) else held_b).to(device)), ordered.rows(held_b.to(device))
+    return ordered.rows((rest_b if len(rest_b) else validation_b).to(device)), ordered.rows(validation_b.to(device))
 
 
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:

@@ -46,7 +46,7 @@ def circuit(
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
     dense: Dense = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuit.")] = False,
-    work: Annotated[float, typer.Option(help="Steps of the search, as a multiple of the default.", min=0.01)] = 1.0,
+    budget: Annotated[float, typer.Option(help="Steps of the search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -63,13 +63,13 @@ def circuit(
         from bridge.studies.search import Subjects, search_config
         from bridge.studies.suite import run_suite, run_task
 
-        search_config(level, work)  # refused before anything is loaded
+        search_config(level, budget)  # refused before anything is loaded
 
         check_outputs(out)
         subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch = Phases()
         options: dict[str, Any] = {
-            "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "work": work,
+            "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
         }  # fmt: skip
         if task is not None:
             text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
@@ -90,7 +90,7 @@ def card(
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
     seeds: Annotated[int, typer.Option(help="Searches of which the smallest is taken, where a circuit is searched.", min=1)] = 1,
     seed: Annotated[int, seed_of("Of searches and controls.")] = 0,
-    work: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
+    budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
     dense: Dense = None,
@@ -111,7 +111,9 @@ def card(
         wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
         subjects = Subjects.of(opened_coupling(bridge, dense, device))
         watch, cards = Phases(), []
-        for one, text in run_cards(subjects, wanted, seed=seed, seeds=seeds, work=work, width=terminal_width(), progress=watch):
+        for one, text in run_cards(
+            subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=terminal_width(), progress=watch
+        ):
             watch.end()
             print_output(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
@@ -162,7 +164,7 @@ def nulls(
                 circuits=circuits,
                 against=uncoupled,
                 minutes=minutes,
-                work=budget,
+                budget=budget,
                 seed=seed,
                 width=terminal_width(),
                 progress=watch,

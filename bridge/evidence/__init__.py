@@ -1,1 +1,1 @@
-"""What is measured of a circuit, in the sparse and in the dense model, beside controls that could win; and the verdict."""
+"""Measures of a circuit, in the sparse and in the dense model, beside controls that could win; and the verdict."""

@@ -1,4 +1,4 @@
-"""A change of the sparse model carried into the dense one at every site, and what the answer loses by it in both.
+"""A change of the sparse model transported into the dense one at every site, and the loss of the answer by it in both.
 
 With R the reference (every node kept, errors at their means but those of the circuit) and R' a run of the sparse model in which
 something was changed, at each site j
@@ -14,7 +14,7 @@ Of a question with several prompts (a task) all of this is done on each of them;
 share of all is the mean. Behind the last attention only the last position can change the answer; so only its residual is kept
 there, where all prompts end at the last position.
 
-Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circuit or mask, k carried change, j site, t token
+Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circuit or mask, k transported change, j site, t token
 (one behind the last attention), s sparse width, d dense width, f all nodes in one row, v vocabulary.
 """
 
@@ -39,7 +39,7 @@ _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is th
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
+class Transported:
     """Shares of the span lost under some masks, prompt by prompt: in the sparse model itself, and by site in either model."""
 
     lost_cb: Tensor
@@ -48,7 +48,7 @@ class Carried:
 
 
 @dataclass(frozen=True, eq=False)
-class Carrier:
+class Transporter:
     """Both models on a question's prompts: the coupling, the loss on its sparse model, the dense run, the reference's mask."""
 
     coupling: Coupling
@@ -57,9 +57,9 @@ class Carrier:
     reference_f: Tensor
 
     @staticmethod
-    def of(coupling: Coupling, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Carrier:
-        """The carrier whose reference keeps every node, and of the errors those of a circuit."""
-        return Carrier(coupling, loss, dense, loss.nodes_f | circuit_f)
+    def of(coupling: Coupling, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Transporter:
+        """The transporter whose reference keeps every node, and of the errors those of a circuit."""
+        return Transporter(coupling, loss, dense, loss.nodes_f | circuit_f)
 
     @property
     def masked(self) -> MaskedModel:
@@ -98,10 +98,10 @@ class Carrier:
         return self.reference_f & ~circuit_cf
 
     @torch.no_grad()
-    def carry(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], *, sparse: bool = False) -> Carried:
-        """What is lost under some masks, the change of each carried at as many sites as that of any other; where asked, in both.
+    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], *, sparse: bool = False) -> Transported:
+        """Losses under some masks, the change of each transported at equally many sites; where asked, in both models.
 
-        Changes are carried batch by batch, and not kept: of many nodes on many prompts they would not fit.
+        Changes are transported batch by batch, and not kept: of many nodes on many prompts they would not fit.
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
         lost_cb, dense_cjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], shape))
@@ -117,11 +117,11 @@ class Carrier:
                 if into is not None:
                     found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
                     into[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
-        return Carried(lost_cb, dense_cjb, sparse_cjb)
+        return Transported(lost_cb, dense_cjb, sparse_cjb)
 
     @torch.no_grad()
-    def carry_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Carried:
-        """What is lost when all of some nodes are deleted, for each of the sets, its change carried at one site.
+    def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Transported:
+        """Losses when all of some nodes are deleted, for each of the sets, its change transported at one site.
 
         Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
         """
@@ -129,7 +129,7 @@ class Carrier:
             deleted_kf = torch.zeros(len(sets), len(self.reference_f), dtype=torch.bool, device=self.reference_f.device)
             for k, node_n in enumerate(sets):
                 deleted_kf[k, node_n] = True
-            return self.carry(self.deleted(deleted_kf), [[site] for site in site_k])
+            return self.transport(self.deleted(deleted_kf), [[site] for site in site_k])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
         site_f, late = self.masked.site_f, self.masked.sparse.narrow_from
         begin_k = [int(site_f[node_n.cpu()].min()) if len(node_n) else 0 for node_n in sets]
@@ -149,10 +149,10 @@ class Carrier:
                     changes[k] = x_rts[row] - x_rts[0]
                     lost_k[k] = (d_r[0] - d_r[row]) / self._span
         dense_k = self.dense_lost([0] * len(sets), site_k, changes)
-        return Carried(lost_k[:, None], dense_k[:, None, None], None)
+        return Transported(lost_k[:, None], dense_k[:, None, None], None)
 
     def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Which masks on which prompts, with the reference, make a batch of sensible size."""
+        """Batches of masks and prompts, with the reference, of a sensible size."""
         some = min(self.prompts, max(1, self.masked.rows // _COPIES))
         for row_p in torch.arange(self.prompts).split(some):
             for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):
@@ -168,7 +168,7 @@ class Carrier:
 
     @torch.no_grad()
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
-        """lost_k of the span in the dense model, by a change_ts carried at a site on a prompt, for each k."""
+        """lost_k of the span in the dense model, by a change_ts transported at a site on a prompt, for each k."""
         lost, length = [torch.zeros(0, device=self.reference_f.device)], self.masked.n_tokens
         for first in range(0, len(site_k), _ROWS):
             some = slice(first, first + _ROWS)

@@ -104,7 +104,7 @@ def another_prompt(
 
 
 def _places(masked: MaskedModel) -> Tensor:
-    """Which location and position every node is of, as a number that grows along the row."""
+    """Location and position of every node, as a number that grows along the row."""
     parts, first = {}, 0
     for at, n in masked.space.sizes.items():
         parts[at] = torch.arange(first, first + masked.space.n_tokens)[:, None].expand(-1, n)
@@ -148,5 +148,5 @@ def random_deletions(
 
 
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """As many of the places as are wanted, or as there are, at random."""
+    """Some of the places at random: as many as are wanted, or as there are."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

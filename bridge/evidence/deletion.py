@@ -1,20 +1,20 @@
-"""A circuit deleted, and the deletion carried into the dense model at every site, beside controls that could win.
+"""A circuit deleted, and the deletion transported into the dense model at every site, beside controls that could win.
 
 With R the reference (every node, errors at their means but the circuit's), C a circuit, and shares of the span throughout:
 
-    sparse loss        d(R) - d(R less C): what the sparse model itself loses
-    at site j          `carry`: the change of the residual there, carried into the dense model (dense) and into the sparse one,
-                       all of R kept from there on (sparse)
+    sparse loss        d(R) - d(R less C), in the sparse model itself
+    at site j          `transport`: the change of the residual there enters the dense model (dense) and the sparse one, all of
+                       R kept from there on (sparse)
     ratio              dense / sparse at j, at its least over the sites *behind the circuit's nodes*: those at which the same
-                       change carries at least a third of the sparse model's own loss. Before most of the circuit there is
-                       nothing to carry, and what is divided by next to nothing says nothing
+                       change makes at least a third of the sparse model's own loss. Before most of the circuit nothing has
+                       changed, and a ratio of next to nothing means nothing
     best               the dense loss at the site where it is largest
 
 An uncoupled sparse model can lose much in the dense one at late sites, where the answer is decoded from anything; at the early
 and middle ones it does not. So the ratio is judged at its least.
 
-Beside it: every node deleted, the ceiling of what the bridges can carry; nodes matched in location and position; the circuits of
-other prompts.
+Beside it: every node deleted, the ceiling of what the bridges can transport; nodes matched in location and position; the
+circuits of other prompts.
 
 Of several prompts (a task) shares are means over them, and intervals are bootstraps over the prompts.
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from bridge.evidence.bootstrap import Interval, interval
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.bridges import Coupling
 
@@ -47,21 +47,21 @@ class Deletion:
 
     @property
     def lost(self) -> float:
-        """What the sparse model itself loses."""
+        """Loss of the sparse model itself."""
         return float(self.lost_b.mean())
 
     @property
     def dense_j(self) -> tuple[float, ...]:
-        """What the dense model loses, by site."""
+        """Loss of the dense model, by site."""
         return tuple(self.dense_jb.mean(1).tolist())
 
     @property
     def sparse_j(self) -> tuple[float, ...]:
-        """What the sparse model loses by the change at each site."""
+        """Loss of the sparse model by the change at each site."""
         return tuple(self.sparse_jb.mean(1).tolist())
 
     def behind(self, share: float) -> tuple[int, ...]:
-        """The sites behind the circuit's nodes: those where the change carries a share of the sparse model's own loss."""
+        """The sites behind the circuit's nodes: those where the change makes a share of the sparse model's own loss."""
         return tuple(site for site, lost in enumerate(self.sparse_j) if self.lost > 0 and lost >= share * self.lost)
 
     def ratio(self, share: float) -> float | None:
@@ -85,23 +85,23 @@ class Deletion:
         return max(self.dense_j)
 
 
-def delete(carrier: Carrier, circuit_cf: Tensor) -> tuple[Deletion, ...]:
+def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]:
     """The deletion of some circuits."""
-    carried = carrier.carry(carrier.deleted(circuit_cf), [list(carrier.sites)] * len(circuit_cf), sparse=True)
-    assert carried.sparse_cjb is not None
-    parts = (x.double().cpu().numpy() for x in (carried.lost_cb, carried.dense_cjb, carried.sparse_cjb))
+    losses = transporter.transport(transporter.deleted(circuit_cf), [list(transporter.sites)] * len(circuit_cf), sparse=True)
+    assert losses.sparse_cjb is not None
+    parts = (x.double().cpu().numpy() for x in (losses.lost_cb, losses.dense_cjb, losses.sparse_cjb))
     return tuple(Deletion(lost_b, dense_jb, sparse_jb) for lost_b, dense_jb, sparse_jb in zip(*parts, strict=True))
 
 
-def delete_groups(carrier: Carrier, groups: Sequence[Tensor]) -> tuple[float, ...]:
-    """What the dense model loses, in nats, by each group's deletion carried at the site behind the last of its nodes."""
+def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[float, ...]:
+    """Loss of the dense model, in nats, by each group's deletion, transported at the site behind the last of its nodes."""
     if not groups:
         return ()
-    last = carrier.coupling.n_sites - 1
+    last = transporter.coupling.n_sites - 1
     sets = [group_f.nonzero().flatten() for group_f in groups]
-    site_g = [min(int(carrier.masked.site_f[node_n.cpu()].max()) + 1, last) if len(node_n) else last for node_n in sets]
-    carried = carrier.carry_deleted(sets, site_g)
-    return tuple((carried.dense_cjb[:, 0].mean(1) * carrier.loss.span).tolist())
+    site_g = [min(int(transporter.masked.site_f[node_n.cpu()].max()) + 1, last) if len(node_n) else last for node_n in sets]
+    losses = transporter.transport_deleted(sets, site_g)
+    return tuple((losses.dense_cjb[:, 0].mean(1) * transporter.loss.span).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +114,12 @@ class Deletions:
     others: tuple[Deletion, ...] = ()
 
     @staticmethod
-    def of(carrier: Carrier, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
-        """All of them, of masks."""
+    def of(transporter: Transporter, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
+        """The deletions of these masks."""
         other_cf = matched_cf[:0] if other_cf is None else other_cf
-        circuit, every, *rest = delete(carrier, torch.cat([circuit_f[None], carrier.reference_f[None], matched_cf, other_cf]))
+        circuit, every, *rest = delete(
+            transporter, torch.cat([circuit_f[None], transporter.reference_f[None], matched_cf, other_cf])
+        )
         return Deletions(circuit, every, tuple(rest[: len(matched_cf)]), tuple(rest[len(matched_cf) :]))
 
     def measures(

@@ -1,9 +1,9 @@
-"""Effect profile: what ablating one node does to the answer in the sparse model, and carried in the dense one.
+"""Effect profile: the effect of ablating one node on the answer in the sparse model and, transported, in the dense one.
 
 For nodes i, half of them inside the circuit and as many active ones outside, from the same locations where there are enough,
 
     sparse_i    d(R) - d(R less i)                                            shares of the span
-    dense_i     by the change of the residual at the site after the node's sublayer, carried (`carry`)
+    dense_i     by the change of the residual at the site after the node's sublayer, transported
 
 compared by rank, ties sharing theirs; what lies within RESOLUTION of 0 is 0, so that rounding is not ranked. The null permutes
 the nodes within a site: effects of late sites are larger in both models, which proves nothing. Errors are left out: the dense
@@ -23,12 +23,12 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import active_nodes, some
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
 NODES = 60
-FEWEST = 10  # nodes, below which ranks say nothing
+LEAST_NODES = 10  # nodes, below which ranks say nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
 DRAWS, PERMUTATIONS = 500, 2000  # of the bootstrap, and of the null
 HALVES = 20  # of several prompts, at random, over which the dense model's effects are to repeat
@@ -37,7 +37,7 @@ QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
 
 @dataclass(frozen=True)
 class Effect:
-    """What ablating one node takes from d, in shares of the span: in the sparse model and, carried at `site`, in dense.
+    """Loss of d by ablating one node, in shares of the span: in the sparse model and, transported at `site`, in dense.
 
     by_prompt has both for every one of several prompts, of which sparse and dense are the means.
     """
@@ -50,9 +50,9 @@ class Effect:
     by_prompt: tuple[tuple[float, float], ...] = ()
 
 
-def profile_nodes(carrier: Carrier, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """node_p: at most half of them the circuit's, and as many active ones outside, of the same locations as far as there are."""
-    masked = carrier.masked
+    masked = transporter.masked
     inside_p = some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
     inside = masked.space.split(torch.zeros_like(circuit_f).index_fill(0, inside_p, True))
     outside_f = active_nodes(masked) & ~circuit_f
@@ -61,14 +61,14 @@ def profile_nodes(carrier: Carrier, circuit_f: Tensor, count: int, generator: to
     return torch.cat([inside_p, *outside])
 
 
-def effect_profile(carrier: Carrier, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
+def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
     """The effect on d of ablating each node alone, in both models."""
     if not len(node_p):
         return ()
-    masked = carrier.masked
+    masked = transporter.masked
     site_p = (masked.site_f[node_p.cpu()] + 1).tolist()
-    carried = carrier.carry_deleted(list(node_p[:, None]), site_p)
-    both_pb2 = torch.stack([carried.lost_cb, carried.dense_cjb[:, 0]], -1).double()
+    losses = transporter.transport_deleted(list(node_p[:, None]), site_p)
+    both_pb2 = torch.stack([losses.lost_cb, losses.dense_cjb[:, 0]], -1).double()
     return tuple(
         Effect(
             _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
@@ -92,7 +92,7 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     def unknown(note: str) -> tuple[Measure, None]:
         return Measure(key, name, None, criterion, note=note, points=points), None
 
-    if len(effects) < FEWEST:
+    if len(effects) < LEAST_NODES:
         return unknown(f"{len(effects)} nodes are too few to rank")
     effect_2pb = np.array([each.by_prompt or [(each.sparse, each.dense)] for each in effects]).transpose(2, 0, 1)
     sparse_p, dense_p = _resolved(effect_2pb.mean(2))
@@ -128,7 +128,7 @@ def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def _repeats(dense_pb: np.ndarray) -> float | None:
-    """How well the effects over half of the prompts rank those over the other half, on average; None of a single prompt."""
+    """Mean rank correlation of the effects over half of the prompts with those over the other half; None of a single prompt."""
     generator, found = np.random.default_rng(0), []
     for _ in range(HALVES if dense_pb.shape[1] > 1 else 0):
         order_b = generator.permutation(dense_pb.shape[1])

@@ -1,7 +1,7 @@
 """A measure beside its control, what it is held to, and the verdict that follows from a table of rules.
 
     Criterion   value >= bound or <= bound, and the control on the other side; it judges, and it prints as it judges
-    Measure     a value, its interval, the control, the criterion (None: it is said, and bounds nothing)
+    Measure     a value, its interval, the control, the criterion (None: it is shown, and bounds nothing)
     Rule        a verdict and the measures that it takes; a Report has the rules in order, weakest verdict first
     Report      the measures of one circuit; verdict and reasons follow from them and cannot be set
 
@@ -24,7 +24,7 @@ Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "repr
 
 @dataclass(frozen=True)
 class Control:
-    """What a measure is held against: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
+    """Control of a measure: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
 
     what: str
     draws: int
@@ -38,17 +38,17 @@ class Control:
         return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
 
     def text(self) -> str:
-        """In words: what it is and its mean, and the bar where that says more."""
+        """Its name, its mean, and the bar where that says more."""
         bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {self.bar:.3f})"
         return f"{self.what} {self.mean:.3f}{bar}"
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a value is held to: `op` bound, and where beyond_control is set, beyond the control's bar as well.
+    """Bound of a value: `op` bound, and where beyond_control is set, beyond the control's bar as well.
 
-    control_bound, where given, is what the control's mean must be on the other side of: a circuit that does something which other
-    nodes do too shows nothing.
+    the control's mean must be on the other side of control_bound, where given: a circuit that does something which other nodes do
+    too shows nothing.
     """
 
     op: Op
@@ -152,7 +152,7 @@ class Report:
 
     def _judged(self) -> tuple[Verdict, tuple[str, ...]]:
         verdict: Verdict = "undecided"
-        said: tuple[str, ...] = ()
+        reasons_so_far: tuple[str, ...] = ()
         for rule in self.rules:
             needed = [self[key] for key in rule.needs]
             failed = [
@@ -162,9 +162,9 @@ class Report:
             if failed and rule.refuted is not None:
                 return rule.refuted, tuple(map(_sentence, failed))
             if failed or unknown:
-                return verdict, (*said, *map(_sentence, failed + unknown))
-            verdict, said = rule.verdict, (rule.says,)
-        return verdict, said
+                return verdict, (*reasons_so_far, *map(_sentence, failed + unknown))
+            verdict, reasons_so_far = rule.verdict, (rule.says,)
+        return verdict, reasons_so_far
 
 
 def _sentence(text: str) -> str:
@@ -179,7 +179,7 @@ EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
 
 
 def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: bool = False) -> list[str]:
-    """Measures as a table for a terminal, what is to be said of each below it; with places also its values by site or span."""
+    """Measures as a table for a terminal, with the notes on each below it; with places, values by site or span too."""
     rows: list[tuple[str, ...]] = [EVIDENCE]
     for measure in measures:
         name, *cells = evidence_row(measure)

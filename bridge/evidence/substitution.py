@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bridge.evidence.bootstrap import interval
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.residual import Enter
 
@@ -41,23 +41,23 @@ def spans(sublayers: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 
 
 @torch.no_grad()
-def substituted(carrier: Carrier, span: tuple[int, int], kept_f: Tensor) -> np.ndarray:
+def substituted(transporter: Transporter, span: tuple[int, int], kept_f: Tensor) -> np.ndarray:
     """d_b of the dense model with a span replaced by the sparse model under a mask."""
-    (first, after), masked, found = span, carrier.masked, []
-    bridges, dense = carrier.coupling.bridges, carrier.dense.residuals
-    for row_p in torch.arange(carrier.prompts).split(masked.rows):
+    (first, after), masked, found = span, transporter.masked, []
+    bridges, dense = transporter.coupling.bridges, transporter.dense.residuals
+    for row_p in torch.arange(transporter.prompts).split(masked.rows):
         gate, correct = masked.gates(kept_f.expand(len(row_p), -1), row_p)
         enter = Enter.at(first, bridges[first].encode(dense[first][row_p]))
         prompt_pt, used = masked.question.prompt_bt[row_p], None if masked.errors is None else correct
         x_pts = masked.sparse.run(prompt_pt, enter, gate, correct=used, last_only=True).residuals[after]
         change_ptd = bridges[after].decode(x_pts) - dense[after][row_p]
-        lost_p = carrier.lost_by(row_p, torch.full_like(row_p, after), change_ptd)
-        found.append(carrier.loss.model_b[row_p] - lost_p * carrier.loss.span)
+        lost_p = transporter.lost_by(row_p, torch.full_like(row_p, after), change_ptd)
+        found.append(transporter.loss.model_b[row_p] - lost_p * transporter.loss.span)
     return torch.cat(found).double().cpu().numpy()
 
 
 def kept_share(d_b: np.ndarray, dense_b: np.ndarray) -> float:
-    """The share of d that is kept, as a ratio of sums: a single prompt may have hardly any."""
+    """The fraction of d that is kept, as a ratio of sums: a single prompt may have hardly any."""
     return float(d_b.sum() / dense_b.sum())
 
 
@@ -67,27 +67,27 @@ def faithfulness(share: np.ndarray | list[float] | float) -> np.ndarray:
 
 
 def substitution_measures(
-    carrier: Carrier, kept_f: Tensor, matched_cf: Tensor, least: float, of_others: float, seed: int
+    transporter: Transporter, kept_f: Tensor, matched_cf: Tensor, least: float, of_others: float, seed: int
 ) -> tuple[Measure, ...]:
-    """What the circuit keeps, held to `least`, and matched nodes in the mean, and its complement, to `of_others` at most."""
-    kept_f = kept_f & carrier.loss.nodes_f
+    """Measures of what the circuit keeps (at least `least`), and matched nodes and its complement (at most `of_others`)."""
+    kept_f = kept_f & transporter.loss.nodes_f
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
-    names = "faithfulness of the circuit in place of the blocks", "share of d that its complement keeps there"
-    dense_b = carrier.loss.model_b.double().cpu().numpy()
+    names = "faithfulness of the circuit in place of the blocks", "fraction of d that its complement keeps there"
+    dense_b = transporter.loss.model_b.double().cpu().numpy()
     if abs(dense_b.mean()) < LEAST or not bool(kept_f.any()):
         small = f"the dense model's d is {dense_b.mean():.3f} nats on average: too little to keep"
         note = small if bool(kept_f.any()) else "the circuit is empty"
         return tuple(Measure(*row, note=note) for row in zip(keys, names, (None, None), criteria, strict=True))
-    whole, *single = spans(carrier.coupling.dense.sublayers)
-    every_f, rest_f = carrier.loss.nodes_f, carrier.loss.complement(kept_f)
+    whole, *single = spans(transporter.coupling.dense.sublayers)
+    every_f, rest_f = transporter.loss.nodes_f, transporter.loss.complement(kept_f)
     points, kept_b, rest_b = [], dense_b, dense_b
     for span in (*single, whole):
-        kept_b, rest_b, every_b = (substituted(carrier, span, mask_f) for mask_f in (kept_f, rest_f, every_f))
+        kept_b, rest_b, every_b = (substituted(transporter, span, mask_f) for mask_f in (kept_f, rest_f, every_f))
         values = {"circuit": kept_b, "complement": rest_b, "all nodes": every_b}
         label = "all blocks" if span == whole else f"sites {span[0]} to {span[1]}"
         points.append(Point(label, {name: kept_share(d_b, dense_b) for name, d_b in values.items()}))
-    complement_cf = carrier.loss.complement(matched_cf[:DELETED])
-    shares = [kept_share(substituted(carrier, whole, mask_f), dense_b) for mask_f in (*matched_cf, *complement_cf)]
+    complement_cf = transporter.loss.complement(matched_cf[:DELETED])
+    shares = [kept_share(substituted(transporter, whole, mask_f), dense_b) for mask_f in (*matched_cf, *complement_cf)]
     alone, without = faithfulness(shares[: len(matched_cf)]).tolist(), shares[len(matched_cf) :]
     kept, rest = ((lambda pick_kb, d_b=d_b: d_b[pick_kb].sum(1) / dense_b[pick_kb].sum(1)) for d_b in (kept_b, rest_b))
     share = kept_share(kept_b, dense_b)

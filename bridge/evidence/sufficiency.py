@@ -65,7 +65,7 @@ class NestedCircuit:
 
 @dataclass(frozen=True)
 class Backup:
-    """What keeps up the answer where a circuit is deleted: how many other nodes have to go as well, and the strongest of them.
+    """The nodes that keep up the answer where a circuit is deleted: how many have to go as well, and the strongest of them.
 
     left is the share of the span that remains without the circuit.
     """
@@ -165,7 +165,7 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
 
 
 def backup(loss: CircuitLoss, kept_f: Tensor) -> Backup | None:
-    """What keeps up the answer where a circuit is deleted; None where no more of the span is left than the search asks."""
+    """Nodes that keep up the answer where a circuit is deleted; None where no more of the span is left than the search asks."""
     node_k = backup_nodes(loss, kept_f)
     if not len(node_k):
         return None

@@ -88,44 +88,44 @@ def explain(
 
     counterfactual, a prompt of as many tokens whose answer is another, adds patching to the evidence. reference_bt, tokens over
     which means are taken, is by default the coupling's own; what is computed from them is kept with the coupling. progress is
-    told the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the work.
+    given the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the search.
     Raises PromptError or ExplainError.
     """
-    say, hand_over = progress or (lambda _: None), stage or (lambda _: None)
+    on_progress, on_stage = progress or (lambda _: None), stage or (lambda _: None)
     config = replace(config or SearchConfig(), seed=seed)
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
         raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
-    say("tokens: both models' answers")
+    on_progress("tokens: both models' answers")
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
-    swapped = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
+    patched_to = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
     question = _question(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_rows(coupling, reference_bt)
-    say(f"means: {used_bt.numel():,} tokens of reference text")
+    on_progress(f"means: {used_bt.numel():,} tokens of reference text")
     means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
     with cores(1 if masked.space.size <= SHORT else torch.get_num_threads()):
         loss = CircuitLoss(masked, followed.dense_bv, config)
         answered = _answered(coupling, prompt, loss)
-        hand_over(answered)
-        say("search")
-        nested = find_nested(loss, say) if abs(loss.span) >= config.least_span else _none_found(loss)
+        on_stage(answered)
+        on_progress("search")
+        nested = find_nested(loss, on_progress) if abs(loss.span) >= config.least_span else _none_found(loss)
         kept_f = nested.kept(config.opening)
-        say("edges")
+        on_progress("edges")
         flow = flow_through(masked, kept_f)
-        edges = draw_edges(flow, MOST_SUMMED, say)
+        edges = draw_edges(flow, MOST_SUMMED, on_progress)
         pruned = prune_edges(loss, flow, edges, nested.levels[config.opening], seed)
-        say("groups")
+        on_progress("groups")
         groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
         drawn = _drawn(coupling, loss, nested, flow, edges, pruned, groups)
-        hand_over(drawn)
-        say("attention")
+        on_stage(drawn)
+        on_progress("attention")
         attention = explain_attention(flow)
         scores = replacement_and_completeness(masked, kept_f)
-        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), swapped, seed=seed, progress=say)
+        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), patched_to, seed=seed, progress=on_progress)
     return Explanation(
         **vars(answered),
         report=evidence.report,

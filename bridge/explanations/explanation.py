@@ -98,8 +98,8 @@ class ExplainedGroup:
     """Nodes of the opening circuit that do one job: what they are, and what ablating all of them together does.
 
     effect is what d loses in the circuit, in nats, by intervention; dense_effect what it loses in the dense model when their
-    ablation is carried through the bridge, at the site after the last of them. name is made by rule of what its members read and
-    write; label is a person's or a language model's words.
+    ablation is transported through the bridge, at the site after the last of them. name is made by rule of what its members read
+    and write; label is a person's or a language model's words.
     """
 
     id: int
@@ -115,7 +115,7 @@ class ExplainedGroup:
 
 @dataclass(frozen=True)
 class Counts:
-    """How large the opening circuit is: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
+    """Sizes of the opening circuit: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
 
     Edges are those that it was pruned to, out of edges_before, and edges_faithfulness is that of the circuit with these alone;
     None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are
@@ -136,7 +136,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an explanation depends on; coupling_fingerprint is that of the sparse weights."""
+    """Origin of an explanation; coupling_fingerprint is that of the sparse weights."""
 
     dense: str
     dense_fingerprint: str
@@ -150,7 +150,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Answered:
-    """What is known at once: the question and both models' answers.
+    """The first part of an explanation: the question and both models' answers.
 
     contrast is None where the question is why this answer rather than any other. dense_d, sparse_d are d of the dense model and
     of the sparse one by itself; nothing_d is d with every node and every error at its mean; span is dense_d less that.
@@ -168,7 +168,7 @@ class Answered:
 
     @property
     def span(self) -> float:
-        """What there is to explain, in nats."""
+        """Logit difference to explain, in nats."""
         return self.dense_d - self.nothing_d
 
     @property
@@ -179,9 +179,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is known before the evidence is: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
+    """The part that is known before the evidence: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
 
-    What groups do in the dense model is not known yet.
+    Effects of groups in the dense model are not known yet.
     """
 
     nodes: tuple[ExplainedNode, ...]
@@ -300,14 +300,14 @@ def read_explanation(path: str | Path) -> Explanation:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What tells a coupling's dense and sparse model from others; every weight is read for it."""
+    """Digests of a coupling's dense and sparse model; every weight is read for them."""
 
     dense: str
     sparse: str
 
     @staticmethod
     def of(coupling: Coupling) -> Fingerprints:
-        """Those of a coupling as it is now."""
+        """Digests of a coupling as it is now."""
         return Fingerprints(coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse))
 
 

@@ -53,9 +53,9 @@ def _limit_threads() -> None:
         _in_new_thread(lambda: torch.set_num_threads(every))
 
 
-def _in_new_thread(work: Callable[[], T]) -> T:
+def _in_new_thread(compute: Callable[[], T]) -> T:
     results: list[T] = []
-    thread = Thread(target=lambda: results.append(work()))
+    thread = Thread(target=lambda: results.append(compute()))
     thread.start()
     thread.join()
     return results[0]

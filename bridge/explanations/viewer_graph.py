@@ -220,7 +220,7 @@ def _probability(explanation: Explanation, token: Token) -> float:
 
 
 def _cumulative(scores: list[float]) -> list[float]:
-    """For each score, the share of the sum in scores of at least its size; 1 for scores of 0. In (0, 1]."""
+    """Share of the sum in scores of at least each score's size; 1 for scores of 0. In (0, 1]."""
     score_n = np.array(scores)
     order_n = np.argsort(-score_n, kind="stable")
     share_n = np.ones(len(score_n))

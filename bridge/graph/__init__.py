@@ -1,1 +1,1 @@
-"""What runs through a circuit: edges, attention, groups, paths."""
+"""Structure of a circuit: edges, attention, groups, paths."""

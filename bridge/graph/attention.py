@@ -1,4 +1,4 @@
-"""What the attention heads of a prompt's circuit read, why, what they move, and what that does to the answer.
+"""Attention heads of a prompt's circuit: what they read, why, what they move, and what that does to the answer.
 
 All of it is of S_C, the sparse model with every node and error outside the circuit at its mean (`flow`). For a head with channels
 c, at a query position p, with P its pattern and v, m the values and means of its v channels:
@@ -86,7 +86,7 @@ class Read:
 
 @dataclass(frozen=True)
 class ExplainedHead:
-    """A head at a query position: what it reads, largest weight first, and what d loses without it, in nats."""
+    """A head at a query position: what it reads, largest weight first, and what d loses when it is ablated, in nats."""
 
     layer: int
     head: int
@@ -143,9 +143,9 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
     return Attention(tuple(heads), len(sizes) - len(pairs))
 
 
-def moved_to(flow: Flow, nodes: Sequence[Node]) -> Tensor:
-    """moved_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
-    moved_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
+def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
+    """read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
+    read_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
         q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
         pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
@@ -154,8 +154,8 @@ def moved_to(flow: Flow, nodes: Sequence[Node]) -> Tensor:
             if node.location == out and node.position is not None:
                 write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])
                 added_ht = pattern_htt[:, node.position] * (change_thc * write_hc).sum(-1).T
-                moved_t += added_ht.sum(0) * flow.gradient[out][node.position, node.index]
-    return moved_t
+                read_t += added_ht.sum(0) * flow.gradient[out][node.position, node.index]
+    return read_t
 
 
 def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _layer(flow: Flow, layer: int) -> _Layer:
 
 
 def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> list[list[float]]:
-    """What d loses for each pair of layer, head and query by each of the ways of ablating."""
+    """Loss of d for each pair of layer, head and query by each of the ways of ablating."""
     if not pairs:
         return []
     sparse, masked = flow.sparse, flow.masked

@@ -1,4 +1,4 @@
-"""What flows between the nodes of a circuit: its edges, with what each adds to its target and to the answer.
+"""Edges of a circuit's nodes, with what each adds to its target and to the answer.
 
 Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
 an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons, or their gates,
@@ -70,7 +70,7 @@ class Ends:
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """Those that ends are of."""
+        """Locations of the ends."""
         return tuple(self._first)
 
     def node(self, end: int) -> Node:
@@ -80,7 +80,7 @@ class Ends:
         return Node(location, index, position)
 
     def within(self, location: Location, end_e: Tensor) -> Tensor:
-        """Which ends are of a location."""
+        """Mask of the ends of a location."""
         first = self._first[location]
         return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
 
@@ -125,7 +125,7 @@ class Edges:
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
 
     def some(self, kept_e: Tensor) -> Edges:
-        """Those of a mask, where all edges are listed."""
+        """Edges of a mask, where all edges are listed."""
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         )
@@ -149,11 +149,11 @@ class Edges:
         return at_0_e
 
     def count(self, *kinds: EdgeKind) -> int:
-        """How many edges are of some kinds."""
+        """Number of edges of some kinds."""
         return sum(self.number.get(kind, 0) for kind in kinds)
 
     def distinct(self, *kinds: EdgeKind) -> int:
-        """How many weights the edges of some kinds have."""
+        """Number of weights that the edges of some kinds have."""
         return sum(self.weights.get(kind, 0) for kind in kinds)
 
 
@@ -231,7 +231,7 @@ class _Drawing:
         self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
 
     def strong(self, effect: Tensor) -> Tensor:
-        """Which effects may be among the strongest: also what is no number."""
+        """Mask of the effects that may be among the strongest, NaN included."""
         return ~(effect.abs() < self.least)
 
     def add(self, some: _Some) -> None:
@@ -260,7 +260,7 @@ class _Drawing:
         return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
 
     def edges(self) -> Edges:
-        """What was asked for."""
+        """The strongest edges, largest effect first, as many as were asked for."""
         columns = self._columns()
         order_e = columns[-1].abs().argsort(descending=True, stable=True)[: self.most]
         weights: dict[EdgeKind, int] = {}
@@ -305,7 +305,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
         q_1tn, k_1tn = (flow.value[source][None] for source in sources[:2])
         pattern_hts, scores_hts = (of(target.layer, q_1tn, k_1tn)[0] for of in (sparse.pattern, sparse.scores))
-        slope_hts = pattern_hts * sparse.score_slope(scores_hts) / math.sqrt(channels)
+        local_hts = pattern_hts * sparse.score_gradient(scores_hts) / math.sqrt(channels)
         to_position_r, to_index_r = flow.kept[target].nonzero().unbind(1)
         write_rhc = flow.weight(target.layer, "o")[to_index_r].unflatten(-1, (-1, channels))
         if (passed_tj := flow.passed(target)) is not None:
@@ -319,7 +319,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
             heard_r = write_rhc[:, heads].flatten(1).any(-1).nonzero().flatten()  # few rows of a sparse matrix write from them
             for row_r in heard_r.split(_ATTENTION_TARGETS) if len(heard_r) else ():
                 at_r, index_r = to_position_r[row_r], to_index_r[row_r]
-                patterns = pattern_hts[heads], slope_hts[heads]
+                patterns = pattern_hts[heads], local_hts[heads]
                 gradients = _head_gradients(flow, sources, heads, shared, *patterns, at_r, write_rhc[row_r, heads])
                 to_gradient_r11 = flow.gradient[target][at_r, index_r][:, None, None]
                 for source, gradient_rtc in zip(sources, gradients, strict=True):
@@ -339,7 +339,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
 
 
 def _head_gradients(
-    flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, slope_gts: Tensor, to_r: Tensor,
+    flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, local_gts: Tensor, to_r: Tensor,
     write_rgc: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node, at
@@ -355,7 +355,7 @@ def _head_gradients(
     )
     pattern_rgs, u_rgs = pattern_gts[:, to_r].transpose(0, 1), write_rgc @ v_1sc[0].T
     above_rgs = u_rgs - (pattern_rgs * u_rgs).sum(-1, keepdim=True)
-    score_rgs = slope_gts[:, to_r].transpose(0, 1) * above_rgs
+    score_rgs = local_gts[:, to_r].transpose(0, 1) * above_rgs
     q_rgtc = torch.zeros(len(to_r), *q_gtc.shape, dtype=q_gtc.dtype, device=q_gtc.device)
     q_rgtc[rows, :, to_r] = score_rgs @ k_1sc[0]
     k_r1sc = torch.einsum("rgs,rgc->rsc", score_rgs, q_gtc[:, to_r].transpose(0, 1))[:, None]

@@ -113,7 +113,7 @@ class EdgeMaskedModel:
 
     @property
     def removable_e(self) -> Tensor:
-        """Which edges can be removed."""
+        """Mask of the edges that can be removed."""
         removable_e = torch.zeros_like(self._edges.kind_e, dtype=torch.bool)
         for matrix in self.matrices.values():
             removable_e[matrix.edge_e] = True
@@ -148,7 +148,7 @@ class EdgeMaskedModel:
         return self.loss.miss(trace.logits_btv[:, -1], first_r)
 
     def _removed(self, layer: int, name: str, value: dict[Location, Tensor], removed_re: Tensor, y_rtm: Tensor) -> Tensor:
-        """What the removed edges of a matrix add to its outputs, beyond the mean."""
+        """Sum that the removed edges of a matrix add to its outputs, beyond the mean."""
         its, masked = self.matrices[layer, name], self.flow.masked
         change_re = value[its.source][:, its.source_position_e, its.source_index_e] - masked.means[its.source][its.source_index_e]
         added_re = removed_re[:, its.edge_e] * its.weight_e * change_re

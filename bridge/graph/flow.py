@@ -1,4 +1,4 @@
-"""What runs through a prompt's circuit: values, their changes from the means, and gradients of the answer.
+"""The run of a prompt's circuit: values, their changes from the means, and gradients of the answer.
 
 Everything is read off S_C, the sparse model with every node and every error outside the circuit C at its mean (`masked_model`).
 With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, r_v = dd / d logits there,
@@ -33,7 +33,7 @@ from bridge.models.sparse import Location, SparseTransformer
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """What runs through a circuit of one prompt, without the batch axis; see the module's docstring.
+    """Values and gradients of a circuit of one prompt, without the batch axis; see the module's docstring.
 
     kept are the circuit's masks per location, errors' kept_t1; change has those of the embedding and of kept errors (change_ts,
     0 where an error is not kept; change_1v of the logits'); difference is d.
@@ -63,15 +63,15 @@ class Flow:
 
     @property
     def answer(self) -> Location:
-        """Where the answer is, as the end of edges."""
+        """Location of the answer, as the end of edges."""
         return Location(len(self.sparse.blocks), "answer")
 
     @cached_property
     def read_s(self) -> Tensor:
-        """read_v through the unembedding, and a soft cap's slope: what a unit of the normed last residual adds to d."""
+        """read_v through the unembedding, and a soft cap's derivative: what a unit of the normed last residual adds to d."""
         cap = self.sparse.form.logit_cap
-        slope_v = 1.0 if cap is None else 1 - (self.uncapped_v / cap).tanh().square()
-        return (self.read_v * slope_v) @ self.sparse.unembedding.weight
+        derivative_v = 1.0 if cap is None else 1 - (self.uncapped_v / cap).tanh().square()
+        return (self.read_v * derivative_v) @ self.sparse.unembedding.weight
 
     def weight(self, layer: int, name: str) -> Tensor:
         """weight_ji of a block's matrix."""
@@ -88,7 +88,7 @@ class Flow:
         return F.linear(x_tn, self.weight(layer, name), self.sparse.get_parameter(f"blocks.{layer}.{name}.bias"))
 
     def passed(self, target: Location) -> Tensor | None:
-        """What a unit of a matrix's output at each token is on its way to each node, passed_tj; None: the same."""
+        """Factor of a matrix's output at each token on its way to each node, passed_tj; None: 1."""
         if target.kind == "mlp_act" and self.sparse.form.gated:
             return self.value[Location(target.layer, GATE)]
         if not self.sparse.has_norm(target.layer, target.kind):
@@ -103,7 +103,7 @@ class Flow:
 
 @torch.no_grad()
 def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = None) -> Flow:
-    """What runs through a circuit alone; or, with run_f, through the nodes and errors of that mask.
+    """The flow through a circuit alone; or, with run_f, through the nodes and errors of that mask.
 
     Raises ValueError where there are several prompts, or the means lack that of the embedding (`corpus_means` gives it).
     """
@@ -128,7 +128,7 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
     gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
     for at in gradient:
         if at.kind == activated(sparse.form.gated):
-            gradient[at] = gradient[at] * _slope(sparse, at, value[Location(at.layer, "mlp_in")])
+            gradient[at] = gradient[at] * _derivative(sparse, at, value[Location(at.layer, "mlp_in")])
     kept = masked.space.split(kept_f)
     change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}
     change[EMBEDDING] = sparse.embed(tokens_1t)[0] - masked.means[EMBEDDING]
@@ -146,8 +146,8 @@ def errors_before(flow: Flow, site: int) -> list[Location]:
     return [at for at in flow.locations(ERROR) if at.layer <= site]
 
 
-def _slope(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:
-    """Of the nonlinearity, where the nodes of a location are made."""
+def _derivative(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:
+    """Derivative of the nonlinearity that makes the nodes of a location."""
     name = f"blocks.{at.layer}.{'gate' if at.kind == GATE else 'up'}"
     with torch.enable_grad():
         before_tn = F.linear(read_tn, sparse.get_parameter(f"{name}.weight"), sparse.get_parameter(f"{name}.bias"))

@@ -22,7 +22,7 @@ from functools import cache
 
 import torch
 
-from bridge.graph.attention import moved_to
+from bridge.graph.attention import read_by
 from bridge.graph.attribution import Edges
 from bridge.graph.flow import Flow, flow_through
 from bridge.graph.groups import Ablated, Group, GroupEdge, group_edges, node_effects
@@ -88,7 +88,7 @@ def _reads(
     into: Sequence[GroupEdge],
     prompts: Prompts,
 ) -> str:
-    """What flows into a group, by position; where nothing does, into its attention in the flow through all nodes."""
+    """Name of the positions that flow into a group; where none does, into its attention in the flow through all nodes."""
     own = group.positions[-1]
     by_position: dict[int, float] = {}
     for edge in into:
@@ -101,8 +101,8 @@ def _reads(
     there = f"at {_token(flow, own, prompts)}"
     if not into:
         there = there if group.positions[-1] < len(flow.tokens_t) - 1 else "constant"
-        moved_t = moved_to(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
-        read = [place for place in moved_t.argsort(descending=True).tolist()[:1] if moved_t[place] > 0]
+        read_t = read_by(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
+        read = [place for place in read_t.argsort(descending=True).tolist()[:1] if read_t[place] > 0]
         return f"{there} (in full reads {' and '.join(_token(flow, place, prompts) for place in read)})" if read else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
     most = by_position[positions[0]]

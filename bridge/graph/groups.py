@@ -47,7 +47,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """How nodes are grouped; see the module's docstring."""
+    """Settings of the grouping of nodes; see the module's docstring."""
 
     most: int = 12
     distance: float = 0.501  # two writes with the same sources and targets, but no chain in common, are .5 apart
@@ -80,7 +80,7 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupEdge:
-    """What one group (or the input at a token, or the answer) adds to another: the sum of the effects of the edges between them.
+    """Effect of one group (or the input at a token) on another, or the answer: the sum of the effects of the edges between them.
 
     source and target are `group:3`, `input:7` (the embedding of token 7), `error:4@7` (an error) or `answer`.
     """
@@ -145,7 +145,7 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 
 @torch.no_grad()
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
-    """What becomes of the answer when all of a group is ablated from the circuit, by intervention, for each group."""
+    """The answer when all of a group is ablated from the circuit, by intervention, for each group."""
     place = flow.masked.space.place
     sets = [torch.tensor([place(node) for node in group.nodes], device=flow.kept_f.device) for group in groups]
     logits_gv = flow.masked.logits_without_sets(flow.kept_f, sets)
@@ -159,7 +159,7 @@ def error_name(node: Node) -> str:
 
 
 def node_effects(edges: Edges) -> dict[int, float]:
-    """What leaves every node, by its place in the row of all, in terms of d: the sum of the effects of its outgoing edges."""
+    """Sum of the effects of the outgoing edges of every node, by its place in the row of all, in terms of d."""
     place_k, place_e = edges.source_e.unique(return_inverse=True)
     effect_k = torch.zeros(len(place_k), dtype=edges.effect_e.dtype, device=place_k.device).index_add_(0, place_e, edges.effect_e)
     return dict(zip(place_k.tolist(), effect_k.tolist(), strict=True))
@@ -169,7 +169,7 @@ def node_effects(edges: Edges) -> dict[int, float]:
 
 
 def _part(node: Node) -> str:
-    """Which half of a block, or what else, a node is of."""
+    """Half of a block, or other part, that a node belongs to."""
     kind = node.location.kind
     return ERROR if kind == ERROR else "attention" if kind in ATTENTION_KINDS else "mlp"
 
@@ -187,7 +187,7 @@ def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
 
 
 def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
-    """Which sublayer every node is of, in the order of the computation; errors have numbers of their own, far from all."""
+    """Sublayer of every node, in the order of the computation; errors have numbers of their own, far from all."""
     parts = [Node(at, 0) for at in flow.sparse.locations()]
     order = {key: place for place, key in enumerate(dict.fromkeys((node.location.layer, _part(node)) for node in parts))}
     far = len(order) + 1
@@ -243,7 +243,7 @@ class _Profiles:
 
 
 def _index(sorted_k: Tensor, order_k: Tensor, end_e: Tensor) -> Array:
-    """Which node, by its place k, an end is; -1 where it is none of them."""
+    """Place k of the node that an end is; -1 where it is none of them."""
     if not len(sorted_k):
         return np.full(len(end_e), -1)
     at_e = torch.searchsorted(sorted_k, end_e).clamp(max=len(sorted_k) - 1)

@@ -1,8 +1,8 @@
 """The strongest paths from the prompt's tokens through groups to the answer.
 
-An edge between groups carries the share of its target that is its effect by the magnitudes of the effects of all edges into that
-target. A path's effect, in terms of d, is that of its last edge, into the answer, times the shares of the edges before it: what
-of the answer can be followed back along it. Since every share is at most 1 in magnitude, paths that are followed backwards from
+The share of an edge between groups is its effect by the magnitudes of the effects of all edges into its target. A path's effect,
+in terms of d, is that of its last edge, into the answer, times the shares of the edges before it: what of the answer can be
+followed back along it. Since every share is at most 1 in magnitude, paths that are followed backwards from
 the answer, the strongest first, are found in their order. A path ends at a token, at an error, or at a group that nothing feeds.
 """
 
@@ -29,7 +29,7 @@ class Path:
 
     @property
     def effect(self) -> float:
-        """What of the answer is followed back to where the path begins."""
+        """The part of the answer that is followed back to where the path begins."""
         return self.effects[0]
 
 

@@ -34,7 +34,7 @@ _LONGEST = 1000  # edges of a path; there is no cycle
 
 @dataclass(frozen=True)
 class GraphScores:
-    """How much of the answer flows through nodes rather than errors: along whole paths, and of every node's inputs."""
+    """Shares of the answer that flow through nodes rather than errors: along whole paths, and of every node's inputs."""
 
     replacement: float
     completeness: float

@@ -1,4 +1,4 @@
-"""Where a foreign model's residual stream can be read and resumed, found without knowing any architecture by name.
+"""Sites where a foreign model's residual stream can be read and resumed, found without knowing any architecture by name.
 
 1. Blocks. The ModuleList of `num_hidden_layers` modules that the model calls once each, in order, on a residual x_btd. Changing
    later tokens must not change earlier logits (an encoder loads as a causal model without complaint).
@@ -74,7 +74,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one block was given, and what it made of it."""
+    """Input of one block, and its output."""
 
     block: nn.Module
     args: tuple
@@ -121,7 +121,7 @@ class _Call:
 
 
 def context_of(model: Any) -> int | None:
-    """How many positions a model has; None where it says nothing of a limit."""
+    """Number of positions a model has; None where its config gives no limit."""
     config = model.config.get_text_config()
     limits = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
     return next((limit for limit in limits if isinstance(limit, int)), None)
@@ -271,7 +271,7 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign error says, in one line."""
+    """First line of a foreign error's text."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 

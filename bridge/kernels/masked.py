@@ -22,16 +22,16 @@ _CHANNELS = 16  # whose masks are turned at a time
 
 @compiled
 def nodes(
-    change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, held: np.ndarray,
+    change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, active: np.ndarray,
     through: np.ndarray, y: np.ndarray,
 ) -> None:  # fmt: skip
-    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. held is scratch."""
+    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. active is scratch."""
     n, lanes = change.shape
     if kept < n:
         words = change.reshape(-1).view(np.int32)
-        top_k_lanes(words, words, held, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
+        top_k_lanes(words, words, active, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
     else:
-        held[: n * lanes] = True
+        active[: n * lanes] = True
     share = np.zeros((_CHANNELS, lanes), np.float32)
     changes, throughs, ys, shares = change.reshape(-1), through.reshape(-1), y.reshape(-1), share.reshape(-1)
     for block in range(0, n, _CHANNELS):
@@ -42,31 +42,31 @@ def nodes(
                 share[c, i] = mask[place + c]
         for c in range(width):
             place = (block + c) * lanes
-            mix_lanes(changes, place, held, shares, c * lanes, mean[block + c], lanes // 16, throughs, ys)
+            mix_lanes(changes, place, active, shares, c * lanes, mean[block + c], lanes // 16, throughs, ys)
 
 
 @compiled
 def nodes_back(dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray) -> None:
     """Adds to dmask, and turns dy into dpre."""
     n, lanes = dy.shape
-    slope = np.empty((_CHANNELS, lanes), np.float32)
+    gradient = np.empty((_CHANNELS, lanes), np.float32)
     for block in range(0, n, _CHANNELS):
         width = min(_CHANNELS, n - block)
         for c in range(width):
             j = block + c
             for i in range(lanes):
-                slope[c, i] = dy[j, i] * change[j, i]
+                gradient[c, i] = dy[j, i] * change[j, i]
                 dy[j, i] *= through[j, i]
         for i in range(len(at)):
             place = at[i] + first + block
             for c in range(width):
-                dmask[place + c] += slope[c, i]
+                dmask[place + c] += gradient[c, i]
 
 
 @compiled
-def gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray) -> None:
+def gelu(x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
     """GELU and its derivative; of n x l with whole vectors of lanes."""
-    gelus(x.reshape(-1), 0, x.size // 16, y.reshape(-1), slope.reshape(-1))
+    gelus(x.reshape(-1), 0, x.size // 16, y.reshape(-1), gradient.reshape(-1))
 
 
 @compiled

@@ -144,7 +144,7 @@ class Coupling:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a result that is kept says of where it came from: both models, and the version that made it."""
+        """Origin of a stored result: both models, and the version that made it."""
         return {
             "dense": self.dense.name,
             "dense_fingerprint": self.dense.fingerprint(),
@@ -154,7 +154,7 @@ class Coupling:
         }
 
     def once(self, what: str, tokens_bt: Tensor, compute: Callable[[], T]) -> T:
-        """What compute() says of some text, kept for as long as weights and text stay the same; one answer for each `what`."""
+        """Value of compute() on some text, kept for as long as weights and text stay the same; one answer for each `what`."""
         weights = [*self.dense.model.parameters(), *self.sparse.parameters()]
         text = hashlib.sha256(tokens_bt.detach().cpu().long().numpy().tobytes()).digest()
         state = (text, tokens_bt.shape, *(source_of(weight) for weight in weights))
@@ -345,7 +345,7 @@ def _beside(path: str | Path | None, name: str | None) -> str | None:
 
 
 def _locate(folder: Path, name: str, beside: str | None) -> str:
-    """Where a model is now: beside the folder as it was when saved, else by its name."""
+    """Path of a model now: beside the folder as it was when saved, else by its name."""
     if beside and (folder / beside).exists():
         short = os.path.normpath(folder / beside)  # another place than meant where the folder is reached by a link
         same = os.path.exists(short) and os.path.samefile(short, folder / beside)

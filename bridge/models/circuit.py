@@ -5,8 +5,8 @@ section 2.2 and appendix A.5), the circuit alone is the model S_C in which, in t
 
     a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
 
-so that S_C with every node kept is S itself. A mean that is missing is an error: zero is another model. A node that AbsTopK has
-silenced has the value 0 when kept and m_i when not; it is a node like any other, kept or not kept.
+so that S_C with every node kept is S itself. A mean that is missing is an error: zero is another model. A node that AbsTopK
+leaves inactive has the value 0 when kept and m_i when not; it is a node like any other, kept or not kept.
 
 Nodes of a prompt are (location, position, channel), of a task (location, channel), at every position alike. Circuits of prompts
 are masks over the one row of a NodeSpace (`circuits/masked_model`).
@@ -60,7 +60,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """What the source adds to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
+    """Contribution of the source to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
 
     Of a task's circuit, whose ends are at every position: weight is the entry W_ji itself, effect the mean over prompts of what
     W_ji (a_i - m_i) adds to D at all positions, to first order.

@@ -3,7 +3,7 @@
 Loading goes in this order, and each step refuses what the next would get wrong: files (safetensors alone, no code of theirs),
 an adapter merged, sites found (`wiring`), and parity: the model is resumed at every site from the residual of *another row* and
 must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a model in which
-something besides the residual carries information past a site must not.)
+something besides the residual takes information past a site must not.)
 
 A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
 enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
@@ -73,7 +73,7 @@ def exclusive() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Parity:
-    """How exactly a model resumes: the largest absolute logit error per site, and the tolerance it was held to."""
+    """Exactness of resuming a model: the largest absolute logit error per site, and the tolerance it was held to."""
 
     errors: tuple[float, ...]
     tolerance: float
@@ -127,7 +127,7 @@ class DenseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """Device that the model takes its tokens on."""
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> DenseModel:
@@ -158,12 +158,12 @@ class DenseModel:
         return fingerprint_of(self.model)
 
     def identity(self) -> Identity:
-        """What tells this model, as it is now, from others, and in what they differ."""
+        """Identity of this model as it is now: its digests, and the facts by which others differ."""
         with exclusive():
             return identity_of(self.model, self.context)
 
     def found_at(self, adapter: str | None = None) -> str | None:
-        """Where loading gives this model, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
+        """Path from which this model loads, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
 
         None where there is no such place: the model was made or changed in memory.
         """
@@ -254,7 +254,7 @@ class _Run:
         return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that slopes reach it."""
+        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that gradients reach it."""
         shape = self.residuals[0].shape
         return x if x.shape == shape else x.reshape(shape)
 
@@ -383,7 +383,7 @@ def _why_not_loaded(name: str, who: str, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they would say is checked here, and said in one line."""
+    """Silence transformers' progress bars and load reports: their content is checked here, and reported in one line."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

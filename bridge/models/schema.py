@@ -1,4 +1,4 @@
-"""What a sparse block is made of: one table that the model, every search, every edge, page and export read.
+"""Parts of a sparse block: one table that the model, every search, every edge, page and export read.
 
 A *node kind* is a place where AbsTopK is applied. A matrix leads from the nodes of one kind to those of another:
 
@@ -32,7 +32,7 @@ def mlp_kinds(gated: bool) -> tuple[str, ...]:
 
 
 def matrices(gated: bool) -> dict[str, tuple[str, str]]:
-    """By name, the kinds of node that a block's matrices read and write."""
+    """Kinds of node that a block's matrices read and write, by name."""
     return {name: ends for name, ends in MATRICES.items() if gated or GATE not in ends}
 
 

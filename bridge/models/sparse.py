@@ -10,8 +10,8 @@ That is the plain block. What the dense model's blocks have beyond it (`recipe.B
 gated MLPs, g = K(act(W_gate r + b)), a = K(g (W_up r + b)); heads that share keys and values; rotary positions at any frequency,
 windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; reads without a norm.
 `attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
-(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel carry it, so that the fused causal kernels
-still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
+(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel stand for it, so that the fused causal
+kernels still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
 
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`native`). The function computed is the same.
@@ -55,18 +55,18 @@ class Location:
 
 @dataclass(frozen=True)
 class Fractions:
-    """Which fraction of a matrix's weights stays: of a block's, and of embedding, positions and unembedding."""
+    """Fraction of a matrix's weights that stays: of a block's, and of embedding, positions and unembedding."""
 
     blocks: float
     embed: float
 
     @staticmethod
     def of(fraction: float | Fractions) -> Fractions:
-        """The same for every matrix, where one number is given."""
+        """One fraction for every matrix, where one number is given."""
         return fraction if isinstance(fraction, Fractions) else Fractions(fraction, fraction)
 
     def at(self, name: str) -> float:
-        """That of a matrix."""
+        """Fraction of weights kept for a matrix."""
         return self.embed if embeds(name) else self.blocks
 
 
@@ -150,7 +150,7 @@ class SparseTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.unembedding.bias.device
 
     def locations(self) -> dict[Location, int]:
@@ -169,7 +169,7 @@ class SparseTransformer(nn.Module):
 
     @property
     def matrices(self) -> dict[str, tuple[str, str]]:
-        """By name, the kinds of node that a block's matrices read and write."""
+        """Kinds of node that a block's matrices read and write, by name."""
         return matrices(self.form.gated)
 
     def site(self, location: Location) -> int:
@@ -250,7 +250,7 @@ class SparseTransformer(nn.Module):
         return tokens_bt
 
     def gated(self, gate: Gate) -> Gated:
-        """The same weights seen through `gate`, again a residual model."""
+        """These weights seen through `gate`, again a residual model."""
         return Gated(self, gate)
 
     def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
@@ -268,13 +268,13 @@ class SparseTransformer(nn.Module):
         """score_bhtt of a block's q and k nodes, also of what no query sees."""
         q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
         score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
-        if slopes := self._attention_shape(layer).slopes:
+        if alibi_h := self._attention_shape(layer).slopes:
             place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
-            score_bhtt = score_bhtt + score_bhtt.new_tensor(slopes)[:, None, None] * (place_t - place_t[:, None])
+            score_bhtt = score_bhtt + score_bhtt.new_tensor(alibi_h)[:, None, None] * (place_t - place_t[:, None])
         cap = self.form.score_cap
         return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
 
-    def score_slope(self, score: Tensor) -> Tensor:
+    def score_gradient(self, score: Tensor) -> Tensor:
         """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
         cap = self.form.score_cap
         return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
@@ -322,7 +322,7 @@ class SparseTransformer(nn.Module):
         kept = max(1, round(self.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
-    def held(self, name: str) -> Compact | None:
+    def by_nonzeros(self, name: str) -> Compact | None:
         """The matrix of that name by its nonzeros; None where it is used as it is."""
         return self._matrix(name, self.get_parameter(name))
 
@@ -357,7 +357,7 @@ class SparseTransformer(nn.Module):
         return self._node(layer, "attn_out", gate, self.after(layer, "attn_out", write_bts))
 
     def after(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
-        """What a linear map gives on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
+        """Output of a linear map on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
         return y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
 
     def has_norm(self, layer: int, kind: str) -> bool:
@@ -435,13 +435,13 @@ class SparseTransformer(nn.Module):
         return logits if cap is None else cap * (logits / cap).tanh()
 
     def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
-        """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate turned by their position, where positions are rotary."""
+        """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate, rotated by position where positions are rotary."""
         x_bhtc = x_btn.unflatten(-1, (-1, self.channels)).transpose(1, 2)
-        return self._turned(layer, x_bhtc, 1) if rotate else x_bhtc
+        return self._rotated(layer, x_bhtc, 1) if rotate else x_bhtc
 
     def nodes(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
-        """x_btn of what `heads` gave: its inverse, and so also what takes slopes of heads to slopes of nodes."""
-        return (self._turned(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
+        """x_btn of what `heads` gave: its inverse, which also takes gradients of heads to gradients of nodes."""
+        return (self._rotated(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
 
     def frequencies(self, layer: int) -> tuple[float, ...]:
         """Radians a token by which channel i of a head turns with channel i + their number; the other channels stay."""
@@ -452,7 +452,7 @@ class SparseTransformer(nn.Module):
         half = self.channels // 2
         return tuple((10_000 ** (-torch.arange(half) / half)).tolist())
 
-    def _turned(self, layer: int, x_bhtc: Tensor, sign: int) -> Tensor:
+    def _rotated(self, layer: int, x_bhtc: Tensor, sign: int) -> Tensor:
         frequencies = self.frequencies(layer)
         if not frequencies:
             return x_bhtc
@@ -505,7 +505,7 @@ class SparseTransformer(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
 
     def packable(self) -> dict[str, nn.Parameter]:
-        """Those of them that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
+        """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
         on_cpu = self.device.type == "cpu"
         return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
 
@@ -515,7 +515,7 @@ class SparseTransformer(nn.Module):
         return {name: p for name, p in vectors.items() if ".gains." not in name}
 
     def fractions(self, sparsity: Sparsity) -> Fractions:
-        """What a recipe's L0 keep of every matrix; a number of weights is one of the matrices that l0 speaks of.
+        """Fractions of every matrix that a recipe's L0 keep; a number of weights is one of the matrices that l0 speaks of.
 
         Raises RecipeError where there are fewer.
         """
@@ -558,22 +558,22 @@ class SparseTransformer(nn.Module):
         return _share(self._sizes())
 
     def achieved_fractions(self) -> Fractions:
-        """The same of the blocks' matrices, and of embedding, positions and unembedding."""
+        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding."""
         sizes = self._sizes()
         blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
         return Fractions(_share(blocks), _share(embed))
 
     def n_sparse_weights(self) -> int:
-        """How many weights, zero or not, the matrices have that are made sparse."""
+        """Number of weights, zero or not, of the matrices that are made sparse."""
         return sum(count for _, count in self._sizes().values())
 
     def n_kept(self, kept: float | Fractions) -> int:
-        """How many of them stay where these fractions do."""
+        """Number of those weights that stay at these fractions."""
         fractions = Fractions.of(kept)
         return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """By name, nonzeros and weights of every matrix that is made sparse."""
+        """Nonzeros and weights of every matrix that is made sparse, by name."""
         sizes = {name: (weight.detach(), weight.numel()) for name, weight in self.sparse_weights().items()}
         for key, value in self.values.items():
             name = key.replace("/", ".")

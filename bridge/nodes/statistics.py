@@ -1,4 +1,4 @@
-"""What every node of the sparse model does on text, collected in one pass over it.
+"""Statistics of every node of the sparse model on text, collected in one pass over it.
 
 A node has an activation a_p, after AbsTopK, at each of the P positions p of the text (row by row). Collected are
 
@@ -54,7 +54,7 @@ class NodeError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """Where in the text a node had a value; quantile among its nonzero values, None for an extreme."""
+    """Place in the text where a node had a value; quantile among its nonzero values, None for an extreme."""
 
     value: float
     row: int
@@ -64,7 +64,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class NodeFacts:
-    """What every node did on the text tokens_bt, of which the first `rows_done` rows have been seen.
+    """Statistics of every node on the text tokens_bt, of which the first `rows_done` rows have been seen.
 
     fingerprint is that of the sparse weights, order_p the shuffle of positions; `parts` holds per location the running sum_n,
     square_n and active_n, and the keys high_nk, low_nk and sample_nk (see the module's docstring).
@@ -84,7 +84,7 @@ class NodeFacts:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens have been seen."""
+        """Number of tokens seen."""
         return self.rows_done * self.tokens_bt.shape[1]
 
     def mean(self, location: Location) -> Tensor:
@@ -135,7 +135,7 @@ class NodeFacts:
 
     @staticmethod
     def load(folder: str | Path) -> NodeFacts:
-        """What `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
+        """The facts that `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
         tensors, facts = read_folder(folder, "nodes")
         try:
             if facts["format"] != FORMAT:
@@ -159,7 +159,7 @@ def collect_nodes(
     save_seconds: float = 10.0,
     progress: Callable[[str], None] | None = None,
 ) -> NodeFacts:
-    """What every node does on tokens_bt, by default the coupling's own reference text.
+    """Statistics of every node on tokens_bt, by default the coupling's own reference text.
 
     With a folder, the facts are kept there, at least every save_seconds and at the end, and read back where they are there
     already. Raises NodeError where there is no text or its rows are too long, CheckpointError where writing fails.
@@ -230,7 +230,7 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
 
 
 def render_summary(facts: NodeFacts) -> str:
-    """What was collected, a line per location."""
+    """Summary of the statistics, a line per location."""
     lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]
     for at in facts.parts:
         active_n, mean_n = facts.active(at), facts.mean(at)
@@ -255,7 +255,7 @@ def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFac
 
 
 def _begun(sparse: SparseTransformer, tokens_bt: Tensor, seed: int, folder: str | Path | None) -> NodeFacts | None:
-    """What the same pass has left in a folder; what another left, or damage, is as good as nothing: it can be made again."""
+    """State that the same pass has left in a folder; None for that of another, or a damaged one: it can be made again."""
     if folder is None or not (Path(folder) / "nodes.json").is_file():
         return None
     try:

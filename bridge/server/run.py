@@ -1,4 +1,4 @@
-"""From an address to a running server: the socket is bound first, so that what is printed is what is served."""
+"""A running server at an address: the socket is bound first, so that what is printed is what is served."""
 
 from __future__ import annotations
 

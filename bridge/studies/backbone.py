@@ -1,4 +1,4 @@
-"""What the circuits of several tasks share, and what each task has of its own.
+"""Nodes that the circuits of several tasks share, and those that each task has of its own.
 
     backbone   B = nodes in at least half of the circuits
     own        A \\ B of a task's circuit A

@@ -41,7 +41,7 @@ _CELL, _MARGIN = 46, 210  # pixels of the heat map
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two tasks' circuits share: how many, how many by chance, and the chance of as many or more by luck."""
+    """Overlap of two tasks' circuits: how many things they share, how many by chance, and the chance of as many or more."""
 
     first: str
     second: str
@@ -78,7 +78,7 @@ class Comparison:
         return sum(off) / len(off) if off else None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The comparison as plain JSON values."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         if self.backbone is not None:
             shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
-    """What two sets of the given sizes, of `of` things, share beside chance."""
+    """Overlap of two sets of the given sizes, of `of` things, beside chance."""
     p = float(hypergeom.sf(shared - 1, of, sizes[0], sizes[1]))
     return Overlap(first, second, what, shared, expected_overlap(*sizes, of), p)
 
@@ -102,7 +102,7 @@ def compare(
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """The circuits of some tasks beside each other, on held-out prompts of each."""
-    say = progress or (lambda _: None)
+    on_progress = progress or (lambda _: None)
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
@@ -115,12 +115,12 @@ def compare(
     base = losses(torch.zeros(subject.space.size, dtype=torch.bool, device=subject.device))
     rise, random = [], []
     for name in names:
-        say(f"cross-ablation: without {name}")
+        on_progress(f"cross-ablation: without {name}")
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
-    say("shared backbone")
+    on_progress("shared backbone")
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 

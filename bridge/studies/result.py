@@ -1,4 +1,4 @@
-"""What a search for a task's circuit leaves: nested circuits, what was measured about them, and both saved and loaded exactly.
+"""Result of a search for a task's circuit: nested circuits and their measures, saved and loaded exactly.
 
 A folder holds `circuit.json` with everything a person reads, and a safetensors file with levels, means, edges and inclusion
 frequencies (`checkpoint.write_folder`). A task that could not be searched leaves a `circuit.json` alone, which says why; in means
@@ -45,7 +45,7 @@ _EDGE_KINDS = ("weight", "value")
 
 @dataclass(frozen=True)
 class Size:
-    """How large something is: nodes, and edges as nonzero weights between them."""
+    """Size of a circuit or model: nodes, and edges as nonzero weights between them."""
 
     nodes: int
     edges: int
@@ -53,7 +53,7 @@ class Size:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed found at the opening level: nodes, errors, and how far off its bounds it is on the prompts of the search."""
+    """Finding of one seed at the opening level: nodes, errors, and how far off its bounds it is on the prompts of the search."""
 
     seed: int
     nodes: int
@@ -258,12 +258,12 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
         *_levels(facts, width),
     ]
     entries = ", ".join(f"{count:,} {name}" for name, count in facts.entries.items())
-    told = (
+    summary = (
         f"> is the circuit, of {facts.whole.nodes:,} nodes and {facts.whole.edges:,} edges; beside its edges {entries} entries."
     )
     if facts.errors:
-        told += f" Errors at {', '.join(facts.errors)} carry {facts.opened.circuit.error_share:.0%} of the span."
-    lines += textwrap.wrap(f"          {told}", width, subsequent_indent=" " * 10)
+        summary += f" Errors at {', '.join(facts.errors)} have {facts.opened.circuit.error_share:.0%} of the span."
+    lines += textwrap.wrap(f"          {summary}", width, subsequent_indent=" " * 10)
     if facts.dense is not None and facts.dense_whole is not None:
         lines.append(
             f"DENSE     its own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} "
@@ -315,6 +315,6 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
         for end in (edge.source, edge.target):
             effect[end.name] += abs(edge.effect)
     known = [node.name for node in result.circuit.nodes if node.name in labels]
-    told = sorted(known, key=lambda name: -effect[name])[:LABELLED]
-    lines = [f"  {name:<15} {labels[name]}"[:width] for name in told]
-    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if told else []
+    listed = sorted(known, key=lambda name: -effect[name])[:LABELLED]
+    lines = [f"  {name:<15} {labels[name]}"[:width] for name in listed]
+    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if listed else []

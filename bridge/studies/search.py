@@ -84,24 +84,24 @@ class Subjects:
         return DenseSubject(self.coupling.dense, self.reference_bt)
 
 
-def search_config(level: float = TASK_SEARCH.opens_at, work: float = 1.0) -> SearchConfig:
+def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:
     """The search of a task that opens at a level, with so many times the usual steps. Raises SearchError for another level."""
     if level not in TASK_SEARCH.levels:
         raise SearchError(f"the level F {level:g} is none of the nested ones; give {', '.join(map(str, TASK_SEARCH.levels))}")
-    return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(work * TASK_SEARCH.steps)))
+    return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
 
 
 def model_facts(coupling: Coupling) -> dict[str, str | int]:
-    """What tells the models that are searched, and the rules by which, from others."""
+    """Fingerprints of the models that are searched, and the rules of the search."""
     dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
 
 
 def search_facts(
-    coupling: Coupling, level: float, null: str | None, work: float, explains: Explains = "dense"
+    coupling: Coupling, level: float, null: str | None, budget: float, explains: Explains = "dense"
 ) -> dict[str, str | float | int | None]:
-    """What tells a search from others, but for its prompts and its seeds."""
-    return {"level": level, "explains": explains, "null": null, "work": work, **model_facts(coupling)}
+    """Facts that identify a search, but for its prompts and its seeds."""
+    return {"level": level, "explains": explains, "null": null, "work": budget, **model_facts(coupling)}
 
 
 def whole_size(subject: Subject) -> Size:
@@ -121,16 +121,16 @@ def search_task(
     dense: bool = True,
     null: Null | None = None,
     gated: bool = True,
-    work: float = 1.0,
+    budget: float = 1.0,
     progress: Callable[[str], None] | None = None,
 ) -> TaskResult:
     """The circuits of a task, by the steps that the module describes; without the gate, also of what the model does not do.
 
-    work is a multiple of the usual steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError where
-    there is nothing to explain, SearchError where a split has no pairs or the level is not known.
+    budget is a multiple of the usual steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError
+    where there is nothing to explain, SearchError where a split has no pairs or the level is not known.
     """
-    say, started = progress or (lambda _: None), time.monotonic()
-    config = replace(search_config(level, work), seed=seed)
+    on_progress, started = progress or (lambda _: None), time.monotonic()
+    config = replace(search_config(level, budget), seed=seed)
     task = with_all_splits(task)
     if null == "weights":
         permuted = replace(subjects.coupling, sparse=permuted_weights(subjects.coupling.sparse, seed))
@@ -140,7 +140,7 @@ def search_task(
     elif null == "shuffled":
         task = _altered(task, lambda pairs, place: dealt_anew(pairs, seed + place))
     coupling, subject = subjects.coupling, subjects.sparse
-    say("gate: how well both models do the task")
+    on_progress("gate: how well both models do the task")
     of_test = task.splits["test"].to(subject.device)
     scores, dense_scores = score(coupling.sparse, of_test), score(coupling.dense, of_test)
     if scores.accuracy < SOLVED and null is None and gated:
@@ -151,19 +151,19 @@ def search_task(
 
     loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
     losses = task_losses(task, loss_on)
-    found = [losses.opened(_named(say, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
+    found = [losses.opened(_named(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
     opened = [one.kept(0) for one in found]
     best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
-    nested = losses.nested(say, opened[best])
+    nested = losses.nested(on_progress, opened[best])
     kept_f, nodes_f = opened[best], losses.test.nodes_f
-    say("edges")
+    on_progress("edges")
     edges = task_edges(losses.test.masked, kept_f)
-    size, why_not = _dense(subjects, task, config, say) if dense else (None, NOT_ASKED)
+    size, why_not = _dense(subjects, task, config, on_progress) if dense else (None, NOT_ASKED)
 
     places = range(len(nested.levels))
     edge_counts = [edge_count(subject, nested.kept(place)[nodes_f]) for place in places]
     judged = Judged(nested, opened, edge_counts, None if size is None else size.edges)
-    report, levels = gather_task(losses.test, judged, scores, dense_scores, seed=seed, progress=say)
+    report, levels = gather_task(losses.test, judged, scores, dense_scores, seed=seed, progress=on_progress)
     runs = (
         SeedRun(seed + n, int((one_f & nodes_f).sum()), int((one_f & ~nodes_f).sum()), found[n].off[0])
         for n, one_f in enumerate(opened)
@@ -187,7 +187,7 @@ def search_task(
         dense_whole=None if size is None else whole_size(subjects.dense),
         dense=size,
         why_not_dense=why_not,
-        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": work, "prompts": task.digest},
+        provenance={**coupling.provenance, **model_facts(coupling), "seed": seed, "work": budget, "prompts": task.digest},
         seconds=time.monotonic() - started,
     )
     return TaskResult(
@@ -205,7 +205,7 @@ def search_dense(
     *,
     level: float = TASK_SEARCH.opens_at,
     seed: int = 0,
-    work: float = 1.0,
+    budget: float = 1.0,
     progress: Callable[[str], None] | None = None,
 ) -> Size:
     """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
@@ -213,32 +213,34 @@ def search_dense(
     Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
     where its linear maps cannot be found.
     """
-    say, task = progress or (lambda _: None), with_all_splits(task)
+    on_progress, task = progress or (lambda _: None), with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
             f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
             "circuit to find; take another task"
         )
-    return _dense_size(subjects, task, replace(search_config(level, work), seed=seed), say)
+    return _dense_size(subjects, task, replace(search_config(level, budget), seed=seed), on_progress)
 
 
-def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, say: Callable[[str], None]) -> tuple[Size | None, str]:
+def _dense(
+    subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: Callable[[str], None]
+) -> tuple[Size | None, str]:
     """The size of the dense model's own circuit; None, and why, where its maps cannot be found or there is nothing to explain."""
     try:
-        return _dense_size(subjects, task, config, say), ""
+        return _dense_size(subjects, task, config, on_progress), ""
     except (DenseModelError, SearchError) as error:
         return None, str(error)
 
 
-def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, say: Callable[[str], None]) -> Size:
+def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: Callable[[str], None]) -> Size:
     losses = task_losses(task, partial(dense_loss, subjects.dense, config=config))
-    kept_f = losses.opened(_named(say, "dense: ")).kept(0)
+    kept_f = losses.opened(_named(on_progress, "dense: ")).kept(0)
     return Size(int(kept_f.sum()), edge_count(subjects.dense, kept_f))
 
 
-def _named(say: Callable[[str], None], name: str) -> Callable[[str], None]:
-    return lambda text: say(f"{name}{text}")
+def _named(on_progress: Callable[[str], None], name: str) -> Callable[[str], None]:
+    return lambda text: on_progress(f"{name}{text}")
 
 
 def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
@@ -290,7 +292,7 @@ def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
     generator = torch.Generator().manual_seed(seed)
     device = pairs.last_b.device
     from_b = torch.randperm(len(pairs), generator=generator).to(device)
-    swap_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
+    reversed_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
     width = max(pairs.answer_bk.shape[1], pairs.wrong_bk.shape[1])
     right_bk, wrong_bk = (
         torch.nn.functional.pad(ids_bk, (0, width - ids_bk.shape[1]), value=-1)[from_b]
@@ -299,8 +301,8 @@ def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
     right_not_b, wrong_not_b = pairs.answer_not_b[from_b], pairs.wrong_not_b[from_b]
     return replace(
         pairs,
-        answer_bk=torch.where(swap_b[:, None], wrong_bk, right_bk),
-        wrong_bk=torch.where(swap_b[:, None], right_bk, wrong_bk),
-        answer_not_b=torch.where(swap_b, wrong_not_b, right_not_b),
-        wrong_not_b=torch.where(swap_b, right_not_b, wrong_not_b),
+        answer_bk=torch.where(reversed_b[:, None], wrong_bk, right_bk),
+        wrong_bk=torch.where(reversed_b[:, None], right_bk, wrong_bk),
+        answer_not_b=torch.where(reversed_b, wrong_not_b, right_not_b),
+        wrong_not_b=torch.where(reversed_b, right_not_b, wrong_not_b),
     )

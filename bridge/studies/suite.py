@@ -22,7 +22,7 @@ from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_
 from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
 from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, search_facts, search_task, whole_size
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
@@ -32,11 +32,11 @@ def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
 
 
 def folder_name(name: str) -> str:
-    """What a task's folder is called: a built-in task's name, the stem of a file's."""
+    """Name of a task's folder: a built-in task's name, the stem of a file's."""
     return Path(name).stem
 
 
-def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Say, width: int = 100, **options: Any) -> str:
+def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Progress, width: int = 100, **options: Any) -> str:
     """One task's search: its text, the result written to `out`. A null that finds nothing has failed, as it must.
 
     Raises UnsolvedError, SearchError or TaskError.
@@ -56,7 +56,7 @@ def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Say, 
 
 
 def run_suite(
-    subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: Say, width: int = 100, **options: Any
+    subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: Progress, width: int = 100, **options: Any
 ) -> Generator[str, None, None]:
     """Every task's search, a text for each as it ends, then the comparison's. Raises TaskError before any of them."""
     results: list[TaskResult] = []
@@ -65,7 +65,7 @@ def run_suite(
         folder = None if out is None else out / folder_name(name)
         where = f"{folder_name(name)}: "
 
-        def say(text: str, where: str = where) -> None:
+        def on_progress(text: str, where: str = where) -> None:
             progress(f"{where}{text}")
 
         asked = _asked(subjects, task, options)
@@ -80,7 +80,7 @@ def run_suite(
                 yield f"task      {name}: no circuit, found so before ({facts['failed']})"
                 continue
         try:
-            result = search_task(subjects, task, progress=say, **options)
+            result = search_task(subjects, task, progress=on_progress, **options)
         except SearchError as error:
             failed += 1
             if folder is not None:
@@ -95,13 +95,13 @@ def run_suite(
 
 
 def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a search from others: the models, the prompts, the rules, and all that a user may choose."""
+    """Facts that identify a search: the models, the prompts, the rules, and all that a user may choose."""
     return {
         **search_facts(
             subjects.coupling,
             options.get("level", TASK_SEARCH.opens_at),
             options.get("null"),
-            options.get("work", 1.0),
+            options.get("budget", 1.0),
             options.get("explains", "dense"),
         ),
         "prompts": task.digest,
@@ -120,8 +120,8 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
     }  # fmt: skip
     differ = [key for key, value in asked.items() if there.get(key) != value]
     if differ:
-        said = "; ".join(f"{key} {there.get(key)}, not {asked[key]}" for key in differ)
-        raise SearchError(f"{str(folder)!r} holds the result of another search ({said}); name another --out")
+        differences = "; ".join(f"{'budget' if key == 'work' else key} {there.get(key)}, not {asked[key]}" for key in differ)
+        raise SearchError(f"{str(folder)!r} holds the result of another search ({differences}); name another --out")
     return result
 
 
@@ -142,7 +142,7 @@ def _compared(
     tasks: Mapping[str, Resolved],
     failed: int,
     out: Path | None,
-    progress: Say,
+    progress: Progress,
     options: dict[str, Any],
 ) -> str:
     dense = [result.facts.dense for result in results if result.facts.dense is not None]

@@ -349,7 +349,7 @@ class _Sweep:
             return sizes
         texts = run_suite(
             Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.progress, level=search.level,
-            explains=search.explains, seeds=search.seeds, work=search.budget, dense=False,
+            explains=search.explains, seeds=search.seeds, budget=search.budget, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
         for file in files:
@@ -390,7 +390,7 @@ class _Sweep:
         label = folder_name(task)
         try:
             size = search_dense(
-                subjects, resolved(subjects, task), level=self.search.level, work=self.search.budget,
+                subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
                 progress=lambda text: self.progress(f"{label}: {text}"),
             )  # fmt: skip
         except DenseModelError:

@@ -1,4 +1,4 @@
-"""What a dense model's sublayers are made of, measured: linear maps, heads, positions, norms and nonlinearities, by no name.
+"""Parts of a dense model's sublayers, measured: linear maps, heads, positions, norms and nonlinearities, by no name.
 
 A few rows of tokens are run and watched: modules that multiply by a weight of two axes, products of queries and keys, what goes
 into the softmax. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre),
@@ -74,7 +74,7 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention as maps of what is read (z, or h where raw): scores are q . k / root of the channels, pairs turned as halves.
+    """Attention as maps of what is read (z, or h where raw): scores are q . k / root of the channels, pairs rotated as halves.
 
     gains are those of the norms of q (h c) and k (g c), `by_head` or over all of them.
     """
@@ -120,7 +120,7 @@ class Mlp:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """What was measured of a dense model; attention and MLP by site, None where they are not of the kinds that are known here.
+    """Measurements of a dense model; attention and MLP by site, None where they are not of the kinds that are known here.
 
     embedding_vd and what positions add to it (position_td; None: nothing) make the residual at site 0; unembedding is a map of
     the last residual's norm.
@@ -138,7 +138,7 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(dense: DenseModel, context: int) -> Anatomy:
-    """What a dense model is made of, as far as it is understood; windows of `context` tokens and more are none."""
+    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none."""
     tokens_bt = _probe(dense)
     seen = _watch(dense, tokens_bt)
     sites = _sites(dense)
@@ -211,7 +211,7 @@ class _Read:
 
 @dataclass(eq=False)
 class _Attended:
-    """What was multiplied in a block, and the scores that went into the softmax."""
+    """Products in a block, and the scores that went into the softmax."""
 
     q_bhtc: Tensor | None = None
     k_bhtc: Tensor | None = None
@@ -271,7 +271,7 @@ def _probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
 
 
 def _watch(dense: DenseModel, tokens_bt: Tensor) -> _Seen:
-    """What the model does with the tokens."""
+    """The maps, products and scores of a run on the tokens."""
     seen, maps = _Seen(blocks=[_Attended() for _ in dense.blocks]), dict[nn.Module, _Map]()
     block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
     now = [-1]
@@ -394,7 +394,7 @@ def _times(one: _Map, factor: float) -> Written:
 
 
 def _written(one: _Map, write_xd: Tensor) -> Written | None:
-    """How a map's output becomes what its sublayer writes."""
+    """The steps from a map's output to its sublayer's write."""
     factor, unexplained = _multiple(one.output_xo, write_xd)
     if unexplained < SAME:
         return _times(one, factor)
@@ -466,7 +466,7 @@ def _along(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
 
 @dataclass(frozen=True, eq=False)
 class _Queries:
-    """Queries (or keys) before they are turned: a map, perhaps a norm with a gain behind it, and what they are on the probe."""
+    """Queries (or keys) before they are rotated: a map, perhaps a norm with a gain behind it, and what they are on the probe."""
 
     map: Affine
     gain_o: Tensor | None
@@ -506,7 +506,7 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
 def _positions(
     q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
 ) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
-    """How scores follow from queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
+    """Positions in scores of queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
     turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
     if turn is None:
         return None
@@ -516,7 +516,7 @@ def _positions(
     response = _response(product_bhtt, score_bhtt)
     if response is None:
         return None
-    scale, cap, slope_h = response
+    scale, cap, alibi_h = response
     factor = scale * math.sqrt(channels)
     made = []
     for each, times in ((q, factor), (k, 1.0)):
@@ -524,8 +524,8 @@ def _positions(
         gain_o = None if each.gain_o is None else each.gain_o[order_o] * times
         made.append((each.map.rows(order_o, times if gain_o is None else 1.0), gain_o))
     gains = None if made[0][1] is None or made[1][1] is None else (made[0][1], made[1][1])
-    slopes = () if slope_h is None else tuple(slope_h.tolist())
-    return AttentionShape(frequencies=frequencies, slopes=slopes), cap, (made[0][0], made[1][0]), gains
+    alibi = () if alibi_h is None else tuple(alibi_h.tolist())
+    return AttentionShape(frequencies=frequencies, slopes=alibi), cap, (made[0][0], made[1][0]), gains
 
 
 def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
@@ -541,12 +541,12 @@ def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], T
         for order_c in (halves_c, neighbours_c):
             pairs = [x[..., order_c].double().unflatten(-1, (2, -1)) for x in (before_bhtc, after_bhtc)]
             was, now = (torch.complex(x[..., 0, :], x[..., 1, :]) for x in pairs)
-            turned_tp = (now * was.conj()).sum((0, 1))
-            turned_tp = turned_tp / turned_tp.abs().clamp_min(1e-20)
+            rotation_tp = (now * was.conj()).sum((0, 1))
+            rotation_tp = rotation_tp / rotation_tp.abs().clamp_min(1e-20)
             rest = (after_bhtc[..., turning:] - before_bhtc[..., turning:]).double().square().sum()
-            left = (((now - was * turned_tp).abs().square().sum() + rest) / size).item()
+            left = (((now - was * rotation_tp).abs().square().sum() + rest) / size).item()
             if best is None or left < 0.5 * best[0] and best[0] > 1e-9:
-                best = left, turned_tp.angle(), torch.cat([order_c, natural_c[turning:]])
+                best = left, rotation_tp.angle(), torch.cat([order_c, natural_c[turning:]])
     if best is None or best[0] > 1e-5:
         return None
     angle_tp = best[1]
@@ -679,7 +679,7 @@ def _unembedding(seen: _Seen, reads: Sequence[_Read]) -> tuple[Affine | None, fl
 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
-    """How many tokens the last query of a row of `context` sees in every block; None: all."""
+    """Number of tokens that the last query of a row of `context` sees in every block; None: all."""
     tokens_1t, seen, now = _probe(dense, 1, context), dict[int, int](), [-1]
 
     def enter(index: int, *_: Any) -> None:

@@ -44,7 +44,7 @@ from bridge.training.anatomy import Affine, Anatomy, Attention, Mlp, Written, di
 UNMOVED = 1e-6  # share of a write that a sink may change
 TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
 ROWS, TOKENS = 4, 64  # of the text, on which maps are found and copies verified
-GENTLE, FASTEST, MOVED = 0.007, 1e-3, 6  # see `gentle_rate`; the model that ships, for which 1e-3 was found best, has .007
+GENTLE, FASTEST, TRIED = 0.007, 1e-3, 6  # see `gentle_rate`; the model that ships, for which 1e-3 was found best, has .007
 QUIET = 0.1  # RMS of what a random sublayer writes, beside that of the dense one
 VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
 EMBEDDING_RMS = 0.5  # of the channels in use, as in a random start
@@ -55,7 +55,7 @@ NO_SINK = -30.0
 
 @dataclass(frozen=True)
 class Started:
-    """What was copied from the dense model: embedding, unembedding, bridges, and of each sublayer the share of its write that the
+    """Parts copied from the dense model: embedding, unembedding, bridges, and of each sublayer the share of its write that the
     copy explains, AbsTopK included (None: random); or from another coupling, all of it, whose L0 the anneal then falls from.
     """
 
@@ -195,7 +195,7 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the dense residual is in the sparse one; turn_dd is R^T."""
+    """Place of the dense residual in the sparse one; turn_dd is R^T."""
 
     turn_dd: Tensor
     s: int
@@ -209,7 +209,7 @@ class _Frame:
 
     @property
     def gain(self) -> float:
-        """What z is to the sparse norm's output."""
+        """Ratio of z to the sparse norm's output."""
         return math.sqrt(self.d / self.s)
 
     def centre(self, h_xd: Tensor) -> Tensor:
@@ -459,7 +459,7 @@ def gentle_rate(coupling: Coupling, tokens_bt: Tensor) -> float:
     sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
     before_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
     generator, n_blocks = torch.Generator().manual_seed(0), len(sparse.blocks)
-    some = sorted({index * n_blocks // MOVED for index in range(MOVED)})
+    some = sorted({index * n_blocks // TRIED for index in range(TRIED)})
     total = 0.0
     for index in some:
         weights = [weight for weight in sparse.blocks[index].parameters() if weight.dim() == 2]

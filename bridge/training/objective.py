@@ -1,4 +1,4 @@
-"""What a coupling is trained on (Gao et al. 2025, section 2.3), by a splice sampled per row, or literally.
+"""The objective of a coupling (Gao et al. 2025, section 2.3), by a splice sampled per row, or literally.
 
     CE(y_s, text), KL(y_d, y_s)                                  the sparse model on its own
     NMSE(f_i(h_d), stop(h_s)), NMSE(g_i(h_s), h_d)               every bridge, mean over sites
@@ -7,15 +7,15 @@
     KL(y_d, y of: dense, h_i(other) + lin g_i (h_s - h_s(other)), dense to the end)              carried, off unless asked for
 
 Literally the hybrid sums cost a partial pass of each model per site. Sampled, every row of the batch draws its own splice. Half
-of the rows begin at the sparse embedding: they carry CE, KL and NMSE, and each leaves for the dense model at a site of its own.
+of the rows begin at the sparse embedding: they have CE, KL and NMSE, and each leaves for the dense model at a site of its own.
 The other half enter the sparse model at sites of their own, and leave again at a later one (`hybrid_both`, mixtures of two
 transitions, which the paper leaves out). So one sparse pass, in which rows are computed only from where they enter, one dense
-pass that makes the targets and one that the leaving rows enter carry all terms, at any depth. Each term is a mean over the rows
-that carry it; sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
+pass that makes the targets and one that the leaving rows enter give all terms, at any depth. Each term is a mean over the rows
+that have it; sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
 
 `carried` (not in the paper either) is what steering and counterfactual transport ask of a decoder: the dense residual of another
-row of the batch, moved by the difference of the two sparse ones, is to give this row's answers. A hybrid pass does not ask it: a
-norm forgives g_i(h_s) for being too short, and what is short carries too little.
+row of the batch, changed by the difference of the two sparse ones, is to give this row's answers. A hybrid pass does not ask
+it: a norm forgives g_i(h_s) for being too short, and a short change transports too little.
 
 Hybrid terms and `carried` may be taken at a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)).
 At 1, as in the paper, a confident answer says nothing of how confident it is; above, its logits are to be right too.
@@ -51,7 +51,7 @@ STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
 
 @dataclass(frozen=True)
 class Splice:
-    """Where each row enters the sparse model (EMBEDDING: at its tokens) and leaves it for the dense one (STAYS: nowhere)."""
+    """Sites where each row enters the sparse model (EMBEDDING: its tokens) and leaves it for the dense one (STAYS: nowhere)."""
 
     enter: tuple[int, ...]
     leave: tuple[int, ...]
@@ -61,7 +61,7 @@ class Splice:
         return Splice(self.enter[start:stop], self.leave[start:stop])
 
     def counts(self) -> tuple[int, int, int, int]:
-        """How many rows start from tokens, start there and leave, enter, enter and leave."""
+        """Numbers of rows that start from tokens, start there and leave, enter, enter and leave."""
         kinds = [(enter != EMBEDDING, leave != STAYS) for enter, leave in zip(self.enter, self.leave, strict=True)]
         return (
             sum(not entered for entered, _ in kinds),
@@ -117,7 +117,7 @@ class Objective(nn.Module):
         return {"total": sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(())), **terms}
 
     def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
-        """What needs no bridge: text, and the dense model's answers where they are asked for."""
+        """The terms that need no bridge: of text, and the dense model's answers where they are asked for."""
         logits_btv = self.sparse(tokens_bt)
         if not self.losses.kl:
             return {"ce": _cross_entropy(logits_btv, tokens_bt).mean()}
@@ -165,13 +165,13 @@ class Objective(nn.Module):
             / n_in,
         }
 
-        # Decode: what leaves, what NMSE compares, and what is carried to another row that began at the embedding.
+        # Decode: what leaves, what NMSE compares, and what is transported to another row that began at the embedding.
         with_nmse = plain if losses.nmse_decoder else 0
         nmse_encoder, nmse_decoder = [], []
         leaving_rows: list[int] = []
         leaving: list[Tensor] = []
-        carried_rows: list[int] = []
-        carried: list[Tensor] = []
+        transported_rows: list[int] = []
+        transported: list[Tensor] = []
         for site in sites:
             x_bts = sparse.residuals[site]
             if encoded:  # not where every row of a process's share enters
@@ -188,24 +188,24 @@ class Objective(nn.Module):
             if losses.carried and (here := [row for row in rows if row < plain]):
                 other_b = torch.tensor([(row + 1) % plain for row in here], device=x_bts.device)
                 change_bts = x_bts[here] - x_bts[other_b]
-                carried_rows += here
-                carried.append(dense.residuals[site][other_b] + self.bridges[site].decode_change(change_bts))
+                transported_rows += here
+                transported.append(dense.residuals[site][other_b] + self.bridges[site].decode_change(change_bts))
         if nmse_encoder:
             terms["nmse_encoder"] = torch.stack(nmse_encoder).mean() / n_plain
         if nmse_decoder:
             terms["nmse_decoder"] = torch.stack(nmse_decoder).mean() / n_plain
 
         if leaving_rows:
-            rows = leaving_rows + carried_rows
+            rows = leaving_rows + transported_rows
             row_b = torch.tensor(rows, device=tokens_bt.device)
             site_b = torch.tensor([leave[row] for row in rows])
-            hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat([*leaving, *carried])))
-            kl_b, carried_b = warm.divergence(hybrid.logits_btv, row_b).split([len(leaving_rows), len(carried_rows)])
+            hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat([*leaving, *transported])))
+            kl_b, transported_b = warm.divergence(hybrid.logits_btv, row_b).split([len(leaving_rows), len(transported_rows)])
             from_tokens_b = row_b[: len(leaving_rows)] < plain
             terms["hybrid_out"] = (kl_b * from_tokens_b).sum() / n_out
             terms["hybrid_both"] = (kl_b * ~from_tokens_b).sum() / n_both
             if losses.carried:
-                terms["carried"] = carried_b.sum() / n_out
+                terms["carried"] = transported_b.sum() / n_out
         return terms
 
     def _warm(self, target: _Target) -> _Target:
@@ -260,7 +260,7 @@ class _Target:
         return kl_bt.mean(-1) * temperature**2
 
     def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
-        """The same and the next-token cross-entropy, means over each row's tokens."""
+        """The divergence and the next-token cross-entropy, means over each row's tokens."""
         kl_bt, ce_bt = _Losses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
         return kl_bt.mean(-1), ce_bt[:, :-1].mean(-1)
 
@@ -305,7 +305,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one piece: the logits in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
+    """The logits of one piece in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
     of = at if row_b is None else (row_b[at[0]], at[1])
     log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
     logits_copy_btv = torch.empty_like(log_p_btv, memory_format=torch.contiguous_format).copy_(logits_btv[at])

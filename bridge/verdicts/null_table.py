@@ -38,12 +38,12 @@ class PromptNull:
 
     @property
     def count(self) -> int:
-        """On how many prompts it was run."""
+        """Number of prompts it was run on."""
         return self.prompts
 
     @property
     def strong(self) -> int:
-        """How many earn "representational" or better."""
+        """Number of prompts that earn "representational" or better."""
         return sum(self.verdicts.get(verdict, 0) for verdict in STRONG)
 
     @staticmethod
@@ -89,16 +89,16 @@ class TaskNull:
 
     @property
     def count(self) -> int:
-        """On how many tasks it was run."""
+        """Number of tasks it was run on."""
         return len(self.tasks)
 
     @property
     def strong(self) -> int:
-        """On how many tasks all tests hold."""
+        """Number of tasks on which all tests hold."""
         return sum(task.passed for task in self.tasks)
 
     def passing(self, test: str) -> int:
-        """On how many tasks a single test holds."""
+        """Number of tasks on which a single test holds."""
         return sum(task.holds.get(test) is True for task in self.tasks)
 
 
@@ -158,7 +158,7 @@ def _stored(
 
 
 def rules_of(*configs: SearchConfig | Any) -> str:
-    """What tells some bounds, of search and evidence, from others."""
+    """Digest of some bounds, of search and evidence."""
     text = json.dumps([config if isinstance(config, int) else asdict(config) for config in configs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

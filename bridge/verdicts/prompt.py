@@ -3,10 +3,10 @@
     no explanation       the span is too small, or too much of it flows through errors
     refuted              alone or in supersets the circuit is not what the search took it for, or matched nodes do as well
     behavioural          none of these
-    representational     its deletion, carried into the dense model, takes there what it takes in the sparse one, at the site
-                         where it takes least of that; other nodes take little
-    mechanistic support  also: without it (and its backup, if it has one) the answer is lost; single nodes' effects rank alike in
-                         both models; patching, where a counterfactual is given, carries over; and the coupling's nulls fail
+    representational     its deletion, transported into the dense model, takes there what it takes in the sparse one, at the
+                         site where it takes least of that; other nodes take little
+    mechanistic support  also: with it (and its backup, if any) ablated the answer is lost; single nodes' effects rank alike in
+                         both models; patching, where a counterfactual is given, transports; and the coupling's nulls fail
 
 `gather` measures, in the order of the table; every measure stands beside its control. What each is, its module says.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.search import Nested
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import another_prompt, matched
 from bridge.evidence.deletion import Deletions, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
@@ -38,18 +38,18 @@ from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nu
 
 @dataclass(frozen=True)
 class EvidenceConfig:
-    """What a prompt's circuit is held to, and how much is drawn; saved with its explanation."""
+    """Bounds of the evidence on a prompt's circuit, and how much is drawn; saved with its explanation."""
 
     most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
     superset_mean: float = 0.8  # the search holds the rms of six supersets to 2 (1 - F); twenty others scatter about that
     superset_worst: float = 0.4  # and the worst of the six to 3.5 (1 - F): the worst of twenty is further out
     matched: float = 0.1  # of faithfulness, in the median: other active nodes of the same places are to do nothing
-    behind: float = 1 / 3  # of the sparse loss, that a change must carry for its site to count: elsewhere 0 is divided by 0
+    behind: float = 1 / 3  # of the sparse loss, that a change must make for its site to count: elsewhere 0 is divided by 0
     # dense over sparse loss at its least. Shuffled bridges reach .20 where circuits are taken without errors (14 prompts),
     # and with errors 1 of 12 goes beyond, whose error share refuses it; of python-bridge-32, 18 prompts, .30 to 1.07, median .64
     ratio: float = 0.25
     best: float = 0.6  # of the span, lost in the dense model at the best site
-    matched_lost: float = 0.1  # of the span, by deleting matched nodes, carried into dense at the same sites
+    matched_lost: float = 0.1  # of the span, by deleting matched nodes, transported into dense at the same sites
     lost: float = 0.8  # of the span, by deleting the circuit, or it and its backup
     correlation: float = 0.6
     patched: float = 0.5  # of the ceiling
@@ -65,7 +65,7 @@ class EvidenceConfig:
             Rule(
                 "undecided",
                 ("span", "error_share"),
-                "There is an answer to explain, and nodes carry most of it.",
+                "There is an answer to explain, and most of it flows through nodes.",
                 refuted="no explanation",
             ),
             Rule(
@@ -77,13 +77,13 @@ class EvidenceConfig:
             Rule(
                 "representational",
                 ("dense_ratio", "dense_matched"),
-                "Its deletion, carried into the dense model, takes there what it takes in the sparse one.",
+                "Its deletion, transported into the dense model, takes there what it takes in the sparse one.",
             ),
             Rule(
                 "mechanistic support",
                 ("lost", "profile", *patching, "nulls"),
-                "Without it the answer is lost, single nodes have effects in the dense model that rank as in the sparse one, and "
-                "couplings that must fail these tests do.",
+                "When it is ablated the answer is lost, single nodes have effects in the dense model that rank as in the sparse "
+                "one, and couplings that must fail these tests do.",
             ),
         )
 
@@ -127,19 +127,19 @@ def gather(
     other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
     sufficient = _sufficient(config, loss, circuits[opening], matched_cf, other_cf)
     progress("evidence: deletion, in both models")
-    carrier = Carrier.of(coupling, loss, followed.dense, kept_f)
-    deletions = Deletions.of(carrier, kept_f, matched_cf[: config.deleted_draws], other_cf)
-    group_effects = delete_groups(carrier, groups)
+    transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
+    deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
+    group_effects = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     lost = _lost(config, loss, kept_f, backup_k, deletions)
     progress("evidence: one node at a time, in both models")
-    node_p = profile_nodes(carrier, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(carrier, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
+    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     patching: tuple[Measure, ...] = ()
     if counterfactual is not None:
         progress("evidence: counterfactual patching, in the dense model")
         some_cf = matched_cf[: config.deleted_draws]
-        patching = patching_measures(carrier, counterfactual, kept_f, some_cf, config.patched, seed)
+        patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     measures = (*_explained(config, loss, circuits[opening]), *sufficient, *deleted, lost, profile, *patching)
     report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
     left = circuits[opening].left

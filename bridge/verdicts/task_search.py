@@ -2,7 +2,7 @@
 
     no explanation   the sparse model does not do the task, or the span is too small, or too much of it flows through errors
     refuted          on held-out prompts the opening circuit alone or in random supersets is not what the search took it for,
-                     matched nodes do as well, or the answer is there without it
+                     matched nodes do as well, or the answer is there when it is ablated
     behavioural      none of these; what the dense model does, the card says
 
 Everything is measured on the test split, whose names and templates the search has not seen. Bounds there are wider than those of
@@ -34,7 +34,7 @@ SOLVED = 0.9  # accuracy
 
 @dataclass(frozen=True)
 class TaskEvidenceConfig:
-    """What a task's circuit is held to, and how much is drawn; saved with its result."""
+    """Bounds of the evidence on a task's circuit, and how much is drawn; saved with its result."""
 
     solved: float = SOLVED
     most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
@@ -53,12 +53,12 @@ class TaskEvidenceConfig:
         return (
             Rule(
                 "undecided", ("solved", "span", "error_share"),
-                "The sparse model does the task, and nodes carry most of the answer.", refuted="no explanation",
+                "The sparse model does the task, and most of the answer flows through nodes.", refuted="no explanation",
             ),
             Rule(
                 "behavioural", ("faithfulness", "accuracy", "supersets_mean", "supersets_worst", "matched", "lost"),
                 "On held-out prompts the circuit alone keeps the answers, in random supersets too, other active nodes do not, "
-                "and without it the answers are lost.",
+                "and when it is ablated the answers are lost.",
                 refuted="refuted",
             ),
         )  # fmt: skip
@@ -164,7 +164,7 @@ class Controls:
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
-    """How often the circuit alone prefers the answer."""
+    """Share of prompts where the circuit alone prefers the answer."""
     row_b = torch.arange(len(test.model_b), device=kept_f.device)
     return float((test.masked.question.difference(test.logits(kept_f[None]), row_b) > 0).float().mean())
 
@@ -186,7 +186,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
 
 
 def expected_overlap(first: int, second: int, of: int) -> float:
-    """How many of `of` things two random sets share on average (hypergeometric)."""
+    """Number of `of` things that two random sets share on average (hypergeometric)."""
     return first * second / of if of else 0.0
 
 

@@ -19,7 +19,7 @@ from task_circuits import number, table
 
 import bridge
 from bridge.cards.evidence import TESTS, gather_task, null_task, rules
-from bridge.cards.nulls import WORK_SHARE
+from bridge.cards.nulls import BUDGET_SHARE
 from bridge.cards.task_circuit import TaskCircuit
 from bridge.models.bridges import Coupling
 from bridge.studies.result import TaskResult
@@ -65,7 +65,7 @@ def main() -> None:
     for name in options.tasks:
         task, folder = resolved(subjects, name), options.out / name
         if not (folder / "circuit.json").is_file():
-            search_task(subjects, task, dense=False, gated=False, work=WORK_SHARE, progress=print).save(folder)
+            search_task(subjects, task, dense=False, gated=False, budget=BUDGET_SHARE, progress=print).save(folder)
         circuit = TaskCircuit.of(TaskResult.load(folder), subjects.coupling)
         report = gather_task(subjects.coupling, circuit, task, progress=print)
         for bridges, found in (("ridge regression", ridge.get(name)), ("trained", null_task(name, report, 0.0))):

@@ -34,46 +34,50 @@ from bridge.models.residual import Enter
 @torch.no_grad()
 def test_differences_are_those_of_rows_alone(dense: DenseModel) -> None:
     coupling = untrained(dense)
-    carrier, _, pairs = case_of(coupling)
+    transporter, _, pairs = case_of(coupling)
     for row in range(len(pairs)):
-        assert float(carrier.loss.model_b[row]) == pytest.approx(dense_difference(coupling, pairs, row), abs=1e-4)
+        assert float(transporter.loss.model_b[row]) == pytest.approx(dense_difference(coupling, pairs, row), abs=1e-4)
 
 
 @torch.no_grad()
 def test_what_is_changed_is_run_from_there(dense: DenseModel) -> None:
     coupling = untrained(dense)
-    carrier, _, pairs = case_of(coupling)
+    transporter, _, pairs = case_of(coupling)
     row_k, site_k = torch.tensor([11, 0, 3, 0]), torch.tensor([1, 4, 0, 2])
     change_ktd = torch.randn(4, pairs.prompt_bt.shape[1], dense.width, generator=torch.Generator().manual_seed(0))
-    lost_k = carrier.lost_by(row_k, site_k, change_ktd)
+    lost_k = transporter.lost_by(row_k, site_k, change_ktd)
     for item, (row, site) in enumerate(zip(row_k.tolist(), site_k.tolist(), strict=True)):
-        enter = Enter.at(site, carrier.dense.residuals[site][row : row + 1] + change_ktd[item : item + 1])
-        expected = float(carrier.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
-        assert float(lost_k[item]) * carrier.loss.span == pytest.approx(expected, abs=2e-4)
+        enter = Enter.at(site, transporter.dense.residuals[site][row : row + 1] + change_ktd[item : item + 1])
+        expected = float(transporter.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
+        assert float(lost_k[item]) * transporter.loss.span == pytest.approx(expected, abs=2e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("errors", [False, True])
 def test_a_deletion_is_the_literal_one_on_every_prompt(dense: DenseModel, errors: bool) -> None:
     coupling = untrained(dense)
-    carrier, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
-    assert (carrier.masked.errors is not None) is errors
-    (found,) = delete(carrier, kept_f[None])
+    transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
+    assert (transporter.masked.errors is not None) is errors
+    (found,) = delete(transporter, kept_f[None])
     for row in (0, 5, 11):
-        whole, without = (literal_run(carrier, row, mask_f) for mask_f in (carrier.reference_f, carrier.reference_f & ~kept_f))
+        whole, without = (
+            literal_run(transporter, row, mask_f) for mask_f in (transporter.reference_f, transporter.reference_f & ~kept_f)
+        )
         answer, wrong = int(pairs.answer_bk[row, 0]), int(pairs.wrong_bk[row, 0])
 
         def d(trace, answer=answer, wrong=wrong) -> float:
             return float(trace.logits_btv[0, -1, answer] - trace.logits_btv[0, -1, wrong])
 
-        span = carrier.loss.span
+        span = transporter.loss.span
         assert found.lost_b[row] * span == pytest.approx(d(whole) - d(without), abs=2e-4)
         for site in range(coupling.n_sites):
             change_1ts = without.residuals[site] - whole.residuals[site]
-            h_1td = carrier.dense.residuals[site][row : row + 1, : change_1ts.shape[1]] + decoded(carrier, site, change_1ts)
-            expected = float(carrier.loss.model_b[row]) - dense_difference(coupling, pairs, row, Enter.at(site, h_1td))
+            h_1td = transporter.dense.residuals[site][row : row + 1, : change_1ts.shape[1]] + decoded(
+                transporter, site, change_1ts
+            )
+            expected = float(transporter.loss.model_b[row]) - dense_difference(coupling, pairs, row, Enter.at(site, h_1td))
             assert found.dense_jb[site, row] * span == pytest.approx(expected, abs=1e-3)
-            entered = literal_run(carrier, row, carrier.reference_f, Enter.at(site, whole.residuals[site] + change_1ts))
+            entered = literal_run(transporter, row, transporter.reference_f, Enter.at(site, whole.residuals[site] + change_1ts))
             assert found.sparse_jb[site, row] * span == pytest.approx(d(whole) - d(entered), abs=1e-3)
     ratio, bounds = found.ratio(1 / 3), found.ratio_interval(1 / 3, 0)
     assert ratio is None or (bounds is not None and bounds[0] <= bounds[1])
@@ -83,9 +87,9 @@ def test_a_deletion_is_the_literal_one_on_every_prompt(dense: DenseModel, errors
 def test_nodes_are_active_that_are_so_for_any_prompt(dense: DenseModel) -> None:
     coupling = untrained(dense)
     coupling.sparse.project(0.1)
-    carrier, _, pairs = case_of(coupling)
-    active = carrier.masked.space.split(active_nodes(carrier.masked))
-    values = node_values(carrier.masked, torch.ones_like(carrier.reference_f))
+    transporter, _, pairs = case_of(coupling)
+    active = transporter.masked.space.split(active_nodes(transporter.masked))
+    values = node_values(transporter.masked, torch.ones_like(transporter.reference_f))
     for at, active_1n in active.items():
         expected_n = torch.zeros_like(active_1n[0])
         for row in range(len(pairs)):

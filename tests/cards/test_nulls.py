@@ -93,7 +93,7 @@ def loaded(folder: Path, task: str) -> tuple[Coupling, Subjects, tuple, dict[str
     coupling = Coupling.from_pretrained(folder)
     subjects = Subjects.of(coupling)
     found = resolved(subjects, task)
-    return coupling, subjects, (found,), {found.task: search_task(subjects, found, explains="sparse", dense=False, work=0.2)}
+    return coupling, subjects, (found,), {found.task: search_task(subjects, found, explains="sparse", dense=False, budget=0.2)}
 
 
 def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

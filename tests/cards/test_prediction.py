@@ -25,7 +25,7 @@ def copy() -> Coupling:
 
 
 def test_a_copy_predicts_everything(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "FEWEST", 60)
+    monkeypatch.setattr(prediction, "LEAST_PROMPTS", 60)
     pairs = answered(copy.dense, planted_pairs(30, lengths=(5, 7), seed=4))
     parts = {"old": torch.arange(10), "new": torch.arange(10, 30)}
     stress = {kind: Stress(pairs.rows(row_b), row_b) for kind, row_b in parts.items()}

@@ -24,7 +24,7 @@ def found(bridge_folder: Path, task_file: Path, tmp_path: Path) -> Path:  # noqa
         "--bridge",
         bridge_folder,
         "--no-dense",
-        "--work",
+        "--budget",
         0.2,
         "--explains",
         "sparse",
@@ -41,7 +41,7 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
     arguments = ("card", "--task", task_file, "--circuit", found, "--bridge", bridge_folder, "--json", tmp_path / "card.json")
     result = run(*arguments, "--out", found)
     assert result.exit_code == 0, result.output
-    for wanted in ("card      planted", "VERDICT", "EVIDENCE", "share of the swap carried", "NULLS     NOT KNOWN"):
+    for wanted in ("card      planted", "VERDICT", "EVIDENCE", "share of the counterfactual's effect", "NULLS     NOT KNOWN"):
         assert wanted in result.stdout, wanted
     card = Card.from_json(json.loads((found / "card.json").read_text()))
     assert card == Card.from_json(json.loads((tmp_path / "card.json").read_text()))
@@ -53,7 +53,7 @@ def test_a_circuits_card_is_made_kept_and_taken_again(
 
 
 def test_a_task_is_searched_where_no_circuit_is(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--work", 0.2, "--out", tmp_path / "searched")
+    result = run("card", "--task", task_file, "--bridge", bridge_folder, "--budget", 0.2, "--out", tmp_path / "searched")
     assert_refused(result, "nothing to explain")  # this dense model does not do the task
 
 

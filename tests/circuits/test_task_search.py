@@ -58,7 +58,7 @@ def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: Couplin
     assert [one.asked for one in measures] == [0.8, 0.9, 0.95, 0.99] and [one.nodes for one in measures] == sorted(
         one.nodes for one in measures
     )
-    assert not torch.equal(losses.test.masked.question.prompt_bt, losses.held.masked.question.prompt_bt)
+    assert not torch.equal(losses.test.masked.question.prompt_bt, losses.validation.masked.question.prompt_bt)
 
 
 def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuits_are_held_to() -> None:

@@ -41,32 +41,32 @@ def effects_of(sparse_pb: np.ndarray, dense_pb: np.ndarray, site_p: np.ndarray) 
 @torch.no_grad()
 def test_effects_are_those_of_one_node_deleted_in_one_prompt(dense: DenseModel) -> None:
     coupling = untrained(dense)
-    carrier, kept_f, pairs = case_of(coupling)
+    transporter, kept_f, pairs = case_of(coupling)
     nodes = [Node(Location(0, "v"), 3), Node(Location(0, "mlp_act"), 17), Node(Location(1, "attn_out"), 5)]
-    place_p = torch.tensor([carrier.masked.space.place(node) for node in nodes])
-    found = effect_profile(carrier, kept_f, place_p)
+    place_p = torch.tensor([transporter.masked.space.place(node) for node in nodes])
+    found = effect_profile(transporter, kept_f, place_p)
     for node, place, effect in zip(nodes, place_p.tolist(), found, strict=True):
-        alone_f = carrier.reference_f.clone()
+        alone_f = transporter.reference_f.clone()
         alone_f[place] = False
         assert effect.node == str(node) and effect.site == coupling.sparse.site(node.location) + 1 and len(effect.by_prompt) == 12
         assert effect.sparse == pytest.approx(np.mean([sparse for sparse, _ in effect.by_prompt]))
         for row in (0, 2, 10):
-            plain, without = (literal_run(carrier, row, mask_f) for mask_f in (carrier.reference_f, alone_f))
+            plain, without = (literal_run(transporter, row, mask_f) for mask_f in (transporter.reference_f, alone_f))
             answer, wrong = pairs.answer_bk[row, 0], pairs.wrong_bk[row, 0]
             change_v = (plain.logits_btv - without.logits_btv)[0, -1]
-            sparse, moved = (share * carrier.loss.span for share in effect.by_prompt[row])
+            sparse, moved = (share * transporter.loss.span for share in effect.by_prompt[row])
             assert sparse == pytest.approx(float(change_v[answer] - change_v[wrong]), abs=1e-4)
             change_1ts = without.residuals[effect.site] - plain.residuals[effect.site]
-            h_1td = carrier.dense.residuals[effect.site][row : row + 1, : change_1ts.shape[1]]
-            enter = Enter.at(effect.site, h_1td + decoded(carrier, effect.site, change_1ts))
-            expected = float(carrier.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
+            h_1td = transporter.dense.residuals[effect.site][row : row + 1, : change_1ts.shape[1]]
+            enter = Enter.at(effect.site, h_1td + decoded(transporter, effect.site, change_1ts))
+            expected = float(transporter.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
             assert moved == pytest.approx(expected, abs=1e-3)
 
 
 def test_in_a_copy_effects_are_the_same() -> None:
     coupling = copied()
-    carrier, kept_f, _ = case_of(coupling, some_nodes(coupling, 0.5))
-    effects = effect_profile(carrier, kept_f, profile_nodes(carrier, kept_f, 100, torch.Generator().manual_seed(0)))
+    transporter, kept_f, _ = case_of(coupling, some_nodes(coupling, 0.5))
+    effects = effect_profile(transporter, kept_f, profile_nodes(transporter, kept_f, 100, torch.Generator().manual_seed(0)))
     measure, _ = profile_measure(effects, ASKED, 0)
     assert measure.passed and measure.value is not None and measure.value > 0.97
     assert measure.interval is not None and measure.ceiling is not None and measure.control is not None
@@ -76,9 +76,9 @@ def test_in_a_copy_effects_are_the_same() -> None:
 
 def test_what_cannot_be_ranked_is_not() -> None:
     coupling = copied()
-    carrier, kept_f, _ = case_of(coupling, torch.zeros(sum(coupling.sparse.locations().values()), dtype=torch.bool))
-    node_p = profile_nodes(carrier, kept_f, 100, torch.Generator().manual_seed(0))
-    measure, _ = profile_measure(effect_profile(carrier, kept_f, node_p), ASKED, 0)
+    transporter, kept_f, _ = case_of(coupling, torch.zeros(sum(coupling.sparse.locations().values()), dtype=torch.bool))
+    node_p = profile_nodes(transporter, kept_f, 100, torch.Generator().manual_seed(0))
+    measure, _ = profile_measure(effect_profile(transporter, kept_f, node_p), ASKED, 0)
     assert measure.passed is None and "too few" in measure.note
     flat, _ = profile_measure(effects_of(np.zeros((12, 4)), np.ones((12, 4)), np.zeros(12)), ASKED, 0)
     assert flat.passed is None and "sparse model" in flat.note

@@ -15,12 +15,12 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
 from bridge.circuits.search import Nested
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import active_nodes, another_prompt, matched, node_values
 from bridge.evidence.deletion import Deletion, delete, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
-from bridge.evidence.patching import Counterfactual, full_swap, mean_share, moved, patched
+from bridge.evidence.patching import Counterfactual, counterfactual_effect, dense_losses, mean_share, patched
 from bridge.evidence.sufficiency import adversary, backup, backup_nodes, measure_nested, superset_draws
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import corpus_means
@@ -100,8 +100,8 @@ def case(dense: DenseModel) -> Case:
 
 
 @pytest.fixture(scope="module")
-def carrier(case: Case) -> Carrier:
-    return Carrier.of(case.coupling, case.loss, case.followed.dense, case.kept_f)
+def transporter(case: Case) -> Transporter:
+    return Transporter.of(case.coupling, case.loss, case.followed.dense, case.kept_f)
 
 
 def assert_close(value: float, expected: float) -> None:
@@ -111,22 +111,22 @@ def assert_close(value: float, expected: float) -> None:
 # -- carried changes and deletion -------------------------------------------------------------------------------------------
 
 
-def test_deletion_is_the_literal_one_at_every_site(case: Case, carrier: Carrier) -> None:
-    (found,) = delete(carrier, case.kept_f[None])
-    whole = case.sparse_run(carrier.reference_f)
-    without = case.sparse_run(carrier.reference_f & ~case.kept_f)
+def test_deletion_is_the_literal_one_at_every_site(case: Case, transporter: Transporter) -> None:
+    (found,) = delete(transporter, case.kept_f[None])
+    whole = case.sparse_run(transporter.reference_f)
+    without = case.sparse_run(transporter.reference_f & ~case.kept_f)
     d_whole = case.d(whole.logits_btv[0, -1])
     assert_close(found.lost, (d_whole - case.d(without.logits_btv[0, -1])) / case.loss.span)
     for site in range(case.coupling.n_sites):
         change_ts = without.residuals[site][0] - whole.residuals[site][0]
         assert_close(found.dense_j[site], case.lost(site, change_ts))
-        entered = case.sparse_run(carrier.reference_f, enter=Enter.at(site, whole.residuals[site] + change_ts))
+        entered = case.sparse_run(transporter.reference_f, enter=Enter.at(site, whole.residuals[site] + change_ts))
         assert_close(found.sparse_j[site], (d_whole - case.d(entered.logits_btv[0, -1])) / case.loss.span)
     assert max(map(abs, found.dense_j)) > 1e-2
 
 
-def test_a_deletion_that_deletes_nothing_loses_nothing(case: Case, carrier: Carrier) -> None:
-    (found,) = delete(carrier, torch.zeros_like(case.kept_f)[None])
+def test_a_deletion_that_deletes_nothing_loses_nothing(case: Case, transporter: Transporter) -> None:
+    (found,) = delete(transporter, torch.zeros_like(case.kept_f)[None])
     assert found.lost == 0
     assert max(map(abs, (*found.dense_j, *found.sparse_j))) < 1e-4
     assert found.ratio(1 / 3) is None
@@ -140,15 +140,15 @@ def test_the_ratio_is_the_least_behind_the_nodes() -> None:
     assert found.best == 0.6
 
 
-def test_a_group_is_deleted_in_nats_behind_its_last_node(case: Case, carrier: Carrier) -> None:
+def test_a_group_is_deleted_in_nats_behind_its_last_node(case: Case, transporter: Transporter) -> None:
     space = case.masked.space
     places = [
         place for place in case.kept_f.nonzero().flatten().tolist() if space.node(place).location == Location(0, "attn_out")
     ]
     group_f = torch.zeros_like(case.kept_f)
     group_f[places] = True
-    (effect,) = delete_groups(carrier, [group_f])
-    whole, without = case.sparse_run(carrier.reference_f), case.sparse_run(carrier.reference_f & ~group_f)
+    (effect,) = delete_groups(transporter, [group_f])
+    whole, without = case.sparse_run(transporter.reference_f), case.sparse_run(transporter.reference_f & ~group_f)
     assert_close(effect / case.loss.span, case.lost(1, without.residuals[1][0] - whole.residuals[1][0]))
 
 
@@ -259,12 +259,12 @@ def test_a_backup_is_enough_and_no_larger_than_it_must_be(case: Case) -> None:
 # -- effects ----------------------------------------------------------------------------------------------------------------
 
 
-def test_effects_are_those_of_one_node_ablated_in_both_models(case: Case, carrier: Carrier) -> None:
-    node_p = profile_nodes(carrier, case.kept_f, 8, torch.Generator().manual_seed(0))
+def test_effects_are_those_of_one_node_ablated_in_both_models(case: Case, transporter: Transporter) -> None:
+    node_p = profile_nodes(transporter, case.kept_f, 8, torch.Generator().manual_seed(0))
     assert int(case.kept_f[node_p].sum()) == 4 and not bool(case.masked.is_error_f[node_p].any())
-    whole = case.sparse_run(carrier.reference_f)
-    for place, effect in zip(node_p.tolist(), effect_profile(carrier, case.kept_f, node_p), strict=True):
-        alone_f = carrier.reference_f.clone()
+    whole = case.sparse_run(transporter.reference_f)
+    for place, effect in zip(node_p.tolist(), effect_profile(transporter, case.kept_f, node_p), strict=True):
+        alone_f = transporter.reference_f.clone()
         alone_f[place] = False
         without = case.sparse_run(alone_f)
         d = case.d(whole.logits_btv[0, -1]) - case.d(without.logits_btv[0, -1])
@@ -301,11 +301,11 @@ def other_prompt(case: Case) -> Counterfactual:
     return Counterfactual(tokens_t[None], follow(case.coupling, tokens_t[None], torch.tensor([LENGTH - 1])))
 
 
-def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, carrier: Carrier) -> None:
+def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, transporter: Transporter) -> None:
     there = other_prompt(case)
-    moved_j = moved(carrier, patched(carrier, there, case.kept_f[None]))[0, :, 0].tolist()
+    moved_j = dense_losses(transporter, patched(transporter, there, case.kept_f[None]))[0, :, 0].tolist()
     other = Case(case.coupling, there.prompt_bt[0], there.followed, case.loss, case.kept_f)
-    parts, reference, space = case.masked.space.split(case.kept_f), carrier.reference_f, case.masked.space
+    parts, reference, space = case.masked.space.split(case.kept_f), transporter.reference_f, case.masked.space
     values: dict[Location, Tensor] = {}
     kept, means = space.split(reference), case.masked.means
 
@@ -331,16 +331,16 @@ def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, 
         assert_close(moved_j[site], case.lost(site, changed.residuals[site][0] - plain.residuals[site][0]))
 
 
-def test_patching_with_the_prompt_itself_moves_nothing(case: Case, carrier: Carrier) -> None:
+def test_patching_with_the_prompt_itself_moves_nothing(case: Case, transporter: Transporter) -> None:
     same = Counterfactual(case.tokens_t[None], case.followed)
-    assert float(moved(carrier, patched(carrier, same, case.kept_f[None])).abs().max()) < 1e-4
-    assert float(full_swap(carrier, same)) == pytest.approx(0, abs=1e-4)
+    assert float(dense_losses(transporter, patched(transporter, same, case.kept_f[None])).abs().max()) < 1e-4
+    assert float(counterfactual_effect(transporter, same)) == pytest.approx(0, abs=1e-4)
     there = other_prompt(case)
     expected = case.d(case.followed.dense_bv[0]) - case.d(there.followed.dense_bv[0])
-    assert float(full_swap(carrier, there)) == pytest.approx(expected, abs=1e-3)
-    assert mean_share(carrier, torch.tensor([[9.0], [1.0], [2.0]]), torch.tensor([case.loss.span])) == pytest.approx(1.5)
+    assert float(counterfactual_effect(transporter, there)) == pytest.approx(expected, abs=1e-3)
+    assert mean_share(transporter, torch.tensor([[9.0], [1.0], [2.0]]), torch.tensor([case.loss.span])) == pytest.approx(1.5)
 
 
-def test_a_counterfactual_of_another_length_is_refused(case: Case, carrier: Carrier) -> None:
+def test_a_counterfactual_of_another_length_is_refused(case: Case, transporter: Transporter) -> None:
     with pytest.raises(ValueError, match="5 tokens and the prompt 6"):
-        patched(carrier, Counterfactual(case.tokens_t[None, 1:], case.followed), case.kept_f[None])
+        patched(transporter, Counterfactual(case.tokens_t[None, 1:], case.followed), case.kept_f[None])

@@ -13,14 +13,14 @@ from torch import Tensor
 from bridge.circuits.error_nodes import follow
 from bridge.data.task_tokens import TokenPairs
 from bridge.evidence import patching
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import matched
 from bridge.evidence.measures import Measure
 from bridge.evidence.patching import (
     Counterfactual,
+    counterfactual_effect,
+    dense_losses,
     dense_writes,
-    full_swap,
-    moved,
     other_pairs,
     patched,
     patching_measures,
@@ -43,26 +43,26 @@ def swapped(coupling: Coupling, pairs: TokenPairs) -> Counterfactual:
 
 
 def measured(coupling: Coupling, kept_f: Tensor | None = None, pairs: TokenPairs | None = None) -> dict[str, Measure]:
-    carrier, kept_f, pairs = case_of(coupling, kept_f, pairs)
-    matched_cf = matched(carrier.masked, kept_f, 3, torch.Generator().manual_seed(0))
-    measures = patching_measures(carrier, swapped(coupling, pairs), kept_f, matched_cf, 0.5, 0)
+    transporter, kept_f, pairs = case_of(coupling, kept_f, pairs)
+    matched_cf = matched(transporter.masked, kept_f, 3, torch.Generator().manual_seed(0))
+    measures = patching_measures(transporter, swapped(coupling, pairs), kept_f, matched_cf, 0.5, 0)
     return {measure.key: measure for measure in measures}
 
 
-def changes_of(carrier: Carrier, row_value: Tensor) -> list[Tensor]:
+def changes_of(transporter: Transporter, row_value: Tensor) -> list[Tensor]:
     """Changes of the sparse residual whose entries tell their row."""
-    tokens, width = carrier.masked.n_tokens, carrier.coupling.sparse.width
-    return [row_value.view(-1, 1, 1).expand(-1, tokens, width)] * carrier.coupling.n_sites
+    tokens, width = transporter.masked.n_tokens, transporter.coupling.sparse.width
+    return [row_value.view(-1, 1, 1).expand(-1, tokens, width)] * transporter.coupling.n_sites
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("errors", [False, True])
 def test_the_circuit_takes_its_values_on_each_counterfactual(dense: DenseModel, errors: bool) -> None:
     coupling = untrained(dense)
-    carrier, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
+    transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
     there = swapped(coupling, pairs)
-    (moved_jb,) = moved(carrier, patched(carrier, there, kept_f[None]))
-    kept, means = carrier.masked.space.split(kept_f), carrier.masked.means
+    (moved_jb,) = dense_losses(transporter, patched(transporter, there, kept_f[None]))
+    kept, means = transporter.masked.space.split(kept_f), transporter.masked.means
     for row in (0, 5, 11):
         length = int(pairs.last_b[row]) + 1
         prompt_1t, other_1t = (x[row : row + 1, :length] for x in (pairs.prompt_bt, pairs.counterfactual_bt))
@@ -74,11 +74,11 @@ def test_the_circuit_takes_its_values_on_each_counterfactual(dense: DenseModel, 
             prompt_1t, gate=lambda at, x, values=values: torch.where(kept[at][0], values[at], x), correct=correct
         )
         for site in range(coupling.n_sites):
-            h_1td = carrier.dense.residuals[site][row : row + 1, :length]
-            h_1td = h_1td + decoded(carrier, site, changed.residuals[site] - plain.residuals[site])
-            expected = float(carrier.loss.model_b[row]) - dense_difference(coupling, pairs, row, Enter.at(site, h_1td))
-            assert float(moved_jb[site, row]) * carrier.loss.span == pytest.approx(expected, abs=2e-3)
-    swap_b = full_swap(carrier, there)
+            h_1td = transporter.dense.residuals[site][row : row + 1, :length]
+            h_1td = h_1td + decoded(transporter, site, changed.residuals[site] - plain.residuals[site])
+            expected = float(transporter.loss.model_b[row]) - dense_difference(coupling, pairs, row, Enter.at(site, h_1td))
+            assert float(moved_jb[site, row]) * transporter.loss.span == pytest.approx(expected, abs=2e-3)
+    swap_b = counterfactual_effect(transporter, there)
     for row in (0, 11):
         expected = dense_difference(coupling, pairs, row) + dense_difference(coupling, pairs.reversed(), row)
         assert float(swap_b[row]) == pytest.approx(expected, abs=1e-3)
@@ -87,16 +87,16 @@ def test_the_circuit_takes_its_values_on_each_counterfactual(dense: DenseModel, 
 @torch.no_grad()
 def test_the_dense_models_own_change_is_all_but_the_embeddings(dense: DenseModel) -> None:
     coupling = untrained(dense)
-    carrier, _, pairs = case_of(coupling)
+    transporter, _, pairs = case_of(coupling)
     there = swapped(coupling, pairs)
-    moved_jb = dense_writes(carrier, there)
+    moved_jb = dense_writes(transporter, there)
     for row, site in ((0, 1), (11, 4)):
         length = int(pairs.last_b[row]) + 1
-        here, other = carrier.dense.residuals, there.followed.dense.residuals
+        here, other = transporter.dense.residuals, there.followed.dense.residuals
         entering = other[site] - (other[0] - here[0])
         enter = Enter.at(site, entering[row : row + 1, :length])
-        expected = float(carrier.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
-        assert float(moved_jb[site, row]) * carrier.loss.span == pytest.approx(expected, abs=1e-3)
+        expected = float(transporter.loss.model_b[row]) - dense_difference(coupling, pairs, row, enter)
+        assert float(moved_jb[site, row]) * transporter.loss.span == pytest.approx(expected, abs=1e-3)
     assert not moved_jb[0].any()
 
 
@@ -127,17 +127,17 @@ def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: C
 
 
 def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
-    carrier, kept_f, pairs = case_of(copy)
-    (changes,) = patching.patched(carrier, swapped(copy, pairs), kept_f[None])
+    transporter, kept_f, pairs = case_of(copy)
+    (changes,) = patching.patched(transporter, swapped(copy, pairs), kept_f[None])
     seen = []
     monkeypatch.setattr(
-        Carrier, "lost_by", lambda self, row_k, site_k, x: (seen.append((row_k, site_k, x)), torch.zeros(len(x)))[1]
+        Transporter, "lost_by", lambda self, row_k, site_k, x: (seen.append((row_k, site_k, x)), torch.zeros(len(x)))[1]
     )
-    rotations(carrier, changes, torch.ones(12), torch.Generator().manual_seed(0), 4)
+    rotations(transporter, changes, torch.ones(12), torch.Generator().manual_seed(0), 4)
     row_k, site_k, turned_ktd = seen[3]
     assert row_k.tolist() == list(range(12)) and set(site_k.tolist()) == set(range(1, copy.n_sites))
     straight_ktd = torch.cat(
-        [decoded(carrier, site, changes[site][row][None]) for row, site in zip(row_k.tolist(), site_k.tolist(), strict=True)]
+        [decoded(transporter, site, changes[site][row][None]) for row, site in zip(row_k.tolist(), site_k.tolist(), strict=True)]
     )
     flat, turned = (x.flatten(0, 1).double() for x in (straight_ktd, turned_ktd))
     torch.testing.assert_close(turned @ turned.T, flat @ flat.T, atol=1e-3, rtol=1e-3)  # all angles and lengths
@@ -145,13 +145,15 @@ def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: Coupling, monkey
 
 
 def test_others_pairs_changes_are_of_other_pairs_of_the_same_length(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
-    carrier, _, pairs = case_of(copy)
+    transporter, _, pairs = case_of(copy)
     seen = []
     monkeypatch.setattr(
-        patching, "_decoded", lambda carrier, changes, row_k, site_k: seen.append(row_k) or torch.zeros(len(row_k))
+        patching, "_decoded", lambda transporter, changes, row_k, site_k: seen.append(row_k) or torch.zeros(len(row_k))
     )
-    monkeypatch.setattr(Carrier, "lost_by", lambda self, row_k, site_k, x: (seen.append(row_k), torch.zeros(len(x)))[1])
-    found = other_pairs(carrier, changes_of(carrier, torch.arange(12.0)), torch.ones(12), torch.Generator().manual_seed(0), 1)
+    monkeypatch.setattr(Transporter, "lost_by", lambda self, row_k, site_k, x: (seen.append(row_k), torch.zeros(len(x)))[1])
+    found = other_pairs(
+        transporter, changes_of(transporter, torch.arange(12.0)), torch.ones(12), torch.Generator().manual_seed(0), 1
+    )
     given_k, row_k = seen
     assert len(found) == 1 and (given_k != row_k).all() and len(set(given_k.tolist())) == 12
     assert (pairs.last_b[given_k] == pairs.last_b[row_k]).all()

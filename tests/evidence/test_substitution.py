@@ -27,9 +27,9 @@ def test_spans_are_all_blocks_and_each() -> None:
 
 
 def measured(coupling: Coupling, kept_f: torch.Tensor | None = None, draws: int = 6) -> tuple[Measure, Measure]:
-    carrier, kept_f, _ = case_of(coupling, kept_f)
-    matched_cf = matched(carrier.masked, kept_f, draws, torch.Generator().manual_seed(0))
-    kept, rest = substitution_measures(carrier, kept_f, matched_cf, 0.8, 0.3, 0)
+    transporter, kept_f, _ = case_of(coupling, kept_f)
+    matched_cf = matched(transporter.masked, kept_f, draws, torch.Generator().manual_seed(0))
+    kept, rest = substitution_measures(transporter, kept_f, matched_cf, 0.8, 0.3, 0)
     return kept, rest
 
 
@@ -37,12 +37,12 @@ def measured(coupling: Coupling, kept_f: torch.Tensor | None = None, draws: int 
 @pytest.mark.parametrize("errors", [False, True])
 def test_a_span_is_encoded_computed_and_decoded(dense: DenseModel, errors: bool) -> None:
     coupling = untrained(dense)
-    carrier, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
-    found_b = substituted(carrier, (2, 4), kept_f)
+    transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
+    found_b = substituted(transporter, (2, 4), kept_f)
     for row in (0, 11):
         length = int(pairs.last_b[row]) + 1
-        x_1ts = coupling.bridges[2].encode(carrier.dense.residuals[2][row : row + 1, :length])
-        trace = literal_run(carrier, row, kept_f, Enter.at(2, x_1ts))
+        x_1ts = coupling.bridges[2].encode(transporter.dense.residuals[2][row : row + 1, :length])
+        trace = literal_run(transporter, row, kept_f, Enter.at(2, x_1ts))
         enter = Enter.at(4, coupling.bridges[4].decode(trace.residuals[4]))
         assert found_b[row] == pytest.approx(dense_difference(coupling, pairs, row, enter), abs=1e-3)
 
@@ -68,12 +68,14 @@ def test_controls_are_matched_nodes_alone_and_deleted(copy: Coupling) -> None:
 
 
 def test_a_circuits_errors_are_not_taken_from_the_blocks_it_replaces(dense: DenseModel) -> None:
-    carrier, kept_f, _ = case_of(untrained(dense), errors=True)
-    with_errors_f = kept_f | carrier.masked.is_error_f
+    transporter, kept_f, _ = case_of(untrained(dense), errors=True)
+    with_errors_f = kept_f | transporter.masked.is_error_f
     assert not torch.equal(
-        torch.tensor(substituted(carrier, (0, 4), kept_f)), torch.tensor(substituted(carrier, (0, 4), with_errors_f))
+        torch.tensor(substituted(transporter, (0, 4), kept_f)), torch.tensor(substituted(transporter, (0, 4), with_errors_f))
     )
-    found, expected = (substitution_measures(carrier, mask_f, kept_f[None], 0.8, 0.3, 0) for mask_f in (with_errors_f, kept_f))
+    found, expected = (
+        substitution_measures(transporter, mask_f, kept_f[None], 0.8, 0.3, 0) for mask_f in (with_errors_f, kept_f)
+    )
     assert found == expected
 
 
@@ -85,7 +87,7 @@ def test_more_than_the_whole_is_as_far_off_as_less(dense: DenseModel) -> None:
 
 
 def test_too_small_a_difference_is_not_divided_by(copy: Coupling) -> None:
-    carrier, kept_f, _ = case_of(copy)
-    carrier.loss.model_b = torch.zeros(12)
-    kept, rest = substitution_measures(carrier, kept_f, kept_f[None], 0.8, 0.3, 0)
+    transporter, kept_f, _ = case_of(copy)
+    transporter.loss.model_b = torch.zeros(12)
+    kept, rest = substitution_measures(transporter, kept_f, kept_f[None], 0.8, 0.3, 0)
     assert kept.passed is rest.passed is None and kept.value is None and "too little" in kept.note

@@ -17,7 +17,7 @@ from bridge.studies.result import Null
 from bridge.studies.search import Explains, Subjects, UnsolvedError, dealt_anew, random_labels, search_task
 from bridge.verdicts.null_couplings import permuted_weights
 
-WORK = 0.2
+BUDGET = 0.2
 
 
 def task(**splits: TokenPairs) -> Resolved:
@@ -33,7 +33,7 @@ def subjects(dense: DenseModel) -> Subjects:
 
 def test_a_planted_circuit_is_found_and_passes(dense: DenseModel) -> None:
     said: list[str] = []
-    result = search_task(subjects(dense), task(), explains="sparse", seeds=2, work=WORK, progress=said.append)
+    result = search_task(subjects(dense), task(), explains="sparse", seeds=2, budget=BUDGET, progress=said.append)
     facts = result.facts
     assert {node.name for node in result.circuit.nodes} == {
         "L0.mlp_in[0]", "L0.mlp_in[1]", "L0.mlp_act[0]", "L0.mlp_act[1]", "L0.mlp_out[2]", "L0.mlp_out[3]"
@@ -64,7 +64,7 @@ def test_the_dense_models_answers_are_explained_and_its_own_circuit_found(
     }
     of, resolved = subjects(dense), replace(task(), splits=splits)
     monkeypatch.setattr(search, "TASK_SEARCH", replace(search.TASK_SEARCH, least_span=0.3))  # of a random model
-    facts = search_task(of, resolved, gated=False, work=WORK, level=0.8).facts
+    facts = search_task(of, resolved, gated=False, budget=BUDGET, level=0.8).facts
     assert facts.search.opens_at == 0.8 and facts.opening == 0 and facts.explains == "dense"
     assert facts.dense is not None and facts.dense_whole is not None and 0 < facts.dense.edges <= facts.dense_whole.edges
     # the planted model does something else, so that errors are let in
@@ -75,7 +75,7 @@ def test_the_dense_models_answers_are_explained_and_its_own_circuit_found(
 def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseModel) -> None:
     """Literally: a write is given a little more of what one neuron adds to it beyond its mean, all else being the circuit."""
     of, resolved = subjects(dense), task()
-    result = search_task(of, resolved, explains="sparse", work=WORK, dense=False)
+    result = search_task(of, resolved, explains="sparse", budget=BUDGET, dense=False)
     edges, sparse, means, pairs = result.circuit.edges, of.sparse.sparse, of.sparse.means, measured_prompts(resolved)
     assert edges is not None and len(edges) == 4 and {edge.weight for edge in edges} == {2.0}
     for edge in (edge for edge in edges if edge.target.location.kind == "mlp_out"):
@@ -101,7 +101,7 @@ def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseMo
 @pytest.mark.parametrize("explains", ["sparse", "dense"])
 def test_nulls_fail(dense: DenseModel, null: Null, explains: Explains) -> None:
     try:
-        result = search_task(subjects(dense), task(), null=null, explains=explains, dense=False, work=WORK / 2)
+        result = search_task(subjects(dense), task(), null=null, explains=explains, dense=False, budget=BUDGET / 2)
     except NoCircuitError as error:
         assert "nothing to explain" in str(error)
     else:
@@ -122,7 +122,7 @@ def test_a_split_without_pairs_is_an_error_and_validation_is_made_up_for(dense: 
     nothing = planted_pairs(2).rows(torch.zeros(0, dtype=torch.long))
     with pytest.raises(SearchError, match="the task planted has no test pairs"):
         search_task(subjects(dense), task(test=nothing))
-    result = search_task(subjects(dense), task(validation=nothing), explains="sparse", dense=False, work=WORK / 2)
+    result = search_task(subjects(dense), task(validation=nothing), explains="sparse", dense=False, budget=BUDGET / 2)
     assert result.facts.dense is None and "not asked for" in str(result)
 
 

@@ -18,7 +18,7 @@ from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects
 from bridge.studies.suite import run_suite
 
-OPTIONS = {"work": 0.2, "dense": False, "explains": "sparse"}
+OPTIONS = {"budget": 0.2, "dense": False, "explains": "sparse"}
 
 
 def test_tasks_are_written_as_they_come_and_skipped_when_there(
@@ -57,10 +57,10 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
     assert (tmp_path / "cross_ablation.svg").read_text().startswith("<svg")
     again = list(run_suite(subjects, ("one", "hard", "two"), out=tmp_path, progress=lambda _: None, **OPTIONS))
     assert len(searched) == 3 and again[-1] == texts[-1]
-    other = {**OPTIONS, "work": OPTIONS["work"] * 2}
+    other = {**OPTIONS, "budget": OPTIONS["budget"] * 2}
     assert "unsolved" in next(run_suite(subjects, ("hard",), out=tmp_path, progress=lambda _: None, **other))
     assert len(searched) == 4  # what another search has not found is looked for
-    with pytest.raises(SearchError, match="another search .work"):
+    with pytest.raises(SearchError, match="another search .budget"):
         list(run_suite(subjects, ("one",), out=tmp_path, progress=lambda _: None, **other))
     with pytest.raises(SearchError, match="holds the result of another search"):
         list(run_suite(subjects, ("one",), out=tmp_path, progress=lambda _: None, level=0.95, **OPTIONS))
@@ -74,7 +74,7 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
 
 
 def test_the_command_finds_a_circuit_and_writes_it(bridge_folder: Path, task_file: Path, tmp_path: Path) -> None:
-    options = ("--bridge", bridge_folder, "--no-dense", "--device", "cpu", "--work", 0.2, "--explains", "sparse")
+    options = ("--bridge", bridge_folder, "--no-dense", "--device", "cpu", "--budget", 0.2, "--explains", "sparse")
     result = run("circuit", "--task", task_file, *options, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "VERDICT   BEHAVIOURAL" in result.stdout and ">" in result.stdout

@@ -13,7 +13,7 @@ from bridge.cards.evidence import TESTS, task_rules
 from bridge.cards.task_circuit import TaskCircuit
 from bridge.circuits.error_nodes import error_means
 from bridge.data.task_tokens import TokenPairs
-from bridge.evidence.carry import Carrier
+from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Criterion, Measure, Report
 from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.circuit import NodeSpace, corpus_means
@@ -71,12 +71,12 @@ def circuit_of(coupling: Coupling, kept_f: Tensor | None = None, *, errors: bool
 
 def case_of(
     coupling: Coupling, kept_f: Tensor | None = None, pairs: TokenPairs | None = None, *, errors: bool = False
-) -> tuple[Carrier, Tensor, TokenPairs]:
+) -> tuple[Transporter, Tensor, TokenPairs]:
     """Both models on pairs, the shortest first, and the mask of a circuit."""
     pairs = answered(coupling.dense, planted_pairs(12, lengths=(6, 5))) if pairs is None else pairs
     pairs, circuit = pairs.rows(pairs.last_b.argsort(stable=True)), circuit_of(coupling, kept_f, errors=errors)
-    carrier = circuit.on(coupling, pairs)
-    return carrier, circuit.kept_f(carrier.masked.space, torch.device("cpu")), pairs
+    transporter = circuit.on(coupling, pairs)
+    return transporter, circuit.kept_f(transporter.masked.space, torch.device("cpu")), pairs
 
 
 def some_nodes(coupling: Coupling, fraction: float = 0.4, seed: int = 0) -> Tensor:
@@ -93,10 +93,10 @@ def dense_difference(coupling: Coupling, pairs: TokenPairs, row: int, enter: Ent
     return float(logits_v[pairs.answer_bk[row, 0]] - logits_v[pairs.wrong_bk[row, 0]])
 
 
-def literal_run(carrier: Carrier, row: int, kept_f: Tensor, enter: Enter | None = None):
+def literal_run(transporter: Transporter, row: int, kept_f: Tensor, enter: Enter | None = None):
     """The sparse model on one prompt without its padding, every node and every error placed by hand."""
-    masked, length = carrier.masked, int(carrier.masked.question.last_b[row]) + 1
-    parts, means, errors, last = masked.space.split(kept_f), masked.means, masked.errors, carrier.coupling.n_sites
+    masked, length = transporter.masked, int(transporter.masked.question.last_b[row]) + 1
+    parts, means, errors, last = masked.space.split(kept_f), masked.means, masked.errors, transporter.coupling.n_sites
 
     def gate(at: Location, x_1tn: Tensor) -> Tensor:
         return torch.where(parts[at][0], x_1tn, means[at])
@@ -108,12 +108,12 @@ def literal_run(carrier: Carrier, row: int, kept_f: Tensor, enter: Enter | None 
         return torch.cat([x_1ts[:, : -len(added_ts)], x_1ts[:, -len(added_ts) :] + added_ts], 1)
 
     tokens_1t = masked.question.prompt_bt[row : row + 1, :length]
-    return carrier.coupling.sparse.run(tokens_1t, enter, gate, correct=None if errors is None else correct)
+    return transporter.coupling.sparse.run(tokens_1t, enter, gate, correct=None if errors is None else correct)
 
 
-def decoded(carrier: Carrier, site: int, change_1ts: Tensor) -> Tensor:
+def decoded(transporter: Transporter, site: int, change_1ts: Tensor) -> Tensor:
     """The difference that a change makes behind a decoder."""
-    decode = carrier.coupling.bridges[site].decode
+    decode = transporter.coupling.bridges[site].decode
     return decode(change_1ts) - decode(torch.zeros_like(change_1ts))
 
 
