@@ -11,7 +11,7 @@ DEMO_MINUTES ?= 2
 DENSE_MINUTES ?= 35
 FRONTIER_MINUTES ?= 5
 
-.PHONY: demo test test-slow test-gpu lint checkpoints frontier viewer clean
+.PHONY: demo test test-slow test-gpu lint docs checkpoints frontier viewer clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,6 +66,9 @@ frontier: $(READY)
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
 	  --tokens 12000000 --tasks while_return_true var_if else_elif --budget 0.5 \
 	  --load checkpoints/python-bridge-32 checkpoints/python-bridge runs/width-256 --out runs/frontier
+
+docs: $(READY)  ## docs/cli.md from the commands' own help.
+	$(BIN)/typer bridge.cli.main utils docs --name bridge --output docs/cli.md
 
 viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.
 	cd bridge/viewer && npm ci --no-fund --no-audit && npm run build

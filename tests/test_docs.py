@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.explanation_cases import PROMPT, agreeing
 from support.models import VOCABULARY
+from typer.cli import get_docs_for_click
+from typer.main import get_command
 
+from bridge.cli.main import app
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import FORMAT, ExplainError, Explanation
 from bridge.models.dense import DenseModel
@@ -123,3 +127,9 @@ def test_a_node_that_cannot_be_is_refused(explanation: Explanation, field: str, 
     values["nodes"][0][field] = value
     with pytest.raises(ExplainError, match=f"node .*{value}"):
         Explanation.from_json(values)
+
+
+def test_the_reference_of_commands_is_what_they_say() -> None:
+    command = get_command(app)
+    written = get_docs_for_click(obj=command, ctx=typer.Context(command), name="bridge")
+    assert (DOCUMENT.parent / "cli.md").read_text(encoding="utf-8").strip() == written.strip(), "run `make docs`"
