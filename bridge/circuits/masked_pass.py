@@ -182,16 +182,14 @@ class MaskedPass:
         for place, part in enumerate(parts):
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
             some = slice(first, first := first + len(part[1]))
-            gradients = (
-                self._gradient_room(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
-            )
-            gradients[:] = 0
-            tile.backward(gradient_rv[some].numpy(), gradients)
+            dmask = self._dmask(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
+            dmask[:] = 0
+            tile.backward(gradient_rv[some].numpy(), dmask)
             if node_k is not None:
-                gradient_rf[some] = torch.from_numpy(gradients).view(-1, kept_rf.shape[1])[:, node_k]
+                gradient_rf[some] = torch.from_numpy(dmask).view(-1, kept_rf.shape[1])[:, node_k]
         return gradient_rf, loss_r.detach()
 
-    def _gradient_room(self, size: int) -> Array:
+    def _dmask(self, size: int) -> Array:
         if self.gradients.size < size:
             self.gradients = np.zeros(size, np.float32)
         return self.gradients[:size]
@@ -311,10 +309,8 @@ class _Tile:
 
         def back(dx: Array, dmask: Array) -> Array:
             dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
-            gradients = dict(zip("qkv", attend_back(dz), strict=True))
-            dr_q, dr, dr_v = (
-                matrices[kind].back(parts[kind][1](gradient, dmask), self.brief) for kind, gradient in gradients.items()
-            )
+            dy = dict(zip("qkv", attend_back(dz), strict=True))
+            dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](dy[kind], dmask), self.brief) for kind in "qkv")
             dr += dr_v
             if narrow:
                 dr[:, self.last_r] += dr_q[:, : len(self.last_r)]
