@@ -63,8 +63,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coupling_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained coupling to the tiny dense model's folder, with reference text, saved as `tiny`."""
     folder = tmp_path_factory.mktemp("couplings") / "tiny"
-    coupling = untrained(load_dense(str(dense_folder)))
-    coupling.sparse.project(0.3)
+    made = untrained(load_dense(str(dense_folder)))
+    made.sparse.project(0.3)
     reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
-    replace(coupling, reference_bt=reference_bt).save_pretrained(folder)
+    replace(made, reference_bt=reference_bt).save_pretrained(folder)
     return folder
