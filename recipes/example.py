@@ -61,7 +61,7 @@ for answer in (name for name, kind in graph.nodes(data="kind") if kind == "answe
 # `work` left alone, a smaller one.
 result = None
 try:
-    result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, work=0.5)
+    result = coupling.circuit(os.environ.get("EXAMPLE_TASK", "while_return_true"), dense=False, budget=0.5)
     print(f"\n{result.facts.task}: {result.facts.size.nodes} of {result.facts.whole.nodes} nodes, {result.report.verdict}")
 except bridge.UserError as error:  # what the sparse model does not do has no circuit
     print(f"\n{error}")
