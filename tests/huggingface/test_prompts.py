@@ -33,7 +33,7 @@ PROMPTS = ("x = 1", "the cat", "the cat ", "<s>", "def f(self):\n    ", "\u4e2d\
 
 
 def corpus() -> list[str]:
-    lines = [line for path in sorted(SOURCE.glob("[a-e]*.py")) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for path in sorted(SOURCE.rglob("[a-e]*.py")) for line in path.read_text(encoding="utf-8").splitlines()]
     return [*lines, *["na\u00efve caf\u00e9 \u4e2d\u6587 \u2603 a=b = == The cats"] * 3]
 
 
