@@ -4,11 +4,11 @@
                 other tokens, or against a contrast that is named
     errors      the dense run, and what makes the sparse model follow it (`circuits/error_nodes`)
     means       of every node and every error over the coupling's reference text; kept with the coupling
-    search      `circuits/nested`: the nested circuits. Where the span is too small there is nothing to explain, and no search
-    edges       `circuits/flow`: what flows through the opening circuit; the edges that it needs (`circuits/edge_pruning`);
+    search      `circuits/search`: the nested circuits. Where the span is too small there is nothing to explain, and no search
+    edges       `graph/flow`: what flows through the opening circuit; the edges that it needs (`graph/edge_pruning`);
                 attention: what its heads read, why, and what that does
-    groups      `circuits/groups`: nodes that do one job, as one
-    evidence    `evidence/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
+    groups      `graph/groups`: nodes that do one job, as one
+    evidence    `verdicts/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
 
 Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the opening circuit, before the
 slower evidence.

@@ -84,7 +84,7 @@ class ExplainedNode:
 
 @dataclass(frozen=True)
 class ExplainedEdge:
-    """An edge between two nodes of the opening circuit, named by their ids; `circuits/flow` has kinds, weights and effects."""
+    """An edge between two nodes of the opening circuit, named by their ids; `graph/flow` has kinds, weights and effects."""
 
     source: str
     target: str

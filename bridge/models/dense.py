@@ -1,9 +1,9 @@
 """A Hugging Face causal language model as a ResidualModel: its sites found generically, and checked before anyone relies on them.
 
 Loading goes in this order, and each step refuses what the next would get wrong: files (safetensors alone, no code of theirs),
-an adapter merged, sites found (`wiring`), and parity: the model is resumed at every site from the residual of *another row* and
-must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a model in which
-something besides the residual takes information past a site must not.)
+an adapter merged, sites found (`site_discovery`), and parity: the model is resumed at every site from the residual of *another
+row* and must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a
+model in which something besides the residual takes information past a site must not.)
 
 A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
 enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;

@@ -14,7 +14,7 @@ windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; r
 kernels still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
 
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
-place, while it is trained sparsely (`native`). The function computed is the same.
+place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
 
 Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. `sparse.gated(gate)` is the same
 weights seen through a gate; recording, mean ablation, masks and steering are gates, and the identity gate is the model itself.

@@ -3,7 +3,7 @@
     targets    every chosen node gets a value of its own: one that is named, its value on the prompt plus an amount, or its value
                on a counterfactual prompt of as many tokens
     changed    the sparse model is run with all of them clamped at these values at once
-    patched    the change of the sparse residual is decoded and added to the dense one, times a strength s (`transport`)
+    patched    the change of the sparse residual is decoded and added to the dense one, times a strength s (`models/transport`)
 
 Nodes of several sublayers can be patched in two ways. By default every sublayer i adds what clamping its own nodes changes, at
 the site after it, given all that is changed before:

@@ -13,7 +13,7 @@ into the softmax. With z = h centred and divided by its deviation (LayerNorm; RM
     MLP         a map takes in act(up), or act(gate) up, for one of the nonlinearities
     writes      what a sublayer adds is its last map's output times a constant, or that through a norm with a gain
 
-What does not fit is None; what does is verified where it is used (`start`), by what the whole sublayer writes.
+What does not fit is None; what does is verified where it is used (`training/initialize`), by what the whole sublayer writes.
 
 Shape legend: b batch row, t token (x: of all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and
 values, c channels of a head, m neurons, v vocabulary.

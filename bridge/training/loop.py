@@ -2,8 +2,9 @@
 
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
 RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
-L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`native`). At a rate of 0
-bridges alone learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay valid.
+L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`sparse_native`). At a
+rate of 0 bridges alone learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay
+valid.
 
 A step depends on the weights, the optimizer and the step's number alone, so a run that is killed and resumed from its last saved
 state continues bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the clock) and the matrices that

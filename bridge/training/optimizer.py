@@ -1,8 +1,9 @@
 """AdamW for couplings (Gao et al. 2025, appendix A.2).
 
-The gradient is normalised to RMS 1 over the sparse model and over the bridges, and goes into AdamW with an eps of the same scale.
-Every group has a rate of its own, which rises for a moment and falls linearly to 0; on sparse weights it is multiplied by
-1 / sqrt(L0) ("sharkfin"). A matrix that is trained by its nonzeros changes places with their values, moments with it (`native`).
+The gradient is normalised to RMS 1 over the sparse model and over the bridges, and goes into AdamW with an eps of the same
+scale. Every group has a rate of its own, which rises for a moment and falls linearly to 0; on sparse weights it is multiplied
+by 1 / sqrt(L0) ("sharkfin"). A matrix that is trained by its nonzeros changes places with their values, moments with it
+(`sparse_native`).
 """
 
 from __future__ import annotations
