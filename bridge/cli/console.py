@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from bridge.data.task_pairs import Example
     from bridge.models.bridges import Coupling
     from bridge.training.evaluate import Evaluation
-    from bridge.training.loop import Progress, Run
+    from bridge.training.loop import Progress
+    from bridge.training.prepare import Run
 
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
 Dense = Annotated[

@@ -131,7 +131,7 @@ def fit(
         if stretch is not None and not 0 <= stretch < float("inf"):
             raise RecipeError(f"--stretch {stretch:g} is no number of minutes; give one, such as 9")
         if resume and out is not None and (out / "coupling.json").is_file():
-            from bridge.training.loop import check_resumable
+            from bridge.training.prepare import check_resumable
 
             check_resumable(out)
         values = recipe_values(
@@ -146,7 +146,8 @@ def fit(
         if name is None:
             raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
-        from bridge.training.loop import FitStopped, finish, memory_needed, prepare, seconds_a_step, train
+        from bridge.training.loop import FitStopped, finish, train
+        from bridge.training.prepare import memory_needed, prepare, seconds_a_step
 
         reading = Phases()
         run = prepare(

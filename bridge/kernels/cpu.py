@@ -1,4 +1,4 @@
-"""AbsTopK and the magnitude projection on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
+"""AbsTopK and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
 
 A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32
 entries to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection.
@@ -6,9 +6,6 @@ What ties in the upper half (a few entries) is decided by the lower half, and wh
 
 Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
 the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
-
-The projection of a weight matrix wants one threshold for millions of entries: it counts, in one pass, against a bracket around
-the threshold of the last step (or of a sample), collects what lies inside, selects among those, and zeroes in a second pass.
 
 Shape legend: n rows, w width, t tokens, l lanes.
 """
@@ -30,7 +27,6 @@ from bridge.kernels.lanes import (
     compiled,
     count_lanes,
     count_row,
-    count_words,
     equal_lanes,
     gelus,
     keep_words,
@@ -42,8 +38,6 @@ from bridge.kernels.lanes import (
 TOP = 0x7F80  # upper half of infinity, the largest there is
 INFINITE = 0x7F800000
 WIDEST = 32767  # counts of a lane are half words
-CHUNK = 256  # words of a weight matrix counted at a time
-SAMPLE = 1 << 14
 
 
 def in_parallel(task: Callable[[int, int], None], count: int, elements: int) -> None:
@@ -93,7 +87,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
         stored = x.permute(2, 0, 1).view(1, x.shape[2], -1) if end_to_end else x.transpose(1, 2).contiguous()
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
-        args, (_, width, tokens) = _words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
+        args, (_, width, tokens) = as_words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
         wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
         in_parallel(lambda start, stop: top_k_lanes(*args, width, tokens, k, wide, start, stop), tiles, x.numel())
         if end_to_end:
@@ -101,7 +95,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return kept.transpose(1, 2), mask.transpose(1, 2)
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
-    args, width = _words(*(tensor.view(-1) for tensor in (x, kept, mask))), x.shape[-1]
+    args, width = as_words(*(tensor.view(-1) for tensor in (x, kept, mask))), x.shape[-1]
     kernel = _top_k_rows32 if x.dtype == torch.float32 else _top_k_rows16
     in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
     return kept, mask
@@ -112,7 +106,7 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
-    words, out, mask_words = _words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
+    words, out, mask_words = as_words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
     in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
     return kept
 
@@ -130,67 +124,7 @@ def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, derivative
 
 
-def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
-    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude; returns the threshold.
-
-    `hint`, a threshold that may be near (the last step's), changes the time this takes and nothing else.
-    """
-    bits = weight.detach().view(-1).view(torch.int32).numpy()
-    threshold, room = _threshold(bits, k, hint)
-    if room < 0:
-        flat = weight.detach().view(-1).numpy()
-        limit = np.array([threshold], np.int32).view(np.float32)[0]
-        in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
-    else:
-        _zero_below_ties(bits, threshold, room)
-    return float(np.array([threshold], np.int32).view(np.float32)[0])
-
-
-def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
-    """Bit pattern of the k-th largest magnitude, and how many entries equal to it are kept (-1: all of them)."""
-    size = len(bits)
-    brackets: list[tuple[int, int]] = []
-    if hint is not None and 0 < hint < float("inf"):
-        at = int(np.array([hint], np.float32).view(np.int32)[0])
-        brackets += [(at - (1 << 15), at + (1 << 15)), (at - (1 << 18), at + (1 << 18))]  # within .4 %, within 3 %
-    elif size > 8 * SAMPLE:
-        seen = np.sort(np.minimum(bits[:: size // SAMPLE] & 0x7FFFFFFF, INFINITE))[::-1]
-        middle, margin = k * len(seen) / size, 4 * (k * len(seen) / size) ** 0.5 + 8
-        above, below = int(middle - margin), int(middle + margin)
-        brackets.append((int(seen[min(below, len(seen) - 1)]), int(seen[above]) + 1 if above >= 0 else INFINITE + 1))
-    for low, high in brackets:
-        low, high = max(low, 1), min(high, INFINITE + 1)
-        found = _select(bits, k, low, high)
-        if found is not None:
-            return found
-    return _by_histogram(bits, k)
-
-
-def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | None:
-    """`_threshold` where it lies in [low, high), else None."""
-    parts = max(1, min(torch.get_num_threads(), len(bits) // 65536))
-    edges = [len(bits) * i // parts for i in range(parts + 1)]
-    inside = [np.empty(stop - start, np.int32) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-    counts = np.zeros((parts, 2), np.int64)
-
-    def count(start: int, stop: int) -> None:
-        for part in range(start, stop):
-            _collect(bits[edges[part] : edges[part + 1]], low, high, inside[part], counts[part])
-
-    in_parallel(count, parts, len(bits))
-    above = int(counts[:, 1].sum())
-    within = int(counts[:, 0].sum()) - above
-    if not above < k <= above + within:
-        return None
-    found = np.concatenate([each[: c[0] - c[1]] for each, c in zip(inside, counts, strict=True)])
-    rank = within - (k - above)
-    threshold = int(np.partition(found, rank)[rank])
-    larger, equal = int((found > threshold).sum()), int((found == threshold).sum())
-    room = k - above - larger
-    return threshold, -1 if room == equal else room
-
-
-def _words(*tensors: Tensor) -> tuple[Any, ...]:
+def as_words(*tensors: Tensor) -> tuple[Any, ...]:
     """Numpy views as integers of the same size."""
     types = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.bool: torch.bool}
     return tuple(tensor.detach().view(types[tensor.dtype]).numpy() for tensor in tensors)
@@ -460,80 +394,3 @@ def top_k_lanes(
                     room[lane] -= keep
                 mask[at + lane] = keep
                 kept[at + lane] = x[at + lane] if keep else 0
-
-
-# -- whole matrices -----------------------------------------------------------------------------------------------------
-
-
-@compiled
-def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: np.ndarray) -> None:
-    """Counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
-    found, both = 0, np.zeros(2, np.int64)
-    counts[:] = 0
-    size = bits.shape[0]
-    for at in range(0, size, CHUNK):
-        stop = min(at + CHUNK, size)
-        if stop - at == CHUNK:
-            count_words(bits, at, CHUNK // 16, low, high, both)
-            counts[0] += both[0]
-            counts[1] += both[1]
-            if both[0] == both[1]:
-                continue
-            for j in range(at, stop):
-                word = bits[j] & 0x7FFFFFFF
-                if low <= word:
-                    word = min(word, INFINITE)
-                    if word < high:
-                        inside[found] = word
-                        found += 1
-        else:
-            for j in range(at, stop):
-                word = min(bits[j] & 0x7FFFFFFF, INFINITE)
-                counts[0] += word >= low
-                counts[1] += word >= high
-                if low <= word < high:
-                    inside[found] = word
-                    found += 1
-    if high > INFINITE:  # a NaN counts as infinite, which is below this bound
-        counts[1] = 0
-
-
-@compiled
-def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
-    """Two passes over the upper and the lower half of every magnitude: no bracket needed."""
-    histogram = np.zeros(1 << 16, np.int64)
-    for j in range(bits.shape[0]):
-        histogram[min(bits[j] & 0x7FFFFFFF, INFINITE) >> 16] += 1
-    room, upper = k, (1 << 16) - 1
-    while histogram[upper] < room:
-        room -= histogram[upper]
-        upper -= 1
-    histogram[:] = 0
-    for j in range(bits.shape[0]):
-        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
-        if magnitude >> 16 == upper:
-            histogram[magnitude & 0xFFFF] += 1
-    lower = (1 << 16) - 1
-    while histogram[lower] < room:
-        room -= histogram[lower]
-        lower -= 1
-    return (upper << 16) | lower, -1 if histogram[lower] == room else room
-
-
-@compiled
-def _zero_below(flat: np.ndarray, limit: np.float32) -> None:
-    for j in range(flat.shape[0]):
-        flat[j] = np.float32(0) if abs(flat[j]) < limit else flat[j]
-
-
-@compiled
-def _zero_below_ties(bits: np.ndarray, threshold: int, room: int) -> None:
-    for j in range(bits.shape[0]):
-        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
-        if magnitude < threshold:
-            bits[j] = 0
-        elif magnitude == threshold:
-            if room == 0:
-                bits[j] = 0
-            else:
-                room -= 1

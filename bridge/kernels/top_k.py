@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels import cpu, cuda, gates
+from bridge.kernels import cpu, cuda, gates, projection
 
 _FAST = (torch.float32, torch.bfloat16)
 TOGETHER = 1 << 26  # entries that are projected in one go on a GPU: fewer calls, and at most a gigabyte beside them
@@ -65,7 +65,7 @@ def project_(weights: Sequence[Tensor], k: int, hints: Sequence[float | None] | 
     with torch.no_grad():
         plain = all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
         if weights[0].device.type == "cpu" and plain:
-            return [cpu.project_(weight, k, hint) for weight, hint in zip(weights, hints or thresholds, strict=True)]
+            return [projection.project_(weight, k, hint) for weight, hint in zip(weights, hints or thresholds, strict=True)]
         if plain and cuda.serves(weights[0]):
             together = max(1, TOGETHER // weights[0].numel())
             for start in range(0, len(weights), together):

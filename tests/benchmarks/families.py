@@ -26,9 +26,9 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import annealed_l0
 from bridge.recipe import resolve
 from bridge.training.initialize import Started, start_from_dense
-from bridge.training.loop import resolve_for
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.prepare import resolve_for
 
 ROWS, HELD, TOKENS, L0 = 16, 32, 16, 1 / 16
 

@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bridge.recipe import recipe_values
 from bridge.training.evaluate import evaluate
-from bridge.training.loop import prepare, train
+from bridge.training.loop import train
+from bridge.training.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = {

@@ -23,9 +23,9 @@ from bridge.models.dense import load_dense
 from bridge.models.sparse import annealed_l0
 from bridge.recipe import recipe_values, resolve
 from bridge.training.evaluate import evaluate
-from bridge.training.loop import resolve_for
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.prepare import resolve_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TURN_SECONDS = 5.0

@@ -33,9 +33,9 @@ from bridge.models.bridges import new_coupling
 from bridge.models.dense import load_dense
 from bridge.recipe import Losses, resolve
 from bridge.training import sparse_native as native
-from bridge.training.loop import resolve_for
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.prepare import resolve_for
 
 LOOK_EVERY = 20
 

@@ -24,7 +24,7 @@ from bridge.models.sparse import Location, SparseTransformer
 from bridge.recipe import AttentionShape, BlockShape, SparseShape, resolve
 from bridge.training.anatomy import dissect
 from bridge.training.initialize import Started, start_from_dense
-from bridge.training.loop import resolve_for
+from bridge.training.prepare import resolve_for
 
 # what adds to a stream that is itself normed (post-norm), and experts, have no counterpart; their other sublayers are not held to
 UNKNOWN = ("openai-gpt", "opt-post-norm", "bloom-post-norm", "mixtral")

@@ -13,7 +13,7 @@ from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import resolve
-from bridge.training.loop import resolve_for
+from bridge.training.prepare import resolve_for
 
 VOCABULARY = 40
 

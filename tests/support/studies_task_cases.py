@@ -22,7 +22,7 @@ from bridge.models.residual import Enter
 from bridge.models.sparse import Location
 from bridge.recipe import resolve
 from bridge.training import initialize as start
-from bridge.training.loop import resolve_for
+from bridge.training.prepare import resolve_for
 
 
 def corpus() -> Tensor:

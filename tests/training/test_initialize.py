@@ -26,7 +26,8 @@ from bridge.models.dense import load_dense
 from bridge.recipe import BRIDGED, recipe_values, resolve
 from bridge.training import initialize as start
 from bridge.training.initialize import Started, start_from_dense
-from bridge.training.loop import finish, prepare, resolve_for, train
+from bridge.training.loop import finish, train
+from bridge.training.prepare import prepare, resolve_for
 
 WIDTH = 16  # of every dense model here
 

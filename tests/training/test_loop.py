@@ -19,12 +19,13 @@ from support.bridges_cases import lora_folder
 from support.models import CONTEXT, tiny_gpt2, tiny_tokenizer
 
 import bridge
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.store import CheckpointError
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.recipe import BRIDGED, RecipeError, recipe_values
 from bridge.training import loop as training
-from bridge.training.loop import FitError, FitStopped, Progress, finish, memory_needed, prepare, train
+from bridge.training.loop import FitError, FitStopped, Progress, finish, train
+from bridge.training.prepare import memory_needed, prepare
 from bridge.training.refit import Question, gradients
 
 ROWS, STEPS = 4, 10
@@ -241,7 +242,7 @@ def test_uncoupled_is_the_same_whatever_the_dense_weights(text_file: Path) -> No
     assert names == {"total", "ce"}
     for name, parameter in one.sparse.named_parameters():
         assert torch.equal(parameter, other.sparse.get_parameter(name))
-    fresh = training.new_coupling(one.dense, one.recipe).bridges.state_dict()
+    fresh = new_coupling(one.dense, one.recipe).bridges.state_dict()
     assert all(torch.equal(fresh[name], value) for name, value in one.bridges.state_dict().items())
 
 

@@ -12,9 +12,10 @@ from bridge.models.bridges import Coupling
 from bridge.models.residual import Enter
 from bridge.recipe import recipe_values
 from bridge.training import sparse_native as native
-from bridge.training.loop import FitStopped, Run, finish, prepare, train
+from bridge.training.loop import FitStopped, finish, train
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.prepare import Run, prepare
 
 FRACTION = 0.2
 
