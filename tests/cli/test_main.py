@@ -195,7 +195,7 @@ def test_a_run_that_is_asked_to_stop_exits_with_130(
     import signal
 
     draw = training.draw_splice
-    monkeypatch.setattr("bridge.training.prepare.seconds_a_step", lambda run: 1.0)  # which draws one as well, with nothing yet to save
+    monkeypatch.setattr("bridge.training.prepare.seconds_a_step", lambda run: 1.0)
     monkeypatch.setattr(training, "draw_splice", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a))[1])
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", tmp_path / "run", *TINY)
     assert result.exit_code == 130 and "goes on" in result.stderr
