@@ -47,6 +47,8 @@ class Masked(ABC):
     ValueError where a mean is missing.
     """
 
+    _compiled: MaskedPass | None = None  # what runs in place of the gates, where it serves the model
+
     def __init__(
         self,
         question: Question,
@@ -111,6 +113,8 @@ class Masked(ABC):
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
         row_r = self._prompts(kept_rf, row_r)
+        if self._compiled is not None:
+            return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
         return torch.cat([self._last_logits(some_r, *self.gates(some_rf, some_r)) for some_rf, some_r in rows])
 
@@ -127,7 +131,10 @@ class Masked(ABC):
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
-        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+        row_r = self._prompts(kept_rf, row_r)
+        if self._compiled is not None:
+            return self._compiled.gradient(kept_rf, loss, row_r, node_k)
+        parts = self.space.split(kept_rf)
         through: dict[Location, Tensor] = {}
         change: dict[Location, Tensor] = {}
 
@@ -240,24 +247,6 @@ class MaskedModel(Masked):
         if narrow and self._compiled is not None:
             return self._compiled.run(kept_rf, row_r, enter)
         return self._run(row_r, enter, *self.gates(kept_rf, row_r), last_only=narrow, narrow=narrow)
-
-    def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """logits_rv after the prompts, of any number of masks."""
-        if self._compiled is None:
-            return super().logits(kept_rf, row_r)
-        return self._compiled.logits(kept_rf, self._prompts(kept_rf, row_r))
-
-    def gradient(
-        self,
-        kept_rf: Tensor,
-        loss: Callable[[Tensor], Tensor],
-        row_r: Tensor | None = None,
-        node_k: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
-        if self._compiled is None:
-            return super().gradient(kept_rf, loss, row_r, node_k)
-        return self._compiled.gradient(kept_rf, loss, self._prompts(kept_rf, row_r), node_k)
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Limits on cores: computation in a thread beside its caller's, or on fewer cores than there are.
-
-Torch and the kernels release Python's lock, so two threads of one core each do twice as much, where the work is such that two
-cores on the same small tensor would wait for each other.
-"""
+"""Limits on cores: fewer of them than there are, where two cores on one small tensor would wait for each other."""
 
 from __future__ import annotations
 

@@ -158,12 +158,6 @@ def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     return read_t
 
 
-def variation(before_bhtt: Tensor, after_bhtt: Tensor) -> Tensor:
-    """Total variation_bht between two patterns, the sink's share included."""
-    change_bhtt = after_bhtt - before_bhtt  # what the sink gets changes by the opposite of the rest
-    return 0.5 * (change_bhtt.abs().sum(-1) + change_bhtt.sum(-1).abs())
-
-
 def _layer(flow: Flow, layer: int) -> _Layer:
     sparse, value = flow.sparse, flow.value
     channels = sparse.channels

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bridge.graph.groups import Group, GroupEdge
+from bridge.graph.groups import GroupEdge
 
 _MOST_STEPS = 20_000  # of the search
 
@@ -55,18 +55,3 @@ def strongest_paths(edges: Sequence[GroupEdge], most: int = 5) -> tuple[Path, ..
             count += 1
             heapq.heappush(waiting, (-abs(effect), count, (edge.source, *steps), (effect, *effects)))
     return tuple(found)
-
-
-def path_words(path: Path, tokens: Sequence[str], groups: Sequence[Group], answer: str) -> str:
-    """A path in words: ' while' at 7 -> L0 mlp at 7 -> L2 attention at 9 -> ':'; tokens are the texts of the prompt's."""
-    return " -> ".join(_words(step, tokens, groups, answer) for step in path.steps)
-
-
-def _words(step: str, tokens: Sequence[str], groups: Sequence[Group], answer: str) -> str:
-    kind, _, where = step.partition(":")
-    if kind == "input":
-        return f"{tokens[int(where)]!r} at {where}"
-    if kind == "error":
-        site, _, position = where.partition("@")
-        return f"error at site {site}, token {position}"
-    return repr(answer) if kind == "answer" else str(groups[int(where)])

@@ -12,7 +12,7 @@ from support.circuits_attribution_cases import Frozen, edges_of, masked_model, s
 from torch import Tensor
 
 from bridge.graph import attention as module
-from bridge.graph.attention import Attention, ExplainedHead, explain_attention, variation
+from bridge.graph.attention import Attention, ExplainedHead, explain_attention
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.sparse import Location, SparseTransformer
 
@@ -165,12 +165,6 @@ def test_only_the_heads_that_matter_most_are_told() -> None:
 def test_an_empty_circuit_has_no_heads() -> None:
     sparse = model()
     assert explain_attention(random_flow(sparse, density=-1)) == Attention((), 0)
-
-
-def test_variation_counts_the_sink() -> None:
-    before, after = torch.tensor([0.5, 0.3]), torch.tensor([0.1, 0.4])  # sinks .2 and .5
-    literal = 0.5 * (0.4 + 0.1 + 0.3)
-    assert float(variation(before[None, None, None], after[None, None, None])) == pytest.approx(literal)
 
 
 def test_rows_in_batches_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:

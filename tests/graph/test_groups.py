@@ -18,7 +18,6 @@ from bridge.graph.attribution import Edges, draw_edges
 from bridge.graph.flow import Flow, flow_through
 from bridge.graph.group_names import group_names
 from bridge.graph.groups import (
-    Group,
     GroupConfig,
     GroupEdge,
     ablate_groups,
@@ -26,7 +25,7 @@ from bridge.graph.groups import (
     group_nodes,
     node_effects,
 )
-from bridge.graph.paths import path_words, strongest_paths
+from bridge.graph.paths import strongest_paths
 from bridge.huggingface.prompts import Prompts
 from bridge.models.circuit import EMBEDDING, corpus_means
 from bridge.models.dense import DenseModel
@@ -224,9 +223,6 @@ def test_paths_are_the_strongest_of_all() -> None:
     assert [path.steps for path in found] == [steps for steps, _ in expected[:8]]
     assert [path.effect for path in found] == pytest.approx([effect for _, effect in expected[:8]])
     assert all(len(path.effects) == len(path.steps) - 1 for path in found)
-    group = Group((), (1,), (0, 1), "attention and mlp")
-    words = path_words(found[0], ("a", " b"), [group] * 6, ":")
-    assert words.endswith(" -> ':'") and words.startswith(("'a' at 0", "' b' at 1", "error at site 2, token 1"))
     assert strongest_paths([]) == ()
 
 
