@@ -102,7 +102,8 @@ def test_a_planted_change_is_found_where_it_is(base: Coupling, kind: str) -> Non
     index = int(plain.before[Location(0, kind)][0, -1].abs().argmax())  # one that AbsTopK keeps
     with torch.no_grad():
         other.sparse.get_parameter(f"blocks.0.{name}.weight")[index] *= 3
-    grafts, _, _ = grafts_of(base, other)
+    _, ours, _ = grafts_of(base, base)
+    grafts = Grafts.of(base, other, plain.question, ours, ours)  # the same errors, so that the change is passed on
     changed = [grafts.space.node(place) for place in (grafts.own_f * grafts.nodes_f).nonzero().flatten().tolist()]
     assert Node(Location(0, kind), index, grafts.space.n_tokens - 1) in changed
     assert {node.location for node in changed} == {Location(0, kind)}
@@ -175,6 +176,7 @@ def test_the_command_compares_and_writes(folder: Path, base: Coupling, tuned: Co
     prompts = tmp_path / "prompts"
     prompts.write_text('"w3 w4 w8 w21"\n')
     result = run("diff", folder / "base", folder / "tuned", "--prompt", PROMPT, "--prompts", prompts, "--json", tmp_path / "d.json")
-    assert result.exit_code == 0 and "VERDICT" in result.stdout and (tmp_path / "d.json").is_file()
+    assert result.exit_code == 0, result.stderr
+    assert "VERDICT" in result.stdout and (tmp_path / "d.json").is_file()
     assert_refused(run("diff", folder / "base", folder / "base", "--prompt", PROMPT), "does not go on from another coupling")
     assert_refused(run("diff", folder / "base", folder / "tuned"), "no prompt")

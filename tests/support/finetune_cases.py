@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def adapter_folder(folder: Path, scale: float = 0.0, name: str = "adapter", base
     model = AutoModelForCausalLM.from_pretrained(base or folder / "dense")
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     torch.manual_seed(5)
-    tuned = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT
+        tuned = peft.get_peft_model(model, config)
     with torch.no_grad():
         for key, weight in tuned.named_parameters():
             if "lora_B" in key:
@@ -56,5 +59,6 @@ def adapter_folder(folder: Path, scale: float = 0.0, name: str = "adapter", base
 
 def gone_on(base: Coupling) -> Coupling:
     """A copy of a coupling, weights of its own, that says it goes on from it."""
-    recipe = base.recipe.model_copy(update={"adapts": True})
+    shape = base.recipe.sparse.model_copy(update={"start": base.path})
+    recipe = base.recipe.model_copy(update={"adapts": True, "sparse": shape})
     return replace(base, sparse=copy.deepcopy(base.sparse), bridges=copy.deepcopy(base.bridges), recipe=recipe)
