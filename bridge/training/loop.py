@@ -40,7 +40,7 @@ from bridge.huggingface.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
 from bridge.models.bridges import Coupling
-from bridge.models.sparse import Fractions, annealed_l0
+from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, read_folder, write_folder, write_text
 from bridge.recipe import Losses, RecipeError, recipe_values
 from bridge.training import sparse_native as native
