@@ -1,21 +1,25 @@
 """A coupling that goes on to a fine-tune of its dense model: the base's weights and bridges, trained against that one.
 
 The recipe is the base's, but for its start (the base's folder), its L0, which is at its target from the first step on while the
-masks go on moving, and its budget: by default a twentieth of the tokens that the base was trained on. Everything else is
-`prepare`, `train` and `finish`, as for any fit.
+masks go on moving, its rates, and its budget: by default a twentieth of the tokens that the base was trained on. What the
+fine-tune left alone in the dense model (a block, or all that is outside of them) stays in the sparse one too, so that a change is
+looked for where there is one. Everything else is `prepare`, `train` and `finish`, as for any fit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from bridge.huggingface.adapters import CONFIG, TOKENIZER, adapter_folder
 from bridge.huggingface.prompts import load_tokenizer
 from bridge.models.bridges import Coupling, folder_of
-from bridge.models.dense import DenseModelError, load_dense
+from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.recipe import RecipeError, recipe_values
 from bridge.training.loop import Progress, finish, train
 from bridge.training.prepare import Run, prepare
@@ -23,6 +27,7 @@ from bridge.training.prepare import Run, prepare
 SHARE = 20  # of the base's tokens one in so many is the default budget
 AT_ONCE = 1e-6  # share of the training over which L0 falls to where it is already
 RATE = 1e-3  # where the base's own is 0: of its sparse model nothing was trained by its recipe
+GENTLER = 0.2  # times the base's rates: at these themselves so few tokens end further off than they begin
 
 
 def adapt(
@@ -95,9 +100,10 @@ def prepare_adapted(
     )  # fmt: skip
     begun = resume and out is not None and (Path(out) / "training.json").is_file()
     values = flags if begun else _merged(_values_of(base, default_budget=tokens is None and minutes is None), flags)
-    return prepare(
-        tuned, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, progress=progress
-    )  # fmt: skip
+    run = prepare(tuned, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, progress=progress)
+    for part in _parts_left_alone(base.dense, run.coupling):
+        part.requires_grad_(False)
+    return run
 
 
 def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
@@ -106,7 +112,9 @@ def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
     values = {key: value for key, value in recipe.model_dump().items() if key not in ("dense", "revision", "adapter", "budget")}
     values["sparse"] |= {"start": base.path}
     values["sparsity"] |= {"anneal": AT_ONCE}
-    values["optimizer"] |= {"rate": recipe.optimizer.rate or RATE}
+    numbers = recipe.optimizer
+    rates = {"rate": numbers.rate or RATE, "bridge_rate": numbers.bridge_rate, "bridge_bias_rate": numbers.bridge_bias_rate}
+    values["optimizer"] |= {name: GENTLER * rate for name, rate in rates.items()}
     budget = {"budget": {"tokens": max(1, tokens_trained(base) // SHARE)}} if default_budget else {}
     return {**values, **budget, "adapts": True}
 
@@ -121,6 +129,24 @@ def tokens_trained(base: Coupling) -> int:
     if base.recipe.budget.tokens is None:
         raise RecipeError(f"{base.path!r} does not say on how many tokens it was trained; give --tokens or --minutes")
     return base.recipe.budget.tokens
+
+
+def _parts_left_alone(was: DenseModel, coupling: Coupling) -> Iterator[nn.Module | nn.Parameter]:
+    """Parts of the sparse model whose counterparts in the dense one the fine-tune did not change: they stay as they are."""
+    now, sparse = coupling.dense, coupling.sparse
+    blocks = [(one.module, other.module) for one, other in zip(was.blocks, now.blocks, strict=True)]
+    for index, (one, other) in enumerate(blocks):
+        if _same_weights(one.parameters(), other.parameters()):
+            yield sparse.blocks[index]
+    inside = {id(weight) for pair in blocks for block in pair for weight in block.parameters()}
+    outside = [[weight for weight in one.model.parameters() if id(weight) not in inside] for one in (was, now)]
+    if _same_weights(*outside):  # embedding and unembedding, tied or not
+        yield from (sparse.embedding, sparse.unembedding, sparse.bigram)
+        yield from () if sparse.positions is None else (sparse.positions,)
+
+
+def _same_weights(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
 
 
 def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

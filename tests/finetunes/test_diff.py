@@ -175,7 +175,9 @@ def test_the_command_compares_and_writes(folder: Path, base: Coupling, tuned: Co
     Coupling(tuned.dense, tuned.sparse, tuned.bridges, recipe, tuned.reference_bt).save_pretrained(folder / "tuned")
     prompts = tmp_path / "prompts"
     prompts.write_text('"w3 w4 w8 w21"\n')
-    result = run("diff", folder / "base", folder / "tuned", "--prompt", PROMPT, "--prompts", prompts, "--json", tmp_path / "d.json")
+    result = run(
+        "diff", folder / "base", folder / "tuned", "--prompt", PROMPT, "--prompts", prompts, "--json", tmp_path / "d.json"
+    )
     assert result.exit_code == 0, result.stderr
     assert "VERDICT" in result.stdout and (tmp_path / "d.json").is_file()
     assert_refused(run("diff", folder / "base", folder / "base", "--prompt", PROMPT), "does not go on from another coupling")

@@ -45,7 +45,9 @@ def test_an_adapter_that_changes_nothing_leaves_the_dense_model_and_every_answer
     base = bridge.load(folder / "base")
     tuned = bridge.adapt(base, adapter=folder / "zero", out=tmp_path / "out")
     assert tuned.dense.fingerprint() == base.dense.fingerprint()
-    assert tuned.sparse.achieved_l0() == pytest.approx(base.sparse.achieved_l0(), abs=0.01)
+    for name, weight in base.sparse.state_dict().items():  # what the fine-tune left alone stays
+        torch.testing.assert_close(tuned.sparse.state_dict()[name], weight, rtol=0, atol=0)
+    assert not torch.equal(tuned.bridges[1].decoder.bias, base.bridges[1].decoder.bias)  # bridges learn
     found = bridge.diff(base, tuned, [PROMPT, "w3 w4 w8 w21"])
     assert found.verdict == "NOTHING CHANGED" and not found.channels
     assert [one.change for one in found.prompts] == [0.0, 0.0]
@@ -60,6 +62,10 @@ def test_the_command_adapts_and_what_it_wrote_loads_with_the_adapter(folder: Pat
     tuned = Coupling.from_pretrained(out)
     assert tuned.recipe.budget.tokens == 512 and tuned.recipe.adapts
     assert tuned.dense.fingerprint() == load_dense(folder / "dense", adapter=folder / "adapter").fingerprint()
+    base = Coupling.from_pretrained(folder / "base")
+    assert not torch.equal(tuned.sparse.blocks[0].q.weight, base.sparse.blocks[0].q.weight)
+    for name in ("embedding", "positions", "unembedding.weight"):  # a LoRA of the blocks leaves these alone
+        assert torch.equal(tuned.sparse.get_parameter(name), base.sparse.get_parameter(name))
     assert json.loads((out / "log.jsonl").read_text().splitlines()[0])["l0"] == pytest.approx(0.25, abs=0.01)  # from the first
 
 
