@@ -73,7 +73,7 @@ def diff(
     tuned_dense: Annotated[str | None, typer.Option(help="Where the fine-tuned model is; default where it was.")] = None,
     device: Device = "auto",
 ) -> None:
-    """What a fine-tune changed about answers: nodes and weights, checked by transplanting them into the base model."""
+    """Compare answers before and after a fine-tune: the nodes and weights that changed, transplanted into the base model."""
     with one_line_errors():
         from bridge.finetunes.diff import diff as diff_couplings
         from bridge.finetunes.diff import read_prompts

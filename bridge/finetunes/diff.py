@@ -1,4 +1,4 @@
-"""What a fine-tune changed about an answer: two couplings, one prompt or many -> a Diff, checked by transplanting.
+"""Changes that a fine-tune made to an answer: two couplings, one prompt or many -> a Diff, checked by transplanting.
 
     question    why the fine-tuned model's answer follows, asked of both: d of either dense model; where they differ by less than
                 `least` nats nothing changed, and nothing is listed
@@ -13,9 +13,10 @@ its nodes' changes write, given all that is changed before, at its own site, the
 
     h_(i+1)  <-  h_(i+1) + lin g_(i+1)(x'_(i+1) - F_i(x'_i))        x' the graft's run, F_i A's sublayer left alone, g A's decoder
 
-so that no site is chosen (`by site` has the whole change at one site each, by `evidence/carry`). Beside it, the own changes of as
-many other active nodes at the same places (matched), and the changed nodes' own changes at these others (displaced). Of several
-prompts the share is the least-squares one, sum of moved * change over sum of change^2, with its bootstrap interval over prompts.
+so that no site is chosen (`by site` has the whole change at one site each, by `evidence`'s Transporter). Beside it, the own
+changes of as many other active nodes at the same places (matched), and the changed nodes' own changes at these others (displaced).
+Of several prompts the share is the least-squares one, sum of gained * change over sum of change^2, with its bootstrap interval
+over prompts.
 
 Shape legend: r graft, k item, t token, n nodes of a location, s sparse width, d dense width, v vocabulary, f all changes in one
 row, nodes and errors first as in a MaskedModel.
@@ -61,7 +62,7 @@ class DiffError(UserError):
 class DiffConfig:
     """Bounds of a diff, and how much is drawn and listed; saved with it."""
 
-    least: float = 0.2  # nats, that d changes by at the least, for something to have changed
+    least: float = 1.0  # nats, that d changes by at the least, for there to be something to account for, as in a search
     within: float = 0.1  # of the change of d: how near the changed nodes are to all nodes
     share: float = 0.5  # of the change, that transplanting the changed nodes makes at the least
     control: float = 0.1  # and other nodes, in the mean, at the most
@@ -84,7 +85,7 @@ def diff(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Diff:
-    """What the fine-tune that `tuned` was adapted to changed about the answers to some prompts, beside the coupling `base`.
+    """The changes to the answers to some prompts by the fine-tune that `tuned` was adapted to, beside the coupling `base`.
 
     The question is why the fine-tuned model's answer (or `target`) follows, against all others (or `contrast`). Raises DiffError
     where `tuned` does not go on from a coupling such as `base`, PromptError or ExplainError for a prompt that cannot be asked.
@@ -256,13 +257,15 @@ def _edges(
         for name, (source, target) in tuned.sparse.matrices.items():
             from_at, to_at = Location(layer, source), Location(layer, target)
             was_ji, now_ji = flows[0].weight(layer, name).detach(), theirs.weight(layer, name).detach()
-            read_ti = _read(theirs, layer, name)
-            for position, j in changed[to_at].nonzero().tolist():
-                gradient = sum(float(_gradient(flow, to_at)[position, j]) for flow in flows) / 2
-                effect_i = (now_ji[j] - was_ji[j]) * read_ti[position] * gradient
-                for i in effect_i.nonzero().flatten().tolist():
-                    ends = Node(from_at, i, None if name == "o" else position), Node(to_at, j, position)
-                    found.append((float(effect_i[i]), *ends, float(was_ji[j, i]), float(now_ji[j, i])))
+            position_k, node_k = changed[to_at].nonzero(as_tuple=True)
+            gradient_k = torch.stack([_gradient(flow, to_at)[position_k, node_k] for flow in flows]).mean(0)
+            effect_ki = (now_ji - was_ji)[node_k] * _read(theirs, layer, name)[position_k] * gradient_k[:, None]
+            most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
+            for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
+                position, j = int(position_k[k]), int(node_k[k])
+                ends = Node(from_at, i, None if name == "o" else position), Node(to_at, j, position)
+                if effect := float(effect_ki[k, i]):
+                    found.append((effect, *ends, float(was_ji[j, i]), float(now_ji[j, i])))
     found.sort(key=lambda each: -abs(each[0]))
     return tuple(
         ChangedEdge(str(source), str(target), "came" if was == 0 else "went" if now == 0 else "changed", was, now, effect)
@@ -292,7 +295,7 @@ def _transplant(
     base: Coupling, grafts: Grafts, masked: MaskedModel, followed: Followed, changed_f: Tensor, change: float, config: DiffConfig,
     seed: int,
 ) -> Transplant:  # fmt: skip
-    """What the base's dense model does with the changes of the changed nodes, of all nodes, and of the controls."""
+    """Shares of the change of d that the base's dense model makes with changes of the changed nodes, all nodes, and controls."""
     generator = torch.Generator().manual_seed(seed + 4_000_037)
     own_f, size = grafts.own_f, masked.space.size
     matched_cf = torch.zeros(config.draws, grafts.space.size, dtype=torch.bool, device=own_f.device)
@@ -300,10 +303,10 @@ def _transplant(
     displaced = [displaced_changes(grafts, changed_f, other_f) for other_f in matched_cf]
     rows = [own_f * changed_f, own_f * grafts.nodes_f, *(own_f * other_f for other_f in matched_cf), *displaced]
     added_rf = torch.stack(rows)
-    moved = transplanted(base, grafts, followed, added_rf) / change
+    share_r = transplanted(base, grafts, followed, added_rf) / change
     transporter = Transporter.of(base, CircuitLoss(masked, followed.dense_bv, SearchConfig()), followed.dense, masked.is_error_f)
     by_site = at_sites(transporter, grafts, torch.stack(rows[:2])) / change
-    shares, draws = moved.tolist(), config.draws
+    shares, draws = share_r.tolist(), config.draws
     return Transplant(
         share=shares[0], all_nodes=shares[1], matched=tuple(shares[2 : 2 + draws]), displaced=tuple(shares[2 + draws :]),
         by_site=tuple(by_site[0].tolist()), all_nodes_by_site=tuple(by_site[1].tolist()),
@@ -312,8 +315,8 @@ def _transplant(
 
 @torch.no_grad()
 def transplanted(base: Coupling, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
-    """moved_r: how much d of the base's dense model changes, in nats, where every sublayer's changes enter it at its own site."""
-    moved = []
+    """gained_r: how much d of the base's dense model changes, in nats, with every sublayer's changes at its own site."""
+    gained = []
     for some_rf in added_rf.split(grafts.rows):
         residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
         for site, x_rts in enumerate(residuals[:-1]):
@@ -325,12 +328,12 @@ def transplanted(base: Coupling, grafts: Grafts, followed: Followed, added_rf: T
         tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
         plain = followed.dense.logits_btv[:, -1].expand(len(some_rf), -1)
         logits_rv = run_patched(base, tokens_rt, followed.dense, changes).logits_btv[:, -1] if changes else plain
-        moved.append(grafts.question.difference(logits_rv) - grafts.question.difference(plain))
-    return torch.cat(moved)
+        gained.append(grafts.question.difference(logits_rv) - grafts.question.difference(plain))
+    return torch.cat(gained)
 
 
 def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tensor:
-    """moved_rj: the same where the whole change of the stream at site j enters there alone."""
+    """gained_rj: the same where the whole change of the stream at site j enters there alone."""
     plain_rf = torch.cat([torch.zeros_like(added_rf[:1]), added_rf])  # in one batch, so that nothing is left of what is the same
     residuals = grafts.run(plain_rf).residuals
     places = [(row, site) for row in range(1, len(plain_rf)) for site in transporter.sites]

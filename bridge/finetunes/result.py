@@ -1,7 +1,4 @@
-"""What a fine-tune changed, as values, as JSON and as text.
-
-Shape legend: none; every number is in nats, or a share of the change of d, as its field says.
-"""
+"""Changes that a fine-tune made, as values, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ class Transplant:
 
 @dataclass(frozen=True)
 class PromptDiff:
-    """What changed about the answer to one prompt: d of both dense models and of both sparse ones; where it did, by what.
+    """The change of the answer to one prompt: d of both dense models and of both sparse ones; and what made it.
 
     through shares out the change of d by where it arises: nodes, embedding, unembedding, errors. changed counts the nodes.
     """
@@ -107,14 +104,14 @@ class PromptDiff:
 
     @property
     def change(self) -> float:
-        """What the fine-tune adds to d of the dense model."""
+        """Nats that the fine-tune adds to d of the dense model."""
         return self.tuned_d - self.base_d
 
     def with_changes(
         self, through: Mapping[str, float], changed: int, nodes: tuple[ChangedNode, ...], edges: tuple[ChangedEdge, ...],
         effects: tuple[Effect, ...], transplant: Transplant,
     ) -> PromptDiff:  # fmt: skip
-        """The same prompt with what changed."""
+        """The same prompt, its changes filled in."""
         return replace(self, through=through, changed=changed, nodes=nodes, edges=edges, effects=effects, transplant=transplant)
 
 
@@ -129,7 +126,7 @@ class ChangedChannel:
 
 @dataclass(frozen=True)
 class Diff:
-    """What a fine-tune changed about the answers to some prompts, and the check by transplanting.
+    """Changes of the answers to some prompts, and the check by transplanting.
 
     least is the smallest change of d, in nats, that counts as one.
     """
@@ -149,10 +146,12 @@ class Diff:
 
     @property
     def verdict(self) -> Verdict:
-        """What the transplant shows; it follows from the measure."""
+        """The outcome of the transplant, from its measure, whose interval must lie above the largest control."""
         if not self.changed:
             return "NOTHING CHANGED"
-        return "TRANSPLANTED" if self.transplant.passed else "NOT TRANSPLANTED"
+        measure = self.transplant
+        apart = measure.interval is None or (measure.control is not None and measure.interval[0] > measure.control.bar)
+        return "TRANSPLANTED" if measure.passed and apart else "NOT TRANSPLANTED"
 
     def to_json(self) -> dict[str, Any]:
         """The diff as plain JSON values."""

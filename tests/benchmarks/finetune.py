@@ -17,9 +17,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,24 +30,29 @@ import torch
 import bridge
 from bridge.data.blocks import Blocks, load_blocks
 from bridge.data.corpora import documents
+from bridge.finetunes.grafts import KINDS
+from bridge.finetunes.result import render_diff
+from bridge.models.bridges import Coupling
 from bridge.models.dense import load_dense
-from bridge.training.evaluate import Evaluation, evaluate
+from bridge.models.store import write_json
+from bridge.training.evaluate import evaluate
+from bridge.training.loop import Progress
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 WORD, NEW = "self", "this"
 CHARACTERS = 12_000_000  # of text, of which one document in 50 is held out
 ROWS, RATE, RANK = 16, 2e-3, 8  # of the LoRA
 EVALUATED_ROWS = 96
+PROMPT_ROWS = 400  # of held-out text that prompts are drawn from
 LENGTHS = 12, 24  # tokens of a prompt
 
 
-def corpus(file: Path, source: str, seed: int) -> Path:
-    """The text in the new style, a document a line of JSON."""
+def corpus(file: Path, source: str, seed: int, word: str) -> Path:
+    """The text with `self` written as a word, a document a line of JSON."""
     if not file.is_file():
-        texts: Iterator[str] = documents(source, seed)
         size, lines = 0, []
-        for text in texts:
-            lines.append(json.dumps({"text": re.sub(rf"\b{WORD}\b", NEW, text)}))
+        for text in documents(source, seed):
+            lines.append(json.dumps({"text": re.sub(rf"\b{WORD}\b", word, text)}))
             if (size := size + len(text)) > CHARACTERS:
                 break
         file.write_text("\n".join(lines) + "\n")
@@ -108,11 +114,61 @@ def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tup
     return applies, other
 
 
-def evaluated(file: Path, make: Any, text_bt: torch.Tensor) -> Evaluation | dict[str, Any]:
+def evaluated(file: Path, make: Callable[[], Coupling], text_bt: torch.Tensor) -> dict[str, Any]:
     """An evaluation as JSON, kept in a file."""
     if not file.is_file():
         file.write_text(json.dumps(evaluate(make(), text_bt).to_json()))
     return json.loads(file.read_text())
+
+
+def adapted(out: Path, options: argparse.Namespace, text: Path) -> dict[str, float]:
+    """Adapt the coupling into OUT/adapted by a twentieth of its tokens; what it took."""
+    facts = out / "adapted.json"
+    if not facts.is_file():
+        started, last = time.process_time(), 0
+
+        def watch(progress: Progress) -> None:
+            nonlocal last
+            last = progress.tokens
+
+        bridge.adapt(
+            options.bridge, adapter=out / "adapter", data=str(text), out=out / "adapted", resume=True, on_progress=watch
+        )  # fmt: skip
+        facts.write_text(json.dumps({"seconds": round(time.process_time() - started, 1), "tokens": last}))
+    return json.loads(facts.read_text())
+
+
+def print_evaluations(found: dict[str, dict[str, Any]]) -> None:
+    """CE recovered at every site, both ways, and over all."""
+    print("\nCE recovered       " + "".join(f"{site['site']:>7}" for site in found["base"]["sites"]) + "    all     KL")
+    for name, each in found.items():
+        for way in ("in", "out"):
+            sites = "".join(f"{site[f'recovered_{way}']:>7.3f}" for site in each["sites"])
+            kl = f"{each['kl_sparse']:>7.3f}" if way == "in" else ""
+            print(f"{name if way == 'in' else '':<10} {way:<8}{sites}{each[f'recovered_{way}']:>7.3f}{kl}")
+
+
+def compared(file: Path, base: Coupling, tuned: Coupling, prompts: list[str], seed: int) -> dict[str, Any]:
+    """The diff over some prompts, printed, kept in a file."""
+    started = time.process_time()
+    found = bridge.diff(base, tuned, prompts, seed=seed)
+    print(f"\n{render_diff(found, 120)}", flush=True)
+    write_json(file, found.to_json())
+    measure, changed = found.transplant, found.changed
+    makes = [each.transplant for each in changed if each.transplant is not None]
+    return {
+        "prompts": len(prompts), "changed": len(changed), "verdict": found.verdict, "share": measure.value,
+        "interval": measure.interval, "matched": measure.control and measure.control.mean,
+        "matched_largest": measure.control and measure.control.bar, "all_nodes": measure.ceiling, "note": measure.note,
+        "nodes": median(each.changed for each in changed) if changed else None,
+        "through": {kind: median(each.through[kind] for each in changed) for kind in KINDS} if changed else None,
+        "change": median(each.change for each in changed) if changed else None,
+        "largest_change": max(abs(each.change) for each in found.prompts),
+        "displaced": sum(sum(each.displaced) / len(each.displaced) for each in makes) / len(makes) if makes else None,
+        "new_word": sum(each.answer.text.strip() == NEW for each in found.prompts),
+        "channels": [[each.name, each.prompts, round(each.share, 4)] for each in found.channels[:8]],
+        "seconds": round((time.process_time() - started) / len(prompts), 1),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -127,17 +183,28 @@ def main() -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     base = bridge.load(options.bridge)
-    recipe = base.recipe
-    text = corpus(out / "text.jsonl", recipe.data.source, recipe.seed)
-    blocks = load_blocks(str(text), base.dense.prompts, base.context, seed=recipe.seed)
+    recipe, dense = base.recipe, base.dense
+    own, text = (corpus(out / f"{word}.jsonl", recipe.data.source, recipe.seed, word) for word in (WORD, NEW))
+    own_bt, blocks = (load_blocks(str(file), dense.prompts, base.context, seed=recipe.seed) for file in (own, text))
     print(blocks.description, flush=True)
     lora = trained_adapter(out / "adapter", base, blocks, options.minutes)
-    tuned = load_dense(base.dense.name, adapter=out / "adapter")
-    held_bt = blocks.heldout(EVALUATED_ROWS)
-    assert base.reference_bt is not None
-    found: dict[str, Any] = {"base": evaluated(out / "base.json", lambda: base, base.reference_bt[:EVALUATED_ROWS])}
-    found["before"] = evaluated(out / "before.json", lambda: replace(base, dense=tuned), held_bt)
-    print("base", found["base"]["recovered_in"], "before", found["before"]["recovered_in"], found["before"]["ce_dense"])
+    tuned, held_bt = load_dense(dense.name, adapter=out / "adapter"), blocks.heldout(EVALUATED_ROWS)
+    found = {
+        "base": evaluated(out / "base.json", lambda: base, own_bt.heldout(EVALUATED_ROWS)),
+        "before": evaluated(out / "before.json", lambda: replace(base, dense=tuned), held_bt),
+    }
+    took = adapted(out, options, text)
+    after = bridge.load(out / "adapted")
+    found["after"] = evaluated(out / "after.json", lambda: after, held_bt)
+    print_evaluations(found)
+    applies, other = rule_prompts(base, blocks.heldout(PROMPT_ROWS), options.count, options.seed)
+    kept = {"applies": applies, "other": other}
+    diffs = {name: compared(out / f"diff-{name}.json", base, after, some, options.seed) for name, some in kept.items()}
+    short = {
+        name: {key: each[key] for key in ("ce_dense", "kl_sparse", "recovered_in", "recovered_out")}
+        for name, each in found.items()
+    }
+    print(json.dumps({"lora": lora, "adapt": took, "evaluations": short, "diffs": diffs}))
 
 
 if __name__ == "__main__":

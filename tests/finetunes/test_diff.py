@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,8 @@ def test_the_transplant_is_what_a_literal_one_does(base: Coupling, tuned: Coupli
     grafts, ours, _ = grafts_of(base, tuned)
     added_rf = torch.stack([grafts.own_f * grafts.nodes_f, torch.zeros_like(grafts.own_f)])
     moved_r = transplanted(base, grafts, ours, added_rf)
-    model, tokens_bt = base.dense.model, grafts.question.prompt_bt
+    model: Any = base.dense.model
+    tokens_bt = grafts.question.prompt_bt
     own = {at: parts[0] for at, parts in grafts.space.split(added_rf).items()}
     # the dense model's blocks as Hugging Face has them, what a sublayer's nodes write added behind it
     changed = base.sparse.embed(tokens_bt) + grafts.errors[Location(0, "error")]
@@ -116,7 +118,7 @@ def test_a_planted_change_is_found_where_it_is(base: Coupling, kind: str) -> Non
 
 
 def test_a_diff_names_the_planted_node_and_its_weights(base: Coupling, tuned: Coupling) -> None:
-    found = diff(base, tuned, PROMPT, config=DiffConfig(draws=3))
+    found = diff(base, tuned, PROMPT, config=DiffConfig(draws=3, least=0.2))
     (one,) = found.prompts
     assert one.tuned_d - one.base_d == pytest.approx(one.change) and abs(one.change) > 0.2
     assert sum(one.through.values()) == pytest.approx(1, abs=0.2) and set(one.through) == set(KINDS)
@@ -134,7 +136,7 @@ def test_a_diff_names_the_planted_node_and_its_weights(base: Coupling, tuned: Co
 
 def test_of_several_prompts_the_share_is_the_least_squares_one(base: Coupling, tuned: Coupling) -> None:
     prompts = [PROMPT, "w3 w4 w8 w21", "w17 w2 w33 w6 w11 w9"]
-    found = diff(base, tuned, prompts, config=DiffConfig(draws=2))
+    found = diff(base, tuned, prompts, config=DiffConfig(draws=2, least=0.2))
     some = [(each.change, each.transplant.share) for each in found.prompts if each.transplant is not None]
     assert len(some) > 1
     wanted = sum(change * (share * change) for change, share in some) / sum(change**2 for change, _ in some)
