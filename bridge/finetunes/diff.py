@@ -14,9 +14,9 @@ its nodes' changes write, given all that is changed before, at its own site, the
     h_(i+1)  <-  h_(i+1) + lin g_(i+1)(x'_(i+1) - F_i(x'_i))        x' the graft's run, F_i A's sublayer left alone, g A's decoder
 
 so that no site is chosen (`by site` has the whole change at one site each, by `evidence`'s Transporter). Beside it, the own
-changes of as many other active nodes at the same places (matched), and the changed nodes' own changes at these others (displaced).
-Of several prompts the share is the least-squares one, sum of gained * change over sum of change^2, with its bootstrap interval
-over prompts.
+changes of as many other active nodes at the same places (matched), and the changed nodes' own changes at these others
+(displaced). Of several prompts the share is the least-squares one, sum of gained * change over sum of change^2, with its
+bootstrap interval over prompts.
 
 Shape legend: r graft, k item, t token, n nodes of a location, s sparse width, d dense width, v vocabulary, f all changes in one
 row, nodes and errors first as in a MaskedModel.

@@ -111,7 +111,7 @@ class PromptDiff:
         self, through: Mapping[str, float], changed: int, nodes: tuple[ChangedNode, ...], edges: tuple[ChangedEdge, ...],
         effects: tuple[Effect, ...], transplant: Transplant,
     ) -> PromptDiff:  # fmt: skip
-        """The same prompt, its changes filled in."""
+        """Copy that has the changes."""
         return replace(self, through=through, changed=changed, nodes=nodes, edges=edges, effects=effects, transplant=transplant)
 
 

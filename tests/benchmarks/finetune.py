@@ -1,6 +1,6 @@
 """A fine-tune that is known, adapted to and read off: a LoRA that writes `this` for `self`, trained here in a few minutes.
 
-    python tests/benchmarks/finetune.py [--bridge checkpoints/python-bridge-32] [--out runs/finetune] [--count 24]
+    python tests/benchmarks/finetune.py [--bridge checkpoints/python-bridge-32] [--out runs/finetune] [--count 16]
 
 The text is the coupling's own corpus with every word `self` replaced by `this` (one token for another, ` self` and ` this`). The
 LoRA is trained on it by PEFT; `bridge adapt` goes on from the base coupling with a twentieth of its tokens; evaluated are the
@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import bridge
-from bridge.data.blocks import Blocks, load_blocks
+from bridge.data.blocks import load_blocks
 from bridge.data.corpora import documents
 from bridge.finetunes.grafts import KINDS
 from bridge.finetunes.result import render_diff
@@ -43,7 +43,7 @@ WORD, NEW = "self", "this"
 CHARACTERS = 12_000_000  # of text, of which one document in 50 is held out
 ROWS, RATE, RANK = 16, 2e-3, 8  # of the LoRA
 EVALUATED_ROWS = 96
-PROMPT_ROWS = 400  # of held-out text that prompts are drawn from
+PROMPT_ROWS = 120  # of held-out text that prompts are drawn from
 LENGTHS = 12, 24  # tokens of a prompt
 
 
@@ -59,7 +59,7 @@ def corpus(file: Path, source: str, seed: int, word: str) -> Path:
     return file
 
 
-def trained_adapter(folder: Path, base: Any, blocks: Blocks, minutes: float) -> dict[str, float]:
+def trained_adapter(folder: Path, base: Coupling, text: Path, minutes: float) -> dict[str, float]:
     """Train a LoRA for so many minutes of the processor, and save it; what it took."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -67,6 +67,8 @@ def trained_adapter(folder: Path, base: Any, blocks: Blocks, minutes: float) -> 
     facts = folder / "trained.json"
     if facts.is_file():
         return json.loads(facts.read_text())
+    blocks = load_blocks(str(text), base.dense.prompts, base.context, seed=base.recipe.seed)
+    print(f"LoRA on {blocks.description}", flush=True)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(base.dense.name)
     targets = ["c_attn", "c_proj", "c_fc"]
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("--bridge", default=str(SHIPPED))
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--minutes", type=float, default=3, help="of the processor, for the LoRA")
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out
@@ -185,19 +187,22 @@ def main() -> None:
     base = bridge.load(options.bridge)
     recipe, dense = base.recipe, base.dense
     own, text = (corpus(out / f"{word}.jsonl", recipe.data.source, recipe.seed, word) for word in (WORD, NEW))
-    own_bt, blocks = (load_blocks(str(file), dense.prompts, base.context, seed=recipe.seed) for file in (own, text))
-    print(blocks.description, flush=True)
-    lora = trained_adapter(out / "adapter", base, blocks, options.minutes)
-    tuned, held_bt = load_dense(dense.name, adapter=out / "adapter"), blocks.heldout(EVALUATED_ROWS)
+    limit = PROMPT_ROWS * base.context * 60  # one document in 50 is held out
+    own_bt, held_bt = (
+        load_blocks(str(file), dense.prompts, base.context, max_tokens=limit, seed=recipe.seed).heldout(PROMPT_ROWS)
+        for file in (own, text)
+    )
+    lora = trained_adapter(out / "adapter", base, text, options.minutes)
+    tuned = load_dense(dense.name, adapter=out / "adapter")
     found = {
-        "base": evaluated(out / "base.json", lambda: base, own_bt.heldout(EVALUATED_ROWS)),
-        "before": evaluated(out / "before.json", lambda: replace(base, dense=tuned), held_bt),
+        "base": evaluated(out / "base.json", lambda: base, own_bt[:EVALUATED_ROWS]),
+        "before": evaluated(out / "before.json", lambda: replace(base, dense=tuned), held_bt[:EVALUATED_ROWS]),
     }
     took = adapted(out, options, text)
     after = bridge.load(out / "adapted")
-    found["after"] = evaluated(out / "after.json", lambda: after, held_bt)
+    found["after"] = evaluated(out / "after.json", lambda: after, held_bt[:EVALUATED_ROWS])
     print_evaluations(found)
-    applies, other = rule_prompts(base, blocks.heldout(PROMPT_ROWS), options.count, options.seed)
+    applies, other = rule_prompts(base, held_bt, options.count, options.seed)
     kept = {"applies": applies, "other": other}
     diffs = {name: compared(out / f"diff-{name}.json", base, after, some, options.seed) for name, some in kept.items()}
     short = {
