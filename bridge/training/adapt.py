@@ -1,9 +1,9 @@
 """A coupling that goes on to a fine-tune of its dense model: the base's weights and bridges, trained against that one.
 
 The recipe is the base's, but for its start (the base's folder), its L0, which is at its target from the first step on while the
-masks go on moving, its rates, and its budget: by default a twentieth of the tokens that the base was trained on. What the
-fine-tune left alone in the dense model (a block, or all that is outside of them) stays in the sparse one too, so that a change is
-looked for where there is one. Everything else is `prepare`, `train` and `finish`, as for any fit.
+masks go on moving, its rates, no refit, and its budget: by default a twentieth of the base's tokens. What the fine-tune left
+alone in the dense model (a block, or all that is outside of them) stays in the sparse one too, so that a change is looked for
+where there is one. Everything else is `prepare`, `train` and `finish`, as for any fit.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
     values = {key: value for key, value in recipe.model_dump().items() if key not in ("dense", "revision", "adapter", "budget")}
     values["sparse"] |= {"start": base.path}
     values["sparsity"] |= {"anneal": AT_ONCE}
+    values["refit"] |= {"slopes": 0.0}  # the base's decoders were refitted, and go on from there
     numbers = recipe.optimizer
     rates = {"rate": numbers.rate or RATE, "bridge_rate": numbers.bridge_rate, "bridge_bias_rate": numbers.bridge_bias_rate}
     values["optimizer"] |= {name: GENTLER * rate for name, rate in rates.items()}
