@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import another_prompt, matched
@@ -31,7 +32,7 @@ from bridge.evidence.deletion import Deletions, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
-from bridge.evidence.sufficiency import Backup, NestedCircuit, backup_nodes, measure_nested, strongest
+from bridge.evidence.sufficiency import Backup, NestedCircuit, measure_nested, strongest
 from bridge.models.bridges import Coupling
 from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nulls
 
