@@ -96,7 +96,7 @@ def info(
         for name, value in rows:
             print(f"{name:<11} {value}")
         print("\nsite  read by   largest logit error when resumed there")
-        for site, (kind, error) in enumerate(zip((*kinds, "unembed"), dense.parity.errors, strict=True)):
+        for site, (kind, error) in enumerate(zip(dense.readers, dense.parity.errors, strict=True)):
             print(f"{site:>4}  {kind:<9} {error:.1e}")
 
 
@@ -110,6 +110,7 @@ def fit(
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
     width: Annotated[int | None, typer.Option(help="Residual width of the sparse model; default twice the model's.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Couple these of the model's blocks alone: a slice, such as 12:16.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with every number, such as those in recipes/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/MODEL.")] = None,
@@ -135,8 +136,8 @@ def fit(
 
             check_resumable(out)
         values = recipe_values(
-            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
-            adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
+            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, uncoupled=uncoupled,
+            seed=seed, adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
         )  # fmt: skip
         name = chosen_model(model, gguf, values.get("dense"))
         if name is None and resume and out is not None and (out / "training.json").is_file():

@@ -34,6 +34,7 @@ from bridge.kernels.products import source_of
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.models.residual import Enter
+from bridge.models.span import DenseSpan, SparseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
 from bridge.recipe import Recipe, resolve
@@ -131,6 +132,10 @@ class Coupling:
             raise ValueError(
                 f"the dense model has {self.dense.vocabulary} logits, the sparse model {self.sparse.vocabulary}; they must agree"
             )
+        if isinstance(self.sparse, SparseSpan):
+            if not isinstance(self.dense, DenseSpan):
+                raise ValueError("the sparse model is a span's, and the dense model is a whole one; take the span (`dense_of`)")
+            object.__setattr__(self, "sparse", self.sparse.join(self.dense, self.bridges))
 
     @property
     def n_sites(self) -> int:
@@ -202,7 +207,7 @@ class Coupling:
             )
         try:
             recipe, known = resolve(facts["recipe"]), facts["dense"]
-            sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
+            sparse = sparse_of(recipe, tuple(known["sublayers"]), known["vocabulary"])
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
             identity, fitted_to = Identity.read(known), known["name"]
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
@@ -227,6 +232,7 @@ class Coupling:
                 raise CheckpointError(
                     f"dense model of {str(folder)!r} not found: {error}; or say where it is with --dense (in Python dense=...)"
                 ) from None
+        dense = dense_of(dense, recipe.sparse.blocks)
         if difference := identity.difference(dense.identity()):
             raise CheckpointError(
                 f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}): {difference}; "
@@ -355,8 +361,12 @@ def _locate(folder: Path, name: str, beside: str | None) -> str:
 
 def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:
     """An untrained coupling of the recipe's shape; the recipe's width and context must be resolved for the dense model."""
-    assert recipe.data.context is not None
-    shape = recipe.sparse
-    sparse = SparseTransformer(shape, dense.sublayers, dense.vocabulary, recipe.data.context, seed=recipe.seed)
+    sparse = sparse_of(recipe, dense.sublayers, dense.vocabulary)
     bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
     return Coupling(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
+
+
+def sparse_of(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:
+    """The sparse model of a recipe, before anything is learnt, with the kinds of sublayer of the dense model or span."""
+    kind = SparseTransformer if recipe.sparse.blocks is None else SparseSpan
+    return kind(recipe.sparse, sublayers, vocabulary, recipe.data.context or 1, seed=recipe.seed)

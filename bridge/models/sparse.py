@@ -104,15 +104,16 @@ class SparseTransformer(nn.Module):
         self.heads_of_queries = form.heads or width // channels
         self.heads_of_keys = form.kv_heads or self.heads_of_queries
         self.group = self.heads_of_queries // self.heads_of_keys  # query heads that share keys and values
-        self.embedding = nn.Parameter(torch.empty(vocabulary, width))
+        entries = vocabulary if shape.blocks is None else 0  # a span (`span`) begins and ends with the dense model
+        self.embedding = nn.Parameter(torch.empty(entries, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
         sizes = (width, channels * self.heads_of_queries, channels * self.heads_of_keys, self.neurons)
         self.blocks = nn.ModuleList(_Block(form, *sizes, channels) for _ in range(n_blocks))
-        self.unembedding = _Linear(width, vocabulary)
+        self.unembedding = _Linear(width, entries)
         self.bigram: nn.ParameterList = nn.ParameterList()
-        if shape.bigram == "full":
+        if shape.bigram == "full" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, vocabulary)))
-        elif shape.bigram == "low-rank":
+        elif shape.bigram == "low-rank" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
         self.values = nn.ParameterDict()  # of matrices that are trained by their nonzeros, in place of the dense ones
@@ -202,6 +203,7 @@ class SparseTransformer(nn.Module):
         sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
         if narrow:
             last_only = True
+        if narrow and self.narrow_from < self.n_sites:
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
@@ -502,7 +504,8 @@ class SparseTransformer(nn.Module):
 
     def sparse_weights(self) -> dict[str, nn.Parameter]:
         """The dense matrices that are made sparse: all of them but the bigram table."""
-        return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
+        matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2 and p.numel()}
+        return {name: p for name, p in matrices.items() if not name.startswith("bigram")}
 
     def packable(self) -> dict[str, nn.Parameter]:
         """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
@@ -512,7 +515,7 @@ class SparseTransformer(nn.Module):
     def biases(self) -> dict[str, nn.Parameter]:
         """The vectors that may be made sparse: biases of the linear maps, and attention sinks."""
         vectors = {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
-        return {name: p for name, p in vectors.items() if ".gains." not in name}
+        return {name: p for name, p in vectors.items() if p.numel() and ".gains." not in name}
 
     def fractions(self, sparsity: Sparsity) -> Fractions:
         """Fractions of every matrix that a recipe's L0 keep; a number of weights is one of the matrices that l0 speaks of.
@@ -635,6 +638,11 @@ class _Linear(nn.Linear):
     """A linear map, through its nonzeros where it is given them; a module either way, so that hooks see what it reads."""
 
     matrix: Compact | None = None
+
+    def reset_parameters(self) -> None:
+        """Fill a map that has any outputs, before the model gives it weights."""
+        if self.out_features:
+            super().reset_parameters()
 
     def forward(self, x_btn: Tensor) -> Tensor:
         """y_btm."""

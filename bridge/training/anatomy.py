@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bridge.huggingface.site_discovery import first_tensor, forward, output_tensor
-from bridge.models.dense import DenseModel, exclusive
+from bridge.models.dense import DenseModel
+from bridge.models.dense_run import exclusive
+from bridge.models.span import DenseSpan
 from bridge.models.sparse import ACTIVATIONS
 from bridge.recipe import AttentionShape
 
@@ -138,7 +140,18 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(dense: DenseModel, context: int) -> Anatomy:
-    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none."""
+    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none.
+
+    Of a span they are the whole model's that lie in it, and for an embedding the residual that comes into it stands.
+    """
+    if isinstance(dense, DenseSpan):
+        whole, first = dissect(dense.whole, context), dense.offset
+        attention, mlp = (
+            {site - first: part for site, part in parts.items() if first <= site < first + len(dense.sublayers)}
+            for parts in (whole.attention, whole.mlp)
+        )
+        h_xd = dense.prefix(_probe(dense))[:, 1:].flatten(0, 1).float()
+        return Anatomy(whole.centred, whole.eps, attention, mlp, h_xd, None, None, None)
     tokens_bt = _probe(dense)
     seen = _watch(dense, tokens_bt)
     sites = _sites(dense)

@@ -184,7 +184,7 @@ def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor
     def recovered(name: str, site: int) -> float:
         return (ce("mean", site) - ce(name, site)) / (ce("mean", site) - ce("dense"))
 
-    readers = (*coupling.dense.sublayers, "unembed")
+    readers = coupling.dense.readers
     by_site = tuple(
         SiteEvaluation(
             site=site,

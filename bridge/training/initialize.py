@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from bridge.models.bridges import Coupling, folder_of
 from bridge.models.dense import DenseModel
+from bridge.models.span import DenseSpan
 from bridge.models.sparse import Fractions, SparseTransformer, norm_scale
 from bridge.models.store import read_json
 from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape
@@ -156,12 +157,14 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
         return nothing
     anatomy = dissect(dense, coupling.context)
     frame = _Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
-    if not sparse.form.writes_normed:  # a gain there is one for each channel
+    span = isinstance(dense, DenseSpan)
+    if not sparse.form.writes_normed and not span:  # a gain there is one for each channel
         frame = replace(frame, turn_dd=_turn(anatomy, frame))
     _copy_bridges(coupling, frame)
     sample = [h_btd[:ROWS, :TOKENS] for h_btd in residuals]
     sublayers = tuple(_copy_sublayer(coupling, site, frame, anatomy, sample) for site in range(len(dense.sublayers)))
-    return Started(_copy_embedding(sparse, frame, anatomy), _copy_unembedding(sparse, frame, anatomy), True, sublayers)
+    ends = (False, False) if span else (_copy_embedding(sparse, frame, anatomy), _copy_unembedding(sparse, frame, anatomy))
+    return Started(*ends, True, sublayers)
 
 
 def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:

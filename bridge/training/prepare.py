@@ -26,6 +26,7 @@ from bridge.data.blocks import Blocks, load_blocks
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
+from bridge.models.span import DenseSpan, dense_of
 from bridge.models.sparse import Fractions, SparseTransformer
 from bridge.models.store import CheckpointError, check_new, read_json
 from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
@@ -91,6 +92,7 @@ def prepare(
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
     )
+    dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
@@ -151,6 +153,9 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         shape = shape_of_coupling(shape.start, shape)
     elif shape.block is None:
         shape = shape_for(dense, shape, data.context or 1)
+        if isinstance(dense, DenseSpan):
+            first = dense.first_block  # not counted from the end, nor left open
+            shape = shape.model_copy(update={"blocks": f"{first}:{first + len(dense.blocks)}", "bigram": "none"})
         if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
             shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
     optimizer = recipe.optimizer
