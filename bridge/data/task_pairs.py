@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 import yaml
 
-from bridge.data.task_templates import EARLIER, LATER, NAMES, POOLS, TASKS, Templates
+from bridge.data.task_templates import EARLIER, LATER, NAMES, POOLS, Templates
+from bridge.data.tasks_english import ENGLISH
+from bridge.data.tasks_python import PYTHON
 from bridge.errors import UserError
 from bridge.recipe import not_text
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+TASKS: tuple[Templates, ...] = (*PYTHON, *ENGLISH)
 PAIRS: Mapping[Split, int] = {"train": 256, "validation": 64, "test": 128}
 SPARE = 4  # times as many pairs are generated, for a tokenizer to choose from
 HELD_OUT = 0.25  # share of the names, and about of the templates, that validation has for itself, and test

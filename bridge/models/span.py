@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from bridge.models.dense_run import exclusive
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import blocks_of
-
-if TYPE_CHECKING:
-    from bridge.models.bridges import Bridges
 
 REMEMBERED = 1 << 30  # bytes of dense residuals
 
@@ -118,12 +115,30 @@ def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
     return dense if same else DenseSpan(whole, first, last)
 
 
+class Maps(Protocol):
+    """A bridge, as far as a span's ends need one."""
+
+    def encode(self, h_btd: Tensor) -> Tensor:
+        """x_bts of a dense residual."""
+        ...
+
+    def decode(self, x_bts: Tensor) -> Tensor:
+        """h_btd of a sparse residual."""
+        ...
+
+
+class MapsAtSites(Protocol):
+    """A bridge at every site."""
+
+    def __getitem__(self, site: int) -> Maps: ...
+
+
 @dataclass(frozen=True, eq=False)
 class _Ends:
     """What a sparse span begins and ends with; no part of its weights, and shared by its copies."""
 
     dense: DenseSpan
-    bridges: Bridges
+    bridges: MapsAtSites
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Ends:
         return self
@@ -136,8 +151,8 @@ class SparseSpan(SparseTransformer):
 
     _ends: _Ends | None = None
 
-    def join(self, dense: DenseSpan, bridges: Bridges) -> SparseSpan:
-        """This model, begun and ended by a dense span and bridges; a copy that shares its weights if it has others already."""
+    def join(self, dense: DenseSpan, bridges: MapsAtSites) -> SparseSpan:
+        """The model, begun and ended by a dense span and bridges; a copy that shares its weights if it has others already."""
         if self._ends is None:
             self._ends = _Ends(dense, bridges)
         if (self._ends.dense, self._ends.bridges) == (dense, bridges):

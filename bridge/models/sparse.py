@@ -1,4 +1,4 @@
-"""The weight-sparse transformer: its nodes, its gates, and the L0 projection (Gao et al. 2025, sections 2.1 and 2.2, appendix A).
+"""The weight-sparse transformer: its nodes and its gates (Gao et al. 2025, sections 2.1 and 2.2, appendix A).
 
     x = E[token] (+ P[position])                                       embedding; the residual stream stays dense
     attention:  r = K(norm x);  q, k, v = K(W r + b);  x += K(W_o attend(q, k, v) + b)
@@ -9,9 +9,8 @@ K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a g
 That is the plain block. What the dense model's blocks have beyond it (`recipe.BlockShape`, found by `anatomy`) these have too:
 gated MLPs, g = K(act(W_gate r + b)), a = K(g (W_up r + b)); heads that share keys and values; rotary positions at any frequency,
 windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; reads without a norm.
-`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
-(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel stand for it, so that the fused causal
-kernels still apply. Where the dense model's blocks are parallel, so are these: both halves read the same x.
+`attend` has a sink per head (`sparse_blocks`). Where the dense model's blocks are parallel, so are these: both halves read the
+same x. Which weights are nonzero is decided by the projection (`sparse_weights`).
 
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
@@ -33,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.kernels.attention import NEVER, attend
-from bridge.kernels.cpu import tokens_contiguous
-from bridge.kernels.products import Compact, source_of, sparse_embedding, sparse_linear, tokens_inside, worth_it
-from bridge.kernels.top_k import abs_top_k, gelu, normed, project_, top_k_mask
+from bridge.kernels.products import Compact, sparse_embedding, tokens_inside
+from bridge.kernels.top_k import abs_top_k
 from bridge.models.residual import Enter, Trace, run
-from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, MATRICES, matrices, mlp_kinds, output_side
-from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape, Sparsity, kept_fraction, n_kept
+from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, matrices, mlp_kinds
+from bridge.models.sparse_blocks import ACTIVATIONS, Block, Heads, Linear, norm, norm_scale
+from bridge.models.sparse_weights import SparseWeights
+from bridge.recipe import BlockShape, SparseShape
 
 
 @dataclass(frozen=True, order=True)
@@ -53,28 +52,6 @@ class Location:
         return f"{self.layer}.{self.kind}"
 
 
-@dataclass(frozen=True)
-class Fractions:
-    """Fraction of a matrix's weights that stays: of a block's, and of embedding, positions and unembedding."""
-
-    blocks: float
-    embed: float
-
-    @staticmethod
-    def of(fraction: float | Fractions) -> Fractions:
-        """One fraction for every matrix, where one number is given."""
-        return fraction if isinstance(fraction, Fractions) else Fractions(fraction, fraction)
-
-    def at(self, name: str) -> float:
-        """Fraction of weights kept for a matrix."""
-        return self.embed if embeds(name) else self.blocks
-
-
-def embeds(name: str) -> bool:
-    """Whether a matrix is no block's: the embedding, the positions or the unembedding."""
-    return not name.startswith("blocks.")
-
-
 Gate = Callable[[Location, Tensor], Tensor]
 
 
@@ -83,7 +60,7 @@ def identity_gate(location: Location, x_btn: Tensor) -> Tensor:
     return x_btn
 
 
-class SparseTransformer(nn.Module):
+class SparseTransformer(Heads, SparseWeights):
     """A residual model whose weights become sparse; `sublayer_kinds` are those of the dense model it is coupled to."""
 
     def __init__(
@@ -108,17 +85,17 @@ class SparseTransformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(entries, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
         sizes = (width, channels * self.heads_of_queries, channels * self.heads_of_keys, self.neurons)
-        self.blocks = nn.ModuleList(_Block(form, *sizes, channels) for _ in range(n_blocks))
-        self.unembedding = _Linear(width, entries)
+        self.blocks = nn.ModuleList(Block(form, *sizes, channels) for _ in range(n_blocks))
+        self.unembedding = Linear(width, entries)
         self.bigram: nn.ParameterList = nn.ParameterList()
         if shape.bigram == "full" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, vocabulary)))
         elif shape.bigram == "low-rank" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
-        self.values = nn.ParameterDict()  # of matrices that are trained by their nonzeros, in place of the dense ones
-        self.compact: dict[str, Compact] = {}  # by the name of the matrix
-        self._thresholds: dict[str, float | None] = {}  # of the last projection: where the next one looks first
+        self.values = nn.ParameterDict()
+        self.compact: dict[str, Compact] = {}
+        self._thresholds: dict[str, float | None] = {}
         if not self.embedding.is_meta:  # on the meta device there are shapes alone
             self._initialise(seed)
 
@@ -148,11 +125,6 @@ class SparseTransformer(nn.Module):
     def keep(self) -> float:
         """Share of the values that AbsTopK keeps at every node location."""
         return self.shape.keep or 0.25
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.unembedding.bias.device
 
     def locations(self) -> dict[Location, int]:
         """Every node location in the order of the computation, with its number of nodes."""
@@ -255,32 +227,6 @@ class SparseTransformer(nn.Module):
         """These weights seen through `gate`, again a residual model."""
         return Gated(self, gate)
 
-    def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
-        """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
-        score_bhtt = self.scores(layer, q_btn, k_btn)
-        place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
-        distance_tt = place_t[:, None] - place_t
-        score_bhtt = score_bhtt.masked_fill((distance_tt < 0) | (distance_tt >= self._window(layer, len(place_t))), -torch.inf)
-        if not self.shape.sinks:
-            return score_bhtt.softmax(-1)
-        sink_bht1 = self._block(layer).sinks.view(1, -1, 1, 1).expand(*score_bhtt.shape[:3], 1)
-        return torch.cat([sink_bht1, score_bhtt], -1).softmax(-1)[..., 1:]
-
-    def scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
-        """score_bhtt of a block's q and k nodes, also of what no query sees."""
-        q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
-        score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
-        if alibi_h := self._attention_shape(layer).slopes:
-            place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
-            score_bhtt = score_bhtt + score_bhtt.new_tensor(alibi_h)[:, None, None] * (place_t - place_t[:, None])
-        cap = self.form.score_cap
-        return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
-
-    def score_gradient(self, score: Tensor) -> Tensor:
-        """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
-        cap = self.form.score_cap
-        return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
-
     def column_nodes(self, name: str) -> Tensor:
         """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
         source = self.matrices[name][0]
@@ -288,17 +234,6 @@ class SparseTransformer(nn.Module):
         if name != "o":
             return column_i
         return column_i // (self.group * self.channels) * self.channels + column_i % self.channels
-
-    def shared(self, x_bgtc: Tensor) -> Tensor:
-        """x_bhtc for every query head, of what `heads` gave of keys or values."""
-        return x_bgtc if self.group == 1 else x_bgtc.repeat_interleave(self.group, 1)
-
-    def _attention_shape(self, layer: int) -> AttentionShape:
-        shapes = self.form.attention
-        return shapes[layer % len(shapes)] if shapes else AttentionShape()
-
-    def _window(self, layer: int, tokens: int) -> int:
-        return self._attention_shape(layer).window or tokens
 
     # -- the computation, in its order ----------------------------------------------------------------------------------
 
@@ -308,11 +243,6 @@ class SparseTransformer(nn.Module):
         for site, kind in enumerate(self.sublayer_kinds):
             layer += kind != "mlp"
             yield layer, site, kind
-
-    def _block(self, layer: int) -> _Block:
-        block = self.blocks[layer]
-        assert isinstance(block, _Block)
-        return block
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """x_bts of the tokens, with their positions."""
@@ -324,22 +254,7 @@ class SparseTransformer(nn.Module):
         kept = max(1, round(self.keep * x_btn.shape[-1]))
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
-    def by_nonzeros(self, name: str) -> Compact | None:
-        """The matrix of that name by its nonzeros; None where it is used as it is."""
-        return self._matrix(name, self.get_parameter(name))
-
-    def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
-        """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
-        matrix = self.compact.get(name)
-        if matrix is None or weight is None:
-            return matrix
-        if weight.requires_grad or weight.device.type != "cpu" or weight.dtype != torch.float32:
-            return None  # somebody wants the gradient of the dense one, or it went where there is no kernel
-        if matrix.source != source_of(weight):
-            matrix = self.compact[name] = Compact.of(weight)
-        return matrix
-
-    def _map(self, name: str, linear: _Linear, x_btn: Tensor) -> Tensor:
+    def _map(self, name: str, linear: Linear, x_btn: Tensor) -> Tensor:
         linear.matrix = self._matrix(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
@@ -396,7 +311,7 @@ class SparseTransformer(nn.Module):
         return norm_scale(x_bts, self.form.eps) if normed_here else torch.ones_like(x_bts[..., :1])
 
     def _read(self, x_bts: Tensor) -> Tensor:
-        return _norm(x_bts, self.form.eps) if self.form.reads_normed else x_bts
+        return norm(x_bts, self.form.eps) if self.form.reads_normed else x_bts
 
     def _attention(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         write_bts = self._attention_write(layer, gate, last_only, x_bts)
@@ -422,176 +337,17 @@ class SparseTransformer(nn.Module):
             return F.linear(F.embedding(tokens_bt, self.bigram[1]), self.bigram[0])
         return None
 
-    def sinks(self, layer: int) -> Tensor:
-        """sink_h of a block's heads; of a model without sinks logits that take nothing."""
-        sink_h = self._block(layer).sinks
-        return sink_h if self.shape.sinks else torch.full_like(sink_h, NEVER)
-
     def uncapped(self, x_bts: Tensor) -> Tensor:
         """logits_btv of the last residual, before a soft cap and without the bigram table."""
-        return self._map("unembedding", self.unembedding, _norm(x_bts, self.form.eps))
+        return self._map("unembedding", self.unembedding, norm(x_bts, self.form.eps))
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits through the soft cap, where there is one."""
         cap = self.form.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
 
-    def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
-        """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate, rotated by position where positions are rotary."""
-        x_bhtc = x_btn.unflatten(-1, (-1, self.channels)).transpose(1, 2)
-        return self._rotated(layer, x_bhtc, 1) if rotate else x_bhtc
-
-    def nodes(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
-        """x_btn of what `heads` gave: its inverse, which also takes gradients of heads to gradients of nodes."""
-        return (self._rotated(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
-
-    def frequencies(self, layer: int) -> tuple[float, ...]:
-        """Radians a token by which channel i of a head turns with channel i + their number; the other channels stay."""
-        if self.shape.positions != "rotary":
-            return ()
-        if self.form.attention:
-            return self._attention_shape(layer).frequencies
-        half = self.channels // 2
-        return tuple((10_000 ** (-torch.arange(half) / half)).tolist())
-
-    def _rotated(self, layer: int, x_bhtc: Tensor, sign: int) -> Tensor:
-        frequencies = self.frequencies(layer)
-        if not frequencies:
-            return x_bhtc
-        half = len(frequencies)
-        angle_tc = sign * torch.arange(x_bhtc.shape[2], device=x_bhtc.device)[:, None] * x_bhtc.new_tensor(frequencies).float()
-        cosine_tc, sine_tc = angle_tc.cos().to(x_bhtc.dtype), angle_tc.sin().to(x_bhtc.dtype)
-        first, second, rest = x_bhtc[..., :half], x_bhtc[..., half : 2 * half], x_bhtc[..., 2 * half :]
-        return torch.cat([first * cosine_tc - second * sine_tc, first * sine_tc + second * cosine_tc, rest], -1)
-
     def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
         return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
-
-    def _attend(self, layer: int, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor) -> Tensor:
-        channels, sink_h = self.channels, self._block(layer).sinks if self.shape.sinks else None
-        earlier, turns = k_btn.shape[1] - q_btn.shape[1], bool(self.frequencies(layer))
-        shape, tokens = self._attention_shape(layer), k_btn.shape[1]
-        plain = self.form.score_cap is None and not shape.slopes and self._window(layer, tokens) >= tokens
-        fused = plain and q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
-        if earlier and (turns or not fused):
-            q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # whose queries are not used
-            return self._attend(layer, q_btn, k_btn, v_btn)[:, earlier:]
-        if not plain:  # no fused kernel has these scores
-            pattern_bhtt = self.pattern(layer, q_btn, k_btn).to(v_btn.dtype)
-            return (pattern_bhtt @ self.shared(self.heads(layer, v_btn, rotate=False))).transpose(1, 2).flatten(2)
-        if turns:
-            q_btn, k_btn = (self.heads(layer, x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
-        if self.group > 1:
-            k_btn, v_btn = (x.unflatten(-1, (-1, channels)).repeat_interleave(self.group, 2).flatten(2) for x in (k_btn, v_btn))
-        if fused:
-            return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
-        q_bhtc, k_bhtc, v_bhtc = (self.heads(layer, x, rotate=False) for x in (q_btn, k_btn, v_btn))
-        scale = 1 / math.sqrt(channels)
-        if sink_h is None:
-            z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
-            return z_bhtc.transpose(1, 2).flatten(2)
-        # A dummy token in front, seen by everyone: value 0, and a key whose only nonzero is the sink logit in an extra channel,
-        # where every query has 1. Eight extra channels, because the fused kernels want head widths that are multiples of 8.
-        q_bhtc, k_bhtc, v_bhtc = (F.pad(x, (0, 8, 1, 0)) for x in (q_bhtc, k_bhtc, v_bhtc))
-        extra_c = torch.zeros(channels + 8, dtype=q_bhtc.dtype, device=q_bhtc.device)
-        extra_c[channels] = 1
-        sink_htc = (sink_h[:, None] / scale).to(k_bhtc.dtype)[:, :, None] * extra_c
-        sink_htc = F.pad(sink_htc, (0, 0, 0, k_bhtc.shape[2] - 1))
-        z_bhtc = F.scaled_dot_product_attention(q_bhtc + extra_c, k_bhtc + sink_htc, v_bhtc, is_causal=True, scale=scale)
-        return z_bhtc[:, :, 1:, :channels].transpose(1, 2).flatten(2)
-
-    # -- sparsity -------------------------------------------------------------------------------------------------------
-
-    def sparse_weights(self) -> dict[str, nn.Parameter]:
-        """The dense matrices that are made sparse: all of them but the bigram table."""
-        matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2 and p.numel()}
-        return {name: p for name, p in matrices.items() if not name.startswith("bigram")}
-
-    def packable(self) -> dict[str, nn.Parameter]:
-        """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
-        on_cpu = self.device.type == "cpu"
-        return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
-
-    def biases(self) -> dict[str, nn.Parameter]:
-        """The vectors that may be made sparse: biases of the linear maps, and attention sinks."""
-        vectors = {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
-        return {name: p for name, p in vectors.items() if p.numel() and ".gains." not in name}
-
-    def fractions(self, sparsity: Sparsity) -> Fractions:
-        """Fractions of every matrix that a recipe's L0 keep; a number of weights is one of the matrices that l0 speaks of.
-
-        Raises RecipeError where there are fewer.
-        """
-        apart = sparsity.embed_l0
-        counted = sum(count for name, (_, count) in self._sizes().items() if apart is None or not embeds(name))
-        blocks = kept_fraction(sparsity.l0, counted)
-        return Fractions(blocks, blocks if apart is None else apart)
-
-    def project(self, fraction: float | Fractions, *, biases: bool = False, min_per_neuron: int = 0) -> None:
-        """Keep of every matrix the fraction (up to 1) of the weights that is largest in magnitude, in place.
-
-        With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
-        are kept first, within the same number. Raises RecipeError where that number is too small for them.
-        """
-        fractions = Fractions.of(fraction)
-        if not self.values:
-            self.compact.clear()  # copies of what changes here
-        alike: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices of one size that keep as many weights
-        for name, weight in self.sparse_weights().items():
-            kept = n_kept(fractions.at(name), weight.numel())
-            kept_first = protected(name, weight, min_per_neuron)
-            if kept_first is None:
-                alike.setdefault((weight.numel(), kept), {})[name] = weight.data
-            elif (needed := int(kept_first.sum())) > kept:
-                raise RecipeError(
-                    f"l0 leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}; raise l0 or lower it"
-                )
-            else:
-                priority = torch.where(kept_first, torch.inf, weight.detach().abs())
-                weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
-        for (_, kept), weights in alike.items():
-            thresholds = project_([*weights.values()], kept, [self._thresholds.get(name) for name in weights])
-            self._thresholds |= dict(zip(weights, thresholds, strict=True))
-        if biases:
-            for bias in self.biases().values():
-                project_([bias.data], n_kept(fractions.blocks, bias.numel()))
-
-    def achieved_l0(self) -> float:
-        """Share of the weights of the matrices that are made sparse that are nonzero."""
-        return _share(self._sizes())
-
-    def achieved_fractions(self) -> Fractions:
-        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding."""
-        sizes = self._sizes()
-        blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
-        return Fractions(_share(blocks), _share(embed))
-
-    def n_sparse_weights(self) -> int:
-        """Number of weights, zero or not, of the matrices that are made sparse."""
-        return sum(count for _, count in self._sizes().values())
-
-    def n_kept(self, kept: float | Fractions) -> int:
-        """Number of those weights that stay at these fractions."""
-        fractions = Fractions.of(kept)
-        return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
-
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Nonzeros and weights of every matrix that is made sparse, by name."""
-        sizes = {name: (weight.detach(), weight.numel()) for name, weight in self.sparse_weights().items()}
-        for key, value in self.values.items():
-            name = key.replace("/", ".")
-            sizes[name] = (value.detach(), self.compact[name].pattern.count)
-        return {name: (int(weight.count_nonzero()), count) for name, (weight, count) in sizes.items()}
-
-    def use_products(self, tokens: int = 256, dtype: torch.dtype = torch.float32) -> None:
-        """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
-        if self.values:
-            return
-        self.compact.clear()
-        for name, weight in self.packable().items():
-            density = int(weight.count_nonzero()) / weight.numel()
-            if worth_it(*weight.shape, round(density, 3), tokens, dtype):
-                self.compact[name] = Compact.of(weight)
 
 
 @dataclass(frozen=True)
@@ -619,76 +375,3 @@ class Gated:
     def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
         """Run a batch with every node through the gate."""
         return self.model.run(tokens_bt, enter, self.gate)
-
-
-def _share(sizes: dict[str, tuple[int, int]]) -> float:
-    return sum(nonzeros for nonzeros, _ in sizes.values()) / max(1, sum(count for _, count in sizes.values()))
-
-
-def annealed_l0(l0: float, progress: float, anneal: float, start: float = 1.0) -> float:
-    """The fraction kept at `progress` (0 to 1) of training: from `start` to the fraction l0, by equal factors in equal times.
-
-    By equal factors, because a linear fall (the paper's) halves the weights many times over in its last few steps when l0 is
-    small. Reaches l0 at progress = anneal.
-    """
-    return max(l0, start * (l0 / start) ** min(1.0, progress / anneal))
-
-
-class _Linear(nn.Linear):
-    """A linear map, through its nonzeros where it is given them; a module either way, so that hooks see what it reads."""
-
-    matrix: Compact | None = None
-
-    def reset_parameters(self) -> None:
-        """Fill a map that has any outputs, before the model gives it weights."""
-        if self.out_features:
-            super().reset_parameters()
-
-    def forward(self, x_btn: Tensor) -> Tensor:
-        """y_btm."""
-        return super().forward(x_btn) if self.matrix is None else sparse_linear(x_btn, self.matrix, self.bias)
-
-
-class _Block(nn.Module):
-    def __init__(self, form: BlockShape, width: int, queries: int, keys: int, neurons: int, channels: int) -> None:
-        super().__init__()
-        self.q = _Linear(width, queries)
-        self.k = _Linear(width, keys)
-        self.v = _Linear(width, keys)
-        self.o = _Linear(queries, width)
-        self.sinks = nn.Parameter(torch.empty(queries // channels))
-        self.up = _Linear(width, neurons)
-        self.down = _Linear(neurons, width)
-        self.gate = _Linear(width, neurons) if form.gated else None
-        gains = {"q": queries, "k": keys} if form.qk_norm else {}
-        gains |= {"attn_out": width, "mlp_out": width} if form.writes_normed else {}
-        self.gains = nn.ParameterDict({kind: nn.Parameter(torch.empty(size)) for kind, size in gains.items()})
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": gelu, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
-    "relu2": lambda x: F.relu(x).square(),
-}  # fmt: skip
-
-
-def norm_scale(x_bts: Tensor, eps: float = 1e-6) -> Tensor:
-    """scale_bt1, by which RMSNorm multiplies a residual."""
-    return torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + eps)
-
-
-def _norm(x_bts: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a gain, in float32; under autocast its result is handed on in the type that dense products compute in."""
-    r_bts = normed(x_bts, partial(norm_scale, eps=eps))
-    device = x_bts.device.type
-    wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
-    return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts
-
-
-def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
-    """Mask of what min_per_neuron protects in a matrix, the `minimum` largest weights on a neuron's side of it; None: nothing."""
-    matrix = name.removesuffix(".weight").split(".")[-1]
-    if not minimum or matrix not in MATRICES:
-        return None
-    axis = 0 if output_side(matrix) else 1
-    largest = weight.detach().abs().topk(min(minimum, weight.shape[axis]), dim=axis).indices
-    return torch.zeros_like(weight, dtype=torch.bool).scatter_(axis, largest, True)

@@ -31,8 +31,7 @@ from fastapi.security import HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from bridge.data.task_pairs import load_task, task_names
-from bridge.data.task_templates import TASKS
+from bridge.data.task_pairs import TASKS, load_task, task_names
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanations.explanation import Answered, Drawn, Explanation

@@ -40,7 +40,7 @@ from bridge.huggingface.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
 from bridge.models.bridges import Coupling
-from bridge.models.sparse import Fractions, annealed_l0
+from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, read_folder, write_folder, write_text
 from bridge.recipe import Losses, RecipeError, recipe_values
 from bridge.training import sparse_native as native
@@ -110,9 +110,9 @@ def fit(
 ) -> Coupling:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
-    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. blocks, a slice such as "12:16", couples these
-    of the dense model's blocks alone. `recipe` is a TOML file of `recipes/`, and
-    `settings` maps its numbers ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
+    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, a slice such as "12:16", these of
+    the dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
+    ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
         l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, recipe=recipe, settings=settings,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridge.kernels.products import Pattern
 from bridge.models.bridges import Coupling
-from bridge.models.sparse import Fractions, embeds
+from bridge.models.sparse_weights import Fractions, embeds
 from bridge.training import sparse_native as native
 
 

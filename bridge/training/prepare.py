@@ -27,7 +27,8 @@ from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.span import DenseSpan, dense_of
-from bridge.models.sparse import Fractions, SparseTransformer
+from bridge.models.sparse import SparseTransformer
+from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, check_new, read_json
 from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bridge.kernels.products import Compact, Look, Pattern, worth_it
 from bridge.kernels.top_k import project_
-from bridge.models.sparse import Fractions, SparseTransformer, protected
+from bridge.models.sparse import SparseTransformer
+from bridge.models.sparse_weights import Fractions, protected
 
 Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq
 

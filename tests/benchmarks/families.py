@@ -23,7 +23,7 @@ from support.tiny_families import FAMILIES, tiny
 
 from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.dense import DenseModel, load_dense
-from bridge.models.sparse import annealed_l0
+from bridge.models.sparse_weights import annealed_l0
 from bridge.recipe import resolve
 from bridge.training.initialize import Started, start_from_dense
 from bridge.training.objective import Objective, draw_splice

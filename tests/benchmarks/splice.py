@@ -20,7 +20,7 @@ import torch
 from bridge.data.blocks import load_blocks
 from bridge.models.bridges import new_coupling
 from bridge.models.dense import load_dense
-from bridge.models.sparse import annealed_l0
+from bridge.models.sparse_weights import annealed_l0
 from bridge.recipe import recipe_values, resolve
 from bridge.training.evaluate import evaluate
 from bridge.training.objective import Objective, draw_splice

@@ -142,8 +142,8 @@ def main() -> None:
                     with (
                         patch("bridge.models.sparse.abs_top_k", topk_and_scatter),
         patch("bridge.models.bridges.abs_top_k", topk_and_scatter),
-                        patch("bridge.models.sparse.project_", project_by_topk),
-        patch("bridge.models.sparse.attend", masked_attention),
+                        patch("bridge.models.sparse_weights.project_", project_by_topk),
+        patch("bridge.models.sparse_blocks.attend", masked_attention),
                     ):  # fmt: skip
                         step(False)
                 else:

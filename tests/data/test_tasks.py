@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bridge.data.task_pairs import PAIRS, SPLITS, Example, Task, TaskError, load_task, task_names
-from bridge.data.task_templates import POOLS, TASKS
+from bridge.data.task_pairs import PAIRS, SPLITS, TASKS, Example, Task, TaskError, load_task, task_names
+from bridge.data.task_templates import POOLS
 from bridge.data.task_tokens import Resolved, resolve, score
 from bridge.models.dense import DenseModel, load_dense
 

@@ -16,7 +16,8 @@ from bridge.graph.edge_pruning import EdgeMaskedModel, prune_edges
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.circuit import COUNTED, Node, corpus_means
 from bridge.models.dense import DenseModel
-from bridge.models.sparse import Location, norm_scale
+from bridge.models.sparse import Location
+from bridge.models.sparse_blocks import norm_scale
 
 LENGTH = 6
 

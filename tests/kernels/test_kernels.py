@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bridge.kernels.products import tokens_inside
 from bridge.kernels.top_k import abs_top_k, choose, gelu, normed, project_, top_k_mask
-from bridge.models.sparse import norm_scale
+from bridge.models.sparse_blocks import norm_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40)

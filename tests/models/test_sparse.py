@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bridge.models.residual import EMBEDDING, Enter
-from bridge.models.sparse import Fractions, Gated, Location, SparseTransformer, annealed_l0, identity_gate
+from bridge.models.sparse import Gated, Location, SparseTransformer, identity_gate
+from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.recipe import RecipeError, SparseShape, Sparsity
 
 VOCABULARY, CONTEXT, WIDTH, CHANNELS = 11, 8, 16, 4

@@ -25,13 +25,13 @@ from bridge.models.dense import load_dense
 from bridge.models.store import CheckpointError
 from bridge.recipe import RecipeError
 from bridge.studies import search as task_circuit
-from bridge.studies import suite
+from bridge.studies import suite, sweep_steps
 from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, render_frontier, scatter
 from bridge.studies.result import Size
-from bridge.studies.sweep import SweepError, plan
+from bridge.studies.sweep import plan
+from bridge.studies.sweep_steps import SweepError
 from bridge.training import loop as training
 
-module = importlib.import_module("bridge.studies.sweep")
 SETTINGS = {"sparse.head_channels": 8, "data.rows": 4}
 STEPS = 10
 
@@ -60,7 +60,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(home, name, counting)
 
-    for home, name in ((module, "fit"), (module, "evaluate"), (module, "search_dense"), (suite, "search_task")):
+    for home, name in ((sweep_steps, "fit"), (sweep_steps, "evaluate"), (sweep_steps, "search_dense"), (suite, "search_task")):
         count(home, name)
     return counts
 
@@ -171,14 +171,14 @@ def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monk
 def test_a_failing_point_is_reported_and_the_others_measured(
     described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.fit
+    original = sweep_steps.fit
 
     def fit(model: Any, l0: float, **options: Any) -> Any:
         if l0 == 0.25:
             raise training.FitError("stopped at step 3:\n it diverged")
         return original(model, l0, **options)
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(sweep_steps, "fit", fit)
     other = tmp_path / "other"
     replace(untrained(load_dense(tiny_gpt2(seed=7), tokenizer=tiny_tokenizer()))).save_pretrained(other)
     lines: list[str] = []

@@ -24,6 +24,7 @@ from transformers import (
 from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.dense import load_dense
 from bridge.recipe import BRIDGED, recipe_values, resolve
+from bridge.training import copy_dense
 from bridge.training import initialize as start
 from bridge.training.initialize import Started, start_from_dense
 from bridge.training.loop import finish, train
@@ -35,8 +36,8 @@ WIDTH = 16  # of every dense model here
 @pytest.fixture
 def nothing_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unused neurons silent and sinks shut, so that a copy is exact."""
-    monkeypatch.setattr(start, "SMALL", 0.0)
-    monkeypatch.setattr(start, "SINKS", ())
+    monkeypatch.setattr(copy_dense, "SMALL", 0.0)
+    monkeypatch.setattr(copy_dense, "SINKS", ())
 
 
 def tokens() -> Tensor:

@@ -190,7 +190,7 @@ def frozen(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> Coupling:
     """A sparse coupling that would use sparse products for every matrix."""
     coupling.sparse.project(FRACTION)
     coupling.sparse.requires_grad_(False)
-    monkeypatch.setattr("bridge.models.sparse.worth_it", lambda *_: True)
+    monkeypatch.setattr("bridge.models.sparse_weights.worth_it", lambda *_: True)
     return coupling
 
 

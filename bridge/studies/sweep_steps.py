@@ -1,0 +1,319 @@
+"""The steps of a sweep at one point: fit, evaluation, circuits, each read from its folder where it is there (see `sweep`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from bridge.circuits.task_search import SearchError
+from bridge.data.task_pairs import TaskError
+from bridge.errors import RunError, UserError
+from bridge.huggingface.site_discovery import DenseModelError
+from bridge.models.bridges import Coupling, folder_of
+from bridge.models.dense import DenseModel
+from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.recipe import Recipe, known_names, resolve
+from bridge.studies.frontier import DensePoint, Point, TaskSize
+from bridge.studies.result import Size, TaskResult
+from bridge.studies.search import Explains, Subjects, search_dense, whole_size
+from bridge.studies.suite import folder_name, resolved, run_suite
+from bridge.training.evaluate import Evaluation, evaluate
+from bridge.training.loop import Progress, fit
+
+OnText = Callable[[str], None]
+DENSE_FOLDER = "dense-model"
+LOST = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # what loses one point, not the sweep
+_EVALUATION = TypeAdapter(Evaluation)
+
+
+class SweepError(UserError):
+    """A sweep that cannot be run as it was described, in one line."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A planned point: the name of its folder, and the recipe of its fit (as given, and resolved) or a coupling to load."""
+
+    name: str
+    values: dict[str, Any] | None = None
+    recipe: Recipe | None = None
+    load: str | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """The settings of every circuit search of a sweep, the same for all points."""
+
+    tasks: tuple[str, ...]
+    level: float
+    explains: Explains
+    seeds: int
+    budget: float
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that a stored result must agree in to be used."""
+        return {"level": self.level, "explains": self.explains, "seeds": self.seeds, "budget": self.budget, "rows": self.rows}
+
+
+class Steps:
+    """The state that the steps of a sweep share: the dense model, once loaded, and the coupling of the current point."""
+
+    def __init__(
+        self,
+        model: Any,
+        dense: DenseModel | None,
+        out: Path,
+        search: Search,
+        options: dict[str, Any],
+        on_step_end: OnText,
+        progress: OnText,
+    ) -> None:
+        self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
+        self._on_step_end, self._progress = on_step_end, progress
+        self.at = ""
+        self.coupling: Coupling | None = None
+
+    def step_ended(self, text: str) -> None:
+        """Pass on that a step has ended."""
+        self._on_step_end(f"{self.at}{text}")
+
+    def progress(self, text: str) -> None:
+        """Pass on what is under way."""
+        self._progress(f"{self.at}{text}")
+
+    def measure(self, point: Planned) -> Point:
+        """Measure a point, from its first missing step to its last."""
+        folder = self.out / point.name
+        if point.values is not None and point.recipe is not None:
+            self._fitted(point.values, point.recipe, folder)
+        where = folder if point.load is None else folder_of(point.load)
+        facts = self._facts(where, folder, point)
+        evaluation = self._evaluated(where, folder)
+        tasks = self._searched(where, folder / "circuits")
+        return Point(
+            name=point.name,
+            loaded=point.load,
+            width=facts["width"],
+            l0=facts["nonzeros"] / facts["weights"],
+            nonzeros=facts["nonzeros"],
+            weights=facts["weights"],
+            ce=evaluation.ce_sparse,
+            ce_dense=evaluation.ce_dense,
+            kl=evaluation.kl_sparse,
+            recovered_in=evaluation.recovered_in,
+            recovered_out=evaluation.recovered_out,
+            tasks=tasks,
+        )
+
+    def loaded(self, where: Path) -> Coupling:
+        """The coupling of the current point, with the sweep's dense model. Raises CheckpointError for another model's."""
+        if self.coupling is None:
+            self.coupling = Coupling.from_pretrained(where, dense=self.dense, device=self.options["device"])
+            self.dense = self.coupling.dense
+        return self.coupling
+
+    def _fitted(self, values: dict[str, Any], wanted: Recipe, folder: Path) -> None:
+        if (folder / "coupling.json").is_file():
+            there = _recipe_of(folder)
+            if differs := _differences(wanted, there):
+                raise SweepError(f"{str(folder)!r} holds a coupling of another {', '.join(differs)}; name another --out")
+            self.step_ended("fit: there already")
+            return
+        started, last = time.monotonic(), None
+
+        def watch(step: Progress) -> None:
+            nonlocal last
+            last = step
+            self.progress(f"fit: {step.fraction:.0%}, {step.tokens:,} tokens, CE {step.losses.get('ce', float('nan')):.3f}")
+
+        self.progress("fit")
+        fit(
+            self.model, wanted.sparsity.l0, settings=_flat(values), out=folder, resume=True, on_progress=watch, **self.options
+        )  # fmt: skip
+        tokens = "" if last is None else f"{last.tokens:,} tokens in "
+        self.step_ended(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
+
+    def _facts(self, where: Path, folder: Path, point: Planned) -> dict[str, Any]:
+        """The facts in point.json: the weights that the point's measures are of, and the search's settings."""
+        try:
+            digest = str(read_json(where / "coupling.json")["tensors"]["sha256"])
+        except (KeyError, TypeError, CheckpointError):
+            self.loaded(where)  # which says what is wrong
+            raise
+        file, search = folder / "point.json", self.search.to_json()
+        if file.is_file():
+            facts = read_json(file)
+            if facts.get("sha256") != digest:
+                raise SweepError(f"{str(folder)!r} holds measures of other weights than {str(where)!r} has; name another --out")
+            if facts.get("search") != search:
+                raise SweepError(f"{str(folder)!r} was searched by {facts.get('search')}, not {search}; name another --out")
+            if self.dense is None:
+                self.loaded(where)
+            if self.dense is not None and facts.get("dense") == self.dense.fingerprint():
+                return facts
+        coupling = self.loaded(where)
+        weights = coupling.sparse.n_sparse_weights()
+        facts = {
+            "name": point.name, "loaded": point.load, "sha256": digest, "dense": coupling.dense.fingerprint(),
+            "width": coupling.sparse.width, "nonzeros": round(coupling.sparse.achieved_l0() * weights), "weights": weights,
+            "search": search,
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, facts)
+        return facts
+
+    def _evaluated(self, where: Path, folder: Path) -> Evaluation:
+        file = folder / "eval.json"
+        if file.is_file() and (there := _evaluation(file)) is not None:
+            self.step_ended(f"evaluation: {_line(there)}; there already")
+            return there
+        tokens_bt = self.loaded(where).reference_bt
+        if tokens_bt is None or not tokens_bt.numel():
+            raise SweepError(f"the coupling {str(where)!r} holds no held-out text to evaluate it on; fit it again")
+        result = evaluate(
+            self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.progress(f"evaluation: {done:.0%}")
+        )
+        write_json(file, result.to_json())
+        self.step_ended(f"evaluation: {_line(result)}")
+        return result
+
+    def _searched(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
+        """The circuits of all tasks, searched where they are missing; their comparison is written last."""
+        search = self.search
+        files = [circuits / folder_name(name) / "circuit.json" for name in search.tasks]
+        end = circuits / "complete.json"
+        compared = read_json(end).get("tasks", []) if end.is_file() else []
+        if set(search.tasks) <= set(compared) and all(file.is_file() for file in files):
+            sizes = tuple(_task_size(file.parent) for file in files)
+            self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
+            return sizes
+        texts = run_suite(
+            Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.progress, level=search.level,
+            explains=search.explains, seeds=search.seeds, budget=search.budget, dense=False,
+        )  # fmt: skip
+        found: list[TaskSize] = []
+        for file in files:
+            next(texts)
+            found.append(_task_size(file.parent))
+            self.step_ended(f"circuit {len(found)}/{len(files)} {found[-1].task}: {_size_line(found[-1])}")
+        next(texts)  # the comparison
+        write_json(end, {"tasks": list(search.tasks)})
+        return tuple(found)
+
+    def measure_dense(self, point: Planned, measured: Point, *, pruned: bool) -> DensePoint:
+        """Measure the dense model's own circuits, on the means of the point's text; a failure is reported."""
+        where = self.out / point.name if point.load is None else folder_of(point.load)
+        assert self.dense is not None, "a point has been measured"
+        name, fingerprint, search = self.dense.name, self.dense.fingerprint(), self.search
+        wanted = {**search.to_json(), "seeds": 1, "dense": fingerprint}
+        sizes: list[TaskSize] = []
+        why_not = "" if pruned else "not asked for"
+        try:
+            for number, task in enumerate(search.tasks if pruned else ()):
+                file = self.out / DENSE_FOLDER / f"{folder_name(task)}.json"
+                facts = read_json(file) if file.is_file() else None
+                if facts is not None and facts.get("search") != wanted:
+                    raise SweepError(f"{str(file)!r} holds another search than {wanted}; name another --out")
+                if facts is None:
+                    one = self._dense_size(Subjects.of(self.loaded(where)), task)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    facts = {"search": wanted, **asdict(one)}
+                    write_json(file, facts)
+                sizes.append(TaskSize(facts["task"], Size(**facts["size"]), facts["failed"]))
+                self.step_ended(f"circuit {number + 1}/{len(search.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
+        except LOST as error:
+            sizes, why_not = [], " ".join(str(error).split()) or type(error).__name__
+            self.step_ended(f"not pruned: {why_not}")
+        return DensePoint(name, fingerprint, measured.ce_dense, tuple(sizes), why_not)
+
+    def _dense_size(self, subjects: Subjects, task: str) -> TaskSize:
+        label = folder_name(task)
+        try:
+            size = search_dense(
+                subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
+                progress=lambda text: self.progress(f"{label}: {text}"),
+            )  # fmt: skip
+        except DenseModelError:
+            raise
+        except (SearchError, TaskError) as error:
+            return TaskSize(label, whole_size(subjects.dense), str(error))
+        return TaskSize(label, size)
+
+
+# -- what is on disk ----------------------------------------------------------------------------------------------------
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    values = read_json(folder / "coupling.json").get("recipe")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"checkpoint file {str(folder / 'coupling.json')!r} is damaged: it holds no recipe; fit it again")
+    return resolve(values)
+
+
+OF_THE_DENSE_MODEL = (  # what a fit fills in where it is not said
+    "sparse.width", "sparse.head_channels", "sparse.mlp_ratio", "sparse.mlp", "sparse.keep", "sparse.positions", "sparse.block",
+    "data.context", "data.rows", "optimizer.rate",
+)  # fmt: skip
+
+
+def _differences(wanted: Recipe, there: Recipe) -> list[str]:
+    """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the dense model decides."""
+    found = []
+    for name in known_names():
+        values = []
+        for recipe in (wanted, there):
+            value: Any = recipe
+            for part in name.split("."):
+                value = getattr(value, part)
+            values.append(value)
+        unsaid = values[0] in (None, "auto") and name in OF_THE_DENSE_MODEL
+        if values[0] != values[1] and not unsaid and name not in ("dense", "revision"):
+            found.append(name)
+    return found
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested recipe values by their full names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _evaluation(file: Path) -> Evaluation | None:
+    """The evaluation in a file; None where it is of another version and has to be repeated."""
+    try:
+        return _EVALUATION.validate_python(read_json(file))
+    except ValidationError:
+        return None
+
+
+def _task_size(folder: Path) -> TaskSize:
+    facts = read_json(folder / "circuit.json")
+    try:
+        if "failed" in facts:
+            return TaskSize(folder.name, Size(**facts["whole"]), str(facts["failed"]))
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"{str(folder)!r} is no result that this version of bridge reads; delete it, and sweep again"
+        ) from None
+    result = TaskResult.load(folder)
+    return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)
+
+
+def _line(evaluation: Evaluation) -> str:
+    recovered = (evaluation.recovered_in + evaluation.recovered_out) / 2
+    return f"CE {evaluation.ce_sparse:.3f} (dense {evaluation.ce_dense:.3f}), recovered {recovered:.3f}"
+
+
+def _size_line(one: TaskSize) -> str:
+    if one.failed:
+        return f"none, counted at full size, {one.size.edges:,} edges ({one.failed})"
+    return f"{one.size.nodes:,} nodes, {one.size.edges:,} edges" + (f", {one.verdict}" if one.verdict else "")

@@ -1,0 +1,288 @@
+"""The parts of a dense model, as measured, written to a sparse model's weights (`initialize` has the equations).
+
+Each function writes one part in place and says whether it could; a sublayer stays where its copy, run on the dense residuals
+without AbsTopK, writes what the dense one writes.
+
+Shape legend: as in `initialize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bridge.models.bridges import Coupling
+from bridge.models.sparse import SparseTransformer
+from bridge.models.sparse_blocks import norm_scale
+from bridge.training.anatomy import Anatomy
+from bridge.training.dense_maps import Affine, Written, unexplained
+from bridge.training.dense_sublayers import Attention, Mlp
+
+UNMOVED = 1e-6  # share of a write that a sink may change
+TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
+QUIET = 0.1  # RMS of what a random sublayer writes, beside that of the dense one
+VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
+SMALL = 0.02  # of what it was, the random weight by which an unused channel or neuron reads
+SINKS = (-4.0, -6.0, -8.0, -12.0)  # logits beside a dense model without sinks: as high as changes nothing, to have a gradient
+NO_SINK = -30.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Place of the dense residual in the sparse one; turn_dd is R^T."""
+
+    turn_dd: Tensor
+    s: int
+    centred: bool
+    scale: float
+    eps: float
+
+    @property
+    def d(self) -> int:
+        """Dense width."""
+        return len(self.turn_dd)
+
+    @property
+    def gain(self) -> float:
+        """Ratio of z to the sparse norm's output."""
+        return math.sqrt(self.d / self.s)
+
+    def centre(self, h_xd: Tensor) -> Tensor:
+        """h_xd as the norm sees it: without its mean, where LayerNorm takes it away."""
+        return h_xd - h_xd.mean(-1, keepdim=True) if self.centred else h_xd
+
+    def into(self, h_xd: Tensor) -> Tensor:
+        """The dense residual, or a write to it, on the first d channels of the sparse one."""
+        return self.centre(h_xd) @ self.turn_dd / self.scale
+
+    def normal(self, h_xd: Tensor, eps: float) -> Tensor:
+        """z_xd of a dense residual."""
+        x_xs = self.place(h_xd)
+        return (x_xs * norm_scale(x_xs, eps))[..., : self.d] * self.gain @ self.turn_dd.T
+
+    def read(self, part: Affine, raw: bool) -> Affine:
+        """A map of z (or, raw, of h) as one of what the sparse norm gives (or of x)."""
+        return Affine(part.weight_oi @ self.turn_dd * (self.scale if raw else self.gain), part.bias_o)
+
+    def place(self, h_xd: Tensor) -> Tensor:
+        """x_xs of a dense residual."""
+        return F.pad(self.into(h_xd), (0, self.s - self.d))
+
+
+def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
+    """The rotation in which embedding and unembedding, their rows of length 1, have the largest sum of fourth powers.
+
+    From the embedding's principal axes, each step goes to the rotation nearest to the gradient.
+    """
+    weights = [anatomy.embedding_vd, None if anatomy.unembedding is None else anatomy.unembedding.weight_oi]
+    unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // TURN_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
+    if not unit:
+        return frame.turn_dd
+    unit_xd = torch.cat(unit)
+    turn_dd = torch.linalg.eigh(unit[0].T @ unit[0]).eigenvectors
+    for _ in range(TURNS):
+        left_dd, _, right_dd = torch.linalg.svd(unit_xd.T @ (unit_xd @ turn_dd).pow(3))
+        turn_dd = left_dd @ right_dd
+    return turn_dd
+
+
+def copy_bridges(coupling: Coupling, frame: Frame) -> None:
+    """Give every bridge x = centred(h) / S through its constants mu and sigma, and back."""
+    placed_sd = frame.place(torch.eye(frame.d, device=coupling.dense.device)).T
+    for site in range(coupling.n_sites):
+        bridge = coupling.bridges[site]
+        bridge.encoder.weight.copy_(placed_sd * bridge.scale)
+        bridge.encoder.bias.copy_(frame.place(bridge.mean_d))
+        bridge.decoder.weight.copy_(placed_sd.T * frame.scale**2 / bridge.scale)
+        bridge.decoder.bias.copy_(-frame.centre(bridge.mean_d) / bridge.scale)
+
+
+def copy_embedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) -> bool:
+    """The embedding, and what positions add to it, or their mean where the sparse model has none."""
+    if anatomy.embedding_vd is None:
+        return False
+    embedding_vd, position_td = anatomy.embedding_vd, anatomy.position_td
+    if sparse.positions is not None:
+        sparse.positions.zero_()
+        if position_td is not None:
+            sparse.positions.copy_(frame.place(position_td[: sparse.context]))
+    elif position_td is not None:
+        embedding_vd = embedding_vd + position_td[: sparse.context].mean(0)
+    sparse.embedding.copy_(frame.place(embedding_vd))
+    return True
+
+
+def copy_unembedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) -> bool:
+    """The unembedding where the logits are a linear map of the last residual's norm."""
+    if anatomy.unembedding is None or sparse.form.logit_cap != anatomy.logit_cap:
+        return False
+    _read_by(sparse.unembedding, slice(None), frame.read(anatomy.unembedding, raw=False))
+    return True
+
+
+def copy_sublayer(
+    coupling: Coupling, site: int, frame: Frame, anatomy: Anatomy, residuals: Sequence[Tensor]
+) -> float | None:  # fmt: skip
+    """Write a sublayer to the sparse block; the share of its write that the copy explains, None where it is not accepted."""
+    dense, sparse = coupling.dense, coupling.sparse
+    kind, layer = dense.sublayers[site], sum(other != "mlp" for other in dense.sublayers[: site + 1]) - 1
+    block: Any = sparse.blocks[layer]
+    x_bts, wanted_btd = frame.place(residuals[site]), frame.into(residuals[site + 1] - residuals[site])
+    attention, mlp = anatomy.attention.get(site), anatomy.mlp.get(site)
+
+    def explained() -> float:
+        written_bts = sparse.sublayer(site)(x_bts) - x_bts
+        return 1 - unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_btd.flatten(0, 1))
+
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    z_xd = frame.normal(residuals[site].flatten(0, 1), sparse.form.eps)
+    written = all([
+        kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
+        kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),
+    ])  # fmt: skip
+    with _keeping_all(sparse):
+        if not written or not (best := explained()) > VERIFIED:
+            block.load_state_dict(before)
+            size = (sparse.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
+            quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+            for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
+                linear.weight *= quiet  # what is random would drown what was copied
+            return None
+        for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
+            block.sinks.fill_(sink)
+            if explained() > best - UNMOVED:
+                break
+            block.sinks.fill_(NO_SINK)
+    return explained()
+
+
+@contextmanager
+def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
+    """The model without AbsTopK, for as long as it lasts."""
+    shape = sparse.shape
+    sparse.shape = shape.model_copy(update={"keep": 1.0})
+    try:
+        yield
+    finally:
+        sparse.shape = shape
+
+
+def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> bool:
+    """Write an MLP to a block; False where that has another form."""
+    form, rows = sparse.form, slice(mlp.neurons)
+    same = (form.gated, form.activation, form.reads_normed) == (mlp.gate is not None, mlp.activation, not mlp.raw)
+    if not same or mlp.neurons > sparse.neurons:
+        return False
+    if mlp.gate is not None:
+        _read_by(block.gate, rows, frame.read(mlp.gate, mlp.raw))
+    _read_by(block.up, rows, frame.read(mlp.up, mlp.raw))
+    return _write_by(block, "mlp_out", block.down, rows, frame, mlp.out)
+
+
+def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attention: Attention, z_xd: Tensor) -> bool:
+    """Write attention to a block; False where that has another form.
+
+    Keys lose their mean where nothing turns them: it adds as much to all scores of a query, which only the sink would notice. A
+    head wider than the sparse ones becomes several, which share out its values and have each the same queries and keys, cut down
+    to their width.
+    """
+    form, own, channels = sparse.form, sparse.channels, attention.channels
+    block: Any = sparse.blocks[layer]
+    turns, plain = sparse.frequencies(layer), attention.gains is None and attention.cap is None
+    q, k, v, out = attention.q, attention.k, attention.v, attention.out
+    if (form.reads_normed, form.score_cap) != (not attention.raw, attention.cap):
+        return False
+    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (
+        True,
+        attention.heads // attention.kv_heads,
+    )
+    if not same:  # heads of its own, of which several may stand for one
+        parts = math.ceil(channels / own)
+        if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
+            return False
+        k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
+    if plain and not turns and not attention.raw:
+        k = Affine(k.weight_oi, -k.weight_oi @ z_xd.mean(0))
+    if same:
+        q_rows = value_rows = torch.arange(attention.heads * own, device=z_xd.device)
+        k_rows = v_rows = torch.arange(attention.kv_heads * own, device=z_xd.device)
+    else:
+        value_rows = v_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(attention.heads)])
+        if parts > 1:
+            q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
+        q_rows = k_rows = torch.arange(attention.heads * parts * own) if parts > 1 else value_rows
+        q = Affine(*(x * math.sqrt(own / channels) for x in (q.weight_oi, q.bias_o)))
+    for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
+        _read_by(linear, rows, frame.read(part, attention.raw))
+    if attention.gains is not None:
+        for kind, linear, rows, gain_o in (
+            ("q", block.q, q_rows, attention.gains[0]),
+            ("k", block.k, k_rows, attention.gains[1]),
+        ):
+            if kind not in block.gains:
+                return False
+            share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over
+            times = math.sqrt(form.eps / (share * attention.norm_eps)) if form.eps and attention.norm_eps else 1.0
+            linear.weight[rows] *= times
+            linear.bias[rows] *= times
+            if not attention.by_head:
+                linear.weight[len(rows) :] = 0
+            block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
+            block.gains[kind][rows] = gain_o * math.sqrt(share)
+    block.sinks.fill_(NO_SINK)
+    return _write_by(block, "attn_out", block.o, value_rows, frame, out)
+
+
+def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
+    """Queries and keys of `own` channels a head whose scores, on the text, are the nearest to the given ones (by SVD)."""
+    q_htc, k_htc = (part(z_xd).unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k))
+    q_hcc, k_hcc = torch.linalg.qr(q_htc).R, torch.linalg.qr(k_htc).R  # scores are (.. Q) R_q R_k^T (.. Q)^T
+    left_hcc, values_hc, right_hcc = torch.linalg.svd(q_hcc @ k_hcc.transpose(-1, -2))
+    root_h1c = values_hc[:, None, :own].sqrt()
+    narrow = []
+    for part, r_hcc, side_hcc in ((q, q_hcc, left_hcc), (k, k_hcc, right_hcc.transpose(-1, -2))):
+        turn_hoc = (torch.linalg.pinv(r_hcc) @ side_hcc[..., :own] * root_h1c).transpose(-1, -2)
+        weight_hcd, bias_hc1 = part.weight_oi.unflatten(0, (heads, -1)), part.bias_o.unflatten(0, (heads, -1))[..., None]
+        narrow.append(Affine((turn_hoc @ weight_hcd).flatten(0, 1), (turn_hoc @ bias_hc1).flatten()))
+    return narrow[0], narrow[1]
+
+
+def _repeated(part: Affine, heads: int, channels: int) -> Affine:
+    """Keys or values that several heads share, once for each."""
+    weight_hcd, bias_hc = (x.unflatten(0, (-1, channels)) for x in (part.weight_oi, part.bias_o))
+    times = heads // len(bias_hc)
+    return Affine(weight_hcd.repeat_interleave(times, 0).flatten(0, 1), bias_hc.repeat_interleave(times, 0).flatten())
+
+
+def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
+    """Give some outputs of a map these weights from the dense channels; everything else reads by little."""
+    linear.weight.mul_(SMALL)
+    linear.weight[rows] = 0
+    linear.weight[rows, : part.weight_oi.shape[1]] = part.weight_oi
+    linear.bias.zero_()
+    linear.bias[rows] = part.bias_o
+
+
+def _write_by(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor, frame: Frame, out: Written) -> bool:
+    """Give some inputs of a map these weights to the dense channels; everything else writes nothing. False: another form."""
+    if (kind in block.gains) != (out.gain_d is not None):
+        return False
+    weight_do, bias_d = out.map.weight_oi, out.map.bias_o
+    if out.gain_d is None:
+        weight_do, bias_d = frame.into(weight_do.T).T, frame.into(bias_d)
+    else:
+        times = math.sqrt(frame.eps * frame.s / (frame.d * out.eps)) if frame.eps and out.eps else 1.0
+        weight_do, bias_d = weight_do * times, bias_d * times
+        block.gains[kind][: frame.d] = frame.into(out.gain_d) * frame.gain
+    linear.weight.zero_()
+    linear.weight[: frame.d, columns] = weight_do
+    linear.bias.zero_()
+    linear.bias[: frame.d] = bias_d
+    return True

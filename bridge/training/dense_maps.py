@@ -1,0 +1,279 @@
+"""Linear maps of a dense model as they are called: which read the residual, at which site, and which write to it (see `anatomy`).
+
+Shape legend: as in `anatomy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bridge.huggingface.site_discovery import first_tensor, output_tensor
+from bridge.models.dense import DenseModel
+from bridge.models.dense_run import exclusive
+
+ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
+SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants
+EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
+UNSEEN = -1e4  # a score below it is masked
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x @ weight_oi.T + bias_o."""
+
+    weight_oi: Tensor
+    bias_o: Tensor
+
+    def rows(self, index_o: Tensor, factor_o: Tensor | float = 1.0) -> Affine:
+        """Some outputs, each times a factor."""
+        factor_o = torch.as_tensor(factor_o, device=self.bias_o.device).expand(len(index_o))
+        return Affine(self.weight_oi[index_o] * factor_o[:, None], self.bias_o[index_o] * factor_o)
+
+    def __call__(self, x_xi: Tensor) -> Tensor:
+        """y_xo."""
+        return x_xi @ self.weight_oi.T + self.bias_o
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """The last map of a sublayer, and the gain of the norm that its output goes through, if it does."""
+
+    map: Affine
+    gain_d: Tensor | None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class CalledMap:
+    """A linear map as it was called, in which block (-1: in none)."""
+
+    weight_oi: Tensor
+    bias_o: Tensor
+    input_xi: Tensor
+    output_xo: Tensor
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A map that reads the residual at a site, of z (or of h, where raw)."""
+
+    map: CalledMap
+    affine: Affine
+    site: int
+    raw: bool
+    unexplained: float
+
+
+@dataclass(eq=False)
+class Attended:
+    """Products in a block, and the scores that went into the softmax."""
+
+    q_bhtc: Tensor | None = None
+    k_bhtc: Tensor | None = None
+    score_bhtt: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Seen:
+    """Maps and attention of a run, with its residuals and logits."""
+
+    maps: list[CalledMap] = field(default_factory=list)
+    blocks: list[Attended] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)  # h_xd of every site
+    logits_xv: Tensor | None = None
+
+
+class Scores(TorchFunctionMode):
+    """Hands every product of queries and keys, and the scores in the end, to `multiplied` and `softened`."""
+
+    def __init__(self, tokens: int, multiplied: Callable[[Tensor, Tensor], None], softened: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.tokens, self.multiplied, self.softened = tokens, multiplied, softened
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out, name, square = func(*args, **kwargs), getattr(func, "__name__", ""), (self.tokens, self.tokens)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if name == "scaled_dot_product_attention" and given[0].shape[-2] == self.tokens == given[1].shape[-2]:
+            with torch._C.DisableTorchFunction():
+                q, k = given[0], given[1]
+                self.multiplied(q, k)
+                self.softened(_scored(q, k, given[3] if len(given) > 3 else None, kwargs.get("scale"), *args[5:6]))
+        elif name == "softmax" and tuple(given[0].shape[-2:]) == square:
+            self.softened(given[0])
+        elif isinstance(out, Tensor) and tuple(out.shape[-2:]) == square:
+            pairs = [(q, k) for q in given for k in given if q is not k and q.dim() > 2 and q.shape[-1:] == k.shape[-2:-1]]
+            for q, k in pairs:
+                if q.shape[-2] == k.shape[-1] == self.tokens != q.shape[-1]:
+                    self.multiplied(q, k.transpose(-1, -2))
+        return out
+
+
+def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None, *_causal: Any) -> Tensor:
+    """Scores as scaled_dot_product_attention makes them; without a mask every later key is masked."""
+    k_bhtc = k_bgtc.repeat_interleave(q_bhtc.shape[1] // k_bgtc.shape[1], 1)
+    score_bhtt = q_bhtc.float() @ k_bhtc.float().transpose(-1, -2) * (scale or 1 / math.sqrt(q_bhtc.shape[-1]))
+    if mask is None:
+        mask = torch.ones(score_bhtt.shape[-2:], dtype=torch.bool, device=score_bhtt.device).tril()
+    return score_bhtt.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_bhtt + mask
+
+
+def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
+    """tokens_bt drawn at random."""
+    length = min(tokens, dense.context or tokens)
+    generator = torch.Generator().manual_seed(0)
+    rows_of_embedding: Any = dense.model.get_input_embeddings()
+    return torch.randint(min(len(rows_of_embedding.weight), dense.vocabulary), (rows, length), generator=generator).to(
+        dense.device
+    )
+
+
+def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
+    """The maps, products and scores of a run on the tokens."""
+    seen, maps = Seen(blocks=[Attended() for _ in dense.blocks]), dict[nn.Module, CalledMap]()
+    block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
+    now = [-1]
+
+    def enter(index: int, *_: Any) -> None:
+        now[0] = index
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        x, y, weight, bias = first_tensor(args, kwargs), output_tensor(output), module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and weight.is_floating_point()
+        if module in maps or not tensors or x.numel() // x.shape[-1] != tokens_bt.numel():
+            return
+        x_xi, y_xo = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
+        bias_o = torch.zeros_like(y_xo[0]) if bias is None else bias.float()
+        for weight_oi in (weight.float(), weight.float().T):  # transformers' Conv1D has inputs first
+            fits = weight_oi.shape == (y_xo.shape[1], x_xi.shape[1])
+            if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * SAME:
+                maps[module] = CalledMap(weight_oi, bias_o, x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
+                return
+
+    def multiplied(q: Tensor, k: Tensor) -> None:
+        if now[0] < 0 or any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):
+            return  # not attention: a mask in the making
+        here = seen.blocks[now[0]]
+        here.q_bhtc, here.k_bhtc = (x.float().reshape(len(tokens_bt), -1, *x.shape[-2:]).clone() for x in (q, k))
+
+    def softened(score: Tensor) -> None:
+        if now[0] >= 0:
+            seen.blocks[now[0]].score_bhtt = score.float().reshape(len(tokens_bt), -1, *score.shape[-2:]).clone()
+
+    with exclusive(), ExitStack() as hooks:
+        for index, block in enumerate(dense.blocks):
+            hooks.enter_context(block.module.register_forward_pre_hook(partial(enter, index)))
+        for module in dense.model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                hooks.enter_context(module.register_forward_hook(see, with_kwargs=True))
+        with Scores(tokens_bt.shape[1], multiplied, softened):
+            trace = dense.run(tokens_bt)
+    seen.maps, seen.logits_xv = list(maps.values()), trace.logits_btv.flatten(0, 1).float()
+    seen.residuals = [h_btd.flatten(0, 1).float() for h_btd in trace.residuals]
+    return seen
+
+
+# --- maps that read and write
+
+
+def sites_of(dense: DenseModel) -> dict[int, list[int]]:
+    """The sites that each block reads, and (of -1) what lies behind all blocks."""
+    sites: dict[int, list[int]] = {-1: [len(dense.sublayers)]}
+    for site, kind in enumerate(dense.sublayers):
+        if kind == "mlp":
+            sites[max(sites)].append(site)
+        else:
+            sites[len(sites) - 1] = [site]
+    return sites
+
+
+def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: float) -> list[Reading]:
+    """The maps that read the residual, each at the site of its block that explains its input best."""
+    found: list[Reading] = []
+    known: list[tuple[Tensor, tuple[float, int, bool, Tensor, Tensor]]] = []  # several maps take in the same
+    for one in seen.maps:
+        if one.input_xi.shape != seen.residuals[0].shape:
+            continue
+        best = next((fit for input_xd, fit in known if torch.equal(input_xd, one.input_xi)), None)
+        if best is None:
+            fits = [_fit_read(one.input_xi, seen.residuals[site], site, centred, eps) for site in sites[one.block]]
+            best = min(fits, key=lambda fit: fit[0])
+            known.append((one.input_xi, best))
+        left, site, raw, gain_d, bias_d = best
+        if left < SAME:
+            affine = Affine(one.weight_oi * gain_d, one.weight_oi @ bias_d + one.bias_o)
+            found.append(Reading(one, affine, site, raw, left))
+    return found
+
+
+def _fit_read(
+    input_xd: Tensor, h_xd: Tensor, site: int, centred: bool, eps: float
+) -> tuple[float, int, bool, Tensor, Tensor]:  # fmt: skip
+    """(unexplained, site, raw, gain_d, bias_d) of an input as g z + b, or as h."""
+    gain_d, bias_d, left = gain(normal(h_xd, centred, eps), input_xd, biased=centred)
+    raw = unexplained(h_xd, input_xd)
+    if raw < left:
+        return raw, site, True, torch.ones_like(gain_d), torch.zeros_like(gain_d)
+    return left, site, False, gain_d, bias_d
+
+
+def normal(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
+    """z_xd of a residual."""
+    h_xd = h_xd - h_xd.mean(-1, keepdim=True) if centred else h_xd
+    return h_xd * torch.rsqrt(h_xd.square().mean(-1, keepdim=True) + max(eps, 1e-20))
+
+
+def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:
+    """(gain_d, bias_d, unexplained) of y = gain z + bias, channel by channel."""
+    mean_d, offset_d = (z_xd.mean(0), y_xd.mean(0)) if biased else (torch.zeros_like(z_xd[0]), torch.zeros_like(z_xd[0]))
+    z0_xd = z_xd - mean_d
+    gain_d = (z0_xd * (y_xd - offset_d)).sum(0) / z0_xd.square().sum(0).clamp_min(1e-12)
+    bias_d = offset_d - gain_d * mean_d
+    return gain_d, bias_d, unexplained(gain_d * z_xd + bias_d, y_xd)
+
+
+def multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(c, unexplained) of y = c x."""
+    factor = ((x * y).sum() / x.square().sum().clamp_min(1e-20)).item()
+    return factor, unexplained(factor * x, y)
+
+
+def scaled(x_vd: Tensor, y_vd: Tensor) -> tuple[float, Tensor, float]:
+    """(c, offset_d, unexplained) of y = c x + offset."""
+    x0_vd = x_vd - x_vd.mean(0)
+    factor = ((x0_vd * y_vd).sum() / x0_vd.square().sum().clamp_min(1e-20)).item()
+    offset_d = (y_vd - factor * x_vd).mean(0)
+    return factor, offset_d, unexplained(factor * x_vd + offset_d, y_vd)
+
+
+def times(one: CalledMap, factor: float) -> Written:
+    """A map that writes a constant times its output."""
+    return Written(Affine(one.weight_oi * factor, one.bias_o * factor), None)
+
+
+def written(one: CalledMap, write_xd: Tensor) -> Written | None:
+    """The steps from a map's output to its sublayer's write."""
+    factor, left = multiple(one.output_xo, write_xd)
+    if left < SAME:
+        return times(one, factor)
+    fits = [(gain(normal(one.output_xo, False, eps), write_xd, biased=False), eps) for eps in EPSILONS]
+    (gain_d, _, left), eps = min(fits, key=lambda fit: fit[0][2])
+    return Written(Affine(one.weight_oi, one.bias_o), gain_d, eps) if left < SAME else None
+
+
+def unexplained(guess_xy: Tensor, target_xy: Tensor) -> float:
+    """Share of the target's variance over tokens that a guess leaves."""
+    total = (target_xy - target_xy.mean(0)).square().sum()
+    return ((guess_xy - target_xy).square().sum() / total.clamp_min(1e-20)).nan_to_num(torch.inf).item()

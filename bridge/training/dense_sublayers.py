@@ -1,0 +1,285 @@
+"""Attention and MLPs of a dense model, found among its linear maps by what goes in and comes out (see `anatomy`).
+
+Shape legend: as in `anatomy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from bridge.models.sparse_blocks import ACTIVATIONS
+from bridge.recipe import AttentionShape
+from bridge.training.dense_maps import (
+    EPSILONS,
+    SAME,
+    UNSEEN,
+    Affine,
+    Attended,
+    CalledMap,
+    Reading,
+    Written,
+    gain,
+    normal,
+    unexplained,
+)
+
+CAPS = (0.1, 500.0)  # between which a soft cap is looked for
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention as maps of what is read (z, or h where raw): scores are q . k / root of the channels, pairs rotated as halves.
+
+    gains are those of the norms of q (h c) and k (g c), `by_head` or over all of them.
+    """
+
+    q: Affine
+    k: Affine
+    v: Affine
+    out: Written
+    channels: int
+    shape: AttentionShape
+    cap: float | None
+    gains: tuple[Tensor, Tensor] | None
+    by_head: bool
+    norm_eps: float
+    raw: bool
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return len(self.q.bias_o) // self.channels
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return len(self.v.bias_o) // self.channels
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """An MLP as maps of what is read; gate None where it is plain."""
+
+    gate: Affine | None
+    up: Affine
+    out: Written
+    activation: str
+    raw: bool
+
+    @property
+    def neurons(self) -> int:
+        """Inputs of its last map."""
+        return len(self.up.bias_o)
+
+
+def attention_of(
+    reads: Sequence[Reading], writers: Sequence[CalledMap], seen: Attended, window: int | None
+) -> tuple[Attention, CalledMap] | None:
+    """The attention that some maps read for, and the map that writes; None where it is not one that is known here."""
+    q_bhtc, k_bhtc, score_bhtt = seen.q_bhtc, seen.k_bhtc, seen.score_bhtt
+    if q_bhtc is None or k_bhtc is None or score_bhtt is None or not reads:
+        return None
+    rows, heads, _, channels = q_bhtc.shape
+    affine = Affine(*(torch.cat(parts) for parts in zip(*((r.affine.weight_oi, r.affine.bias_o) for r in reads), strict=True)))
+    column_bto = torch.cat([read.map.output_xo for read in reads], -1).unflatten(0, (rows, -1))
+    for one in writers:
+        first_bi = one.input_xi.unflatten(0, (rows, -1))[:, 0]
+        if first_bi.shape[1] != heads * channels or (found := _along(first_bi, column_bto[:, 0])) is None:
+            continue
+        v_hc = found[0].view(heads, channels)
+        distinct = list(dict.fromkeys(map(tuple, v_hc.tolist())))
+        group = heads // len(distinct)
+        if [list(distinct[head // group]) for head in range(heads)] != v_hc.tolist():
+            return None
+        k_bgtc = k_bhtc[:, ::group] if k_bhtc.shape[1] == heads else k_bhtc
+        before_q, before_k = (_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
+        if before_q is None or before_k is None or (before_q.gain_o is None) != (before_k.gain_o is None):
+            return None
+        scored = _positions(before_q, before_k, q_bhtc, k_bgtc, score_bhtt)
+        if scored is None:
+            return None
+        shape, cap, (q, k), gains = scored
+        shape = shape.model_copy(update={"window": window})
+        v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
+        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
+        by_head, norm_eps = before_q.by_head, before_q.eps
+        return Attention(q, k, v, nothing, channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
+    return None
+
+
+def _along(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(index_i, factor_i): the column that is each of the wanted ones, or lies along it, and how long it is; None without."""
+    near_i, index_i = torch.cdist(want_bi.T.double(), column_bo.T.double()).min(1)  # what a row of rows is there can be all alike
+    if bool((near_i <= 1e-4 * want_bi.norm(dim=0) + 1e-6 * want_bi.abs().max()).all()):
+        return index_i, torch.ones_like(want_bi[0])
+    want_norm_i, norm_o = want_bi.norm(dim=0).clamp_min(1e-20), column_bo.norm(dim=0).clamp_min(1e-20)
+    cosine_io = (want_bi / want_norm_i).T @ (column_bo / norm_o)
+    best_i, index_i = cosine_io.abs().max(1)
+    factor_i = want_norm_i / norm_o[index_i] * cosine_io.gather(1, index_i[:, None])[:, 0].sign()
+    return (index_i, factor_i) if bool((1 - best_i < 1e-5).all()) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Queries:
+    """Queries (or keys) before they are rotated: a map, perhaps a norm with a gain behind it, and what they are on the probe."""
+
+    map: Affine
+    gain_o: Tensor | None
+    by_head: bool
+    eps: float
+    value_bhtc: Tensor
+
+
+def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
+    rows, heads, _, channels = x_bhtc.shape
+    if (found := _along(x_bhtc[:, :, 0].flatten(1), column_bto[:, 0])) is not None:
+        index_o, factor_o = found
+        value_bto = column_bto[..., index_o] * factor_o
+        return _Queries(
+            affine.rows(index_o, factor_o), None, True, 0.0, value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
+        )
+    best: tuple[float, _Queries] | None = None
+    for read in reads:
+        if len(read.affine.bias_o) != heads * channels:
+            continue
+        for by_head in (True, False):
+            for eps in EPSILONS:
+                y_bto = read.map.output_xo.unflatten(0, (rows, -1))
+                y_bto = (
+                    normal(y_bto.unflatten(-1, (heads, channels)), False, eps).flatten(-2)
+                    if by_head
+                    else normal(y_bto, False, eps)
+                )
+                first_bo = x_bhtc[:, :, 0].flatten(1)
+                gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
+                if best is None or left < best[0]:
+                    value_bhtc = (y_bto * gain_o).unflatten(-1, (heads, channels)).transpose(1, 2)
+                    best = left, _Queries(read.affine, gain_o, by_head, eps, value_bhtc)
+    return best[1] if best is not None and best[0] < SAME else None
+
+
+def _positions(
+    q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
+) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
+    """Positions in scores of queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
+    turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
+    if turn is None:
+        return None
+    frequencies, order_c = turn
+    heads, channels = q_bhtc.shape[1], q_bhtc.shape[3]
+    product_bhtt = q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2)
+    response = _response(product_bhtt, score_bhtt)
+    if response is None:
+        return None
+    scale, cap, alibi_h = response
+    factor = scale * math.sqrt(channels)
+    made = []
+    for each, times in ((q, factor), (k, 1.0)):
+        order_o = (torch.arange(len(each.map.bias_o), device=order_c.device).view(-1, channels)[:, order_c]).flatten()
+        gain_o = None if each.gain_o is None else each.gain_o[order_o] * times
+        made.append((each.map.rows(order_o, times if gain_o is None else 1.0), gain_o))
+    gains = None if made[0][1] is None or made[1][1] is None else (made[0][1], made[1][1])
+    alibi = () if alibi_h is None else tuple(alibi_h.tolist())
+    return AttentionShape(frequencies=frequencies, slopes=alibi), cap, (made[0][0], made[1][0]), gains
+
+
+def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
+    """(frequencies, order_c): the radians a token by which pairs of channels turn, and the order in which pairs are halves."""
+    channels, length = before_bhtc.shape[-1], before_bhtc.shape[2]
+    natural_c = torch.arange(channels, device=before_bhtc.device)
+    if (after_bhtc - before_bhtc).abs().max() <= 1e-4 * before_bhtc.abs().max():
+        return (), natural_c
+    size = before_bhtc.double().square().sum()
+    best: tuple[float, Tensor, Tensor] | None = None
+    for turning in range(channels - channels % 2, 0, -2):
+        halves_c, neighbours_c = natural_c[:turning], natural_c[:turning].view(-1, 2).T.flatten()
+        for order_c in (halves_c, neighbours_c):
+            pairs = [x[..., order_c].double().unflatten(-1, (2, -1)) for x in (before_bhtc, after_bhtc)]
+            was, now = (torch.complex(x[..., 0, :], x[..., 1, :]) for x in pairs)
+            rotation_tp = (now * was.conj()).sum((0, 1))
+            rotation_tp = rotation_tp / rotation_tp.abs().clamp_min(1e-20)
+            rest = (after_bhtc[..., turning:] - before_bhtc[..., turning:]).double().square().sum()
+            left = (((now - was * rotation_tp).abs().square().sum() + rest) / size).item()
+            if best is None or left < 0.5 * best[0] and best[0] > 1e-9:
+                best = left, rotation_tp.angle(), torch.cat([order_c, natural_c[turning:]])
+    if best is None or best[0] > 1e-5:
+        return None
+    angle_tp = best[1]
+    frequency_p = angle_tp[1]
+    for place in range(2, length):  # a later position tells it more exactly, once it is known how often it has gone round
+        off_p = angle_tp[place] - place * frequency_p
+        frequency_p = frequency_p + (off_p - 2 * math.pi * (off_p / (2 * math.pi)).round()) / place
+    return tuple(frequency_p.tolist()), best[2]
+
+
+def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, Tensor | None] | None:
+    """(scale, cap, slopes_h) of scores as functions of q . k and of the key's place."""
+    seen_bhtt = (score_bhtt > UNSEEN).expand_as(product_bhtt)
+    score_bhtt = score_bhtt.expand_as(product_bhtt).double()
+    product_bhtt, place_t = product_bhtt.double(), torch.arange(score_bhtt.shape[-1], device=score_bhtt.device).double()
+    scale, cap, left = capped(product_bhtt[seen_bhtt], score_bhtt[seen_bhtt])
+    if left < 1e-6:
+        return scale, cap, None
+
+    def within(x_bhtt: Tensor) -> Tensor:  # less its mean over the keys that each query sees
+        mean = (x_bhtt * seen_bhtt).sum(-1, keepdim=True) / seen_bhtt.sum(-1, keepdim=True)
+        return (x_bhtt - mean) * seen_bhtt
+
+    x, p, y = (within(one.expand_as(product_bhtt)).transpose(0, 1).flatten(1) for one in (product_bhtt, place_t, score_bhtt))
+    both = torch.linalg.lstsq(torch.stack([x, p], -1), y[..., None]).solution[..., 0]
+    left = ((both[:, :1] * x + both[:, 1:] * p - y).square().sum() / y.square().sum()).item()
+    alike = (both[:, 0] - both[:, 0].mean()).abs().max() <= 1e-3 * both[:, 0].abs().max()
+    return (both[:, 0].mean().item(), None, both[:, 1].float()) if left < 1e-6 and bool(alike) else None
+
+
+def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
+    """(scale, cap, unexplained) of y = scale x, or of y = cap tanh(scale x / cap) where that is needed."""
+    total = y.square().sum().clamp_min(1e-20)
+
+    def fit(cap: float | None) -> tuple[float, float]:
+        inner = y if cap is None else cap * (y / cap).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
+        weight = 1.0 if cap is None else 1 - (y / cap).square().clamp(max=1)  # an error there counts as it does in y
+        scale = ((weight * x * weight * inner).sum() / (weight * x).square().sum().clamp_min(1e-20)).item()
+        guess = scale * x if cap is None else cap * (scale * x / cap).tanh()
+        return scale, ((guess - y).square().sum() / total).item()
+
+    scale, left = fit(None)
+    if left < 1e-9:
+        return scale, None, left
+    low, high = math.log(max(CAPS[0], y.abs().max().item())), math.log(CAPS[1])
+    for _ in range(6):
+        places = torch.linspace(low, high, 33).tolist()
+        best = min(range(33), key=lambda place: fit(math.exp(places[place]))[1])
+        low, high = places[max(0, best - 1)], places[min(32, best + 1)]
+    cap = float(f"{math.exp((low + high) / 2):.4g}")
+    capped_scale, capped_left = fit(cap)
+    return (capped_scale, cap, capped_left) if capped_left < 0.01 * left else (scale, None, left)
+
+
+def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
+    """The MLP that some maps read for, and the map that writes."""
+    for one in writers:
+        neurons = one.weight_oi.shape[1]
+        parts = [
+            (Affine(*(x.split(neurons)[part] for x in (read.affine.weight_oi, read.affine.bias_o))), y_xm, read.raw)
+            for read in reads
+            if len(read.affine.bias_o) % neurons == 0
+            for part, y_xm in enumerate(read.map.output_xo.split(neurons, -1))
+        ]
+        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
+        fits: list[tuple[float, Mlp]] = []
+        for name, activation in ACTIVATIONS.items():
+            for up, y_xm, raw in parts:
+                fits.append((unexplained(activation(y_xm), one.input_xi), Mlp(None, up, nothing, name, raw)))
+            for (gate, gate_xm, raw), (up, up_xm, _) in permutations(parts, 2):
+                fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, nothing, name, raw)))
+        left, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
+        if best is not None and left < SAME:
+            return best, one
+    return None
