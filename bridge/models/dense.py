@@ -112,7 +112,7 @@ class DenseModel:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """What reads at each site."""
+        """Kind of sublayer that reads at each site; behind the last of them, the unembedding."""
         return (*self.sublayers, "unembed")
 
     @property

@@ -50,7 +50,7 @@ class DenseSpan(DenseModel):
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """What reads at each site."""
+        """Kind of sublayer that reads at each site; behind the last of them, the rest of the model."""
         return (*self.sublayers, "rest")
 
     def prefix(self, tokens_bt: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class DenseSpan(DenseModel):
 
     @torch.no_grad()
     def _known(self, tokens_bt: Tensor) -> list[list[Tensor]]:
-        """What is remembered of each row, its residual at site 0 at the least."""
+        """Residuals remembered of each row, that at site 0 at the least."""
         with exclusive():
             return self._looked_up(tokens_bt)
 
@@ -135,7 +135,7 @@ class MapsAtSites(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Ends:
-    """What a sparse span begins and ends with; no part of its weights, and shared by its copies."""
+    """The dense span and bridges that a sparse span begins and ends with; no part of its weights, and shared by its copies."""
 
     dense: DenseSpan
     bridges: MapsAtSites

@@ -110,8 +110,8 @@ def fit(
 ) -> Coupling:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
-    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, a slice such as "12:16", these of
-    the dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
+    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
+    dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
     ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
