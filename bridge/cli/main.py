@@ -22,6 +22,7 @@ from bridge.cli.console import (
     Phases,
     Revision,
     Watcher,
+    as_chat,
     check_outputs,
     choose_device,
     chosen_model,
@@ -65,6 +66,7 @@ def _of_all(
     """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
 
 
+Chat = Annotated[bool, typer.Option("--chat", help="The prompt is what a user says: put it into the model's chat template.")]
 Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
 
 
@@ -207,6 +209,7 @@ def explain(
     counterfactual: Annotated[
         str | None, typer.Option(help="As many tokens, another answer: adds patching to the evidence.")
     ] = None,
+    chat: Chat = False,
     seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
@@ -221,6 +224,8 @@ def explain(
 
         check_outputs(html=html, json=json)
         coupling = opened_coupling(bridge, dense, device)
+        if chat:
+            prompt, counterfactual = coupling.dense.prompts.chat(prompt), as_chat(coupling, counterfactual)
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
@@ -306,6 +311,7 @@ def steer(
     node: Annotated[
         list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1; repeatable.")
     ] = None,
+    chat: Chat = False,
     circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
     explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
@@ -334,6 +340,8 @@ def steer(
         check_strengths(strength or STRENGTHS)
         check_outputs(svg=svg, json=json, read=[explanation])
         coupling = opened_coupling(bridge, dense, device)
+        if chat:
+            prompt, counterfactual = as_chat(coupling, prompt), as_chat(coupling, counterfactual)
         text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
             coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,

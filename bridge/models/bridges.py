@@ -155,6 +155,7 @@ class Coupling:
             "dense_fingerprint": self.dense.fingerprint(),
             "coupling": self.path,
             "l0": self.recipe.sparsity.l0,
+            "blocks": self.recipe.sparse.blocks,
             "version": version("bridge"),
         }
 

@@ -26,7 +26,7 @@ from bridge.data.blocks import Blocks, load_blocks
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
-from bridge.models.span import DenseSpan, dense_of
+from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, check_new, read_json
@@ -185,10 +185,12 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
+    behind = dense.whole.n_sites - dense.offset - dense.n_sites if isinstance(dense, DenseSpan) else 0
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
     tokens = (recipe.data.rows or 32) * recipe.data.context
     per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
-    return trained * 16 + frozen + tokens * per_token
+    per_token += 4 * behind * 24 * dense.width  # of the dense model behind a span, which two passes go through
+    return trained * 16 + frozen + tokens * per_token + (REMEMBERED if isinstance(dense, DenseSpan) else 0)
 
 
 def seconds_a_step(run: Run) -> float:
