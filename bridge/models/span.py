@@ -88,8 +88,10 @@ class DenseSpan(DenseModel):
             return self._looked_up(tokens_bt)
 
     def _looked_up(self, tokens_bt: Tensor) -> list[list[Tensor]]:
-        state = tuple(source_of(weight) for weight in self.model.parameters())
-        if state != self._state:  # the weights are another model's now
+        device = self.device.type
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        state = (products, *(source_of(weight) for weight in self.model.parameters()))
+        if state != self._state:  # the weights are another model's now, or their products are
             self._state = state
             self._remembered.clear()
         keys = [row.tobytes() for row in tokens_bt.detach().cpu().long().contiguous().numpy()]
