@@ -152,6 +152,7 @@ class Data(_Part):
     """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    most_tokens: int | None = Field(default=None, ge=1, description="of text read, or sampled, at most; unset: the budget's")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
     rows: int | None = Field(
         default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"

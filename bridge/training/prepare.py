@@ -108,7 +108,7 @@ def prepare(
         recipe.data.source,
         dense.prompts,
         recipe.data.context,
-        max_tokens=recipe.budget.tokens,
+        max_tokens=recipe.data.most_tokens or recipe.budget.tokens,
         seed=recipe.seed,
         dense=dense.model,
         progress=progress if accelerator.is_main_process else None,
