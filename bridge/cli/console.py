@@ -150,7 +150,7 @@ def choose_device(device: str) -> str:
 
 
 def as_chat(coupling: Coupling, prompt: str | None) -> str | None:
-    """What a user says as a prompt, by the dense model's chat template. Raises PromptError where it has none."""
+    """A user's text as a prompt, by the dense model's chat template. Raises PromptError where it has none."""
     return None if prompt is None else coupling.dense.prompts.chat(prompt)
 
 

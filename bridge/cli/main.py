@@ -66,7 +66,7 @@ def _of_all(
     """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
 
 
-Chat = Annotated[bool, typer.Option("--chat", help="The prompt is what a user says: put it into the model's chat template.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's text: put it into the model's chat template.")]
 Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
 
 
