@@ -277,7 +277,7 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
     how = "coupled at every site" if recipe.losses.coupled else alone
     how = how if recipe.optimizer.rate else "which stay as they are: bridges alone learn"
     free = psutil.virtual_memory().available
-    part = "" if recipe.sparse.blocks is None else f"blocks {recipe.sparse.blocks}, "
+    part = "" if run.coupling.blocks is None else f"blocks {run.coupling.blocks}, "
     print(f"dense   {dense.name}: {part}{len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
     print(
         f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"

@@ -143,6 +143,11 @@ class Coupling:
         return self.dense.n_sites
 
     @property
+    def blocks(self) -> str | None:
+        """The dense model's blocks that are coupled, as first:last; None for all of a whole one."""
+        return self.dense.slice if isinstance(self.dense, DenseSpan) else None
+
+    @property
     def context(self) -> int:
         """Most tokens a prompt may have."""
         return self.sparse.context
@@ -155,7 +160,7 @@ class Coupling:
             "dense_fingerprint": self.dense.fingerprint(),
             "coupling": self.path,
             "l0": self.recipe.sparsity.l0,
-            "blocks": self.recipe.sparse.blocks,
+            "blocks": self.blocks,
             "version": version("bridge"),
         }
 

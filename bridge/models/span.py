@@ -53,6 +53,11 @@ class DenseSpan(DenseModel):
         """Kind of sublayer that reads at each site; behind the last of them, the rest of the model."""
         return (*self.sublayers, "rest")
 
+    @property
+    def slice(self) -> str:
+        """The blocks, as first:last."""
+        return f"{self.first_block}:{self.first_block + len(self._blocks)}"
+
     def prefix(self, tokens_bt: Tensor) -> Tensor:
         """x_btd at site 0."""
         return torch.stack([known[0] for known in self._known(tokens_bt)])

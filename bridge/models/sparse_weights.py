@@ -125,10 +125,10 @@ class SparseWeights(nn.Module):
         return _share(self._sizes())
 
     def achieved_fractions(self) -> Fractions:
-        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding."""
+        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding (without any, the blocks')."""
         sizes = self._sizes()
         blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
-        return Fractions(_share(blocks), _share(embed))
+        return Fractions(_share(blocks), _share(embed or blocks))
 
     def n_sparse_weights(self) -> int:
         """Number of weights, zero or not, of the matrices that are made sparse."""

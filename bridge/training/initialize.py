@@ -174,11 +174,13 @@ def start_from_coupling(coupling: Coupling, path: str) -> Started:
     """
     other = Coupling.from_pretrained(path, dense=coupling.dense)
     mine, theirs = (
-        one.recipe.sparse.model_copy(update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form})
+        one.recipe.sparse.model_copy(
+            update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
+        )
         for one in (coupling, other)
     )
     if (mine, coupling.context) != (theirs, other.context):
-        differ = [name for name, value in theirs.model_dump().items() if getattr(mine, name) != value] or ["data.context"]
+        differ = [name for name in SparseShape.model_fields if getattr(mine, name) != getattr(theirs, name)] or ["data.context"]
         raise RecipeError(
             f"sparse.start {path!r} is a coupling of another shape ({', '.join(differ)}); take its numbers, or start as 'auto'"
         )

@@ -95,6 +95,7 @@ def prepare(
     )
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
+    dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
@@ -154,11 +155,10 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         shape = shape_of_coupling(shape.start, shape)
     elif shape.block is None:
         shape = shape_for(dense, shape, data.context or 1)
-        if isinstance(dense, DenseSpan):
-            first = dense.first_block  # not counted from the end, nor left open
-            shape = shape.model_copy(update={"blocks": f"{first}:{first + len(dense.blocks)}", "bigram": "none"})
         if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
             shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
+    if shape.blocks is not None:  # there is nowhere to add one
+        shape = shape.model_copy(update={"bigram": "none"})
     optimizer = recipe.optimizer
     if optimizer.rate is None:
         random = shape.start == "random" or not recipe.losses.coupled
@@ -185,12 +185,15 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
-    behind = dense.whole.n_sites - dense.offset - dense.n_sites if isinstance(dense, DenseSpan) else 0
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
     tokens = (recipe.data.rows or 32) * recipe.data.context
     per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
-    per_token += 4 * behind * 24 * dense.width  # of the dense model behind a span, which two passes go through
-    return trained * 16 + frozen + tokens * per_token + (REMEMBERED if isinstance(dense, DenseSpan) else 0)
+    known = 0
+    if isinstance(dense, DenseSpan):
+        behind = dense.whole.n_sites - dense.offset - dense.n_sites
+        per_token += 4 * behind * 24 * dense.width  # two passes go through the dense model behind a span
+        known = min(REMEMBERED, 8 * dense.width * (recipe.data.most_tokens or recipe.budget.tokens or REMEMBERED))
+    return trained * 16 + frozen + tokens * per_token + known
 
 
 def seconds_a_step(run: Run) -> float:

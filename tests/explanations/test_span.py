@@ -106,7 +106,7 @@ def test_every_command_takes_a_span(tmp_path: Path, text_file: Path) -> None:
     assert fitted.exit_code == 0, fitted.output
     assert "blocks 1:2, 2 sublayers" in fitted.stdout and "2 of 2 sublayers" in fitted.stdout
     recipe = json.loads((out / "coupling.json").read_text())["recipe"]
-    assert recipe["sparse"]["blocks"] == "1:2" and recipe["sparse"]["bigram"] == "none"
+    assert recipe["sparse"]["blocks"] == "-2:-1" and recipe["sparse"]["bigram"] == "none"
 
     evaluated = run("eval", out, "--rows", 8)
     assert evaluated.exit_code == 0 and "rest" in evaluated.stdout and "embeddings" not in evaluated.stdout
@@ -118,7 +118,44 @@ def test_every_command_takes_a_span(tmp_path: Path, text_file: Path) -> None:
     page = run("nodes", "--bridge", out, "--node", "0.attn_in[3]")
     assert page.exit_code == 0, page.output
     assert_refused(run("explain", "--bridge", out, "--prompt", PROMPT, "--chat"), "has no chat template; leave out --chat")
+    again = run(
+        "fit",
+        tmp_path / "dense",
+        "--set",
+        f"sparse.start={out}",
+        "--data",
+        text_file,
+        "--tokens",
+        256,
+        "--l0",
+        0.4,
+        "--blocks",
+        "1:2",
+        "--out",
+        tmp_path / "again",
+        "--set",
+        "data.rows=8",
+        "--set",
+        "data.context=16",
+    )
+    assert again.exit_code == 0 and f"the coupling in {out}, at L0" in again.stdout, again.output
+    other = run(
+        "fit",
+        tmp_path / "dense",
+        "--set",
+        f"sparse.start={out}",
+        "--blocks",
+        "0:1",
+        "--data",
+        text_file,
+        "--out",
+        tmp_path / "other",
+        "--set",
+        "data.context=16",
+    )
+    assert_refused(other, "is a coupling of another shape (blocks)")
     loaded = bridge.load(out)
+    assert loaded.blocks == "1:2"
     tokens_bt = torch.tensor([loaded.dense.prompts.read(PROMPT, CONTEXT)])
     with torch.no_grad():
         wanted_btv = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(tokens_bt).logits

@@ -158,7 +158,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     dense = dense_of(load_dense(tmp_path / "dense"), "-3:-1")
     values = {"dense": "tiny", "sparse": {"blocks": "-3:-1"}, "sparsity": {"l0": 0.5}}
     coupling = moved(new_coupling(dense, resolve_for(dense, resolve(values))))
-    assert coupling.recipe.sparse.blocks == "1:3" and coupling.recipe.sparse.positions == "none"
+    assert coupling.blocks == "1:3" and coupling.recipe.sparse.positions == "none"
     coupling.save_pretrained(tmp_path / "coupling")
     loaded = Coupling.from_pretrained(tmp_path / "coupling")
     tokens_bt = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))
