@@ -82,10 +82,9 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
     """
     if isinstance(dense, DenseSpan):
         whole, first = dissect(dense.whole, context), dense.offset
-        attention, mlp = (
-            {site - first: part for site, part in parts.items() if first <= site < first + len(dense.sublayers)}
-            for parts in (whole.attention, whole.mlp)
-        )
+        sites = range(first, first + len(dense.sublayers))
+        attention = {site - first: part for site, part in whole.attention.items() if site in sites}
+        mlp = {site - first: part for site, part in whole.mlp.items() if site in sites}
         h_xd = dense.prefix(probe(dense))[:, 1:].flatten(0, 1).float()
         return Anatomy(whole.centred, whole.eps, attention, mlp, h_xd, None, None, None)
     tokens_bt = probe(dense)

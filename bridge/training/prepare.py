@@ -34,6 +34,7 @@ from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 from bridge.training.objective import Objective, draw_splice
 
+PROCESS_BYTES = 500_000_000  # of one that has loaded torch, transformers and the kernels
 ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
 
 
@@ -180,20 +181,20 @@ def _memory(dense: DenseModel) -> int:
 
 
 def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
-    """Bytes that a fit takes, roughly: weights, gradient and two moments in float32, and one step's activations."""
+    """Bytes that a fit takes, the process and its libraries included: weights, gradient, two moments, one step's activations."""
     assert recipe.sparse.width is not None and recipe.data.context is not None
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
     tokens = (recipe.data.rows or 32) * recipe.data.context
-    per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
+    per_token = 4 * (14 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
     known = 0
     if isinstance(dense, DenseSpan):
         behind = dense.whole.n_sites - dense.offset - dense.n_sites
         per_token += 4 * behind * 24 * dense.width  # two passes go through the dense model behind a span
         known = min(REMEMBERED, 8 * dense.width * (recipe.data.most_tokens or recipe.budget.tokens or REMEMBERED))
-    return trained * 16 + frozen + tokens * per_token + known
+    return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token + known
 
 
 def seconds_a_step(run: Run) -> float:

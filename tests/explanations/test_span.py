@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 import bridge
 from bridge.circuits.error_nodes import follow, reference_means
 from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.masked_pass import serves
 from bridge.circuits.question import Question
 from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
+from bridge.kernels.products import Compact
 from bridge.models.bridges import Coupling, new_coupling
 from bridge.models.dense import load_dense
 from bridge.models.residual import Enter
@@ -35,6 +37,7 @@ def span() -> Coupling:
     dense = dense_of(load_dense(tiny_gpt2(layers=3), tokenizer=tiny_tokenizer()), "1:2")
     values = {"dense": "tiny", "sparse": {"blocks": "1:2", "width": 32, "keep": 0.5}, "sparsity": {"l0": 0.5}}
     made = new_coupling(dense, resolve_for(dense, resolve(values)))
+    made.sparse.project(0.5)
     reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(0))
     return Coupling(dense, made.sparse.requires_grad_(False), made.bridges.requires_grad_(False), made.recipe, reference_bt)
 
@@ -58,6 +61,17 @@ def test_with_every_error_it_has_the_models_own_d(span: Coupling) -> None:
     torch.testing.assert_close(masked.difference(everything_f)[0], wanted, rtol=0, atol=1e-4)
     none_kept = masked.difference(~everything_f)[0]
     assert abs(float(none_kept - wanted)) > 0.05
+
+
+def test_no_compiled_pass_serves_it(span: Coupling) -> None:
+    span.sparse.compact["blocks.0.q.weight"] = Compact.of(span.sparse.get_parameter("blocks.0.q.weight"))
+    try:
+        assert span.sparse.achieved_l0() <= 0.6 and not serves(span.sparse)
+        span.sparse.shape = span.sparse.shape.model_copy(update={"blocks": None})
+        assert serves(span.sparse)  # nothing else is in the way
+    finally:
+        span.sparse.compact.clear()
+        span.sparse.shape = span.recipe.sparse
 
 
 def test_edges_to_the_answer_are_gradients_through_the_rest_of_the_model(span: Coupling) -> None:

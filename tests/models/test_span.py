@@ -126,6 +126,7 @@ def test_gradients_flow_through_what_is_behind() -> None:
 def test_what_is_frozen_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens_bt = tiny("llama"), some_tokens()
     part = dense_of(load_dense(model), "1:2")
+    assert isinstance(part, DenseSpan)
     ran: list[tuple[int, int]] = []
     for index, block in enumerate(part.model.model.layers):
         forward = block.mlp.forward
@@ -156,6 +157,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     tiny_gpt2(layers=4).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     dense = dense_of(load_dense(tmp_path / "dense"), "-3:-1")
+    assert isinstance(dense, DenseSpan)
     values = {"dense": "tiny", "sparse": {"blocks": "-3:-1"}, "sparsity": {"l0": 0.5}}
     coupling = moved(new_coupling(dense, resolve_for(dense, resolve(values))))
     assert coupling.blocks == "1:3" and coupling.recipe.sparse.positions == "none"
