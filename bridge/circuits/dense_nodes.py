@@ -43,7 +43,8 @@ from bridge.circuits.question import Question
 from bridge.circuits.subject import Matrix
 from bridge.huggingface.site_discovery import DenseModelError, forward, probe_tokens
 from bridge.models.circuit import NodeSpace
-from bridge.models.dense import DenseModel, exclusive
+from bridge.models.dense import DenseModel
+from bridge.models.dense_run import exclusive
 from bridge.models.sparse import Gate, Location
 
 _MEAN_ROWS = 8  # of corpus at a time

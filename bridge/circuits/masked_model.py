@@ -34,6 +34,7 @@ from bridge.kernels.top_k import choose
 from bridge.models.circuit import NodeSpace, check_means
 from bridge.models.residual import Enter, Trace
 from bridge.models.schema import ERROR
+from bridge.models.span import SparseSpan
 from bridge.models.sparse import Gate, Location, SparseTransformer
 
 _ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
@@ -305,6 +306,9 @@ def last_logits(
         return trace.logits_btv[:, -1]
     # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token
     row_b = torch.arange(len(last_b), device=last_b.device)
+    if isinstance(sparse, SparseSpan):  # what is behind it reads every position
+        trace = sparse.run(tokens_bt, Enter.at(sparse.n_sites - 1, trace.residuals[-1]), correct=correct)
+        return trace.logits_btv[row_b, last_b]
     x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, last_b].t()[:, None]  # so that gradients lie as it does
     enter = Enter.at(sparse.n_sites - 1, x_b1s)
     return sparse.run(tokens_bt[row_b, last_b][:, None], enter, correct=correct).logits_btv[:, 0]

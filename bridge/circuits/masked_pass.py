@@ -43,13 +43,13 @@ Back = Callable[[Array, Array], Array]  # (dy, dmask) -> dx; dmask is added to
 
 
 def serves(sparse: SparseTransformer) -> bool:
-    """Whether the pass computes a model: frozen, sparse, in float32 on a CPU, its blocks plain, one sublayer after the other."""
+    """Whether the pass computes a model: whole, frozen, sparse, in float32 on a CPU, its blocks plain, one sublayer at a time."""
     form = sparse.form
     other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
     plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
     plain = plain and sparse.heads_of_keys == sparse.heads_of_queries and sparse.shape.positions != "rotary"
     frozen = all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
-    alone = set(sparse.sublayer_kinds) == {"attn", "mlp"} and sparse.device.type == "cpu"
+    alone = set(sparse.sublayer_kinds) == {"attn", "mlp"} and sparse.device.type == "cpu" and sparse.shape.blocks is None
     return bool(plain and frozen and alone and sparse.compact) and sparse.achieved_l0() <= _DENSEST
 
 

@@ -149,6 +149,11 @@ def choose_device(device: str) -> str:
     return device
 
 
+def as_chat(coupling: Coupling, prompt: str | None) -> str | None:
+    """A user's text as a prompt, by the dense model's chat template. Raises PromptError where it has none."""
+    return None if prompt is None else coupling.dense.prompts.chat(prompt)
+
+
 def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
     """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
     from bridge.data.blocks import DataError, load_blocks
@@ -272,7 +277,8 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
     how = "coupled at every site" if recipe.losses.coupled else alone
     how = how if recipe.optimizer.rate else "which stay as they are: bridges alone learn"
     free = psutil.virtual_memory().available
-    print(f"dense   {dense.name}: {len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
+    part = "" if run.coupling.blocks is None else f"blocks {run.coupling.blocks}, "
+    print(f"dense   {dense.name}: {part}{len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
     print(
         f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
     )
@@ -346,6 +352,7 @@ def evaluation_table(result: Evaluation) -> str:
             f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
         )
     dead = result.dead_neurons / result.neurons if result.neurons else 0.0
+    ends = f"embeddings {_share(result.l0_embed)}"  # a span has none
     facts: list[tuple[str, Any]] = [
         ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
         ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
@@ -355,7 +362,7 @@ def evaluation_table(result: Evaluation) -> str:
             "top-1 agreement with dense",
             f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
         ),
-        ("nonzero weights", f"{_share(result.l0)}; blocks {_share(result.l0_blocks)}, embeddings {_share(result.l0_embed)}"),
+        ("nonzero weights", _share(result.l0) + (f"; blocks {_share(result.l0_blocks)}, {ends}" if result.l0_embed else "")),
         ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
     ]
     lines += ["", *(f"{name:<27} {value}" for name, value in facts)]

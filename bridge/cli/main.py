@@ -20,6 +20,7 @@ from bridge.cli.console import (
     Gguf,
     Phases,
     Revision,
+    as_chat,
     check_outputs,
     choose_device,
     chosen_model,
@@ -65,6 +66,7 @@ def _of_all(
     """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
 
 
+Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's text: put it into the model's chat template.")]
 Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
 
 
@@ -96,7 +98,7 @@ def info(
         for name, value in rows:
             print(f"{name:<11} {value}")
         print("\nsite  read by   largest logit error when resumed there")
-        for site, (kind, error) in enumerate(zip((*kinds, "unembed"), dense.parity.errors, strict=True)):
+        for site, (kind, error) in enumerate(zip(dense.readers, dense.parity.errors, strict=True)):
             print(f"{site:>4}  {kind:<9} {error:.1e}")
 
 
@@ -110,6 +112,7 @@ def fit(
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
     width: Annotated[int | None, typer.Option(help="Residual width of the sparse model; default twice the model's.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Couple these of the model's blocks alone: a slice, such as 12:16.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with every number, such as those in recipes/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/MODEL.")] = None,
@@ -135,8 +138,8 @@ def fit(
 
             check_resumable(out)
         values = recipe_values(
-            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, uncoupled=uncoupled, seed=seed,
-            adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
+            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, uncoupled=uncoupled,
+            seed=seed, adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
         )  # fmt: skip
         name = chosen_model(model, gguf, values.get("dense"))
         if name is None and resume and out is not None and (out / "training.json").is_file():
@@ -189,6 +192,7 @@ def explain(
     counterfactual: Annotated[
         str | None, typer.Option(help="As many tokens, another answer: adds patching to the evidence.")
     ] = None,
+    chat: Chat = False,
     seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
@@ -203,6 +207,8 @@ def explain(
 
         check_outputs(html=html, json=json)
         coupling = opened_coupling(bridge, dense, device)
+        if chat:
+            prompt, counterfactual = coupling.dense.prompts.chat(prompt), as_chat(coupling, counterfactual)
         note = show_phase if sys.stderr.isatty() else None
         width = terminal_width()
 
@@ -288,6 +294,7 @@ def steer(
     node: Annotated[
         list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1; repeatable.")
     ] = None,
+    chat: Chat = False,
     circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
     explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
@@ -316,6 +323,8 @@ def steer(
         check_strengths(strength or STRENGTHS)
         check_outputs(svg=svg, json=json, read=[explanation])
         coupling = opened_coupling(bridge, dense, device)
+        if chat:
+            prompt, counterfactual = as_chat(coupling, prompt), as_chat(coupling, counterfactual)
         text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
         steering = steer_prompt(
             coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,

@@ -126,7 +126,7 @@ class Deletions:
         self, coupling: Coupling, behind: float, ratio: float, best: float, matched_lost: float, seed: int
     ) -> tuple[Measure, ...]:
         """The circuit's deletion in the dense model beside the sparse one, and the controls', held to some bounds."""
-        sites, kinds = self.circuit.behind(behind), (*coupling.dense.sublayers, "unembed")
+        sites, kinds = self.circuit.behind(behind), coupling.dense.readers
         points = tuple(
             Point(f"site {site} ({kinds[site]})", {
                 "dense": self.circuit.dense_j[site], "sparse": self.circuit.sparse_j[site], "behind": float(site in sites),

@@ -149,7 +149,7 @@ def patching_measures(
     share, every, *matched = (mean_share(transporter, lost_jb, effect_b) for lost_jb in lost_cjb)
     if every <= 0:
         return unknown("all nodes together have none of the effect")
-    value, kinds = share / every, (*transporter.coupling.dense.sublayers, "unembed")
+    value, kinds = share / every, transporter.coupling.dense.readers
     shares = torch.stack([lost_cjb[0], lost_cjb[1], dense_jb]).mean(2) * transporter.loss.span / effect
     points = tuple(
         Point(f"site {site} ({kinds[site]})", dict(zip(("circuit", "all nodes", "dense"), shares[:, site].tolist(), strict=True)))

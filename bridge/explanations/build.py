@@ -57,6 +57,7 @@ from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import COUNTED, Node
 from bridge.models.schema import ERROR
+from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
 from bridge.nodes.description import node_labels
 from bridge.nodes.statistics import sparse_fingerprint
@@ -107,7 +108,8 @@ def explain(
     on_progress(f"means: {used_bt.numel():,} tokens of reference text")
     means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
-    with cores(1 if masked.space.size <= SHORT else torch.get_num_threads()):
+    alone = masked.space.size <= SHORT and not isinstance(coupling.sparse, SparseSpan)  # whose dense model is the longer part
+    with cores(1 if alone else torch.get_num_threads()):
         loss = CircuitLoss(masked, followed.dense_bv, config)
         answered = _answered(coupling, prompt, loss)
         on_stage(answered)

@@ -136,7 +136,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of an explanation; coupling_fingerprint is that of the sparse weights."""
+    """Origin of an explanation; coupling_fingerprint is that of the sparse weights, blocks the span that was coupled, or None."""
 
     dense: str
     dense_fingerprint: str
@@ -146,6 +146,7 @@ class Provenance:
     version: str
     reference: str
     coupling_fingerprint: str | None = None
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ _HEAD = 10  # columns, in which a section's name stands
 def render_text(explanation: Explanation, width: int = 100, *, answer: bool = True) -> str:
     """The explanation for a terminal `width` columns wide; without the answer where that has been shown already."""
     where = explanation.provenance
+    span = "" if where.blocks is None else f" of blocks {where.blocks}, before and behind which the dense model runs"
     made = (
-        f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}), dense model "
-        f"{where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
+        f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}){span}, dense "
+        f"model {where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
     )
     drawn = (_path(explanation, width), _groups(explanation, width), _nodes(explanation, width), _attention(explanation, width))
     parts = (

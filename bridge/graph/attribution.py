@@ -14,11 +14,12 @@ before the nonlinearity); where a matrix's output goes through a norm, or is mul
     embedding    (E_i - mean E_i) / rms      the token's nonzero entry -> attn_in, mlp_in, same channel
     error        (e_i - mean e_i) / rms      a kept error, one node for a site and token -> attn_in, mlp_in there and later
                  read_s . (e - mean e) / rms     one at the last token -> answer;   read_v . (e - mean e)  that of the logits
-    unembedding  read_i (a_i - m_i) / rms    a write (or embedding entry) at the last position -> answer
+    unembedding  read_i (a_i - m_i) / rms    a write (or embedding entry) at the last position -> answer; of a span, at any one,
+                                             read being dd / d the last residual through the rest of the dense model, first order
     bigram       read_v . B                  the last token -> answer, in full: it is part of every circuit
 
-read_v = dd / d logits in S_C and read_s = read_v U: against one other token U_answer - U_contrast, exactly; against all others
-first order (`flow`). Biases are constants, and no edges.
+read_v = dd / d logits in S_C and read_s = read_v U (`Flow.answer_ts`, over rms): against one other token U_answer - U_contrast,
+exactly; against all others first order (`flow`). Biases are constants, and no edges.
 
 Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
 entries are counted by their own names, the others drawn. `effect` is the weight times dd / d target, which makes edges into
@@ -381,7 +382,7 @@ def _residual_edges(flow: Flow) -> Iterator[_Some]:
 
 def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
     """The embedding, where it has entries, and the kept writes that arrive at a site: which channels_tn each writes."""
-    yield EMBEDDING, flow.sparse.embedding[flow.tokens_t] != 0
+    yield EMBEDDING, flow.embedded_ts
     for source in flow.locations(*WRITE_KINDS):
         if flow.sparse.site(source) < site:
             yield source, flow.kept[source]
@@ -389,24 +390,25 @@ def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
 
 def _answer_edges(flow: Flow) -> Iterator[_Some]:
     sparse, last_site, last_1 = flow.sparse, flow.sparse.n_sites - 1, torch.tensor([len(flow.tokens_t) - 1]).to(flow.tokens_t)
-    scale_1 = flow.scale[last_site][-1:]
     answer_1 = torch.full_like(last_1, flow.masked.question.answer)
 
-    def to_answer(kind: EdgeKind, source: Location, index_e: Tensor, added_e: Tensor) -> _Some:
-        ends = (source, index_e, last_1.expand_as(index_e)), (flow.answer, answer_1.expand_as(index_e), last_1.expand_as(index_e))
-        return _Some(kind, *ends, added_e, added_e)
+    def to_answer(kind: EdgeKind, source: Location, index_e: Tensor, position_e: Tensor, added_e: Tensor) -> _Some:
+        answer = flow.answer, answer_1.expand_as(index_e), last_1.expand_as(index_e)
+        return _Some(kind, (source, index_e, position_e), answer, added_e, added_e)
 
     for source, writes_tn in _writers(flow, last_site):
-        index_e = (writes_tn[-1] & (flow.read_s != 0)).nonzero().flatten()
-        yield to_answer("unembedding", source, index_e, flow.read_s[index_e] * flow.change[source][-1, index_e] * scale_1)
+        position, index = (writes_tn & (flow.answer_ts != 0)).nonzero().unbind(1)
+        yield to_answer("unembedding", source, index, position, (flow.answer_ts * flow.change[source])[position, index])
     for source in flow.locations(ERROR):
-        if bool(flow.kept[source][-1]):
-            read = flow.read_s * scale_1 if source.layer <= last_site else flow.read_v
-            yield to_answer("error", source, torch.zeros_like(last_1), (flow.change[source][-1] @ read)[None])
+        read_ts = flow.answer_ts if source.layer <= last_site else flow.read_v[None]
+        added_t = (flow.change[source] * read_ts).sum(-1)[-len(flow.tokens_t) :]
+        (at_e,) = (flow.kept[source][-len(added_t) :, 0] & read_ts[-len(added_t) :].any(-1)).nonzero().unbind(1)
+        position = at_e + len(flow.tokens_t) - len(added_t)
+        yield to_answer("error", source, torch.zeros_like(position), position, added_t[at_e])
     if sparse.bigram:
         nothing_11s = torch.zeros_like(flow.change[EMBEDDING][:1])[None]
         token_1 = flow.tokens_t[-1:]
         entry_v = sparse.run(token_1[None], Enter.at(last_site, nothing_11s)).logits_btv[0, 0] - sparse.capped(
             sparse.unembedding.bias
         )
-        yield to_answer("bigram", BIGRAM, token_1, (flow.read_v @ entry_v)[None])
+        yield to_answer("bigram", BIGRAM, token_1, last_1, (flow.read_v @ entry_v)[None])

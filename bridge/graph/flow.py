@@ -9,6 +9,8 @@ With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, 
     passed      what a unit of a matrix's output is on its way to a node: times the scale of the norm that it goes through, which
                 is held; of gated neurons, times the gate
     scale       1 / rms of the residual stream, per token, at every site (1 where it is read without a norm)
+    answer_ts   what a unit of the last residual adds to d: read_v through the unembedding and a soft cap's derivative, times the
+                scale there, at the last token alone; of a span, dd / d it through the rest of the dense model, at every token
     read_v      r_v; against one other token it is 1 for the answer, -1 for the contrast, exactly and everywhere; against all
                 others it is 1 for the answer, minus each other token's share of the others' probability, and first order
 
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from torch import Tensor
 from bridge.circuits.masked_model import MaskedModel
 from bridge.models.circuit import EMBEDDING, check_means
 from bridge.models.schema import ERROR, GATE, activated
+from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location, SparseTransformer
 
 
@@ -36,7 +38,8 @@ class Flow:
     """Values and gradients of a circuit of one prompt, without the batch axis; see the module's docstring.
 
     kept are the circuit's masks per location, errors' kept_t1; change has those of the embedding and of kept errors (change_ts,
-    0 where an error is not kept; change_1v of the logits'); difference is d.
+    0 where an error is not kept; change_1v of the logits'); embedded_ts marks the channels that the prompt's tokens write;
+    difference is d.
     """
 
     masked: MaskedModel
@@ -48,7 +51,8 @@ class Flow:
     scale: tuple[Tensor, ...]
     logits_v: Tensor
     read_v: Tensor
-    uncapped_v: Tensor
+    embedded_ts: Tensor
+    answer_ts: Tensor
     difference: float
 
     @property
@@ -65,13 +69,6 @@ class Flow:
     def answer(self) -> Location:
         """Location of the answer, as the end of edges."""
         return Location(len(self.sparse.blocks), "answer")
-
-    @cached_property
-    def read_s(self) -> Tensor:
-        """read_v through the unembedding, and a soft cap's derivative: what a unit of the normed last residual adds to d."""
-        cap = self.sparse.form.logit_cap
-        derivative_v = 1.0 if cap is None else 1 - (self.uncapped_v / cap).tanh().square()
-        return (self.read_v * derivative_v) @ self.sparse.unembedding.weight
 
     def weight(self, layer: int, name: str) -> Tensor:
         """weight_ji of a block's matrix."""
@@ -123,7 +120,8 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
         trace = sparse.run(tokens_1t, gate=probing, correct=correct, last_only=True)
         logits_1v = trace.logits_btv[:, -1]
         d_1 = question.difference(logits_1v)
-        read_1v, *gradients = torch.autograd.grad(d_1.sum(), [logits_1v, *probe.values()])
+        x_1ts = trace.residuals[-1]
+        read_1v, into_1ts, *gradients = torch.autograd.grad(d_1.sum(), [logits_1v, x_1ts, *probe.values()])
     value = {at: value_1tn[0].detach() for at, value_1tn in value.items()}
     gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
     for at in gradient:
@@ -131,14 +129,24 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
             gradient[at] = gradient[at] * _derivative(sparse, at, value[Location(at.layer, "mlp_in")])
     kept = masked.space.split(kept_f)
     change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}
-    change[EMBEDDING] = sparse.embed(tokens_1t)[0] - masked.means[EMBEDDING]
+    embedded_ts = sparse.embed(tokens_1t)[0]
+    change[EMBEDDING] = embedded_ts - masked.means[EMBEDDING]
     for at, error_bts in (masked.errors or {}).items():
         kept_t1 = kept[at] if at.layer < sparse.n_sites else kept[at][-1:]
         change[at] = (error_bts[0] - masked.means[at]) * kept_t1
     scale = tuple(sparse.read_scale(site, x_1ts.detach())[0, :, 0] for site, x_1ts in enumerate(trace.residuals))
-    uncapped_v = sparse.uncapped(trace.residuals[-1][:, -1:].detach())[0, 0]
     logits_v = logits_1v[0].detach()
-    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_v, read_1v[0], uncapped_v, float(d_1))
+    answer_ts = into_1ts[0] if isinstance(sparse, SparseSpan) else _answer_read(sparse, x_1ts[0].detach(), read_1v[0], scale[-1])
+    written_ts = embedded_ts != 0 if isinstance(sparse, SparseSpan) else sparse.embedding[question.tokens_t] != 0
+    return Flow(masked, kept_f, kept, value, change, gradient, scale, logits_v, read_1v[0], written_ts, answer_ts, float(d_1))
+
+
+def _answer_read(sparse: SparseTransformer, x_ts: Tensor, read_v: Tensor, scale_t: Tensor) -> Tensor:
+    """answer_ts of a model that unembeds the last residual itself."""
+    cap, answer_ts = sparse.form.logit_cap, torch.zeros_like(x_ts)
+    derivative_v = 1.0 if cap is None else 1 - (sparse.uncapped(x_ts[None, -1:])[0, 0] / cap).tanh().square()
+    answer_ts[-1] = (read_v * derivative_v) @ sparse.unembedding.weight * scale_t[-1]
+    return answer_ts
 
 
 def errors_before(flow: Flow, site: int) -> list[Location]:

@@ -112,12 +112,14 @@ def _reads(
 
 def _like(flow: Flow, group: Group, prompts: Prompts) -> str:
     """Other tokens that would feed a group as its own does; '' where its own is not among them."""
-    own, pull_s = group.positions[-1], torch.zeros_like(flow.read_s)
+    own, pull_s = group.positions[-1], torch.zeros_like(flow.answer_ts[0])
     for node in group.nodes:
         if node.location.kind in READ_KINDS:
             scale = flow.scale[flow.sparse.site(node.location)][own]
             pull_s[node.index] += flow.gradient[node.location][own, node.index] * scale
     entry_vs = flow.sparse.embedding
+    if not len(entry_vs):  # a span's tokens write by way of the dense model
+        return ""
     token = int(flow.tokens_t[own])
     if not bool((pull_s * entry_vs[token]).any()):
         return ""

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import combinations, count
 from typing import Any
 
@@ -47,10 +48,16 @@ class Middle:
 
 @dataclass(frozen=True)
 class Block:
-    """A block and the point between its sublayers; None where they are parallel."""
+    """A block and the point between its sublayers, None where they are parallel; things it returns, None: the residual itself."""
 
     module: nn.Module
     middle: Middle | None
+    returns: int | None
+
+    def handing_on(self, args: tuple, kwargs: dict) -> Any:
+        """The output of a block that does nothing: what it is given, beside nothing."""
+        x = first_tensor(args, kwargs)
+        return x if self.returns is None else (x, *[None] * (self.returns - 1))
 
 
 # --- 1: blocks
@@ -74,13 +81,14 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """Input of one block, and its output."""
+    """Input of one block, and its output, one of so many things (None: the output itself)."""
 
     block: nn.Module
     args: tuple
     kwargs: dict
     x_btd: Tensor
     output_btd: Tensor
+    returns: int | None
 
     def again(self, x_btd: Tensor, replaced: Mapping[nn.Module, Tensor] | None = None) -> tuple[Tensor, list[_Seen]]:
         """The block's output for a residual, some submodules' outputs replaced, and every submodule that was called once.
@@ -139,9 +147,11 @@ def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
     return ordinary[picked_bt].to(next(model.parameters()).device)
 
 
-def forward(model: Any, tokens_bt: Tensor) -> Tensor:
-    """logits_btv of the whole causal LM."""
-    return model(input_ids=tokens_bt, use_cache=False, return_dict=True).logits
+def forward(model: Any, tokens_bt: Tensor, *, last_only: bool = False) -> Tensor:
+    """logits_btv of the whole causal LM; with last_only those of the last position, as b1v."""
+    some = {"logits_to_keep": 1} if last_only and "logits_to_keep" in signature(model.forward).parameters else {}
+    logits_btv = model(input_ids=tokens_bt, use_cache=False, return_dict=True, **some).logits
+    return logits_btv[:, -1:] if last_only else logits_btv
 
 
 def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
@@ -153,7 +163,8 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
     def watch(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x, out = given.pop(block, None), output_tensor(output)
         if x is not None and isinstance(out, Tensor) and out.shape == x.shape and x.shape[:-1] == tokens_bt.shape:
-            calls[block].append(_Call(block, args, kwargs, x, out.clone()))
+            returns = None if out is output else len(output)
+            calls[block].append(_Call(block, args, kwargs, x, out.clone(), returns))
 
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:  # before the block, which may add in place
         x = first_tensor(args, kwargs)
@@ -213,7 +224,7 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
         if middle is None and not _is_parallel(call, seen):
             what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
             raise DenseModelError(f"{who} cannot be read at site {site + 1}: {what}")
-        blocks.append(Block(call.block, middle))
+        blocks.append(Block(call.block, middle, call.returns))
         site += 1 if middle is None else 2
     return tuple(blocks)
 

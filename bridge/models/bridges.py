@@ -34,6 +34,7 @@ from bridge.kernels.products import source_of
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.models.residual import Enter
+from bridge.models.span import DenseSpan, SparseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
 from bridge.recipe import Recipe, resolve
@@ -131,11 +132,20 @@ class Coupling:
             raise ValueError(
                 f"the dense model has {self.dense.vocabulary} logits, the sparse model {self.sparse.vocabulary}; they must agree"
             )
+        if isinstance(self.sparse, SparseSpan):
+            if not isinstance(self.dense, DenseSpan):
+                raise ValueError("the sparse model is a span's, and the dense model is a whole one; take the span (`dense_of`)")
+            object.__setattr__(self, "sparse", self.sparse.join(self.dense, self.bridges))
 
     @property
     def n_sites(self) -> int:
         """Number of sites, the same in both models."""
         return self.dense.n_sites
+
+    @property
+    def blocks(self) -> str | None:
+        """The dense model's blocks that are coupled, as first:last; None for all of a whole one."""
+        return self.dense.slice if isinstance(self.dense, DenseSpan) else None
 
     @property
     def context(self) -> int:
@@ -150,6 +160,7 @@ class Coupling:
             "dense_fingerprint": self.dense.fingerprint(),
             "coupling": self.path,
             "l0": self.recipe.sparsity.l0,
+            "blocks": self.blocks,
             "version": version("bridge"),
         }
 
@@ -205,7 +216,7 @@ class Coupling:
             )
         try:
             recipe, known = resolve(facts["recipe"]), facts["dense"]
-            sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
+            sparse = sparse_of(recipe, tuple(known["sublayers"]), known["vocabulary"])
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
             identity, fitted_to = Identity.read(known), known["name"]
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
@@ -230,6 +241,7 @@ class Coupling:
                 raise CheckpointError(
                     f"dense model of {str(folder)!r} not found: {error}; or say where it is with --dense (in Python dense=...)"
                 ) from None
+        dense = dense_of(dense, recipe.sparse.blocks)
         shapes = [(list(one["sublayers"]), one["vocabulary"], one["width"]) for one in (known, shape_facts(dense))]
         if fine_tuned and shapes[0] != shapes[1]:
             now, was = (f"{len(kinds)} sublayers of width {width}, {size:,} tokens" for kinds, size, width in shapes[::-1])
@@ -367,8 +379,12 @@ def _locate(folder: Path, name: str, beside: str | None) -> str:
 
 def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:
     """An untrained coupling of the recipe's shape; the recipe's width and context must be resolved for the dense model."""
-    assert recipe.data.context is not None
-    shape = recipe.sparse
-    sparse = SparseTransformer(shape, dense.sublayers, dense.vocabulary, recipe.data.context, seed=recipe.seed)
+    sparse = sparse_of(recipe, dense.sublayers, dense.vocabulary)
     bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
     return Coupling(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
+
+
+def sparse_of(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:
+    """The sparse model of a recipe, before anything is learnt, with the kinds of sublayer of the dense model or span."""
+    kind = SparseTransformer if recipe.sparse.blocks is None else SparseSpan
+    return kind(recipe.sparse, sublayers, vocabulary, recipe.data.context or 1, seed=recipe.seed)

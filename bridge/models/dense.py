@@ -8,7 +8,8 @@ model in which something besides the residual takes information past a site must
 A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
 enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
 one that enters at the last site replaces the last block's output. What the model computes for a row before it enters is
-overwritten. Zeroing the writer, rather than adding the difference later, keeps an entry exact in every dtype.
+overwritten; a block that every row enters behind hands on what it is given instead. Zeroing the writer, rather than adding the
+difference later, keeps an entry exact in every dtype.
 
 Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
 """
@@ -16,9 +17,8 @@ Shape legend: b batch row, t token, d width of the residual stream, v vocabulary
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -40,16 +40,13 @@ from bridge.huggingface.site_discovery import (
     DenseModelError,
     context_of,
     first_line,
-    first_tensor,
     forward,
     largest,
-    output_tensor,
     probe_tokens,
     watch_blocks,
     wire,
-    with_first_tensor,
-    with_output_tensor,
 )
+from bridge.models.dense_run import Reached, Run, exclusive, under_way
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 
 if TYPE_CHECKING:
@@ -60,15 +57,6 @@ if TYPE_CHECKING:
 _BUFFER = re.compile(
     r"\b(attn|attention)\.(bias|masked_bias|causal_mask)$|\b(inv_freq|position_ids|embed_positions|embed_positions\.weights)$"
 )
-
-# Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
-_ONE_AT_A_TIME = threading.RLock()
-_under_way: list[_Run] = []
-
-
-def exclusive() -> AbstractContextManager[Any]:
-    """While it lasts no other thread runs a dense model: for whoever puts hooks of its own on one."""
-    return _ONE_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -113,12 +101,19 @@ class DenseModel:
             self._blocks = wire(who, calls)
             kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
+            self._hands_on = False
             self.parity = _check_parity(self, who, tokens_bt, logits_btv)
+            self._hands_on = _resumes_alone(self, tokens_bt, self.parity.tolerance)
 
     @property
     def n_sites(self) -> int:
         """Number of sites: sublayers + 1."""
         return len(self.sublayers) + 1
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Kind of sublayer that reads at each site; behind the last of them, the unembedding."""
+        return (*self.sublayers, "unembed")
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -135,11 +130,26 @@ class DenseModel:
         nn.Module.to(self.model, device)
         return self
 
-    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
+    def run(self, tokens_bt: Tensor, enter: Enter | None = None, *, last_only: bool = False) -> Trace:
         """Run a batch; rows may enter at any site with a residual of their own, through which gradients flow.
 
-        Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens.
+        Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens, and none
+        at the sites before a block that every row enters behind. With last_only the logits are those of the last position (b1v).
         """
+        run = self._start(tokens_bt, enter)
+        with exclusive(), self._hooked(run):
+            logits_btv = forward(self.model, tokens_bt, last_only=last_only)
+        return Trace(logits_btv, run.trace(self.n_sites))
+
+    def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
+        """x_btd at every site up to `until`, as `run` gives them; what comes behind that is not run."""
+        run = self._start(tokens_bt, enter, until)
+        with exclusive(), self._hooked(run), suppress(Reached):
+            forward(self.model, tokens_bt)
+        return run.trace(until + 1)
+
+    def _start(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Run:
+        """A run of a batch, once that is checked."""
         if self.context is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
         if enter is not None:
@@ -148,10 +158,7 @@ class DenseModel:
             if tuple(enter.x_btd.shape) != wanted or len(enter.site_b) != wanted[0]:
                 given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
                 raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
-        run = _Run(enter, self.n_sites, tokens_bt.device)
-        with exclusive(), self._hooked(run):
-            logits_btv = forward(self.model, tokens_bt)
-        return Trace(logits_btv, tuple(run.residuals[site] for site in range(self.n_sites)))
+        return Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on)
 
     def fingerprint(self) -> str:
         """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
@@ -177,11 +184,16 @@ class DenseModel:
         return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
-    def _hooked(self, run: _Run) -> Iterator[None]:
+    def _hooked(self, run: Run) -> Iterator[None]:
         """The hooks of one run, on the model for as long as it lasts."""
         site = 0
         with ExitStack() as hooks:
             for block in self._blocks:
+                behind = site + (1 if block.middle is None else 2)
+                if behind <= run.first:
+                    hooks.enter_context(run.handing_on(block))
+                    site = behind
+                    continue
                 before = partial(run.before_block, site, block.middle is not None)
                 hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
                 site += 1
@@ -194,69 +206,9 @@ class DenseModel:
                     site += 1
             last = partial(run.after_last, site)
             hooks.enter_context(self._blocks[-1].module.register_forward_hook(last))
-            _under_way.append(run)
-            hooks.callback(_under_way.pop)
+            under_way.append(run)
+            hooks.callback(under_way.pop)
             yield
-
-
-class _Run:
-    """One run under way: the rows that enter, sorted by site so that those of a site are one slice, and the residuals seen."""
-
-    def __init__(self, enter: Enter | None, n_sites: int, device: torch.device) -> None:
-        self.residuals: dict[int, Tensor] = {}
-        self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
-        if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
-            order_b = torch.argsort(enter.site_b, stable=True)
-            order_b = order_b[int((enter.site_b == EMBEDDING).sum()) :]
-            self._bounds = torch.searchsorted(enter.site_b[order_b], torch.arange(n_sites + 1)).tolist()
-            self._row_b = order_b.to(device, non_blocking=True)
-            self._given_btd = enter.x_btd[self._row_b]
-
-    def anyone_enters(self, site: int) -> bool:
-        """Whether a row enters at a site."""
-        return self._bounds[site] < self._bounds[site + 1]
-
-    def place(self, site: int, x_btd: Tensor) -> Tensor:
-        """x_btd with the rows that enter at the site in place."""
-        if not self.anyone_enters(site):
-            return x_btd
-        here = slice(self._bounds[site], self._bounds[site + 1])
-        return x_btd.index_copy(0, self._row_b[here], self._given_btd[here].to(x_btd.dtype))  # not in place: autograd, records
-
-    def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if _under_way[-1] is not self:
-            return None
-        given_btd = first_tensor(args, kwargs)
-        x_btd = self.residuals[site] = self.place(site, given_btd)
-        if has_middle:  # what the first sublayer makes of the rows that enter after it is taken back by `after_writer`
-            x_btd = self.place(site + 1, x_btd)
-        return None if x_btd is given_btd else with_first_tensor(args, kwargs, x_btd)
-
-    def after_writer(self, site: int, sums: bool, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        if _under_way[-1] is not self:
-            return None
-        written = output_tensor(output)
-        if sums:
-            placed = self.place(site, self._by_row(written))
-        else:
-            here = slice(self._bounds[site], self._bounds[site + 1])
-            placed = self._by_row(written).index_fill(0, self._row_b[here], 0)
-        return with_output_tensor(output, placed.reshape(written.shape))
-
-    def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if _under_way[-1] is self:
-            self.residuals[site] = self._by_row(first_tensor(args, kwargs))
-
-    def after_last(self, site: int, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        if _under_way[-1] is not self:
-            return None
-        x_btd = self.residuals[site] = self.place(site, output_tensor(output))
-        return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that gradients reach it."""
-        shape = self.residuals[0].shape
-        return x if x.shape == shape else x.reshape(shape)
 
 
 def load_dense(
@@ -419,3 +371,17 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
             message = f"{who} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
             raise DenseModelError(f"{message} (tolerance {tolerance:.2g}); what it reads later is not all in the residual there")
     return Parity(tuple(errors), tolerance)
+
+
+def _resumes_alone(dense: DenseModel, tokens_bt: Tensor, tolerance: float) -> bool:
+    """Whether blocks that every row enters behind can be left out: at the last site, and half way there."""
+    plain = dense.run(tokens_bt)
+    dense._hands_on = True
+    for site in (dense.n_sites // 2, dense.n_sites - 1):
+        try:
+            logits_btv = dense.run(tokens_bt, Enter.at(site, plain.residuals[site])).logits_btv
+        except (AttributeError, TypeError, IndexError, KeyError, RuntimeError):  # whatever a model wants of its blocks
+            return False
+        if not largest(logits_btv - plain.logits_btv) <= tolerance:
+            return False
+    return True

@@ -81,15 +81,16 @@ class SparseTransformer(Heads, SparseWeights):
         self.heads_of_queries = form.heads or width // channels
         self.heads_of_keys = form.kv_heads or self.heads_of_queries
         self.group = self.heads_of_queries // self.heads_of_keys  # query heads that share keys and values
-        self.embedding = nn.Parameter(torch.empty(vocabulary, width))
+        entries = vocabulary if shape.blocks is None else 0  # a span (`span`) begins and ends with the dense model
+        self.embedding = nn.Parameter(torch.empty(entries, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
         sizes = (width, channels * self.heads_of_queries, channels * self.heads_of_keys, self.neurons)
         self.blocks = nn.ModuleList(Block(form, *sizes, channels) for _ in range(n_blocks))
-        self.unembedding = Linear(width, vocabulary)
+        self.unembedding = Linear(width, entries)
         self.bigram: nn.ParameterList = nn.ParameterList()
-        if shape.bigram == "full":
+        if shape.bigram == "full" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, vocabulary)))
-        elif shape.bigram == "low-rank":
+        elif shape.bigram == "low-rank" and entries:
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
         self.values = nn.ParameterDict()
@@ -174,6 +175,7 @@ class SparseTransformer(Heads, SparseWeights):
         sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
         if narrow:
             last_only = True
+        if narrow and self.narrow_from < self.n_sites:
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))

@@ -48,6 +48,11 @@ class Linear(nn.Linear):
 
     matrix: Compact | None = None
 
+    def reset_parameters(self) -> None:
+        """Fill a map that has any outputs, before the model gives it weights."""
+        if self.out_features:
+            super().reset_parameters()
+
     def forward(self, x_btn: Tensor) -> Tensor:
         """y_btm."""
         return super().forward(x_btn) if self.matrix is None else sparse_linear(x_btn, self.matrix, self.bias)

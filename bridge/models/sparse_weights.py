@@ -68,7 +68,8 @@ class SparseWeights(nn.Module):
 
     def sparse_weights(self) -> dict[str, nn.Parameter]:
         """The dense matrices that are made sparse: all of them but the bigram table."""
-        return {name: p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("bigram")}
+        matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2 and p.numel()}
+        return {name: p for name, p in matrices.items() if not name.startswith("bigram")}
 
     def packable(self) -> dict[str, nn.Parameter]:
         """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
@@ -78,7 +79,7 @@ class SparseWeights(nn.Module):
     def biases(self) -> dict[str, nn.Parameter]:
         """The vectors that may be made sparse: biases of the linear maps, and attention sinks."""
         vectors = {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
-        return {name: p for name, p in vectors.items() if ".gains." not in name}
+        return {name: p for name, p in vectors.items() if p.numel() and ".gains." not in name}
 
     def fractions(self, sparsity: Sparsity) -> Fractions:
         """Fractions of every matrix that a recipe's L0 keep; a number of weights is one of the matrices that l0 speaks of.
@@ -124,10 +125,10 @@ class SparseWeights(nn.Module):
         return _share(self._sizes())
 
     def achieved_fractions(self) -> Fractions:
-        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding."""
+        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding (without any, the blocks')."""
         sizes = self._sizes()
         blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
-        return Fractions(_share(blocks), _share(embed))
+        return Fractions(_share(blocks), _share(embed or blocks))
 
     def n_sparse_weights(self) -> int:
         """Number of weights, zero or not, of the matrices that are made sparse."""

@@ -8,6 +8,7 @@ A node's write w is the vector that one unit of it adds to the residual stream, 
     q, k, mlp_gate       none: they decide which positions are attended to, and what is let through
 
     promotes     tokens by U w, U the sparse unembedding, the largest and the smallest
+                 (of a span's nodes there are none here: only the dense model has an embedding and an unembedding)
     embedded     for attn_in and mlp_in instead: tokens by E_i, whose embedding writes the channel
     dense        d = decode_change(w) by the bridge at that site, and its logit lens V d, V the dense model's output embedding
                  (without the final norm's gain, which is not found generically), where the model says which that is
@@ -39,6 +40,7 @@ from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import EMBEDDING, Node
 from bridge.models.schema import GATE, KEY_KINDS, READ_KINDS, WRITE_KINDS
+from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
 from bridge.nodes.statistics import Context, NodeFacts, stored_facts
 
@@ -199,6 +201,8 @@ def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
 def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
     """The kind of tokens, those of the largest scores above 0, and those of the smallest below."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
+    if isinstance(sparse, SparseSpan):
+        return "none", (), ()
     if node.location.kind in READ_KINDS:
         return "embedded", *_ends(prompts, sparse.embedding[:, node.index])
     found = write_of(coupling, node)
@@ -215,7 +219,7 @@ def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
     promotes, demotes = None, None
     if lens_vd is not None:
         promotes, demotes = _ends(coupling.dense.prompts, lens_vd.float() @ direction_d.to(lens_vd.device))
-    read_by = (*coupling.sparse.sublayer_kinds, "unembed")[site]
+    read_by = coupling.dense.readers[site]
     return DenseDirection(site, read_by, tuple(direction_d.tolist()), promotes, demotes)
 
 
@@ -260,7 +264,7 @@ def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
     if at.kind == "mlp_act" and sparse.form.gated:
         yield Link(Node(Location(at.layer, GATE), node.index).name, "gate", None)
     if at.kind in READ_KINDS:
-        if sparse.embedding[:, node.index].any():
+        if isinstance(sparse, SparseSpan) or sparse.embedding[:, node.index].any():
             yield Link(Node(EMBEDDING, node.index).name, "residual", None)
         for other in sparse.locations():
             if other.kind in WRITE_KINDS and sparse.site(other) < sparse.site(at):

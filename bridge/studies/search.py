@@ -39,6 +39,7 @@ from bridge.graph.attribution import task_edges
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Circuit
+from bridge.models.span import dense_of
 from bridge.models.sparse import Location
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
@@ -80,8 +81,8 @@ class Subjects:
 
     @cached_property
     def dense(self) -> DenseSubject:
-        """The dense model. Raises DenseModelError where its linear maps cannot be found."""
-        return DenseSubject(self.coupling.dense, self.reference_bt)
+        """The dense model, all of it. Raises DenseModelError where its linear maps cannot be found."""
+        return DenseSubject(dense_of(self.coupling.dense, None), self.reference_bt)
 
 
 def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:
@@ -266,8 +267,8 @@ def _entries(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: T
     answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()
     answers = answers[answers >= 0]
     return {
-        "embedding": int((sparse.embedding[tokens][:, read_s] != 0).sum()),
-        "unembedding": int((sparse.unembedding.weight[answers][:, written_s] != 0).sum()),
+        "embedding": int((sparse.embedding[tokens][:, read_s] != 0).sum()) if len(sparse.embedding) else 0,
+        "unembedding": int((sparse.unembedding.weight[answers][:, written_s] != 0).sum()) if len(sparse.embedding) else 0,
         "bigram": len(answers) * len(prompts.prompt_bt[torch.arange(len(prompts)), prompts.last_b].unique())
         if sparse.bigram
         else 0,

@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.huggingface.site_discovery import first_tensor, forward
-from bridge.models.dense import DenseModel, exclusive
+from bridge.models.dense import DenseModel
+from bridge.models.dense_run import exclusive
+from bridge.models.span import DenseSpan
 from bridge.training.dense_maps import (
     EPSILONS,
     SAME,
@@ -74,7 +76,17 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(dense: DenseModel, context: int) -> Anatomy:
-    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none."""
+    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none.
+
+    Of a span they are the whole model's that lie in it, and for an embedding the residual that comes into it stands.
+    """
+    if isinstance(dense, DenseSpan):
+        whole, first = dissect(dense.whole, context), dense.offset
+        sites = range(first, first + len(dense.sublayers))
+        attention = {site - first: part for site, part in whole.attention.items() if site in sites}
+        mlp = {site - first: part for site, part in whole.mlp.items() if site in sites}
+        h_xd = dense.prefix(probe(dense))[:, 1:].flatten(0, 1).float()
+        return Anatomy(whole.centred, whole.eps, attention, mlp, h_xd, None, None, None)
     tokens_bt = probe(dense)
     seen = watch(dense, tokens_bt)
     sites = sites_of(dense)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bridge.huggingface.site_discovery import first_tensor, output_tensor
-from bridge.models.dense import DenseModel, exclusive
+from bridge.models.dense import DenseModel
+from bridge.models.dense_run import exclusive
 
 ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
 SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants

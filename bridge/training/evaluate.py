@@ -184,7 +184,7 @@ def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor
     def recovered(name: str, site: int) -> float:
         return (ce("mean", site) - ce(name, site)) / (ce("mean", site) - ce("dense"))
 
-    readers = (*coupling.dense.sublayers, "unembed")
+    readers = coupling.dense.readers
     by_site = tuple(
         SiteEvaluation(
             site=site,
@@ -226,7 +226,7 @@ def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor
         ev_decoder=over_sites("ev_decoder"),
         l0=coupling.sparse.achieved_l0(),
         l0_blocks=fractions.blocks,
-        l0_embed=fractions.embed,
+        l0_embed=fractions.embed if coupling.blocks is None else 0.0,
         dead_neurons=sum(int((~seen_n).sum()) for seen_n in alive.values()),
         neurons=sum(map(len, alive.values())),
     )

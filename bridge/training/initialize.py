@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bridge.models.bridges import Coupling, folder_of
 from bridge.models.dense import DenseModel
+from bridge.models.span import DenseSpan
 from bridge.models.sparse_weights import Fractions
 from bridge.models.store import read_json
 from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape
@@ -147,12 +148,14 @@ def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
         return nothing
     anatomy = dissect(dense, coupling.context)
     frame = Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
-    if not sparse.form.writes_normed:  # a gain there is one for each channel
+    span = isinstance(dense, DenseSpan)
+    if not sparse.form.writes_normed and not span:  # a gain there is one for each channel
         frame = replace(frame, turn_dd=turn_of(anatomy, frame))
     copy_bridges(coupling, frame)
     sample = [h_btd[:ROWS, :TOKENS] for h_btd in residuals]
     sublayers = tuple(copy_sublayer(coupling, site, frame, anatomy, sample) for site in range(len(dense.sublayers)))
-    return Started(copy_embedding(sparse, frame, anatomy), copy_unembedding(sparse, frame, anatomy), True, sublayers)
+    ends = (False, False) if span else (copy_embedding(sparse, frame, anatomy), copy_unembedding(sparse, frame, anatomy))
+    return Started(*ends, True, sublayers)
 
 
 def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
@@ -171,11 +174,13 @@ def start_from_coupling(coupling: Coupling, path: str, *, adapts: bool = False) 
     """
     other = Coupling.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
     mine, theirs = (
-        one.recipe.sparse.model_copy(update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form})
+        one.recipe.sparse.model_copy(
+            update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
+        )
         for one in (coupling, other)
     )
     if (mine, coupling.context) != (theirs, other.context):
-        differ = [name for name, value in theirs.model_dump().items() if getattr(mine, name) != value] or ["data.context"]
+        differ = [name for name in SparseShape.model_fields if getattr(mine, name) != getattr(theirs, name)] or ["data.context"]
         raise RecipeError(
             f"sparse.start {path!r} is a coupling of another shape ({', '.join(differ)}); take its numbers, or start as 'auto'"
         )

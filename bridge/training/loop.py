@@ -94,6 +94,7 @@ def fit(
     tokens: int | None = None,
     minutes: float | None = None,
     width: int | None = None,
+    blocks: str | None = None,
     recipe: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     uncoupled: bool = False,
@@ -109,12 +110,13 @@ def fit(
 ) -> Coupling:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
-    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. `recipe` is a TOML file of `recipes/`, and
-    `settings` maps its numbers ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
+    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
+    dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
+    ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
-        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, recipe=recipe, settings=settings, uncoupled=uncoupled,
-        adapter=adapter, revision=revision, seed=seed,
+        l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, recipe=recipe, settings=settings,
+        uncoupled=uncoupled, adapter=adapter, revision=revision, seed=seed,
     )  # fmt: skip
     run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
     for progress in train(run):

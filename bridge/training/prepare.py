@@ -26,6 +26,7 @@ from bridge.data.blocks import Blocks, load_blocks
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
+from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, check_new, read_json
@@ -93,7 +94,9 @@ def prepare(
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
     )
+    dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
+    dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
@@ -112,7 +115,7 @@ def prepare(
         recipe.data.source,
         dense.prompts,
         recipe.data.context,
-        max_tokens=recipe.budget.tokens,
+        max_tokens=recipe.data.most_tokens or recipe.budget.tokens,
         seed=recipe.seed,
         dense=dense.model,
         progress=progress if accelerator.is_main_process else None,
@@ -155,6 +158,8 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         shape = shape_for(dense, shape, data.context or 1)
         if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
             shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
+    if shape.blocks is not None:  # there is nowhere to add one
+        shape = shape.model_copy(update={"bigram": "none"})
     optimizer = recipe.optimizer
     if optimizer.rate is None:
         random = shape.start == "random" or not recipe.losses.coupled
@@ -184,7 +189,12 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
     tokens = (recipe.data.rows or 32) * recipe.data.context
     per_token = 4 * (14 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
-    return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token
+    known = 0
+    if isinstance(dense, DenseSpan):
+        behind = dense.whole.n_sites - dense.offset - dense.n_sites
+        per_token += 4 * behind * 24 * dense.width  # two passes go through the dense model behind a span
+        known = min(REMEMBERED, 8 * dense.width * (recipe.data.most_tokens or recipe.budget.tokens or REMEMBERED))
+    return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token + known
 
 
 def seconds_a_step(run: Run) -> float:

@@ -60,6 +60,8 @@ def null_coupling(
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
         return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), coupling.reference_bt)
+    if coupling.recipe.sparse.blocks is not None:
+        raise NullError("a span begins and ends with bridges, so it has no uncoupled null; read its verdicts without nulls")
     if against is None:
         raise NullError("an uncoupled model is trained in a folder of its own; name one with against=")
     other = uncoupled(coupling, against, minutes, seed, progress)

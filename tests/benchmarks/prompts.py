@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default=str(SHIPPED))
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--chat", action="store_true", help="what a user says, put into the model's chat template")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -176,6 +177,8 @@ def main() -> None:
         prompts = held_out_prompts(coupling, arguments.count, arguments.seed)
     else:
         prompts = given_prompts(arguments.prompts)[: arguments.count]
+    if arguments.chat:
+        prompts = [coupling.dense.prompts.chat(prompt) for prompt in prompts]
     bridge.explain(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
     explanations, walls, processors = list[Explanation](), list[float](), list[float]()
     for place, prompt in enumerate(prompts):

@@ -477,3 +477,20 @@ def test_which_token_was_taken_is_said(dense: DenseModel) -> None:
         assert "why 'w7' (#7) rather than 'w8' (#8)" in " ".join(render_answer(explained).split())
     steered = steer(coupling, "w5 w6", ["0.v[5]=1"], target="#7", contrast="w8", strengths=(1,), tokens=0, draws=1)
     assert "question        'w8' (#8) against 'w7' (#7)" in render_steering(steered)
+
+
+def test_a_users_text_is_put_into_the_chat_template() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    prompts = Prompts(tokenizer)
+    text = prompts.chat("x = 1")
+    assert text == "[user] x = 1<|end|>[assistant]"
+    assert prompts.decode(prompts.read(text, 64)) == text and tokenizer.eos_token_id in prompts.read(text, 64)
+    tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
+    with pytest.raises(PromptError, match=r"refuses it \(only two turns\); leave out --chat"):
+        prompts.chat("x")
+    with pytest.raises(PromptError, match="has no chat template; leave out --chat"):
+        Prompts(byte_level()).chat("x")
