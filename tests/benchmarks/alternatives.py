@@ -6,7 +6,8 @@
     transcoders  its MLPs replaced by transcoders of the library sparsify; nodes are latents and the channels of attention
     latents      the same, nodes are latents alone and attention is as it is: what attribution graphs are drawn of
     coupling     each DIR
-    uncoupled    a weight-sparse model by the coupling's recipe from a random start on text alone; bridges by ridge regression
+    uncoupled    a weight-sparse model by the coupling's recipe from a random start on text alone, or one that is given; bridges
+                 by ridge regression
 
 The question is why the dense model's first answer rather than any other token; the circuit is that of F .9 (`find_nested`), under
 the same bounds, with error nodes at the same price, everything else at its mean over the same text. `lost` is the share of the span
@@ -34,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, befor
 
 import numpy as np
 import torch
+from dense_edges import DenseEdges
 from prompts import SHIPPED, held_out_prompts, middle
 from torch import Tensor
 from transcoders import MaskedTranscoded, Transcoded, load_transcoders
@@ -124,9 +126,9 @@ def transcoders(coupling: Coupling, options: argparse.Namespace) -> Path:
     return folder
 
 
-def uncoupled(coupling: Coupling, options: argparse.Namespace) -> tuple[Coupling, float]:
-    """A sparse model that has seen nothing of the dense one, with bridges by regression, and processor minutes that it took."""
-    fitted, whole = options.out / "uncoupled-fit", options.out / "uncoupled"
+def uncoupled(coupling: Coupling, options: argparse.Namespace) -> tuple[Coupling, str]:
+    """A sparse model that has seen nothing inside the dense one, with bridges by regression, and the minutes that it took."""
+    fitted, whole = options.uncoupled or options.out / "uncoupled-fit", options.out / "uncoupled"
     cost = options.out / "uncoupled-cost.json"
     spent = read_json(cost)["cpu_minutes"] if cost.is_file() else 0.0
     began = time.process_time()
@@ -134,18 +136,18 @@ def uncoupled(coupling: Coupling, options: argparse.Namespace) -> tuple[Coupling
     def note(_: Progress | None = None) -> None:
         write_json(cost, {"cpu_minutes": spent + (time.process_time() - began) / 60})
 
+    if not (fitted / "coupling.json").is_file():
+        bridge.fit(
+            coupling.dense.name, recipe=options.recipe, uncoupled=True, tokens=options.uncoupled_tokens, minutes=NO_CLOCK,
+            settings={"sparse.start": "random", "optimizer.rate": RATE}, out=fitted, resume=fitted.exists(), on_progress=note,
+        )  # fmt: skip
+        note()
     if not (whole / "coupling.json").is_file():
         assert coupling.reference_bt is not None
-        if not (fitted / "coupling.json").is_file():
-            bridge.fit(
-                coupling.dense.name, recipe=options.recipe, uncoupled=True, tokens=options.uncoupled_tokens, minutes=NO_CLOCK,
-                settings={"sparse.start": "random", "optimizer.rate": RATE}, out=fitted, resume=fitted.exists(),
-                on_progress=note,
-            )  # fmt: skip
         other = with_ridge_bridges(Coupling.from_pretrained(fitted, dense=coupling.dense), coupling.reference_bt)
         other.save_pretrained(whole)
-        note()
-    return Coupling.from_pretrained(whole, dense=coupling.dense), read_json(cost)["cpu_minutes"]
+    training = f"{read_json(cost)['cpu_minutes']:.1f}" if cost.is_file() else minutes_of(fitted)
+    return Coupling.from_pretrained(whole, dense=coupling.dense), training
 
 
 def minutes_of(folder: Path) -> str:
@@ -191,15 +193,9 @@ def by_dense(subject: DenseSubject, coupling: Coupling, tokens_t: Tensor) -> Lin
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
         return 1 - float(loss.left(loss.masked.logits(~kept_f[None])))
 
-    def edges(loss: CircuitLoss, kept_f: Tensor) -> tuple[None, int]:
-        kept = loss.masked.space.split(kept_f.float())
-        total = 0.0
-        for matrix in subject.matrices():
-            source_ti, target_tj = kept[matrix.source][:, matrix.source_i], kept[matrix.target][:, matrix.target_j]
-            if matrix.target.kind == "attn_out":  # from every earlier token
-                source_ti = source_ti.cumsum(0)
-            total += float(torch.einsum("tj,ji,ti->", target_tj, (matrix.weight_ji != 0).float(), source_ti))
-        return None, round(total)
+    def edges(loss: CircuitLoss, kept_f: Tensor) -> tuple[int, int]:
+        between = DenseEdges(subject, loss, kept_f)
+        return between.needed(LEVEL), between.count
 
     return searched(MaskedDense(subject, question, by_position=True), dense_1v, lost, edges)
 
@@ -260,8 +256,8 @@ def alternatives(couplings: Sequence[Coupling], options: argparse.Namespace) -> 
     folders = [Path(coupling.path or "") for coupling in couplings]
     named = [(each, f"coupling {at.name}", minutes_of(at)) for each, at in zip(couplings, folders, strict=True)]
     if "uncoupled" in options.only:
-        other, minutes = uncoupled(first, options)
-        named.append((other, "uncoupled", f"{minutes:.1f}"))
+        other, training = uncoupled(first, options)
+        named.append((other, "uncoupled", training))
     for coupling, name, training in named:
         if name.split()[0] in options.only:
             alone_btv = coupling.sparse.run(held_bt).logits_btv.float()
@@ -331,6 +327,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transcoder-tokens", type=int, default=2_500_000)
     parser.add_argument("--transcoder", default="", help='options of train_transcoders.py, such as "--k=16 --rate=3e-3"')
+    parser.add_argument(
+        "--uncoupled", type=Path, help="one that is there, of `bridge fit --uncoupled` or `bridge nulls --against`"
+    )
     parser.add_argument("--uncoupled-tokens", type=int, default=2_000_000)
     parser.add_argument(
         "--only", nargs="+", default=["dense", "transcoders", "latents", "coupling", "uncoupled"], help="of the alternatives"

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--expansion", type=int, default=8)
     parser.add_argument("--optimizer", default="adam")
-    parser.add_argument("--rate", type=float)
+    parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rows", type=int, help="rows of the text to train on; by default all")
     options = parser.parse_args()

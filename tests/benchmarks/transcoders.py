@@ -121,9 +121,9 @@ class Transcoded:
 
     @torch.no_grad()
     def dense_without(self, question: Question, parts: Mapping[Location, Tensor]) -> Tensor:
-        """logits_1v of the dense model itself, its MLPs as they are, with the nodes kept_1tn at their means.
+        """logits_1v of the dense model itself, its MLPs as they are, with the nodes and errors of a circuit at their means.
 
-        Of a latent that is W^dec (a - m) taken from what the MLP writes, a being its value in this run.
+        Of a latent that is W^dec (a - m) taken from what the MLP writes, a being its value in this run; of errors likewise.
         """
         read: dict[int, Tensor] = {}
 
@@ -131,9 +131,10 @@ class Transcoded:
             if at.kind == "mlp_in":
                 read[at.layer] = x_btn
             if at.kind == "mlp_out":
-                latent, transcoder = Location(at.layer, LATENT), self.transcoders[at.layer]
-                change_btn = (transcoder.latents(read[at.layer]) - self.means[latent]) * parts[latent]
-                return x_btn - change_btn @ transcoder.decoder_nd
+                latent, error, transcoder = Location(at.layer, LATENT), Location(at.layer, ERROR), self.transcoders[at.layer]
+                a_btn = transcoder.latents(read[at.layer])
+                change_btd = ((a_btn - self.means[latent]) * parts[latent]) @ transcoder.decoder_nd
+                return x_btn - change_btd - (x_btn - transcoder.decode(a_btn) - self.means[error]) * parts[error]
             return torch.where(parts[at], self.means[at], x_btn) if at in self.sizes else x_btn
 
         return self.subject.run(question.prompt_bt, ablate)[:, -1]
