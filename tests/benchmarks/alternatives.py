@@ -10,9 +10,9 @@
                  by ridge regression
 
 The question is why the dense model's first answer rather than any other token; the circuit is that of F .9 (`find_nested`), under
-the same bounds, with error nodes at the same price, everything else at its mean over the same text. `lost` is the share of the span
-that the *dense* model loses when the circuit is deleted: for nodes of its own directly, for latents by taking what they decode to
-from the MLP's output, for sparse models transported at the best site.
+the same bounds, with error nodes at the same price, everything else at its mean over the same text. `lost` is the share of the
+span that the *dense* model loses when the circuit is deleted: for nodes of its own directly, for latents by taking what they
+decode to from the MLP's output, for sparse models transported at the best site.
 
 In --out: the text, what is trained and what that took, and a line for every prompt and alternative. It may be killed and goes
 on. Training has budgets in tokens, so that a busy machine trains no less; processor minutes are measured.
@@ -297,7 +297,8 @@ def summary(alternative: Alternative, lines: Sequence[Line]) -> dict[str, Any]:
 
 HEAD = (
     "", "training, CPU minutes", "KL alone (CE)", "circuits within the bounds", "span", "nodes (nine of ten)",
-    "edges needed (between the nodes)", "F alone", "in supersets, mean; worst", "with errors; share", "span lost in dense", "seconds",
+    "edges needed (between the nodes)", "F alone", "in supersets, mean; worst", "with errors; share", "span lost in dense",
+    "CPU seconds",
 )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
     python -m venv runs/peers && runs/peers/bin/pip install torch==2.13.0 eai-sparsify==1.3.3
     runs/peers/bin/python tests/benchmarks/train_transcoders.py MODEL TOKENS.bin OUT [--k 32] [--expansion 8] [--optimizer adam]
 
-TOKENS.bin are uint16 tokens, context after context. OUT gets a folder for each MLP, and cost.json. sparsify's own command asks for
-a GPU; its Trainer does not. `alternatives.py` runs this.
+TOKENS.bin are uint16 tokens, context after context. OUT gets a folder for each MLP, and cost.json. sparsify's own command asks
+for a GPU; its Trainer does not. `alternatives.py` runs this.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> None:
     coder = sparsify.SparseCoderConfig(expansion_factor=options.expansion, k=options.k, transcode=True)
     settings = {
         "hookpoints": ["h.*.mlp"], "batch_size": options.batch, "optimizer": options.optimizer, "lr": options.rate,
-        "lr_warmup_steps": len(dataset) // options.batch // 20, "save_every": 10**9, "log_to_wandb": False, "run_name": options.out.name,
-        "save_dir": str(options.out.parent),
+        "lr_warmup_steps": len(dataset) // options.batch // 20, "save_every": 10**9, "log_to_wandb": False,
+        "run_name": options.out.name, "save_dir": str(options.out.parent),
     }  # fmt: skip
     sparsify.Trainer(sparsify.TrainConfig(coder, **settings), dataset, model).fit()
     cost = {
