@@ -65,6 +65,7 @@ LEVEL = Level(0.9)
 DRAWS = 20  # supersets of a circuit
 TEXT_TOKENS = 3_000_000  # that transcoders learn from: the beginning of what couplings learn from
 EVALUATED_ROWS = 32  # of held-out text
+PROMPTS = 100
 NO_CLOCK = 1e6  # minutes
 
 
@@ -324,7 +325,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/python-bridge-32.toml", help="of the uncoupled model")
     parser.add_argument("--peers", default="runs/peers/bin/python", help="a Python that has sparsify (see train_transcoders.py)")
     parser.add_argument("--out", type=Path, default=Path("runs/alternatives"))
-    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--count", type=int, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transcoder-tokens", type=int, default=2_500_000)
     parser.add_argument("--transcoder", default="", help='options of train_transcoders.py, such as "--k=16 --rate=3e-3"')
@@ -338,10 +339,11 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     couplings = [Coupling.from_pretrained(folder) for folder in options.bridge]
-    drawn = options.out / f"prompts-{options.seed}-{options.count}.json"
-    if not drawn.is_file():
-        write_json(drawn, held_out_prompts(couplings[0], options.count, options.seed))
-    prompts = [prompt_tokens(couplings[0], prompt) for prompt in json.loads(drawn.read_text(encoding="utf-8"))]
+    drawn = options.out / f"prompts-{options.seed}.json"
+    if not drawn.is_file() or len(json.loads(drawn.read_text(encoding="utf-8"))) < options.count:
+        write_json(drawn, held_out_prompts(couplings[0], max(PROMPTS, options.count), options.seed))
+    texts = json.loads(drawn.read_text(encoding="utf-8"))[: options.count]
+    prompts = [prompt_tokens(couplings[0], prompt) for prompt in texts]
     found = []
     for alternative in alternatives(couplings, options):
         name = f"{alternative.name.replace(' ', '-')}-{options.seed}.jsonl"
