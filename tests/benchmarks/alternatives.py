@@ -38,7 +38,7 @@ import torch
 from dense_edges import DenseEdges
 from prompts import SHIPPED, held_out_prompts, middle
 from torch import Tensor
-from transcoders import MaskedTranscoded, Transcoded, load_transcoders
+from transcoders import LATENT, MaskedTranscoded, Transcoded, load_transcoders
 
 import bridge
 from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
@@ -62,6 +62,7 @@ from bridge.training.loop import Progress
 from bridge.verdicts.null_couplings import RATE, with_ridge_bridges
 
 LEVEL = Level(0.9)
+NEURONS = ("mlp_act", LATENT)
 DRAWS = 20  # supersets of a circuit
 TEXT_TOKENS = 3_000_000  # that transcoders learn from: the beginning of what couplings learn from
 EVALUATED_ROWS = 32  # of held-out text
@@ -75,6 +76,7 @@ class Line:
 
     span: float
     nodes: int | None = None
+    neurons: int | None = None  # of the nodes, or latents: what computes in an MLP
     errors: int | None = None
     edges: int | None = None  # that the circuit needs
     edges_between: int | None = None  # all weights between its nodes
@@ -175,9 +177,11 @@ def searched(
     seconds, kept_f, within = time.process_time() - began, nested.kept(0), nested.off[0] <= 1
     found = measure_circuit(loss, kept_f, superset_draws(loss, DRAWS, 0), LEVEL.faithfulness, None, within)
     needed, between = edges(loss, kept_f)
+    kept = masked.space.split(kept_f)
+    neurons = sum(int(kept_tn.sum()) for at, kept_tn in kept.items() if at.kind in NEURONS)
     return Line(
-        loss.span, found.nodes, found.errors, needed, between, found.faithfulness, found.supersets_mean, found.supersets_worst,
-        found.error_share, lost(loss, kept_f), seconds, within,
+        loss.span, found.nodes, neurons, found.errors, needed, between, found.faithfulness, found.supersets_mean,
+        found.supersets_worst, found.error_share, lost(loss, kept_f), seconds, within,
     )  # fmt: skip
 
 
@@ -291,15 +295,15 @@ def summary(alternative: Alternative, lines: Sequence[Line]) -> dict[str, Any]:
         "prompts": len(lines), "with_circuit": len(some), "within": sum(line.within for line in some),
         "with_errors": sum(bool(line.errors) for line in some), "span": middle(abs(line.span) for line in lines),
         "nodes_p90": of("nodes", 0.9), "lowest_supersets": middle((line.supersets_worst for line in some), 0.1),
-        **{name: of(name) for name in ("nodes", "errors", "edges", "edges_between", "faithfulness", "supersets_mean",
+        **{name: of(name) for name in ("nodes", "neurons", "errors", "edges", "edges_between", "faithfulness", "supersets_mean",
                                        "supersets_worst", "error_share", "lost", "seconds")},
     }  # fmt: skip
 
 
 HEAD = (
     "", "training, CPU minutes", "KL alone (CE)", "circuits within the bounds", "span", "nodes (nine of ten)",
-    "edges needed (between the nodes)", "F alone", "in supersets, mean; worst", "with errors; share", "span lost in dense",
-    "CPU seconds",
+    "neurons or latents", "edges needed (between the nodes)", "F alone", "in supersets, mean; worst", "with errors; share",
+    "span lost in dense", "CPU seconds",
 )  # fmt: skip
 
 
@@ -309,10 +313,12 @@ def row(s: dict[str, Any]) -> list[str]:
     def number(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
 
+    nodes, nodes_p90, neurons, edges, between = (
+        number(s[name], ",.0f") for name in ("nodes", "nodes_p90", "neurons", "edges", "edges_between")
+    )
     return [
         s["name"], s["training"], f"{number(s['kl'])} ({number(s['ce'])})", f"{s['within']} of {s['prompts']}",
-        number(s["span"], ".1f"), f"{number(s['nodes'], ',.0f')} ({number(s['nodes_p90'], ',.0f')})",
-        f"{number(s['edges'], ',.0f')} ({number(s['edges_between'], ',.0f')})", number(s["faithfulness"]),
+        number(s["span"], ".1f"), f"{nodes} ({nodes_p90})", neurons, f"{edges} ({between})", number(s["faithfulness"]),
         f"{number(s['supersets_mean'])}; {number(s['supersets_worst'])}", f"{s['with_errors']}; {number(s['error_share'])}",
         number(s["lost"]), number(s["seconds"], ".1f"),
     ]  # fmt: skip
