@@ -258,15 +258,18 @@ def alternatives(couplings: Sequence[Coupling], options: argparse.Namespace) -> 
             alone_btv = model.run(held_bt, lambda _, x: x, lambda _, x: x)
             training = f"{read_json(folder / 'cost.json')['cpu_minutes']:.1f}"
             yield Alternative(name, training, *measured(alone_btv), partial(by_transcoders, model, first))
-    folders = [Path(coupling.path or "") for coupling in couplings]
-    named = [(each, f"coupling {at.name}", minutes_of(at)) for each, at in zip(couplings, folders, strict=True)]
+
+    def sparse(coupling: Coupling, name: str, training: str) -> Alternative:
+        alone_btv = coupling.sparse.run(held_bt).logits_btv.float()
+        return Alternative(name, training, *measured(alone_btv), partial(by_sparse, coupling))
+
+    if "coupling" in options.only:
+        for coupling in couplings:
+            folder = Path(coupling.path or "")
+            yield sparse(coupling, f"coupling {folder.name}", minutes_of(folder))
     if "uncoupled" in options.only:
         other, training = uncoupled(first, options)
-        named.append((other, "uncoupled", training))
-    for coupling, name, training in named:
-        if name.split()[0] in options.only:
-            alone_btv = coupling.sparse.run(held_bt).logits_btv.float()
-            yield Alternative(name, training, *measured(alone_btv), partial(by_sparse, coupling))
+        yield sparse(other, "uncoupled", training)
 
 
 # -- the table ----------------------------------------------------------------------------------------------------------------
