@@ -50,8 +50,8 @@ class Transcoder:
         if not config["transcode"] or config["skip_connection"] or config["activation"] != "topk":
             raise ValueError(f"{str(folder)!r} is no plain top-k transcoder; train one without a skip connection")
         weights = load_file(folder / "sae.safetensors")
-        parts = (weights[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
-        return Transcoder(*parts, config["k"])
+        names = {"encoder_nd": "encoder.weight", "bias_n": "encoder.bias", "decoder_nd": "W_dec", "bias_d": "b_dec"}
+        return Transcoder(**{part: weights[name].float() for part, name in names.items()}, k=config["k"])
 
     def latents(self, x_btd: Tensor) -> Tensor:
         """a_btn, 0 but for the k largest."""
