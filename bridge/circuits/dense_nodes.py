@@ -284,25 +284,17 @@ def _weight(module: Any) -> Tensor:
 
 
 class MaskedDense(Masked):
-    """A dense model on a question's prompts, with masks over its nodes."""
+    """A dense model on a question's prompts, with masks over its nodes: channels, or of one prompt channels at its positions."""
 
-    def __init__(self, subject: DenseSubject, question: Question) -> None:
-        super().__init__(question, subject.space.sizes, subject.means)
+    def __init__(self, subject: DenseSubject, question: Question, *, by_position: bool = False) -> None:
+        super().__init__(question, subject.space.sizes, subject.means, by_position=by_position)
         self.subject = subject
 
     def only(self, row: int) -> MaskedDense:
         """These nodes on one of the prompts."""
+        if len(self.question) == 1:
+            return self
         return MaskedDense(self.subject, self.question.rows(torch.tensor([row], device=self.device)))
-
-    @torch.no_grad()
-    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
-        parts = []
-        for some_k in node_k.split(self.rows):
-            kept_rf = kept_f.repeat(len(some_k), 1)
-            kept_rf[torch.arange(len(some_k)), some_k] = False
-            parts.append(self.logits(kept_rf))
-        return torch.cat(parts)
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         logits_rtv = self.subject.run(self.question.prompt_bt[row_r], gate)

@@ -45,7 +45,7 @@ class Masked(ABC):
     """A model on a question's prompts, with masks over its nodes.
 
     sizes are the nodes of every location, and 1 for the place of every error; means maps every location to its mean. Raises
-    ValueError where a mean is missing.
+    ValueError where a mean is missing, and where nodes at positions are asked for of several prompts.
     """
 
     _compiled: MaskedPass | None = None  # what runs in place of the gates, where it serves the model
@@ -59,6 +59,8 @@ class Masked(ABC):
         *,
         by_position: bool = False,
     ) -> None:
+        if by_position and len(question) != 1:
+            raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
         self.question, self.means, self.errors = question, means, errors
         self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
         check_means(sizes, means)
@@ -66,10 +68,6 @@ class Masked(ABC):
     @abstractmethod
     def only(self, row: int) -> Masked:
         """These nodes on one of the prompts."""
-
-    @abstractmethod
-    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
 
     @abstractmethod
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
@@ -118,6 +116,16 @@ class Masked(ABC):
             return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
         return torch.cat([self._last_logits(some_r, *self.gates(some_rf, some_r)) for some_rf, some_r in rows])
+
+    @torch.no_grad()
+    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
+        parts = []
+        for some_k in node_k.split(self.rows):
+            kept_rf = kept_f.repeat(len(some_k), 1)
+            kept_rf[torch.arange(len(some_k)), some_k] = False
+            parts.append(self.logits(kept_rf))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
@@ -208,8 +216,6 @@ class MaskedModel(Masked):
         *,
         by_position: bool = True,
     ) -> None:
-        if by_position and len(question) != 1:
-            raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
         sizes = sparse.locations()
         if errors is not None:
             sizes |= dict.fromkeys(error_locations(sparse.n_sites), 1)

@@ -125,6 +125,45 @@ def test_masks_over_a_dense_models_nodes_are_literal_interventions(kind: str) ->
     assert edge_count(subject, kept_f) == sum(int(matrix.inside(parts).sum()) for matrix in subject.matrices()) > 0
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_masks_at_positions_are_hooks_on_the_models_own_modules(kind: str) -> None:
+    dense = load_dense(tiny(kind))
+    subject, tokens_t = DenseSubject(dense, CORPUS), torch.tensor([3, 7, 2, 9, 4])
+    masked = MaskedDense(subject, Question.of_prompt(tokens_t, 5), by_position=True)
+    model: Any = dense.model
+    plain_v = model(tokens_t[None]).logits[0, -1]
+    torch.testing.assert_close(masked.logits(torch.ones(1, masked.space.size, dtype=torch.bool))[0], plain_v)
+
+    # one neuron at one token, and one channel that attention writes at another, at their means by hooks of our own
+    block = model.transformer.h[0] if kind == "gpt2" else model.model.layers[0]
+    reads_neurons = block.mlp.c_proj if kind == "gpt2" else block.mlp.down_proj
+    writes = block.attn.c_proj if kind == "gpt2" else block.self_attn.o_proj
+    neuron, channel = (Location(0, "mlp_act"), 3, 1), (Location(0, "attn_out"), 2, 4)
+    kept_f = torch.ones(masked.space.size, dtype=torch.bool)
+    parts = masked.space.split(kept_f)
+    for at, index, position in (neuron, channel):
+        parts[at][position, index] = False
+
+    def before(_module: Any, args: tuple) -> tuple:
+        x_1tn = args[0].clone()
+        x_1tn[0, neuron[2], neuron[1]] = subject.means[neuron[0]][neuron[1]]
+        return (x_1tn,)
+
+    def after(_module: Any, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[0, channel[2], channel[1]] = subject.means[channel[0]][channel[1]]
+        return output
+
+    with reads_neurons.register_forward_pre_hook(before), writes.register_forward_hook(after):
+        hooked_v = model(tokens_t[None]).logits[0, -1]
+    assert not torch.allclose(hooked_v, plain_v)
+    torch.testing.assert_close(masked.logits(kept_f[None])[0], hooked_v)
+    torch.testing.assert_close(masked.only(0).logits_without(kept_f, torch.tensor([0, 7]))[1],
+                               masked.logits(kept_f.index_fill(0, torch.tensor(7), False)[None])[0])  # fmt: skip
+    with pytest.raises(ValueError, match="those of one prompt"):
+        MaskedDense(subject, Question.of_pairs(replace_tokens(planted_pairs(6, (4, 6)))), by_position=True)
+
+
 def replace_tokens(pairs: TokenPairs) -> TokenPairs:
     """The pairs with tokens that the tiny models have."""
     return replace(pairs, prompt_bt=pairs.prompt_bt % 30)
