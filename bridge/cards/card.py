@@ -56,7 +56,7 @@ class Card:
             return _READER.validate_python(values)
         except ValueError as error:
             first = str(error).splitlines()[0]
-            raise CardError(f"this is not a card that this version of bridge reads ({first}); make it again") from None
+            raise CardError("this", f"is not a card that this version of bridge reads ({first})", "make it again") from None
 
 
 _READER = TypeAdapter(Card)

@@ -117,7 +117,7 @@ def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPair
     """
     pairs = task.splits["test"]
     if not len(pairs):
-        raise CardError(f"the task {task.task} has no test pairs under this tokenizer; take another task, or add examples")
+        raise CardError(f"the task {task.task}", "has no test pairs under this tokenizer", "take another task, or add examples")
     row_b = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
     place_b = torch.arange(len(row_b))
     both = pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + len(row_b)))
@@ -141,7 +141,7 @@ def gather_task(
     """
     config, generator = config or TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
-        raise CardError("the coupling holds no reference text, which a card's baseline is taken from; fit it again")
+        raise CardError("the coupling", "holds no reference text, which a card's baseline is taken from", "fit it again")
     chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
     stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}

@@ -32,7 +32,7 @@ from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_ta
 
 TASKS = 3  # by default: of those the coupling solves
 BUDGET_SHARE = 0.2  # of a search's budget: it is a null
-WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
+WEAK = "the uncoupled model does none of these tasks: train it for longer, or this null shows little"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
@@ -124,5 +124,7 @@ def solved_tasks(coupling: Coupling, tasks: Iterable[Resolved], most: int = TASK
         if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= TaskEvidenceConfig.solved:
             solved.append(task)
     if not solved:
-        raise CardError("the models of this coupling do none of the tasks, so there is no card for nulls to fail; name --tasks")
+        raise CardError(
+            "the models of this coupling", "do none of the tasks, so there is no card for nulls to fail", "name ‹tasks›"
+        )
     return tuple(solved)

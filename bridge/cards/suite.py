@@ -45,10 +45,12 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
     if circuit is not None:
         found = tuple(_in_folder(circuit))
         if not found:
-            raise CardError(f"{str(circuit)!r} holds no circuit; name a folder that `bridge circuit --out` wrote")
+            raise CardError(f"{str(circuit)!r}", "holds no circuit", "name a folder that `bridge circuit` wrote")
         one = found[0][0] == circuit
         if task is not None and not one:
-            raise CardError(f"{str(circuit)!r} holds several circuits, of tasks they name; leave out --task, or name one of them")
+            raise CardError(
+                f"{str(circuit)!r}", "holds several circuits, of tasks they name", "leave out ‹task›, or name one of them"
+            )
         return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
     several = task is None
     places = [
@@ -149,7 +151,7 @@ def _circuit(
     result = found if isinstance(found, TaskResult) else TaskResult.load(found)
     which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
     if result.facts.task != task.task:
-        raise CardError(f"{which} is of the task {result.facts.task}, not {task.task}; give that as --task")
+        raise CardError(which, f"is of the task {result.facts.task}, not {task.task}", "give that as ‹task›")
     if folder is None:
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
@@ -188,7 +190,7 @@ def run_nulls(
     fingerprint(subjects.coupling)  # refused before anything is run
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
-        raise CardError(f"{str(circuits)!r} holds no circuits; name a folder that `bridge circuit --out` wrote")
+        raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
     chosen = (
         names if explicit or not there else [name for name in there if "failed" not in read_json(there[name] / "circuit.json")]
     )

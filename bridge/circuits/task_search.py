@@ -107,8 +107,10 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
     if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
-            f"on {task.task} right and wrong answers are {span:.2f} nats further apart than with every node at its mean, and "
-            f"{least:g} are asked, so there is nothing to explain; take another task"
+            f"on {task.task} right and wrong answers",
+            f"are {span:.2f} nats further apart than with every node at its mean, and {least:g} are asked, so there is nothing "
+            "to explain",
+            "take another task",
         )
     return losses
 
@@ -124,7 +126,9 @@ def with_all_splits(task: Resolved) -> Resolved:
         splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
     short = next((name for name in ("train", "validation", "test") if not len(splits[name])), None)
     if short is not None:
-        raise SearchError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
+        raise SearchError(
+            f"the task {task.task}", f"has no {short} pairs under this tokenizer", "take another task, or add examples"
+        )
     return replace(task, splits=splits)
 
 

@@ -69,7 +69,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, RunError) as error:
-        refuse(str(error), 2 if isinstance(error, UserError) else 1)
+        refuse(error.told(flag), 2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # whoever read what is printed has seen enough
         _print_to_nobody()
         raise typer.Exit(141) from None
@@ -77,6 +77,11 @@ def one_line_errors() -> Iterator[None]:
         if not error.filename:
             refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
         refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
+
+
+def flag(name: str) -> str:
+    """The option of the commands that sets a parameter of the library."""
+    return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
 def refuse(message: str, code: int) -> NoReturn:
@@ -109,11 +114,11 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
     for name, file in files.items():
         if file is None:
             continue
-        check_target(file, f"--{name}")
+        check_target(file, name)
         if file.exists() and not file.is_file():
             continue  # a pipe or a device may be written to twice
         if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":
-            raise CheckpointError(f"--{name} {str(file)!r} is {other} too, and would replace it; name another file")
+            raise CheckpointError(f"--{name} {str(file)!r}", f"is {other} too, and would replace it", "name another file")
 
 
 def print_output(text: str = "") -> None:
@@ -145,7 +150,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
+        raise RecipeError(f"device {device!r}", "is not to be had here", "give --device cpu, or auto")
     return device
 
 
@@ -155,7 +160,7 @@ def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: 
 
     if data is None:
         if coupling.reference_bt is None:
-            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
+            raise DataError(f"{str(name)!r}", "has no held-out text of its own", "give --data")
         return coupling.reference_bt[:rows]
     limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
     dense, seed = coupling.dense, coupling.recipe.seed
@@ -168,7 +173,7 @@ def shipped_coupling() -> str:
 
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
-        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
+        raise CheckpointError("the shipped coupling", f"is not at {str(folder)!r}", "name one with --bridge")
     here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -198,7 +203,9 @@ def chosen_coupling(bridge: str | None) -> str:
     if not bridge.strip():
         from bridge.models.store import CheckpointError
 
-        raise CheckpointError(f"--bridge {bridge!r} names no coupling; give a folder or hub id, or leave it out for what ships")
+        raise CheckpointError(
+            f"--bridge {bridge!r}", "names no coupling", "give a folder or hub id, or leave it out for what ships"
+        )
     return bridge
 
 

@@ -26,6 +26,7 @@ from bridge.cli.console import (
     choose_device,
     chosen_model,
     evaluation_table,
+    flag,
     held_out_text,
     one_line_errors,
     opened_coupling,
@@ -78,7 +79,7 @@ def info(
         from bridge.recipe import RecipeError
 
         if (name := chosen_model(model, gguf)) is None:
-            raise RecipeError("which model is not said; give a hub id, a folder or a .gguf file")
+            raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
         dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
         kinds = list(dense.sublayers)
         parameters = sum(p.numel() for p in dense.model.parameters())
@@ -129,7 +130,7 @@ def fit(
         from bridge.recipe import RecipeError, parse_setting, recipe_values
 
         if stretch is not None and not 0 <= stretch < float("inf"):
-            raise RecipeError(f"--stretch {stretch:g} is no number of minutes; give one, such as 9")
+            raise RecipeError(f"--stretch {stretch:g}", "is no number of minutes", "give one, such as 9")
         if resume and out is not None and (out / "coupling.json").is_file():
             from bridge.training.prepare import check_resumable
 
@@ -144,7 +145,7 @@ def fit(
 
             name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
         if name is None:
-            raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
+            raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
         from bridge.training.loop import FitStopped, finish, train
         from bridge.training.prepare import memory_needed, prepare, seconds_a_step
@@ -163,7 +164,7 @@ def fit(
                 watch(progress)
         except FitStopped as stopped:
             watch.end()
-            print(f"bridge: {stopped}", file=sys.stderr)
+            print(f"bridge: {stopped.told(flag)}", file=sys.stderr)
             raise typer.Exit(0 if stopped.planned else 130) from None
         watch.end()
         refitting = Phases()
@@ -283,7 +284,7 @@ def export(
         if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
             from bridge.errors import UserError
 
-            raise UserError(f"--bridge {bridge!r} is for pages of features, which {to} has none of here; leave it out")
+            raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
         if to != "circuit-tracer" and out.parent.is_dir():
             check_outputs(out=out, read=[explanation])
         else:
@@ -370,7 +371,7 @@ def serve(
         except ModuleNotFoundError as error:
             if error.name not in ("fastapi", "starlette", "uvicorn"):
                 raise
-            raise RecipeError(f"{error.name} is not installed, which serving needs; pip install 'bridge[serve]'") from None
+            raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
         folders = bridge or [Path(shipped_coupling())]
         beside = folders[0].parent / "circuits"
         if circuits is None and not bridge and beside.is_dir():

@@ -55,9 +55,9 @@ def circuit(
         from bridge.recipe import RecipeError
 
         if (task is None) == (not all_):
-            raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
+            raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
         if null not in (None, "labels", "weights", "shuffled"):
-            raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
+            raise RecipeError(f"null {null!r}", "is not known", "give labels, weights or shuffled")
         of = _explains(explains)
         from bridge.data.task_pairs import task_names
         from bridge.studies.search import Subjects, search_config
@@ -101,7 +101,7 @@ def card(
         from bridge.recipe import RecipeError
 
         if (task is not None or circuit is not None) == all_:
-            raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
+            raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
         from bridge.cards.suite import run_cards, wanted_cards
         from bridge.data.task_pairs import task_names
         from bridge.models.store import write_json
@@ -144,7 +144,7 @@ def nulls(
         from bridge.training.loop import FitStopped
 
         if against is not None and not (against / "coupling.json").is_file():
-            check_folder(against, "--against")
+            check_folder(against, "against")
         coupling, watch = opened_coupling(bridge, dense, device), Phases()
         uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
         try:
@@ -208,7 +208,7 @@ def sweep(
         from bridge.recipe import RecipeError, parse_setting
 
         if out is None:
-            raise RecipeError("where the sweep goes is not said; give --out FOLDER")
+            raise RecipeError("where the sweep goes", "is not said", "give --out FOLDER")
         settings = dict(parse_setting(text) for text in set_ or [])
         given: dict[str, Any] = {
             "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
@@ -237,7 +237,7 @@ def sweep(
         print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
         if frontier.failures:
             of = len(frontier.failures) + len(frontier.points)
-            raise RunError(f"{len(frontier.failures)} of {of} points failed; the same command tries them again")
+            raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")
 
 
 @of_tasks.command()
@@ -259,9 +259,9 @@ def nodes(
         from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
 
         if (describe_with is None) != (model is None):
-            raise EndpointError("--describe-with and --model go together; give both or neither")
+            raise EndpointError("--describe-with and --model", "go together", "give both or neither")
         if describe_with is not None and not node and circuit is None:
-            raise EndpointError("which nodes to describe is not said; give --node NAME or --circuit DIR")
+            raise EndpointError("which nodes to describe", "is not said", "give --node NAME or --circuit DIR")
         endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
         from bridge.models.store import write_json
         from bridge.nodes.description import describe_node, render_page
@@ -320,12 +320,12 @@ def tasks(
         from bridge.verdicts.task_search import SOLVED
 
         if split not in SPLITS:
-            raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
+            raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
         check_outputs(json=json, read=names or [])
         chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
         chosen = [task for task in chosen if language in (None, task.language)]
         if not chosen:
-            raise TaskError(f"none of the tasks named is in the language {language!r}; leave out --language")
+            raise TaskError("none of the tasks named", f"is in the language {language!r}", "leave out --language")
         if dense is not None and bridge is None:
             from bridge.models.dense import load_dense
 
@@ -367,5 +367,5 @@ def _explains(text: str) -> Any:
     from bridge.recipe import RecipeError
 
     if text not in ("dense", "sparse"):
-        raise RecipeError(f"whose answers {text!r} are is not known; give dense or sparse")
+        raise RecipeError(f"whose answers {text!r} are", "is not known", "give dense or sparse")
     return text

@@ -95,7 +95,9 @@ def explain(
     config = replace(config or SearchConfig(), seed=seed)
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
-        raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
+        raise ExplainError(
+            "the coupling", "holds no reference text to take corpus means over", "pass reference_bt, blocks of tokens"
+        )
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     on_progress("tokens: both models' answers")
@@ -160,9 +162,9 @@ def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
     """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises ExplainError."""
     if len(other_t) != len(tokens_t):
         counts = f"{len(other_t)} tokens and the prompt {len(tokens_t)}"
-        raise ExplainError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
+        raise ExplainError("the counterfactual", f"has {counts}", "give one of equal length, so that positions are the same")
     if torch.equal(other_t.to(tokens_t), tokens_t):
-        raise ExplainError("the counterfactual is the prompt itself; change what decides the answer")
+        raise ExplainError("the counterfactual", "is the prompt itself", "change what decides the answer")
     return other_t
 
 
@@ -173,7 +175,7 @@ def _question(
     against = None if contrast is None else prompts.target(contrast, prompt, "contrast")
     if answer == against:
         whose = "the dense model's own answer" if target is None else f"both {token_of(prompts, answer)}"
-        raise ExplainError(f"target and contrast are {whose}; name two different tokens")
+        raise ExplainError("target and contrast", f"are {whose}", "name two different tokens")
     return Question.of_prompt(tokens_t, answer, against)
 
 

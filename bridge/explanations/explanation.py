@@ -242,10 +242,14 @@ class Explanation(Answered):
         except ValidationError as error:
             wrong = error.errors()[0]
             first = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}"
-            raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
+            raise ExplainError(
+                "this", f"is not an explanation that this version of bridge reads ({first})", "explain again"
+            ) from None
         except (ValueError, RecursionError) as error:
             first = str(error).splitlines()[0]
-            raise ExplainError(f"this is not an explanation that this version of bridge reads ({first}); explain again") from None
+            raise ExplainError(
+                "this", f"is not an explanation that this version of bridge reads ({first})", "explain again"
+            ) from None
 
     def __str__(self) -> str:
         return _rendering().render_text(self)
@@ -286,15 +290,14 @@ def _consistent(explanation: Explanation) -> Explanation:
 def read_explanation(path: str | Path) -> Explanation:
     """The explanation in a JSON file. Raises ExplainError where there is none."""
     if not Path(path).is_file():
-        raise ExplainError(f"there is no file {str(path)!r}; name one that `bridge explain --json` wrote")
+        raise ExplainError(f"there is no file {str(path)!r}", remedy="name one that `bridge explain` wrote")
     try:
         return Explanation.from_json(read_json(Path(path)))
     except ExplainError as error:
-        raise ExplainError(f"{str(path)!r}: {error}") from None
+        raise ExplainError(f"{str(path)!r}: {error.what}", error.rule, error.remedy) from None
     except CheckpointError as error:
-        why = str(error).partition(": ")[2].partition(";")[0]
         raise ExplainError(
-            f"{str(path)!r} holds no explanation ({why}); name a file that `bridge explain --json` wrote"
+            f"{str(path)!r}", f"holds no explanation ({error.rule})", "name a file that `bridge explain` wrote"
         ) from None
 
 
@@ -319,8 +322,8 @@ def check_coupling(explanation: Explanation, coupling: Coupling, known: Fingerpr
     made, where = explanation.provenance, coupling.path or "this coupling"
     known = Fingerprints.of(coupling) if known is None else known
     if known.dense != made.dense_fingerprint:
-        raise ExplainError(f"the explanation is not of {coupling.dense.name!r}, to which {where!r} is coupled; name its own")
+        raise ExplainError("the explanation", f"is not of {coupling.dense.name!r}, to which {where!r} is coupled", "name its own")
     if made.coupling_fingerprint not in (None, known.sparse):
         raise ExplainError(
-            f"the explanation is of {made.coupling!r} with other weights than {where!r} has; name its own, or explain again"
+            "the explanation", f"is of {made.coupling!r} with other weights than {where!r} has", "name its own, or explain again"
         )

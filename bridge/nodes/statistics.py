@@ -146,7 +146,7 @@ class NodeFacts:
             return NodeFacts(facts["fingerprint"], facts["seed"], tokens_bt, order_p, facts["rows_done"], parts)
         except (KeyError, TypeError, ValueError) as error:
             what = f"{str(Path(folder) / 'nodes.json')!r} is not what this version of bridge reads ({error})"
-            raise CheckpointError(f"{what}; delete it and run `bridge nodes` again") from None
+            raise CheckpointError(what, remedy="delete it and run `bridge nodes` again") from None
 
 
 @torch.no_grad()
@@ -167,9 +167,9 @@ def collect_nodes(
     sparse = coupling.sparse
     tokens_bt = coupling.reference_bt if tokens_bt is None else tokens_bt
     if tokens_bt is None or not tokens_bt.numel():
-        raise NodeError("the coupling holds no reference text, and none was given; give text, such as --data stdlib")
+        raise NodeError("the coupling", "holds no reference text, and none was given", "give text, such as ‹data› stdlib")
     if tokens_bt.shape[1] > sparse.context:
-        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens are longer than the context of {sparse.context}; cut them")
+        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "cut them")
     tokens_bt = tokens_bt.cpu()
     facts = _begun(sparse, tokens_bt, seed, folder) or _nothing(sparse, tokens_bt, seed)
     saved, step = time.monotonic(), max(1, _STRETCH_TOKENS // tokens_bt.shape[1])
@@ -219,13 +219,13 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
     """The node that a text such as 1.mlp_act[37] or L1.mlp_act[37] names. Raises NodeError where there is none."""
     match = re.fullmatch(r"L?(\d{1,6})\.(\w+)\[(\d{1,9})\]", text.strip())
     if match is None:
-        raise NodeError(f"{text!r} names no node; write layer, kind and channel as in 1.mlp_act[37]")
+        raise NodeError(f"{text!r}", "names no node", "write layer, kind and channel as in 1.mlp_act[37]")
     location, index = Location(int(match[1]), match[2]), int(match[3])
     if location not in sizes:
         layers, kinds = max(at.layer for at in sizes), dict.fromkeys(at.kind for at in sizes)
-        raise NodeError(f"there is no location {location}; layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
+        raise NodeError(f"there is no location {location}", remedy=f"layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
     if index >= sizes[location]:
-        raise NodeError(f"{location} has no channel {index}; its channels go from 0 to {sizes[location] - 1}")
+        raise NodeError(f"{location}", f"has no channel {index}", f"its channels go from 0 to {sizes[location] - 1}")
     return Node(location, index)
 
 

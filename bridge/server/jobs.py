@@ -49,8 +49,8 @@ class UnknownJobError(UserError):
 class FullError(UserError):
     """No room in the queue; `seconds` is when to come again."""
 
-    def __init__(self, message: str, seconds: int) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, seconds: int, remedy: str) -> None:
+        super().__init__(what, remedy=remedy)
         self.seconds = seconds
 
 
@@ -164,7 +164,8 @@ class Jobs:
         with self._change:
             if id not in self._jobs:
                 raise UnknownJobError(
-                    f"there is no explanation {id!r}; the last {self._most_remembered} that ended are kept, so ask for it again"
+                    f"there is no explanation {id!r}",
+                    remedy=f"the last {self._most_remembered} that ended are kept, so ask for it again",
                 )
             self._jobs.move_to_end(id)
             return self._seen(id)
@@ -205,10 +206,10 @@ class Jobs:
 
     def _take(self, there: int, most: int, what: str) -> None:
         if self._stopping:
-            raise FullError("the server is stopping; start it again", 5)
+            raise FullError("the server is stopping", 5, "start it again")
         if there >= most:
             seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds)))
-            raise FullError(f"{there} {what}, and {most} may; come again in {seconds} seconds, or cancel some", seconds)
+            raise FullError(f"{there} {what}, and {most} may", seconds, f"come again in {seconds} seconds, or cancel some")
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="bridge-worker", daemon=True)
             self._thread.start()
@@ -273,7 +274,7 @@ class Jobs:
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
         except UserError as error:
-            return {"status": "failed", "phase": "failed", "error": " ".join(str(error).split())}
+            return {"status": "failed", "phase": "failed", "error": str(error)}
         except Exception as error:
             _log.exception("explanation %s failed", id)
             return {"status": "failed", "phase": "failed", "error": _inside(error)}

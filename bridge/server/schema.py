@@ -92,7 +92,7 @@ class CircuitEntry(BaseModel):
 
 
 class CircuitDetail(BaseModel):
-    """A task's circuit as `bridge circuit --out` wrote it, without masks and means."""
+    """A task's circuit as `bridge circuit` wrote it, without masks and means."""
 
     name: str
     facts: TaskFacts

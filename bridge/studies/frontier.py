@@ -137,14 +137,16 @@ class Frontier:
             (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
             write_json(path / "sweep.json", self.to_json())
         except OSError as error:
-            raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+            raise CheckpointError(
+                f"could not write {str(path)!r} ({error})", remedy="free space or name another folder"
+            ) from None
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
         """The sweep that `save` wrote to a folder. Raises CheckpointError where it is missing or damaged."""
         file = Path(path) / "sweep.json"
         if not file.is_file():
-            raise CheckpointError(f"{str(path)!r} holds no sweep.json; name a folder that `bridge sweep` wrote")
+            raise CheckpointError(f"{str(path)!r}", "holds no sweep.json", "name a folder that `bridge sweep` wrote")
         values = read_json(file)
         try:
             if values.get("format") != FORMAT:
@@ -152,7 +154,7 @@ class Frontier:
             return _FRONTIER.validate_python(values)
         except ValueError as error:
             first = str(error).splitlines()[0]
-            raise CheckpointError(f"{str(file)!r} is no sweep that this version reads ({first}); sweep again") from None
+            raise CheckpointError(f"{str(file)!r}", f"is no sweep that this version reads ({first})", "sweep again") from None
 
     def __str__(self) -> str:
         return render_frontier(self)

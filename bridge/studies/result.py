@@ -150,9 +150,11 @@ class TaskResult:
         if (Path(path) / "circuit.json").is_file():
             facts = read_json(Path(path) / "circuit.json")
             if "failed" in facts:
-                raise CheckpointError(f"{str(path)!r} holds no circuit: {facts['failed']}")
+                raise CheckpointError(f"{str(path)!r}", f"holds no circuit: {facts['failed']}")
             if facts.get("format") != FORMAT:
-                raise CheckpointError(f"{str(path)!r} is a circuit of format {facts.get('format')!r}, not {FORMAT}; search again")
+                raise CheckpointError(
+                    f"{str(path)!r}", f"is a circuit of format {facts.get('format')!r}, not {FORMAT}", "search again"
+                )
         tensors, facts = read_folder(path, "circuit")
         try:
             found = _READER.validate_python({"facts": facts["facts"], "report": facts["report"]})
@@ -161,7 +163,7 @@ class TaskResult:
         except (KeyError, TypeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{str(path)!r} is no circuit that this version of bridge reads ({first}); search again"
+                f"{str(path)!r}", f"is no circuit that this version of bridge reads ({first})", "search again"
             ) from None
         return TaskResult(circuit, level, _by_location("inclusion", tensors), found.report, task_facts)
 
@@ -317,4 +319,4 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
     known = [node.name for node in result.circuit.nodes if node.name in labels]
     listed = sorted(known, key=lambda name: -effect[name])[:LABELLED]
     lines = [f"  {name:<15} {labels[name]}"[:width] for name in listed]
-    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if listed else []
+    return ["", "WHAT THEY DO, by rule (`bridge nodes` says more)", *lines] if listed else []

@@ -65,7 +65,7 @@ class Subjects:
     def of(coupling: Coupling) -> Subjects:
         """The models over the coupling's own reference text. Raises SearchError where it has none."""
         if coupling.reference_bt is None or not coupling.reference_bt.numel():
-            raise SearchError("the coupling holds no reference text to take corpus means over; fit it again")
+            raise SearchError("the coupling", "holds no reference text to take corpus means over", "fit it again")
         return Subjects(coupling, reference_rows(coupling, coupling.reference_bt))
 
     @property
@@ -87,7 +87,9 @@ class Subjects:
 def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:
     """The search of a task that opens at a level, with so many times the usual steps. Raises SearchError for another level."""
     if level not in TASK_SEARCH.levels:
-        raise SearchError(f"the level F {level:g} is none of the nested ones; give {', '.join(map(str, TASK_SEARCH.levels))}")
+        raise SearchError(
+            f"the level F {level:g}", "is none of the nested ones", f"give {', '.join(map(str, TASK_SEARCH.levels))}"
+        )
     return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
 
 
@@ -145,8 +147,10 @@ def search_task(
     scores, dense_scores = score(coupling.sparse, of_test), score(coupling.dense, of_test)
     if scores.accuracy < SOLVED and null is None and gated:
         raise UnsolvedError(
-            f"the sparse model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense "
-            f"{dense_scores.accuracy:.1%}), so there is no circuit to find; take another task or a better coupling"
+            "the sparse model",
+            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense {dense_scores.accuracy:.1%}), "
+            "so there is no circuit to find",
+            "take another task or a better coupling",
         )
 
     loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
@@ -217,8 +221,9 @@ def search_dense(
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
-            f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
-            "circuit to find; take another task"
+            "the dense model",
+            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
+            "take another task",
         )
     return _dense_size(subjects, task, replace(search_config(level, budget), seed=seed), on_progress)
 

@@ -121,7 +121,7 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
     differ = [key for key, value in asked.items() if there.get(key) != value]
     if differ:
         differences = "; ".join(f"{'budget' if key == 'work' else key} {there.get(key)}, not {asked[key]}" for key in differ)
-        raise SearchError(f"{str(folder)!r} holds the result of another search ({differences}); name another --out")
+        raise SearchError(f"{str(folder)!r}", f"holds the result of another search ({differences})", "name another ‹out›")
     return result
 
 

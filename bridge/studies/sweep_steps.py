@@ -123,7 +123,7 @@ class Steps:
         if (folder / "coupling.json").is_file():
             there = _recipe_of(folder)
             if differs := _differences(wanted, there):
-                raise SweepError(f"{str(folder)!r} holds a coupling of another {', '.join(differs)}; name another --out")
+                raise SweepError(f"{str(folder)!r}", f"holds a coupling of another {', '.join(differs)}", "name another ‹out›")
             self.step_ended("fit: there already")
             return
         started, last = time.monotonic(), None
@@ -151,9 +151,11 @@ class Steps:
         if file.is_file():
             facts = read_json(file)
             if facts.get("sha256") != digest:
-                raise SweepError(f"{str(folder)!r} holds measures of other weights than {str(where)!r} has; name another --out")
+                raise SweepError(
+                    f"{str(folder)!r}", f"holds measures of other weights than {str(where)!r} has", "name another ‹out›"
+                )
             if facts.get("search") != search:
-                raise SweepError(f"{str(folder)!r} was searched by {facts.get('search')}, not {search}; name another --out")
+                raise SweepError(f"{str(folder)!r}", f"was searched by {facts.get('search')}, not {search}", "name another ‹out›")
             if self.dense is None:
                 self.loaded(where)
             if self.dense is not None and facts.get("dense") == self.dense.fingerprint():
@@ -176,7 +178,7 @@ class Steps:
             return there
         tokens_bt = self.loaded(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
-            raise SweepError(f"the coupling {str(where)!r} holds no held-out text to evaluate it on; fit it again")
+            raise SweepError(f"the coupling {str(where)!r}", "holds no held-out text to evaluate it on", "fit it again")
         result = evaluate(
             self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.progress(f"evaluation: {done:.0%}")
         )
@@ -220,7 +222,7 @@ class Steps:
                 file = self.out / DENSE_FOLDER / f"{folder_name(task)}.json"
                 facts = read_json(file) if file.is_file() else None
                 if facts is not None and facts.get("search") != wanted:
-                    raise SweepError(f"{str(file)!r} holds another search than {wanted}; name another --out")
+                    raise SweepError(f"{str(file)!r}", f"holds another search than {wanted}", "name another ‹out›")
                 if facts is None:
                     one = self._dense_size(Subjects.of(self.loaded(where)), task)
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +255,9 @@ class Steps:
 def _recipe_of(folder: Path) -> Recipe:
     values = read_json(folder / "coupling.json").get("recipe")
     if not isinstance(values, dict):
-        raise CheckpointError(f"checkpoint file {str(folder / 'coupling.json')!r} is damaged: it holds no recipe; fit it again")
+        raise CheckpointError(
+            f"checkpoint file {str(folder / 'coupling.json')!r}", "is damaged: it holds no recipe", "fit it again"
+        )
     return resolve(values)
 
 
@@ -302,7 +306,7 @@ def _task_size(folder: Path) -> TaskSize:
             return TaskSize(folder.name, Size(**facts["whole"]), str(facts["failed"]))
     except (KeyError, TypeError):
         raise CheckpointError(
-            f"{str(folder)!r} is no result that this version of bridge reads; delete it, and sweep again"
+            f"{str(folder)!r}", "is no result that this version of bridge reads", "delete it, and sweep again"
         ) from None
     result = TaskResult.load(folder)
     return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)

@@ -88,7 +88,7 @@ class Evaluation:
 def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[float], None] | None = None) -> Evaluation:
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
     if not len(tokens_bt):
-        raise ValueError("there is no held-out text to evaluate on; give --data with more text")
+        raise ValueError("there is no held-out text to evaluate on; give more text")
     progress = on_progress or (lambda _: None)
     parts = tokens_bt.to(coupling.dense.device).split(ROWS)
     means = _means(coupling, parts, progress)

@@ -55,13 +55,13 @@ def null_coupling(
     Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
     """
     if coupling.reference_bt is None:
-        raise NullError("the coupling has no reference text, on which a null's bridges are fitted; fit it again")
+        raise NullError("the coupling", "has no reference text, on which a null's bridges are fitted", "fit it again")
     if name == "bridges":
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
         return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), coupling.reference_bt)
     if against is None:
-        raise NullError("an uncoupled model is trained in a folder of its own; name one with against=")
+        raise NullError("an uncoupled model", "is trained in a folder of its own", "name one with ‹against›")
     other = uncoupled(coupling, against, minutes, seed, progress)
     return with_ridge_bridges(replace(coupling, sparse=other.sparse), coupling.reference_bt)
 
@@ -102,9 +102,11 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         )  # fmt: skip
     other = Coupling.from_pretrained(folder, dense=coupling.dense)
     if other.recipe.losses.coupled:
-        raise NullError(f"{str(folder)!r} was coupled to the dense model; name one of `bridge fit --uncoupled`")
+        raise NullError(f"{str(folder)!r}", "was coupled to the dense model", "name one that was fitted with ‹uncoupled›")
     if other.sparse.locations() != coupling.sparse.locations():
-        raise NullError(f"{str(folder)!r} has a sparse model of another shape; fit one with the coupling's recipe, --uncoupled")
+        raise NullError(
+            f"{str(folder)!r}", "has a sparse model of another shape", "fit one with the coupling's recipe, ‹uncoupled›"
+        )
     return other
 
 

@@ -173,7 +173,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
     """Overlap of the seeds' circuits, beside what as many active nodes share by chance."""
     key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
     if len(seeds_f) < 2:
-        return Measure(key, name, None, criterion, note="there is one seed; give --seeds 5")
+        return Measure(key, name, None, criterion, note="there is one seed; five would tell")
     overlaps, by_chance = [], []
     for one_f, other_f in combinations(seeds_f, 2):
         shared, sizes = int((one_f & other_f).sum()), int(one_f.sum()) + int(other_f.sum())

@@ -342,7 +342,7 @@ def test_too_little_text(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(content)
     message = refusal(tmp_path / "a.txt", context=8)
     assert f"holds {len(content.strip())} tokens; at least 16 are needed" in message
-    assert message.endswith("give more text or a shorter context (--set context=N)")
+    assert message.endswith("give more text or a shorter context (data.context)")
 
 
 def test_a_small_token_budget_is_not_too_little_text(tmp_path: Path) -> None:

@@ -510,7 +510,7 @@ def test_the_command_takes_features_from_the_coupling(
     [
         (None, "there is no file"),
         ("{", "holds no explanation"),
-        ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain --json` wrote"),
+        ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain` wrote"),
         ("{}", "this is not an explanation that this version of bridge reads (format None, not 3); explain again"),
     ],
 )
