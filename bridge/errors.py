@@ -1,6 +1,6 @@
-"""Errors that are told in one line: the value, the rule it breaks, and the remedy.
+"""Errors in one line: the value, the rule it breaks, and the remedy.
 
-A text names an option of the caller's as ‹name›, which is an option of a command and `name=` in Python: `told` writes it either
+A text names an option of the caller's as ‹name›, which is an option of a command and `name=` in Python: `line` writes it either
 way.
 """
 
@@ -16,7 +16,7 @@ def _line(text: str) -> str:
     return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
-class Told(Exception):
+class OneLineError(Exception):
     """An error with its parts as fields: `what` breaks a `rule` ("" where `what` says so itself), and what to do about it."""
 
     def __init__(self, what: object, rule: str = "", remedy: str = "") -> None:
@@ -28,23 +28,23 @@ class Told(Exception):
         """The value and the rule, without the remedy."""
         return _line(f"{self.what} {self.rule}".rstrip())
 
-    def told(self, parameter: Callable[[str], str]) -> str:
+    def line(self, parameter: Callable[[str], str]) -> str:
         """The error in one line, with the names of parameters as `parameter` writes them."""
-        line = self.problem + (f"; {_line(self.remedy)}" if self.remedy else "")
+        text = self.problem + (f"; {_line(self.remedy)}" if self.remedy else "")
 
         def written(match: re.Match[str]) -> str:
             name = parameter(match[1])
             return name if name.endswith("=") and match[3] else name + match[2]
 
-        return _PARAMETER.sub(written, line)
+        return _PARAMETER.sub(written, text)
 
     def __str__(self) -> str:
-        return self.told("{}=".format)
+        return self.line("{}=".format)
 
 
-class UserError(Told, ValueError):
+class UserError(OneLineError, ValueError):
     """Something a user can mend; the commands print it and exit with code 2."""
 
 
-class RunError(Told, RuntimeError):
+class RunError(OneLineError, RuntimeError):
     """A run that had to stop; the commands print it and exit with code 1."""

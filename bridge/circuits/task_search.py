@@ -29,6 +29,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested, evenly, find_nested
 from bridge.circuits.subject import in_order
 from bridge.data.task_tokens import Resolved, TokenPairs
+from bridge.display.progress import OnProgress, unseen
 from bridge.errors import UserError
 from bridge.models.bridges import Coupling
 from bridge.models.sparse import Location
@@ -65,13 +66,13 @@ class TaskLosses:
         """The level that is found first."""
         return self.levels[self.validation.config.opening]
 
-    def opened(self, progress: Callable[[str], None] = lambda _: None, seed: int | None = None) -> Nested:
+    def opened(self, progress: OnProgress = unseen, seed: int | None = None) -> Nested:
         """The circuit at the opening level alone, by a seed of its own where one is given."""
         seed = self.validation.config.seed if seed is None else seed
         train, validation = (one.seeded(seed) for one in (self.train, self.validation))
         return find_nested(validation, progress, train, (self.opening,))
 
-    def nested(self, progress: Callable[[str], None] = lambda _: None, opened_f: Tensor | None = None) -> Nested:
+    def nested(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> Nested:
         """The nested circuits, around the opening one where that has been found."""
         return find_nested(self.validation, progress, self.train, self.levels, opened_f)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bridge.data.task_pairs import Example
+    from bridge.display.progress import Phase
     from bridge.models.bridges import Coupling
     from bridge.training.evaluate import Evaluation
     from bridge.training.loop import Progress
@@ -69,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, RunError) as error:
-        refuse(error.told(flag), 2 if isinstance(error, UserError) else 1)
+        refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # whoever read what is printed has seen enough
         _print_to_nobody()
         raise typer.Exit(141) from None
@@ -235,37 +236,40 @@ def sample_prompt(example: Example | None, taken: int) -> str:
     return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
 
 
-def show_phase(phase: str) -> None:
-    """Show the current phase on the terminal, over the one before."""
-    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+class Line:
+    """A line of progress: rewritten on a terminal, elsewhere a line every so many seconds."""
 
+    def __init__(self, stream: TextIO, seconds: float, *, first: bool = False) -> None:
+        self.stream, self.seconds, self.terminal = stream, seconds, stream.isatty()
+        self.last = -math.inf if first else time.monotonic()
 
-class Phases:
-    """Progress of a search on standard error: one rewritten line with a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.last = self.started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        """Show the progress of a search."""
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Show a text, if it is time to."""
         now = time.monotonic()
-        if not self.terminal and now - self.last < 15:
+        if not (self.terminal or now - self.last >= self.seconds or final):
             return
         self.last = now
-        words = text.replace(",", "").split()
-        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
-        bar = ""
-        if "step" in words and step.isdigit() and of.isdigit():
-            done = round(16 * int(step) / max(1, int(of)))
-            bar = f"[{'#' * done}{'.' * (16 - done)}] "
-        line = f"{int(now - self.started):>4} s  {bar}{text}"[: terminal_width()]
-        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        shown = f"\r\033[K{text[: terminal_width()]}" if self.terminal else f"{text}\n"
+        print(shown, end="", file=self.stream, flush=True)
 
-    def end(self) -> None:
-        """Leave the line."""
+    def clear(self) -> None:
+        """Leave a terminal's line empty."""
         if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+class Phases(Line):
+    """Progress of a search on standard error, with a bar where it is known how much there is to do."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, 15)
+        self.started = time.monotonic()
+
+    def __call__(self, phase: Phase) -> None:
+        """Show the progress of a search."""
+        done = round(16 * phase.done / phase.total) if phase.total else 0
+        bar = f"[{'#' * done}{'.' * (16 - done)}] " if phase.total else ""
+        self.show(f"{int(time.monotonic() - self.started):>4} s  {bar}{phase}")
 
 
 def print_run(run: Run, needed: int, seconds: float) -> None:
@@ -299,25 +303,20 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
         print("        that may not fit; lower --width or --set data.rows=...", flush=True)
 
 
-class Watcher:
-    """Progress of a fit: one rewritten line on a terminal, a line every half minute elsewhere."""
+class Watcher(Line):
+    """Progress of a fit on standard output, every half minute where that is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
+        super().__init__(sys.stdout, 30, first=True)
         self.quiet = quiet
-        self.terminal = sys.stdout.isatty()
-        self.last = -math.inf
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress of a fit."""
-        now = time.monotonic()
-        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
-            return
-        self.last = now
-        line = progress_line(progress)
-        print(f"\r\033[K{line[: terminal_width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        if not self.quiet:
+            self.show(progress_line(progress), final=progress.fraction >= 1)
 
     def end(self) -> None:
-        """Leave the line."""
+        """Leave the line as it is."""
         if self.terminal and not self.quiet:
             print()
 

@@ -35,7 +35,6 @@ from bridge.cli.console import (
     print_written,
     seed_of,
     shipped_coupling,
-    show_phase,
     terminal_width,
     usage_line,
 )
@@ -154,7 +153,7 @@ def fit(
         run = prepare(
             name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
         )  # fmt: skip
-        reading.end()
+        reading.clear()
         if run.accelerator.is_main_process:
             print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
         watch = Watcher(quiet=not run.accelerator.is_main_process)
@@ -164,12 +163,12 @@ def fit(
                 watch(progress)
         except FitStopped as stopped:
             watch.end()
-            print(f"bridge: {stopped.told(flag)}", file=sys.stderr)
+            print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
             raise typer.Exit(0 if stopped.planned else 130) from None
         watch.end()
         refitting = Phases()
         finish(run, refitting if run.accelerator.is_main_process else lambda _: None)
-        refitting.end()
+        refitting.clear()
         if run.accelerator.is_main_process:
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
             print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")
@@ -221,17 +220,19 @@ def explain(
 
         check_outputs(html=html, json=json)
         coupling = opened_coupling(bridge, dense, device)
-        note = show_phase if sys.stderr.isatty() else None
+        watch = Phases()
         width = terminal_width()
 
         def show(known: Answered | Drawn) -> None:
             if isinstance(known, Answered):
+                watch.clear()
                 print_output(f"{render_answer(known, width)}\n")
 
         explanation = explain_prompt(
-            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=note,
+            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=watch,
             stage=show,
         )  # fmt: skip
+        watch.clear()
         if json is not None:
             write_json(json, explanation.to_json())
         if html is not None:

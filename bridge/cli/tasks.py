@@ -73,11 +73,11 @@ def circuit(
         }  # fmt: skip
         if task is not None:
             text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
-            watch.end()
+            watch.clear()
             print(text)
         else:
             for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=terminal_width(), **options):
-                watch.end()
+                watch.clear()
                 print(f"{text}\n", flush=True)
 
 
@@ -114,7 +114,7 @@ def card(
         for one, text in run_cards(
             subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=terminal_width(), progress=watch
         ):
-            watch.end()
+            watch.clear()
             print_output(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
         if json is not None:
@@ -153,7 +153,7 @@ def nulls(
 
                 rows = cut_prompts(coupling, prompts, seed)
                 table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
-                watch.end()
+                watch.clear()
                 print(render_prompt_nulls(table))
                 return
             subjects = Subjects.of(coupling)
@@ -169,7 +169,7 @@ def nulls(
                 width=terminal_width(),
                 progress=watch,
             ):
-                watch.end()
+                watch.clear()
                 print(f"{text}", flush=True)
         except FitStopped as stopped:
             refuse(f"{stopped}; the same command goes on", 130)
@@ -220,7 +220,7 @@ def sweep(
         watch = Phases()
 
         def print_step(text: str) -> None:
-            watch.end()
+            watch.clear()
             print(text, flush=True)
 
         try:
@@ -230,10 +230,10 @@ def sweep(
                 device=choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
-            watch.end()
+            watch.clear()
             print(f"bridge: {str(stopped).partition(';')[0]}; the same command goes on", file=sys.stderr)
             raise typer.Exit(130) from None
-        watch.end()
+        watch.clear()
         print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
         if frontier.failures:
             of = len(frontier.failures) + len(frontier.points)
@@ -281,7 +281,7 @@ def nodes(
             check_outputs(folder)
             watch = Phases()
             facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
-            watch.end()
+            watch.clear()
         descriptions = Descriptions(folder, facts.fingerprint)
         pages: list[dict[str, Any]] = []
         for each in dict.fromkeys(chosen):

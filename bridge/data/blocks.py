@@ -24,7 +24,7 @@ Shape legend: n blocks, t token, b batch row.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bridge.data.corpora import Corpus, open_corpus
 from bridge.data.records import DataError, Piece
+from bridge.display.progress import OnProgress, Phase
 from bridge.huggingface.prompts import Prompts
 from bridge.huggingface.site_discovery import first_line
 
@@ -87,7 +88,7 @@ def load_blocks(
     max_tokens: int | None = None,
     seed: int = 0,
     dense: PreTrainedModel | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Blocks:
     """Read `source` (see `corpora`) until there are `max_tokens` tokens, and cut them into blocks of `context`.
 
@@ -140,7 +141,7 @@ def load_blocks(
         count += len(tokens)
         if progress is not None and count - reported > limit // REPORTS:
             reported = count
-            progress(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most")
+            progress(Phase(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most"))
         if count >= limit:
             break
     blocks = [part.cut(context, prefix) for part in _with_held_out(*parts, context, body)]

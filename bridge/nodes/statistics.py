@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Node
@@ -157,7 +158,7 @@ def collect_nodes(
     folder: str | Path | None = None,
     seed: int = 0,
     save_seconds: float = 10.0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> NodeFacts:
     """Statistics of every node on tokens_bt, by default the coupling's own reference text.
 
@@ -179,7 +180,7 @@ def collect_nodes(
             facts.save(folder)
             saved = time.monotonic()
         if progress is not None:
-            progress(f"nodes: row {facts.rows_done:,} of {len(tokens_bt):,}")
+            progress(Phase("nodes: rows", facts.rows_done, len(tokens_bt)))
     return NodeFacts(facts.fingerprint, seed, tokens_bt, facts.order_p, facts.rows_done, _to_cpu(facts.parts))
 
 

@@ -32,6 +32,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bridge.data.task_pairs import TASKS, load_task, task_names
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanations.explanation import Answered, Drawn, Explanation
@@ -40,7 +41,7 @@ from bridge.models.bridges import Coupling
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, OnProgress, Publish, UnknownJobError
+from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.steering.curves import steer
@@ -76,7 +77,7 @@ def create_app(
     """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
 
     def compute(asked: Asked, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
-        on_progress("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
+        on_progress(Phase("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it"))
         coupling = library.load(asked.bridge)
 
         def stage(known: Answered | Drawn) -> None:

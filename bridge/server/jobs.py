@@ -28,10 +28,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-OnProgress = Callable[[str], None]
 Stage = Literal["answered", "drawn", "explanation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
@@ -255,10 +255,10 @@ class Jobs:
     def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
         """Run a job and return its final values."""
 
-        def on_progress(phase: str) -> None:
+        def on_progress(phase: Phase) -> None:
             self._stop_if_cancelled(id)
             with self._change:
-                self._set(id, phase=phase)
+                self._set(id, phase=str(phase))
             self._do_short()
             self._stop_if_cancelled(id)
 

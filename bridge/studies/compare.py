@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
 from bridge.data.task_tokens import TokenPairs
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
 from bridge.models.circuit import Edge
 from bridge.studies.backbone import Backbone, find_backbone
@@ -99,10 +100,10 @@ def compare(
     prompts: Mapping[str, TokenPairs],
     *,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Comparison:
     """The circuits of some tasks beside each other, on held-out prompts of each."""
-    on_progress = progress or (lambda _: None)
+    on_progress = progress or unseen
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
@@ -115,12 +116,12 @@ def compare(
     base = losses(torch.zeros(subject.space.size, dtype=torch.bool, device=subject.device))
     rise, random = [], []
     for name in names:
-        on_progress(f"cross-ablation: without {name}")
+        on_progress(Phase(f"cross-ablation: without {name}"))
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
-    on_progress("shared backbone")
+    on_progress(Phase("shared backbone"))
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 

@@ -21,6 +21,7 @@ import torch
 
 from bridge.circuits.task_search import TASK_SEARCH
 from bridge.data.task_pairs import load_task, task_names
+from bridge.display.progress import OnProgress, unseen
 from bridge.models.dense import load_dense
 from bridge.models.store import check_new
 from bridge.recipe import recipe_values, resolve
@@ -95,7 +96,7 @@ def sweep(
     device: str = "auto",
     dtype: str = "float32",
     on_step_end: OnText | None = None,
-    progress: OnText | None = None,
+    progress: OnProgress | None = None,
 ) -> Frontier:
     """Fit or load couplings of a dense model and measure capability and circuits of each (paper, figure 3); resumable.
 
@@ -103,7 +104,7 @@ def sweep(
     search the dense model's own circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that
     fails is in `failures`. Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
-    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or (lambda _: None)
+    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
     given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     given |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **given)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
+from bridge.display.progress import OnProgress, Phase, within
 from bridge.errors import RunError, UserError
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling, folder_of
@@ -73,7 +74,7 @@ class Steps:
         search: Search,
         options: dict[str, Any],
         on_step_end: OnText,
-        progress: OnText,
+        progress: OnProgress,
     ) -> None:
         self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
         self._on_step_end, self._progress = on_step_end, progress
@@ -84,9 +85,9 @@ class Steps:
         """Pass on that a step has ended."""
         self._on_step_end(f"{self.at}{text}")
 
-    def progress(self, text: str) -> None:
+    def progress(self, phase: Phase) -> None:
         """Pass on what is under way."""
-        self._progress(f"{self.at}{text}")
+        within(self._progress, self.at)(phase)
 
     def measure(self, point: Planned) -> Point:
         """Measure a point, from its first missing step to its last."""
@@ -131,9 +132,10 @@ class Steps:
         def watch(step: Progress) -> None:
             nonlocal last
             last = step
-            self.progress(f"fit: {step.fraction:.0%}, {step.tokens:,} tokens, CE {step.losses.get('ce', float('nan')):.3f}")
+            ce = step.losses.get("ce", float("nan"))
+            self.progress(Phase("fit", step.fraction, 1, f"{step.tokens:,} tokens, CE {ce:.3f}"))
 
-        self.progress("fit")
+        self.progress(Phase("fit"))
         fit(
             self.model, wanted.sparsity.l0, settings=_flat(values), out=folder, resume=True, on_progress=watch, **self.options
         )  # fmt: skip
@@ -180,7 +182,9 @@ class Steps:
         if tokens_bt is None or not tokens_bt.numel():
             raise SweepError(f"the coupling {str(where)!r}", "holds no held-out text to evaluate it on", "fit it again")
         result = evaluate(
-            self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.progress(f"evaluation: {done:.0%}")
+            self.loaded(where),
+            tokens_bt[: self.search.rows],
+            on_progress=self.progress,
         )
         write_json(file, result.to_json())
         self.step_ended(f"evaluation: {_line(result)}")
@@ -240,7 +244,7 @@ class Steps:
         try:
             size = search_dense(
                 subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
-                progress=lambda text: self.progress(f"{label}: {text}"),
+                progress=within(self.progress, f"{label}: "),
             )  # fmt: skip
         except DenseModelError:
             raise

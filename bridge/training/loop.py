@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from bridge.errors import RunError, Told
+from bridge.display.progress import OnProgress, unseen
+from bridge.errors import OneLineError, RunError
 from bridge.huggingface.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
@@ -63,7 +64,7 @@ class FitError(RunError):
     """A run that had to stop, in one line with the remedy."""
 
 
-class FitStopped(Told, RuntimeError):
+class FitStopped(OneLineError, RuntimeError):
     """A run that stopped and saved its state: `planned` at the end of a stretch, else on SIGTERM or Ctrl-C."""
 
     def __init__(self, what: str, remedy: str, *, planned: bool) -> None:
@@ -234,7 +235,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 raise FitStopped(f"stopped at {where}", remedy, planned=not stop)
 
 
-def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupling:
+def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
     """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
     coupling, out = run.coupling, run.out
     native.unpack(coupling.sparse)

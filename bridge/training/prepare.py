@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bridge.data.blocks import Blocks, load_blocks
+from bridge.display.progress import OnProgress
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
@@ -61,7 +61,7 @@ def prepare(
     device: str = "auto",
     dtype: str = "float32",
     log_with: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Run:
     """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
 

@@ -13,7 +13,6 @@ Shape legend: b row, t token, d dense width, s sparse width, n token of all rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.errors import UserError
 from bridge.models.bridges import Bridges, Coupling
 from bridge.models.sparse import SparseTransformer
@@ -48,7 +48,7 @@ def null_coupling(
     against: Path | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> Coupling:
     """The null of a name; the uncoupled one's model is found, or trained, in the folder `against`.
 
@@ -73,13 +73,13 @@ def with_ridge_bridges(coupling: Coupling, reference_bt: Tensor) -> Coupling:
     return fitted
 
 
-def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: Callable[[str], None]) -> Coupling:
+def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: OnProgress) -> Coupling:
     """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
 
     Raises NullError where the folder holds a model of another shape, or one that was coupled.
     """
     if not (folder / "coupling.json").is_file():
-        progress(f"uncoupled: training without bridges for {minutes:g} minutes")
+        progress(Phase(f"uncoupled: training without bridges for {minutes:g} minutes"))
         recipe = coupling.recipe
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {
@@ -93,7 +93,8 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
         def watch(state: Progress) -> None:
-            progress(f"uncoupled: {state.fraction:.0%} of {minutes:g} minutes, CE {state.losses.get('ce', float('nan')):.2f}")
+            ce = state.losses.get("ce", float("nan"))
+            progress(Phase("uncoupled", state.fraction, 1, f"CE {ce:.2f}"))
 
         fit(
             coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=tokens, minutes=minutes,

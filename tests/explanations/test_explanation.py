@@ -15,6 +15,7 @@ import torch
 from support.explained import made_up
 from support.explanation_cases import PROMPT, agreeing
 
+from bridge.display.progress import Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Answered, Drawn, ExplainedNode, ExplainError, Explanation
@@ -312,7 +313,7 @@ def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explan
 
 def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation: Explanation):
     phases: list[str] = []
-    again = explain(coupled, PROMPT, progress=phases.append)
+    again = explain(coupled, PROMPT, progress=lambda phase: phases.append(str(phase)))
     assert again == explanation
     said = [phase.split(":")[0] for phase in phases]
     for phase in ("tokens", "means", "search", "edges", "groups", "attention"):
@@ -393,8 +394,8 @@ def test_work_that_is_ended_leaves_nothing_behind(dense: DenseModel, explanation
         pass
 
     def raise_at(phase: str):
-        def heard(said: str) -> None:
-            if said.startswith(phase):
+        def heard(said: Phase) -> None:
+            if said.name.startswith(phase):
                 raise EndedError
 
         return heard

@@ -40,6 +40,7 @@ from typer.testing import CliRunner
 
 from bridge.circuits.subject import SparseSubject
 from bridge.cli.main import app as commands
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Answered, Drawn, Explanation
@@ -57,7 +58,7 @@ STEERING = {"value": 1.5, "strength": 0.5}
 class Staged(Held):
     """The same that hands over what is known early, and is then held up."""
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
+    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
         for known in stages_of(self.explanation):
             more["stage"](known)
         return super().__call__(coupling, prompt, progress=progress)
@@ -77,8 +78,8 @@ def stages_of(explanation: Explanation) -> tuple[Answered, Drawn]:
 def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> None:
     said: list[str] = []
 
-    def watched(*arguments: Any, progress: Callable[[str], None], **more: Any) -> Explanation:
-        def say(phase: str) -> None:
+    def watched(*arguments: Any, progress: OnProgress, **more: Any) -> Explanation:
+        def say(phase: Phase) -> None:
             progress(phase)
             said.append(client.get(f"/api/explanations/{id}").json()["phase"])
 

@@ -7,7 +7,6 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  
 
 import bridge
 from bridge.data.task_pairs import TaskError
+from bridge.display.progress import OnProgress, Phase
 from bridge.display.svg import log_ticks, ticks
 from bridge.errors import UserError
 from bridge.models.dense import load_dense
@@ -125,10 +125,10 @@ def test_a_killed_sweep_goes_on_at_every_level(
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     seen: list[str] = []
 
-    def killed_at(word: str) -> Callable[[str], None]:
-        def say(text: str) -> None:
-            seen.append(text)
-            if word in text:
+    def killed_at(word: str) -> OnProgress:
+        def say(phase: Phase) -> None:
+            seen.append(str(phase))
+            if word in seen[-1]:
                 raise KeyboardInterrupt
 
         return say
@@ -154,16 +154,16 @@ def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monk
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     said: list[str] = []
 
-    def say(text: str) -> None:
-        said.append(text)
-        if "fit: 60%" in text:
+    def say(phase: Phase) -> None:
+        said.append(str(phase))
+        if "fit: 60%" in said[-1]:
             raise KeyboardInterrupt
 
     alone = {**described, "l0": (0.25,), "load": ()}
     with pytest.raises(KeyboardInterrupt):
         bridge.sweep(**alone, out=tmp_path / "sweep", progress=say)
     said.clear()
-    bridge.sweep(**alone, out=tmp_path / "sweep", progress=said.append)
+    bridge.sweep(**alone, out=tmp_path / "sweep", progress=lambda phase: said.append(str(phase)))
     fits = [text.partition("fit: ")[2].partition(",")[0] for text in said if "fit: " in text]
     assert fits == ["60%", "70%", "80%", "90%", "100%"]  # the state saved last was that of the fifth step
 
