@@ -48,7 +48,7 @@ _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes a
 _SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
 _RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
-_STRICTER = 0.8  # times what was met, at the next attempt: half of it leaves three times the nodes
+_STRICTER = 0.9  # times what was met, where the next attempt goes on: half of it leaves three times the nodes
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
@@ -84,6 +84,14 @@ def find_nested(
     levels are by default all of the search's; opened_f is the circuit at the opening one where it has been found before.
     """
     return _Search(loss, train or loss, progress, loss.config.nested() if levels is None else tuple(levels)).run(opened_f)
+
+
+@dataclass(frozen=True, eq=False)
+class _Descent:
+    """A descent's end: tau_f, -inf of what is no candidate, and lambda."""
+
+    tau_f: Tensor
+    size_weight: float
 
 
 class _Search:
@@ -164,35 +172,41 @@ class _Search:
 
     def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, attempts: int) -> Tensor:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
-        tau_f, within, kept_f = score_f, False, core_f
+        descent, within, kept_f = _Descent(score_f, _SIZE_WEIGHT), False, core_f
         for attempt in range(attempts):
-            tau_f = self._descended(core_f, score_f, level, attempt)
-            kept_f, within = self._added(core_f | (tau_f > 0), level)
+            descent = self._descended(core_f, score_f, level, attempt, descent)
+            kept_f, within = self._added(core_f | (descent.tau_f > 0), level)
             if within:
                 break
+        tau_f = descent.tau_f
         if not within:
             return self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
         kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         return self._deleted(core_f, kept_f, level)
 
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int) -> Tensor:
-        """tau_f after some steps, begun with the nodes that about do; -inf of what is no candidate.
+    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, before: _Descent) -> _Descent:
+        """A descent begun with the nodes that about do, best ranked first.
 
-        A later attempt begins with more of them; on several prompts, of which others are held out, it makes the terms smaller.
+        A later attempt begins with more of them; on several prompts, of which others are held out, it goes on from the one before
+        and makes the terms smaller.
         """
         count, steps = self.config.supersets, self.config.steps
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
-        more, met = (1, _MET_SEVERAL * _STRICTER**attempt) if several else (4**attempt, _MET)
-        start = min(more * self._start(core_f, node_k, level), len(node_k))
-        rank_k = torch.arange(len(node_k), device=node_k.device)
-        tau_k = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU)
+        goes_on = several and attempt > 0
+        met = _MET_SEVERAL * _STRICTER**attempt if several else _MET
+        if goes_on:
+            tau_k, size_weight, steps = before.tau_f[node_k], before.size_weight, steps // 2
+        else:
+            start = min(4**attempt * self._start(core_f, node_k, level), len(node_k))
+            rank_k = torch.arange(len(node_k), device=node_k.device)
+            tau_k, size_weight = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU), _SIZE_WEIGHT
         mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
         prompts = min(self.config.prompts, len(self.train.model_b))
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
-        size_weight, off = _SIZE_WEIGHT, 0.0
+        off = 0.0
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = self._drawn(prompts)
@@ -227,7 +241,7 @@ class _Search:
             tau_k = (tau_k - rate * mean_k / (1 - _BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU)
         self.progress(Phase(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes"))
         tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
-        return tau_f.index_copy_(0, node_k, tau_k)
+        return _Descent(tau_f.index_copy_(0, node_k, tau_k), size_weight)
 
     def _drawn(self, prompts: int) -> Tensor:
         """The prompts of a step: the one, or some drawn at random."""
