@@ -225,7 +225,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--l0", "-1"], "sparsity.l0 = -1.0: some weights must stay"),
         (["--l0", "1e9"], "more than the"),
         (["--l0", "0.1", "--data", "nowhere.txt"], "data 'nowhere.txt' does not exist"),
-        (["--l0", "0.1", "--set", "sparse.wdth=3"], "--set sparse.wdth is not a number of the recipe"),
+        (["--l0", "0.1", "--set", "sparse.wdth=3"], "the setting sparse.wdth is not a number of the recipe"),
         (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),
         (["--l0", "0.1", "--recipe", "no.toml"], "recipe 'no.toml' does not exist"),
         (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not offered"),

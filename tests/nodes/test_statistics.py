@@ -368,7 +368,7 @@ def test_an_endpoint_that_is_not_there_is_one_line() -> None:
     for url in ("file:///etc/passwd", "localhost:80", "http://", "http://a b", "http://[", "http://a\n"):
         with pytest.raises(EndpointError, match="is no address"):
             Endpoint(url, "small")
-    with pytest.raises(EndpointError, match="--model"):
+    with pytest.raises(EndpointError, match="give model="):
         Endpoint("http://localhost", "")
 
 
