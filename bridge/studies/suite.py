@@ -15,6 +15,7 @@ from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import Resolved, resolve
 from bridge.display.columns import columns
+from bridge.display.plots import can_plot
 from bridge.display.progress import OnProgress, within
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.store import read_json, write_json
@@ -151,7 +152,8 @@ def _compared(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "comparison.json", {**comparison.to_json(), "sizes": asdict(sizes)})
-            (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
+            if can_plot():
+                (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
             (out / "comparison.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if null := options.get("null"):
         passed = [result.facts.task for result in results if result.passed]
