@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -172,7 +171,7 @@ def nulls(
                 watch.clear()
                 print(f"{text}", flush=True)
         except FitStopped as stopped:
-            refuse(f"{stopped}; the same command goes on", 130)
+            refuse(f"{stopped.what}; the same command goes on", 130)
 
 
 @of_tasks.command(cls=Several)
@@ -231,10 +230,10 @@ def sweep(
             )  # fmt: skip
         except FitStopped as stopped:
             watch.clear()
-            print(f"bridge: {str(stopped).partition(';')[0]}; the same command goes on", file=sys.stderr)
-            raise typer.Exit(130) from None
+            refuse(f"{stopped.what}; the same command goes on", 130)
         watch.clear()
-        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
+        plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
+        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
         if frontier.failures:
             of = len(frontier.failures) + len(frontier.points)
             raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")

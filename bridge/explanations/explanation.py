@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from bridge.circuits.loss import SearchConfig
 from bridge.errors import UserError
@@ -26,7 +26,7 @@ from bridge.huggingface.prompts import shown
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import EdgeKind
 from bridge.models.schema import ERROR, KINDS
-from bridge.models.store import CheckpointError, read_json
+from bridge.models.store import CheckpointError, read_json, refused_unless_read
 from bridge.nodes.statistics import sparse_fingerprint
 
 FORMAT = 3  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
@@ -234,22 +234,11 @@ class Explanation(Answered):
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
         """The explanation that `to_json` wrote. Raises ExplainError for anything else."""
-        try:
+        with refused_unless_read("this", "explanation", "explain again", ExplainError):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
             return _consistent(_READER.validate_python(values))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            first = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}"
-            raise ExplainError(
-                "this", f"is not an explanation that this version of bridge reads ({first})", "explain again"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            first = str(error).splitlines()[0]
-            raise ExplainError(
-                "this", f"is not an explanation that this version of bridge reads ({first})", "explain again"
-            ) from None
 
     def __str__(self) -> str:
         return _rendering().render_text(self)

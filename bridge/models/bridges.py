@@ -35,7 +35,7 @@ from bridge.kernels.top_k import abs_top_k
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.models.residual import Enter
 from bridge.models.sparse import SparseTransformer
-from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
+from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, refused_unless_read, unpack_nonzeros, write_folder
 from bridge.recipe import Recipe, resolve
 
 FORMAT = 2
@@ -200,7 +200,7 @@ class Coupling:
             raise CheckpointError(
                 f"{str(folder)!r}", f"has format {found!r}, and this version of bridge reads {FORMAT}", "fit it again"
             )
-        try:
+        with refused_unless_read(f"{str(folder)!r}", "coupling", "fit it again"):
             recipe, known = resolve(facts["recipe"]), facts["dense"]
             sparse = SparseTransformer(recipe.sparse, tuple(known["sublayers"]), known["vocabulary"], recipe.data.context or 1)
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
@@ -208,10 +208,6 @@ class Coupling:
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("name and place of its dense model are not texts")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{str(folder)!r}", f"is no coupling that this version reads ({error})", "fit it again"
-            ) from None
         _check_numbers(folder, tensors, sparse.vocabulary)
         if not isinstance(dense, DenseModel):
             named = dense is None or isinstance(dense, (str, Path))

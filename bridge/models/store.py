@@ -14,15 +14,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.errors import UserError
+from bridge.huggingface.site_discovery import first_line
 
 
 class CheckpointError(UserError):
@@ -127,6 +130,19 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
         return load_file(file), facts
     except (OSError, SafetensorError) as error:
         raise _damaged(file, str(error)) from None
+
+
+@contextlib.contextmanager
+def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[UserError] = CheckpointError) -> Iterator[None]:
+    """A context in which stored values are read; those that are no `kind` are refused in one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise refusal(what, f"is no {kind} that this version reads ({why})", remedy) from None
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise refusal(what, f"is no {kind} that this version reads ({first_line(error)})", remedy) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -37,7 +37,7 @@ from bridge.errors import UserError
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
-from bridge.models.store import CheckpointError, read_folder, write_folder
+from bridge.models.store import CheckpointError, read_folder, refused_unless_read, write_folder
 
 FORMAT = 1
 KEPT = 8
@@ -138,16 +138,15 @@ class NodeFacts:
     def load(folder: str | Path) -> NodeFacts:
         """The facts that `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
         tensors, facts = read_folder(folder, "nodes")
-        try:
+        with refused_unless_read(
+            f"{str(Path(folder) / 'nodes.json')!r}", "file of nodes", "delete it and run `bridge nodes` again"
+        ):
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
             locations = {Location(int(layer), kind): f"{layer}.{kind}" for layer, kind in map(_split, facts["locations"])}
             parts = {at: {part: tensors[f"{part}.{name}"] for part in _PARTS} for at, name in locations.items()}
             tokens_bt, order_p = tensors["tokens"].long(), tensors["order"].long()
             return NodeFacts(facts["fingerprint"], facts["seed"], tokens_bt, order_p, facts["rows_done"], parts)
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{str(Path(folder) / 'nodes.json')!r} is not what this version of bridge reads ({error})"
-            raise CheckpointError(what, remedy="delete it and run `bridge nodes` again") from None
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from bridge.explanations.explanation import Answered, Drawn, Explanation
 from bridge.explanations.page import described_nodes, page_data, render_html
 from bridge.models.bridges import Coupling
 from bridge.models.schema import ERROR
-from bridge.models.store import CheckpointError
+from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
@@ -217,11 +217,8 @@ def _circuit_detail(name: str, folder: Path) -> schema.CircuitDetail:
     values = finite_json(folder / "circuit.json")
     if "failed" in values:
         raise CheckpointError(f"{name!r}", f"holds no circuit: {values['failed']}")
-    try:
+    with refused_unless_read(f"{name!r}", "circuit", "search again"):
         return schema.CircuitDetail.model_validate({**values, "name": name})
-    except ValueError as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"{name!r}", f"is no circuit that this version of bridge reads ({first})", "search again") from None
 
 
 def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:

@@ -140,13 +140,7 @@ class JobEntry(BaseModel):
     @staticmethod
     def of(job: Job) -> JobEntry:
         """The job as it is sent."""
-        asked = job.asked
-        return JobEntry(
-            id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
-            counterfactual=asked.counterfactual, status=job.status, phase=job.phase, error=job.error, place=job.place,
-            stopping=job.stopping, stage=job.stage, verdict=job.verdict, asked_at=job.asked_at, began_at=job.began_at,
-            ended_at=job.ended_at, readable=job.readable,
-        )  # fmt: skip
+        return JobEntry(**{name: getattr(job.asked if hasattr(job.asked, name) else job, name) for name in JobEntry.model_fields})
 
 
 class ExplanationJob(JobEntry):

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bridge.display.plots import can_plot, draw, svg
-from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
 from bridge.studies.compare import geometric_mean
 from bridge.studies.result import Size
 
@@ -148,13 +148,10 @@ class Frontier:
         if not file.is_file():
             raise CheckpointError(f"{str(path)!r}", "holds no sweep.json", "name a folder that `bridge sweep` wrote")
         values = read_json(file)
-        try:
+        with refused_unless_read(f"{str(file)!r}", "sweep", "sweep again"):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             return _FRONTIER.validate_python(values)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(f"{str(file)!r}", f"is no sweep that this version reads ({first})", "sweep again") from None
 
     def __str__(self) -> str:
         return render_frontier(self)

@@ -511,7 +511,7 @@ def test_the_command_takes_features_from_the_coupling(
         (None, "there is no file"),
         ("{", "holds no explanation"),
         ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain` wrote"),
-        ("{}", "this is not an explanation that this version of bridge reads (format None, not 3); explain again"),
+        ("{}", "this is no explanation that this version reads (format None, not 3); explain again"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, content: str | None, message: str) -> None:
