@@ -33,6 +33,7 @@ from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 from bridge.training.objective import Objective, draw_splice
 
+PROCESS_BYTES = 500_000_000  # of one that has loaded torch, transformers and the kernels
 ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
 
 
@@ -179,15 +180,15 @@ def _memory(dense: DenseModel) -> int:
 
 
 def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
-    """Bytes that a fit takes, roughly: weights, gradient and two moments in float32, and one step's activations."""
+    """Bytes that a fit takes, the process and its libraries included: weights, gradient, two moments, one step's activations."""
     assert recipe.sparse.width is not None and recipe.data.context is not None
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
     tokens = (recipe.data.rows or 32) * recipe.data.context
-    per_token = 4 * (6 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
-    return trained * 16 + frozen + tokens * per_token
+    per_token = 4 * (14 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
+    return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token
 
 
 def seconds_a_step(run: Run) -> float:
