@@ -213,8 +213,8 @@ def explain(
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
     with one_line_errors():
         from bridge.explanations.build import explain as explain_prompt
-        from bridge.explanations.explanation import Answered, Drawn
         from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+        from bridge.explanations.parts import Answered, Drawn
         from bridge.explanations.text import render_answer, render_text
         from bridge.models.store import write_json
 

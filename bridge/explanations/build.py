@@ -33,7 +33,8 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested, find_nested
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.patching import Counterfactual
-from bridge.explanations.explanation import (
+from bridge.explanations.explanation import ExplainError, Explanation
+from bridge.explanations.parts import (
     Answer,
     Answered,
     Counts,
@@ -41,8 +42,6 @@ from bridge.explanations.explanation import (
     ExplainedEdge,
     ExplainedGroup,
     ExplainedNode,
-    ExplainError,
-    Explanation,
     Provenance,
     Token,
 )

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import UserError
-from bridge.explanations.explanation import ExplainedNode, Explanation, Token
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import ExplainedNode, Token
 from bridge.explanations.text import question
 from bridge.models.schema import ERROR, KINDS, MLP_KINDS
 from bridge.nodes.description import Excerpt, NodePage

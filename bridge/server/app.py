@@ -35,8 +35,9 @@ from bridge.data.task_pairs import TASKS, load_task, task_names
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
-from bridge.explanations.explanation import Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
 from bridge.explanations.page import described_nodes, page_data, render_html
+from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import Coupling
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read

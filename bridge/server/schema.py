@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bridge.evidence.measures import Report
-from bridge.explanations.explanation import Answer, Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import Answer, Answered, Drawn
 from bridge.server.jobs import Asked, Job, Stage, Status
 from bridge.studies.result import TaskFacts
 

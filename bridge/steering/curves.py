@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bridge.explanations.build import prompt_tokens, token_of, top_answers
-from bridge.explanations.explanation import Answer, Token
+from bridge.explanations.parts import Answer, Token
 from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import Coupling
 from bridge.models.residual import Trace

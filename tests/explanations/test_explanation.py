@@ -18,7 +18,8 @@ from support.explanation_cases import PROMPT, agreeing
 from bridge.display.progress import Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered, Drawn, ExplainedNode, ExplainError, Explanation
+from bridge.explanations.explanation import ExplainError, Explanation
+from bridge.explanations.parts import Answered, Drawn, ExplainedNode
 from bridge.explanations.text import LISTED_HEADS, render_answer, render_text
 from bridge.huggingface.prompts import PromptError
 from bridge.models.bridges import Coupling

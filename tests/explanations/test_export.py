@@ -21,8 +21,9 @@ from support.explanation_cases import PROMPT, agreeing
 from bridge.errors import UserError
 from bridge.explanations import viewer_graph
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import ExplainedEdge, ExplainedGroup, ExplainedNode, ExplainError, Explanation, Token
+from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.export import ExportError, export, node_pages, to_networkx
+from bridge.explanations.parts import ExplainedEdge, ExplainedGroup, ExplainedNode, Token
 from bridge.explanations.viewer_graph import opened
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel, load_dense

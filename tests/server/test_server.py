@@ -43,7 +43,8 @@ from bridge.cli.main import app as commands
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError
