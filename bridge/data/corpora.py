@@ -77,13 +77,6 @@ def open_corpus(source: str, seed: int = 0) -> Corpus:
     return Corpus(_streamed(source))
 
 
-def documents(source: str, seed: int = 0) -> Iterator[str]:
-    """The texts of a corpus, in an order fixed by the seed. Raises DataError where it is none."""
-    for kind, value in open_corpus(source, seed).pieces:
-        if kind == "text":
-            yield value
-
-
 # -- what is on this machine ------------------------------------------------------------------------------------------------
 
 

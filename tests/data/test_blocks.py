@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from support.data_cases import BEGIN, END, letters, refusal, write_jsonl
+from support.data_cases import BEGIN, END, documents, letters, refusal, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bridge.data import blocks as data
 from bridge.data.blocks import HELD_OUT_EVERY, Blocks, DataError, load_blocks
-from bridge.data.corpora import documents
 
 # -- blocks -----------------------------------------------------------------------------------------------------------------
 

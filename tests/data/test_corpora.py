@@ -16,10 +16,10 @@ import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
-from support.data_cases import BEGIN, END, letters, refusal, write_jsonl
+from support.data_cases import BEGIN, END, documents, letters, refusal, write_jsonl
 
 from bridge.data.blocks import load_blocks
-from bridge.data.corpora import documents, open_corpus
+from bridge.data.corpora import open_corpus
 
 TEXTS = ["one, two\n", 'a "quoted" word', "tw\u00f6\r\nlines\tand a tab", "NA", "2024-01-01", "7"]
 

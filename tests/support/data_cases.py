@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bridge.data.blocks import DataError, load_blocks
+from bridge.data.corpora import open_corpus
 
 END, BEGIN = 0, 1
 
@@ -39,3 +40,10 @@ def refusal(source: str | Path, tokenizer: Any = None, **options: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def documents(source: str, seed: int = 0) -> Iterator[str]:
+    """The texts of a corpus."""
+    for kind, value in open_corpus(source, seed).pieces:
+        if kind == "text":
+            yield value
