@@ -436,12 +436,12 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
     strange = replace(explanation, nodes=(replace(explanation.nodes[0], kind="router", level=0),), edges=())
     neuronpedia: dict[str, Any] = {"to": "neuronpedia", "scan": "gpt2-small"}
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
-        (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
-        *((explanation, {"slug": slug}, f"--slug {slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
-        (explanation, {"slug": "graph-metadata"}, "--slug 'graph-metadata' is the name of the list of graphs"),
+        (explanation, {"to": "gexf"}, "there is no format 'gexf'; to= is one of circuit-tracer, neuronpedia, graphml"),
+        *((explanation, {"slug": slug}, f"slug={slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
+        (explanation, {"slug": "graph-metadata"}, "slug='graph-metadata' is the name of the list of graphs"),
         (explanation, {"to": "neuronpedia"}, "Neuronpedia files graphs under its own ids of models"),
-        (explanation, {**neuronpedia, "scan": "a/b"}, "--scan 'a/b' cannot be one"),
-        (explanation, {"scan": "gpt2-small"}, "--scan and --features-url are Neuronpedia's"),
+        (explanation, {**neuronpedia, "scan": "a/b"}, "scan='a/b' cannot be one"),
+        (explanation, {"scan": "gpt2-small"}, "scan= and features_url= are Neuronpedia's"),
         (explanation, {**neuronpedia, "features_url": "http://x"}, "'http://x' is no place that Neuronpedia fetches"),
         (low, neuronpedia, "no node is above block 0, and Neuronpedia opens no such graph"),
         (one, {}, "the prompt is a single token, of which the viewers drop every node"),
