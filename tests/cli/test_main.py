@@ -205,7 +205,7 @@ def test_a_run_that_is_asked_to_stop_exits_with_130(
 def test_a_run_that_fails_exits_with_1(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     settings = ["--set", "optimizer.rate=1000.0", *TINY]
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 6400, "--out", tmp_path / "run", *settings)
-    assert result.exit_code == 1 and "Try a lower rate" in result.stderr and "\n" not in result.stderr.strip()
+    assert result.exit_code == 1 and "try a lower rate" in result.stderr and "\n" not in result.stderr.strip()
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------

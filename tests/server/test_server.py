@@ -546,7 +546,7 @@ def test_folders_that_cannot_be_served(root: Path, coupling_folder: Path, tmp_pa
         ([tmp_path / "none"], None, "is not a folder"),
         ([tmp_path / "empty"], None, "no coupling in"),
         ([coupling_folder, tmp_path / "again" / "tiny"], None, "are called 'tiny'"),
-        ([root], tmp_path / "none", "--circuits"),
+        ([root], tmp_path / "none", "circuits="),
     ):
         with pytest.raises(UserError, match=message):
             Library(couplings, circuits)
