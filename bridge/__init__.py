@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.api import Coupling, fit, load
+    from bridge.api import Coupling, adapt, fit, load
     from bridge.cards.card import Card
     from bridge.circuits.loss import SearchConfig
     from bridge.errors import UserError
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bridge.explanations.build import explain
     from bridge.explanations.explanation import Explanation
     from bridge.explanations.export import Exported, export, node_pages, to_networkx
+    from bridge.finetunes.diff import diff
+    from bridge.finetunes.result import Diff
     from bridge.models.dense import DenseModel, load_dense
     from bridge.nodes.description import NodePage, describe_node
     from bridge.nodes.statistics import NodeFacts, collect_nodes
@@ -36,6 +38,7 @@ _HOME = {
     "Card": "cards.card",
     "Coupling": "api",
     "DenseModel": "models.dense",
+    "Diff": "finetunes.result",
     "Evaluation": "training.evaluate",
     "Explanation": "explanations.explanation",
     "Exported": "explanations.export",
@@ -51,8 +54,10 @@ _HOME = {
     "Subjects": "studies.search",
     "TaskResult": "studies.result",
     "UserError": "errors",
+    "adapt": "api",
     "collect_nodes": "nodes.statistics",
     "describe_node": "nodes.description",
+    "diff": "finetunes.diff",
     "evaluate": "training.evaluate",
     "explain": "explanations.build",
     "export": "explanations.export",
@@ -70,6 +75,7 @@ __all__ = [
     "Card",
     "Coupling",
     "DenseModel",
+    "Diff",
     "Evaluation",
     "Explanation",
     "Exported",
@@ -85,8 +91,10 @@ __all__ = [
     "Subjects",
     "TaskResult",
     "UserError",
+    "adapt",
     "collect_nodes",
     "describe_node",
+    "diff",
     "evaluate",
     "explain",
     "export",

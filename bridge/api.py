@@ -16,11 +16,13 @@ from bridge.cards.card import Card
 from bridge.cards.suite import Wanted, run_cards
 from bridge.display.progress import OnProgress, unseen
 from bridge.explanations.build import explain
+from bridge.finetunes.diff import diff
 from bridge.models.bridges import Coupling as Bare
 from bridge.steering.curves import steer
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
+from bridge.training import adapt as adapting
 from bridge.training import loop as training
 from bridge.training.evaluate import evaluate
 
@@ -40,12 +42,15 @@ def _with_methods(make: Callable[P, Bare]) -> Callable[P, Coupling]:
 
 load = _with_methods(Bare.from_pretrained)
 fit = _with_methods(training.fit)
+adapt = _with_methods(adapting.adapt)
 
 
 class Coupling(Bare):
     """A dense model, the sparse model that explains it, and the bridges between them, with the library's functions as methods."""
 
     from_pretrained = staticmethod(load)
+    adapt = adapt
+    diff = diff
     evaluate = evaluate
     explain = explain
     steer = steer

@@ -228,6 +228,7 @@ class Recipe(_Part):
     dense: str = Field(description="hub id or folder of the dense model, or the class of a live one")
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
+    adapts: bool = Field(default=False, description="sparse.start is a coupling to the model that this one is a fine-tune of")
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity = Sparsity()
     data: Data = Data()
@@ -244,6 +245,8 @@ class Recipe(_Part):
         if self.losses.carried and self.losses.splice == "literal":
             remedy = "leave losses.splice at 'sampled', or losses.carried at 0"
             raise RecipeError("losses.carried", "has no literal form", remedy)
+        if self.adapts and self.sparse.start in ("auto", "random"):
+            raise RecipeError("adapts = true", "goes on from a coupling", "give sparse.start its folder, as `bridge adapt` does")
         if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise RecipeError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there:",

@@ -20,7 +20,7 @@ LARGEST_FILE = 16 * 2**20
 
 ROOMS = (  # in the order in which data flows: each imports only from itself and from those before it
     "errors", "recipe", "kernels", "huggingface", "models", "display", "data", "training", "circuits", "graph", "nodes",
-    "evidence", "verdicts", "explanations", "studies", "cards", "steering", "api", "server", "cli",
+    "evidence", "verdicts", "explanations", "studies", "cards", "steering", "finetunes", "api", "server", "cli",
 )  # fmt: skip
 MOST_FILES_AT_TOP, MOST_LINES = 5, 450
 

@@ -13,6 +13,8 @@ The level that the explanation opens at comes first; those above it add to its c
 4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
 5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
               as the bounds allow.
+6. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
+              they are few and the circuit with them is within the bounds.
 
 Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept.
 The next level adds to it as in 4, and by a descent of its own where that does not do. The last two take nodes by integrated
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.circuits.masked_model import integrated_gradients
+from bridge.circuits.necessity import backup_nodes
 from bridge.display.progress import OnProgress, Phase, unseen
 
 _BETAS = 0.7, 0.95
@@ -52,6 +55,7 @@ _STRICTER = 0.9  # times what was met, where the next attempt goes on: half of i
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
+_BACKUP = 60, 0.25  # nodes that may be added for necessity: so many, or that share of a larger circuit
 _DELETED = 24_000  # tokens of masked copies in which nodes are deleted alone; of more nodes, those that seem to matter least
 
 
@@ -183,7 +187,7 @@ class _Search:
             return self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
         kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
-        return self._deleted(core_f, kept_f, level)
+        return self._necessary(self._deleted(core_f, kept_f, level), level)
 
     def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, before: _Descent) -> _Descent:
         """A descent begun with the nodes that about do, best ranked first.
@@ -299,6 +303,14 @@ class _Search:
             if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
                 break
         return kept_f
+
+    def _necessary(self, kept_f: Tensor, level: Level) -> Tensor:
+        """The circuit with the nodes that keep up the answer when it is ablated, if few and within the bounds."""
+        backup_k = backup_nodes(self.loss, kept_f)
+        if not 0 < len(backup_k) <= max(_BACKUP[0], _BACKUP[1] * int(kept_f.sum())):
+            return kept_f
+        with_backup_f = kept_f.index_fill(0, backup_k, True)
+        return with_backup_f if self.loss.within(with_backup_f, level) else kept_f
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,24 +20,23 @@ from bridge.cli.console import (
     Gguf,
     Phases,
     Revision,
-    Watcher,
     check_outputs,
     choose_device,
     chosen_model,
     evaluation_table,
-    flag,
     held_out_text,
     one_line_errors,
     opened_coupling,
     print_output,
-    print_run,
     print_written,
     seed_of,
     shipped_coupling,
     terminal_width,
     usage_line,
 )
+from bridge.cli.finetunes import of_finetunes
 from bridge.cli.tasks import of_tasks
+from bridge.cli.training import train_to_end
 
 app = typer.Typer(
     help="Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it.",
@@ -48,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(of_tasks)
+app.add_typer(of_finetunes)
 
 
 def _show_version(asked: bool) -> None:
@@ -146,32 +145,15 @@ def fit(
         if name is None:
             raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
-        from bridge.training.loop import FitStopped, finish, train
-        from bridge.training.prepare import memory_needed, prepare, seconds_a_step
+        from bridge.training.prepare import prepare
 
         reading = Phases()
         run = prepare(
             name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
         )  # fmt: skip
         reading.clear()
+        train_to_end(run, folder, stretch)
         if run.accelerator.is_main_process:
-            print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
-        watch = Watcher(quiet=not run.accelerator.is_main_process)
-        started = time.monotonic()
-        try:
-            for progress in train(run, stretch_minutes=stretch):
-                watch(progress)
-        except FitStopped as stopped:
-            watch.end()
-            print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
-            raise typer.Exit(0 if stopped.planned else 130) from None
-        watch.end()
-        refitting = Phases()
-        finish(run, refitting if run.accelerator.is_main_process else lambda _: None)
-        refitting.clear()
-        if run.accelerator.is_main_process:
-            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
-            print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")
             print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
 
 

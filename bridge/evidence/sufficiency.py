@@ -7,7 +7,7 @@ With d the question's log-odds and C a circuit of nodes and errors, E its errors
                  outside, from 1/2; it bounds nothing, since such mixtures are far from anything that the model does
     left         what remains of the span when C is deleted
     error share  mean over both orders of what E adds: ((d(C) - d(C - E)) + (d(E) - d(nothing))) / (2 span)
-    backup       where much is left: the fewest other active nodes that have to go as well, in the order of the integrated
+    backup       where much is left: the fewest other nodes that have to go as well, in the order of the integrated
                  gradients of `left` over what is left
 
 Of several prompts (a task's) d is the mean over them.
@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, random_sets
-from bridge.circuits.masked_model import MaskedModel, integrated_gradients
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
-from bridge.evidence.controls import active_nodes
 
 _DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model
 _LARGE = 2
 _DENSITIES = 0.1, 0.9
 _STEPS, _STEP = 20, 0.1  # of the adversary: from 1/2 any mask can be reached in five
 _STRONGEST = 5  # nodes that a backup names
-_ALPHAS = 4
 
 
 @dataclass(frozen=True)
@@ -131,37 +130,6 @@ def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
         lowest_c = torch.minimum(lowest_c, 1 - square_c.sqrt())
         mask_cf = torch.where(outside_cf, (mask_cf + _STEP * gradient_cf.sign()).clamp(0, 1), mask_cf)
     return torch.minimum(lowest_c, 1 - loss.miss(loss.masked.logits(mask_cf)).abs())
-
-
-def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
-    """node_k: the fewest other active nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
-
-    As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
-    """
-    whole_f, allowed = loss.complement(kept_f), loss.config.left
-
-    def left(order_k: Tensor, sizes: list[int]) -> list[float]:
-        masks = torch.stack([whole_f.index_fill(0, order_k[:size], False) for size in sizes])
-        return loss.left(loss.masked.logits(masks)).tolist()
-
-    none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
-    if left(none_k, [0])[0] <= allowed:
-        return none_k
-    pool_f = active_nodes(loss.masked) & ~kept_f
-    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f, _ALPHAS)
-    pool_k = pool_f.nonzero().flatten()
-    order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
-    low, high = 0, len(order_k)  # of low more is left, high is taken to do
-    tried = [size for size in (2**power for power in range(high.bit_length())) if size < high]
-    while tried:
-        for size, share in zip(tried, left(order_k, tried), strict=True):
-            if share <= allowed:
-                high = size
-                break
-            low = size
-        few = max(1, high // 25)
-        tried = sorted({low + round((high - low) * part / 5) for part in range(1, 5)} - {low, high}) if high - low > few else []
-    return order_k[:high]
 
 
 def backup(loss: CircuitLoss, kept_f: Tensor) -> Backup | None:

@@ -104,7 +104,7 @@ def explain(
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
     patched_to = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
-    question = _question(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
+    question = question_of(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_rows(coupling, reference_bt)
     on_progress(Phase(f"means: {used_bt.numel():,} tokens of reference text"))
     means = reference_means(coupling, used_bt)
@@ -168,9 +168,10 @@ def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
     return other_t
 
 
-def _question(
+def question_of(
     prompts: Prompts, prompt: str, tokens_t: Tensor, dense_v: Tensor, target: str | int | None, contrast: str | int | None
 ) -> Question:
+    """Why a target, by default the dense model's answer, follows a prompt. Raises PromptError or ExplainError."""
     answer = int(dense_v.argmax()) if target is None else prompts.target(target, prompt)
     against = None if contrast is None else prompts.target(contrast, prompt, "contrast")
     if answer == against:

@@ -187,11 +187,14 @@ class Coupling:
         write_folder(path, "coupling", tensors, facts, {"README.md": self._card(title)})
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu") -> Coupling:
+    def from_pretrained(
+        path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu", fine_tuned: bool = False
+    ) -> Coupling:
         """Load a coupling from a folder or a hub id, and its dense model (or take `dense`: a name, a live model, a DenseModel).
 
-        `dense` may lie anywhere, and must be the same model. Raises CheckpointError where files are missing or damaged, or the
-        dense model is not the one that was coupled, which says in what it differs.
+        `dense` may lie anywhere, and must be the same model; or, `fine_tuned`, one of its shape, which the bridges are not fitted
+        to. Raises CheckpointError where files are missing or damaged, or the dense model is not the one that was coupled, which
+        says in what it differs.
         """
         folder = folder_of(path)
         tensors, facts = read_folder(folder, "coupling")
@@ -227,7 +230,13 @@ class Coupling:
                     error.problem,
                     f"{error.remedy}; or say where it is with ‹dense›",
                 ) from None
-        if difference := identity.difference(dense.identity()):
+        shapes = [(list(one["sublayers"]), one["vocabulary"], one["width"]) for one in (known, shape_facts(dense))]
+        if fine_tuned and shapes[0] != shapes[1]:
+            now, was = (f"{len(kinds)} sublayers of width {width}, {size:,} tokens" for kinds, size, width in shapes[::-1])
+            raise CheckpointError(
+                f"{dense.name!r} ({now}) is no fine-tune of the dense model of {str(folder)!r} ({was}); fit a coupling of its own"
+            )
+        if not fine_tuned and (difference := identity.difference(dense.identity())):
             raise CheckpointError(
                 f"the dense model {dense.name!r}",
                 f"is not the one {str(folder)!r} was fitted to ({fitted_to!r}): {difference}",
@@ -281,9 +290,7 @@ class Coupling:
             "adapter_beside": _beside(path, self.recipe.adapter),
             "revision": dense.revision,
             **dense.identity().to_json(),
-            "sublayers": list(dense.sublayers),
-            "vocabulary": dense.vocabulary,
-            "width": dense.width,
+            **shape_facts(dense),
             "parity": dense.parity.largest,
         }
 
@@ -304,6 +311,11 @@ recipe; `eval.json`, where present, how faithful it is.
     coupling = bridge.load("{title}")
     print(bridge.explain(coupling, "some prompt"))
 """
+
+
+def shape_facts(dense: DenseModel) -> dict[str, Any]:
+    """The shape of a dense model, as stored with a coupling."""
+    return {"sublayers": list(dense.sublayers), "vocabulary": dense.vocabulary, "width": dense.width}
 
 
 def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) -> None:

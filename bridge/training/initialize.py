@@ -164,12 +164,12 @@ def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
 
 
 @torch.no_grad()
-def start_from_coupling(coupling: Coupling, path: str) -> Started:
-    """Give a new coupling the weights of one that was fitted to the same dense model, in place.
+def start_from_coupling(coupling: Coupling, path: str, *, adapts: bool = False) -> Started:
+    """Give a new coupling the weights of one fitted to the same dense model (or, adapts, to one it is a fine-tune of), in place.
 
     Raises CheckpointError where there is none, RecipeError where it has another shape.
     """
-    other = Coupling.from_pretrained(path, dense=coupling.dense)
+    other = Coupling.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
     mine, theirs = (
         one.recipe.sparse.model_copy(update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form})
         for one in (coupling, other)

@@ -351,13 +351,13 @@ def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
 
 def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     """The matrices that are trained by their nonzeros from now on. With several processes none: theirs are averaged densely."""
-    recipe, accelerator = run.coupling.recipe, run.accelerator
+    recipe, accelerator, sparse = run.coupling.recipe, run.accelerator, run.coupling.sparse
     if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
         return []
-    if recipe.sparsity.native == "always":
-        return native.all_matrices(run.coupling.sparse)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return native.faster_matrices(run.coupling.sparse, kept, tokens, dtype)
+    always = recipe.sparsity.native == "always"
+    names = native.all_matrices(sparse) if always else native.faster_matrices(sparse, kept, tokens, dtype)
+    return [name for name in names if sparse.get_parameter(name).requires_grad]
 
 
 def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:

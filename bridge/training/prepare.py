@@ -107,6 +107,11 @@ def prepare(
     kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
     if minimum:  # what the last projection would refuse is refused now
         copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
+    started = None
+    if recipe.sparse.start not in ("auto", "random") and not resume:
+        started = start_from_coupling(coupling, recipe.sparse.start, adapts=recipe.adapts)
+        if not recipe.optimizer.rate:
+            _check_same(started.l0, kept)
     blocks = load_blocks(
         recipe.data.source,
         dense.prompts,
@@ -116,12 +121,7 @@ def prepare(
         dense=dense.model,
         progress=progress if accelerator.is_main_process else None,
     )
-    started = None
-    if recipe.sparse.start not in ("auto", "random") and not resume:
-        started = start_from_coupling(coupling, recipe.sparse.start)
-        if not recipe.optimizer.rate:
-            _check_same(started.l0, kept)
-    elif recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
+    if recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         assert recipe.data.rows is not None
         tokens_bt = blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device)
         started = start_from_dense(coupling, tokens_bt)

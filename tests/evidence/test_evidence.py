@@ -13,6 +13,7 @@ from torch import Tensor
 from bridge.circuits.error_nodes import Followed, error_means, follow
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
+from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.question import Question
 from bridge.circuits.search import Nested
 from bridge.evidence.carry import Transporter
@@ -21,7 +22,7 @@ from bridge.evidence.deletion import Deletion, delete, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
 from bridge.evidence.patching import Counterfactual, counterfactual_effect, dense_losses, mean_share, patched
-from bridge.evidence.sufficiency import adversary, backup, backup_nodes, measure_nested, superset_draws
+from bridge.evidence.sufficiency import adversary, backup, measure_nested, superset_draws
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel

@@ -21,7 +21,7 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.residual import Enter
 from bridge.models.sparse import Location
 from bridge.recipe import resolve
-from bridge.training import initialize as start
+from bridge.training import copy_dense, initialize
 from bridge.training.prepare import resolve_for
 
 
@@ -38,9 +38,11 @@ def copied(dense: DenseModel | None = None) -> Coupling:
     }  # fmt: skip
     coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
     with pytest.MonkeyPatch.context() as patch:  # so that the copy is exact
-        patch.setattr(start, "SMALL", 0.0)
-        patch.setattr(start, "SINKS", ())
-        start.start_from_dense(coupling, torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(5)))
+        patch.setattr(copy_dense, "SMALL", 0.0)
+        patch.setattr(copy_dense, "SINKS", ())
+        initialize.start_from_dense(
+            coupling, torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
+        )
     coupling.sparse.requires_grad_(False)
     coupling.bridges.requires_grad_(False)
     return replace(coupling, reference_bt=corpus())

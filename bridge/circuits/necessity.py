@@ -1,0 +1,47 @@
+"""Nodes that keep up an answer when a circuit for it is deleted: other ways to the answer, which a circuit may lack.
+
+In the order of the integrated gradients of what is left of the span, over the nodes outside the circuit, the fewest are taken
+with which the circuit's deletion leaves no more than the search asks.
+
+Shape legend: r masked copy of a prompt, f all nodes in one row, k some of them by their place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.loss import CircuitLoss
+from bridge.circuits.masked_model import integrated_gradients
+
+_ALPHAS = 4  # values of the mask
+
+
+def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
+    """node_k: the fewest other nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
+
+    As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
+    """
+    whole_f, allowed = loss.complement(kept_f), loss.config.left
+
+    def left(order_k: Tensor, sizes: list[int]) -> list[float]:
+        masks = torch.stack([whole_f.index_fill(0, order_k[:size], False) for size in sizes])
+        return loss.left(loss.masked.logits(masks)).tolist()
+
+    none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
+    if left(none_k, [0])[0] <= allowed:
+        return none_k
+    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f, _ALPHAS)
+    pool_k = whole_f.nonzero().flatten()
+    order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
+    low, high = 0, len(order_k)  # of low more is left, high is taken to do
+    tried = [size for size in (2**power for power in range(high.bit_length())) if size < high]
+    while tried:
+        for size, share in zip(tried, left(order_k, tried), strict=True):
+            if share <= allowed:
+                high = size
+                break
+            low = size
+        few = max(1, high // 25)
+        tried = sorted({low + round((high - low) * part / 5) for part in range(1, 5)} - {low, high}) if high - low > few else []
+    return order_k[:high]

@@ -1,0 +1,92 @@
+"""The commands on fine-tunes: a coupling goes on to a fine-tuned model, and what the fine-tune changed is read off both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bridge.cli.console import (
+    Dense,
+    Device,
+    Phases,
+    check_outputs,
+    one_line_errors,
+    opened_coupling,
+    print_output,
+    print_written,
+    seed_of,
+    terminal_width,
+)
+from bridge.cli.training import train_to_end
+
+of_finetunes = typer.Typer()
+
+
+@of_finetunes.command()
+def adapt(
+    coupling: Annotated[str, typer.Argument(help="A coupling of the base model: a folder that `bridge fit` wrote, or a hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter of the base model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Or a fine-tuned model of the same shape: hub id or folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to train on; default the base coupling's.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text; default a twentieth of the base's.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/NAME of the fine-tune.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
+    seed: Annotated[int | None, seed_of("Seed of the order of text and of splices; default the base's.")] = None,
+    dense: Dense = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+) -> None:
+    """Go on from a coupling to a fine-tune of its dense model: its weights and bridges, a twentieth of its tokens."""
+    with one_line_errors():
+        from bridge.recipe import parse_setting
+        from bridge.training.adapt import prepare_adapted
+
+        settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
+        folder = out or Path("runs") / Path(adapter or model or coupling).name
+        base, reading = opened_coupling(coupling, dense, device), Phases()
+        run = prepare_adapted(
+            base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
+            resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
+        )  # fmt: skip
+        reading.clear()
+        train_to_end(run, folder, stretch)
+        if run.accelerator.is_main_process:
+            print(f"next: bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
+
+
+@of_finetunes.command()
+def diff(
+    base: Annotated[str, typer.Argument(help="The coupling of the base model: folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The one that `bridge adapt` wrote for the fine-tuned model.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="The text whose next token is compared; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one JSON string a line.")] = None,
+    target: Annotated[str | None, typer.Option(help="Ask of this token, by text or #id; default the fine-tune's answer.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Rather than this token; default than any other.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write all of it as JSON.")] = None,
+    seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
+    dense: Dense = None,
+    tuned_dense: Annotated[str | None, typer.Option(help="Where the fine-tuned model is; default where it was.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Compare answers before and after a fine-tune: the nodes and weights that changed, transplanted into the base model."""
+    with one_line_errors():
+        from bridge.finetunes.diff import diff as diff_couplings
+        from bridge.finetunes.diff import read_prompts
+        from bridge.finetunes.result import render_diff
+        from bridge.models.store import write_json
+
+        check_outputs(json=json, read=[prompts])
+        texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+        couplings = opened_coupling(base, dense, device), opened_coupling(tuned, tuned_dense, device)
+        watch = Phases()
+        found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
+        watch.clear()
+        if json is not None:
+            write_json(json, found.to_json())
+        print_output(render_diff(found, terminal_width()))
+        print_written(json)

@@ -1,0 +1,1 @@
+"""Changes that a fine-tune made: a coupling of the base beside the one that went on from it, node by node, checked there."""

@@ -1,0 +1,407 @@
+"""Changes that a fine-tune made to an answer: two couplings, one prompt or many -> a Diff, checked by transplanting.
+
+    question    why the fine-tuned model's answer follows, asked of both: d of either dense model; where they differ by less than
+                `least` nats nothing changed, and nothing is listed
+    changes     own changes of every node (`grafts`), and how much of the change of d each makes, by integrated gradients
+    changed     the fewest nodes, the largest first, whose changes together make what those of all nodes make, within a tenth of
+                the change of d. A node came (AbsTopK left it at 0 in the base), went, or changed its value
+    edges       weights into these nodes that are others now: (W_B - W_A)_ji a_i(B), times dd / d target in the mean of both runs
+    effects     of every node on d in either model, from its mean, by integrated gradients: what follows from the changes
+
+Transplanted, the changed nodes' own changes are to move the base's dense model as the fine-tune did. Every sublayer i adds what
+its nodes' changes write, given all that is changed before, at its own site, the dense model making of it whatever it makes:
+
+    h_(i+1)  <-  h_(i+1) + lin g_(i+1)(x'_(i+1) - F_i(x'_i))        x' the graft's run, F_i A's sublayer left alone, g A's decoder
+
+so that no site is chosen (`by site` has the whole change at one site each, by `evidence`'s Transporter). Beside it, the own
+changes of as many other active nodes at the same places (matched), and the changed nodes' own changes at these others
+(displaced). Of several prompts the share is the least-squares one, sum of gained * change over sum of change^2, with its
+bootstrap interval over prompts.
+
+Shape legend: r graft, k item, t token, n nodes of a location, s sparse width, d dense width, v vocabulary, f all changes in one
+row, nodes and errors first as in a MaskedModel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.circuits.error_nodes import Followed, follow, reference_means, reference_rows
+from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.masked_model import MaskedModel, integrated_gradients
+from bridge.circuits.question import Question
+from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.errors import UserError
+from bridge.evidence.bootstrap import interval
+from bridge.evidence.carry import Transporter
+from bridge.evidence.controls import matched
+from bridge.evidence.measures import Control, Criterion, Measure, Point
+from bridge.explanations.build import prompt_tokens, question_of, token_of, top_answers
+from bridge.finetunes.grafts import KINDS, Grafts
+from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, Effect, PromptDiff, Transplant
+from bridge.graph.flow import Flow, flow_through
+from bridge.models.bridges import Coupling
+from bridge.models.circuit import Node
+from bridge.models.sparse import Location
+from bridge.models.transport import Change
+from bridge.steering.interventions import run_patched
+
+
+class DiffError(UserError):
+    """Two couplings, or prompts, that cannot be compared, in one line."""
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    """Bounds of a diff, and how much is drawn and listed; saved with it."""
+
+    least: float = 1.0  # nats, that d changes by at the least, for there to be something to account for, as in a search
+    within: float = 0.1  # of the change of d: how near the changed nodes are to all nodes
+    share: float = 0.5  # of the change, that transplanting the changed nodes makes at the least
+    control: float = 0.1  # and other nodes, in the mean, at the most
+    draws: int = 8
+    alphas: int = 8
+    most_nodes: int = 500  # listed, the largest
+    most_edges: int = 500
+    most_effects: int = 100
+
+
+@torch.no_grad()
+def diff(
+    base: Coupling,
+    tuned: Coupling,
+    prompts: str | Sequence[str],
+    *,
+    target: str | int | None = None,
+    contrast: str | int | None = None,
+    config: DiffConfig | None = None,
+    seed: int = 0,
+    progress: OnProgress | None = None,
+) -> Diff:
+    """The changes to the answers to some prompts by the fine-tune that `tuned` was adapted to, beside the coupling `base`.
+
+    The question is why the fine-tuned model's answer (or `target`) follows, against all others (or `contrast`). Raises DiffError
+    where `tuned` does not go on from a coupling such as `base`, PromptError or ExplainError for a prompt that cannot be asked.
+    """
+    config, on_progress = config or DiffConfig(), progress or unseen
+    check_pair(base, tuned)
+    texts = [prompts] if isinstance(prompts, str) else [*prompts]
+    if not texts:
+        raise DiffError("there is no prompt to compare on; give at least one")
+    found = []
+    for place, text in enumerate(texts, 1):
+        on_progress(Phase("prompts", place, len(texts)))
+        found.append(_of_prompt(base, tuned, text, target, contrast, config, seed))
+    measure = _measure(base, [each for each in found if each.transplant is not None], config, seed)
+    channels = _channels(found)
+    return Diff(tuple(found), measure, channels, config.least, base.provenance, tuned.provenance, seed)
+
+
+def check_pair(base: Coupling, tuned: Coupling) -> None:
+    """Raise DiffError where the nodes of two couplings do not correspond."""
+    names = [repr(one.path or "the coupling given") for one in (base, tuned)]
+    if base.sparse.locations() != tuned.sparse.locations() or base.dense.vocabulary != tuned.dense.vocabulary:
+        raise DiffError(f"{names[1]} has a sparse model of another shape than {names[0]}; adapt that one (bridge adapt)")
+    if not tuned.recipe.adapts:
+        raise DiffError(
+            f"{names[1]} does not go on from another coupling, so no node of it is one of {names[0]}; use bridge adapt"
+        )
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, one JSON string a line. Raises DiffError where a line is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffError(f"prompts {str(path)!r} cannot be read ({error}); name a file with a JSON string a line") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line) if line.strip() else None
+        except ValueError:
+            text = 0
+        if not isinstance(text, str | None):
+            raise DiffError(f"line {number} of {str(path)!r} is no JSON string; write each prompt as one, in quotes")
+        found += [] if text is None else [text]
+    return found
+
+
+# -- one prompt ---------------------------------------------------------------------------------------------------------------
+
+
+def _of_prompt(
+    base: Coupling,
+    tuned: Coupling,
+    text: str,
+    target: str | int | None,
+    contrast: str | int | None,
+    config: DiffConfig,
+    seed: int,
+) -> PromptDiff:
+    tokens_t = prompt_tokens(base, text)
+    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
+    ours, theirs = (follow(one, tokens_t[None], last_b) for one in (base, tuned))
+    prompts = base.dense.prompts
+    question = question_of(prompts, text, tokens_t, theirs.dense_bv[0], target, contrast)
+    base_d, tuned_d = (float(question.difference(one.dense_bv)) for one in (ours, theirs))
+    sparse_d = [
+        float(question.difference(one.sparse.run(question.prompt_bt, last_only=True).logits_btv[:, -1])) for one in (base, tuned)
+    ]
+    known = PromptDiff(
+        prompt=text,
+        tokens=tuple(prompts.text(token) for token in tokens_t.tolist()),
+        answer=token_of(prompts, question.answer),
+        contrast=None if question.contrast is None else token_of(prompts, question.contrast),
+        base_answers=top_answers(prompts, ours.dense_bv[0]),
+        tuned_answers=top_answers(prompts, theirs.dense_bv[0]),
+        base_d=base_d,
+        tuned_d=tuned_d,
+        base_sparse_d=sparse_d[0],
+        tuned_sparse_d=sparse_d[1],
+    )
+    if abs(known.change) < config.least:
+        return known
+    grafts = Grafts.of(base, tuned, question, ours, theirs)
+    effect_f = grafts.attributions(config.alphas)
+    through = {kind: float(effect_f[grafts.kind_f == place].sum()) / known.change for place, kind in enumerate(KINDS)}
+    changed_f = changed_nodes(grafts, effect_f, config.within * abs(known.change))
+    masked = [_masked(one, question, followed, base) for one, followed in ((base, ours), (tuned, theirs))]
+    nodes, effects = _listed(grafts, masked, effect_f, changed_f, known, config)
+    edges = _edges(tuned, grafts, masked, changed_f, config)
+    transplant = _transplant(base, grafts, masked[0], ours, changed_f, known.change, config, seed)
+    return known.with_changes(through, int(changed_f.sum()), nodes, edges, effects, transplant)
+
+
+def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
+    """changed_f: the fewest nodes, largest effects first, with whose changes d is within so many nats of that with all nodes'."""
+    score_f = torch.where(grafts.nodes_f, effect_f.abs(), 0)
+    order_k, count = score_f.argsort(descending=True, stable=True), int((score_f > 0).sum())
+    if not count:
+        return torch.zeros_like(grafts.nodes_f)
+    all_d = float(grafts.difference((grafts.own_f * grafts.nodes_f)[None]))
+    low, high = 0, count  # the fewest within are more than low
+    while high - low > 1:
+        sizes = sorted({low + round(more) for more in np.geomspace(1, high - low - 1, grafts.rows)})
+        added_rf = torch.zeros(len(sizes), len(order_k), device=order_k.device)
+        for row, size in enumerate(sizes):
+            added_rf[row, order_k[:size]] = grafts.own_f[order_k[:size]]
+        missed = [size for size, d in zip(sizes, grafts.difference(added_rf).tolist(), strict=True) if abs(d - all_d) > within]
+        low = max(missed, default=low)  # not the first that is within: by chance a few are, on the way
+        high = min((size for size in sizes if size > low), default=high) if missed else sizes[0]
+    return torch.zeros_like(grafts.nodes_f).index_fill_(0, order_k[:high], True)
+
+
+def _masked(coupling: Coupling, question: Question, followed: Followed, base: Coupling) -> MaskedModel:
+    """The sparse model of either coupling, its means over the base's reference text."""
+    if base.reference_bt is None:
+        raise DiffError("the base coupling holds no reference text to take means over; fit it again")
+    return MaskedModel(
+        coupling.sparse, question, reference_means(coupling, reference_rows(base, base.reference_bt)), followed.errors
+    )
+
+
+def _listed(
+    grafts: Grafts, masked: Sequence[MaskedModel], effect_f: Tensor, changed_f: Tensor, known: PromptDiff, config: DiffConfig
+) -> tuple[tuple[ChangedNode, ...], tuple[Effect, ...]]:
+    """The changed nodes, the largest shares first; and the other nodes whose effects differ most."""
+    before_f, after_f = (
+        integrated_gradients(
+            one, lambda mask_rf, one=one: one.gradient(mask_rf, one.question.difference)[0], ~one.is_error_f, config.alphas
+        )
+        for one in masked
+    )
+    values = [masked[0].space.join(_with_errors(masked[0], values)) for values in (grafts.before, grafts.after)]
+    nodes = []
+    place_k = changed_f.nonzero().flatten()
+    for place in place_k[effect_f[place_k].abs().argsort(descending=True, stable=True)].tolist()[: config.most_nodes]:
+        node, was, now = grafts.space.node(place), float(values[0][place]), float(values[1][place])
+        status = "came" if was == 0 else "went" if now == 0 else "changed"
+        numbers = (was, now, float(grafts.own_f[place]), float(effect_f[place]) / known.change)
+        nodes.append(ChangedNode(*_where(node, known), status, *numbers, float(before_f[place]), float(after_f[place])))
+    other_f = (after_f - before_f).abs() * ~changed_f[: len(after_f)]
+    effects = [
+        Effect(*_where(masked[0].space.node(place), known), float(before_f[place]), float(after_f[place]))
+        for place in other_f.topk(min(config.most_effects, len(other_f))).indices.tolist()
+        if other_f[place] > 0
+    ]
+    return tuple(nodes), tuple(effects)
+
+
+def _where(node: Node, known: PromptDiff) -> tuple[str, str, int, str]:
+    position = node.position or 0
+    return str(node), node.name, position, known.tokens[position]
+
+
+def _with_errors(masked: MaskedModel, values: Mapping[Location, Tensor]) -> dict[Location, Tensor]:
+    none_tn = {
+        at: torch.zeros(masked.n_tokens, n, device=masked.device) for at, n in masked.space.sizes.items() if at not in values
+    }
+    return {**none_tn, **{at: x_btn[0] for at, x_btn in values.items()}}
+
+
+def _edges(
+    tuned: Coupling, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
+) -> tuple[ChangedEdge, ...]:
+    """The weights into changed nodes that the fine-tune changed, where their sources are not 0, the largest effects first."""
+    flows = [flow_through(one, torch.ones_like(one.is_error_f)) for one in masked]
+    theirs, found = flows[1], list[tuple[float, Node, Node, float, float]]()
+    changed = grafts.space.split(changed_f)
+    for layer in range(len(tuned.sparse.blocks)):
+        for name, (source, target) in tuned.sparse.matrices.items():
+            from_at, to_at = Location(layer, source), Location(layer, target)
+            was_ji, now_ji = flows[0].weight(layer, name).detach(), theirs.weight(layer, name).detach()
+            position_k, node_k = changed[to_at].nonzero(as_tuple=True)
+            gradient_k = torch.stack([_gradient(flow, to_at)[position_k, node_k] for flow in flows]).mean(0)
+            effect_ki = (now_ji - was_ji)[node_k] * _read(theirs, layer, name)[position_k] * gradient_k[:, None]
+            most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
+            for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
+                position, j = int(position_k[k]), int(node_k[k])
+                ends = Node(from_at, i, None if name == "o" else position), Node(to_at, j, position)
+                if effect := float(effect_ki[k, i]):
+                    found.append((effect, *ends, float(was_ji[j, i]), float(now_ji[j, i])))
+    found.sort(key=lambda each: -abs(each[0]))
+    return tuple(
+        ChangedEdge(str(source), str(target), "came" if was == 0 else "went" if now == 0 else "changed", was, now, effect)
+        for effect, source, target, was, now in found[: config.most_edges]
+    )
+
+
+def _read(flow: Flow, layer: int, name: str) -> Tensor:
+    """read_ti of a block's matrix: its nodes' values; of o what the heads gather of the values at all positions."""
+    if name != "o":
+        return flow.value[Location(layer, flow.sparse.matrices[name][0])]
+    q, k, v = (flow.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
+    gathered = flow.sparse.pattern(layer, q, k) @ flow.sparse.shared(flow.sparse.heads(layer, v, rotate=False))
+    return gathered.transpose(1, 2).flatten(2)[0]
+
+
+def _gradient(flow: Flow, at: Location) -> Tensor:
+    """Derivative of d with respect to the output of the matrix into some nodes."""
+    passed = flow.passed(at)
+    return flow.gradient[at] if passed is None else flow.gradient[at] * passed
+
+
+# -- the transplant -----------------------------------------------------------------------------------------------------------
+
+
+def _transplant(
+    base: Coupling, grafts: Grafts, masked: MaskedModel, followed: Followed, changed_f: Tensor, change: float, config: DiffConfig,
+    seed: int,
+) -> Transplant:  # fmt: skip
+    """Shares of the change of d that the base's dense model makes with changes of the changed nodes, all nodes, and controls."""
+    generator = torch.Generator().manual_seed(seed + 4_000_037)
+    own_f, size = grafts.own_f, masked.space.size
+    matched_cf = torch.zeros(config.draws, grafts.space.size, dtype=torch.bool, device=own_f.device)
+    matched_cf[:, :size] = matched(masked, changed_f[:size], config.draws, generator)
+    displaced = [displaced_changes(grafts, changed_f, other_f) for other_f in matched_cf]
+    rows = [own_f * changed_f, own_f * grafts.nodes_f, *(own_f * other_f for other_f in matched_cf), *displaced]
+    added_rf = torch.stack(rows)
+    share_r = transplanted(base, grafts, followed, added_rf) / change
+    transporter = Transporter.of(base, CircuitLoss(masked, followed.dense_bv, SearchConfig()), followed.dense, masked.is_error_f)
+    by_site = at_sites(transporter, grafts, torch.stack(rows[:2])) / change
+    shares, draws = share_r.tolist(), config.draws
+    return Transplant(
+        share=shares[0], all_nodes=shares[1], matched=tuple(shares[2 : 2 + draws]), displaced=tuple(shares[2 + draws :]),
+        by_site=tuple(by_site[0].tolist()), all_nodes_by_site=tuple(by_site[1].tolist()),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def transplanted(base: Coupling, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
+    """gained_r: how much d of the base's dense model changes, in nats, with every sublayer's changes at its own site."""
+    gained = []
+    for some_rf in added_rf.split(grafts.rows):
+        residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
+        for site, x_rts in enumerate(residuals[:-1]):
+            own_rts = residuals[site + 1] - grafts.error(site + 1) - base.sparse.sublayer(site)(x_rts)
+            own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # of none exactly nothing
+            if bool(own_rts.any()):
+                site_r = torch.full((len(some_rf),), site + 1)
+                changes[site + 1] = Change(site_r, own_rts).decoded(base)
+        tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
+        plain = followed.dense.logits_btv[:, -1].expand(len(some_rf), -1)
+        logits_rv = run_patched(base, tokens_rt, followed.dense, changes).logits_btv[:, -1] if changes else plain
+        gained.append(grafts.question.difference(logits_rv) - grafts.question.difference(plain))
+    return torch.cat(gained)
+
+
+def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tensor:
+    """gained_rj: the same where the whole change of the stream at site j enters there alone."""
+    plain_rf = torch.cat([torch.zeros_like(added_rf[:1]), added_rf])  # in one batch, so that nothing is left of what is the same
+    residuals = grafts.run(plain_rf).residuals
+    places = [(row, site) for row in range(1, len(plain_rf)) for site in transporter.sites]
+    changes = [residuals[site][row] - residuals[site][0] for row, site in places]
+    lost_k = transporter.dense_lost([0] * len(places), [site for _, site in places], changes)
+    return -lost_k.view(len(added_rf), -1) * transporter.loss.span
+
+
+def displaced_changes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Tensor:
+    """added_f: the changes of changed nodes at other nodes, each at one of its own location and position where there is one."""
+    added = torch.zeros_like(grafts.own_f)
+    places = [_by_place(grafts, mask_f) for mask_f in (changed_f, other_f)]
+    for place, node_k in places[0].items():
+        other_k = places[1].get(place, [])
+        for node, other in zip(node_k, other_k, strict=False):
+            added[other] = grafts.own_f[node]
+    return added
+
+
+def _by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None], list[int]]:
+    found = defaultdict[tuple[Location, int | None], list[int]](list)
+    for place in mask_f.nonzero().flatten().tolist():
+        node = grafts.space.node(place)
+        found[node.location, node.position].append(place)
+    return found
+
+
+# -- all prompts --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(base: Coupling, changed: Sequence[PromptDiff], config: DiffConfig, seed: int) -> Measure:
+    """The share of the change that transplanting the changed nodes makes, over the prompts where something changed."""
+    name, criterion = "share of the change of d, transplanted", Criterion(">=", config.share, True, config.control)
+    if not changed:
+        return Measure("transplant", name, None, criterion, note=f"no d changes by {config.least:g} nats")
+    change_b = np.array([each.change for each in changed])
+    made = [each.transplant for each in changed if each.transplant is not None]
+
+    def share(of_b: Sequence[float]) -> float:
+        return float((np.array(of_b) * change_b**2).sum() / (change_b**2).sum())
+
+    def drawn(kind: str) -> list[float]:
+        return [share([getattr(each, kind)[draw] for each in made]) for draw in range(config.draws)]
+
+    own_b = np.array([each.share for each in made])
+    bounds = interval(lambda pick_kb: (own_b * change_b**2)[pick_kb].sum(1) / (change_b**2)[pick_kb].sum(1), len(own_b), seed)
+    displaced, kinds = drawn("displaced"), (*base.dense.sublayers, "unembed")
+    points = tuple(
+        Point(f"site {site} ({kinds[site]})", {
+            "changed": share([each.by_site[site] for each in made]),
+            "all nodes": share([each.all_nodes_by_site[site] for each in made]),
+        })
+        for site in range(base.n_sites)
+    )  # fmt: skip
+    note = f"{len(changed)} prompts; the same changes at the matched nodes {sum(displaced) / len(displaced):.3f}"
+    control = Control.of("matched", drawn("matched"), max, "largest")
+    ceiling = share([each.all_nodes for each in made])
+    return Measure("transplant", name, share(own_b.tolist()), criterion, control, bounds, ceiling, note, points)
+
+
+def _channels(found: Sequence[PromptDiff]) -> tuple[ChangedChannel, ...]:
+    """The channels that changed, over all prompts and positions, those that make most of the change first."""
+    share, prompts = defaultdict[str, float](float), defaultdict[str, set[int]](set)
+    total = sum(abs(each.change) for each in found) or 1.0
+    for place, each in enumerate(found):
+        for node in each.nodes:
+            share[node.name] += node.share * abs(each.change) / total
+            prompts[node.name].add(place)
+    order = sorted(share, key=lambda name: -abs(share[name]))
+    return tuple(ChangedChannel(name, len(prompts[name]), share[name]) for name in order)

@@ -1,0 +1,240 @@
+"""Changes that a fine-tune made, as values, as JSON and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from bridge.display.columns import columns
+from bridge.evidence.measures import Measure, evidence_table
+from bridge.explanations.parts import Answer, Token
+
+FORMAT = 1
+Status = Literal["came", "went", "changed"]
+Verdict = Literal["NOTHING CHANGED", "TRANSPLANTED", "NOT TRANSPLANTED"]
+SHOWN_NODES, SHOWN_EDGES, SHOWN_EFFECTS, SHOWN_CHANNELS = 12, 8, 5, 12  # of a text
+
+
+@dataclass(frozen=True)
+class ChangedNode:
+    """A node that the fine-tune changed: its values in the base's and the fine-tune's run, and what of that is its own.
+
+    share is what its own change makes of the change of d; effects are those on d from the node's mean, in nats.
+    """
+
+    id: str
+    name: str
+    position: int
+    token: str
+    status: Status
+    before: float
+    after: float
+    own: float
+    share: float
+    effect_before: float
+    effect_after: float
+
+
+@dataclass(frozen=True)
+class ChangedEdge:
+    """A weight into a changed node that is another now; effect is what the difference adds to d, to first order, in nats.
+
+    The source of a weight of values (matrix o) has no position: the head gathers it from several.
+    """
+
+    source: str
+    target: str
+    status: Status
+    before: float
+    after: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A node that was not changed itself, and its effect on d, from its mean, in either model, in nats."""
+
+    id: str
+    name: str
+    position: int
+    token: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """Shares of the change of d that the base's dense model makes: with the changed nodes' changes, all nodes', and controls'.
+
+    The first at each sublayer's own site; by_site with the whole change at one site each.
+    """
+
+    share: float
+    all_nodes: float
+    matched: tuple[float, ...]
+    displaced: tuple[float, ...]
+    by_site: tuple[float, ...]
+    all_nodes_by_site: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PromptDiff:
+    """The change of the answer to one prompt: d of both dense models and of both sparse ones; and what made it.
+
+    through shares out the change of d by where it arises: nodes, embedding, unembedding, errors. changed counts the nodes.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    answer: Token
+    contrast: Token | None
+    base_answers: tuple[Answer, ...]
+    tuned_answers: tuple[Answer, ...]
+    base_d: float
+    tuned_d: float
+    base_sparse_d: float
+    tuned_sparse_d: float
+    through: Mapping[str, float] = field(default_factory=dict)
+    changed: int = 0
+    nodes: tuple[ChangedNode, ...] = ()
+    edges: tuple[ChangedEdge, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    transplant: Transplant | None = None
+
+    @property
+    def change(self) -> float:
+        """Nats that the fine-tune adds to d of the dense model."""
+        return self.tuned_d - self.base_d
+
+    def with_changes(
+        self, through: Mapping[str, float], changed: int, nodes: tuple[ChangedNode, ...], edges: tuple[ChangedEdge, ...],
+        effects: tuple[Effect, ...], transplant: Transplant,
+    ) -> PromptDiff:  # fmt: skip
+        """Copy that has the changes."""
+        return replace(self, through=through, changed=changed, nodes=nodes, edges=edges, effects=effects, transplant=transplant)
+
+
+@dataclass(frozen=True)
+class ChangedChannel:
+    """A channel that changed at some prompts: at how many, and its share of the change over all of them."""
+
+    name: str
+    prompts: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Changes of the answers to some prompts, and the check by transplanting.
+
+    least is the smallest change of d, in nats, that counts as one.
+    """
+
+    prompts: tuple[PromptDiff, ...]
+    transplant: Measure
+    channels: tuple[ChangedChannel, ...]
+    least: float
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    seed: int
+
+    @property
+    def changed(self) -> tuple[PromptDiff, ...]:
+        """The prompts where something changed."""
+        return tuple(each for each in self.prompts if each.transplant is not None)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The outcome of the transplant, from its measure, whose interval must lie above the largest control."""
+        if not self.changed:
+            return "NOTHING CHANGED"
+        measure = self.transplant
+        apart = measure.interval is None or (measure.control is not None and measure.interval[0] > measure.control.bar)
+        return "TRANSPLANTED" if measure.passed and apart else "NOT TRANSPLANTED"
+
+    def to_json(self) -> dict[str, Any]:
+        """The diff as plain JSON values."""
+        prompts = [{**asdict(each), "change": each.change} for each in self.prompts]
+        measure = {**asdict(self.transplant), "passed": self.transplant.passed}
+        channels = [asdict(each) for each in self.channels]
+        return {
+            "format": FORMAT, "verdict": self.verdict, "transplant": measure, "channels": channels, "prompts": prompts,
+            "least": self.least, "base": dict(self.base), "tuned": dict(self.tuned), "seed": self.seed,
+        }  # fmt: skip
+
+
+def render_diff(diff: Diff, width: int = 100) -> str:
+    """A diff as a person reads it: of one prompt with its nodes and edges, of several a line each and the channels."""
+    lines = [] if len(diff.prompts) == 1 else [*_table(diff, width), ""]
+    for each in diff.prompts if len(diff.prompts) == 1 else ():
+        lines += [*_of_prompt(each, diff.least, width), ""]
+    lines += [f"VERDICT   {_sentence(diff)}", ""]
+    if diff.changed:
+        lines += [*evidence_table([diff.transplant], width, places=True)]
+    return "\n".join(lines).rstrip()
+
+
+def _sentence(diff: Diff) -> str:
+    match diff.verdict:
+        case "NOTHING CHANGED":
+            return f"NOTHING CHANGED. No answer's d differs by {diff.least:g} nats or more between the two dense models."
+        case "TRANSPLANTED":
+            return (
+                "TRANSPLANTED. The changed nodes' contribution, each sublayer's at its own site, moves the base's dense model as "
+                "the fine-tune did, and as many other active nodes do not."
+            )
+        case _:
+            return "NOT TRANSPLANTED. The changed nodes, or the controls, do not do in the base's dense model what they should."
+
+
+def _answers(answers: tuple[Answer, ...]) -> str:
+    return "  ".join(f"{answer.token.text!r} {answer.probability:.1%}" for answer in answers[:4])
+
+
+def _of_prompt(one: PromptDiff, least: float, width: int) -> list[str]:
+    why = "at all" if one.contrast is None else f"rather than {one.contrast.text!r}"
+    lines = [
+        f"prompt    {one.prompt!r}  ({len(one.tokens)} tokens)",
+        f"base      {_answers(one.base_answers)}",
+        f"tuned     {_answers(one.tuned_answers)}",
+        f"question  why {one.answer.text!r} (#{one.answer.id}) {why}: d {one.base_d:+.2f} in the base, {one.tuned_d:+.2f} in the "
+        "fine-tuned model",
+        f"change    {one.change:+.2f} nats (the sparse models by themselves {one.tuned_sparse_d - one.base_sparse_d:+.2f})",
+    ]
+    if one.transplant is None:
+        return [*lines, f"          less than {least:g}: nothing to account for"]
+    lines += [f"through   {', '.join(f'{kind} {share:.0%}' for kind, share in one.through.items())}", ""]
+    rows = [(f"CHANGED ({one.changed:,} nodes)", "", "value", "its own", "share", "effect on d")]
+    for node in one.nodes[:SHOWN_NODES]:
+        value, effect = f"{node.before:.2f} -> {node.after:.2f}", f"{node.effect_before:+.2f} -> {node.effect_after:+.2f}"
+        rows.append((f"  {node.id} {node.token!r}", node.status, value, f"{node.own:+.2f}", f"{node.share:+.0%}", effect))
+    lines += [*columns(rows, width), ""]
+    rows = [("WEIGHTS INTO THEM", "", "weight", "adds to d")]
+    for edge in one.edges[:SHOWN_EDGES]:
+        rows.append(
+            (f"  {edge.source} -> {edge.target}", edge.status, f"{edge.before:.3f} -> {edge.after:.3f}", f"{edge.effect:+.2f}")
+        )
+    lines += [*columns(rows, width), ""]
+    rows = [("OTHER NODES' EFFECTS", "base", "tuned")]
+    rows += [(f"  {each.id} {each.token!r}", f"{each.before:+.2f}", f"{each.after:+.2f}") for each in one.effects[:SHOWN_EFFECTS]]
+    return [*lines, *columns(rows, width)]
+
+
+def _table(diff: Diff, width: int) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("PROMPT", "answer", "base d", "tuned d", "change", "changed", "through nodes", "transplant", "matched")
+    ]
+    for each in diff.prompts:
+        numbers = (f"{each.base_d:+.2f}", f"{each.tuned_d:+.2f}", f"{each.change:+.2f}")
+        made = each.transplant
+        mean = 0.0 if made is None else sum(made.matched) / len(made.matched)
+        shares = ("-",) * 3 if made is None else (f"{each.through['node']:.2f}", f"{made.share:.2f}", f"{mean:.2f}")
+        shown = f"  ...{each.prompt[-20:]!r}", repr(each.answer.text), *numbers, f"{each.changed:,}", *shares
+        rows.append(shown)
+    lines = columns(rows, width)
+    if diff.channels:
+        rows = [("CHANNELS CHANGED", "prompts", "share")]
+        rows += [(f"  {each.name}", f"{each.prompts}", f"{each.share:+.1%}") for each in diff.channels[:SHOWN_CHANNELS]]
+        lines += ["", *columns(rows, width)]
+    return lines

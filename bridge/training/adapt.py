@@ -1,0 +1,199 @@
+"""A coupling that goes on to a fine-tune of its dense model: the base's weights and bridges, trained against that one.
+
+The recipe is the base's, but for its start (the base's folder), its L0, which is at its target from the first step on while the
+masks go on moving, its rates, no refit, and its budget: by default a twentieth of the base's tokens. What the fine-tune left
+alone in the dense model (a block, or all that is outside of them) stays in the sparse one too, so that a change is looked for
+where there is one. Everything else is `prepare`, `train` and `finish`, as for any fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.display.progress import OnProgress
+from bridge.huggingface.adapters import CONFIG, TOKENIZER, adapter_folder
+from bridge.huggingface.prompts import load_tokenizer
+from bridge.models.bridges import Coupling, folder_of
+from bridge.models.dense import DenseModel, DenseModelError, load_dense
+from bridge.recipe import RecipeError, recipe_values
+from bridge.training.loop import Progress, finish, train
+from bridge.training.prepare import Run, prepare
+
+SHARE = 20  # of the base's tokens one in so many is the default budget
+AT_ONCE = 1e-6  # share of the training over which L0 falls to where it is already
+RATE = 1e-3  # where the base's own is 0: of its sparse model nothing was trained by its recipe
+GENTLER = 0.2  # times the base's rates: at these themselves so few tokens end further off than they begin
+
+
+def adapt(
+    base: Coupling | str | Path,
+    *,
+    adapter: str | Path | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    settings: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Coupling:
+    """The coupling of a fine-tune: of `base`'s dense model with a PEFT adapter's folder merged, or of a `model` of its shape.
+
+    Without tokens or minutes the budget is a twentieth of the base's tokens. Raises what `prepare_adapted` and `train` raise.
+    """
+    run = prepare_adapted(
+        base, adapter=adapter, model=model, tokenizer=tokenizer, data=data, tokens=tokens, minutes=minutes, settings=settings,
+        out=out, resume=resume, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    for progress in train(run):
+        if on_progress is not None:
+            on_progress(progress)
+    return finish(run)
+
+
+def prepare_adapted(
+    base: Coupling | str | Path,
+    *,
+    adapter: str | Path | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    settings: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    progress: OnProgress | None = None,
+) -> Run:
+    """The fit that `adapt` trains, ready to start. Raises UserError where the fine-tune is not one of the base's dense model."""
+    base = base if isinstance(base, Coupling) else Coupling.from_pretrained(base)
+    if base.path is None:
+        raise RecipeError("a coupling that was not saved cannot be gone on from; save it (save_pretrained) and load it")
+    if (adapter is None) == (model is None):
+        raise RecipeError("which fine-tune is not said; give an adapter's folder, or a fine-tuned model, one of the two")
+    if not base.recipe.losses.coupled:
+        raise RecipeError(f"{base.path!r} is uncoupled: its bridges were not trained, and there is nothing to go on from")
+    if adapter is not None:
+        _check_adapter(base, str(adapter))
+    tuned = model
+    if model is None:
+        tuned = base.dense.model if base.dense.live else base.dense.name
+    if tokenizer is None and not isinstance(tuned, (str, Path)):
+        tokenizer = base.dense.tokenizer
+    _check_tokenizer(base, tuned, adapter, tokenizer)
+    flags = recipe_values(
+        data=data, tokens=tokens, minutes=minutes, seed=seed, adapter=None if adapter is None else str(adapter),
+        revision=base.dense.revision if model is None else None, settings=settings,
+    )  # fmt: skip
+    begun = resume and out is not None and (Path(out) / "training.json").is_file()
+    values = flags if begun else _merged(_values_of(base, default_budget=tokens is None and minutes is None), flags)
+    run = prepare(tuned, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, progress=progress)
+    for part in _parts_left_alone(base.dense, run.coupling):
+        part.requires_grad_(False)
+    return run
+
+
+def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
+    """The recipe's values by which a coupling is gone on from."""
+    recipe = base.recipe
+    values = {key: value for key, value in recipe.model_dump().items() if key not in ("dense", "revision", "adapter", "budget")}
+    values["sparse"] |= {"start": base.path}
+    values["sparsity"] |= {"anneal": AT_ONCE}
+    values["refit"] |= {"slopes": 0.0}  # the base's decoders were refitted, and go on from there
+    numbers = recipe.optimizer
+    rates = {"rate": numbers.rate or RATE, "bridge_rate": numbers.bridge_rate, "bridge_bias_rate": numbers.bridge_bias_rate}
+    values["optimizer"] |= {name: GENTLER * rate for name, rate in rates.items()}
+    budget = {"budget": {"tokens": max(1, tokens_trained(base) // SHARE)}} if default_budget else {}
+    return {**values, **budget, "adapts": True}
+
+
+def tokens_trained(base: Coupling) -> int:
+    """Tokens that a coupling was trained on, by its log, else by its recipe. Raises RecipeError where neither says."""
+    log = folder_of(base.path or "") / "log.jsonl"
+    if log.is_file():
+        counts = [json.loads(line).get("tokens", 0) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if counts:
+            return max(counts)
+    if base.recipe.budget.tokens is None:
+        raise RecipeError(f"{base.path!r} does not say on how many tokens it was trained; give ‹tokens› or ‹minutes›")
+    return base.recipe.budget.tokens
+
+
+def _parts_left_alone(was: DenseModel, coupling: Coupling) -> Iterator[nn.Module | nn.Parameter]:
+    """Parts of the sparse model whose counterparts in the dense one the fine-tune did not change: they stay as they are."""
+    now, sparse = coupling.dense, coupling.sparse
+    blocks = [(one.module, other.module) for one, other in zip(was.blocks, now.blocks, strict=True)]
+    for index, (one, other) in enumerate(blocks):
+        if _same_weights(one.parameters(), other.parameters()):
+            yield sparse.blocks[index]
+    inside = {id(weight) for pair in blocks for block in pair for weight in block.parameters()}
+    outside = [[weight for weight in one.model.parameters() if id(weight) not in inside] for one in (was, now)]
+    if _same_weights(*outside):  # embedding and unembedding, tied or not
+        yield from (sparse.embedding, sparse.unembedding, sparse.bigram)
+        yield from () if sparse.positions is None else (sparse.positions,)
+
+
+def _same_weights(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
+
+
+def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others on top of them."""
+    both = {key: _merged(values[key], flag) for key, flag in flags.items() if isinstance(flag, dict) and key in values}
+    return {**values, **flags, **both}
+
+
+def _check_adapter(base: Coupling, adapter: str) -> None:
+    """Raise DenseModelError for an adapter that says it was trained on another model."""
+    config = json.loads((adapter_folder(adapter) / CONFIG).read_text(encoding="utf-8"))
+    trained_on, name = config.get("base_model_name_or_path"), base.dense.name
+    if not trained_on or base.dense.live or _same_place(trained_on, name):
+        return
+    other = f"adapter {adapter!r} was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
+    if Path(trained_on).is_dir():
+        if difference := load_dense(trained_on).identity().difference(base.dense.identity()):
+            raise DenseModelError(f"{other}: {difference}; give an adapter of that one")
+    elif Path(trained_on).name != Path(name).name:
+        raise DenseModelError(f"{other}; give an adapter of that one (or, where they are the same, correct its {CONFIG})")
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
+def _check_tokenizer(base: Coupling, tuned: Any, adapter: str | Path | None, given: Any) -> None:
+    """Raise RecipeError where the fine-tune would read text as other tokens than the base."""
+    source, found = "the tokenizer given", given
+    if given is None and adapter is not None and (adapter_folder(str(adapter)) / TOKENIZER).is_file():
+        source = str(adapter_folder(str(adapter)))
+        found, _ = load_tokenizer(source)
+    elif given is None and isinstance(tuned, (str, Path)):
+        source = str(tuned)
+        found, _ = load_tokenizer(source)
+    own = base.dense.tokenizer
+    if own is None or (adapter is not None and found is None):
+        return
+    if found is None:
+        raise RecipeError(f"{source!r} has no tokenizer; save the one of {base.dense.name!r} beside it, so that both read alike")
+    ours, theirs = own.get_vocab(), found.get_vocab()
+    if differ := [token for token, number in ours.items() if theirs.get(token) != number]:
+        what = f"{differ[0]!r} is #{ours[differ[0]]} in one and {_number(theirs.get(differ[0]))} in the other"
+        raise RecipeError(f"{source!r} has another tokenizer than {base.dense.name!r} ({what}); fit a coupling of its own")
+
+
+def _number(token: int | None) -> str:
+    return "none" if token is None else f"#{token}"
