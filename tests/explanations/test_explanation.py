@@ -214,10 +214,10 @@ def test_json_goes_there_and_back_and_holds_no_nan(explanation: Explanation):
     assert values["report"]["verdict"] == explanation.report.verdict
     assert [m["passed"] for m in values["report"]["measures"]] == [m.passed for m in explanation.report.measures]
     assert values["counts"]["nodes"] == sum(node["level"] <= values["opening"] for node in values["nodes"])
-    with pytest.raises(ExplainError, match="not an explanation"):
+    with pytest.raises(ExplainError, match="no explanation"):
         Explanation.from_json({"prompt": "w5"})
     without = {key: value for key, value in values.items() if key != "report"}
-    with pytest.raises(ExplainError, match="not an explanation"):
+    with pytest.raises(ExplainError, match="no explanation"):
         Explanation.from_json(without)
 
 

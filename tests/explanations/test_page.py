@@ -285,7 +285,7 @@ def test_view_makes_a_page_of_what_was_saved(explained: tuple[Coupling, Explanat
         (None, "there is no file"),
         ("{", "holds no explanation"),
         ("[]", "holds no explanation"),
-        ("{}", "this is not an explanation"),
+        ("{}", "this is no explanation"),
         ("\xff", "holds no explanation"),
     ],
 )
