@@ -343,7 +343,7 @@ def test_every_seed_has_the_same_bounds() -> None:
         for option in command.params
         if option.name == "seed"
     }
-    assert set(bounds) == {"adapt", "fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
+    assert set(bounds) == {"adapt", "diff", "fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
     assert set(bounds.values()) == {(0, MOST_SEED)}
 
 
