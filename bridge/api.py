@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 
 from bridge.cards.card import Card
 from bridge.cards.suite import Wanted, run_cards
+from bridge.display.progress import OnProgress, unseen
 from bridge.explanations.build import explain
 from bridge.finetunes.diff import diff
 from bridge.models.bridges import Coupling as Bare
@@ -74,7 +75,7 @@ class Coupling(Bare):
         seeds: int = 1,
         seed: int = 0,
         budget: float = 1.0,
-        progress: Callable[[str], None] | None = None,
+        progress: OnProgress | None = None,
     ) -> Card:
         """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
 
@@ -84,7 +85,7 @@ class Coupling(Bare):
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)
-        on_progress = progress or (lambda _: None)
+        on_progress = progress or unseen
         card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, budget=budget, progress=on_progress))
         assert card is not None  # of a single one, what is wrong is raised
         return card

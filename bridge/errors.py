@@ -1,11 +1,50 @@
-"""Errors that a command prints in one line: the value, the rule and the remedy."""
+"""Errors in one line: the value, the rule it breaks, and the remedy.
+
+A text names an option of the caller's as ‹name›, which is an option of a command and `name=` in Python: `line` writes it either
+way.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 
-class UserError(ValueError):
-    """Something a user can mend, said in one line; the commands print it and exit with code 2."""
+_PARAMETER = re.compile(r"‹(\w+)›( ?)(?=(['\"\d])?)")  # and whether a value follows
 
 
-class RunError(RuntimeError):
-    """A run that had to stop, said in one line; the commands print it and exit with code 1."""
+def _line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+class OneLineError(Exception):
+    """An error with its parts as fields: `what` breaks a `rule` ("" where `what` says so itself), and what to do about it."""
+
+    def __init__(self, what: object, rule: str = "", remedy: str = "") -> None:
+        super().__init__(what, rule, remedy)
+        self.what, self.rule, self.remedy = str(what), rule, remedy
+
+    @property
+    def problem(self) -> str:
+        """The value and the rule, without the remedy."""
+        return _line(f"{self.what} {self.rule}".rstrip())
+
+    def line(self, parameter: Callable[[str], str]) -> str:
+        """The error in one line, with the names of parameters as `parameter` writes them."""
+        text = self.problem + (f"; {_line(self.remedy)}" if self.remedy else "")
+
+        def written(match: re.Match[str]) -> str:
+            name = parameter(match[1])
+            return name if name.endswith("=") and match[3] else name + match[2]
+
+        return _PARAMETER.sub(written, text)
+
+    def __str__(self) -> str:
+        return self.line("{}=".format)
+
+
+class UserError(OneLineError, ValueError):
+    """Something a user can mend; the commands print it and exit with code 2."""
+
+
+class RunError(OneLineError, RuntimeError):
+    """A run that had to stop; the commands print it and exit with code 1."""

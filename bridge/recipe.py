@@ -41,7 +41,7 @@ class _Part(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("must not be true or false; give its value")
+            raise RecipeError("must not be true or false", remedy="give its value")
         return value
 
 
@@ -75,7 +75,9 @@ class BlockShape(_Part):
     @model_validator(mode="after")
     def _heads_share(self) -> BlockShape:
         if self.kv_heads and (self.heads or 0) % self.kv_heads:
-            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} of keys and values; make it a multiple")
+            raise RecipeError(
+                f"{self.heads} query heads", f"cannot share {self.kv_heads} of keys and values", "make it a multiple"
+            )
         return self
 
 
@@ -113,13 +115,15 @@ class SparseShape(_Part):
     def _heads_fit(self) -> SparseShape:
         apart = self.block is not None and self.block.heads is not None
         if self.width is not None and self.head_channels is not None and self.width % self.head_channels and not apart:
-            raise ValueError(
-                f"sparse.width {self.width} is not a multiple of sparse.head_channels {self.head_channels}; change one of them"
-            )
+            rule = f"is not a multiple of sparse.head_channels {self.head_channels}"
+            raise RecipeError(f"sparse.width {self.width}", rule, "change one of them")
         if self.positions == "rotary" and (self.head_channels or 0) % 2 and not apart:
-            raise ValueError(f"sparse.head_channels {self.head_channels} is odd, and rotary positions turn pairs; make it even")
+            raise RecipeError(
+                f"sparse.head_channels {self.head_channels}", "is odd, and rotary positions turn pairs", "make it even"
+            )
         if self.blocks is not None and self.positions == "learned":
-            raise ValueError("sparse.positions 'learned' are added to tokens, which a span (sparse.blocks) has not; leave 'auto'")
+            what, rule = "sparse.positions 'learned'", "are added to tokens, which a span (sparse.blocks) has not"
+            raise RecipeError(what, rule, "leave 'auto'")
         return self
 
 
@@ -144,7 +148,8 @@ class Sparsity(_Part):
     @classmethod
     def _positive(cls, l0: float) -> float:
         if l0 <= 0:
-            raise ValueError("some weights must stay; give the fraction that stays (such as 0.05) or, from 1 on, their number")
+            remedy = "give the fraction that stays (such as 0.05) or, from 1 on, their number"
+            raise RecipeError("some weights must stay", remedy=remedy)
         return l0
 
 
@@ -251,17 +256,19 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _useful(self) -> Recipe:
         if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
-            raise ValueError("every loss weight is 0; give at least losses.ce a weight above 0")
+            raise RecipeError("every loss weight is 0", remedy="give at least losses.ce a weight above 0")
         if self.losses.carried and self.losses.splice == "literal":
-            raise ValueError("losses.carried has no literal form; leave losses.splice at 'sampled', or losses.carried at 0")
+            remedy = "leave losses.splice at 'sampled', or losses.carried at 0"
+            raise RecipeError("losses.carried", "has no literal form", remedy)
         if self.adapts and self.sparse.start in ("auto", "random"):
-            raise ValueError("adapts = true goes on from a coupling; give sparse.start its folder, as `bridge adapt` does")
+            raise RecipeError("adapts = true", "goes on from a coupling", "give sparse.start its folder, as `bridge adapt` does")
         if self.sparse.blocks is not None and not self.losses.coupled:
-            raise ValueError("a span (sparse.blocks) begins and ends with bridges; give losses they have part in, or all blocks")
+            what = "a span (sparse.blocks)"
+            raise RecipeError(what, "begins and ends with bridges", "give losses they have part in, or all blocks")
         if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
-            raise ValueError(
-                "optimizer.rate 0 trains bridges alone, to a sparse model that is there: give sparse.start a coupling's folder, "
-                "and losses that bridges have part in"
+            raise RecipeError(
+                "optimizer.rate 0 trains bridges alone, to a sparse model that is there:",
+                remedy="give sparse.start a coupling's folder, and losses that bridges have part in",
             )
         return self
 
@@ -284,9 +291,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none there"
-        raise RecipeError(f"recipe {str(path)!r} does not exist (there are, beside it: {known}); name another") from None
+        raise RecipeError(f"recipe {str(path)!r}", f"does not exist (there are, beside it: {known})", "name another") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe {str(path)!r} is not a TOML file ({error}); name one such as those in recipes/") from None
+        raise RecipeError(
+            f"recipe {str(path)!r}", f"is not a TOML file ({error})", "name one such as those in recipes/"
+        ) from None
 
 
 def recipe_values(
@@ -329,7 +338,7 @@ def recipe_values(
         try:
             losses = Losses.model_validate(values.get("losses", {}))
         except ValidationError as error:
-            raise RecipeError(_one_line(error, "losses")) from None
+            raise _refusal(error, "losses") from None
         values["losses"] = losses.uncoupled().model_dump()
     return values
 
@@ -338,7 +347,7 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
     """(name, value) of a `part.key=value`, or of a `key=value` whose key only one part has. Raises RecipeError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise RecipeError(f"--set {assignment!r} is not of the form key=value, for example --set sparse.width=512")
+        raise RecipeError(f"the setting {assignment!r}", "is not of the form key=value", "write such as sparse.width=512")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -351,7 +360,7 @@ def resolve(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_one_line(error)) from None
+        raise _refusal(error) from None
 
 
 def known_names() -> list[str]:
@@ -372,7 +381,9 @@ def kept_fraction(l0: float, total: int) -> float:
     Raises RecipeError where there are fewer weights than that.
     """
     if l0 > total:
-        raise RecipeError(f"l0 {l0:.15g} is more than the {total} weights there are; give a fraction below 1 or a smaller number")
+        raise RecipeError(
+            f"l0 {l0:.15g}", f"is more than the {total} weights there are", "give a fraction below 1 or a smaller number"
+        )
     return l0 if l0 < 1 else l0 / total
 
 
@@ -386,7 +397,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
     for part in parts:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"{part} = {values!r}: {_NOT_A_TABLE}")
+            raise RecipeError(f"{part} = {values!r}:", *_NOT_A_TABLE)
     values[key] = value
 
 
@@ -398,24 +409,25 @@ def _full_name(name: str) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise RecipeError(f"--set {name} could mean {' or '.join(matches)}; write the full name")
-    raise RecipeError(f"--set {name} is not a number of the recipe; there are {', '.join(names)}")
+        raise RecipeError(f"the setting {name}", f"could mean {' or '.join(matches)}", "write the full name")
+    raise RecipeError(f"the setting {name}", "is not a number of the recipe", f"there are {', '.join(names)}")
 
 
-_NOT_A_TABLE = "must be a table of numbers; write one of them in full, for example sparse.width = 512"
+_NOT_A_TABLE = "must be a table of numbers", "write one of them in full, for example sparse.width = 512"
 
 
-def _one_line(error: ValidationError, *within: str) -> str:
+def _refusal(error: ValidationError, *within: str) -> RecipeError:
+    """The first thing that is wrong with a recipe."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in (*within, *first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
+    value, own = f"{where} = {first['input']!r}:", first.get("ctx", {}).get("error")
     match first["type"]:
         case "extra_forbidden":
-            return f"{where} is not a number of the recipe; there are {', '.join(known_names())}"
+            return RecipeError(where, "is not a number of the recipe", f"there are {', '.join(known_names())}")
         case "missing":
-            return f"{where} is missing from the recipe; give it there or with --set {where}=..."
+            return RecipeError(where, "is missing from the recipe", "give it there or in ‹settings›")
         case "model_type":
-            message = _NOT_A_TABLE
-        case "value_error" if isinstance(first["input"], dict):  # a rule between several numbers, which names them itself
-            return message
-    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+            return RecipeError(value, *_NOT_A_TABLE)
+    if isinstance(own, RecipeError):  # a rule between several numbers names them itself
+        return own if isinstance(first["input"], dict) else RecipeError(value, own.problem, own.remedy)
+    return RecipeError(value, first["msg"][0].lower() + first["msg"][1:])

@@ -64,7 +64,10 @@ def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: 
     found.save(tmp_path / "planted")
     (expected, _) = next(run_cards(held.subjects, [Wanted(str(task_file), tmp_path / "planted", None)], progress=lambda _: None))
     said: list[str] = []
-    kept, fresh = held.card(task_file, tmp_path / "planted", progress=said.append), held.card(task_file, found)
+    kept, fresh = (
+        held.card(task_file, tmp_path / "planted", progress=lambda phase: said.append(str(phase))),
+        held.card(task_file, found),
+    )
     assert expected is not None and said
     for card in (kept, fresh):
         assert (card.report, card.nulls, card.verdict) == (expected.report, expected.nulls, expected.verdict)

@@ -103,7 +103,7 @@ def test_a_field_that_is_not_known_is_ignored(explanation: Explanation) -> None:
 
 
 def test_numbers_that_are_no_json_are_refused(explanation: Explanation) -> None:
-    with pytest.raises(ExplainError, match="not an explanation"):
+    with pytest.raises(ExplainError, match="no explanation"):
         Explanation.from_json(explanation.to_json() | {"dense_d": float("nan")})
 
 
@@ -117,7 +117,7 @@ def test_numbers_that_are_no_json_are_refused(explanation: Explanation) -> None:
     ],
 )
 def test_what_does_not_fit_together_is_refused(explanation: Explanation, change: dict[str, Any], why: str) -> None:
-    with pytest.raises(ExplainError, match=f"this version of bridge reads .{why}"):
+    with pytest.raises(ExplainError, match=f"this version reads .{why}"):
         Explanation.from_json(explanation.to_json() | change)
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
         assert "is not a number of the recipe; there are " in message
         assert all(name in message for name in known_names())
     assert refusal(sparse={"widht": 3}).startswith("sparse.widht ")
-    assert refusal("sparse=3").startswith("--set sparse is not a number")
+    assert refusal("sparse=3").startswith("the setting sparse is not a number")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_assignments(assignment: str, where: tuple[str, ...], value: Any) -> Non
 
 @pytest.mark.parametrize("assignment", ["", "seed", "=3", "sparse.width"])
 def test_assignments_without_a_key_or_value_are_refused(assignment: str) -> None:
-    form = f"--set {assignment!r} is not of the form key=value, for example --set sparse.width=512"
+    form = f"the setting {assignment!r} is not of the form key=value; write such as sparse.width=512"
     assert refusal(assignment) == form
 
 
 def test_a_bare_key_that_two_parts_have_must_be_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "known_names", lambda: ["sparse.width", "bridges.width"])
-    assert refusal("width=3") == "--set width could mean sparse.width or bridges.width; write the full name"
+    assert refusal("width=3") == "the setting width could mean sparse.width or bridges.width; write the full name"
 
 
 def test_assigning_within_something_that_is_no_table_is_refused(tmp_path: Path) -> None:

@@ -82,3 +82,15 @@ def test_no_docstring_begins_with_what(file: str) -> None:
     riddle = re.compile(r"(What|That|The same)\b")
     found = [node for node in ast.walk(tree) if isinstance(node, kinds) and riddle.match(ast.get_docstring(node) or "")]
     assert not found, [f"{file}:{getattr(node, 'lineno', 1)}: {ast.get_docstring(node)!r:.60}" for node in found]
+
+
+def test_options_of_the_command_line_are_named_in_cli_alone() -> None:
+    """Elsewhere a text names a parameter as ‹name›, and `errors` writes it for whoever reads it."""
+    option = re.compile(r"(?<![\w{.;:-])--[a-z][\w-]*(?!-*>)")
+    allowed = {"models/schema.py"}  # arrows
+    allowed |= {"explanations/export.py"}  # another program's command line
+    for name in FILES:
+        if not name.startswith("cli/") and name not in allowed:
+            tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+            found = [(line, text) for line, text in texts(tree) if option.search(text)]
+            assert not found, f"bridge/{name}: {found}"

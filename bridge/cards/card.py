@@ -14,6 +14,7 @@ from bridge.cards.evidence import TESTS, TaskEvidenceConfig, holds
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
+from bridge.models.store import refused_unless_read
 from bridge.verdicts.null_table import TaskNull
 
 _HOW_TO_READ = (
@@ -52,11 +53,8 @@ class Card:
     @staticmethod
     def from_json(values: dict[str, Any]) -> Card:
         """The card that `to_json` wrote. Raises CardError for anything else."""
-        try:
+        with refused_unless_read("this", "card", "make it again", CardError):
             return _READER.validate_python(values)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise CardError(f"this is not a card that this version of bridge reads ({first}); make it again") from None
 
 
 _READER = TypeAdapter(Card)

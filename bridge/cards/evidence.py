@@ -27,6 +27,7 @@ from bridge.cards.prediction import prediction_measures
 from bridge.cards.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import matched
 from bridge.evidence.deletion import Deletions
@@ -117,7 +118,7 @@ def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPair
     """
     pairs = task.splits["test"]
     if not len(pairs):
-        raise CardError(f"the task {task.task} has no test pairs under this tokenizer; take another task, or add examples")
+        raise CardError(f"the task {task.task}", "has no test pairs under this tokenizer", "take another task, or add examples")
     row_b = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
     place_b = torch.arange(len(row_b))
     both = pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + len(row_b)))
@@ -133,7 +134,7 @@ def gather_task(
     *,
     config: TaskEvidenceConfig | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> Report:
     """All evidence on a task's circuit; `alter` changes the answers of all pairs that it is held to, for a null.
 
@@ -141,31 +142,31 @@ def gather_task(
     """
     config, generator = config or TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
-        raise CardError("the coupling holds no reference text, which a card's baseline is taken from; fit it again")
+        raise CardError("the coupling", "holds no reference text, which a card's baseline is taken from", "fit it again")
     chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
     stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
     pairs = alter(chosen).to(coupling.dense.device)
-    progress("evidence: both models on the task")
+    progress(Phase("evidence: both models on the task"))
     transporter = circuit.on(coupling, pairs)
     loss, masked = transporter.loss, transporter.masked
     kept_f = circuit.kept_f(masked.space, coupling.dense.device)
     matched_cf = matched(masked, kept_f, config.matched_draws, generator)
     some_cf = matched_cf[: config.deleted_draws]
-    progress("evidence: patching, in the dense model")
+    progress(Phase("evidence: patching, in the dense model"))
     there = Counterfactual(pairs.counterfactual_bt, followed_rows(coupling, pairs.counterfactual_bt, pairs.last_b))
     patching = patching_measures(transporter, there, kept_f, some_cf, config.patched, seed)
-    progress("evidence: deletion, in both models")
+    progress(Phase("evidence: deletion, in both models"))
     deletions = Deletions.of(transporter, kept_f, some_cf)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
-    progress(f"evidence: substitution, and {len(matched_cf)} times of matched nodes")
+    progress(Phase(f"evidence: substitution, and {len(matched_cf)} times of matched nodes"))
     substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
-    progress(f"evidence: {config.nodes} nodes one at a time, in both models")
+    progress(Phase(f"evidence: {config.nodes} nodes one at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
     profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
-    progress("evidence: prediction on stress prompts")
+    progress(Phase("evidence: prediction on stress prompts"))
     prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
     measures = (
         *_solved(coupling, config, transporter, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,

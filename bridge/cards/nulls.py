@@ -23,6 +23,7 @@ from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_o
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import NoCircuitError
 from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.display.progress import OnProgress, within
 from bridge.models.bridges import Coupling
 from bridge.models.store import read_json
 from bridge.studies.result import TaskResult
@@ -32,15 +33,13 @@ from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_ta
 
 TASKS = 3  # by default: of those the coupling solves
 BUDGET_SHARE = 0.2  # of a search's budget: it is a null
-WEAK = "the uncoupled model does none of these tasks: train it for longer (--minutes), or this null shows little"
+WEAK = "the uncoupled model does none of these tasks: train it for longer, or this null shows little"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
     "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
     "labels": "every answer token replaced by one drawn at random, the same one everywhere",
 }
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Nulls:
     budget: float = BUDGET_SHARE
     seed: int = 0
 
-    def run(self, progress: Progress) -> Generator[TaskNull, None, None]:
+    def run(self, progress: OnProgress) -> Generator[TaskNull, None, None]:
         """Every null as it ends; results found in the coupling's folder are taken from there."""
         kept, _ = stored_task_nulls(self.coupling, rules(), **self._facts)
         done = {null.name: null for null in kept or ()}
@@ -80,7 +79,7 @@ class Nulls:
         against = (read_json(file).get("tensors") or {}).get("sha256", "") if file.is_file() else ""
         return {"against": against, "work": self.budget, "seed": self.seed}
 
-    def _subjects(self, name: str, progress: Progress) -> Subjects:
+    def _subjects(self, name: str, progress: OnProgress) -> Subjects:
         """The coupling of a null."""
         known: dict[str, NullName] = {null: null for null in NULL_NAMES}
         if name not in known:
@@ -88,11 +87,9 @@ class Nulls:
         options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
         return Subjects.of(null_coupling(self.coupling, known[name], **options, progress=progress))
 
-    def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: Progress) -> NullTask:
+    def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
         """The evidence of a null on a task; where there is no circuit, why."""
-
-        def on_progress(text: str) -> None:
-            progress(f"{name}, {task.task}: {text}")
+        on_progress = within(progress, f"{name}, {task.task}: ")
 
         def alter(pairs: TokenPairs) -> TokenPairs:
             return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if name == "labels" else pairs
@@ -124,5 +121,7 @@ def solved_tasks(coupling: Coupling, tasks: Iterable[Resolved], most: int = TASK
         if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= TaskEvidenceConfig.solved:
             solved.append(task)
     if not solved:
-        raise CardError("the models of this coupling do none of the tasks, so there is no card for nulls to fail; name --tasks")
+        raise CardError(
+            "the models of this coupling", "do none of the tasks, so there is no card for nulls to fail", "name ‹tasks›"
+        )
     return tuple(solved)

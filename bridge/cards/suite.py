@@ -7,7 +7,7 @@ that is there and fits is not made again, but shows the nulls that the coupling 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,14 +18,13 @@ from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
 from bridge.data.task_tokens import Resolved
+from bridge.display.progress import OnProgress, Phase, unseen, within
 from bridge.models.bridges import Coupling
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import folder_name, resolved
 from bridge.verdicts.null_table import fingerprint, stored_task_nulls
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
     if circuit is not None:
         found = tuple(_in_folder(circuit))
         if not found:
-            raise CardError(f"{str(circuit)!r} holds no circuit; name a folder that `bridge circuit --out` wrote")
+            raise CardError(f"{str(circuit)!r}", "holds no circuit", "name a folder that `bridge circuit` wrote")
         one = found[0][0] == circuit
         if task is not None and not one:
-            raise CardError(f"{str(circuit)!r} holds several circuits, of tasks they name; leave out --task, or name one of them")
+            raise CardError(
+                f"{str(circuit)!r}", "holds several circuits, of tasks they name", "leave out ‹task›, or name one of them"
+            )
         return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
     several = task is None
     places = [
@@ -70,9 +71,7 @@ def _circuit_at(place: Path | None) -> Path | None:
     return place if place is not None and (place / "circuit.json").is_file() else None
 
 
-def task_card(
-    coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: Progress = lambda _: None
-) -> Card:
+def task_card(coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: OnProgress = unseen) -> Card:
     """The card of a task's circuit, with the nulls that the coupling has.
 
     Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
@@ -99,7 +98,7 @@ def run_cards(
     seeds: int = 1,
     budget: float = 1.0,
     width: int = 110,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Generator[tuple[Card | None, str], None, None]:
     """Every card as it is made, with its text; at the end, of several, their table. A task without a circuit is a line.
 
@@ -109,10 +108,7 @@ def run_cards(
     cards: list[Card] = []
     for one in wanted:
         where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
-
-        def on_progress(text: str, where: str = where) -> None:
-            progress(f"{where}{text}")
-
+        on_progress = within(progress, where)
         try:
             task = resolved(subjects, one.task)
             result, digest = _circuit(subjects, task, one, seed, seeds, budget, on_progress)
@@ -136,7 +132,7 @@ def run_cards(
 
 
 def _circuit(
-    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, budget: float, on_progress: Progress
+    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, budget: float, on_progress: OnProgress
 ) -> tuple[TaskResult, str]:
     """A circuit from its folder, or searched and kept; and what tells it from others."""
     found = one.circuit
@@ -149,7 +145,7 @@ def _circuit(
     result = found if isinstance(found, TaskResult) else TaskResult.load(found)
     which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
     if result.facts.task != task.task:
-        raise CardError(f"{which} is of the task {result.facts.task}, not {task.task}; give that as --task")
+        raise CardError(which, f"is of the task {result.facts.task}, not {task.task}", "give that as ‹task›")
     if folder is None:
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
@@ -179,7 +175,7 @@ def run_nulls(
     budget: float = BUDGET_SHARE,
     seed: int = 0,
     width: int = 110,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Generator[str, None, None]:
     """The nulls on some tasks (of those not named explicitly the first few that both models do), a text as each ends.
 
@@ -188,11 +184,11 @@ def run_nulls(
     fingerprint(subjects.coupling)  # refused before anything is run
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
-        raise CardError(f"{str(circuits)!r} holds no circuits; name a folder that `bridge circuit --out` wrote")
+        raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
     chosen = (
         names if explicit or not there else [name for name in there if "failed" not in read_json(there[name] / "circuit.json")]
     )
-    progress("nulls: which tasks the models do")
+    progress(Phase("nulls: which tasks the models do"))
     tasks = tuple(resolved(subjects, name) for name in chosen) if explicit else ()
     tasks = tasks or solved_tasks(subjects.coupling, (resolved(subjects, name) for name in chosen), TASKS)
     found: dict[str, TaskResult] = {}

@@ -54,11 +54,12 @@ class TaskCircuit:
         """The circuit of a result. Raises CardError where it was searched in other weights, or is a null's."""
         facts, circuit = result.facts, result.circuit
         if facts.null is not None:
-            raise CardError(f"the circuit of {facts.task} is a null's ({facts.null}); name one that was searched without")
+            raise CardError(f"the circuit of {facts.task}", f"is a null's ({facts.null})", "name one that was searched without")
         if facts.provenance.get("sparse_fingerprint") != sparse_fingerprint(coupling.sparse):
             raise CardError(
-                f"the circuit of {facts.task} is not of this coupling: it was searched in other weights; give --bridge the "
-                "coupling that it was searched in, or search again"
+                f"the circuit of {facts.task}",
+                "is not of this coupling: it was searched in other weights",
+                "give the coupling that it was searched in (‹bridge›), or search again",
             )
         kept, means = dict(circuit.kept), dict(circuit.means)
         if facts.explains == "dense" and coupling.reference_bt is not None:

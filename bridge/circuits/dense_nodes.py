@@ -138,8 +138,9 @@ class DenseSubject:
 
     def _refuse(self, layer: int, what: str) -> DenseModelError:
         return DenseModelError(
-            f"the linear maps of model {self.dense.name!r} cannot be found: {what} in block {layer}; "
-            "its circuits cannot be compared with the sparse model's (give --no-dense to go on without)"
+            f"the linear maps of model {self.dense.name!r}",
+            f"cannot be found: {what} in block {layer}",
+            "its circuits cannot be compared with the sparse model's: go on without (‹no_dense›)",
         )
 
     def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:

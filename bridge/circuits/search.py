@@ -31,7 +31,7 @@ Shape legend: r masked copy, u superset, f all nodes and errors in one row, k so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,6 +42,7 @@ from torch import Tensor
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.circuits.masked_model import integrated_gradients
 from bridge.circuits.necessity import backup_nodes
+from bridge.display.progress import OnProgress, Phase, unseen
 
 _BETAS = 0.7, 0.95
 _TAU = -4.0, 1.0  # the steps can bring any node up or down
@@ -76,7 +77,7 @@ class Nested:
 
 def find_nested(
     loss: CircuitLoss,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
     train: CircuitLoss | None = None,
     levels: Sequence[Level] | None = None,
     opened_f: Tensor | None = None,
@@ -98,7 +99,7 @@ class _Descent:
 
 
 class _Search:
-    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: Callable[[str], None], levels: tuple[Level, ...]) -> None:
+    def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: OnProgress, levels: tuple[Level, ...]) -> None:
         self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
@@ -121,7 +122,7 @@ class _Search:
             else:
                 kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
-            self.progress(f"{level}: {int(kept_f.sum()):,} nodes")
+            self.progress(Phase(f"{level}: {int(kept_f.sum()):,} nodes"))
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
             gradient_1f = self.loss.gradient(kept_f[None], self.loss.miss)
@@ -242,7 +243,7 @@ class _Search:
             deviation_k = (square_k / (1 - _BETAS[1] ** (step + 1))).sqrt() + 1e-8
             rate = self.config.rate * (1 - step / steps)
             tau_k = (tau_k - rate * mean_k / (1 - _BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU)
-        self.progress(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes")
+        self.progress(Phase(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes"))
         tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
         return _Descent(tau_f.index_copy_(0, node_k, tau_k), size_weight)
 

@@ -29,6 +29,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested, evenly, find_nested
 from bridge.circuits.subject import in_order
 from bridge.data.task_tokens import Resolved, TokenPairs
+from bridge.display.progress import OnProgress, unseen
 from bridge.errors import UserError
 from bridge.models.bridges import Coupling
 from bridge.models.sparse import Location
@@ -64,13 +65,13 @@ class TaskLosses:
         """The level that is found first."""
         return self.levels[self.validation.config.opening]
 
-    def opened(self, progress: Callable[[str], None] = lambda _: None, seed: int | None = None) -> Nested:
+    def opened(self, progress: OnProgress = unseen, seed: int | None = None) -> Nested:
         """The circuit at the opening level alone, by a seed of its own where one is given."""
         seed = self.validation.config.seed if seed is None else seed
         train, validation = (one.seeded(seed) for one in (self.train, self.validation))
         return find_nested(validation, progress, train, (self.opening,))
 
-    def nested(self, progress: Callable[[str], None] = lambda _: None, opened_f: Tensor | None = None) -> Nested:
+    def nested(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> Nested:
         """The nested circuits, around the opening one where that has been found."""
         return find_nested(self.validation, progress, self.train, self.levels, opened_f)
 
@@ -106,8 +107,10 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
     if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
-            f"on {task.task} right and wrong answers are {span:.2f} nats further apart than with every node at its mean, and "
-            f"{least:g} are asked, so there is nothing to explain; take another task"
+            f"on {task.task} right and wrong answers",
+            f"are {span:.2f} nats further apart than with every node at its mean, and {least:g} are asked, so there is nothing "
+            "to explain",
+            "take another task",
         )
     return losses
 
@@ -123,7 +126,9 @@ def with_all_splits(task: Resolved) -> Resolved:
         splits |= {"validation": splits["train"].rows(row_b[::4]), "train": splits["train"].rows(row_b[row_b % 4 != 0])}
     short = next((name for name in ("train", "validation", "test") if not len(splits[name])), None)
     if short is not None:
-        raise SearchError(f"the task {task.task} has no {short} pairs under this tokenizer; take another task, or add examples")
+        raise SearchError(
+            f"the task {task.task}", f"has no {short} pairs under this tokenizer", "take another task, or add examples"
+        )
     return replace(task, splits=splits)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bridge.data.task_pairs import Example
+    from bridge.display.progress import Phase
     from bridge.models.bridges import Coupling
     from bridge.training.evaluate import Evaluation
     from bridge.training.loop import Progress
@@ -69,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, RunError) as error:
-        refuse(str(error), 2 if isinstance(error, UserError) else 1)
+        refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # whoever read what is printed has seen enough
         _print_to_nobody()
         raise typer.Exit(141) from None
@@ -77,6 +78,11 @@ def one_line_errors() -> Iterator[None]:
         if not error.filename:
             refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
         refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
+
+
+def flag(name: str) -> str:
+    """The option of the commands that sets a parameter of the library."""
+    return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
 def refuse(message: str, code: int) -> NoReturn:
@@ -109,11 +115,11 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
     for name, file in files.items():
         if file is None:
             continue
-        check_target(file, f"--{name}")
+        check_target(file, name)
         if file.exists() and not file.is_file():
             continue  # a pipe or a device may be written to twice
         if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":
-            raise CheckpointError(f"--{name} {str(file)!r} is {other} too, and would replace it; name another file")
+            raise CheckpointError(f"--{name} {str(file)!r}", f"is {other} too, and would replace it", "name another file")
 
 
 def print_output(text: str = "") -> None:
@@ -145,7 +151,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"device {device!r} is not to be had here; give --device cpu, or auto")
+        raise RecipeError(f"device {device!r}", "is not to be had here", "give --device cpu, or auto")
     return device
 
 
@@ -160,7 +166,7 @@ def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: 
 
     if data is None:
         if coupling.reference_bt is None:
-            raise DataError(f"{str(name)!r} has no held-out text of its own; give --data")
+            raise DataError(f"{str(name)!r}", "has no held-out text of its own", "give --data")
         return coupling.reference_bt[:rows]
     limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
     dense, seed = coupling.dense, coupling.recipe.seed
@@ -173,7 +179,7 @@ def shipped_coupling() -> str:
 
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
-        raise CheckpointError(f"the shipped coupling is not at {str(folder)!r}; name one with --bridge")
+        raise CheckpointError("the shipped coupling", f"is not at {str(folder)!r}", "name one with --bridge")
     here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -203,7 +209,9 @@ def chosen_coupling(bridge: str | None) -> str:
     if not bridge.strip():
         from bridge.models.store import CheckpointError
 
-        raise CheckpointError(f"--bridge {bridge!r} names no coupling; give a folder or hub id, or leave it out for what ships")
+        raise CheckpointError(
+            f"--bridge {bridge!r}", "names no coupling", "give a folder or hub id, or leave it out for what ships"
+        )
     return bridge
 
 
@@ -233,37 +241,40 @@ def sample_prompt(example: Example | None, taken: int) -> str:
     return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
 
 
-def show_phase(phase: str) -> None:
-    """Show the current phase on the terminal, over the one before."""
-    print(f"\r\033[K{phase}", end="\r", file=sys.stderr, flush=True)
+class Line:
+    """A line of progress: rewritten on a terminal, elsewhere a line every so many seconds."""
 
+    def __init__(self, stream: TextIO, seconds: float, *, first: bool = False) -> None:
+        self.stream, self.seconds, self.terminal = stream, seconds, stream.isatty()
+        self.last = -math.inf if first else time.monotonic()
 
-class Phases:
-    """Progress of a search on standard error: one rewritten line with a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.last = self.started = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        """Show the progress of a search."""
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Show a text, if it is time to."""
         now = time.monotonic()
-        if not self.terminal and now - self.last < 15:
+        if not (self.terminal or now - self.last >= self.seconds or final):
             return
         self.last = now
-        words = text.replace(",", "").split()
-        step, of = next(((a, b) for a, w, b in zip(words, words[1:], words[2:], strict=False) if w == "of"), ("", ""))
-        bar = ""
-        if "step" in words and step.isdigit() and of.isdigit():
-            done = round(16 * int(step) / max(1, int(of)))
-            bar = f"[{'#' * done}{'.' * (16 - done)}] "
-        line = f"{int(now - self.started):>4} s  {bar}{text}"[: terminal_width()]
-        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        shown = f"\r\033[K{text[: terminal_width()]}" if self.terminal else f"{text}\n"
+        print(shown, end="", file=self.stream, flush=True)
 
-    def end(self) -> None:
-        """Leave the line."""
+    def clear(self) -> None:
+        """Leave a terminal's line empty."""
         if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+class Phases(Line):
+    """Progress of a search on standard error, with a bar where it is known how much there is to do."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, 15)
+        self.started = time.monotonic()
+
+    def __call__(self, phase: Phase) -> None:
+        """Show the progress of a search."""
+        done = round(16 * phase.done / phase.total) if phase.total else 0
+        bar = f"[{'#' * done}{'.' * (16 - done)}] " if phase.total else ""
+        self.show(f"{int(time.monotonic() - self.started):>4} s  {bar}{phase}")
 
 
 def print_run(run: Run, needed: int, seconds: float) -> None:
@@ -298,25 +309,20 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
         print("        that may not fit; lower --width or --set data.rows=...", flush=True)
 
 
-class Watcher:
-    """Progress of a fit: one rewritten line on a terminal, a line every half minute elsewhere."""
+class Watcher(Line):
+    """Progress of a fit on standard output, every half minute where that is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
+        super().__init__(sys.stdout, 30, first=True)
         self.quiet = quiet
-        self.terminal = sys.stdout.isatty()
-        self.last = -math.inf
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress of a fit."""
-        now = time.monotonic()
-        if self.quiet or not (self.terminal or now - self.last >= 30 or progress.fraction >= 1):
-            return
-        self.last = now
-        line = progress_line(progress)
-        print(f"\r\033[K{line[: terminal_width()]}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        if not self.quiet:
+            self.show(progress_line(progress), final=progress.fraction >= 1)
 
     def end(self) -> None:
-        """Leave the line."""
+        """Leave the line as it is."""
         if self.terminal and not self.quiet:
             print()
 

@@ -53,7 +53,7 @@ def adapt(
             base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
             resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
         )  # fmt: skip
-        reading.end()
+        reading.clear()
         train_to_end(run, folder, stretch)
         if run.accelerator.is_main_process:
             print(f"next: bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
@@ -85,7 +85,7 @@ def diff(
         couplings = opened_coupling(base, dense, device), opened_coupling(tuned, tuned_dense, device)
         watch = Phases()
         found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
-        watch.end()
+        watch.clear()
         if json is not None:
             write_json(json, found.to_json())
         print_output(render_diff(found, terminal_width()))

@@ -32,7 +32,6 @@ from bridge.cli.console import (
     print_written,
     seed_of,
     shipped_coupling,
-    show_phase,
     terminal_width,
     usage_line,
 )
@@ -80,7 +79,7 @@ def info(
         from bridge.recipe import RecipeError
 
         if (name := chosen_model(model, gguf)) is None:
-            raise RecipeError("which model is not said; give a hub id, a folder or a .gguf file")
+            raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
         dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
         kinds = list(dense.sublayers)
         parameters = sum(p.numel() for p in dense.model.parameters())
@@ -132,7 +131,7 @@ def fit(
         from bridge.recipe import RecipeError, parse_setting, recipe_values
 
         if stretch is not None and not 0 <= stretch < float("inf"):
-            raise RecipeError(f"--stretch {stretch:g} is no number of minutes; give one, such as 9")
+            raise RecipeError(f"--stretch {stretch:g}", "is no number of minutes", "give one, such as 9")
         if resume and out is not None and (out / "coupling.json").is_file():
             from bridge.training.prepare import check_resumable
 
@@ -147,7 +146,7 @@ def fit(
 
             name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
         if name is None:
-            raise RecipeError("which model is not said; give a hub id or folder, or a --recipe that names one")
+            raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
         folder = out or Path("runs") / Path(name).name
         from bridge.training.prepare import prepare
 
@@ -155,7 +154,7 @@ def fit(
         run = prepare(
             name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
         )  # fmt: skip
-        reading.end()
+        reading.clear()
         train_to_end(run, folder, stretch)
         if run.accelerator.is_main_process:
             print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
@@ -200,8 +199,8 @@ def explain(
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
     with one_line_errors():
         from bridge.explanations.build import explain as explain_prompt
-        from bridge.explanations.explanation import Answered, Drawn
         from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+        from bridge.explanations.parts import Answered, Drawn
         from bridge.explanations.text import render_answer, render_text
         from bridge.models.store import write_json
 
@@ -209,17 +208,19 @@ def explain(
         coupling = opened_coupling(bridge, dense, device)
         if chat:
             prompt, counterfactual = coupling.dense.prompts.chat(prompt), as_chat(coupling, counterfactual)
-        note = show_phase if sys.stderr.isatty() else None
+        watch = Phases()
         width = terminal_width()
 
         def show(known: Answered | Drawn) -> None:
             if isinstance(known, Answered):
+                watch.clear()
                 print_output(f"{render_answer(known, width)}\n")
 
         explanation = explain_prompt(
-            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=note,
+            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=watch,
             stage=show,
         )  # fmt: skip
+        watch.clear()
         if json is not None:
             write_json(json, explanation.to_json())
         if html is not None:
@@ -272,7 +273,7 @@ def export(
         if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
             from bridge.errors import UserError
 
-            raise UserError(f"--bridge {bridge!r} is for pages of features, which {to} has none of here; leave it out")
+            raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
         if to != "circuit-tracer" and out.parent.is_dir():
             check_outputs(out=out, read=[explanation])
         else:
@@ -362,7 +363,7 @@ def serve(
         except ModuleNotFoundError as error:
             if error.name not in ("fastapi", "starlette", "uvicorn"):
                 raise
-            raise RecipeError(f"{error.name} is not installed, which serving needs; pip install 'bridge[serve]'") from None
+            raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
         folders = bridge or [Path(shipped_coupling())]
         beside = folders[0].parent / "circuits"
         if circuits is None and not bridge and beside.is_dir():

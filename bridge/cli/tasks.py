@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,9 +54,9 @@ def circuit(
         from bridge.recipe import RecipeError
 
         if (task is None) == (not all_):
-            raise RecipeError("which task is not said; give either --task NAME, --task FILE, or --all")
+            raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
         if null not in (None, "labels", "weights", "shuffled"):
-            raise RecipeError(f"null {null!r} is not known; give labels, weights or shuffled")
+            raise RecipeError(f"null {null!r}", "is not known", "give labels, weights or shuffled")
         of = _explains(explains)
         from bridge.data.task_pairs import task_names
         from bridge.studies.search import Subjects, search_config
@@ -73,11 +72,11 @@ def circuit(
         }  # fmt: skip
         if task is not None:
             text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
-            watch.end()
+            watch.clear()
             print(text)
         else:
             for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=terminal_width(), **options):
-                watch.end()
+                watch.clear()
                 print(f"{text}\n", flush=True)
 
 
@@ -101,7 +100,7 @@ def card(
         from bridge.recipe import RecipeError
 
         if (task is not None or circuit is not None) == all_:
-            raise RecipeError("which circuit is not said; give --task NAME or FILE, --circuit DIR, or --all")
+            raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
         from bridge.cards.suite import run_cards, wanted_cards
         from bridge.data.task_pairs import task_names
         from bridge.models.store import write_json
@@ -114,7 +113,7 @@ def card(
         for one, text in run_cards(
             subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=terminal_width(), progress=watch
         ):
-            watch.end()
+            watch.clear()
             print_output(f"{text}\n")
             cards += [] if one is None else [one.to_json()]
         if json is not None:
@@ -144,7 +143,7 @@ def nulls(
         from bridge.training.loop import FitStopped
 
         if against is not None and not (against / "coupling.json").is_file():
-            check_folder(against, "--against")
+            check_folder(against, "against")
         coupling, watch = opened_coupling(bridge, dense, device), Phases()
         uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
         try:
@@ -153,7 +152,7 @@ def nulls(
 
                 rows = cut_prompts(coupling, prompts, seed)
                 table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
-                watch.end()
+                watch.clear()
                 print(render_prompt_nulls(table))
                 return
             subjects = Subjects.of(coupling)
@@ -169,10 +168,10 @@ def nulls(
                 width=terminal_width(),
                 progress=watch,
             ):
-                watch.end()
+                watch.clear()
                 print(f"{text}", flush=True)
         except FitStopped as stopped:
-            refuse(f"{stopped}; the same command goes on", 130)
+            refuse(f"{stopped.what}; the same command goes on", 130)
 
 
 @of_tasks.command(cls=Several)
@@ -208,7 +207,7 @@ def sweep(
         from bridge.recipe import RecipeError, parse_setting
 
         if out is None:
-            raise RecipeError("where the sweep goes is not said; give --out FOLDER")
+            raise RecipeError("where the sweep goes", "is not said", "give --out FOLDER")
         settings = dict(parse_setting(text) for text in set_ or [])
         given: dict[str, Any] = {
             "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
@@ -220,7 +219,7 @@ def sweep(
         watch = Phases()
 
         def print_step(text: str) -> None:
-            watch.end()
+            watch.clear()
             print(text, flush=True)
 
         try:
@@ -230,14 +229,14 @@ def sweep(
                 device=choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
             )  # fmt: skip
         except FitStopped as stopped:
-            watch.end()
-            print(f"bridge: {str(stopped).partition(';')[0]}; the same command goes on", file=sys.stderr)
-            raise typer.Exit(130) from None
-        watch.end()
-        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt and frontier.svg")
+            watch.clear()
+            refuse(f"{stopped.what}; the same command goes on", 130)
+        watch.clear()
+        plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
+        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
         if frontier.failures:
             of = len(frontier.failures) + len(frontier.points)
-            raise RunError(f"{len(frontier.failures)} of {of} points failed; the same command tries them again")
+            raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")
 
 
 @of_tasks.command()
@@ -259,9 +258,9 @@ def nodes(
         from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
 
         if (describe_with is None) != (model is None):
-            raise EndpointError("--describe-with and --model go together; give both or neither")
+            raise EndpointError("--describe-with and --model", "go together", "give both or neither")
         if describe_with is not None and not node and circuit is None:
-            raise EndpointError("which nodes to describe is not said; give --node NAME or --circuit DIR")
+            raise EndpointError("which nodes to describe", "is not said", "give --node NAME or --circuit DIR")
         endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
         from bridge.models.store import write_json
         from bridge.nodes.description import describe_node, render_page
@@ -281,7 +280,7 @@ def nodes(
             check_outputs(folder)
             watch = Phases()
             facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
-            watch.end()
+            watch.clear()
         descriptions = Descriptions(folder, facts.fingerprint)
         pages: list[dict[str, Any]] = []
         for each in dict.fromkeys(chosen):
@@ -320,12 +319,12 @@ def tasks(
         from bridge.verdicts.task_search import SOLVED
 
         if split not in SPLITS:
-            raise TaskError(f"there is no split {split!r}; --split is one of {', '.join(SPLITS)}")
+            raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
         check_outputs(json=json, read=names or [])
         chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
         chosen = [task for task in chosen if language in (None, task.language)]
         if not chosen:
-            raise TaskError(f"none of the tasks named is in the language {language!r}; leave out --language")
+            raise TaskError("none of the tasks named", f"is in the language {language!r}", "leave out --language")
         if dense is not None and bridge is None:
             from bridge.models.dense import load_dense
 
@@ -367,5 +366,5 @@ def _explains(text: str) -> Any:
     from bridge.recipe import RecipeError
 
     if text not in ("dense", "sparse"):
-        raise RecipeError(f"whose answers {text!r} are is not known; give dense or sparse")
+        raise RecipeError(f"whose answers {text!r} are", "is not known", "give dense or sparse")
     return text

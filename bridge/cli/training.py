@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bridge.cli.console import Phases, Watcher, print_run
+from bridge.cli.console import Phases, Watcher, flag, print_run
 
 if TYPE_CHECKING:
     from bridge.training.prepare import Run
@@ -30,12 +30,12 @@ def train_to_end(run: Run, folder: Path, stretch: float | None = None) -> None:
             watch(progress)
     except FitStopped as stopped:
         watch.end()
-        print(f"bridge: {stopped}", file=sys.stderr)
+        print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
         raise typer.Exit(0 if stopped.planned else 130) from None
     watch.end()
     refitting = Phases()
     finish(run, refitting if main else lambda _: None)
-    refitting.end()
+    refitting.clear()
     if main:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
         print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")

@@ -24,7 +24,7 @@ Shape legend: n blocks, t token, b batch row.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bridge.data.corpora import Corpus, open_corpus
 from bridge.data.records import DataError, Piece
+from bridge.display.progress import OnProgress, Phase
 from bridge.huggingface.prompts import Prompts
 from bridge.huggingface.site_discovery import first_line
 
@@ -87,7 +88,7 @@ def load_blocks(
     max_tokens: int | None = None,
     seed: int = 0,
     dense: PreTrainedModel | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Blocks:
     """Read `source` (see `corpora`) until there are `max_tokens` tokens, and cut them into blocks of `context`.
 
@@ -97,19 +98,19 @@ def load_blocks(
     and where there is too little for a training and a held-out block.
     """
     if not source.strip():
-        raise DataError(f"data {source!r} names no text; give stdlib, self, a file, a folder or a hub id")
+        raise DataError(f"data {source!r}", "names no text", "give stdlib, self, a file, a folder or a hub id")
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     prompts = Prompts.of(prompts, vocabulary)
     prefix, end, pad = [*prompts.prefix], prompts.end, getattr(prompts.tokenizer, "pad_token_id", None)
     body = context - len(prefix)
     if body < 1:
         raise DataError(
-            f"a context of {context} holds no text: the tokenizer puts {len(prefix)} tokens before it; give a longer one"
+            f"a context of {context}", f"holds no text: the tokenizer puts {len(prefix)} tokens before it", "give a longer one"
         )
     limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
-            raise DataError("data 'self' samples from the dense model, and none was given; pass the model or name a corpus")
+            raise DataError("data 'self'", "samples from the dense model, and none was given", "pass the model or name a corpus")
         corpus = Corpus(("tokens", row) for row in _sampled(dense, prompts, context, seed))
         end = pad = None  # a sample is a block, whatever tokens it has
     else:
@@ -125,7 +126,9 @@ def load_blocks(
         try:
             tokens = array("i", ids)
         except (TypeError, OverflowError) as error:
-            raise DataError(f"data {source!r} has input_ids that are not whole numbers ({error}); tokenize it again") from None
+            raise DataError(
+                f"data {source!r}", f"has input_ids that are not whole numbers ({error})", "tokenize it again"
+            ) from None
         whole = run.given and len(tokens) == packed  # of a packed row: no document ends with it
         if run.given and (len(tokens) == context or (whole and not prefix and len(tokens) % context == 0)):
             part.rows.extend(tokens)
@@ -138,21 +141,24 @@ def load_blocks(
         count += len(tokens)
         if progress is not None and count - reported > limit // REPORTS:
             reported = count
-            progress(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most")
+            progress(Phase(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most"))
         if count >= limit:
             break
     blocks = [part.cut(context, prefix) for part in _with_held_out(*parts, context, body)]
     if not all(map(len, blocks)):
         raise DataError(
-            f"data {source!r} holds {count} tokens; at least {2 * context} are needed (one block of {context} to train on, one "
-            "held out); give more text or a shorter context (--set context=N)"
+            f"data {source!r} holds {count} tokens;",
+            f"at least {2 * context} are needed (one block of {context} to train on, one held out)",
+            "give more text or a shorter context (data.context)",
         )
     for block_nt in blocks:
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             rule = "ids start at 0" if low < 0 else f"the dense model's vocabulary is {vocabulary}"
             wrong = low if low < 0 else high
-            raise DataError(f"data {source!r} has the token id {wrong}, but {rule}; tokenize it with the model's own tokenizer")
+            raise DataError(
+                f"data {source!r}", f"has the token id {wrong}, but {rule}", "tokenize it with the model's own tokenizer"
+            )
     train_nt, heldout_nt = blocks
     description = f"{source}: {train_nt.numel():,} tokens to train on, {heldout_nt.numel():,} held out, blocks of {context}"
     return Blocks(train_nt, heldout_nt, f"{description}; left out: {corpus.left_out}" if corpus.left_out else description)
@@ -245,7 +251,7 @@ def _tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[_Run]:
                 yield _Run(value, True, True, given=True)
             continue
         if prompts.tokenizer is None:
-            raise DataError(f"the data is text, and {prompts.missing}; give it one that can be read, or data with input_ids")
+            raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")
         text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
         if not text.strip():
             continue
@@ -264,12 +270,14 @@ def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTo
     """A conversation as the text that the tokenizer's chat template makes of it."""
     messages, where = chat
     if not tokenizer.chat_template:
-        raise DataError(f"data {where!r} is chat, and the model's tokenizer has no chat template; give it as text")
+        raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # whatever a template raises
         why = first_line(error)
-        raise DataError(f"data {where!r} holds a chat that the tokenizer's template refuses ({why}); leave it out") from None
+        raise DataError(
+            f"data {where!r}", f"holds a chat that the tokenizer's template refuses ({why})", "leave it out"
+        ) from None
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:

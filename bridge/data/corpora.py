@@ -73,7 +73,7 @@ def open_corpus(source: str, seed: int = 0) -> Corpus:
     if path.exists():
         return Corpus(file_pieces(path))
     if source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES:
-        raise DataError(f"data {source!r} does not exist; name a file, a folder, 'stdlib', 'self' or a hub data set")
+        raise DataError(f"data {source!r}", "does not exist", "name a file, a folder, 'stdlib', 'self' or a hub data set")
     return Corpus(_streamed(source))
 
 
@@ -128,10 +128,10 @@ def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
         return Corpus(_shuffled(splits[chosen], seed), _splits(name for name in splits if name != chosen))
     files, left = _without_others(path, files)
     if left and not files:
-        raise DataError(f"data {where!r} has nothing to train on but its {_splits(left)}; name a file of it to take that")
+        raise DataError(f"data {where!r}", f"has nothing to train on but its {_splits(left)}", "name a file of it to take that")
     if not files:
         packed = ", ".join(PACKED_SUFFIXES)
-        raise DataError(f"data {where!r} holds no file ending in {', '.join(SUFFIXES)} (also with {packed} behind it)")
+        raise DataError(f"data {where!r}", f"holds no file ending in {', '.join(SUFFIXES)} (also with {packed} behind it)")
     return Corpus(_shuffled(files, seed), _splits(left))
 
 
@@ -182,7 +182,7 @@ def _saved(path: Path) -> Corpus:
         found = load_from_disk(str(path))
     except Exception as error:
         why = first_line(error)
-        raise DataError(f"data {str(path)!r} is a saved data set that cannot be loaded ({why}); save it again") from None
+        raise DataError(f"data {str(path)!r}", f"is a saved data set that cannot be loaded ({why})", "save it again") from None
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
     chosen = _to_train_on(splits, str(path), "the folder of one")
     return Corpus(_saved_rows(splits[chosen], str(path)), _splits([name for name in splits if name != chosen]))
@@ -198,7 +198,7 @@ def _saved_rows(table: Any, where: str) -> Iterator[Piece]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data {where!r} cannot be read ({first_line(error)}); save it again") from None
+        raise DataError(f"data {where!r}", f"cannot be read ({first_line(error)})", "save it again") from None
 
 
 def _records(files: Iterable[Path]) -> list[Path]:
@@ -226,7 +226,9 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
             if configuration is None and len(names) > 1:
                 configuration = get_dataset_default_config_name(here)
             if configuration not in (None, *names) or (configuration is None and len(names) > 1):
-                raise DataError(f"data {where!r} has the configurations {', '.join(names)}; name one, as in {path}:{names[0]}")
+                raise DataError(
+                    f"data {where!r}", f"has the configurations {', '.join(names)}", f"name one, as in {path}:{names[0]}"
+                )
             found = load_dataset_builder(here, configuration, cache_dir=nowhere).config.data_files or {}
         except DataError:
             raise
@@ -234,7 +236,7 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
             if isinstance(error, FileNotFoundError) and configuration is None and "configs" not in card:
                 return {}
             why = first_line(error)
-            raise DataError(f"data {where!r} is a data set that cannot be resolved ({why}); name its data files") from None
+            raise DataError(f"data {where!r}", f"is a data set that cannot be resolved ({why})", "name its data files") from None
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 
@@ -244,7 +246,7 @@ def _to_train_on(splits: Iterable[str], where: str, remedy: str) -> str:
     kinds = {name: _split_of(Path(name)) for name in names}
     some = [name for name in names if kinds[name] == "train"] or [name for name in names if kinds[name] is None]
     if "train" not in names and len(some) != 1:
-        raise DataError(f"data {where!r} has the splits {', '.join(names)}, none or several to train on; name {remedy}")
+        raise DataError(f"data {where!r}", f"has the splits {', '.join(names)}, none or several to train on", f"name {remedy}")
     return "train" if "train" in names else some[0]
 
 
@@ -264,4 +266,4 @@ def _streamed(source: str) -> Iterator[Piece]:
         raise
     except Exception as error:
         reason = first_line(error)
-        raise DataError(f"data {source!r} is no file here, nor could the hub stream it ({reason}); name another") from None
+        raise DataError(f"data {source!r}", f"is no file here, nor could the hub stream it ({reason})", "name another") from None

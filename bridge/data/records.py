@@ -59,21 +59,21 @@ def file_pieces(file: Path) -> Iterator[Piece]:
     where, kind = str(file), suffix_of(file)
     packed = file.suffix.lower() in PACKED_SUFFIXES
     if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
-        raise DataError(f"data {where!r} is an archive; unpack it, and name what was in it")
+        raise DataError(f"data {where!r}", "is an archive", "unpack it, and name what was in it")
     try:
         with file.open("rb") as begun:
             if begun.read(len(POINTER)) == POINTER:
-                raise DataError(f"data {where!r} stands for a file that was not fetched; run `git lfs pull` where it lies")
+                raise DataError(f"data {where!r}", "stands for a file that was not fetched", "run `git lfs pull` where it lies")
         if kind in RECORD_SUFFIXES:
             yield from (piece(row, where) for row in _rows(file, kind))
         else:
             with _opened(file) as stream:
                 yield "text", stream.read()
     except UnicodeDecodeError:
-        raise DataError(f"data {where!r} is not UTF-8 text; convert it, or give jsonl or parquet") from None
+        raise DataError(f"data {where!r}", "is not UTF-8 text", "convert it, or give jsonl or parquet") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise DataError(f"data {where!r} cannot be {'unpacked' if packed else 'read'} ({reason})") from None
+        raise DataError(f"data {where!r}", f"cannot be {'unpacked' if packed else 'read'} ({reason})") from None
 
 
 def piece(row: Any, where: str) -> Piece:
@@ -93,7 +93,7 @@ def piece(row: Any, where: str) -> Piece:
             return "chat", (_messages(row[column], where), where)
     for column, value in texts.items():
         if not isinstance(value, str):
-            raise DataError(f"data {where!r} holds {_what(value)} in its column {column!r}; make it one text a row")
+            raise DataError(f"data {where!r}", f"holds {_what(value)} in its column {column!r}", "make it one text a row")
     if not any(column in row for column in COLUMNS):
         raise _no_column(row, where)
     return "text", ""
@@ -134,7 +134,7 @@ def _column_rows(file: Path, kind: str) -> Iterator[Any]:
             for start in range(0, len(batch), BATCH):
                 yield from batch.slice(start, BATCH).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"data {str(file)!r} is not a readable {kind[1:]} file ({first_line(error)})") from None
+        raise DataError(f"data {str(file)!r}", f"is not a readable {kind[1:]} file ({first_line(error)})") from None
 
 
 def _arrow_reader(file: Path) -> Any:
@@ -160,7 +160,7 @@ def _table_rows(file: Path, kind: str) -> Iterator[Any]:
                     raise csv.Error("more fields than the first line has names")
                 yield row
         except csv.Error as error:
-            raise DataError(f"data {str(file)!r} is not {kind[1:].upper()} ({error}: line {reader.line_num})") from None
+            raise DataError(f"data {str(file)!r}", f"is not {kind[1:].upper()} ({error}: line {reader.line_num})") from None
 
 
 def _has_lines(file: Path) -> bool:
@@ -183,7 +183,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data {str(file)!r} is not JSON ({error})") from None
+        raise DataError(f"data {str(file)!r}", f"is not JSON ({error})") from None
     yield from value if isinstance(value, list) else [value]
 
 
@@ -195,10 +195,10 @@ def _line_rows(file: Path) -> Iterator[Any]:
                     yield json.loads(line.strip())
                 except json.JSONDecodeError as error:
                     where = f"line {number}, column {error.colno}"
-                    raise DataError(f"data {str(file)!r} is not JSON lines ({error.msg}: {where})") from None
+                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({error.msg}: {where})") from None
                 except (ValueError, RecursionError) as error:
                     why = str(error).partition(";")[0]
-                    raise DataError(f"data {str(file)!r} is not JSON lines ({why}: line {number})") from None
+                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({why}: line {number})") from None
 
 
 # -- rows to pieces ---------------------------------------------------------------------------------------------------------
@@ -206,24 +206,26 @@ def _line_rows(file: Path) -> Iterator[Any]:
 
 def _no_column(found: Iterable[Any], where: str) -> DataError:
     columns = ", ".join(map(str, found)) or "none"
-    return DataError(f"data {where!r} has no text column (found: {columns}); name one of {', '.join(TEXT_COLUMNS)} or input_ids")
+    return DataError(
+        f"data {where!r}", f"has no text column (found: {columns})", f"name one of {', '.join(TEXT_COLUMNS)} or input_ids"
+    )
 
 
 def _checked(text: str, where: str) -> str:
     if wrong := not_text(text):
-        raise DataError(f"data {where!r} holds {wrong}, which is no character of UTF-8 text; write it again without")
+        raise DataError(f"data {where!r}", f"holds {wrong}, which is no character of UTF-8 text", "write it again without")
     return text
 
 
 def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
     """The ids that an attention mask marks as text; all of them where there is none."""
     if not isinstance(ids, list):
-        raise DataError(f"data {where!r} has input_ids that are not whole numbers ({_what(ids)}); tokenize it again")
+        raise DataError(f"data {where!r}", f"has input_ids that are not whole numbers ({_what(ids)})", "tokenize it again")
     if mask is None:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
         length = len(mask) if isinstance(mask, list) else "no list"
-        raise DataError(f"data {where!r} has an attention_mask of {length} for {len(ids)} input_ids; tokenize it again")
+        raise DataError(f"data {where!r}", f"has an attention_mask of {length} for {len(ids)} input_ids", "tokenize it again")
     return [token for token, there in zip(ids, mask, strict=True) if there]
 
 
@@ -236,7 +238,7 @@ def _messages(given: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
             message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"data {where!r} holds a conversation whose messages are not of role and content; write them so")
+            raise DataError(f"data {where!r}", "holds a conversation whose messages are not of role and content", "write them so")
         messages.append(message)
     return messages
 

@@ -91,7 +91,7 @@ def task_names(language: str | None = None) -> tuple[str, ...]:
     names = tuple(task.name for task in TASKS if language in (None, task.language))
     if not names:
         languages = ", ".join(dict.fromkeys(task.language for task in TASKS))
-        raise TaskError(f"there are no tasks in the language {language!r}; there are some in {languages}")
+        raise TaskError(f"there are no tasks in the language {language!r}", remedy=f"there are some in {languages}")
     return names
 
 
@@ -104,12 +104,14 @@ def load_task(name_or_path: str | Path, *, seed: int = 0) -> Task:
     if path.suffix in (".jsonl", ".yaml", ".yml"):
         return _users(path, seed)
     if path.exists():
-        raise TaskError(f"{str(path)!r} is no task file; a task is a file of examples whose name ends in .jsonl, .yaml or .yml")
+        raise TaskError(
+            f"{str(path)!r}", "is no task file", "a task is a file of examples whose name ends in .jsonl, .yaml or .yml"
+        )
     near = get_close_matches(str(name_or_path), task_names(), 1)
     remedy = (
         f"did you mean {near[0]!r}?" if near else "`bridge tasks` lists those there are; a file's name ends in .jsonl or .yaml"
     )
-    raise TaskError(f"there is no task {str(name_or_path)!r}; {remedy}")
+    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=remedy)
 
 
 def _generated(templates: Templates, seed: int) -> Task:
@@ -222,7 +224,7 @@ def reverse_pair(example: Example) -> Example:
 def _users(path: Path, seed: int) -> Task:
     entries = list(_entries(path))
     if not entries:
-        raise TaskError(f"{path} has no examples; give one per line" + ("" if path.suffix == ".jsonl" else ", each after a dash"))
+        raise TaskError(path, "has no examples", "give one per line" + ("" if path.suffix == ".jsonl" else ", each after a dash"))
     examples: list[Example] = []
     splits: list[Split | None] = []
     line_of: dict[str, int] = {}
@@ -231,11 +233,15 @@ def _users(path: Path, seed: int) -> Task:
         example, split = _example(values, where)
         for text in (example.prompt, example.counterfactual):
             if text in line_of:
-                raise TaskError(f"{where}: the prompt {_short(text)} is in line {line_of[text]} already; keep one of the two")
+                raise TaskError(
+                    f"{where}: the prompt {_short(text)}", f"is in line {line_of[text]} already", "keep one of the two"
+                )
             line_of[text] = line
         if splits and (split is None) != (splits[0] is None):
             given, other = ("none", "has one") if split is None else ("one", "has none")
-            raise TaskError(f"{where}: it has {given} of split, line {entries[0][0]} {other}; give a split to all or to none")
+            raise TaskError(
+                f"{where}: it", f"has {given} of split, line {entries[0][0]} {other}", "give a split to all or to none"
+            )
         examples.append(example)
         splits.append(split)
     if splits[0] is None:
@@ -250,7 +256,9 @@ def _users(path: Path, seed: int) -> Task:
 def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
     if count < len(SPLITS):
         raise TaskError(
-            f"{path} has {count} example{'' if count == 1 else 's'}, too few to split in three; add some, or give each a split"
+            f"{path}",
+            f"has {count} example{'' if count == 1 else 's'}, too few to split in three",
+            "add some, or give each a split",
         )
     n_held_out = max(1, round(HELD_OUT * count))
     order = random.Random(f"{seed} split").sample(range(count), count)
@@ -262,9 +270,11 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TaskError(f"there is no file {str(path)!r}; give the path of a task file, or the name of a built-in task") from None
+        raise TaskError(
+            f"there is no file {str(path)!r}", remedy="give the path of a task file, or the name of a built-in task"
+        ) from None
     except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise TaskError(f"{path}", f"is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -272,7 +282,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
                     why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
-                    raise TaskError(f"{path}, line {number}: not JSON ({why}); write one object per line") from None
+                    raise TaskError(f"{path}, line {number}: not JSON ({why})", remedy="write one object per line") from None
         return
     try:
         loader = yaml.SafeLoader(text)
@@ -280,23 +290,25 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         if root is None:
             return
         if not isinstance(root, yaml.SequenceNode):
-            raise TaskError(f"{path}, line 1: not a list; begin each example with a dash")
+            raise TaskError(f"{path}, line 1: not a list", remedy="begin each example with a dash")
         for node in root.value:
             line = node.start_mark.line + 1
             try:
                 value = loader.construct_document(node)
             except (ValueError, LookupError, AttributeError) as error:
                 why = str(error).partition(";")[0] if isinstance(error, ValueError) else "of another type than its tag says"
-                raise TaskError(f"{path}, line {line}: not a value that YAML reads ({why}); put texts in quotes") from None
+                raise TaskError(
+                    f"{path}, line {line}: not a value that YAML reads ({why})", remedy="put texts in quotes"
+                ) from None
             yield line, value
     except RecursionError:
-        raise TaskError(f"{path}: nested too deeply; an example is keys and texts") from None
+        raise TaskError(f"{path}: nested too deeply", remedy="an example is keys and texts") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise TaskError(f"{path}{line}: not YAML ({error.problem}); quote texts that have marks in them") from None
+        raise TaskError(f"{path}{line}: not YAML ({error.problem})", remedy="quote texts that have marks in them") from None
     except yaml.YAMLError as error:
-        raise TaskError(f"{path}: not YAML ({' '.join(str(error).split())}); remove what is not text") from None
+        raise TaskError(f"{path}: not YAML ({' '.join(str(error).split())})", remedy="remove what is not text") from None
 
 
 _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "split")
@@ -304,28 +316,28 @@ _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "sp
 
 def _example(values: Any, where: str) -> tuple[Example, Split | None]:
     if not isinstance(values, dict):
-        raise TaskError(f"{where}: {_short(values)} is no example; write prompt, counterfactual, answer and wrong as keys")
+        raise TaskError(f"{where}: {_short(values)}", "is no example", "write prompt, counterfactual, answer and wrong as keys")
     for key in values:
         if key not in _KEYS:
             near = get_close_matches(str(key), _KEYS, 1)
             remedy = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"
-            raise TaskError(f"{where}: there is no key {key!r}; {remedy}")
+            raise TaskError(f"{where}: there is no key {key!r}", remedy=remedy)
     prompts = []
     for key in ("prompt", "counterfactual"):
         if key not in values:
-            raise TaskError(f"{where}: there is no {key}; a pair needs both prompts, add it")
+            raise TaskError(f"{where}: there is no {key}", remedy="a pair needs both prompts, add it")
         prompts.append(_text(values[key], key, where))
     if prompts[0] == prompts[1]:
-        raise TaskError(f"{where}: prompt and counterfactual are the same; change what decides the answer")
+        raise TaskError(f"{where}: prompt and counterfactual", "are the same", "change what decides the answer")
     answer, wrong = _side(values, "answer", "wrong", where), _side(values, "wrong", "answer", where)
     if not answer and not wrong:
-        raise TaskError(f"{where}: answers and wrongs are each what the other is not; spell one of them out")
+        raise TaskError(f"{where}: answers and wrongs", "are each what the other is not", "spell one of them out")
     for spelling in answer:
         if spelling in wrong:
-            raise TaskError(f"{where}: {spelling!r} is both an answer and a wrong one; remove it from one of them")
+            raise TaskError(f"{where}: {spelling!r}", "is both an answer and a wrong one", "remove it from one of them")
     split = values.get("split")
     if "split" in values and split not in SPLITS:
-        raise TaskError(f"{where}: there is no split {_short(split)}; it is one of {', '.join(SPLITS)}")
+        raise TaskError(f"{where}: there is no split {_short(split)}", remedy=f"it is one of {', '.join(SPLITS)}")
     prompt, counterfactual = prompts
     return Example(prompt, counterfactual, answer, wrong, _difference(prompt, counterfactual)), split
 
@@ -334,26 +346,26 @@ def _side(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
     """The spellings of an answer, given as `answer` or `answers`; none where it is any token but the other's."""
     several = f"{one}s"
     if one in values and several in values:
-        raise TaskError(f"{where}: there are both {one} and {several}; keep one of them")
+        raise TaskError(f"{where}: there are both {one} and {several}", remedy="keep one of them")
     if one in values:
         return (_text(values[one], one, where),)
     if several not in values:
-        raise TaskError(f"{where}: there is no {one}; give {one}, or {several}: a list of spellings, or 'not {other}s'")
+        raise TaskError(f"{where}: there is no {one}", remedy=f"give {one}, or {several}: a list of spellings, or 'not {other}s'")
     given = values[several]
     if given == f"not {other}s":
         return ()
     if not isinstance(given, list) or not given:
-        raise TaskError(f"{where}: {several} is {_short(given)}, not a list of spellings; write some, or 'not {other}s'")
+        raise TaskError(f"{where}: {several}", f"is {_short(given)}, not a list of spellings", f"write some, or 'not {other}s'")
     return tuple(dict.fromkeys(_text(spelling, several, where) for spelling in given))
 
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise TaskError(f"{where}: {key} has {_short(value)}, which is not text; put it in quotes")
+        raise TaskError(f"{where}: {key}", f"has {_short(value)}, which is not text", "put it in quotes")
     if not value:
-        raise TaskError(f"{where}: {key} has an empty text; write what it is")
+        raise TaskError(f"{where}: {key}", "has an empty text", "write what it is")
     if wrong := not_text(value):
-        raise TaskError(f"{where}: {key} holds {wrong}, which is no character of UTF-8 text; write the whole character")
+        raise TaskError(f"{where}: {key}", f"holds {wrong}, which is no character of UTF-8 text", "write the whole character")
     return value
 
 

@@ -201,7 +201,7 @@ def resolve(
     try:
         return _resolve(task, Prompts.of(prompts), context, splits)
     except PromptError as error:
-        raise TaskError(f"task {task.name!r} cannot be read: {error}") from None
+        raise TaskError(f"task {task.name!r} cannot be read:", error.problem, error.remedy) from None
 
 
 def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence[Split]) -> Resolved:
@@ -347,7 +347,7 @@ def _pooled(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
 def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
     """Score a model on pairs, which are on its device. Raises TaskError where there are none."""
     if not len(pairs):
-        raise TaskError("there are no pairs to score; take another split, or a tokenizer that the task's prompts suit")
+        raise TaskError("there are no pairs to score", remedy="take another split, or a tokenizer that the task's prompts suit")
     prompts = pairs.both()
     rows = max(1, min(64, _LOGITS // (prompts.prompt_bt.shape[1] * model.vocabulary)))
     differences = []

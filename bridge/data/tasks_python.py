@@ -8,6 +8,21 @@ _NEWLINE = ("\n", "\n\n", "\n\n\n", "\n    x", "\n        x", "\n            x",
 _COLON = (":", ":\n")
 _AFTER_IF = (" ==", " is", " in", " !=", ":", " and", " or", " not", " <", " >")
 
+_SET_OR_STRING = (
+    "def $f($b):\n    $a = «set|str»()\n    for $c in $b:\n        $a",
+    "def $f(self, $b):\n    $a = «set|str»()\n    for $c in self.$b:\n        if $c:\n            $a",
+    "    $a = «set|str»()\n    for $c, $d in $b.items():\n        $a",
+    "def $f(self):\n    $a = «set|str»($b)\n    if $c:\n        $a",
+    "def $f(self, $b, $c):\n    $a = «set|str»($b)\n    $a",
+    "class $C:\n    def $f(self):\n        $a = «set|str»()\n        while self.$b:\n            $a",
+    "def $f($b, $d):\n    $a = «set|str»()\n    if $b:\n        $a",
+    "    def $f(self):\n        $a = «set|str»(self.$b)\n        for $c in self.$d:\n            $a",
+    "    $a = «set|str»($b)\n    for $c in $d:\n        $a",
+    "def $f($b):\n    $a = «set|str»()\n    while $b:\n        $c = $b.pop()\n        $a",
+    "class $C:\n    def $f(self, $b):\n        $a = «set|str»($b)\n        $a",
+    "def $f($b):\n    $c = 0\n    $a = «set|str»()\n    for $d in $b:\n        $a",
+)  # fmt: skip
+
 PYTHON: tuple[Templates, ...] = (
     Templates(
         "single_double_quote", "python", "a string ends with the quote that began it",
@@ -52,38 +67,11 @@ PYTHON: tuple[Templates, ...] = (
     Templates(
         "set_or_string", "python", "a set is added to, a string appended to",
         (".add", ".update"), (" +=", " = "),
-        (
-            "def $f($b):\n    $a = «set|str»()\n    for $c in $b:\n        $a",
-            "def $f(self, $b):\n    $a = «set|str»()\n    for $c in self.$b:\n        if $c:\n            $a",
-            "    $a = «set|str»()\n    for $c, $d in $b.items():\n        $a",
-            "def $f(self):\n    $a = «set|str»($b)\n    if $c:\n        $a",
-            "def $f(self, $b, $c):\n    $a = «set|str»($b)\n    $a",
-            "class $C:\n    def $f(self):\n        $a = «set|str»()\n        while self.$b:\n            $a",
-            "def $f($b, $d):\n    $a = «set|str»()\n    if $b:\n        $a",
-            "    def $f(self):\n        $a = «set|str»(self.$b)\n        for $c in self.$d:\n            $a",
-            "    $a = «set|str»($b)\n    for $c in $d:\n        $a",
-            "def $f($b):\n    $a = «set|str»()\n    while $b:\n        $c = $b.pop()\n        $a",
-            "class $C:\n    def $f(self, $b):\n        $a = «set|str»($b)\n        $a",
-            "def $f($b):\n    $c = 0\n    $a = «set|str»()\n    for $d in $b:\n        $a",
-        ),
+        _SET_OR_STRING,
     ),
     Templates(
         "set_or_string_fixedvarname", "python", "a set is added to, a string appended to; the variable is always `current`",
-        (".add", ".update"), (" +=", " = "),
-        (
-            "def $f($b):\n    current = «set|str»()\n    for $c in $b:\n        current",
-            "def $f(self, $b):\n    current = «set|str»()\n    for $c in self.$b:\n        if $c:\n            current",
-            "    current = «set|str»()\n    for $c, $d in $b.items():\n        current",
-            "def $f(self):\n    current = «set|str»($b)\n    if $c:\n        current",
-            "def $f(self, $b, $c):\n    current = «set|str»($b)\n    current",
-            "class $C:\n    def $f(self):\n        current = «set|str»()\n        while self.$b:\n            current",
-            "def $f($b, $d):\n    current = «set|str»()\n    if $b:\n        current",
-            "    def $f(self):\n        current = «set|str»(self.$b)\n        for $c in self.$d:\n            current",
-            "    current = «set|str»($b)\n    for $c in $d:\n        current",
-            "def $f($b):\n    current = «set|str»()\n    while $b:\n        $c = $b.pop()\n        current",
-            "class $C:\n    def $f(self, $b):\n        current = «set|str»($b)\n        current",
-            "def $f($b):\n    $c = 0\n    current = «set|str»()\n    for $d in $b:\n        current",
-        ),
+        (".add", ".update"), (" +=", " = "), tuple(text.replace("$a", "current") for text in _SET_OR_STRING),
     ),
     Templates(
         "class_init", "python", "an attribute is assigned the parameter of its name",

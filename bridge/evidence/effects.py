@@ -27,7 +27,6 @@ from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import active_nodes, some
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
-NODES = 60
 LEAST_NODES = 10  # nodes, below which ranks say nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
 DRAWS, PERMUTATIONS = 500, 2000  # of the bootstrap, and of the null

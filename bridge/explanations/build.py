@@ -31,8 +31,10 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.circuits.search import Nested, find_nested
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.patching import Counterfactual
-from bridge.explanations.explanation import (
+from bridge.explanations.explanation import ExplainError, Explanation
+from bridge.explanations.parts import (
     Answer,
     Answered,
     Counts,
@@ -40,8 +42,6 @@ from bridge.explanations.explanation import (
     ExplainedEdge,
     ExplainedGroup,
     ExplainedNode,
-    ExplainError,
-    Explanation,
     Provenance,
     Token,
 )
@@ -81,7 +81,7 @@ def explain(
     config: SearchConfig | None = None,
     seed: int = 0,
     reference_bt: Tensor | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
     stage: Callable[[Answered | Drawn], None] | None = None,
 ) -> Explanation:
     """Explain the dense model's next token after a prompt: why it is `target` at all, or rather than `contrast`:
@@ -92,20 +92,22 @@ def explain(
     given the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the search.
     Raises PromptError or ExplainError.
     """
-    on_progress, on_stage = progress or (lambda _: None), stage or (lambda _: None)
+    on_progress, on_stage = progress or unseen, stage or (lambda _: None)
     config = replace(config or SearchConfig(), seed=seed)
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
-        raise ExplainError("the coupling holds no reference text to take corpus means over; pass reference_bt, blocks of tokens")
+        raise ExplainError(
+            "the coupling", "holds no reference text to take corpus means over", "pass reference_bt, blocks of tokens"
+        )
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
-    on_progress("tokens: both models' answers")
+    on_progress(Phase("tokens: both models' answers"))
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
     patched_to = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
     question = question_of(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_rows(coupling, reference_bt)
-    on_progress(f"means: {used_bt.numel():,} tokens of reference text")
+    on_progress(Phase(f"means: {used_bt.numel():,} tokens of reference text"))
     means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
     alone = masked.space.size <= SHORT and not isinstance(coupling.sparse, SparseSpan)  # whose dense model is the longer part
@@ -113,18 +115,18 @@ def explain(
         loss = CircuitLoss(masked, followed.dense_bv, config)
         answered = _answered(coupling, prompt, loss)
         on_stage(answered)
-        on_progress("search")
+        on_progress(Phase("search"))
         nested = find_nested(loss, on_progress) if abs(loss.span) >= config.least_span else _none_found(loss)
         kept_f = nested.kept(config.opening)
-        on_progress("edges")
+        on_progress(Phase("edges"))
         flow = flow_through(masked, kept_f)
         edges = draw_edges(flow, MOST_SUMMED, on_progress)
         pruned = prune_edges(loss, flow, edges, nested.levels[config.opening], seed)
-        on_progress("groups")
+        on_progress(Phase("groups"))
         groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
         drawn = _drawn(coupling, loss, nested, flow, edges, pruned, groups)
         on_stage(drawn)
-        on_progress("attention")
+        on_progress(Phase("attention"))
         attention = explain_attention(flow)
         scores = replacement_and_completeness(masked, kept_f)
         evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), patched_to, seed=seed, progress=on_progress)
@@ -162,9 +164,9 @@ def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
     """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises ExplainError."""
     if len(other_t) != len(tokens_t):
         counts = f"{len(other_t)} tokens and the prompt {len(tokens_t)}"
-        raise ExplainError(f"the counterfactual has {counts}; give one of equal length, so that positions are the same")
+        raise ExplainError("the counterfactual", f"has {counts}", "give one of equal length, so that positions are the same")
     if torch.equal(other_t.to(tokens_t), tokens_t):
-        raise ExplainError("the counterfactual is the prompt itself; change what decides the answer")
+        raise ExplainError("the counterfactual", "is the prompt itself", "change what decides the answer")
     return other_t
 
 
@@ -176,7 +178,7 @@ def question_of(
     against = None if contrast is None else prompts.target(contrast, prompt, "contrast")
     if answer == against:
         whose = "the dense model's own answer" if target is None else f"both {token_of(prompts, answer)}"
-        raise ExplainError(f"target and contrast are {whose}; name two different tokens")
+        raise ExplainError("target and contrast", f"are {whose}", "name two different tokens")
     return Question.of_prompt(tokens_t, answer, against)
 
 

@@ -69,9 +69,9 @@ def export(
     """
     path = Path(path)
     if to not in FORMATS:
-        raise ExportError(f"there is no format {to!r}; --to is one of {', '.join(FORMATS)}")
+        raise ExportError(f"there is no format {to!r}", remedy=f"‹to› is one of {', '.join(FORMATS)}")
     if to != "neuronpedia" and (scan is not None or features_url is not None):
-        raise ExportError(f"--scan and --features-url are Neuronpedia's, and --to is {to}; leave them out")
+        raise ExportError("‹scan› and ‹features_url›", f"are Neuronpedia's, and ‹to› is {to}", "leave them out")
     try:
         if to == "graphml":
             return _write_graphml(explanation, path)
@@ -80,11 +80,11 @@ def export(
             return _write_local(explanation, path, slug, pages or {})
         if scan is None:
             raise ExportError(
-                "Neuronpedia files graphs under its own ids of models, and none was given; give --scan, such as gpt2-small"
+                "Neuronpedia", "files graphs under its own ids of models, and none was given", "give ‹scan›, such as gpt2-small"
             )
         return _write_neuronpedia(explanation, path, slug, _checked("scan", scan), features_url, pages or {})
     except OSError as error:
-        raise ExportError(f"could not write {str(path)!r} ({error.strerror or error}); name another place") from None
+        raise ExportError(f"could not write {str(path)!r} ({error.strerror or error})", remedy="name another place") from None
 
 
 def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
@@ -176,8 +176,9 @@ def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mappi
     for other in graphs:
         if other.get("scan") == LOCAL_SCAN and other.get("generation_settings") != settings["generation_settings"]:
             raise ExportError(
-                f"{str(folder)!r} holds graphs of another coupling ({other.get('slug')!r}), whose features have the same "
-                f"numbers; name another folder"
+                f"{str(folder)!r}",
+                f"holds graphs of another coupling ({other.get('slug')!r}), whose features have the same numbers",
+                "name another folder",
             )
     features = features_json(explanation, pages, rows=2)
     (folder / "features").mkdir(parents=True, exist_ok=True)
@@ -197,19 +198,21 @@ def _write_neuronpedia(
     explanation: Explanation, file: Path, slug: str, scan: str, features_url: str | None, pages: Mapping[str, NodePage]
 ) -> Exported:
     if all(node.layer == 0 for node in opened(explanation) if node.kind != ERROR):
-        raise ExportError("no node is above block 0, and Neuronpedia opens no such graph; export --to circuit-tracer or graphml")
+        raise ExportError(
+            "no node", "is above block 0, and Neuronpedia opens no such graph", "export ‹to› circuit-tracer or graphml"
+        )
     extra: dict[str, Any] = {"node_threshold": SHOWN, **origin(explanation)}
     if features_url is None:
         extra["schema_version"] = 1
     elif re.fullmatch(r"https://[^\s<>\"]+", features_url):
         extra["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
     else:
-        raise ExportError(f"{features_url!r} is no place that Neuronpedia fetches features from; give an https:// address")
+        raise ExportError(f"{features_url!r}", "is no place that Neuronpedia fetches features from", "give an https:// address")
     graph = graph_json(explanation, slug, scan, rows=1, extra=extra)
     text = json.dumps(graph, allow_nan=False)
     if not SMALLEST <= len(text) <= LARGEST:
         raise ExportError(
-            f"the graph is {len(text):,} bytes, and Neuronpedia takes {SMALLEST:,} to {LARGEST:,}; use --to graphml"
+            "the graph", f"is {len(text):,} bytes, and Neuronpedia takes {SMALLEST:,} to {LARGEST:,}", "use ‹to› graphml"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     features = {} if features_url is None else features_json(explanation, pages, rows=1)
@@ -234,7 +237,7 @@ def _listed(file: Path) -> list[dict[str, Any]]:
     except CheckpointError:
         graphs = None
     if not isinstance(graphs, list) or not all(isinstance(graph, dict) for graph in graphs):
-        raise ExportError(f"{str(file)!r} is no list of graphs as circuit-tracer writes it; mend it, or name another folder")
+        raise ExportError(f"{str(file)!r}", "is no list of graphs as circuit-tracer writes it", "mend it, or name another folder")
     return graphs
 
 
@@ -255,7 +258,9 @@ def _slug(explanation: Explanation) -> str:
 
 def _checked(role: str, text: str) -> str:
     if text == "graph-metadata":
-        raise ExportError(f"--{role} {text!r} is the name of the list of graphs, graph-metadata.json; give another")
+        raise ExportError(f"‹{role}› {text!r}", "is the name of the list of graphs, graph-metadata.json", "give another")
     if _SLUG.fullmatch(text) is None:
-        raise ExportError(f"--{role} {text!r} cannot be one: letters, digits, _ . and -, at most 100, no dot in front; mend it")
+        raise ExportError(
+            f"‹{role}› {text!r}", "cannot be one: letters, digits, _ . and -, at most 100, no dot in front", "mend it"
+        )
     return text

@@ -112,11 +112,11 @@ def embedded_json(data: Any) -> str:
 def write_page(path: str | Path, html: str) -> None:
     """Write a page, atomically. Raises PageError where that cannot be done."""
     try:
-        write_text(check_target(path, "--html"), html)
+        write_text(check_target(path, "html"), html)
     except CheckpointError as error:
-        raise PageError(str(error)) from None
+        raise PageError(error.what, error.rule, error.remedy) from None
     except OSError as error:
-        raise PageError(f"could not write {str(path)!r} ({error.strerror}); free space or name another file") from None
+        raise PageError(f"could not write {str(path)!r} ({error.strerror})", remedy="free space or name another file") from None
 
 
 def _digest(text: str) -> str:

@@ -18,7 +18,7 @@ from bridge.display import html as display
 from bridge.display.columns import columns
 from bridge.evidence.measures import EVIDENCE, evidence_row, evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
-from bridge.explanations.explanation import Answer, Answered, ExplainedEdge, ExplainedGroup, ExplainedNode, Explanation
+from bridge.explanations.parts import Answer, Answered, Explained, ExplainedEdge, ExplainedGroup, ExplainedNode
 from bridge.graph.attention import Read
 from bridge.graph.paths import strongest_paths
 from bridge.models.schema import ERROR
@@ -34,7 +34,7 @@ _HEAD = 10  # columns, in which a section's name stands
 # -- as text ----------------------------------------------------------------------------------------------------------------
 
 
-def render_text(explanation: Explanation, width: int = 100, *, answer: bool = True) -> str:
+def render_text(explanation: Explained, width: int = 100, *, answer: bool = True) -> str:
     """The explanation for a terminal `width` columns wide; without the answer where that has been shown already."""
     where = explanation.provenance
     span = "" if where.blocks is None else f" of blocks {where.blocks}, before and behind which the dense model runs"
@@ -97,12 +97,12 @@ def _answers(answers: tuple[Answer, ...]) -> str:
     return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:4])
 
 
-def _verdict(explanation: Explanation, width: int) -> list[str]:
+def _verdict(explanation: Explained, width: int) -> list[str]:
     report = explanation.report
     return _wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width)
 
 
-def _circuits(explanation: Explanation, width: int) -> list[str]:
+def _circuits(explanation: Explained, width: int) -> list[str]:
     """The nested circuits as a table, and the shares of the span that flow through nodes and errors."""
     heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     rows: list[tuple[str, ...]] = [heads]
@@ -146,7 +146,7 @@ def _numbers(each: NestedCircuit) -> tuple[str, ...]:
 # -- the path ---------------------------------------------------------------------------------------------------------------
 
 
-def _path(explanation: Explanation, width: int) -> list[str]:
+def _path(explanation: Explained, width: int) -> list[str]:
     groups = {f"group:{group.id}": group for group in explanation.groups}
     lines: list[str] = []
     described: set[str] = set()
@@ -164,7 +164,7 @@ def _path(explanation: Explanation, width: int) -> list[str]:
     return lines or ["PATH      No group adds anything to the answer."]
 
 
-def _end(explanation: Explanation, end: str) -> str:
+def _end(explanation: Explained, end: str) -> str:
     """An end of a group edge in words."""
     kind, _, where = end.partition(":")
     if kind == "answer":
@@ -177,7 +177,7 @@ def _end(explanation: Explanation, end: str) -> str:
     return f"error at site {site}, token {position}"
 
 
-def _groups(explanation: Explanation, width: int) -> list[str]:
+def _groups(explanation: Explained, width: int) -> list[str]:
     """Every group of a small circuit in the order of the computation, the strongest of a large one."""
     shown = set(
         sorted((group.id for group in explanation.groups), key=lambda id: -abs(explanation.groups[id].effect))[:LISTED_GROUPS]
@@ -193,7 +193,7 @@ def _groups(explanation: Explanation, width: int) -> list[str]:
     return lines
 
 
-def _group(explanation: Explanation, group: ExplainedGroup, width: int) -> list[str]:
+def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[str]:
     dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
     count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
     head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
@@ -218,7 +218,7 @@ def _what(group: ExplainedGroup, name: str) -> str:
     return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name}"
 
 
-def _nodes(explanation: Explanation, width: int) -> list[str]:
+def _nodes(explanation: Explained, width: int) -> list[str]:
     opened = [node for node in explanation.nodes if node.effect is not None]
     shown = sorted(opened, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
     inputs: dict[str, list[ExplainedEdge]] = {}
@@ -256,7 +256,7 @@ def _input(edge: ExplainedEdge, position: int) -> str:
     return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
 
 
-def _attention(explanation: Explanation, width: int) -> list[str]:
+def _attention(explanation: Explained, width: int) -> list[str]:
     if not explanation.attention:
         return ["ATTENTION No head of the circuit does anything for d."]
     left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
@@ -279,7 +279,7 @@ def _attention(explanation: Explanation, width: int) -> list[str]:
     return lines
 
 
-def _read(explanation: Explanation, read: Read) -> str:
+def _read(explanation: Explained, read: Read) -> str:
     return f"{quoted(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
 
 
@@ -311,7 +311,7 @@ def _cut(line: str, width: int) -> str:
 # -- in a notebook ------------------------------------------------------------------------------------------------------------
 
 
-def render_html(explanation: Explanation) -> str:
+def render_html(explanation: Explained) -> str:
     """The explanation as a piece of HTML: question, what d owes to each token, verdict, nested circuits, groups, evidence."""
     effects = [0.0] * len(explanation.tokens)
     for node in explanation.nodes:
@@ -342,7 +342,7 @@ def render_html(explanation: Explanation) -> str:
     )
 
 
-def _group_table(explanation: Explanation) -> str:
+def _group_table(explanation: Explained) -> str:
     largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
     rows = []
     for group in explanation.groups:
@@ -353,7 +353,7 @@ def _group_table(explanation: Explanation) -> str:
     return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
 
 
-def _node_table(explanation: Explanation) -> str:
+def _node_table(explanation: Explained) -> str:
     strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
     largest = max((abs(node.effect or 0) for node in strongest), default=0) or 1.0
     rows = [

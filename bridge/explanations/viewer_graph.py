@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import UserError
-from bridge.explanations.explanation import ExplainedNode, Explanation, Token
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import ExplainedNode, Token
 from bridge.explanations.text import question
 from bridge.models.schema import ERROR, KINDS, MLP_KINDS
 from bridge.nodes.description import Excerpt, NodePage
@@ -49,14 +50,14 @@ def place(explanation: Explanation, name: str) -> dict[str, Any]:
     """Layer (-1: none), kind, index and position of a node, or of an end of an edge that is none (embedding, bigram, answer)."""
     match = _END.fullmatch(name)
     if match is None or int(match[4]) >= len(explanation.tokens):
-        raise ExportError(f"the explanation has a node {name!r} that is at no token of its prompt; explain again")
+        raise ExportError("the explanation", f"has a node {name!r} that is at no token of its prompt", "explain again")
     return {"layer": int(match[1] or -1), "kind": match[2], "index": int(match[3]), "position": int(match[4])}
 
 
 def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The graph: metadata, the state of the page, nodes and links; `rows` to a block."""
     if len(explanation.tokens) < 2:
-        raise ExportError("the prompt is a single token, of which the viewers drop every node; export --to graphml")
+        raise ExportError("the prompt", "is a single token, of which the viewers drop every node", "export ‹to› graphml")
     last, answer = len(explanation.tokens) - 1, rows * _blocks(explanation) + 1
     asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
     logits = [f"{answer}_{token.id}_{last}" for token in asked]
@@ -117,7 +118,7 @@ def _row(node: ExplainedNode, rows: int, answer: int) -> int:
     if node.kind == ERROR:  # before the sublayer that reads its site, where blocks have two; the last below the answer
         return min(node.layer * rows // 2, answer - 1)
     if node.kind not in KINDS:
-        raise ExportError(f"the explanation has a node {node.id!r} of a kind {node.kind!r} that there is not; explain again")
+        raise ExportError("the explanation", f"has a node {node.id!r} of a kind {node.kind!r} that there is not", "explain again")
     return rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from bridge.circuits.error_nodes import Followed, follow, reference_means, refer
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.errors import UserError
 from bridge.evidence.bootstrap import interval
 from bridge.evidence.carry import Transporter
@@ -83,21 +84,21 @@ def diff(
     contrast: str | int | None = None,
     config: DiffConfig | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Diff:
     """The changes to the answers to some prompts by the fine-tune that `tuned` was adapted to, beside the coupling `base`.
 
     The question is why the fine-tuned model's answer (or `target`) follows, against all others (or `contrast`). Raises DiffError
     where `tuned` does not go on from a coupling such as `base`, PromptError or ExplainError for a prompt that cannot be asked.
     """
-    config, on_progress = config or DiffConfig(), progress or (lambda _: None)
+    config, on_progress = config or DiffConfig(), progress or unseen
     check_pair(base, tuned)
     texts = [prompts] if isinstance(prompts, str) else [*prompts]
     if not texts:
         raise DiffError("there is no prompt to compare on; give at least one")
     found = []
     for place, text in enumerate(texts, 1):
-        on_progress(f"prompt {place} of {len(texts)}")
+        on_progress(Phase("prompts", place, len(texts)))
         found.append(_of_prompt(base, tuned, text, target, contrast, config, seed))
     measure = _measure(base, [each for each in found if each.transplant is not None], config, seed)
     channels = _channels(found)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bridge.display.columns import columns
 from bridge.evidence.measures import Measure, evidence_table
-from bridge.explanations.explanation import Answer, Token
+from bridge.explanations.parts import Answer, Token
 
 FORMAT = 1
 Status = Literal["came", "went", "changed"]

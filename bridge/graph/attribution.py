@@ -32,7 +32,7 @@ Shape legend: r attn_out node, t token, n nodes of a location, e edge, s sparse 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +42,7 @@ from torch import Tensor
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import evenly
 from bridge.circuits.subject import SparseSubject
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.graph.flow import Flow, errors_before, flow_through
 from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
 from bridge.models.residual import Enter
@@ -159,7 +160,7 @@ class Edges:
 
 
 @torch.no_grad()
-def draw_edges(flow: Flow, most: int | None = None, progress: Callable[[str], None] = lambda _: None) -> Edges:
+def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unseen) -> Edges:
     """Every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
 
     progress is told between two locations, and may raise to end the work.
@@ -168,7 +169,7 @@ def draw_edges(flow: Flow, most: int | None = None, progress: Callable[[str], No
     parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
     for found in parts:
         for edges in found:
-            progress("edges")
+            progress(Phase("edges"))
             drawing.add(edges)
     return drawing.edges()
 

@@ -43,7 +43,7 @@ def adapter_folder(adapter: str) -> Path:
     """The folder with an adapter's files, downloaded where `adapter` is a hub id. Raises DenseModelError."""
     folder, who = Path(adapter), f"adapter {adapter!r}"
     if folder.is_file():
-        raise DenseModelError(f"{who} is a file; give the folder that PEFT's save_pretrained wrote")
+        raise DenseModelError(who, "is a file", "give the folder that PEFT's save_pretrained wrote")
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -52,13 +52,13 @@ def adapter_folder(adapter: str) -> Path:
             folder = Path(snapshot_download(adapter, allow_patterns=wanted))
         except Exception as error:
             where = "neither a folder here nor an adapter that the Hugging Face hub or its cache gives"
-            raise DenseModelError(f"{who} is {where}; give a folder ({first_line(error)})") from error
+            raise DenseModelError(who, f"is {where}", f"give a folder ({first_line(error)})") from error
     if not (folder / CONFIG).is_file():
         within = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))  # where PEFT puts one that has a name
         remedy = f"give {within[0]!r}, which has one" if within else "give the folder that PEFT's save_pretrained wrote"
-        raise DenseModelError(f"{who} has no {CONFIG}; {remedy}")
+        raise DenseModelError(who, f"has no {CONFIG}", remedy)
     if not (folder / WEIGHTS).is_file():
-        raise DenseModelError(f"{who} has no {WEIGHTS} (other weight files can run code); save it with PEFT's save_pretrained")
+        raise DenseModelError(who, f"has no {WEIGHTS} (other weight files can run code)", "save it with PEFT's save_pretrained")
     return folder
 
 
@@ -79,11 +79,11 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
             peft_model = get_peft_model(model, config)
             report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
         except Exception as error:
-            raise DenseModelError(f"{who} does not fit model {name!r} ({_reason(error)}); {remedy}") from error
+            raise DenseModelError(who, f"does not fit model {name!r} ({_reason(error)})", remedy) from error
     unused, unfilled = report.unexpected_keys, _unfilled(peft_model, report.missing_keys)
     for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
         if keys:
-            raise DenseModelError(f"{who} does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such); {remedy}")
+            raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", f"{remedy}")
     return merged(peft_model, who, name, n_added)
 
 
@@ -109,7 +109,7 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
             for rows, what in ((wanted_vd, "embeddings"), (wanted_btv[0, 0, :, None], "output weights")) if n_added else ():
                 if lost := int(rows[-n_added:].isnan().any(-1).sum()):
                     problem = f"{who} has no {what} for {lost} of the {n_added} tokens that it adds"
-                    raise DenseModelError(f"{problem}; give a model that was saved with it merged")
+                    raise DenseModelError(problem, remedy="give a model that was saved with it merged")
             for layer in model.modules():
                 if isinstance(layer, layer_types) and layer.disable_adapters:
                     if isinstance(layer, BaseTunerLayer) and layer.merged:
@@ -128,13 +128,15 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
         except DenseModelError:
             raise
         except Exception as error:
-            raise DenseModelError(f"{problem} ({_reason(error)}); {_OTHER_KIND}") from error
+            raise DenseModelError(f"{problem} ({_reason(error)})", remedy=_OTHER_KIND) from error
     for wanted, got, what in ((wanted_btv, got_btv, "logits"), (wanted_vd, got_vd, "embeddings")):
         if wanted.shape != got.shape:
-            raise DenseModelError(f"{problem}: with it there are {what} of another shape; {_OTHER_KIND}")
+            raise DenseModelError(f"{problem}: with it there", f"are {what} of another shape", _OTHER_KIND)
         error, tolerance = largest(got - wanted), max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest(wanted))
         if not error <= tolerance < torch.inf:
-            raise DenseModelError(f"{problem}: {what} would be off by {error:.2g} (tolerance {tolerance:.2g}); {_OTHER_KIND}")
+            raise DenseModelError(
+                f"{problem}: {what}", f"would be off by {error:.2g} (tolerance {tolerance:.2g})", f"{_OTHER_KIND}"
+            )
     return plain
 
 
@@ -153,15 +155,21 @@ def _config(folder: Path, who: str) -> PeftConfig:
             given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise DenseModelError(f"{who} has an {CONFIG} that cannot be read ({_reason(error)}); save it again with PEFT") from error
+        raise DenseModelError(
+            who, f"has an {CONFIG} that cannot be read ({_reason(error)})", "save it again with PEFT"
+        ) from error
     # PEFT leaves out settings that it does not know, such as those of later versions
     known = {*dir(config), "peft_version", "runtime_config"}
     if unknown := sorted(key for key, value in given.items() if value and key not in known):
-        raise DenseModelError(f"{who} has a setting that this version of PEFT does not know, {unknown[0]!r}; install a later one")
+        raise DenseModelError(
+            who, f"has a setting that this version of PEFT does not know, {unknown[0]!r}", "install a later one"
+        )
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise DenseModelError(f"{who} is for the task {config.task_type}; give one that was trained as a CAUSAL_LM")
+        raise DenseModelError(who, f"is for the task {config.task_type}", "give one that was trained as a CAUSAL_LM")
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
-        raise DenseModelError(f"{who} is {_kind(config)}, which changes no weights and cannot be merged into them; {_OTHER_KIND}")
+        raise DenseModelError(
+            who, f"is {_kind(config)}, which changes no weights and cannot be merged into them", f"{_OTHER_KIND}"
+        )
     return config
 
 

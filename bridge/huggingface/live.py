@@ -31,21 +31,21 @@ def check_weights(model: nn.Module, who: str) -> None:
     flagged = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     if away := [name for name, weight in weights.items() if weight.is_meta]:
         what = f"{len(away)} of its {len(weights)} weights are not in memory ({away[0]}: offloaded, or never loaded)"
-        raise DenseModelError(f"{who} cannot be read: {what}; load it whole, without a device_map that offloads")
+        raise DenseModelError(who, f"cannot be read: {what}", "load it whole, without a device_map that offloads")
     for name, value in [*weights.items(), *(model.state_dict().items() if flagged else ())]:
         sharded = type(value).__name__ in ("FlatParameter", "DTensor") or type(value.data).__name__ == "DTensor"
         if sharded:
-            raise DenseModelError(f"{who} cannot be read: {name} is sharded over processes; give the whole model")
+            raise DenseModelError(who, f"cannot be read: {name} is sharded over processes", "give the whole model")
         plain = isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
         if not plain or type(value) not in PLAIN or value.is_quantized:
             kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-            raise DenseModelError(f"{who} is quantized ({name} is {kind}); give it as it was before, or model.dequantize()")
+            raise DenseModelError(who, f"is quantized ({name} is {kind})", "give it as it was before, or model.dequantize()")
     if any(type(module).__module__.startswith(("torch.ao.", "torch.quantiz")) for module in model.modules()):
-        raise DenseModelError(f"{who} is quantized by torch; give it as it was before")
+        raise DenseModelError(who, "is quantized by torch", "give it as it was before")
     devices = sorted({str(weight.device) for weight in weights.values()})
     if len(devices) > 1:
         what = f"its weights are on several devices ({', '.join(devices)}), and bridge runs a dense model on one"
-        raise DenseModelError(f"{who} cannot be read: {what}; load it without device_map, or move it with model.to(...)")
+        raise DenseModelError(who, f"cannot be read: {what}", "load it without device_map, or move it with model.to(...)")
 
 
 def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:

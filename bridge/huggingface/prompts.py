@@ -93,7 +93,9 @@ class Prompts:
         both = set.intersection(*starts) if starts else {0}
         prefixes = {tuple(row[: min(both)]) for row, _ in pairs} if both else set()
         if not both or len(prefixes) > 1:
-            raise PromptError(f"the tokenizer of {self._who} changes a text's own tokens when it adds to them; give another one")
+            raise PromptError(
+                f"the tokenizer of {self._who} changes a text's own tokens when it adds to them", remedy="give another one"
+            )
         prefix = prefixes.pop() if prefixes else ()
         self._hold(prefix, "its tokenizer puts before every text")
         return prefix
@@ -135,15 +137,17 @@ class Prompts:
         """A prompt's tokens. Raises PromptError where it is empty, too long, or no text of the model's."""
         self.check()
         if wrong := not_text(prompt):
-            raise PromptError(f"the prompt holds {wrong}, which is no character of UTF-8 text; give it in UTF-8")
+            raise PromptError("the prompt", f"holds {wrong}, which is no character of UTF-8 text", "give it in UTF-8")
         remedy = "give the text whose next token is to be explained"
         (body,) = self.bodies([prompt]) if prompt else [[]]
         if self.special.issuperset(body):
             but = f" but for {self._listed(body)}" if body else ""
-            raise PromptError(f"the prompt is empty{but}; {remedy}")
+            raise PromptError("the prompt", f"is empty{but}", remedy)
         tokens = [*self._before(body), *body]
         if len(tokens) > context:
-            raise PromptError(f"the prompt is {len(tokens)} tokens long, and the context is {context}; give its last part only")
+            raise PromptError(
+                "the prompt", f"is {len(tokens)} tokens long, and the context is {context}", "give its last part only"
+            )
         return tokens
 
     def chat(self, text: str) -> str:
@@ -186,15 +190,17 @@ class Prompts:
         else:
             self.check()
             if wrong := not_text(given):
-                raise PromptError(f"{role} {given!r} holds {wrong}, which is no character of UTF-8 text; give one token in UTF-8")
+                raise PromptError(
+                    f"{role} {given!r}", f"holds {wrong}, which is no character of UTF-8 text", "give one token in UTF-8"
+                )
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
             token = self._named(_unescaped(given)) if token is None else token
             if token is None:
-                raise PromptError(self._unclear(given, prompt, role))
+                raise self._unclear(given, prompt, role)
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
             last = "" if self.vocabulary is None else f" to {self.vocabulary - 1}"
-            raise PromptError(f"{role} {given} is no token of the dense model; ids go from 0{last}")
+            raise PromptError(f"{role} {given}", "is no token of the dense model", f"ids go from 0{last}")
         return token
 
     def _named(self, text: str) -> int | None:
@@ -209,28 +215,30 @@ class Prompts:
         one = len(whole) == len(head) + 1 and whole[:-1] == head
         return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
 
-    def _unclear(self, given: str, prompt: str, role: str) -> str:
-        """The reason why a text names no token, and the tokens that it may mean."""
+    def _unclear(self, given: str, prompt: str, role: str) -> PromptError:
+        """The refusal of a text that names no token, with the tokens that it may mean."""
         unknown: Any = self._there().unk_token_id
         head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
         tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
         if tokens and set(tokens) == {unknown}:
-            return f"{role} {given!r} is not in the dense model's vocabulary; give one of its tokens"
+            return PromptError(f"{role} {given!r}", "is not in the dense model's vocabulary", "give one of its tokens")
         spaced = [self._named(f" {given}"), self._after_prompt(f" {given}", prompt)] if given else []
         meant: dict[int | None, None] = dict.fromkeys([self._spelled(given), *(alone if len(alone) == 1 else []), *spaced])
         near = [t for t in meant if t is not None and t != unknown and (self.vocabulary is None or t < self.vocabulary)]
-        pieces = f"{role} {given!r} is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
+        what, pieces = f"{role} {given!r}", f"is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
         if near:
-            return f"{pieces} and no single one after the prompt; it may mean {' or '.join(map(self._shown, near))}: give the #id"
+            meanings = " or ".join(map(self._shown, near))
+            return PromptError(what, f"{pieces} and no single one after the prompt", f"it may mean {meanings}: give the #id")
         such = f", such as {self.text(tokens[0])!r}" if tokens else ""
-        return f"{pieces}, and only a single token can be explained; give one{such}"
+        return PromptError(what, f"{pieces}, and only a single token can be explained", f"give one{such}")
 
     # -- within ---------------------------------------------------------------------------------------------------------
 
     def _there(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            absent, damaged = ", so no text can be read; load it with one", "; mend its files, or load the model with another"
-            raise PromptError(f"{self.missing}{damaged if self.damage else absent}")
+            if self.damage:
+                raise PromptError(self.missing, remedy="mend its files, or load the model with another")
+            raise PromptError(f"{self.missing},", "so no text can be read", "load it with one")
         return self.tokenizer
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -245,8 +253,9 @@ class Prompts:
         """Raise PromptError for a token beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
             raise PromptError(
-                f"{whose} {self._shown(beyond)}, and {self._who} has the ids 0 to {self.vocabulary - 1}: tokens were added to "
-                "the tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave the token out"
+                f"{whose} {self._shown(beyond)}, and {self._who}",
+                f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone",
+                "resize the model's embeddings (resize_token_embeddings), or leave the token out",
             )
 
     def _shown(self, token: int) -> str:

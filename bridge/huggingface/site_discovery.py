@@ -139,7 +139,7 @@ def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
     """A few rows of random tokens, none of them special."""
     config = model.config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise DenseModelError(f"{who} has no vocabulary, so it is not a language model; give a decoder-only causal one")
+        raise DenseModelError(who, "has no vocabulary, so it is not a language model", "give a decoder-only causal one")
     special = [value for key, value in config.to_dict().items() if key.endswith("token_id")]
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     shape = (PROBE_ROWS, min(PROBE_TOKENS, context or PROBE_TOKENS))
@@ -179,26 +179,26 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
         try:
             logits_btv = forward(model, tokens_bt)
         except AttributeError as error:
-            raise DenseModelError(f"{who} gives no logits; load it with its language-model head (...ForCausalLM)") from error
+            raise DenseModelError(who, "gives no logits", "load it with its language-model head (...ForCausalLM)") from error
         except Exception as error:
             reason = first_line(error)
-            raise DenseModelError(f"{who} does not run on tokens alone ({reason}); give a decoder-only causal model") from error
+            raise DenseModelError(who, f"does not run on tokens alone ({reason})", "give a decoder-only causal model") from error
     if logits_btv.shape[:2] != tokens_bt.shape:
-        raise DenseModelError(f"{who} gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
+        raise DenseModelError(who, f"gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
 
     half = tokens_bt.shape[1] // 2
     later_changed_bt = torch.cat([tokens_bt[:, :half], tokens_bt[:, half:].roll(1, 0)], 1)
     effect = largest((forward(model, later_changed_bt) - logits_btv)[:, :half])
     if not effect <= 16 * torch.finfo(logits_btv.dtype).eps * largest(logits_btv):
         message = f"{who} is not causal: changing later tokens changes earlier logits by up to {effect:.2g}"
-        raise DenseModelError(f"{message} (an encoder, such as BERT?); give a decoder-only model")
+        raise DenseModelError(f"{message} (an encoder, such as BERT?)", remedy="give a decoder-only model")
 
     stacks = [path for path, blocks in lists.items() if all(len(calls[block]) == 1 for block in blocks)]
     stacks = [path for path in stacks if not any(path.startswith(f"{other}.") for other in stacks)]
     if len(stacks) != 1:
         found = f"{len(stacks)} such lists ({', '.join(stacks)})" if stacks else "no such list"
         wanted = f"a list of its {depth} blocks, each called once on the residual"
-        raise DenseModelError(f"{who} cannot be read at site 0: that takes {wanted}; found {found}")
+        raise DenseModelError(who, f"cannot be read at site 0: that takes {wanted}; found {found}")
     return [calls[block][0] for block in lists[stacks[0]]], logits_btv
 
 
@@ -215,15 +215,15 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
         except Exception as error:
             problem = f"block {index} does not run alone ({first_line(error)})"
             raise DenseModelError(
-                f"{who} cannot be read at site {site}: {problem}; this architecture is not supported"
+                who, f"cannot be read at site {site}: {problem}", "this architecture is not supported"
             ) from error
         if not call.gives(output_btd):
             problem = f"block {index} depends on more than its arguments"
-            raise DenseModelError(f"{who} cannot be read at site {site}: {problem}; this architecture is not supported")
+            raise DenseModelError(who, f"cannot be read at site {site}: {problem}", "this architecture is not supported")
         middle = _find_middle(call, seen)
         if middle is None and not _is_parallel(call, seen):
             what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
-            raise DenseModelError(f"{who} cannot be read at site {site + 1}: {what}")
+            raise DenseModelError(who, f"cannot be read at site {site + 1}: {what}")
         blocks.append(Block(call.block, middle, call.returns))
         site += 1 if middle is None else 2
     return tuple(blocks)

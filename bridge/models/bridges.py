@@ -36,7 +36,7 @@ from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.models.residual import Enter
 from bridge.models.span import DenseSpan, SparseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
-from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, unpack_nonzeros, write_folder
+from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, refused_unless_read, unpack_nonzeros, write_folder
 from bridge.recipe import Recipe, resolve
 
 FORMAT = 2
@@ -212,9 +212,9 @@ class Coupling:
         if facts.get("format") != FORMAT:
             found = facts.get("format")
             raise CheckpointError(
-                f"{str(folder)!r} has format {found!r}, and this version of bridge reads {FORMAT}; fit it again"
+                f"{str(folder)!r}", f"has format {found!r}, and this version of bridge reads {FORMAT}", "fit it again"
             )
-        try:
+        with refused_unless_read(f"{str(folder)!r}", "coupling", "fit it again"):
             recipe, known = resolve(facts["recipe"]), facts["dense"]
             sparse = sparse_of(recipe, tuple(known["sublayers"]), known["vocabulary"])
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
@@ -222,8 +222,6 @@ class Coupling:
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("name and place of its dense model are not texts")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{str(folder)!r} is no coupling that this version reads ({error}); fit it again") from None
         _check_numbers(folder, tensors, sparse.vocabulary)
         if not isinstance(dense, DenseModel):
             named = dense is None or isinstance(dense, (str, Path))
@@ -239,7 +237,9 @@ class Coupling:
                 if dense is not None:
                     raise
                 raise CheckpointError(
-                    f"dense model of {str(folder)!r} not found: {error}; or say where it is with --dense (in Python dense=...)"
+                    f"dense model of {str(folder)!r} not found:",
+                    error.problem,
+                    f"{error.remedy}; or say where it is with ‹dense›",
                 ) from None
         dense = dense_of(dense, recipe.sparse.blocks)
         shapes = [(list(one["sublayers"]), one["vocabulary"], one["width"]) for one in (known, shape_facts(dense))]
@@ -250,8 +250,9 @@ class Coupling:
             )
         if not fine_tuned and (difference := identity.difference(dense.identity())):
             raise CheckpointError(
-                f"the dense model {dense.name!r} is not the one {str(folder)!r} was fitted to ({fitted_to!r}): {difference}; "
-                "give that model with --dense (in Python dense=...), or fit again"
+                f"the dense model {dense.name!r}",
+                f"is not the one {str(folder)!r} was fitted to ({fitted_to!r}): {difference}",
+                "give that model with ‹dense›, or fit again",
             )
         state = {}
         for name, parameter in sparse.named_parameters():
@@ -265,7 +266,7 @@ class Coupling:
             sparse.load_state_dict(state)
             bridges.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         except RuntimeError:
-            raise CheckpointError(f"the tensors of {str(folder)!r} do not fit its recipe; fetch or fit it again") from None
+            raise CheckpointError(f"the tensors of {str(folder)!r}", "do not fit its recipe", "fetch or fit it again") from None
         sparse = sparse.to(dense.device).requires_grad_(False).eval()
         sparse.use_products()
         bridges.requires_grad_(False).eval()
@@ -334,12 +335,12 @@ def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) ->
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(
-                f"the tensor {name} of {str(folder)!r} holds numbers that are not finite; fetch or fit it again"
+                f"the tensor {name} of {str(folder)!r}", "holds numbers that are not finite", "fetch or fit it again"
             )
     text_bt = tensors.get("reference_bt")
     if text_bt is not None and text_bt.numel() and not 0 <= int(text_bt.min()) <= int(text_bt.max()) < vocabulary:
         raise CheckpointError(
-            f"the held-out text of {str(folder)!r} has tokens outside 0 to {vocabulary - 1}; fetch or fit it again"
+            f"the held-out text of {str(folder)!r}", f"has tokens outside 0 to {vocabulary - 1}", "fetch or fit it again"
         )
 
 
@@ -353,7 +354,7 @@ def folder_of(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise CheckpointError(
-            f"{str(path)!r} is neither a folder here nor to be had from the hub ({type(error).__name__})"
+            f"{str(path)!r}", f"is neither a folder here nor to be had from the hub ({type(error).__name__})"
         ) from None
 
 

@@ -236,12 +236,14 @@ def load_dense(
     else:
         model = unwrapped(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise DenseModelError(f"a {type(model).__name__} is not a model; give a hub id, a folder or a PreTrainedModel")
+            raise DenseModelError(f"a {type(model).__name__}", "is not a model", "give a hub id, a folder or a PreTrainedModel")
         check_weights(model, f"model {type(model).__name__!r}")
         name, found, unused = type(base_of(model)).__name__, (None, ""), None
         loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
     if base_of(loaded).config.is_encoder_decoder:
-        raise DenseModelError(f"model {name!r} is an encoder-decoder model; bridge reads decoder-only causal language models")
+        raise DenseModelError(
+            f"model {name!r}", "is an encoder-decoder model", "bridge reads decoder-only causal language models"
+        )
     if has_adapter(loaded):
         loaded = merged(loaded, "its adapter", name)
     if adapter is not None:
@@ -257,12 +259,12 @@ def load_dense(
     found, damage = found if tokenizer is None else (tokenizer, "")
     dense = DenseModel(loaded, found, name, revision, live=not named, damage=damage)
     if unused:  # now, because of an encoder there is more to say
-        raise DenseModelError(unused)
+        raise unused
     return dense
 
 
-def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """The model of a hub id, a folder or a .gguf file, and why it is not all that its files hold, if so."""
+def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, DenseModelError | None]:
+    """The model of a hub id, a folder or a .gguf file, and its refusal where it is not all that its files hold."""
     from transformers import AutoModelForCausalLM
 
     who, folder = f"model {name!r}", Path(name)
@@ -271,13 +273,13 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
         pass
     elif folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
+            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
         if not (folder / "config.json").is_file():
-            raise DenseModelError(f"{who} has no config.json; give a folder that save_pretrained wrote")
+            raise DenseModelError(who, "has no config.json", "give a folder that save_pretrained wrote")
         if not any(folder.glob("*.safetensors")):
-            raise DenseModelError(f"{who} has no *.safetensors; other weight files can run code: convert with save_pretrained")
+            raise DenseModelError(who, "has no *.safetensors", "other weight files can run code: convert with save_pretrained")
     elif folder.is_file():
-        raise DenseModelError(f"{who} is a file; give the folder in Hugging Face format, with config.json and *.safetensors")
+        raise DenseModelError(who, "is a file", "give the folder in Hugging Face format, with config.json and *.safetensors")
     with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
@@ -287,19 +289,19 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
             )  # fmt: skip
             model, info = both
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
-            raise DenseModelError(_why_not_loaded(name, who, error)) from error
+            raise _why_not_loaded(name, who, error) from error
         if has_adapter(model):  # a hub id
-            raise DenseModelError(f"{who} is an adapter; give the model that it was trained on, and this as the adapter")
+            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
         unused = _unused_weights(who, info)
         return model if file is None else as_plain_model(model, who, where, file, revision), unused
 
 
-def _unused_weights(who: str, info: dict[str, Any]) -> str | None:
-    """Why a model is not all that its files hold, if so. Raises DenseModelError where they do not hold all of the model."""
+def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
+    """The refusal of a model that is not all its files hold, if so. Raises DenseModelError where they do not hold all of it."""
     for key, *(found, wanted) in sorted(info["mismatched_keys"]):
         sizes = f"{key} of shape {tuple(found)}, and its config.json asks for {tuple(wanted)}"
         many = len(info["mismatched_keys"])
-        raise DenseModelError(f"{who} has {sizes} ({many} such); give the config.json that its weights were saved with")
+        raise DenseModelError(who, f"has {sizes} ({many} such)", "give the config.json that its weights were saved with")
     unused = sorted(key for key in info["unexpected_keys"] if not _BUFFER.search(key))
     if missing := sorted(info["missing_keys"]):
         others = f"; its file has {len(unused)} under other names, such as {unused[0]}" if unused else ""
@@ -308,7 +310,7 @@ def _unused_weights(who: str, info: dict[str, Any]) -> str | None:
     if not unused:
         return None
     remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
-    return f"{who} has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such); {remedy}"
+    return DenseModelError(who, f"has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such)", remedy)
 
 
 def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase | None, str]:
@@ -316,21 +318,26 @@ def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase
         return load_tokenizer(name, revision)
 
 
-def _why_not_loaded(name: str, who: str, error: Exception) -> str:
+def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:
     reason = first_line(error)
     if "trust_remote_code" in str(error):
-        return f"{who} needs code from its own repository, which is not run; only architectures within transformers are read"
+        rule = "needs code from its own repository, which is not run"
+        return DenseModelError(who, rule, "only architectures within transformers are read")
     if "Unrecognized configuration class" in reason:
-        return f"{who} is not a causal language model (transformers has no causal head for its type); give a decoder-only model"
+        rule = "is not a causal language model (transformers has no causal head for its type)"
+        return DenseModelError(who, rule, "give a decoder-only model")
     if "CONVERSION" in reason:  # it refers to a report that is not printed
-        return f"{who} has experts whose weights do not fit together; its files are incomplete, or config.json is not theirs"
+        rule = "has experts whose weights do not fit together"
+        return DenseModelError(who, rule, "its files are incomplete, or config.json is not theirs")
     if Path(name).is_dir():
-        return f"{who} cannot be loaded: {reason}"
+        return DenseModelError(who, f"cannot be loaded: {reason}")
     if "couldn't connect" in reason or "offline" in reason.lower():
-        return f"{who} is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached; give a folder"
+        rule = "is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached"
+        return DenseModelError(who, rule, "give a folder")
     if "Repo id must" in reason or "is not a local folder" in reason:
-        return f"{who} is neither a folder here nor a model on the Hugging Face hub; give one or the other"
-    return f"{who} cannot be loaded from the Hugging Face hub: {reason}"
+        rule = "is neither a folder here nor a model on the Hugging Face hub"
+        return DenseModelError(who, rule, "give one or the other")
+    return DenseModelError(who, f"cannot be loaded from the Hugging Face hub: {reason}")
 
 
 @contextmanager
@@ -355,7 +362,7 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     eps = torch.finfo(logits_btv.dtype).eps
     tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * largest(logits_btv)  # half precision: a few roundings of a logit
     if not (error := largest(plain.logits_btv - logits_btv)) <= tolerance:
-        raise DenseModelError(f"{who} gives other logits when its sites are recorded: off by up to {error:.2g}")
+        raise DenseModelError(who, f"gives other logits when its sites are recorded: off by up to {error:.2g}")
     errors: list[float] = []
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
         sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
@@ -369,7 +376,9 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
         if not error <= tolerance:
             reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
             message = f"{who} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
-            raise DenseModelError(f"{message} (tolerance {tolerance:.2g}); what it reads later is not all in the residual there")
+            raise DenseModelError(
+                f"{message} (tolerance {tolerance:.2g})", remedy="what it reads later is not all in the residual there"
+            )
     return Parity(tuple(errors), tolerance)
 
 

@@ -108,7 +108,9 @@ class SparseWeights(nn.Module):
                 alike.setdefault((weight.numel(), kept), {})[name] = weight.data
             elif (needed := int(kept_first.sum())) > kept:
                 raise RecipeError(
-                    f"l0 leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}; raise l0 or lower it"
+                    "l0",
+                    f"leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}",
+                    "raise l0 or lower it",
                 )
             else:
                 priority = torch.where(kept_first, torch.inf, weight.detach().abs())

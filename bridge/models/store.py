@@ -14,15 +14,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.errors import UserError
+from bridge.huggingface.site_discovery import first_line
 
 
 class CheckpointError(UserError):
@@ -33,17 +36,19 @@ def check_new(path: str | Path) -> Path:
     """Return the path if a new checkpoint may be written to it. Raises CheckpointError where something is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"--out {str(path)!r} exists and is not empty; name a new folder, or give --resume to continue it")
+        raise CheckpointError(
+            f"‹out› {str(path)!r}", "exists and is not empty", "name a new folder, or give ‹resume› to continue it"
+        )
     return check_folder(path)
 
 
-def check_folder(path: str | Path, option: str = "--out") -> Path:
+def check_folder(path: str | Path, option: str = "out") -> Path:
     """Return the path if it is a folder that may be made or written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{option} {str(path)!r} cannot be made: {str(above)!r} is not a folder one may write to; name another"
+            f"‹{option}› {str(path)!r}", f"cannot be made: {str(above)!r} is not a folder one may write to", "name another"
         )
     return path
 
@@ -55,7 +60,9 @@ def check_target(path: str | Path, option: str) -> Path:
     special = path.exists() and not path.is_file()
     there = os.access(path, os.W_OK) if special else folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
     if path.is_dir() or not there:
-        raise CheckpointError(f"{option} {str(path)!r} cannot be written; name a file in a folder that exists and is writable")
+        raise CheckpointError(
+            f"‹{option}› {str(path)!r}", "cannot be written", "name a file in a folder that exists and is writable"
+        )
     return path
 
 
@@ -92,7 +99,7 @@ def write_folder(
         if file not in earlier:
             with contextlib.suppress(OSError):
                 file.unlink()
-        raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+        raise CheckpointError(f"could not write {str(path)!r} ({error})", remedy="free space or name another folder") from None
     shutil.rmtree(desk, ignore_errors=True)
     for old in earlier - {file}:
         with contextlib.suppress(OSError):
@@ -108,8 +115,8 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
     if not (path / f"{name}.json").is_file():
         missing = "is a file, not a folder with a" if path.exists() else "does not exist, so there is no"
         there = "holds no" if path.is_dir() else missing
-        writer = {"coupling": "bridge fit", "circuit": "bridge circuit --out"}.get(name, "bridge")
-        raise CheckpointError(f"{str(path)!r} {there} {name}.json; name a folder that `{writer}` wrote")
+        writer = {"coupling": "bridge fit", "circuit": "bridge circuit"}.get(name, "bridge")
+        raise CheckpointError(f"{str(path)!r}", f"{there} {name}.json", f"name a folder that `{writer}` wrote")
     facts = read_json(path / f"{name}.json")
     try:
         file, digest = path / facts["tensors"]["file"], facts["tensors"]["sha256"]
@@ -123,6 +130,19 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
         return load_file(file), facts
     except (OSError, SafetensorError) as error:
         raise _damaged(file, str(error)) from None
+
+
+@contextlib.contextmanager
+def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[UserError] = CheckpointError) -> Iterator[None]:
+    """A context in which stored values are read; those that are no `kind` are refused in one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise refusal(what, f"is no {kind} that this version reads ({why})", remedy) from None
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise refusal(what, f"is no {kind} that this version reads ({first_line(error)})", remedy) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -161,7 +181,9 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
         matrix = torch.zeros(len(counts), columns, dtype=values.dtype)
         matrix[row, column.long()] = values
     except (KeyError, IndexError, RuntimeError):
-        raise CheckpointError(f"the checkpoint's nonzeros of {name} are missing or do not fit together; fetch it again") from None
+        raise CheckpointError(
+            f"the checkpoint's nonzeros of {name}", "are missing or do not fit together", "fetch it again"
+        ) from None
     return matrix
 
 
@@ -172,7 +194,7 @@ def write_text(path: Path, text: str) -> None:
     for a folder, and OSError with this path where it cannot be written.
     """
     if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder; name a file")
+        raise CheckpointError(f"{str(path)!r}", "is a folder", "name a file")
     content = text.encode()
     temporary = path.with_name(f".{path.name}.writing")
     try:
@@ -191,7 +213,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _damaged(path: Path, why: str, remedy: str = "fetch or fit it again") -> CheckpointError:
-    return CheckpointError(f"checkpoint file {str(path)!r} is damaged: {why}; {remedy}")
+    return CheckpointError(f"checkpoint file {str(path)!r} is damaged:", why, remedy)
 
 
 def _digest(path: Path) -> str:

@@ -50,9 +50,9 @@ class Endpoint:
         except ValueError:
             good = False
         if not good or " " in self.url:
-            raise EndpointError(f"{self.url!r} is no address of an endpoint; give one such as http://localhost:8000/v1")
+            raise EndpointError(f"{self.url!r}", "is no address of an endpoint", "give one such as http://localhost:8000/v1")
         if not self.model:
-            raise EndpointError("which model the endpoint is to use is not said; give --model NAME")
+            raise EndpointError("which model the endpoint is to use", "is not said", "give ‹model›")
 
     def describe(self, page: NodePage) -> str:
         """Ask the model for one line on a node. Raises EndpointError where none comes."""
@@ -84,7 +84,7 @@ class Endpoint:
 
     def _failed(self, why: str, remedy: str) -> EndpointError:
         host = urllib.parse.urlsplit(self.url).hostname
-        return EndpointError(f"no description from {self.model!r} at {host!r}: {why}; {remedy}")
+        return EndpointError(f"no description from {self.model!r} at {host!r}: {why}", remedy=remedy)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -122,7 +122,9 @@ class Descriptions:
             try:
                 write_json(self.file, {"fingerprint": self.fingerprint, "nodes": self.by_node})
             except OSError as error:
-                raise CheckpointError(f"could not write {str(self.file)!r} ({error}); free space or give --out") from None
+                raise CheckpointError(
+                    f"could not write {str(self.file)!r} ({error})", remedy="free space or give ‹out›"
+                ) from None
         return self.by_node[page.name]["text"]
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +32,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
-from bridge.models.store import CheckpointError, read_folder, write_folder
+from bridge.models.store import CheckpointError, read_folder, refused_unless_read, write_folder
 
 FORMAT = 1
 KEPT = 8
@@ -137,16 +138,15 @@ class NodeFacts:
     def load(folder: str | Path) -> NodeFacts:
         """The facts that `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
         tensors, facts = read_folder(folder, "nodes")
-        try:
+        with refused_unless_read(
+            f"{str(Path(folder) / 'nodes.json')!r}", "file of nodes", "delete it and run `bridge nodes` again"
+        ):
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
             locations = {Location(int(layer), kind): f"{layer}.{kind}" for layer, kind in map(_split, facts["locations"])}
             parts = {at: {part: tensors[f"{part}.{name}"] for part in _PARTS} for at, name in locations.items()}
             tokens_bt, order_p = tensors["tokens"].long(), tensors["order"].long()
             return NodeFacts(facts["fingerprint"], facts["seed"], tokens_bt, order_p, facts["rows_done"], parts)
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{str(Path(folder) / 'nodes.json')!r} is not what this version of bridge reads ({error})"
-            raise CheckpointError(f"{what}; delete it and run `bridge nodes` again") from None
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def collect_nodes(
     folder: str | Path | None = None,
     seed: int = 0,
     save_seconds: float = 10.0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> NodeFacts:
     """Statistics of every node on tokens_bt, by default the coupling's own reference text.
 
@@ -167,9 +167,9 @@ def collect_nodes(
     sparse = coupling.sparse
     tokens_bt = coupling.reference_bt if tokens_bt is None else tokens_bt
     if tokens_bt is None or not tokens_bt.numel():
-        raise NodeError("the coupling holds no reference text, and none was given; give text, such as --data stdlib")
+        raise NodeError("the coupling", "holds no reference text, and none was given", "give text, such as ‹data› stdlib")
     if tokens_bt.shape[1] > sparse.context:
-        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens are longer than the context of {sparse.context}; cut them")
+        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "cut them")
     tokens_bt = tokens_bt.cpu()
     facts = _begun(sparse, tokens_bt, seed, folder) or _nothing(sparse, tokens_bt, seed)
     saved, step = time.monotonic(), max(1, _STRETCH_TOKENS // tokens_bt.shape[1])
@@ -179,7 +179,7 @@ def collect_nodes(
             facts.save(folder)
             saved = time.monotonic()
         if progress is not None:
-            progress(f"nodes: row {facts.rows_done:,} of {len(tokens_bt):,}")
+            progress(Phase("nodes: rows", facts.rows_done, len(tokens_bt)))
     return NodeFacts(facts.fingerprint, seed, tokens_bt, facts.order_p, facts.rows_done, _to_cpu(facts.parts))
 
 
@@ -219,13 +219,13 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
     """The node that a text such as 1.mlp_act[37] or L1.mlp_act[37] names. Raises NodeError where there is none."""
     match = re.fullmatch(r"L?(\d{1,6})\.(\w+)\[(\d{1,9})\]", text.strip())
     if match is None:
-        raise NodeError(f"{text!r} names no node; write layer, kind and channel as in 1.mlp_act[37]")
+        raise NodeError(f"{text!r}", "names no node", "write layer, kind and channel as in 1.mlp_act[37]")
     location, index = Location(int(match[1]), match[2]), int(match[3])
     if location not in sizes:
         layers, kinds = max(at.layer for at in sizes), dict.fromkeys(at.kind for at in sizes)
-        raise NodeError(f"there is no location {location}; layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
+        raise NodeError(f"there is no location {location}", remedy=f"layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
     if index >= sizes[location]:
-        raise NodeError(f"{location} has no channel {index}; its channels go from 0 to {sizes[location] - 1}")
+        raise NodeError(f"{location}", f"has no channel {index}", f"its channels go from 0 to {sizes[location] - 1}")
     return Node(location, index)
 
 

@@ -32,15 +32,17 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bridge.data.task_pairs import TASKS, load_task, task_names
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
-from bridge.explanations.explanation import Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
 from bridge.explanations.page import described_nodes, page_data, render_html
+from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import Coupling
 from bridge.models.schema import ERROR
-from bridge.models.store import CheckpointError
+from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, OnProgress, Publish, UnknownJobError
+from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
 from bridge.steering.curves import steer
@@ -76,7 +78,7 @@ def create_app(
     """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
 
     def compute(asked: Asked, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
-        on_progress("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it")
+        on_progress(Phase("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it"))
         coupling = library.load(asked.bridge)
 
         def stage(known: Answered | Drawn) -> None:
@@ -173,7 +175,7 @@ def _reading(app: FastAPI, library: Library) -> None:
     @app.get("/api/tasks/{name}", summary="A built-in task, with prompts to try", responses=refusals(404))
     def task(name: str) -> schema.TaskDetail:
         if name not in task_names():
-            raise NotListedError(f"there is no task {name[:80]!r}; GET /api/tasks lists those there are")
+            raise NotListedError(f"there is no task {name[:80]!r}", remedy="GET /api/tasks lists those there are")
         found = load_task(name)
         pairs = [
             schema.TaskPair(prompt=e.prompt, counterfactual=e.counterfactual, answer=list(e.answer), wrong=list(e.wrong))
@@ -181,7 +183,7 @@ def _reading(app: FastAPI, library: Library) -> None:
         ]
         return schema.TaskDetail(name=found.name, language=found.language, about=found.about, pairs=pairs)
 
-    @app.get("/api/circuits", summary="The circuits of tasks that `bridge circuit --out` wrote")
+    @app.get("/api/circuits", summary="The circuits of tasks that `bridge circuit` wrote")
     def circuits() -> list[schema.CircuitEntry]:
         return [_circuit_entry(name, folder) for name, folder in library.circuits().items()]
 
@@ -215,12 +217,9 @@ def _coupling_entry(library: Library, name: str, folder: Path, default: bool) ->
 def _circuit_detail(name: str, folder: Path) -> schema.CircuitDetail:
     values = finite_json(folder / "circuit.json")
     if "failed" in values:
-        raise CheckpointError(f"{name!r} holds no circuit: {values['failed']}")
-    try:
+        raise CheckpointError(f"{name!r}", f"holds no circuit: {values['failed']}")
+    with refused_unless_read(f"{name!r}", "circuit", "search again"):
         return schema.CircuitDetail.model_validate({**values, "name": name})
-    except ValueError as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"{name!r} is no circuit that this version of bridge reads ({first}); search again") from None
 
 
 def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
@@ -294,7 +293,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         job, found = await asyncio.to_thread(_readable, jobs, id)
         if body.node not in {node.id for node in found.nodes if node.kind != ERROR}:
             raise NotListedError(
-                f"there is no node {body.node!r} in this circuit; name one of its nodes by id, as in L1.mlp_act[37]@5"
+                f"there is no node {body.node!r} in this circuit", remedy="name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
         return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.asked.bridge), found, body)))
 
@@ -303,7 +302,7 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
     """A job and its explanation. Raises UnknownJobError or NotDoneError."""
     job = jobs.get(id)
     if not job.readable:
-        raise NotDoneError(f"explanation {id!r} is {job.status}; GET it until its status is done")
+        raise NotDoneError(f"explanation {id!r}", f"is {job.status}", "GET it until its status is done")
     return job, Explanation.from_json(json.loads(job.known)["explanation"])
 
 

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-OnProgress = Callable[[str], None]
 Stage = Literal["answered", "drawn", "explanation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
@@ -49,8 +49,8 @@ class UnknownJobError(UserError):
 class FullError(UserError):
     """No room in the queue; `seconds` is when to come again."""
 
-    def __init__(self, message: str, seconds: int) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, seconds: int, remedy: str) -> None:
+        super().__init__(what, remedy=remedy)
         self.seconds = seconds
 
 
@@ -164,7 +164,8 @@ class Jobs:
         with self._change:
             if id not in self._jobs:
                 raise UnknownJobError(
-                    f"there is no explanation {id!r}; the last {self._most_remembered} that ended are kept, so ask for it again"
+                    f"there is no explanation {id!r}",
+                    remedy=f"the last {self._most_remembered} that ended are kept, so ask for it again",
                 )
             self._jobs.move_to_end(id)
             return self._seen(id)
@@ -205,10 +206,10 @@ class Jobs:
 
     def _take(self, there: int, most: int, what: str) -> None:
         if self._stopping:
-            raise FullError("the server is stopping; start it again", 5)
+            raise FullError("the server is stopping", 5, "start it again")
         if there >= most:
             seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds)))
-            raise FullError(f"{there} {what}, and {most} may; come again in {seconds} seconds, or cancel some", seconds)
+            raise FullError(f"{there} {what}, and {most} may", seconds, f"come again in {seconds} seconds, or cancel some")
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="bridge-worker", daemon=True)
             self._thread.start()
@@ -254,10 +255,10 @@ class Jobs:
     def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
         """Run a job and return its final values."""
 
-        def on_progress(phase: str) -> None:
+        def on_progress(phase: Phase) -> None:
             self._stop_if_cancelled(id)
             with self._change:
-                self._set(id, phase=phase)
+                self._set(id, phase=str(phase))
             self._do_short()
             self._stop_if_cancelled(id)
 
@@ -273,7 +274,7 @@ class Jobs:
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
         except UserError as error:
-            return {"status": "failed", "phase": "failed", "error": " ".join(str(error).split())}
+            return {"status": "failed", "phase": "failed", "error": str(error)}
         except Exception as error:
             _log.exception("explanation %s failed", id)
             return {"status": "failed", "phase": "failed", "error": _inside(error)}

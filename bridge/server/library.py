@@ -60,17 +60,19 @@ class Library:
     def __init__(
         self, couplings: Sequence[Path], circuits: Path | None = None, *, dense: str | None = None, device: str = "cpu"
     ) -> None:
-        self._roots = [_root(path, "--bridge") for path in couplings]
-        self._circuits = None if circuits is None else _root(circuits, "--circuits")
+        self._roots = [_root(path, "‹bridge›") for path in couplings]
+        self._circuits = None if circuits is None else _root(circuits, "‹circuits›")
         names = [root.name for root in self._roots]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise LibraryError(f"two folders of couplings are called {twice[0]!r}; rename one, or serve them one at a time")
+            raise LibraryError("two folders of couplings", f"are called {twice[0]!r}", "rename one, or serve them one at a time")
         self.dense, self.device = dense, device
         self._loaded: OrderedDict[tuple[Path, int], tuple[Coupling, Fingerprints]] = OrderedDict()
         self._lock = threading.Lock()  # of what is loaded
         self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
         if not self.couplings():
-            raise LibraryError(f"there is no coupling in {', '.join(map(str, couplings))}; name a folder that `bridge fit` wrote")
+            raise LibraryError(
+                f"there is no coupling in {', '.join(map(str, couplings))}", remedy="name a folder that `bridge fit` wrote"
+            )
 
     # -- couplings ----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,8 @@ class Library:
             try:
                 coupling = Coupling.from_pretrained(folder, dense=self.dense, device=self.device)
             except UserError as error:
-                raise CheckpointError(f"{name!r} cannot be loaded: {_without_folders(str(error))}") from None
+                problem = _without_folders(error.problem)
+                raise CheckpointError(f"{name!r}", f"cannot be loaded: {problem}", _without_folders(error.remedy)) from None
             known = coupling, Fingerprints.of(coupling)
             with self._lock:
                 self._loaded[key] = known
@@ -131,7 +134,7 @@ class Library:
             }  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             why = _without_folders(str(error))
-            raise CheckpointError(f"{folder.name!r} is no coupling that this version reads ({why}); fit it again") from None
+            raise CheckpointError(f"{folder.name!r}", f"is no coupling that this version reads ({why})", "fit it again") from None
 
     # -- labels -------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ class Library:
                 write_json(folder / LABELS, dict(sorted(labels.items())))
             except OSError as error:
                 raise CheckpointError(
-                    f"{LABELS} cannot be written ({error.strerror}); make the coupling's folder writable"
+                    LABELS, f"cannot be written ({error.strerror})", "make the coupling's folder writable"
                 ) from None
         return labels
 
@@ -177,13 +180,13 @@ def finite_json(path: Path) -> dict[str, Any]:
         json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
         what = f"{'/'.join(path.parts[-2:])!r} is damaged: it holds numbers or text that JSON does not have"
-        raise CheckpointError(f"{what}; make it again") from None
+        raise CheckpointError(what, remedy="make it again") from None
     return values
 
 
 def _root(path: Path, option: str) -> Path:
     if not path.is_dir():
-        raise LibraryError(f"{option} {str(path)!r} is not a folder; name one that exists")
+        raise LibraryError(f"{option} {str(path)!r}", "is not a folder", "name one that exists")
     return path.resolve()
 
 
@@ -204,7 +207,7 @@ def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
 
 def _pick(name: str, listed: Mapping[str, Path], what: str, where: str) -> tuple[str, Path]:
     if name not in listed:
-        raise NotListedError(f"there is no {what} {name[:80]!r} here; GET {where} lists those there are")
+        raise NotListedError(f"there is no {what} {name[:80]!r} here", remedy=f"GET {where} lists those there are")
     return name, listed[name]
 
 
@@ -212,7 +215,7 @@ def _version(folder: Path) -> tuple[Path, int]:
     try:
         return folder, (folder / "coupling.json").stat().st_mtime_ns
     except OSError:
-        raise NotListedError(f"the coupling {folder.name!r} is gone; GET /api/couplings lists those there are") from None
+        raise NotListedError(f"the coupling {folder.name!r}", "is gone", "GET /api/couplings lists those there are") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, **remedy)
     except CheckpointError as error:
-        raise CheckpointError(_without_folders(str(error))) from None
+        raise CheckpointError(*map(_without_folders, (error.what, error.rule, error.remedy))) from None
 
 
 def _without_folders(text: str) -> str:
@@ -233,16 +236,16 @@ def _labels(folder: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     if file.resolve().parent != folder:
-        raise CheckpointError(f"{LABELS} is a link out of the coupling's folder; put the file there")
+        raise CheckpointError(LABELS, "is a link out of the coupling's folder", "put the file there")
     values = finite_json(file)
     if not all(isinstance(text, str) for text in values.values()):
-        raise CheckpointError(f"{LABELS} is damaged: not every label is a text; mend or delete it")
+        raise CheckpointError(LABELS, "is damaged: not every label is a text", "mend or delete it")
     return values
 
 
 def _check_few(labels: Mapping[str, str]) -> None:
     if len(labels) > MOST_LABELS:
-        raise LabelError(f"that would be {len(labels):,} labels, and {MOST_LABELS:,} are kept; drop some")
+        raise LabelError("that", f"would be {len(labels):,} labels, and {MOST_LABELS:,} are kept", "drop some")
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
@@ -255,17 +258,17 @@ def _sizes(folder: Path) -> Mapping[Location, int]:
 
 def _node_name(name: str, sizes: Mapping[Location, int]) -> str:
     if not _NODE.fullmatch(name):
-        raise LabelError(f"{name[:80]!r} names no node; write layer, kind and channel as in L1.mlp_act[37]")
+        raise LabelError(f"{name[:80]!r}", "names no node", "write layer, kind and channel as in L1.mlp_act[37]")
     try:
         return parse_node(name, sizes).name if name.startswith("L") else name  # the embedding's channels are of no layer
     except NodeError as error:
-        raise LabelError(str(error)) from None
+        raise LabelError(error.what, error.rule, error.remedy) from None
 
 
 def _label(node: str, text: str) -> str:
     line = " ".join(text.split())
     if len(line) > LONGEST_LABEL:
-        raise LabelError(f"the label of {node} is {len(line):,} characters long, and {LONGEST_LABEL} are kept; shorten it")
+        raise LabelError(f"the label of {node}", f"is {len(line):,} characters long, and {LONGEST_LABEL} are kept", "shorten it")
     if odd := next((character for character in line if unicodedata.category(character) in ("Cc", "Cs")), None):
-        raise LabelError(f"the label of {node} holds {odd!r}, which is no character to be shown; leave it out")
+        raise LabelError(f"the label of {node}", f"holds {odd!r}, which is no character to be shown", "leave it out")
     return line

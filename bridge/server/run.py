@@ -104,7 +104,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise AddressError(f"--host {host!r} is no address of this machine ({error}); give 127.0.0.1, or one that is") from None
+        raise AddressError(
+            f"‹host› {host!r}", f"is no address of this machine ({error})", "give 127.0.0.1, or one that is"
+        ) from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -112,6 +114,6 @@ def bound_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise AddressError(
-            f"--port {port} on {host} cannot be had ({error.strerror}); give another, or 0 for any that is free"
+            f"‹port› {port} on {host}", f"cannot be had ({error.strerror})", "give another, or 0 for any that is free"
         ) from None
     return bound

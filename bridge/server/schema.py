@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bridge.evidence.measures import Report
-from bridge.explanations.explanation import Answer, Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import Answer, Answered, Drawn
 from bridge.server.jobs import Asked, Job, Stage, Status
 from bridge.studies.result import TaskFacts
 
@@ -92,7 +93,7 @@ class CircuitEntry(BaseModel):
 
 
 class CircuitDetail(BaseModel):
-    """A task's circuit as `bridge circuit --out` wrote it, without masks and means."""
+    """A task's circuit as `bridge circuit` wrote it, without masks and means."""
 
     name: str
     facts: TaskFacts
@@ -140,13 +141,7 @@ class JobEntry(BaseModel):
     @staticmethod
     def of(job: Job) -> JobEntry:
         """The job as it is sent."""
-        asked = job.asked
-        return JobEntry(
-            id=job.id, bridge=asked.bridge, prompt=asked.prompt, target=asked.target, contrast=asked.contrast,
-            counterfactual=asked.counterfactual, status=job.status, phase=job.phase, error=job.error, place=job.place,
-            stopping=job.stopping, stage=job.stage, verdict=job.verdict, asked_at=job.asked_at, began_at=job.began_at,
-            ended_at=job.ended_at, readable=job.readable,
-        )  # fmt: skip
+        return JobEntry(**{name: getattr(job.asked if hasattr(job.asked, name) else job, name) for name in JobEntry.model_fields})
 
 
 class ExplanationJob(JobEntry):

@@ -73,11 +73,12 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.hosts is None and self.token is None:
-            raise AddressError("an address that other machines reach needs a token; give one, or serve on 127.0.0.1")
+            raise AddressError("an address that other machines reach", "needs a token", "give one, or serve on 127.0.0.1")
         if self.token is not None and not re.fullmatch(TOKEN, self.token):
             raise AddressError(
-                "the token given cannot be used: it takes 16 or more letters, digits and - . _ ~ + / =; give one such as "
-                f"{secrets.token_urlsafe(18)}"
+                "the token given",
+                "cannot be used: it takes 16 or more letters, digits and - . _ ~ + / =",
+                f"give one such as {secrets.token_urlsafe(18)}",
             )
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bridge.explanations.build import prompt_tokens, token_of, top_answers
-from bridge.explanations.explanation import Answer, Token
+from bridge.explanations.parts import Answer, Token
 from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import Coupling
 from bridge.models.residual import Trace
@@ -133,7 +133,7 @@ def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     for strength in strengths:
         if not 0 <= strength <= 1:
             raise SteerError(
-                f"strength {strength:g} is not between 0 and 1; give 0 for the dense model itself, 1 for the whole change"
+                f"strength {strength:g}", "is not between 0 and 1", "give 0 for the dense model itself, 1 for the whole change"
             )
     return tuple(sorted({0.0, *strengths}))
 
@@ -162,16 +162,16 @@ def steer(
     strengths = check_strengths(strengths)
     if not 1 <= draws <= MOST_DRAWS:
         why = "no control" if draws < 1 else "more than are held at once"
-        raise SteerError(f"{draws:,} random directions are {why}; give 1 to {MOST_DRAWS:,}")
+        raise SteerError(f"{draws:,} random directions", f"are {why}", f"give 1 to {MOST_DRAWS:,}")
     dense, prompts, sizes = coupling.dense, coupling.dense.prompts, coupling.sparse.locations()
     tokens_t = prompt_tokens(coupling, prompt)
     other_t = None if counterfactual is None else prompt_tokens(coupling, counterfactual)
     if other_t is not None and torch.equal(other_t, tokens_t):
-        raise SteerError("the counterfactual is the prompt itself; change what decides the answer")
+        raise SteerError("the counterfactual", "is the prompt itself", "change what decides the answer")
     whole = interventions is None
     if interventions is None:
         if other_t is None:
-            raise SteerError("nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt")
+            raise SteerError("nothing", "is to be changed", "name nodes, a circuit or an explanation, or a counterfactual prompt")
         interventions = every_node(sizes)
     chosen = [parse_intervention(each, sizes) if isinstance(each, str) else each for each in interventions]
     steerer = Steerer(coupling, tokens_t, chosen, other_t, site=site)
@@ -246,7 +246,7 @@ def _sides(
         ranked = (plain_v if counterfactual_v is None else counterfactual_v).topk(2).indices.tolist()
         second = ranked[1] if ranked[0] == first else ranked[0]
     if first == second:
-        raise SteerError("target and contrast are the same token; name two different ones")
+        raise SteerError("target and contrast", "are the same token", "name two different ones")
     return first, second
 
 

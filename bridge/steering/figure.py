@@ -5,18 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 from bridge.display.columns import columns
-from bridge.display.svg import BOTTOM, GAP, HEIGHT, LEFT, PANEL, RIGHT, TOP, Frame, figure, y_title
+from bridge.display.plots import draw, svg
 from bridge.steering.curves import Spread, Steering
 
 _SHOWN = 6  # nodes that the text names
-_STYLE = (
-    ".steering polyline{fill:none;stroke:currentColor;stroke-width:2}.steering .every{stroke-dasharray:6 4;stroke-width:1.5}"
-    ".steering .random{fill:currentColor;opacity:.16}.steering polyline.mean{stroke-width:1;opacity:.6}"
-    ".steering .counterfactual{stroke:currentColor;stroke-dasharray:2 3;opacity:.7}.steering .dot{fill:currentColor}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,48 +43,31 @@ def panels_of(steering: Steering) -> tuple[Panel, Panel]:
     )  # fmt: skip
 
 
+def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
+    """Panels of probability against strength as a figure of matplotlib."""
+
+    def paint(figure: Any, axes: Sequence[Any]) -> None:
+        figure.suptitle(heading)
+        figure.supxlabel(note, fontsize=7)
+        axes[0].set(ylabel="probability in the dense model", ylim=(0, 1))
+        for place, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+            axis.set(xlabel=f"probability of {panel.title}, against strength", xlim=(0, 1))
+            low, mean, high = ([getattr(each, name) for each in panel.random] for name in ("low", "mean", "high"))
+            axis.fill_between(panel.strengths, low, high, color="gray", alpha=0.2, label="random directions")
+            axis.plot(panel.strengths, mean, color="gray", linewidth=1)
+            if panel.counterfactual is not None:
+                axis.axhline(panel.counterfactual, linestyle=":", color="gray", label="the counterfactual itself")
+            if panel.every is not None:
+                axis.plot(panel.strengths, panel.every, "--", color=f"C{place}", label="every node")
+            axis.plot(panel.strengths, panel.chosen, "o-", color=f"C{place}", label="chosen nodes")
+        axes[0].legend(fontsize=7)
+
+    return draw(len(panels), (8.6, 4.2), paint)
+
+
 def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
-    """Panels of probability against strength as a self-contained SVG for light and dark pages."""
-    side_x = LEFT + len(panels) * PANEL + (len(panels) - 1) * GAP + RIGHT
-    side_y = TOP + HEIGHT + BOTTOM
-    some = panels[0]
-    keys = [
-        ("", "chosen nodes", True),
-        ("every", "every node", some.every is not None),
-        ("counterfactual", "the counterfactual itself", some.counterfactual is not None),
-    ]
-    parts, x = [], float(LEFT)
-    for kind, text, there in keys:
-        if there:
-            drawn = f'<line class="counterfactual" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>' if kind == "counterfactual" else (
-                f'<polyline class="c0 {kind}" points="{x},46 {x + 24},46"/>')  # fmt: skip
-            parts.append(f'{drawn}<text x="{x + 30}" y="50">{text}</text>')
-            x += 48 + 7 * len(text)
-    parts.append(
-        f'<rect class="c7 random" x="{x}" y="40" width="24" height="12"/><text x="{x + 30}" y="50">random directions</text>'
-    )
-    parts += [y_title("probability in the dense model"), f'<text class="tick" x="{LEFT}" y="{side_y - 10}">{escape(note)}</text>']
-    for place, panel in enumerate(panels):
-        frame = Frame(LEFT + place * (PANEL + GAP), (0, 0.2, 0.4, 0.6, 0.8, 1), (0, 0.2, 0.4, 0.6, 0.8, 1))
-        parts += frame.axes(f"probability of {panel.title}, against strength", labelled=place == 0)
-        low = list(zip(panel.strengths, [each.low for each in panel.random], strict=True))
-        high = list(zip(panel.strengths, [each.high for each in panel.random], strict=True))
-        mean = list(zip(panel.strengths, [each.mean for each in panel.random], strict=True))
-        parts.append(f'<polygon class="c7 random" points="{frame.path([*low, *reversed(high)])}"/>')
-        parts.append(f'<polyline class="c7 mean" points="{frame.path(mean)}"/>')
-        if panel.counterfactual is not None:
-            y = frame.y(panel.counterfactual)
-            parts.append(f'<line class="counterfactual" x1="{frame.left}" x2="{frame.left + PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        if panel.every is not None:
-            every = list(zip(panel.strengths, panel.every, strict=True))
-            parts.append(f'<polyline class="c{place} every" points="{frame.path(every)}"/>')
-        chosen = list(zip(panel.strengths, panel.chosen, strict=True))
-        parts.append(f'<polyline class="c{place} chosen" points="{frame.path(chosen)}"/>')
-        for (strength, value), random in zip(chosen, panel.random, strict=True):
-            title = f"strength {strength:g}: {value:.3f}; random {random.mean:.3f}, {random.low:.3f} to {random.high:.3f}"
-            at = f'cx="{frame.x(strength):.1f}" cy="{frame.y(value):.1f}"'
-            parts.append(f'<circle class="c{place} dot" {at} r="3.5"><title>{escape(title)}</title></circle>')
-    return figure("steering", heading, heading, (side_x, side_y), parts, _STYLE)
+    """Panels of probability against strength as SVG."""
+    return svg(figure_of(heading, note, panels))
 
 
 def steering_plot(steering: Steering) -> str:

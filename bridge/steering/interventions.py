@@ -69,7 +69,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.value is not None and self.amount is not None:
-            raise SteerError(f"{self.node} cannot be both set and changed by an amount; give a value or an amount")
+            raise SteerError(f"{self.node}", "cannot be both set and changed by an amount", "give a value or an amount")
 
     @property
     def way(self) -> Way:
@@ -91,7 +91,9 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
     """Parse an intervention: 1.mlp_act[37], perhaps @4, perhaps =2.5, +1 or -1. Raises SteerError or NodeError."""
     match = _INTERVENTION.fullmatch(text.strip())
     if match is None:
-        raise SteerError(f"{text!r} names no change; write a node as in 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1")
+        raise SteerError(
+            f"{text!r}", "names no change", "write a node as in 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1"
+        )
     node = parse_node(match["node"], sizes)
     if match["position"] is not None:
         node = Node(node.location, node.index, int(match["position"]))
@@ -102,7 +104,7 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
         if not abs(amount) <= MOST_VALUE:
             raise ValueError
     except ValueError:
-        raise SteerError(f"{match['amount']!r} in {text!r} is no number up to a million; write =2.5, +1 or -1") from None
+        raise SteerError(f"{match['amount']!r} in {text!r}", "is no number up to a million", "write =2.5, +1 or -1") from None
     return (
         Intervention(node, value=amount)
         if match["how"] == "="
@@ -111,15 +113,16 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
 
 
 def circuit_interventions(path: str | Path, coupling: Coupling) -> list[Intervention]:
-    """Interventions that set every node of a circuit that `bridge circuit --out` wrote to its counterfactual value.
+    """Interventions that set every node of a circuit that `bridge circuit` wrote to its counterfactual value.
 
     Raises UserError where there is none, or it is of other sparse weights than the coupling's.
     """
     result, sizes = TaskResult.load(path), coupling.sparse.locations()
     if result.facts.provenance.get("sparse_fingerprint") not in (None, sparse_fingerprint(coupling.sparse)):
         raise SteerError(
-            f"the circuit in {str(path)!r} is of {result.facts.provenance.get('coupling')!r}, whose weights "
-            f"{coupling.path or 'this coupling'!r} has not; name its own coupling, or search again"
+            f"the circuit in {str(path)!r}",
+            f"is of {result.facts.provenance.get('coupling')!r}, whose weights {coupling.path or 'this coupling'!r} has not",
+            "name its own coupling, or search again",
         )
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
@@ -150,7 +153,7 @@ def chosen_interventions(
         text, its = explanation_interventions(explanation, coupling)
         prompt, interventions = text if prompt is None else prompt, interventions + its
     if prompt is None:
-        raise SteerError("which prompt is not said; give --prompt TEXT, or an --explanation that has one")
+        raise SteerError("which prompt", "is not said", "give ‹prompt›, or an ‹explanation› that has one")
     interventions += [parse_intervention(text, sizes) for text in nodes]
     return prompt, None if not (nodes or circuit or explanation) else interventions
 
@@ -201,13 +204,13 @@ class Steerer:
         self.coupling, self.tokens_t = coupling, tokens_t
         sparse, length = coupling.sparse, len(tokens_t)
         if not interventions:
-            raise SteerError("no node is chosen; name at least one")
+            raise SteerError("no node", "is chosen", "name at least one")
         if counterfactual_t is not None and len(counterfactual_t) != length:
             raise SteerError(
-                f"the prompt is {length} tokens long and the counterfactual {len(counterfactual_t)}; make them equally long"
+                "the prompt", f"is {length} tokens long and the counterfactual {len(counterfactual_t)}", "make them equally long"
             )
         if site is not None and not 0 <= site < coupling.n_sites:
-            raise SteerError(f"site {site} does not exist; sites go from 0 to {coupling.n_sites - 1}")
+            raise SteerError(f"site {site}", "does not exist", f"sites go from 0 to {coupling.n_sites - 1}")
         values, sizes = self._values(counterfactual_t), sparse.locations()
         self.clamps = {
             location: _clamp(its, length, sizes[location], None if values is None else values[location][0], sparse.device)
@@ -215,7 +218,9 @@ class Steerer:
         }
         touched = sorted({sparse.site(location) for location in self.clamps})
         if site is not None and touched[0] >= site:
-            raise SteerError(f"no chosen node is before site {site}; they write at {touched[0] + 1} or later, give that or more")
+            raise SteerError(
+                "no chosen node", f"is before site {site}", f"they write at {touched[0] + 1} or later, give that or more"
+            )
         self.touched, self.site = tuple(touched), site
 
     @property
@@ -304,7 +309,9 @@ def _clamp(
                 continue
             if way == "counterfactual" and other_tn is None:
                 raise SteerError(
-                    f"{its[0].node} is to go to its value on the counterfactual, and none is given; give one, or write =1 or +1"
+                    f"{its[0].node}",
+                    "is to go to its value on the counterfactual, and none is given",
+                    "give one, or write =1 or +1",
                 )
             index_m = torch.tensor([each.node.index for each in its])
             rows, columns = torch.arange(length + 1)[:, None], index_m
@@ -312,7 +319,7 @@ def _clamp(
                 rows = torch.tensor([each.node.position for each in its])
                 if int(rows.max()) >= length:
                     wrong = next(each.node for each in its if each.node.position == int(rows.max()))
-                    raise SteerError(f"{wrong} is outside the prompt, whose tokens go from 0 to {length - 1}")
+                    raise SteerError(wrong, f"is outside the prompt, whose tokens go from 0 to {length - 1}")
             mask_tn[rows, columns], keep_tn[rows, columns] = True, float(way == "amount")
             if way == "counterfactual":
                 amount_tn[rows, columns] = everywhere_tn[rows, columns]

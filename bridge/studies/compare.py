@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ from torch import Tensor
 
 from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
 from bridge.data.task_tokens import TokenPairs
+from bridge.display.plots import draw, svg
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
 from bridge.models.circuit import Edge
 from bridge.studies.backbone import Backbone, find_backbone
@@ -36,7 +37,6 @@ from bridge.verdicts.task_search import expected_overlap
 
 APART = 0.1  # off-diagonal effects, of the diagonal
 DRAWS = 3  # random deletions per task
-_CELL, _MARGIN = 46, 210  # pixels of the heat map
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def compare(
     prompts: Mapping[str, TokenPairs],
     *,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Comparison:
     """The circuits of some tasks beside each other, on held-out prompts of each."""
-    on_progress = progress or (lambda _: None)
+    on_progress = progress or unseen
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
@@ -115,12 +115,12 @@ def compare(
     base = losses(torch.zeros(subject.space.size, dtype=torch.bool, device=subject.device))
     rise, random = [], []
     for name in names:
-        on_progress(f"cross-ablation: without {name}")
+        on_progress(Phase(f"cross-ablation: without {name}"))
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
-    on_progress("shared backbone")
+    on_progress(Phase("shared backbone"))
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 
@@ -196,30 +196,24 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def heat_map(comparison: Comparison) -> str:
-    """The cross-ablation matrix as a self-contained SVG: the share of the column's own effect, with the rise written in."""
-    names, n = comparison.tasks, len(comparison.tasks)
-    side_x, side_y = _MARGIN + n * _CELL + 20, _MARGIN + n * _CELL + 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{side_x}" height="{side_y}" font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="10" y="{side_y - 12}">rows: circuit deleted; columns: rise of the two-way loss, in nats; '
-        "darker: a larger share of the column's own</text>",
-    ]
-    for place, name in enumerate(names):
-        middle = _MARGIN + (place + 0.5) * _CELL
-        parts.append(f'<text x="{_MARGIN - 8}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<text transform="translate({middle + 4},{_MARGIN - 8}) rotate(-60)">{escape(name)}</text>')
-    for a, row in enumerate(comparison.share):
-        for b, share in enumerate(row):
-            depth = min(max(share or 0.0, 0.0), 1.0)
-            shade = round(255 - 190 * depth)
-            x, y = _MARGIN + b * _CELL, _MARGIN + a * _CELL
-            ink = "white" if depth > 0.6 else "black"
-            title = "nothing to compare with" if share is None else f"{share:.3f} of the diagonal"
-            parts.append(
-                f"<g><title>{escape(names[a])} deleted, {escape(names[b])} measured: {title}</title>"
-                f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" fill="rgb({shade},{shade},255)" stroke="#ccc"/>'
-                f'<text x="{x + _CELL / 2}" y="{y + _CELL / 2 + 4}" text-anchor="middle" fill="{ink}">'
-                f"{comparison.rise[a][b]:+.2f}</text></g>"
-            )
-    return "\n".join([*parts, "</svg>", ""])
+    """The cross-ablation matrix as SVG: the share of the column's own effect, with the rise written in."""
+    names = comparison.tasks
+
+    def paint(figure: Any, axes: Sequence[Any]) -> None:
+        (axis,) = axes
+        share = [[min(max(x or 0.0, 0.0), 1.0) for x in row] for row in comparison.share]
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(False)
+        for a, row in enumerate(comparison.rise):
+            for b, rise in enumerate(row):
+                ink = "white" if share[a][b] > 0.6 else "black"
+                axis.text(
+                    b, a, f"{rise:+.2f}", ha="center", va="center", color=ink, gid=f"{names[a]} deleted, {names[b]} measured"
+                )
+        axis.set_xlabel("rise of the two-way loss, nats; darker: a larger share of the column's own", fontsize=7)
+        axis.set_ylabel("circuit deleted")
+
+    side = 2.4 + 0.5 * len(names)
+    return svg(draw(1, (side + 0.6, side), paint))

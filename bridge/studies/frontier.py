@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from bridge.display.svg import BOTTOM, COLOURS, GAP, HEIGHT, LEFT, PANEL, RIGHT, TOP, Frame, figure, log_ticks, ticks, y_title
-from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.display.plots import can_plot, draw, svg
+from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
 from bridge.studies.compare import geometric_mean
 from bridge.studies.result import Size
 
@@ -129,30 +128,30 @@ class Frontier:
         return {"format": FORMAT, **values}
 
     def save(self, path: str | Path) -> None:
-        """Write sweep.json, sweep.txt and frontier.svg to a folder. Raises CheckpointError where that fails."""
+        """Write sweep.json, sweep.txt and, with matplotlib, frontier.svg to a folder. Raises CheckpointError where that fails."""
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "sweep.txt").write_text(render_frontier(self) + "\n", encoding="utf-8")
-            (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
+            if can_plot():
+                (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
             write_json(path / "sweep.json", self.to_json())
         except OSError as error:
-            raise CheckpointError(f"could not write {str(path)!r} ({error}); free space or name another folder") from None
+            raise CheckpointError(
+                f"could not write {str(path)!r} ({error})", remedy="free space or name another folder"
+            ) from None
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
         """The sweep that `save` wrote to a folder. Raises CheckpointError where it is missing or damaged."""
         file = Path(path) / "sweep.json"
         if not file.is_file():
-            raise CheckpointError(f"{str(path)!r} holds no sweep.json; name a folder that `bridge sweep` wrote")
+            raise CheckpointError(f"{str(path)!r}", "holds no sweep.json", "name a folder that `bridge sweep` wrote")
         values = read_json(file)
-        try:
+        with refused_unless_read(f"{str(file)!r}", "sweep", "sweep again"):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             return _FRONTIER.validate_python(values)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(f"{str(file)!r} is no sweep that this version reads ({first}); sweep again") from None
 
     def __str__(self) -> str:
         return render_frontier(self)
@@ -212,116 +211,58 @@ def _dense_ces(frontier: Frontier) -> list[float]:
 
 # -- the plot -----------------------------------------------------------------------------------------------------------
 
-_STYLE = (
-    ".frontier .dense{stroke:currentColor;stroke-dasharray:5 4;opacity:.7}.frontier .dot{fill:currentColor}"
-    ".frontier .loaded{fill:none;stroke:currentColor;stroke-width:2.5}"
-    ".frontier .point text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
-    ".frontier .path{fill:none;stroke:currentColor;stroke-width:1.5;opacity:.55}"
-)
+
+def frontier_figure(frontier: Frontier) -> Any:
+    """Edges against cross-entropy, and against CE recovered (from right to left), as a figure of matplotlib."""
+    widths = sorted({point.width for point in frontier.points})
+    panels: tuple[tuple[str, Callable[[Point], float], list[float]], ...] = (
+        ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier)),
+        ("CE recovered, mean over sites and directions", lambda p: p.recovered, [1.0]),
+    )
+
+    def paint(figure: Any, axes: Sequence[Any]) -> None:
+        figure.suptitle("Capability against interpretability: left and down is better")
+        figure.supxlabel(
+            "Labels: L0 as a share of the weights; (a/b): a of b tasks have a circuit, the others count at the model's size. "
+            "Rings: loaded.", fontsize=7,
+        )  # fmt: skip
+        axes[0].set_ylabel("edges of a circuit, geometric mean over tasks")
+        for axis, (title, value, lines) in zip(axes, panels, strict=True):
+            axis.set(xlabel=title, yscale="log")
+            for place, width in enumerate(widths):
+                fitted = sorted((p for p in frontier.points if p.width == width and p.loaded is None), key=lambda p: p.l0)
+                loaded = [p for p in frontier.points if p.width == width and p.loaded is not None]
+                for some, line, face in ((fitted, "-", f"C{place}"), (loaded, "", "none")):
+                    x, y, label = [value(p) for p in some], [p.edges for p in some], f"width {width}" if some is fitted else None
+                    axis.plot(x, y, f"o{line}", color=f"C{place}", markerfacecolor=face, label=label)
+            for place, p in enumerate(sorted(frontier.points, key=value)):
+                axis.annotate(
+                    _label(p), (value(p), p.edges), (5, 5 if place % 2 else -11), textcoords="offset points", gid=p.name
+                )
+            if (dense := frontier.dense) is not None:
+                for x in lines:
+                    axis.axvline(
+                        x, color="gray", linestyle="--", label=f"dense model, CE {dense.ce:.3f}" if x == lines[0] else None
+                    )
+                if dense.edges is not None:
+                    axis.axhline(dense.edges, color="gray", linestyle="--")
+                    axis.plot(lines, [dense.edges] * len(lines), "D", color="gray")
+        axes[1].invert_xaxis()
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(fontsize=7)
+
+    return draw(2, (8.6, 4.4), paint)
 
 
 def scatter(frontier: Frontier) -> str:
-    """Edges against cross-entropy, and against CE recovered, as a self-contained SVG for light and dark pages."""
-    points, dense = frontier.points, frontier.dense
-    widths = sorted({point.width for point in points})
-    colour_of = {width: place % len(COLOURS) for place, width in enumerate(widths)}
-    dense_edges = None if dense is None else dense.edges
-    edges = [point.edges for point in points] + ([dense_edges] if dense_edges is not None else [])
-    y_ticks = log_ticks(edges)
-    side_x, side_y = LEFT + 2 * PANEL + GAP + RIGHT, TOP + HEIGHT + BOTTOM
-    parts = [
-        _legend(widths, colour_of, dense is not None),
-        f'<text class="tick" x="{LEFT}" y="{side_y - 10}">Labels: L0 as a share of the weights; '
-        "(a/b): a of b tasks have a circuit, the others count at the whole model's size; rings: loaded.</text>",
-        y_title("edges of a circuit, geometric mean over tasks"),
-    ]
-    panels: tuple[tuple[str, Callable[[Point], float], list[float], bool], ...] = (
-        ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier), False),
-        ("CE recovered, mean over sites and directions", lambda p: p.recovered, [1.0], True),
-    )
-    for place, (title, value, lines, backwards) in enumerate(panels):
-        x_ticks = ticks([value(point) for point in points] + (lines if dense is not None else []))
-        frame = _Frame(LEFT + place * (PANEL + GAP), x_ticks, y_ticks, logarithmic=True, backwards=backwards)
-        parts += frame.axes(title, labelled=place == 0)
-        if dense is not None:
-            parts += [frame.line(x, dense) for x in lines]
-        for width in widths:
-            fitted = sorted((p for p in points if p.width == width and p.loaded is None), key=lambda p: p.l0)
-            path = " ".join(f"{frame.x(value(p)):.1f},{frame.y(p.edges):.1f}" for p in fitted)
-            if len(fitted) > 1:
-                parts.append(f'<polyline class="c{colour_of[width]} path" points="{path}"/>')
-        boxes = [(frame.x(value(p)) - 6, frame.y(p.edges) - 6, 12.0, 12.0) for p in points]
-        if dense_edges is not None:
-            boxes += [(frame.x(x) - 7, frame.y(dense_edges) - 7, 14.0, 14.0) for x in lines]
-        for point in points:
-            parts.append(frame.mark(point, value(point), colour_of[point.width], boxes))
-    heading = "Capability against interpretability: left and down is better"
-    return figure("frontier", "Capability against interpretability", heading, (side_x, side_y), parts, _STYLE)
+    """The plot of a sweep as SVG."""
+    return svg(frontier_figure(frontier))
 
 
-def _legend(widths: Sequence[int], colour_of: dict[int, int], dense: bool) -> str:
-    parts, x = [], float(LEFT)
-    for width in widths:
-        text = f"width {width}"
-        parts.append(
-            f'<circle class="c{colour_of[width]} dot" cx="{x + 5}" cy="46" r="5"/><text x="{x + 16}" y="50">{text}</text>'
-        )
-        x += 34 + 7 * len(text)
-    if dense:
-        parts.append(f'<line class="dense" x1="{x}" x2="{x + 24}" y1="46" y2="46"/>')
-        parts.append(f'<text x="{x + 30}" y="50">dense model</text>')
-    return "<g>" + "".join(parts) + "</g>"
-
-
-class _Frame(Frame):
-    """A panel of the plot, y logarithmic."""
-
-    def line(self, value: float, dense: DensePoint) -> str:
-        """The dense model's marks: a line at its cross-entropy, and a diamond at its circuits where they were searched."""
-        x, edges = self.x(value), dense.edges
-        text = f"dense model {dense.name}: CE {dense.ce:.3f}"
-        drawn = f'<line class="dense" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
-        if edges is not None:
-            text += f", {edges:,.0f} edges, {dense.solved} of {len(dense.tasks)} tasks solved"
-            y = self.y(edges)
-            drawn += f'<line class="dense" x1="{self.left}" x2="{self.left + PANEL}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            drawn += f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>'
-        return f"<g><title>{escape(text)}</title>{drawn}</g>"
-
-    def mark(self, point: Point, value: float, colour: int, boxes: list[tuple[float, float, float, float]]) -> str:
-        """A point with its label, where that covers no other mark; adds the label to the occupied boxes."""
-        x, y = self.x(value), self.y(point.edges)
-        label = _share(point.l0) if point.loaded is None else f"{_share(point.l0)} {point.name}"
-        label += "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
-        size = 6.4 * len(label)
-        title = (
-            f"{point.name}: width {point.width}, {point.nonzeros:,} nonzeros, CE {point.ce:.3f}, "
-            f"recovered {point.recovered:.3f}, {point.edges:,.0f} edges, {point.solved} of {len(point.tasks)} tasks solved"
-        )
-        places = [
-            (x + across * (size + 18) / 2 - size / 2, y + down - 7)
-            for down in (0, -14, 14, -28, 28)
-            for across in ((1, -1) if down == 0 else (0, 1, -1))
-        ]
-        inside = [at for at in places if at[0] >= self.left + 2 and at[0] + size <= self.left + PANEL - 2] or places
-        free = [at for at in inside if not any(_overlap((*at, size, 14.0), box) for box in boxes)]
-        at_x, at_y = (free or inside)[0]
-        boxes.append((at_x, at_y, size, 14.0))
-        kind = "dot" if point.loaded is None else "loaded"
-        return (
-            f'<g class="c{colour} point" data-name="{escape(point.name)}"><title>{escape(title)}</title>'
-            f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            f'<text x="{at_x:.1f}" y="{at_y + 11:.1f}">{escape(label)}</text></g>'
-        )
-
-
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
-    return (
-        one[0] < other[0] + other[2]
-        and other[0] < one[0] + one[2]
-        and one[1] < other[1] + other[3]
-        and other[1] < one[1] + one[3]
-    )
+def _label(point: Point) -> str:
+    name = "" if point.loaded is None else f" {point.name}"
+    solved = "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
+    return f"{_share(point.l0)}{name}{solved}"
 
 
 def _share(l0: float) -> str:

@@ -29,7 +29,7 @@ from bridge.evidence.measures import EVIDENCE, Report, evidence_row, evidence_ta
 from bridge.models.circuit import Circuit, Edge, Node
 from bridge.models.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.models.sparse import Location
-from bridge.models.store import CheckpointError, read_folder, read_json, write_folder, write_json
+from bridge.models.store import CheckpointError, read_folder, read_json, refused_unless_read, write_folder, write_json
 from bridge.verdicts.task_search import TaskLevel
 
 FORMAT = 2
@@ -150,19 +150,14 @@ class TaskResult:
         if (Path(path) / "circuit.json").is_file():
             facts = read_json(Path(path) / "circuit.json")
             if "failed" in facts:
-                raise CheckpointError(f"{str(path)!r} holds no circuit: {facts['failed']}")
-            if facts.get("format") != FORMAT:
-                raise CheckpointError(f"{str(path)!r} is a circuit of format {facts.get('format')!r}, not {FORMAT}; search again")
+                raise CheckpointError(f"{str(path)!r}", f"holds no circuit: {facts['failed']}")
         tensors, facts = read_folder(path, "circuit")
-        try:
+        with refused_unless_read(f"{str(path)!r}", "circuit", "search again"):
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"format {facts.get('format')!r}, not {FORMAT}")
             found = _READER.validate_python({"facts": facts["facts"], "report": facts["report"]})
             task_facts, level = found.facts, _by_location("level", tensors)
             circuit = _circuit_of(task_facts.task, {at: level_n <= task_facts.opening for at, level_n in level.items()}, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{str(path)!r} is no circuit that this version of bridge reads ({first}); search again"
-            ) from None
         return TaskResult(circuit, level, _by_location("inclusion", tensors), found.report, task_facts)
 
     def __str__(self) -> str:
@@ -317,4 +312,4 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
     known = [node.name for node in result.circuit.nodes if node.name in labels]
     listed = sorted(known, key=lambda name: -effect[name])[:LABELLED]
     lines = [f"  {name:<15} {labels[name]}"[:width] for name in listed]
-    return ["", "WHAT THEY DO, by rule (`bridge nodes --circuit` says more)", *lines] if listed else []
+    return ["", "WHAT THEY DO, by rule (`bridge nodes` says more)", *lines] if listed else []

@@ -35,6 +35,7 @@ from bridge.circuits.loss import SearchConfig
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses, with_all_splits
 from bridge.data.task_tokens import Resolved, TokenPairs, score
+from bridge.display.progress import OnProgress, Phase, unseen, within
 from bridge.graph.attribution import task_edges
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling
@@ -66,7 +67,7 @@ class Subjects:
     def of(coupling: Coupling) -> Subjects:
         """The models over the coupling's own reference text. Raises SearchError where it has none."""
         if coupling.reference_bt is None or not coupling.reference_bt.numel():
-            raise SearchError("the coupling holds no reference text to take corpus means over; fit it again")
+            raise SearchError("the coupling", "holds no reference text to take corpus means over", "fit it again")
         return Subjects(coupling, reference_rows(coupling, coupling.reference_bt))
 
     @property
@@ -88,7 +89,9 @@ class Subjects:
 def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:
     """The search of a task that opens at a level, with so many times the usual steps. Raises SearchError for another level."""
     if level not in TASK_SEARCH.levels:
-        raise SearchError(f"the level F {level:g} is none of the nested ones; give {', '.join(map(str, TASK_SEARCH.levels))}")
+        raise SearchError(
+            f"the level F {level:g}", "is none of the nested ones", f"give {', '.join(map(str, TASK_SEARCH.levels))}"
+        )
     return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
 
 
@@ -123,14 +126,14 @@ def search_task(
     null: Null | None = None,
     gated: bool = True,
     budget: float = 1.0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> TaskResult:
     """The circuits of a task, by the steps that the module describes; without the gate, also of what the model does not do.
 
     budget is a multiple of the usual steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError
     where there is nothing to explain, SearchError where a split has no pairs or the level is not known.
     """
-    on_progress, started = progress or (lambda _: None), time.monotonic()
+    on_progress, started = progress or unseen, time.monotonic()
     config = replace(search_config(level, budget), seed=seed)
     task = with_all_splits(task)
     if null == "weights":
@@ -141,23 +144,25 @@ def search_task(
     elif null == "shuffled":
         task = _altered(task, lambda pairs, place: dealt_anew(pairs, seed + place))
     coupling, subject = subjects.coupling, subjects.sparse
-    on_progress("gate: how well both models do the task")
+    on_progress(Phase("gate: how well both models do the task"))
     of_test = task.splits["test"].to(subject.device)
     scores, dense_scores = score(coupling.sparse, of_test), score(coupling.dense, of_test)
     if scores.accuracy < SOLVED and null is None and gated:
         raise UnsolvedError(
-            f"the sparse model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense "
-            f"{dense_scores.accuracy:.1%}), so there is no circuit to find; take another task or a better coupling"
+            "the sparse model",
+            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense {dense_scores.accuracy:.1%}), "
+            "so there is no circuit to find",
+            "take another task or a better coupling",
         )
 
     loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
     losses = task_losses(task, loss_on)
-    found = [losses.opened(_named(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
+    found = [losses.opened(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
     opened = [one.kept(0) for one in found]
     best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
     nested = losses.nested(on_progress, opened[best])
     kept_f, nodes_f = opened[best], losses.test.nodes_f
-    on_progress("edges")
+    on_progress(Phase("edges"))
     edges = task_edges(losses.test.masked, kept_f)
     size, why_not = _dense(subjects, task, config, on_progress) if dense else (None, NOT_ASKED)
 
@@ -207,26 +212,25 @@ def search_dense(
     level: float = TASK_SEARCH.opens_at,
     seed: int = 0,
     budget: float = 1.0,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Size:
     """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
 
     Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
     where its linear maps cannot be found.
     """
-    on_progress, task = progress or (lambda _: None), with_all_splits(task)
+    on_progress, task = progress or unseen, with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
-            f"the dense model answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no "
-            "circuit to find; take another task"
+            "the dense model",
+            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
+            "take another task",
         )
     return _dense_size(subjects, task, replace(search_config(level, budget), seed=seed), on_progress)
 
 
-def _dense(
-    subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: Callable[[str], None]
-) -> tuple[Size | None, str]:
+def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:
     """The size of the dense model's own circuit; None, and why, where its maps cannot be found or there is nothing to explain."""
     try:
         return _dense_size(subjects, task, config, on_progress), ""
@@ -234,14 +238,10 @@ def _dense(
         return None, str(error)
 
 
-def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: Callable[[str], None]) -> Size:
+def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> Size:
     losses = task_losses(task, partial(dense_loss, subjects.dense, config=config))
-    kept_f = losses.opened(_named(on_progress, "dense: ")).kept(0)
+    kept_f = losses.opened(within(on_progress, "dense: ")).kept(0)
     return Size(int(kept_f.sum()), edge_count(subjects.dense, kept_f))
-
-
-def _named(on_progress: Callable[[str], None], name: str) -> Callable[[str], None]:
-    return lambda text: on_progress(f"{name}{text}")
 
 
 def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:

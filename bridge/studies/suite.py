@@ -6,7 +6,7 @@ on where it was: a task's folder is complete once its circuit.json is there. Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import Resolved, resolve
 from bridge.display.columns import columns
+from bridge.display.plots import can_plot
+from bridge.display.progress import OnProgress, within
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.store import read_json, write_json
 from bridge.nodes.description import node_labels
 from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
 from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
 from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, search_facts, search_task, whole_size
-
-Progress = Callable[[str], None]
 
 
 def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
@@ -36,7 +36,7 @@ def folder_name(name: str) -> str:
     return Path(name).stem
 
 
-def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Progress, width: int = 100, **options: Any) -> str:
+def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: OnProgress, width: int = 100, **options: Any) -> str:
     """One task's search: its text, the result written to `out`. A null that finds nothing has failed, as it must.
 
     Raises UnsolvedError, SearchError or TaskError.
@@ -56,18 +56,14 @@ def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: Progr
 
 
 def run_suite(
-    subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: Progress, width: int = 100, **options: Any
+    subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: OnProgress, width: int = 100, **options: Any
 ) -> Generator[str, None, None]:
     """Every task's search, a text for each as it ends, then the comparison's. Raises TaskError before any of them."""
     results: list[TaskResult] = []
     tasks, failed = {name: resolved(subjects, name) for name in names}, 0
     for name, task in tasks.items():
         folder = None if out is None else out / folder_name(name)
-        where = f"{folder_name(name)}: "
-
-        def on_progress(text: str, where: str = where) -> None:
-            progress(f"{where}{text}")
-
+        on_progress = within(progress, f"{folder_name(name)}: ")
         asked = _asked(subjects, task, options)
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")
@@ -121,7 +117,7 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
     differ = [key for key, value in asked.items() if there.get(key) != value]
     if differ:
         differences = "; ".join(f"{'budget' if key == 'work' else key} {there.get(key)}, not {asked[key]}" for key in differ)
-        raise SearchError(f"{str(folder)!r} holds the result of another search ({differences}); name another --out")
+        raise SearchError(f"{str(folder)!r}", f"holds the result of another search ({differences})", "name another ‹out›")
     return result
 
 
@@ -142,7 +138,7 @@ def _compared(
     tasks: Mapping[str, Resolved],
     failed: int,
     out: Path | None,
-    progress: Progress,
+    progress: OnProgress,
     options: dict[str, Any],
 ) -> str:
     dense = [result.facts.dense for result in results if result.facts.dense is not None]
@@ -156,7 +152,8 @@ def _compared(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "comparison.json", {**comparison.to_json(), "sizes": asdict(sizes)})
-            (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
+            if can_plot():
+                (out / "cross_ablation.svg").write_text(heat_map(comparison), encoding="utf-8")
             (out / "comparison.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if null := options.get("null"):
         passed = [result.facts.task for result in results if result.passed]

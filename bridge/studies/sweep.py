@@ -21,6 +21,7 @@ import torch
 
 from bridge.circuits.task_search import TASK_SEARCH
 from bridge.data.task_pairs import load_task, task_names
+from bridge.display.progress import OnProgress, unseen
 from bridge.models.dense import load_dense
 from bridge.models.store import check_new
 from bridge.recipe import recipe_values, resolve
@@ -41,7 +42,7 @@ def plan(
     """
     for what, given in (("l0", l0), ("width", width), ("load", [str(path) for path in load])):
         if twice := sorted({value for value in given if list(given).count(value) > 1}):
-            raise SweepError(f"{what} {twice[0]} is named twice; name each once")
+            raise SweepError(f"{what} {twice[0]}", "is named twice", "name each once")
     points: list[Planned] = []
     if l0 or width or not load:
         for one_width in width or (None,):
@@ -49,13 +50,13 @@ def plan(
                 values = recipe_values(l0=one_l0, width=one_width, **recipe)
                 if not values.get("sparsity"):
                     raise SweepError(
-                        "how sparse is not said; give --l0: below 1 the fraction of weights that stay, or their number"
+                        "how sparse", "is not said", "give ‹l0›: below 1 the fraction of weights that stay, or their number"
                     )
                 wanted = resolve({"dense": "to be named", **values})
                 shape = "auto" if wanted.sparse.width is None else wanted.sparse.width
                 name = f"w{shape}-l0-{wanted.sparsity.l0:.12g}"
                 if any(point.name == name for point in points):
-                    raise SweepError(f"two points would be {name}; leave width and L0 out of --set")
+                    raise SweepError("two points", f"would be {name}", "leave width and L0 out of ‹settings›")
                 points.append(Planned(name, values, wanted))
     names = [Path(path).name or str(path) for path in load]
     for path, name in zip(load, names, strict=True):
@@ -63,7 +64,7 @@ def plan(
             name = f"{Path(path).absolute().parent.name}-{name}"
         if name == DENSE_FOLDER or any(point.name == name for point in points):
             raise SweepError(
-                f"two results would be written to a folder {name!r}; rename the folder of the coupling {str(path)!r}"
+                "two results", f"would be written to a folder {name!r}", f"rename the folder of the coupling {str(path)!r}"
             )
         points.append(Planned(name, load=str(path)))
     return tuple(points)
@@ -95,7 +96,7 @@ def sweep(
     device: str = "auto",
     dtype: str = "float32",
     on_step_end: OnText | None = None,
-    progress: OnText | None = None,
+    progress: OnProgress | None = None,
 ) -> Frontier:
     """Fit or load couplings of a dense model and measure capability and circuits of each (paper, figure 3); resumable.
 
@@ -103,7 +104,7 @@ def sweep(
     search the dense model's own circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that
     fails is in `failures`. Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
-    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or (lambda _: None)
+    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
     given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
     given |= {"adapter": adapter, "revision": revision, "settings": settings}
     points = plan(l0, width, load, **given)
@@ -112,15 +113,15 @@ def sweep(
     if model is None:
         model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
         if model is None and fits:
-            raise SweepError("which model is not said; give a hub id or folder, or a recipe that names one")
+            raise SweepError("which model", "is not said", "give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
         there = Frontier.load(out)
         searches = (there.level, there.seeds), (search.level, seeds)
         if there.points and searches[0] != searches[1]:
-            raise SweepError(f"--out {str(out)!r} holds a sweep by {searches[0]}, not {searches[1]}; name another")
+            raise SweepError(f"‹out› {str(out)!r}", f"holds a sweep by {searches[0]}, not {searches[1]}", "name another")
     else:
         if out.is_dir() and any(out.iterdir()):
-            raise SweepError(f"--out {str(out)!r} is not empty and holds no sweep; name a new folder, or a sweep's")
+            raise SweepError(f"‹out› {str(out)!r}", "is not empty and holds no sweep", "name a new folder, or a sweep's")
         check_new(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,11 +163,11 @@ def sweep(
 def _search(tasks: Sequence[str], level: float, explains: Explains, seeds: int, budget: float, rows: int) -> Search:
     for what, value in (("seeds", seeds), ("rows", rows), ("budget", budget)):
         if not value > 0:
-            raise SweepError(f"{what} {value} leaves nothing to do; give a positive number")
+            raise SweepError(f"{what} {value}", "leaves nothing to do", "give a positive number")
     names = tuple(str(name) for name in tasks) or task_names("python")
     folders = [folder_name(name) for name in names]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
-        raise SweepError(f"two tasks are called {twice!r}; name each once, and rename one of two files")
+        raise SweepError("two tasks", f"are called {twice!r}", "name each once, and rename one of two files")
     for name in names:
         load_task(name)
     search_config(level, budget)

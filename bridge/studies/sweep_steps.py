@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
+from bridge.display.progress import OnProgress, Phase, within
 from bridge.errors import RunError, UserError
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling, folder_of
@@ -73,7 +74,7 @@ class Steps:
         search: Search,
         options: dict[str, Any],
         on_step_end: OnText,
-        progress: OnText,
+        progress: OnProgress,
     ) -> None:
         self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
         self._on_step_end, self._progress = on_step_end, progress
@@ -84,9 +85,9 @@ class Steps:
         """Pass on that a step has ended."""
         self._on_step_end(f"{self.at}{text}")
 
-    def progress(self, text: str) -> None:
+    def progress(self, phase: Phase) -> None:
         """Pass on what is under way."""
-        self._progress(f"{self.at}{text}")
+        within(self._progress, self.at)(phase)
 
     def measure(self, point: Planned) -> Point:
         """Measure a point, from its first missing step to its last."""
@@ -123,7 +124,7 @@ class Steps:
         if (folder / "coupling.json").is_file():
             there = _recipe_of(folder)
             if differs := _differences(wanted, there):
-                raise SweepError(f"{str(folder)!r} holds a coupling of another {', '.join(differs)}; name another --out")
+                raise SweepError(f"{str(folder)!r}", f"holds a coupling of another {', '.join(differs)}", "name another ‹out›")
             self.step_ended("fit: there already")
             return
         started, last = time.monotonic(), None
@@ -131,9 +132,10 @@ class Steps:
         def watch(step: Progress) -> None:
             nonlocal last
             last = step
-            self.progress(f"fit: {step.fraction:.0%}, {step.tokens:,} tokens, CE {step.losses.get('ce', float('nan')):.3f}")
+            ce = step.losses.get("ce", float("nan"))
+            self.progress(Phase("fit", step.fraction, 1, f"{step.tokens:,} tokens, CE {ce:.3f}"))
 
-        self.progress("fit")
+        self.progress(Phase("fit"))
         fit(
             self.model, wanted.sparsity.l0, settings=_flat(values), out=folder, resume=True, on_progress=watch, **self.options
         )  # fmt: skip
@@ -151,9 +153,11 @@ class Steps:
         if file.is_file():
             facts = read_json(file)
             if facts.get("sha256") != digest:
-                raise SweepError(f"{str(folder)!r} holds measures of other weights than {str(where)!r} has; name another --out")
+                raise SweepError(
+                    f"{str(folder)!r}", f"holds measures of other weights than {str(where)!r} has", "name another ‹out›"
+                )
             if facts.get("search") != search:
-                raise SweepError(f"{str(folder)!r} was searched by {facts.get('search')}, not {search}; name another --out")
+                raise SweepError(f"{str(folder)!r}", f"was searched by {facts.get('search')}, not {search}", "name another ‹out›")
             if self.dense is None:
                 self.loaded(where)
             if self.dense is not None and facts.get("dense") == self.dense.fingerprint():
@@ -176,9 +180,11 @@ class Steps:
             return there
         tokens_bt = self.loaded(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
-            raise SweepError(f"the coupling {str(where)!r} holds no held-out text to evaluate it on; fit it again")
+            raise SweepError(f"the coupling {str(where)!r}", "holds no held-out text to evaluate it on", "fit it again")
         result = evaluate(
-            self.loaded(where), tokens_bt[: self.search.rows], on_progress=lambda done: self.progress(f"evaluation: {done:.0%}")
+            self.loaded(where),
+            tokens_bt[: self.search.rows],
+            on_progress=self.progress,
         )
         write_json(file, result.to_json())
         self.step_ended(f"evaluation: {_line(result)}")
@@ -220,7 +226,7 @@ class Steps:
                 file = self.out / DENSE_FOLDER / f"{folder_name(task)}.json"
                 facts = read_json(file) if file.is_file() else None
                 if facts is not None and facts.get("search") != wanted:
-                    raise SweepError(f"{str(file)!r} holds another search than {wanted}; name another --out")
+                    raise SweepError(f"{str(file)!r}", f"holds another search than {wanted}", "name another ‹out›")
                 if facts is None:
                     one = self._dense_size(Subjects.of(self.loaded(where)), task)
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +244,7 @@ class Steps:
         try:
             size = search_dense(
                 subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
-                progress=lambda text: self.progress(f"{label}: {text}"),
+                progress=within(self.progress, f"{label}: "),
             )  # fmt: skip
         except DenseModelError:
             raise
@@ -253,7 +259,9 @@ class Steps:
 def _recipe_of(folder: Path) -> Recipe:
     values = read_json(folder / "coupling.json").get("recipe")
     if not isinstance(values, dict):
-        raise CheckpointError(f"checkpoint file {str(folder / 'coupling.json')!r} is damaged: it holds no recipe; fit it again")
+        raise CheckpointError(
+            f"checkpoint file {str(folder / 'coupling.json')!r}", "is damaged: it holds no recipe", "fit it again"
+        )
     return resolve(values)
 
 
@@ -302,7 +310,7 @@ def _task_size(folder: Path) -> TaskSize:
             return TaskSize(folder.name, Size(**facts["whole"]), str(facts["failed"]))
     except (KeyError, TypeError):
         raise CheckpointError(
-            f"{str(folder)!r} is no result that this version of bridge reads; delete it, and sweep again"
+            f"{str(folder)!r}", "is no result that this version of bridge reads", "delete it, and sweep again"
         ) from None
     result = TaskResult.load(folder)
     return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)

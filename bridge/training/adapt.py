@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridge.display.progress import OnProgress
 from bridge.huggingface.adapters import CONFIG, TOKENIZER, adapter_folder
 from bridge.huggingface.prompts import load_tokenizer
 from bridge.models.bridges import Coupling, folder_of
@@ -76,7 +77,7 @@ def prepare_adapted(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Run:
     """The fit that `adapt` trains, ready to start. Raises UserError where the fine-tune is not one of the base's dense model."""
     base = base if isinstance(base, Coupling) else Coupling.from_pretrained(base)
@@ -128,7 +129,7 @@ def tokens_trained(base: Coupling) -> int:
         if counts:
             return max(counts)
     if base.recipe.budget.tokens is None:
-        raise RecipeError(f"{base.path!r} does not say on how many tokens it was trained; give --tokens or --minutes")
+        raise RecipeError(f"{base.path!r} does not say on how many tokens it was trained; give ‹tokens› or ‹minutes›")
     return base.recipe.budget.tokens
 
 

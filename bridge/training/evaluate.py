@@ -13,7 +13,7 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.display import html as display
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.models.bridges import Coupling
 from bridge.models.residual import Enter
 from bridge.models.sparse import Location
@@ -85,18 +86,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: Callable[[float], None] | None = None) -> Evaluation:
+def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: OnProgress | None = None) -> Evaluation:
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
     if not len(tokens_bt):
-        raise ValueError("there is no held-out text to evaluate on; give --data with more text")
-    progress = on_progress or (lambda _: None)
+        raise ValueError("there is no held-out text to evaluate on; give more text")
+    progress = on_progress or unseen
     parts = tokens_bt.to(coupling.dense.device).split(ROWS)
     means = _means(coupling, parts, progress)
     alive = {at: torch.zeros(n, dtype=torch.bool) for at, n in coupling.sparse.locations().items() if at.kind == "mlp_act"}
     sums = _Sums()
     for number, part_bt in enumerate(parts):
         _measure(coupling, part_bt, means, sums, alive)
-        progress(0.2 + 0.8 * (number + 1) / len(parts))
+        progress(Phase("evaluation", 0.2 + 0.8 * (number + 1) / len(parts), 1))
     return _evaluation(coupling, sums, alive, tokens_bt.shape)
 
 
@@ -104,7 +105,7 @@ POSITIONS = {"": 0, "_later": 1}  # from which on a sum is taken
 Means = Mapping[tuple[str, str, int], Tensor]  # of either model's residual, by those positions and site
 
 
-def _means(coupling: Coupling, parts: Sequence[Tensor], progress: Callable[[float], None]) -> Means:
+def _means(coupling: Coupling, parts: Sequence[Tensor], progress: OnProgress) -> Means:
     rows = sum(map(len, parts))
     means: dict[tuple[str, str, int], Tensor] = {}
     for number, part_bt in enumerate(parts):
@@ -114,7 +115,7 @@ def _means(coupling: Coupling, parts: Sequence[Tensor], progress: Callable[[floa
                     mean_d = len(part_bt) / rows * x_btd[:, start:].float().mean((0, 1))
                     at = (model, suffix, site)
                     means[at] = means[at] + mean_d if at in means else mean_d
-        progress(0.2 * (number + 1) / len(parts))
+        progress(Phase("evaluation", 0.2 * (number + 1) / len(parts), 1))
     return means
 
 

@@ -78,7 +78,7 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     channels = shape.head_channels or (attention.channels if attention else 16)
     width = shape.width or max(1, round(2 * dense.width / channels)) * channels
     if not (attention and channels == attention.channels) and width % channels:
-        raise RecipeError(f"sparse.width {width} is not a multiple of sparse.head_channels {channels}; change one of them")
+        raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
     form: dict[str, Any] = {"eps": _sparse_eps(anatomy, dense.width, width), "logit_cap": anatomy.logit_cap}
     positions = shape.positions
@@ -182,7 +182,9 @@ def start_from_coupling(coupling: Coupling, path: str, *, adapts: bool = False) 
     if (mine, coupling.context) != (theirs, other.context):
         differ = [name for name in SparseShape.model_fields if getattr(mine, name) != getattr(theirs, name)] or ["data.context"]
         raise RecipeError(
-            f"sparse.start {path!r} is a coupling of another shape ({', '.join(differ)}); take its numbers, or start as 'auto'"
+            f"sparse.start {path!r}",
+            f"is a coupling of another shape ({', '.join(differ)})",
+            "take its numbers, or start as 'auto'",
         )
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())

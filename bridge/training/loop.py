@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from bridge.errors import RunError
+from bridge.display.progress import OnProgress, unseen
+from bridge.errors import OneLineError, RunError
 from bridge.huggingface.identity import Identity
 from bridge.kernels.cpu import reuse_memory
 from bridge.kernels.products import Pattern
@@ -63,11 +64,11 @@ class FitError(RunError):
     """A run that had to stop, in one line with the remedy."""
 
 
-class FitStopped(RuntimeError):
+class FitStopped(OneLineError, RuntimeError):
     """A run that stopped and saved its state: `planned` at the end of a stretch, else on SIGTERM or Ctrl-C."""
 
-    def __init__(self, message: str, *, planned: bool) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, remedy: str, *, planned: bool) -> None:
+        super().__init__(what, remedy=remedy)
         self.planned = planned
 
 
@@ -136,7 +137,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     assert rows is not None and recipe.data.context is not None
     processes, process = accelerator.num_processes, accelerator.process_index
     if rows % processes:
-        raise RecipeError(f"data.rows {rows} cannot be shared by {processes} processes; make it a multiple")
+        raise RecipeError(f"data.rows {rows}", f"cannot be shared by {processes} processes", "make it a multiple")
     share = slice(rows * process // processes, rows * (process + 1) // processes)
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
@@ -192,7 +193,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             accelerator.backward(losses["total"])
             finite = optimizer.step(done, annealed(done), state.caution)
             if not finite or not bool(torch.isfinite(losses["total"])):
-                raise FitError(_what_to_try("the loss or its gradient is not a number", state.step, out))
+                raise _failed("the loss or its gradient is not a number", state.step, out)
             if updates_mask:
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
                 native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
@@ -229,11 +230,14 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                     _save(out, coupling, optimizer, state)
                 last_save = state.seconds
             if asked and fraction() < 1:
-                where = f"; --resume --out {out} goes on" if out else ""
-                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens{where}", planned=not stop)
+                where, remedy = (
+                    f"step {state.step}, {state.step * per_step:,} tokens",
+                    f"‹resume› ‹out› {out} goes on" if out else "",
+                )
+                raise FitStopped(f"stopped at {where}", remedy, planned=not stop)
 
 
-def finish(run: Run, progress: Callable[[str], None] = lambda _: None) -> Coupling:
+def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
     """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
     coupling, out = run.coupling, run.out
     native.unpack(coupling.sparse)
@@ -288,7 +292,7 @@ class _Log:
                     write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
                 self.file = path.open("a", encoding="utf-8")
             except OSError as error:
-                raise CheckpointError(f"could not write {str(path)!r} ({error.strerror}); name another folder") from None
+                raise CheckpointError(f"could not write {str(path)!r} ({error.strerror})", remedy="name another folder") from None
         if accelerator.log_with:
             accelerator.init_trackers("bridge")
 
@@ -368,7 +372,7 @@ def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out
     ce = progress.losses.get("ce", 0.0)
     if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
         what = f"the sparse model's cross-entropy is {ce:.2f} nats, worse than guessing ({uniform:.2f})"
-        raise FitError(_what_to_try(what, progress.step, out))
+        raise _failed(what, progress.step, out)
 
 
 @torch.no_grad()
@@ -382,16 +386,14 @@ def _check_sound(coupling: Coupling, out: Path | None) -> None:
     crossed += [coupling.bridges[site].encode(h_btd) for site, h_btd in enumerate(truth.residuals)]
     if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= WORST * uniform:
         what = f"what was fitted answers with {ce:.2f} nats on held-out text (guessing: {uniform:.2f}), or with what is no number"
-        raise FitError(_what_to_try(what, "the end", out))
+        raise _failed(what, "the end", out)
 
 
-def _what_to_try(what: str, step: int | str, out: Path | None) -> str:
+def _failed(what: str, step: int | str, out: Path | None) -> FitError:
     at = step if isinstance(step, str) else f"step {step}"
-    kept = f" The last good state is in {out} (--resume)." if out is not None and (out / "training.json").exists() else ""
-    return (
-        f"stopped at {at}: {what}.{kept} Try a lower rate (--set optimizer.rate=..., --set optimizer.bridge_rate=...), or "
-        "--dtype float32 if it was bfloat16"
-    )
+    kept = f"; the last good state is in {out} (‹resume›)" if out is not None and (out / "training.json").exists() else ""
+    remedy = "try a lower rate (optimizer.rate, optimizer.bridge_rate), or ‹dtype› float32 if it was bfloat16"
+    return FitError(f"stopped at {at}:", f"{what}{kept}", remedy)
 
 
 def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State) -> None:
@@ -410,10 +412,10 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
     try:
         difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"the run in {str(out)!r} does not say of which dense model it is; fit it again") from None
+        raise CheckpointError(f"the run in {str(out)!r}", "does not say of which dense model it is", "fit it again") from None
     if difference:
         name = coupling.dense.name
-        raise CheckpointError(f"the run in {str(out)!r} has another dense model than {name!r}: {difference}; give that one")
+        raise CheckpointError(f"the run in {str(out)!r}", f"has another dense model than {name!r}: {difference}", "give that one")
     for name in facts.get("native") or ():
         weight = coupling.sparse.get_parameter(name)
         pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
@@ -423,7 +425,7 @@ def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
         try:
             module.load_state_dict(part)
         except RuntimeError:
-            raise CheckpointError(f"the training state in {str(out)!r} has another shape than the recipe") from None
+            raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
     optimizer.restore(tensors)
     state = _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
     state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")

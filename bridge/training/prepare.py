@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bridge.data.blocks import Blocks, load_blocks
+from bridge.display.progress import OnProgress
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
@@ -63,7 +63,7 @@ def prepare(
     device: str = "auto",
     dtype: str = "float32",
     log_with: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Run:
     """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
 
@@ -80,16 +80,18 @@ def prepare(
     if out is not None and resume:
         saved = read_json(out / "training.json").get("recipe")
         if not isinstance(saved, dict):
-            raise CheckpointError(f"checkpoint file {str(out / 'training.json')!r} is damaged: it holds no recipe; fit it again")
+            raise CheckpointError(
+                f"checkpoint file {str(out / 'training.json')!r}", "is damaged: it holds no recipe", "fit it again"
+            )
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
-            raise RecipeError(f"--resume goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
+            raise RecipeError("‹resume›", f"goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
         saved.get("sparse", {}).setdefault("block", {})  # of a run that was begun before there was any
         values = {**saved, **{key: value for key, value in values.items() if key == "budget"}}
     live = not isinstance(model, (str, Path))
     recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
     if dtype not in ("float32", "bfloat16"):
-        raise RecipeError(f"dtype {dtype!r} is not offered; it is float32 or bfloat16 (products only, weights stay float32)")
+        raise RecipeError(f"dtype {dtype!r}", "is not offered", "it is float32 or bfloat16 (products only, weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
@@ -100,7 +102,9 @@ def prepare(
     assert recipe.data.context is not None
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
-            f"this fit needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}; lower --width or data.rows"
+            "this fit",
+            f"needs about {needed / 1000000000.0:,.0f} GB and the machine has {there / 1000000000.0:,.0f}",
+            "lower ‹width› or data.rows",
         )
     coupling = new_coupling(dense, recipe)
     kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
@@ -135,10 +139,10 @@ def prepare(
 def check_resumable(out: Path) -> None:
     """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
     if (out / "coupling.json").exists():
-        raise CheckpointError(f"the run in {str(out)!r} is finished; name a new --out to fit again")
+        raise CheckpointError(f"the run in {str(out)!r}", "is finished", "name a new ‹out› to fit again")
     begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {str(out)!r} holds no run to resume; name the folder of one, or a new one")
+        raise CheckpointError(f"‹out› {str(out)!r}", "holds no run to resume", "name the folder of one, or a new one")
 
 
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
@@ -151,7 +155,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     if data.context is None:
         data = data.model_copy(update={"context": int(min(128, limit))})
     elif data.context > limit:
-        raise RecipeError(f"data.context {data.context} is longer than the {limit} positions {dense.name} has; lower it")
+        raise RecipeError(f"data.context {data.context}", f"is longer than the {limit} positions {dense.name} has", "lower it")
     if shape.block is None and shape.start not in ("auto", "random"):
         shape = shape_of_coupling(shape.start, shape)
     elif shape.block is None:
@@ -229,8 +233,9 @@ def _check_same(there: Fractions, asked: Fractions) -> None:
     """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
         raise RecipeError(
-            f"optimizer.rate 0 leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at "
-            f"{there.embed:.4g}; the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+            "optimizer.rate 0",
+            f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}",
+            f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)",
         )
 
 
@@ -243,11 +248,13 @@ def _agrees(given: Any, saved: Any) -> bool:
 
 def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:
     if device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"device {device!r} is not offered; it is auto, cpu or cuda (accelerate launch chooses among several)")
+        raise RecipeError(
+            f"device {device!r}", "is not offered", "it is auto, cpu or cuda (accelerate launch chooses among several)"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device 'cuda' was asked for and torch sees no GPU here; give --device cpu")
+        raise RecipeError("device 'cuda'", "was asked for and torch sees no GPU here", "give ‹device› cpu")
     if log_with and out is None:
-        raise RecipeError(f"--log-with {log_with} needs a folder to log to; give --out")
+        raise RecipeError(f"‹log_with› {log_with}", "needs a folder to log to", "give ‹out›")
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit of this process may have chosen otherwise
     try:
         accelerator = Accelerator(
@@ -259,7 +266,7 @@ def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:
-        raise RecipeError(f"--log-with {log_with}: {error}") from None
+        raise RecipeError(f"‹log_with› {log_with}: {error}") from None
     if log_with and not accelerator.log_with:
-        raise RecipeError(f"--log-with {log_with} needs the package of that name, which is not installed here")
+        raise RecipeError(f"‹log_with› {log_with}", "needs the package of that name, which is not installed here")
     return accelerator

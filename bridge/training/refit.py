@@ -23,12 +23,12 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.models.bridges import Bridge, Coupling
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -40,9 +40,7 @@ MOST_BYTES = 1 << 30  # of sums in memory at a time
 RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
 
 
-def refit_decoders(
-    coupling: Coupling, tokens_bt: Tensor, weight: float, progress: Callable[[str], None] = lambda _: None
-) -> None:
+def refit_decoders(coupling: Coupling, tokens_bt: Tensor, weight: float, progress: OnProgress = unseen) -> None:
     """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit."""
     if not weight:
         return
@@ -61,7 +59,7 @@ def refit_decoders(
             for site, sums in moments.items():
                 sums.add(gradient_h[site], gradient_x[site], x[site], x[site] - x[site - 1] if site else x[site])
             done += len(rows_bt)
-            progress(f"decoders of sites {sites[0]} to {sites[-1]}: gradients over {done} of {len(tokens_bt)} rows")
+            progress(Phase(f"gradients of decoders {sites[0]} to {sites[-1]}", done, len(tokens_bt)))
         with torch.no_grad():
             for site, sums in moments.items():
                 sums.refit(coupling.bridges[site], weight)

@@ -13,7 +13,6 @@ Shape legend: b row, t token, d dense width, s sparse width, n token of all rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.errors import UserError
 from bridge.models.bridges import Bridges, Coupling
 from bridge.models.sparse import SparseTransformer
@@ -48,14 +48,14 @@ def null_coupling(
     against: Path | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> Coupling:
     """The null of a name; the uncoupled one's model is found, or trained, in the folder `against`.
 
     Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
     """
     if coupling.reference_bt is None:
-        raise NullError("the coupling has no reference text, on which a null's bridges are fitted; fit it again")
+        raise NullError("the coupling", "has no reference text, on which a null's bridges are fitted", "fit it again")
     if name == "bridges":
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
@@ -63,7 +63,7 @@ def null_coupling(
     if coupling.recipe.sparse.blocks is not None:
         raise NullError("a span begins and ends with bridges, so it has no uncoupled null; read its verdicts without nulls")
     if against is None:
-        raise NullError("an uncoupled model is trained in a folder of its own; name one with against=")
+        raise NullError("an uncoupled model", "is trained in a folder of its own", "name one with ‹against›")
     other = uncoupled(coupling, against, minutes, seed, progress)
     return with_ridge_bridges(replace(coupling, sparse=other.sparse), coupling.reference_bt)
 
@@ -75,13 +75,13 @@ def with_ridge_bridges(coupling: Coupling, reference_bt: Tensor) -> Coupling:
     return fitted
 
 
-def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: Callable[[str], None]) -> Coupling:
+def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: OnProgress) -> Coupling:
     """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
 
     Raises NullError where the folder holds a model of another shape, or one that was coupled.
     """
     if not (folder / "coupling.json").is_file():
-        progress(f"uncoupled: training without bridges for {minutes:g} minutes")
+        progress(Phase(f"uncoupled: training without bridges for {minutes:g} minutes"))
         recipe = coupling.recipe
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {
@@ -95,7 +95,8 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         tokens = min(recipe.budget.tokens or MOST_TOKENS, max(TOKENS_A_MINUTE, int(minutes * TOKENS_A_MINUTE)))
 
         def watch(state: Progress) -> None:
-            progress(f"uncoupled: {state.fraction:.0%} of {minutes:g} minutes, CE {state.losses.get('ce', float('nan')):.2f}")
+            ce = state.losses.get("ce", float("nan"))
+            progress(Phase("uncoupled", state.fraction, 1, f"CE {ce:.2f}"))
 
         fit(
             coupling.dense.model, tokenizer=coupling.dense.tokenizer, tokens=tokens, minutes=minutes,
@@ -104,9 +105,11 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
         )  # fmt: skip
     other = Coupling.from_pretrained(folder, dense=coupling.dense)
     if other.recipe.losses.coupled:
-        raise NullError(f"{str(folder)!r} was coupled to the dense model; name one of `bridge fit --uncoupled`")
+        raise NullError(f"{str(folder)!r}", "was coupled to the dense model", "name one that was fitted with ‹uncoupled›")
     if other.sparse.locations() != coupling.sparse.locations():
-        raise NullError(f"{str(folder)!r} has a sparse model of another shape; fit one with the coupling's recipe, --uncoupled")
+        raise NullError(
+            f"{str(folder)!r}", "has a sparse model of another shape", "fit one with the coupling's recipe, ‹uncoupled›"
+        )
     return other
 
 

@@ -24,7 +24,10 @@ from bridge.models.store import CheckpointError, read_json, write_json
 FILE = "nulls.json"
 STRONG = ("representational", "mechanistic support")
 Kind = Literal["prompts", "tasks"]
-_HOW: Mapping[Kind, str] = {"prompts": "`bridge nulls --prompts` runs them", "tasks": "`bridge nulls` runs them"}
+_HOW: Mapping[Kind, str] = {
+    "prompts": "`bridge nulls` runs them where it is told how many prompts",
+    "tasks": "`bridge nulls` runs them",
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def keep_nulls(
     """Write the nulls beside what else nulls.json has. Raises CheckpointError where the coupling is in no folder."""
     file = _file(coupling)
     if file is None:
-        raise CheckpointError("the coupling is in no folder; save it first, nulls are kept with it")
+        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
     there: dict[str, Any] = read_json(file) if file.is_file() else {}
     mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
     write_json(file, {**there, kind: mine})
@@ -166,7 +169,7 @@ def rules_of(*configs: SearchConfig | Any) -> str:
 def fingerprint(coupling: Coupling) -> str:
     """The digests of a coupling's tensors and of its dense model. Raises CheckpointError where it is in no folder."""
     if coupling.path is None:
-        raise CheckpointError("the coupling is in no folder; save it first, nulls are kept with it")
+        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
     facts = read_json(folder_of(coupling.path) / "coupling.json")
     return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
 

@@ -7,7 +7,7 @@ None may earn "representational" or better. A prompt without enough of a span co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.display.columns import columns
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.models.bridges import Coupling
 from bridge.models.sparse import Location
 from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
@@ -77,7 +78,7 @@ def run_prompt_nulls(
     config: EvidenceConfig | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> tuple[PromptNull, ...]:
     """Each null on the prompts, written to the coupling's folder where it is in one.
 
@@ -86,14 +87,14 @@ def run_prompt_nulls(
     search, config = search or SearchConfig(), config or EvidenceConfig()
     nulls: list[PromptNull] = []
     for name in names:
-        progress(f"{name}: the coupling")
+        progress(Phase(f"{name}: the coupling"))
         null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
         means = prompt_means(null)
         verdicts: list[str] = []
         ratios: list[float | None] = []
         for place, tokens_t in enumerate(prompts):
             verdict, ratio = judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed)
-            progress(f"{name}, prompt {place + 1} of {len(prompts)}: {verdict}")
+            progress(Phase(f"{name}, prompts", place + 1, len(prompts), verdict))
             verdicts.append(verdict)
             ratios.append(ratio)
         nulls.append(PromptNull.of(name, verdicts, ratios))

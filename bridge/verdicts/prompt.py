@@ -15,7 +15,7 @@ Shape legend: c circuit, f all nodes in one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -26,6 +26,7 @@ from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import another_prompt, matched
 from bridge.evidence.deletion import Deletions, delete_groups
@@ -110,7 +111,7 @@ def gather(
     *,
     config: EvidenceConfig | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> Evidence:
     """All evidence on the opening circuit of a search, whose prompt was followed; groups are masks of its nodes.
 
@@ -120,25 +121,25 @@ def gather(
     generator = torch.Generator().manual_seed(seed + 3_000_017)
     opening, masked = loss.config.opening, loss.masked
     kept_f = nested.kept(opening)
-    progress("evidence: alone, in supersets, deleted")
+    progress(Phase("evidence: alone, in supersets, deleted"))
     circuits = measure_nested(loss, nested, seed)
-    progress("evidence: backup and controls")
+    progress(Phase("evidence: backup and controls"))
     backup_k = backup_nodes(loss, kept_f)
     matched_cf = matched(masked, kept_f, config.matched_draws, generator)
     other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
     sufficient = _sufficient(config, loss, circuits[opening], matched_cf, other_cf)
-    progress("evidence: deletion, in both models")
+    progress(Phase("evidence: deletion, in both models"))
     transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
     deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
     group_effects = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     lost = _lost(config, loss, kept_f, backup_k, deletions)
-    progress("evidence: one node at a time, in both models")
+    progress(Phase("evidence: one node at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
     profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     patching: tuple[Measure, ...] = ()
     if counterfactual is not None:
-        progress("evidence: counterfactual patching, in the dense model")
+        progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     measures = (*_explained(config, loss, circuits[opening]), *sufficient, *deleted, lost, profile, *patching)

@@ -13,7 +13,7 @@ Shape legend: c circuit, u superset, b prompt, f all nodes in one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -25,6 +25,7 @@ from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import Nested
 from bridge.data.task_tokens import Scores
+from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import active_nodes, matched
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
@@ -92,7 +93,7 @@ def gather_task(
     *,
     config: TaskEvidenceConfig | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnProgress = unseen,
 ) -> tuple[Report, tuple[TaskLevel, ...]]:
     """All evidence on a task's circuits on some prompts, and every level measured there."""
     config, opening = config or TaskEvidenceConfig(), test.config.opening
@@ -101,7 +102,7 @@ def gather_task(
     levels: list[TaskLevel] = []
     controls: Controls | None = None
     for place, level in enumerate(nested.levels):
-        progress(f"evidence: {level}, alone, in supersets, deleted, beside matched nodes")
+        progress(Phase(f"evidence: {level}, alone, in supersets, deleted, beside matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
         found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.within(kept_f, level))
@@ -173,7 +174,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
     """Overlap of the seeds' circuits, beside what as many active nodes share by chance."""
     key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
     if len(seeds_f) < 2:
-        return Measure(key, name, None, criterion, note="there is one seed; give --seeds 5")
+        return Measure(key, name, None, criterion, note="there is one seed; five would tell")
     overlaps, by_chance = [], []
     for one_f, other_f in combinations(seeds_f, 2):
         shared, sizes = int((one_f & other_f).sum()), int(one_f.sum()) + int(other_f.sum())

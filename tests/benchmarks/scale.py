@@ -44,7 +44,7 @@ from bridge.circuits.question import Question
 from bridge.kernels.cpu import reuse_memory
 from bridge.models.bridges import new_coupling
 from bridge.models.dense import load_dense
-from bridge.models.sparse import Location
+from bridge.models.sparse import Location, SparseTransformer
 from bridge.recipe import resolve
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
@@ -128,7 +128,7 @@ def measured(width: int, layers: int, vocabulary: int, options: argparse.Namespa
     )  # fmt: skip
 
 
-def copied(sparse: torch.nn.Module, tokens: int) -> float:
+def copied(sparse: SparseTransformer, tokens: int) -> float:
     """Processor seconds of one masked copy of a prompt, forward and backward, in a batch of three."""
     sparse.requires_grad_(False)
     means = {at: torch.zeros(size) for at, size in sizes_of(sparse).items()}
@@ -137,12 +137,12 @@ def copied(sparse: torch.nn.Module, tokens: int) -> float:
     taken = []
     for _ in range(COPIES + 1):
         began = time.process_time()
-        masked.gradient(kept_rf, lambda x_rv: masked.question.difference(x_rv))
+        masked.gradient(kept_rf, masked.question.difference)
         taken.append((time.process_time() - began) / len(kept_rf))
     return median(taken[1:])
 
 
-def sizes_of(sparse: torch.nn.Module) -> dict[Location, int]:
+def sizes_of(sparse: SparseTransformer) -> dict[Location, int]:
     """Nodes of every location."""
     return dict(sparse.locations())
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--one", type=int, nargs=3)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(asdict(measured(*options.one, options))))
+        print(json.dumps(asdict(measured(options.one[0], options.one[1], options.one[2], options))))
         return
     print("width layers vocabulary  million    step s  passes    copy ms   memory GB  foreseen")
     costs = []

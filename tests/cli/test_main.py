@@ -205,7 +205,7 @@ def test_a_run_that_is_asked_to_stop_exits_with_130(
 def test_a_run_that_fails_exits_with_1(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     settings = ["--set", "optimizer.rate=1000.0", *TINY]
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 6400, "--out", tmp_path / "run", *settings)
-    assert result.exit_code == 1 and "Try a lower rate" in result.stderr and "\n" not in result.stderr.strip()
+    assert result.exit_code == 1 and "try a lower rate" in result.stderr and "\n" not in result.stderr.strip()
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--l0", "-1"], "sparsity.l0 = -1.0: some weights must stay"),
         (["--l0", "1e9"], "more than the"),
         (["--l0", "0.1", "--data", "nowhere.txt"], "data 'nowhere.txt' does not exist"),
-        (["--l0", "0.1", "--set", "sparse.wdth=3"], "--set sparse.wdth is not a number of the recipe"),
+        (["--l0", "0.1", "--set", "sparse.wdth=3"], "the setting sparse.wdth is not a number of the recipe"),
         (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),
         (["--l0", "0.1", "--recipe", "no.toml"], "recipe 'no.toml' does not exist"),
         (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not offered"),
@@ -343,7 +343,7 @@ def test_every_seed_has_the_same_bounds() -> None:
         for option in command.params
         if option.name == "seed"
     }
-    assert set(bounds) == {"fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
+    assert set(bounds) == {"adapt", "diff", "fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
     assert set(bounds.values()) == {(0, MOST_SEED)}
 
 

@@ -342,7 +342,7 @@ def test_too_little_text(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(content)
     message = refusal(tmp_path / "a.txt", context=8)
     assert f"holds {len(content.strip())} tokens; at least 16 are needed" in message
-    assert message.endswith("give more text or a shorter context (--set context=N)")
+    assert message.endswith("give more text or a shorter context (data.context)")
 
 
 def test_a_small_token_budget_is_not_too_little_text(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_sampling_is_deterministic_and_leaves_the_global_random_state_alone() ->
     assert torch.equal(first.train_nt, again.train_nt)
     assert not torch.equal(first.train_nt, other.train_nt)
     said: list[str] = []
-    told = load_blocks("self", letters(), 12, max_tokens=1000, dense=model, progress=said.append)
+    told = load_blocks("self", letters(), 12, max_tokens=1000, dense=model, progress=lambda phase: said.append(str(phase)))
     assert torch.equal(told.train_nt, first.train_nt)
     assert said[0] == "data: self, 12 tokens sampled, 1,000 at most" and len(said) == 84
     assert 1000 <= first.train_nt.numel() + first.heldout_nt.numel() <= 1012

@@ -15,9 +15,11 @@ import torch
 from support.explained import made_up
 from support.explanation_cases import PROMPT, agreeing
 
+from bridge.display.progress import Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered, Drawn, ExplainedNode, ExplainError, Explanation
+from bridge.explanations.explanation import ExplainError, Explanation
+from bridge.explanations.parts import Answered, Drawn, ExplainedNode
 from bridge.explanations.text import LISTED_HEADS, render_answer, render_text
 from bridge.huggingface.prompts import PromptError
 from bridge.models.bridges import Coupling
@@ -212,10 +214,10 @@ def test_json_goes_there_and_back_and_holds_no_nan(explanation: Explanation):
     assert values["report"]["verdict"] == explanation.report.verdict
     assert [m["passed"] for m in values["report"]["measures"]] == [m.passed for m in explanation.report.measures]
     assert values["counts"]["nodes"] == sum(node["level"] <= values["opening"] for node in values["nodes"])
-    with pytest.raises(ExplainError, match="not an explanation"):
+    with pytest.raises(ExplainError, match="no explanation"):
         Explanation.from_json({"prompt": "w5"})
     without = {key: value for key, value in values.items() if key != "report"}
-    with pytest.raises(ExplainError, match="not an explanation"):
+    with pytest.raises(ExplainError, match="no explanation"):
         Explanation.from_json(without)
 
 
@@ -312,7 +314,7 @@ def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explan
 
 def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation: Explanation):
     phases: list[str] = []
-    again = explain(coupled, PROMPT, progress=phases.append)
+    again = explain(coupled, PROMPT, progress=lambda phase: phases.append(str(phase)))
     assert again == explanation
     said = [phase.split(":")[0] for phase in phases]
     for phase in ("tokens", "means", "search", "edges", "groups", "attention"):
@@ -393,8 +395,8 @@ def test_work_that_is_ended_leaves_nothing_behind(dense: DenseModel, explanation
         pass
 
     def raise_at(phase: str):
-        def heard(said: str) -> None:
-            if said.startswith(phase):
+        def heard(said: Phase) -> None:
+            if said.name.startswith(phase):
                 raise EndedError
 
         return heard

@@ -21,8 +21,9 @@ from support.explanation_cases import PROMPT, agreeing
 from bridge.errors import UserError
 from bridge.explanations import viewer_graph
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import ExplainedEdge, ExplainedGroup, ExplainedNode, ExplainError, Explanation, Token
+from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.export import ExportError, export, node_pages, to_networkx
+from bridge.explanations.parts import ExplainedEdge, ExplainedGroup, ExplainedNode, Token
 from bridge.explanations.viewer_graph import opened
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel, load_dense
@@ -435,12 +436,12 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
     strange = replace(explanation, nodes=(replace(explanation.nodes[0], kind="router", level=0),), edges=())
     neuronpedia: dict[str, Any] = {"to": "neuronpedia", "scan": "gpt2-small"}
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
-        (explanation, {"to": "gexf"}, "there is no format 'gexf'; --to is one of circuit-tracer, neuronpedia, graphml"),
-        *((explanation, {"slug": slug}, f"--slug {slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
-        (explanation, {"slug": "graph-metadata"}, "--slug 'graph-metadata' is the name of the list of graphs"),
+        (explanation, {"to": "gexf"}, "there is no format 'gexf'; to= is one of circuit-tracer, neuronpedia, graphml"),
+        *((explanation, {"slug": slug}, f"slug={slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
+        (explanation, {"slug": "graph-metadata"}, "slug='graph-metadata' is the name of the list of graphs"),
         (explanation, {"to": "neuronpedia"}, "Neuronpedia files graphs under its own ids of models"),
-        (explanation, {**neuronpedia, "scan": "a/b"}, "--scan 'a/b' cannot be one"),
-        (explanation, {"scan": "gpt2-small"}, "--scan and --features-url are Neuronpedia's"),
+        (explanation, {**neuronpedia, "scan": "a/b"}, "scan='a/b' cannot be one"),
+        (explanation, {"scan": "gpt2-small"}, "scan= and features_url= are Neuronpedia's"),
         (explanation, {**neuronpedia, "features_url": "http://x"}, "'http://x' is no place that Neuronpedia fetches"),
         (low, neuronpedia, "no node is above block 0, and Neuronpedia opens no such graph"),
         (one, {}, "the prompt is a single token, of which the viewers drop every node"),
@@ -510,8 +511,8 @@ def test_the_command_takes_features_from_the_coupling(
     [
         (None, "there is no file"),
         ("{", "holds no explanation"),
-        ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain --json` wrote"),
-        ("{}", "this is not an explanation that this version of bridge reads (format None, not 3); explain again"),
+        ("[1]", "holds no explanation (it is not a JSON object); name a file that `bridge explain` wrote"),
+        ("{}", "this is no explanation that this version reads (format None, not 3); explain again"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, content: str | None, message: str) -> None:

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 from bridge.cli.main import app
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered, Explanation, read_explanation
+from bridge.explanations.explanation import Explanation, read_explanation
 from bridge.explanations.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
+from bridge.explanations.parts import Answered
 from bridge.models import store as checkpoint
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel
@@ -284,7 +285,7 @@ def test_view_makes_a_page_of_what_was_saved(explained: tuple[Coupling, Explanat
         (None, "there is no file"),
         ("{", "holds no explanation"),
         ("[]", "holds no explanation"),
-        ("{}", "this is not an explanation"),
+        ("{}", "this is no explanation"),
         ("\xff", "holds no explanation"),
     ],
 )

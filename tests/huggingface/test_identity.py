@@ -105,7 +105,7 @@ def test_other_weights_are_refused_as_such(tmp_path: Path) -> None:
     with torch.no_grad():
         other.transformer.h[1].mlp.c_fc.bias[3] += 1e-3
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="its weights differ; give that model with --dense"):
+    with pytest.raises(CheckpointError, match="its weights differ; give that model with dense="):
         bridge.load(coupling, dense=tmp_path / "other")
     with pytest.raises(CheckpointError, match="its weights differ"):
         bridge.load(coupling, dense=other)
@@ -212,7 +212,7 @@ def test_a_live_model_that_is_nowhere_is_not_said_to_be_somewhere(changed: str, 
         model = perturbed(hf.LlamaForCausalLM(copy.deepcopy(model.config)))
     known = saved(untrained(load_dense(model)), tmp_path / "coupling")
     assert (known["name"], known["beside"]) == ("LlamaForCausalLM", None)
-    with pytest.raises(CheckpointError, match="dense model of .* not found: .*; or say where it is with --dense"):
+    with pytest.raises(CheckpointError, match="dense model of .* not found: .*; or say where it is with dense="):
         bridge.load(tmp_path / "coupling")
     assert bridge.load(tmp_path / "coupling", dense=model).dense.name == "LlamaForCausalLM"
     model.save_pretrained(tmp_path / "kept")

@@ -20,7 +20,7 @@ from bridge.data.blocks import load_blocks
 from bridge.data.task_pairs import Example, Task, TaskError
 from bridge.data.task_tokens import resolve
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered
+from bridge.explanations.parts import Answered
 from bridge.explanations.text import render_answer
 from bridge.huggingface.prompts import PromptError, Prompts
 from bridge.models.bridges import Coupling

@@ -211,7 +211,7 @@ def test_a_coupling_is_found_through_a_link(saved: Coupling, folder: Path, tmp_p
 
 
 def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
-    another = r"the dense model .* is not the one .* was fitted to \(.*\): its weights differ; give that model with --dense"
+    another = r"the dense model .* is not the one .* was fitted to \(.*\): its weights differ; give that model with dense="
     assert_refused(folder, another, dense=tiny_gpt2(seed=1))
     file = folder.parent / "dense" / "model.safetensors"
     weights = load_file(file)
@@ -224,15 +224,13 @@ def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
 def test_a_missing_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
     shutil.rmtree(folder.parent / "dense")
     edit(folder, lambda facts: facts["dense"].update(name="no/such-model"))
-    assert_refused(
-        folder, r"dense model of .* not found: .*no/such-model.*; or say where it is with --dense \(in Python dense=\.\.\.\)"
-    )
+    assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or say where it is with dense=")
     assert_same_function(bridge.load(folder, dense=tiny_gpt2()), saved)
 
 
 def test_a_live_model_has_to_be_passed(dense: DenseModel, coupling: Coupling, tmp_path: Path) -> None:
     coupling.save_pretrained(tmp_path / "it")
-    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or say where it is with --dense \(in Python dense=\.\.\.\)")
+    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or say where it is with dense=")
     for given in (tiny_gpt2(), dense):
         found = bridge.load(tmp_path / "it", dense=given, tokenizer=tiny_tokenizer())
         assert_same_function(found, coupling)

@@ -193,7 +193,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_folder(tmp_path / "nowhere", "pair")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"is a file, not a folder with a circuit\.json; .*`bridge circuit --out` wrote"):
+    with pytest.raises(CheckpointError, match=r"is a file, not a folder with a circuit\.json; .*`bridge circuit` wrote"):
         read_folder(tmp_path / "file", "circuit")
 
 
@@ -215,10 +215,8 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, path: str, monkeypatch: py
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="is a folder; name a file$"):
         write_text(Path(path), "x")
-    with pytest.raises(
-        CheckpointError, match=r"^--json '.+' cannot be written; name a file in a folder that exists and is writab"
-    ):
-        check_target(path, "--json")
+    with pytest.raises(CheckpointError, match=r"^json='.+' cannot be written; name a file in a folder that exists and is writab"):
+        check_target(path, "json")
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
@@ -228,7 +226,7 @@ def test_an_error_of_writing_names_the_path_that_was_given(tmp_path: Path) -> No
             write_text(path, "x")
         assert caught.value.filename == str(path) and ".writing'" not in str(caught.value)
         with pytest.raises(CheckpointError, match="cannot be written; name a file in a folder that exists"):
-            check_target(path, "--json")
+            check_target(path, "json")
     assert not list(tmp_path.iterdir())
 
 
@@ -282,12 +280,10 @@ def test_check_folder_wants_a_folder_that_can_be_made_or_written_to(tmp_path: Pa
     for good in (tmp_path, tmp_path / "new" / "deeper"):
         assert check_folder(good) == good
     for bad in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / "lost", tmp_path / "lost" / "inside"):
-        with pytest.raises(
-            CheckpointError, match=r"^--out '.*' cannot be made: '.*' is not a folder one may write to; name anoth"
-        ):
+        with pytest.raises(CheckpointError, match=r"^out='.*' cannot be made: '.*' is not a folder one may write to; name anoth"):
             check_folder(bad)
-    with pytest.raises(CheckpointError, match="^--against "):
-        check_folder(tmp_path / "file", "--against")
+    with pytest.raises(CheckpointError, match="^against='"):
+        check_folder(tmp_path / "file", "against")
     assert not (tmp_path / "new").exists()
 
 
@@ -298,7 +294,7 @@ def test_check_new_wants_a_place_for_a_new_folder(tmp_path: Path) -> None:
     assert check_new(tmp_path / "new" / "deeper") == tmp_path / "new" / "deeper"
     assert check_new(tmp_path / "empty") == tmp_path / "empty"
     for taken in (tmp_path, file):
-        with pytest.raises(CheckpointError, match=r"exists and is not empty; name a new folder, or give --resume"):
+        with pytest.raises(CheckpointError, match=r"exists and is not empty; name a new folder, or give resume="):
             check_new(taken)
     with pytest.raises(CheckpointError, match="cannot be made"):
         check_new(file / "inside")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from bridge.circuits.subject import SparseSubject
 from bridge.cli.main import app
+from bridge.display.progress import Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.huggingface.prompts import Prompts
@@ -121,8 +122,8 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
 ) -> None:
     calls: list[str] = []
 
-    def kill(text: str) -> None:
-        calls.append(text)
+    def kill(phase: Phase) -> None:
+        calls.append(str(phase))
         if len(calls) == stop:
             raise KeyboardInterrupt
 
@@ -131,7 +132,7 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
     assert NodeFacts.load(tmp_path).rows_done == 5 * stop
     assert stored_facts(pair, tmp_path) is None  # half is not shown as the whole
     seen: list[str] = []
-    again = collect_nodes(pair, text_bt, folder=tmp_path, progress=seen.append)
+    again = collect_nodes(pair, text_bt, folder=tmp_path, progress=lambda phase: seen.append(str(phase)))
     assert len(seen) == 5 - stop
     assert same(again, facts) and same(NodeFacts.load(tmp_path), facts)
 
@@ -141,7 +142,7 @@ def test_facts_are_read_back_only_for_the_same_weights_text_and_seed(
 ) -> None:
     def rows(coupling: Coupling, text_bt: Tensor, seed: int = 0) -> int:
         seen: list[str] = []
-        collect_nodes(coupling, text_bt, folder=tmp_path, seed=seed, progress=seen.append)
+        collect_nodes(coupling, text_bt, folder=tmp_path, seed=seed, progress=lambda phase: seen.append(str(phase)))
         return len(seen)
 
     assert rows(pair, text_bt) and not rows(pair, text_bt)
@@ -367,7 +368,7 @@ def test_an_endpoint_that_is_not_there_is_one_line() -> None:
     for url in ("file:///etc/passwd", "localhost:80", "http://", "http://a b", "http://[", "http://a\n"):
         with pytest.raises(EndpointError, match="is no address"):
             Endpoint(url, "small")
-    with pytest.raises(EndpointError, match="--model"):
+    with pytest.raises(EndpointError, match="give model="):
         Endpoint("http://localhost", "")
 
 

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CHECKS
 from support.server_cases import Held, ask, client_of, over, until
 
+from bridge.display.progress import Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.models.bridges import Coupling
@@ -103,7 +104,7 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
 
     def explain_it(*_: Any, progress: Any, **__: Any) -> Explanation:
         for phase in range(5):
-            progress(f"phase {phase}")
+            progress(Phase(f"phase {phase}"))
             torch.ones(256, 256).matmul(torch.ones(256, 256))
             time.sleep(0.005)
         return explanation

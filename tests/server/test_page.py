@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from support.page_browser_cases import CHROMIUM, WIDE, Watched, playwright, serving
 from support.server_cases import HOSTILE, OTHER, PATIENCE, PROMPT
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.models.bridges import Coupling
@@ -29,8 +30,8 @@ class Deaf:
     def __init__(self, explanation: Explanation) -> None:
         self.explanation, self.go = explanation, threading.Event()
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
-        progress(PHASE)
+    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
+        progress(Phase(PHASE))
         assert self.go.wait(PATIENCE)
         return replace(self.explanation, prompt=prompt)
 

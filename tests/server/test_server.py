@@ -40,9 +40,11 @@ from typer.testing import CliRunner
 
 from bridge.circuits.subject import SparseSubject
 from bridge.cli.main import app as commands
+from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import explain
-from bridge.explanations.explanation import Answered, Drawn, Explanation
+from bridge.explanations.explanation import Explanation
+from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError
@@ -57,7 +59,7 @@ STEERING = {"value": 1.5, "strength": 0.5}
 class Staged(Held):
     """The same that hands over what is known early, and is then held up."""
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **more: Any) -> Explanation:
+    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
         for known in stages_of(self.explanation):
             more["stage"](known)
         return super().__call__(coupling, prompt, progress=progress)
@@ -77,8 +79,8 @@ def stages_of(explanation: Explanation) -> tuple[Answered, Drawn]:
 def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> None:
     said: list[str] = []
 
-    def watched(*arguments: Any, progress: Callable[[str], None], **more: Any) -> Explanation:
-        def say(phase: str) -> None:
+    def watched(*arguments: Any, progress: OnProgress, **more: Any) -> Explanation:
+        def say(phase: Phase) -> None:
             progress(phase)
             said.append(client.get(f"/api/explanations/{id}").json()["phase"])
 
@@ -544,7 +546,7 @@ def test_folders_that_cannot_be_served(root: Path, coupling_folder: Path, tmp_pa
         ([tmp_path / "none"], None, "is not a folder"),
         ([tmp_path / "empty"], None, "no coupling in"),
         ([coupling_folder, tmp_path / "again" / "tiny"], None, "are called 'tiny'"),
-        ([root], tmp_path / "none", "--circuits"),
+        ([root], tmp_path / "none", "circuits="),
     ):
         with pytest.raises(UserError, match=message):
             Library(couplings, circuits)

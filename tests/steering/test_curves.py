@@ -20,7 +20,7 @@ from bridge.models.bridges import Coupling
 from bridge.models.dense import DenseModel
 from bridge.nodes.statistics import NodeError
 from bridge.steering.curves import Steering, random_like, steer
-from bridge.steering.figure import render_steering, steering_plot
+from bridge.steering.figure import figure_of, panels_of, render_steering, steering_plot
 from bridge.steering.interventions import Steerer, SteerError, parse_intervention, run_patched
 from tests.conftest import CONTEXT, untrained
 
@@ -181,13 +181,14 @@ def test_the_table_and_the_plot(steered: Steering) -> None:
         assert max(map(len, text.splitlines())) <= width and "strength" in text and "goes on at 1" in text
     assert "each sublayer's own site (1, 2, 3)" in " ".join(render_steering(steered, 120).split())
     hostile = dataclasses.replace(steered, contrast=dataclasses.replace(steered.contrast, text='<script>&"'))
-    drawing = steering_plot(hostile)
-    root = ElementTree.fromstring(drawing)
-    space = "{http://www.w3.org/2000/svg}"
-    assert "<script>" not in drawing and "prefers-color-scheme:dark" in drawing
-    assert len([line for line in root.iter(f"{space}polyline") if "chosen" in (line.get("class") or "")]) == 2
-    assert len(list(root.iter(f"{space}circle"))) == 2 * len(steered.curve)
-    assert len(list(root.iter(f"{space}polygon"))) == 2
+    drawing = steering_plot(dataclasses.replace(hostile, target=dataclasses.replace(steered.target, text="$x_{")))
+    ElementTree.fromstring(drawing)
+    assert "<script>" not in drawing and "$x_{" in drawing
+    axes = figure_of("", "", panels_of(steered)).axes
+    for axis, name in zip(axes, ("probability_contrast", "probability_target"), strict=True):
+        chosen = next(line for line in axis.lines if line.get_label() == "chosen nodes")
+        assert list(chosen.get_ydata()) == [getattr(each, name) for each in steered.curve]
+        assert list(chosen.get_xdata()) == [each.strength for each in steered.curve] and len(axis.collections) == 1  # the band
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,9 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     text = render_comparison(comparison)
     assert "CROSS-ABLATION" in text and "OVERLAP" in text
     image = ET.fromstring(heat_map(comparison))
-    assert image.tag.endswith("svg") and len(image.findall(".//{*}g")) == 4
-    assert "href" not in heat_map(comparison)  # self-contained
+    cells = [group.get("id") for group in image.iter("{http://www.w3.org/2000/svg}g") if "deleted" in group.get("id", "")]
+    assert len(cells) == 4 and f"{comparison.rise[0][1]:+.2f}" in heat_map(comparison).replace("\N{MINUS SIGN}", "-")
+    assert all(
+        value.startswith(("#", "data:")) for one in image.iter() for key, value in one.items() if key.endswith("href")
+    )  # self-contained
     assert comparison.to_json()["off_diagonal"] == comparison.apart

@@ -59,10 +59,10 @@ def test_what_is_no_result_is_refused(result: TaskResult, tmp_path: Path) -> Non
     values = json.loads((tmp_path / "cut" / "circuit.json").read_text())
     del values["facts"]["whole"]
     (tmp_path / "cut" / "circuit.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="no circuit that this version of bridge reads") as caught:
+    with pytest.raises(CheckpointError, match="no circuit that this version reads") as caught:
         TaskResult.load(tmp_path / "cut")
     assert "\n" not in str(caught.value)
     values["format"] = 1
     (tmp_path / "cut" / "circuit.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="a circuit of format 1, not 2; search again"):
+    with pytest.raises(CheckpointError, match=r"no circuit that this version reads \(format 1, not 2\); search again"):
         TaskResult.load(tmp_path / "cut")

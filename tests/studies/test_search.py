@@ -33,7 +33,9 @@ def subjects(dense: DenseModel) -> Subjects:
 
 def test_a_planted_circuit_is_found_and_passes(dense: DenseModel) -> None:
     said: list[str] = []
-    result = search_task(subjects(dense), task(), explains="sparse", seeds=2, budget=BUDGET, progress=said.append)
+    result = search_task(
+        subjects(dense), task(), explains="sparse", seeds=2, budget=BUDGET, progress=lambda phase: said.append(str(phase))
+    )
     facts = result.facts
     assert {node.name for node in result.circuit.nodes} == {
         "L0.mlp_in[0]", "L0.mlp_in[1]", "L0.mlp_act[0]", "L0.mlp_act[1]", "L0.mlp_out[2]", "L0.mlp_out[3]"

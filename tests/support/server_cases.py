@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from bridge.display.progress import OnProgress, Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.models.bridges import Coupling
@@ -72,12 +73,12 @@ class Held:
     def __init__(self, explanation: Explanation) -> None:
         self.explanation, self.begun, self.go, self.calls = explanation, threading.Event(), threading.Event(), 0
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: Callable[[str], None], **_: Any) -> Explanation:
+    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **_: Any) -> Explanation:
         self.calls += 1
         self.begun.set()
         started = time.monotonic()
         while not self.go.wait(0.005):
-            progress("held")
+            progress(Phase("held"))
             assert time.monotonic() - started < PATIENCE
         return replace(self.explanation, prompt=prompt)
 

@@ -198,7 +198,7 @@ def test_an_evaluation_is_finite_json(result: Evaluation) -> None:
 def test_progress_rises_to_one_and_no_text_is_refused(sparsified: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 2)
     seen: list[float] = []
-    evaluate(sparsified, TOKENS_BT, on_progress=seen.append)
+    evaluate(sparsified, TOKENS_BT, on_progress=lambda phase: seen.append(phase.done / phase.total))
     assert len(seen) == 6 and seen == sorted(seen) and seen[-1] == pytest.approx(1)
     with pytest.raises(ValueError, match="no held-out text"):
         evaluate(sparsified, TOKENS_BT[:0])

@@ -125,7 +125,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
       ),
     ),
     open && terms(model, open, choose),
-    h("section", {}, h("h3", {}, "What d loses without it, nats"), effectBars(effects, most)),
+    h("section", {}, h("h3", {}, "Loss of d by ablation, nats"), effectBars(effects, most)),
   );
 }
 

@@ -1,0 +1,47 @@
+"""Plots as SVG, drawn by matplotlib, which is loaded with the first (an extra: `pip install 'bridge[plots]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from io import StringIO
+from typing import Any
+
+from bridge.errors import UserError
+
+STYLE: Any = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bridge",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[Any]], None]) -> Any:
+    """A figure of panels beside each other (size in inches), by `paint(figure, axes)`. Raises UserError without matplotlib."""
+    if not can_plot():
+        raise UserError("a plot", "needs matplotlib, which is not installed", "pip install 'bridge[plots]'")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0]))
+    return figure
+
+
+def svg(figure: Any) -> str:
+    """A figure as the text of a self-contained SVG, the same for the same figure."""
+    from matplotlib import rc_context
+
+    file = StringIO()
+    with rc_context(STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
