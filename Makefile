@@ -22,7 +22,7 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	rm -rf runs/demo
 	$(BIN)/bridge info checkpoints/python-dense
 	@echo
-	$(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-32.toml --width 256 --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
+	$(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-4.toml --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
 	$(BIN)/bridge eval runs/demo --rows 32
 	@echo
 	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
@@ -56,28 +56,22 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # From corpus to eval table, on whatever device is there. It may be cut at any time: the same command goes on, and what ships is
-# replaced only when all is done. python-bridge-sparse goes on from python-bridge-32, python-bridge from there with the bridges alone.
+# replaced only when all is done.
 NEW := runs/checkpoints
-FIT = until [ -f $(NEW)/$(1)/coupling.json ]; do \
-	  $(BIN)/bridge fit $(NEW)/python-dense --recipe recipes/$(1).toml $(2) --out $(NEW)/$(1) --resume --stretch 9 || exit 1; done
+COUPLINGS := python-bridge-32 python-bridge-4
 checkpoints: $(READY)
 	until [ -f $(NEW)/python-dense/config.json ]; do \
 	  $(BIN)/python recipes/python_dense.py --out $(NEW)/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
-	$(call FIT,python-bridge-32,--dtype bfloat16)
-	$(call FIT,python-bridge-sparse,--set sparse.start=$(NEW)/python-bridge-32)
-	$(call FIT,python-bridge,--set sparse.start=$(NEW)/python-bridge-sparse)
-	for fit in python-bridge-32 python-bridge; do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
-	rm -rf checkpoints/python-dense checkpoints/python-bridge-32 checkpoints/python-bridge $(NEW)/python-dense.state
-	mv $(NEW)/python-dense $(NEW)/python-bridge-32 $(NEW)/python-bridge checkpoints
+	for fit in $(COUPLINGS); do until [ -f $(NEW)/$$fit/coupling.json ]; do \
+	  $(BIN)/bridge fit $(NEW)/python-dense --recipe recipes/$$fit.toml --out $(NEW)/$$fit --resume --stretch 9 || exit 1; done; done
+	for fit in $(COUPLINGS); do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
+	for ships in python-dense $(COUPLINGS); do rm -rf checkpoints/$$ships && mv $(NEW)/$$ships checkpoints; done
 
-# docs/frontier.svg: what ships, two other L0 that go on from python-bridge-32, and half the width from the dense model itself; cut, the
-# same command goes on.
+# What ships beside two other L0; cut, the same command goes on.
 frontier: $(READY)
-	[ -f runs/width-256/coupling.json ] || $(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-32.toml --width 256 \
-	  --minutes 9 --tokens 12000000 --out runs/width-256 --resume
-	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-sparse.toml --l0 0.015625 0.00390625 --minutes $(FRONTIER_MINUTES) \
-	  --tokens 12000000 --tasks while_return_true var_if else_elif --budget 0.5 \
-	  --load checkpoints/python-bridge-32 checkpoints/python-bridge runs/width-256 --out runs/frontier
+	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-4.toml --l0 0.125 0.0625 --minutes $(FRONTIER_MINUTES) \
+	  --tokens 12000000 --tasks while_return_true var_if else_elif --budget 0.5 --load checkpoints/python-bridge-4 \
+	  --load checkpoints/python-bridge-32 --out runs/frontier
 
 docs: $(READY)  ## docs/cli.md from the commands' own help.
 	$(BIN)/typer bridge.cli.main utils docs --name bridge --output docs/cli.md

@@ -66,8 +66,7 @@ class SearchConfig:
     least_span: float = 1.0  # nats; below it there is nothing to explain
     room: float = 0.7  # of what a level allows, within which all nodes must be before errors are let in
     error_price: int = 1000  # nodes: where the opening circuit takes more, an error that spares as many is let in
-    # of the supersets that a circuit is held to: of six, one in ten failed in twenty others, of twelve fewer
-    densities: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.35, 0.45, 0.5, 0.6, 0.65, 0.75, 0.8, 0.9)
+    densities: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # of the supersets that a circuit is held to
     alphas: int = 8  # of integrated gradients
     steps: int = 60  # of the descent at the level that the explanation opens at
     prompts: int = 8  # of several, at each step

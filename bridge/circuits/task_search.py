@@ -35,7 +35,7 @@ from bridge.models.bridges import Coupling
 from bridge.models.sparse import Location
 
 # of other prompts at each step: var_if keeps 371 nodes where a step has 8, 260 where it has 16
-TASK_SEARCH = SearchConfig(attempts=3, steps=400, prompts=16, densities=(0.15, 0.3, 0.45, 0.6, 0.75, 0.9))
+TASK_SEARCH = SearchConfig(attempts=3, steps=400, prompts=16)
 TRAIN, VALIDATION, TEST = 128, 32, 32  # prompts
 
 

@@ -43,8 +43,8 @@ class EvidenceConfig:
     """Bounds of the evidence on a prompt's circuit, and how much is drawn; saved with its explanation."""
 
     most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
-    superset_mean: float = 0.8  # the search holds the rms of twelve supersets to 2 (1 - F); twenty others scatter about that
-    superset_worst: float = 0.4  # and the worst of these to 3.5 (1 - F): the worst of twenty is further out
+    superset_mean: float = 0.8  # the search holds the rms of six supersets to 2 (1 - F); twenty others scatter about that
+    superset_worst: float = 0.4  # and the worst of the six to 3.5 (1 - F): the worst of twenty is further out
     matched: float = 0.1  # of faithfulness, in the median: other active nodes of the same places are to do nothing
     behind: float = 1 / 3  # of the sparse loss, that a change must make for its site to count: elsewhere 0 is divided by 0
     # dense over sparse loss at its least. Shuffled bridges reach .20 where circuits are taken without errors (14 prompts),
