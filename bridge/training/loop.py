@@ -244,8 +244,9 @@ def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
     coupling.sparse.requires_grad_(False).eval()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
-    # of a span the sparse model's own answers go through its last decoder, and would change
-    if coupling.recipe.losses.coupled and coupling.recipe.sparse.blocks is None:  # in dense arithmetic: products are chosen by speed
+    # in dense arithmetic: which products are faster is measured, and sums differ by it; not of a span, whose own answers go
+    # through its last decoder, and would change
+    if coupling.recipe.losses.coupled and coupling.recipe.sparse.blocks is None:
         refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
     coupling.sparse.use_products()
     path = None if out is None else str(out)
