@@ -49,7 +49,11 @@ def serves(sparse: SparseTransformer) -> bool:
     plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
     plain = plain and sparse.heads_of_keys == sparse.heads_of_queries and sparse.shape.positions != "rotary"
     frozen = all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
-    alone = set(sparse.sublayer_kinds) == {"attn", "mlp"} and sparse.device.type == "cpu" and sparse.shape.blocks is None
+    alone = (
+        tuple(sparse.sublayer_kinds) == ("attn", "mlp") * (len(sparse.sublayer_kinds) // 2)
+        and sparse.device.type == "cpu"
+        and sparse.shape.blocks is None
+    )
     return bool(plain and frozen and alone and sparse.compact) and sparse.achieved_l0() <= _DENSEST
 
 

@@ -154,12 +154,15 @@ class Prompts:
         """A user's text as the prompt that the model answers, by its chat template. Raises PromptError where there is none."""
         tokenizer: Any = self._there()
         if not tokenizer.chat_template:
-            raise PromptError(f"the tokenizer of {self._who} has no chat template; leave out --chat, or write the turns yourself")
+            raise PromptError(
+                f"the tokenizer of {self._who}", "has no chat template", "leave out ‹chat›, or write the turns yourself"
+            )
         turns = [{"role": "user", "content": text}]
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # whatever a template raises
-            raise PromptError(f"the chat template of {self._who} refuses it ({first_line(error)}); leave out --chat") from None
+            why = f"refuses it ({first_line(error)})"
+            raise PromptError(f"the chat template of {self._who}", why, "leave out ‹chat›") from None
 
     # -- tokens to text -------------------------------------------------------------------------------------------------
 

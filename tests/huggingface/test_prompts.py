@@ -490,7 +490,7 @@ def test_a_users_text_is_put_into_the_chat_template() -> None:
     assert text == "[user] x = 1<|end|>[assistant]"
     assert prompts.decode(prompts.read(text, 64)) == text and tokenizer.eos_token_id in prompts.read(text, 64)
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
-    with pytest.raises(PromptError, match=r"refuses it \(only two turns\); leave out --chat"):
+    with pytest.raises(PromptError, match=r"refuses it \(only two turns\); leave out chat="):
         prompts.chat("x")
-    with pytest.raises(PromptError, match="has no chat template; leave out --chat"):
+    with pytest.raises(PromptError, match="has no chat template; leave out chat="):
         Prompts(byte_level()).chat("x")

@@ -197,7 +197,7 @@ def test_measures_are_not_taken_for_anothers(described: dict[str, Any], tmp_path
     only = {**described, "l0": (0.25,), "load": (), "dense": False}
     bridge.sweep(**only, out=out)
     changed = bridge.sweep(**{**only, "tokens": 1280}, out=out)
-    assert "another budget.tokens; name another --out" in changed.failures[0].why and not changed.points
+    assert "another budget.tokens; name another out=" in changed.failures[0].why and not changed.points
     rows = bridge.sweep(**{**only, "rows": 2}, out=out)
     assert "was searched by" in rows.failures[0].why
     bridge.sweep(**only, out=out)
@@ -233,7 +233,7 @@ def test_the_points_of_a_plan(tmp_path: Path) -> None:
     assert [p.name for p in plan(load=["runs/a", "runs/b"], recipe=recipe)] == ["a", "b"]
     assert [p.name for p in plan(load=["one/a", "two/a"])] == ["one-a", "two-a"]
     for problem, options in (
-        ("give --l0", {}),
+        ("give l0=", {}),
         ("l0 0.1 is named twice", {"l0": (0.1, 0.1)}),
         ("width 32 is named twice", {"l0": (0.1,), "width": (32, 32)}),
         ("is not a multiple of sparse.head_channels", {"l0": (0.1,), "width": (33,), "settings": {"sparse.head_channels": 8}}),
