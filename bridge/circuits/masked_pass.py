@@ -48,13 +48,10 @@ def serves(sparse: SparseTransformer) -> bool:
     other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
     plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
     plain = plain and sparse.heads_of_keys == sparse.heads_of_queries and sparse.shape.positions != "rotary"
+    alternating = tuple(sparse.sublayer_kinds) == ("attn", "mlp") * (len(sparse.sublayer_kinds) // 2)
     frozen = all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
-    alone = (
-        tuple(sparse.sublayer_kinds) == ("attn", "mlp") * (len(sparse.sublayer_kinds) // 2)
-        and sparse.device.type == "cpu"
-        and sparse.shape.blocks is None
-    )
-    return bool(plain and frozen and alone and sparse.compact) and sparse.achieved_l0() <= _DENSEST
+    packed = frozen and sparse.device.type == "cpu" and bool(sparse.compact) and sparse.shape.blocks is None
+    return plain and alternating and packed and sparse.achieved_l0() <= _DENSEST
 
 
 class _Room:
