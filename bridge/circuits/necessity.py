@@ -20,13 +20,13 @@ _ALPHAS = 4  # values of the mask
 def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     """node_k: the fewest other nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
 
-    As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
+    Of several prompts the mean over them counts. As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
     """
     whole_f, allowed = loss.complement(kept_f), loss.config.left
 
     def left(order_k: Tensor, sizes: list[int]) -> list[float]:
         masks = torch.stack([whole_f.index_fill(0, order_k[:size], False) for size in sizes])
-        return loss.left(loss.masked.logits(masks)).tolist()
+        return loss.left(loss.logits(masks)).view(len(masks), -1).mean(1).tolist()
 
     none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
     if left(none_k, [0])[0] <= allowed:

@@ -10,6 +10,7 @@ from support.models import VOCABULARY, planted_pairs, planted_sparse
 
 from bridge.circuits.error_nodes import error_means
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
+from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
 from bridge.circuits.task_search import SearchError, TaskLosses, divided, spread, task_loss, task_losses, with_all_splits
 from bridge.data.task_tokens import Resolved, TokenPairs
@@ -59,6 +60,19 @@ def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: Couplin
         one.nodes for one in measures
     )
     assert not torch.equal(losses.test.masked.question.prompt_bt, losses.validation.masked.question.prompt_bt)
+
+
+def test_what_is_left_of_several_prompts_is_the_mean_of_each_alone(coupling: Coupling, dense: DenseModel) -> None:
+    loss = found(planted(coupling, dense), task()).validation
+    none_f = torch.zeros_like(loss.nodes_f)
+    node_k = backup_nodes(loss, none_f)
+
+    def left(count: int) -> float:
+        without_f = loss.complement(none_f).index_fill(0, node_k[:count], False)
+        rows = torch.arange(len(loss.model_b)).split(1)
+        return float(torch.cat([loss.left(loss.masked.logits(without_f[None], row_r), row_r) for row_r in rows]).mean())
+
+    assert 0 < len(node_k) < len(none_f) and left(0) > loss.config.left >= left(len(node_k))
 
 
 def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuits_are_held_to() -> None:
