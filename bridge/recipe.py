@@ -157,11 +157,21 @@ class Data(_Part):
     """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    stream: bool = Field(default=False, description="text is read while the fit goes on, not beforehand")
     most_tokens: int | None = Field(default=None, ge=1, description="of text read, or sampled, at most; unset: the budget's")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
     rows: int | None = Field(
         default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
     )
+    micro_rows: int | None = Field(
+        default=None, ge=1, description="of these, as many as a process takes at once, adding up gradients; unset: its share"
+    )
+
+    @model_validator(mode="after")
+    def _read_once(self) -> Data:
+        if self.stream and self.most_tokens is not None:
+            raise RecipeError("data.most_tokens", "bounds what is read beforehand", "leave it out, or data.stream off")
+        return self
 
 
 class Budget(_Part):

@@ -20,11 +20,12 @@ from support.models import CONTEXT, tiny_gpt2, tiny_tokenizer
 
 import bridge
 from bridge.models.bridges import Coupling, new_coupling
-from bridge.models.store import CheckpointError
+from bridge.models.store import CheckpointError, read_folder
 from bridge.nodes.statistics import sparse_fingerprint
-from bridge.recipe import BRIDGED, RecipeError, recipe_values
+from bridge.recipe import BRIDGED, Losses, RecipeError, recipe_values
 from bridge.training import loop as training
 from bridge.training.loop import FitError, FitStopped, Progress, finish, train
+from bridge.training.objective import Objective, draw_splice
 from bridge.training.prepare import PROCESS_BYTES, memory_needed, prepare
 from bridge.training.refit import Question, gradients
 
@@ -305,6 +306,39 @@ def test_the_tracker_that_was_asked_for_writes(dense_folder: Path, text_file: Pa
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(
+    "losses", [{}, {"splice": "literal"}, Losses().uncoupled().model_dump()], ids=["sampled", "literal", "ce"]
+)
+def test_pieces_add_up_to_the_undivided_batch(dense_folder: Path, text_file: Path, losses: dict[str, Any]) -> None:
+    """Terms and gradients, down to pieces of one row, some of which have no row of one kind."""
+    settings = {"data.rows": 8, "sparse.start": "random", **{f"losses.{name}": value for name, value in losses.items()}}
+
+    def step(micro_rows: int | None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        given = values(text_file, **settings, **({} if micro_rows is None else {"data.micro_rows": micro_rows}))
+        run = prepare(dense_folder, given, device="cpu")
+        coupling, recipe = run.coupling, run.coupling.recipe
+        tokens_bt, splice = run.blocks.batch(0, 8, 0), None
+        if recipe.losses.coupled and recipe.losses.splice == "sampled":
+            splice = draw_splice(8, coupling.n_sites, recipe.losses, torch.Generator().manual_seed(0))
+        objective = Objective(coupling.dense, coupling.sparse, coupling.bridges, recipe.losses)
+        if micro_rows is None:
+            terms = objective(tokens_bt, splice)
+            terms["total"].backward()
+        else:
+            assert len(run.pieces) == 8 // micro_rows
+            terms = training._accumulate(objective, run.accelerator, tokens_bt, splice, run.pieces)
+        return terms, [p.grad for p in objective.parameters() if p.grad is not None]
+
+    whole, gradients_whole = step(None)
+    for micro_rows in (4, 1):
+        terms, gradients = step(micro_rows)
+        assert terms.keys() == whole.keys()
+        for name, term in terms.items():
+            torch.testing.assert_close(term, whole[name].detach(), rtol=1e-5, atol=1e-6, msg=name)
+        for one, other in zip(gradients, gradients_whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 # -- how a fit stops and goes on ----------------------------------------------------------------------------------------
 
 
@@ -423,7 +457,7 @@ def test_not_a_number_stops_with_the_last_good_state(
     monkeypatch.setattr(training, "draw_splice", poison)
     with pytest.raises(FitError, match=r"stopped at step 5: .*not a number.* last good state is in .*resume=.* try a lower rate"):
         list(train(run))
-    tensors, facts = training.read_folder(out, "training")
+    tensors, facts = read_folder(out, "training")
     assert facts["step"] == 5 and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
@@ -519,6 +553,7 @@ def test_resume_starts_a_run_that_never_saved(dense_folder: Path, text_file: Pat
         ({}, {"sparsity.l0": 10**9}, "l0 1000000000 is more than the .* weights there are"),
         ({}, {"sparsity.min_per_neuron": 30}, "min_per_neuron 30 needs"),
         ({}, {"data.context": 17}, "data.context 17 is longer than the 16 positions"),
+        ({}, {"data.micro_rows": 3}, "data.rows 4 cannot be shared by 1 processes in pieces of 3"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_before_anything_is_written(
