@@ -253,6 +253,9 @@ class Recipe(_Part):
     dense: str = Field(description="hub id or folder of the dense model, or the class of a live one")
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
+    dense_dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32", description="precision of the dense model's weights and of all that it computes; a live one's own"
+    )
     adapts: bool = Field(default=False, description="sparse.start is a coupling to the model that this one is a fine-tune of")
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity = Sparsity()
@@ -321,6 +324,7 @@ def recipe_values(
     seed: int | None = None,
     adapter: str | None = None,
     revision: str | None = None,
+    dense_dtype: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
@@ -340,6 +344,7 @@ def recipe_values(
         "seed": seed,
         "adapter": adapter,
         "revision": revision,
+        "dense_dtype": dense_dtype,
     }
     for name, value in {**flags, **(settings or {})}.items():
         if value is not None:

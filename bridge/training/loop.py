@@ -104,20 +104,26 @@ def fit(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    dense_dtype: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     log_with: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Coupling:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
     l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
-    dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
+    dense model's blocks alone are coupled. The dense model's weights are of `dense_dtype`, beside sparse ones in float32, and may
+    be spread over devices by transformers' `device_map`. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
     ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
         l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, recipe=recipe, settings=settings,
-        uncoupled=uncoupled, adapter=adapter, revision=revision, seed=seed,
+        uncoupled=uncoupled, adapter=adapter, revision=revision, seed=seed, dense_dtype=dense_dtype,
     )  # fmt: skip
-    run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
+    run = prepare(
+        model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, device_map=device_map,
+        log_with=log_with,
+    )  # fmt: skip
     for progress in train(run):
         if on_progress is not None:
             on_progress(progress)

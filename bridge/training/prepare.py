@@ -73,6 +73,7 @@ def prepare(
     resume: bool = False,
     device: str = "auto",
     dtype: str = "float32",
+    device_map: str | dict[str, Any] | None = None,
     log_with: str | None = None,
     progress: OnProgress | None = None,
 ) -> Run:
@@ -104,9 +105,13 @@ def prepare(
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r}", "is not offered", "it is float32 or bfloat16 (products only, weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
+    if device_map is not None and (live or accelerator.num_processes > 1):
+        why = "a live model is where it is" if live else "each of several processes has a device of its own"
+        raise RecipeError(f"‹device_map› {device_map}", f"does not apply: {why}", "leave it out")
     dense = load_dense(
-        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
-    )
+        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device),
+        dtype=getattr(torch, recipe.dense_dtype), device_map=device_map,
+    )  # fmt: skip
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
@@ -190,6 +195,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         random = shape.start == "random" or not recipe.losses.coupled
         optimizer = optimizer.model_copy(update={"rate": 3e-3 if random else 1e-3})
     update = {"sparse": shape, "optimizer": optimizer, "dense": dense.name, "revision": dense.revision}
+    update["dense_dtype"] = str(dense.dtype).removeprefix("torch.")
     recipe = recipe.model_copy(update=update)
     if data.rows is None:  # as many as fit, so that a fit with no further option runs
         sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
