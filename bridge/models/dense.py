@@ -250,6 +250,9 @@ def load_dense(
     named = isinstance(model, (str, Path))
     if named:
         name = str(model)
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            rule = "cannot stay on a disk: its weights are looked at as a whole"
+            raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
         loaded, unused = _from_pretrained(name, revision, dtype, device_map)
         found = _tokenizer(name, revision)  # or why there is none
         check_weights(loaded, f"model {name!r}", spread=device_map is not None)

@@ -43,6 +43,7 @@ from bridge.models.bridges import Coupling
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, write_text
 from bridge.recipe import Losses, recipe_values
+from bridge.training import shards
 from bridge.training import sparse_native as native
 from bridge.training.objective import Objective, Splice, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
@@ -148,7 +149,12 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     if frozen:
         sparse.requires_grad_(False)
         sparse.use_products()
-    objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
+    objective = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses)
+    if shards.asked_for(accelerator):
+        objective.in_shards = True
+        shards.shard(objective, accelerator)
+    else:
+        objective = accelerator.prepare(objective)
     optimizer = SharkfinAdamW(coupling)
     state = TrainingState(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
     if run.resume and out is not None:
@@ -208,24 +214,25 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             state.watch(ce, sparse.vocabulary)
             if not frozen:
                 target = annealed(fraction())  # the last step ends on the target
-                sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+                with shards.whole_weights(sparse):
+                    sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
             sums += torch.stack([losses.get(name, zero) for name in names])  # a share of few rows may lack a term
             summed += 1
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
                 means = dict(zip(names, _over_processes(accelerator, sums / summed)))
                 speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
                 left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
-                progress = Progress(
-                    state.step, steps, state.step * per_step, fraction(), means, sparse.achieved_l0(), speed, left
-                )
+                with shards.whole_weights(sparse):
+                    l0 = sparse.achieved_l0()
+                progress = Progress(state.step, steps, state.step * per_step, fraction(), means, l0, speed, left)
                 log.write(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
                 if state.caution <= CAUTION:  # lower rates have been tried
                     _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
             if asked or state.seconds - last_save >= SAVE_SECONDS:
-                if out is not None and accelerator.is_main_process:
-                    save(out, coupling, optimizer, blocks, state)
+                if out is not None:
+                    save(out if accelerator.is_main_process else None, coupling, optimizer, blocks, state)
                 last_save = state.seconds
             if asked and fraction() < 1:
                 where, remedy = (
@@ -233,6 +240,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                     f"‹resume› ‹out› {out} goes on" if out else "",
                 )
                 raise FitStopped(f"stopped at {where}", remedy, planned=not stop)
+        shards.gather(objective)
 
 
 def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
@@ -326,14 +334,16 @@ def _accumulate(
 ) -> dict[str, Tensor]:
     """Add up the gradient of a batch over the pieces of this process; the terms, as means over its pieces.
 
-    The gradient is exchanged between processes once, with the last piece.
+    The gradient is exchanged between processes once, with the last piece; in shards with every one.
     """
     parts, means = accelerator.num_processes * len(pieces), dict[str, Tensor]()
+    each = shards.in_shards(objective)  # then there is no room for gradients that are not
     counts = None if splice is None else [count / parts for count in splice.counts()]
     for piece in pieces:
         mine = None if splice is None else splice.rows(piece.start, piece.stop)
-        with nullcontext() if piece is pieces[-1] else accelerator.no_sync(objective):
-            losses = objective(tokens_bt[piece].to(accelerator.device), mine, counts)
+        with nullcontext() if each or piece is pieces[-1] else accelerator.no_sync(objective):
+            with accelerator.autocast():
+                losses = objective(tokens_bt[piece].to(accelerator.device), mine, counts)
             accelerator.backward(losses["total"] / len(pieces))
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / len(pieces)

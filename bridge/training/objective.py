@@ -98,6 +98,7 @@ class Objective(nn.Module):
         self.sparse = sparse
         self.bridges = bridges
         self.losses = losses
+        self.in_shards = False  # each process must then have a gradient of every parameter, be it zero
 
     def forward(self, tokens_bt: Tensor, splice: Splice | None, counts: Sequence[float] | None = None) -> dict[str, Tensor]:
         """Every term by name, unweighted, and their weighted sum as "total", each a scalar.
@@ -114,7 +115,10 @@ class Objective(nn.Module):
         else:
             terms = self._sampled(tokens_bt, splice, counts or splice.counts())
         terms = {name: term for name, term in terms.items() if getattr(losses, name)}
-        return {"total": sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(())), **terms}
+        total = sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(()))
+        if self.in_shards:
+            total = total + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+        return {"total": total, **terms}
 
     def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
         """The terms that need no bridge: of text, and the dense model's answers where they are asked for."""

@@ -21,6 +21,7 @@ from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, read_folder, write_folder
 from bridge.training import sparse_native as native
 from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.shards import in_shards, whole, whole_weights
 
 CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
@@ -46,16 +47,19 @@ class TrainingState:
         self.best = min(self.best, ce)
 
 
-def save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState) -> None:
-    """Write the state of a run to its folder."""
-    tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
-    tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
+def save(out: Path | None, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState) -> None:
+    """Write the state of a run to its folder (None: take part in gathering it)."""
+    tensors: dict[str, Tensor] = {f"sparse.{name}": whole(p) for name, p in coupling.sparse.named_parameters()}
+    tensors |= {f"bridges.{name}": whole(tensor) for name, tensor in coupling.bridges.state_dict().items()}
+    tensors |= optimizer.tensors()
+    if out is None:
+        return
     facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
     facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
     facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
     for name in native.packed(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
-    write_folder(out, "training", {**tensors, **optimizer.tensors(), **blocks.tensors()}, facts)
+    write_folder(out, "training", {**tensors, **blocks.tensors()}, facts)
 
 
 def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream) -> TrainingState:
@@ -68,6 +72,9 @@ def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blo
     if difference:
         name = coupling.dense.name
         raise CheckpointError(f"the run in {str(out)!r}", f"has another dense model than {name!r}: {difference}", "give that one")
+    if facts.get("native") and in_shards(coupling.sparse):
+        what, rule = f"the run in {str(out)!r}", "trains nonzeros alone by now, which are not kept in shards"
+        raise CheckpointError(what, rule, "go on without FSDP")
     for name in facts.get("native") or ():
         weight = coupling.sparse.get_parameter(name)
         pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
@@ -75,7 +82,8 @@ def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blo
     for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         try:
-            module.load_state_dict(part)
+            with whole_weights(module):
+                module.load_state_dict(part)
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
     optimizer.restore(tensors)

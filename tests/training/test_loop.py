@@ -597,7 +597,11 @@ def test_resume_starts_a_run_that_never_saved(dense_folder: Path, text_file: Pat
         ({}, {"sparsity.l0": 10**9}, "l0 1000000000 is more than the .* weights there are"),
         ({}, {"sparsity.min_per_neuron": 30}, "min_per_neuron 30 needs"),
         ({}, {"data.context": 17}, "data.context 17 is longer than the 16 positions"),
-        ({"device_map": {"": "cpu", "transformer.h.1": "disk"}}, {}, "are not in memory .*offloaded"),
+        (
+            {"device_map": {"": "cpu", "transformer.h.1": "disk"}},
+            {},
+            "cannot stay on a disk: .* give device_map= of devices that hold all",
+        ),
         ({}, {"dense_dtype": "int8"}, "dense_dtype = 'int8'"),
         ({}, {"data.micro_rows": 3}, "data.rows 4 cannot be shared by 1 processes in pieces of 3"),
     ],
