@@ -21,7 +21,7 @@ from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, read_folder, write_folder
 from bridge.training import sparse_native as native
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.shards import in_shards, whole, whole_weights
+from bridge.training.shards import alike, in_shards, whole
 
 CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
@@ -81,9 +81,9 @@ def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blo
         optimizer.exchange(name, coupling, pattern)
     for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        there = module.state_dict()
         try:
-            with whole_weights(module):
-                module.load_state_dict(part)
+            module.load_state_dict({key: alike(value, there[key]) if key in there else value for key, value in part.items()})
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
     optimizer.restore(tensors)
