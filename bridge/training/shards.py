@@ -60,7 +60,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     """A context in which a module's parameters are whole; what is then changed in them is kept, in their shards."""
     places = [(one, name, p) for one in module.modules() for name, p in one._parameters.items() if isinstance(p, DTensor)]
     for one, name, p in places:
-        one._parameters[name] = nn.Parameter(p.detach().full_tensor(), requires_grad=p.requires_grad)
+        one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
     try:
         yield
     finally:
@@ -77,4 +77,4 @@ def gather(module: nn.Module) -> None:
     for one in module.modules():
         for name, p in one._parameters.items():
             if isinstance(p, DTensor):
-                one._parameters[name] = nn.Parameter(p.detach().full_tensor(), requires_grad=p.requires_grad)
+                one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
