@@ -154,7 +154,7 @@ class DenseModel:
         return self._leave(run.trace(until + 1))
 
     def leaves(self, x: Tensor) -> Tensor:
-        """What leaves the model, on the device of its tokens; in float32 where its weights are of half the precision.
+        """A tensor as it leaves the model, on the device of the tokens; in float32 where weights are of half the precision.
 
         What enters is cast where it enters (`Run.place`), and back again is what it was. So nothing outside of a dense model
         knows of its precision, nor that it may be spread over devices.

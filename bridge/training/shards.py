@@ -1,9 +1,9 @@
 """A sparse model that outgrows a device: its weights, gradients and moments in shards, one to a process (FSDP2, `fully_shard`).
 
-Asked for by accelerate's own configuration (`accelerate launch --config_file`, with `fsdp_version: 2`). The objective is one
-unit: its weights are gathered for the passes of a step, its gradients averaged and scattered behind them, and between steps each
-process holds its rows of every matrix, of its moments and of its gradient. Units within it would be gathered by one process and
-not by another, as rows enter and leave where they were drawn to. What needs whole matrices (the projection, saving) gathers them.
+Asked for by accelerate's own configuration file (`distributed_type: FSDP`, `fsdp_version: 2`). The objective is one unit: its
+weights are gathered for the passes of a step, its gradients averaged and scattered behind them, and between steps each process
+holds its rows of every matrix, of its moments and of its gradient. Units within it would be gathered by one process and not by
+another, as rows enter and leave where they were drawn to. What needs whole matrices (the projection, saving) gathers them.
 """
 
 from __future__ import annotations

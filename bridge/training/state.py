@@ -28,7 +28,7 @@ DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a unifor
 
 
 class TrainingState:
-    """What a run knows of itself beside weights and moments."""
+    """A run's step, clock, rates and sparsity: all that its next step depends on beside weights, moments and text."""
 
     def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
         self.step = step
