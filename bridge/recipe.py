@@ -157,11 +157,21 @@ class Data(_Part):
     """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
+    stream: bool = Field(default=False, description="text is read while the fit goes on, not beforehand")
     most_tokens: int | None = Field(default=None, ge=1, description="of text read, or sampled, at most; unset: the budget's")
     context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
     rows: int | None = Field(
         default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
     )
+    micro_rows: int | None = Field(
+        default=None, ge=1, description="of these, as many as a process takes at once, adding up gradients; unset: its share"
+    )
+
+    @model_validator(mode="after")
+    def _read_once(self) -> Data:
+        if self.stream and self.most_tokens is not None:
+            raise RecipeError("data.most_tokens", "bounds what is read beforehand", "leave it out, or data.stream off")
+        return self
 
 
 class Budget(_Part):
@@ -243,6 +253,9 @@ class Recipe(_Part):
     dense: str = Field(description="hub id or folder of the dense model, or the class of a live one")
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
+    dense_dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32", description="precision of the dense model's weights and of all that it computes; a live one's own"
+    )
     adapts: bool = Field(default=False, description="sparse.start is a coupling to the model that this one is a fine-tune of")
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity = Sparsity()
@@ -311,6 +324,7 @@ def recipe_values(
     seed: int | None = None,
     adapter: str | None = None,
     revision: str | None = None,
+    dense_dtype: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
@@ -330,6 +344,7 @@ def recipe_values(
         "seed": seed,
         "adapter": adapter,
         "revision": revision,
+        "dense_dtype": dense_dtype,
     }
     for name, value in {**flags, **(settings or {})}.items():
         if value is not None:

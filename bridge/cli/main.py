@@ -124,6 +124,12 @@ def fit(
     seed: Annotated[int | None, seed_of("Seed of weights, order of text and splices.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+    dense_dtype: Annotated[
+        str | None, typer.Option(help="Precision of the dense model's weights: float32 (default), bfloat16 or float16.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the dense model over devices, as transformers does: auto, balanced or sequential.")
+    ] = None,
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
 ) -> None:
     """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
@@ -138,7 +144,8 @@ def fit(
             check_resumable(out)
         values = recipe_values(
             recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, uncoupled=uncoupled,
-            seed=seed, adapter=adapter, revision=revision, settings=dict(parse_setting(text) for text in set_ or []),
+            seed=seed, adapter=adapter, revision=revision, dense_dtype=dense_dtype,
+            settings=dict(parse_setting(text) for text in set_ or []),
         )  # fmt: skip
         name = chosen_model(model, gguf, values.get("dense"))
         if name is None and resume and out is not None and (out / "training.json").is_file():
@@ -152,7 +159,8 @@ def fit(
 
         reading = Phases()
         run = prepare(
-            name, values, out=folder, resume=resume, device=device, dtype=dtype, log_with=log_with, progress=reading
+            name, values, out=folder, resume=resume, device=device, dtype=dtype, device_map=device_map, log_with=log_with,
+            progress=reading,
         )  # fmt: skip
         reading.clear()
         train_to_end(run, folder, stretch)

@@ -18,8 +18,11 @@ import random
 import re
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +50,31 @@ SPLITS = {
 }
 ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct")
 FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
+SAVED_ROWS = 10_000  # of what `save_to_disk` wrote, to a part
 SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what save_to_disk leaves
 CARD_KEYS = {"configs", "dataset_info", "task_categories", "task_ids", "size_categories", "source_datasets"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pieces of a source, read as they are taken, and a description of the parts left out ("" for none)."""
+    """The parts of a source, each of which reads its pieces anew when called, and what was left out of it ("" for nothing).
 
-    pieces: Iterator[Piece]
+    Parts are files, where a source has files: who knows how far a corpus was read need not read the parts before again.
+    """
+
+    parts: Sequence[Callable[[], Iterator[Piece]]]
     left_out: str = ""
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces, read as they are taken."""
+        return chain.from_iterable(part() for part in self.parts)
 
 
 def open_corpus(source: str, seed: int = 0) -> Corpus:
     """Open the corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
     if source in ("stdlib", "stdlib+packages"):
-        return Corpus(("text", text) for text in _python_source(packages=source != "stdlib", seed=seed))
+        return Corpus([partial(_python_source, packages=source != "stdlib", seed=seed)])
     path, configuration = Path(source).expanduser(), None
     if not path.exists() and ":" in source:  # a configuration of a data set that lies here
         name, _, named = source.rpartition(":")
@@ -71,7 +83,7 @@ def open_corpus(source: str, seed: int = 0) -> Corpus:
     if path.is_dir():
         return _folder(path, configuration, seed)
     if path.exists():
-        return Corpus(file_pieces(path))
+        return Corpus([partial(file_pieces, path)])
     if source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES:
         raise DataError(f"data {source!r}", "does not exist", "name a file, a folder, 'stdlib', 'self' or a hub data set")
     return Corpus(_streamed(source))
@@ -87,7 +99,7 @@ def documents(source: str, seed: int = 0) -> Iterator[str]:
 # -- what is on this machine ------------------------------------------------------------------------------------------------
 
 
-def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
+def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     if packages:
         roots += [Path(sysconfig.get_paths()["purelib"])]
@@ -111,7 +123,7 @@ def _python_source(*, packages: bool, seed: int) -> Iterator[str]:
         digest = hashlib.sha256(text.encode()).digest()
         if text.strip() and digest not in seen:  # vendored copies are common
             seen.add(digest)
-            yield text
+            yield "text", text
 
 
 def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
@@ -135,11 +147,10 @@ def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
     return Corpus(_shuffled(files, seed), _splits(left))
 
 
-def _shuffled(files: Iterable[Path], seed: int) -> Iterator[Piece]:
+def _shuffled(files: Iterable[Path], seed: int) -> list[Callable[[], Iterator[Piece]]]:
     files = list(files)
     random.Random(seed).shuffle(files)
-    for file in files:
-        yield from file_pieces(file)
+    return [partial(file_pieces, file) for file in files]
 
 
 def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
@@ -185,7 +196,11 @@ def _saved(path: Path) -> Corpus:
         raise DataError(f"data {str(path)!r}", f"is a saved data set that cannot be loaded ({why})", "save it again") from None
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
     chosen = _to_train_on(splits, str(path), "the folder of one")
-    return Corpus(_saved_rows(splits[chosen], str(path)), _splits([name for name in splits if name != chosen]))
+    table = splits[chosen]
+    starts = range(0, max(1, len(table)), SAVED_ROWS)
+    parts = [table.select(range(start, min(start + SAVED_ROWS, len(table)))) for start in starts]
+    left = _splits([name for name in splits if name != chosen])
+    return Corpus([partial(_saved_rows, part, str(path)) for part in parts], left)
 
 
 def _saved_rows(table: Any, where: str) -> Iterator[Piece]:
@@ -255,13 +270,27 @@ def _splits(left: Iterable[str]) -> str:
     return f"{'splits' if len(names) > 1 else 'split'} {', '.join(names)}" if names else ""
 
 
-def _streamed(source: str) -> Iterator[Piece]:
+def _streamed(source: str) -> list[Callable[[], Iterator[Piece]]]:
+    """A part for every file of a hub data set."""
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
-    try:
-        for row in load_dataset(name, configuration or None, split="train", streaming=True):
+    with _refused_unless_streamed(source):
+        table = load_dataset(name, configuration or None, split="train", streaming=True)
+        shards = [table.shard(table.num_shards, index) for index in range(table.num_shards)]
+    return [partial(_streamed_rows, shard, source) for shard in shards]
+
+
+def _streamed_rows(shard: Iterable[Any], source: str) -> Iterator[Piece]:
+    with _refused_unless_streamed(source):
+        for row in shard:
             yield piece(row, source)
+
+
+@contextmanager
+def _refused_unless_streamed(source: str) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:

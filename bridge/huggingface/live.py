@@ -25,8 +25,8 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def check_weights(model: nn.Module, who: str) -> None:
-    """Raise DenseModelError for weights that are not all there as numbers on one device."""
+def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
+    """Raise DenseModelError for weights that are not all there as numbers, on one device unless it may be `spread`."""
     weights = dict(model.named_parameters())
     flagged = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     if away := [name for name, weight in weights.items() if weight.is_meta]:
@@ -43,7 +43,7 @@ def check_weights(model: nn.Module, who: str) -> None:
     if any(type(module).__module__.startswith(("torch.ao.", "torch.quantiz")) for module in model.modules()):
         raise DenseModelError(who, "is quantized by torch", "give it as it was before")
     devices = sorted({str(weight.device) for weight in weights.values()})
-    if len(devices) > 1:
+    if len(devices) > 1 and not spread:
         what = f"its weights are on several devices ({', '.join(devices)}), and bridge runs a dense model on one"
         raise DenseModelError(who, f"cannot be read: {what}", "load it without device_map, or move it with model.to(...)")
 

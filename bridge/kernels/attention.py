@@ -73,7 +73,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
         q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
         z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
-        tensors = (q_bnt, k_bnt, v_bnt, sink_h.detach().float(), z_bnt)
+        sink_h = sink_h.detach().to(
+            torch.float32, copy=True
+        )  # memory that numpy has seen cannot be freed, as gathered weights are
+        tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt)
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
         where = channels, *_every_query(q_bnt)
         in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])

@@ -232,6 +232,7 @@ class Coupling:
                     adapter=_locate(folder, recipe.adapter, known.get("adapter_beside")) if named and recipe.adapter else None,
                     revision=recipe.revision if dense is None else None,
                     device=device,
+                    dtype=getattr(torch, recipe.dense_dtype),
                 )
             except DenseModelError as error:
                 if dense is not None:

@@ -125,6 +125,11 @@ class DenseModel:
         """Device that the model takes its tokens on."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.model.parameters()).dtype
+
     def to(self, device: torch.device | str) -> DenseModel:
         """Move the model's weights to a device, in place."""
         nn.Module.to(self.model, device)
@@ -139,14 +144,27 @@ class DenseModel:
         run = self._start(tokens_bt, enter)
         with exclusive(), self._hooked(run):
             logits_btv = forward(self.model, tokens_bt, last_only=last_only)
-        return Trace(logits_btv, run.trace(self.n_sites))
+        return Trace(self.leaves(logits_btv), self._leave(run.trace(self.n_sites)))
 
     def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
         """x_btd at every site up to `until`, as `run` gives them; what comes behind that is not run."""
         run = self._start(tokens_bt, enter, until)
         with exclusive(), self._hooked(run), suppress(Reached):
             forward(self.model, tokens_bt)
-        return run.trace(until + 1)
+        return self._leave(run.trace(until + 1))
+
+    def leaves(self, x: Tensor) -> Tensor:
+        """A tensor as it leaves the model, on the device of the tokens; in float32 where weights are of half the precision.
+
+        What enters is cast where it enters (`Run.place`), and back again is what it was. So nothing outside of a dense model
+        knows of its precision, nor that it may be spread over devices.
+        """
+        half = self.dtype.itemsize < torch.float32.itemsize
+        return x.to(self.device, torch.float32 if half else x.dtype)
+
+    def _leave(self, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Residuals as they leave; one that a gradient goes through stays as it is, since it may be asked for its gradient."""
+        return tuple(x_btd if x_btd.requires_grad else self.leaves(x_btd) for x_btd in residuals)
 
     def _start(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Run:
         """A run of a batch, once that is checked."""
@@ -178,7 +196,7 @@ class DenseModel:
         if not self.live or not where:
             return where or None
         try:
-            there = load_dense(where, adapter=adapter, dtype=next(self.model.parameters()).dtype)
+            there = load_dense(where, adapter=adapter, dtype=self.dtype)
         except DenseModelError:
             return None
         return where if self.identity().difference(there.identity()) is None else None
@@ -219,20 +237,25 @@ def load_dense(
     revision: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    device_map: str | dict[str, Any] | None = None,
 ) -> DenseModel:
     """Load a causal LM as a DenseModel: a hub id, a folder, a .gguf file, or a live PreTrainedModel (or PeftModel).
 
     A live model is left exactly as it is, mode, gradients and hooks included: what runs is a frozen twin that shares its
-    weights, without what torch.compile or DataParallel have put around it (`dtype` and `revision` do not apply; the device is
-    the model's own unless given). Where LoRA weights are merged, from `adapter` or a live PeftModel, it is a copy with weights
-    of its own. Raises DenseModelError.
+    weights, without what torch.compile or DataParallel have put around it (`dtype`, `device_map` and `revision` do not apply; the
+    device is the model's own unless given). Where LoRA weights are merged, from `adapter` or a live PeftModel, it is a copy with
+    weights of its own. With a `device_map` of transformers' ("auto", or a device by module) it is spread over devices, which must
+    hold all of it. Raises DenseModelError.
     """
     named = isinstance(model, (str, Path))
     if named:
         name = str(model)
-        loaded, unused = _from_pretrained(name, revision, dtype)
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            rule = "cannot stay on a disk: its weights are looked at as a whole"
+            raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
+        loaded, unused = _from_pretrained(name, revision, dtype, device_map)
         found = _tokenizer(name, revision)  # or why there is none
-        check_weights(loaded, f"model {name!r}")
+        check_weights(loaded, f"model {name!r}", spread=device_map is not None)
     else:
         model = unwrapped(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
@@ -251,7 +274,7 @@ def load_dense(
         if (folder / TOKENIZER).is_file():
             found = _tokenizer(str(folder), None)
         loaded = with_adapter(loaded, folder, str(adapter), name)
-    if named or device is not None:
+    if (named or device is not None) and (device_map is None or not named):
         loaded.to(device or "cpu")
     loaded.eval().requires_grad_(False)
     on_hub = named and not Path(name).exists()
@@ -263,7 +286,9 @@ def load_dense(
     return dense
 
 
-def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, DenseModelError | None]:
+def _from_pretrained(
+    name: str, revision: str | None, dtype: torch.dtype, device_map: str | dict[str, Any] | None
+) -> tuple[Any, DenseModelError | None]:
     """The model of a hub id, a folder or a .gguf file, and its refusal where it is not all that its files hold."""
     from transformers import AutoModelForCausalLM
 
@@ -283,7 +308,8 @@ def _from_pretrained(name: str, revision: str | None, dtype: torch.dtype) -> tup
     with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
-                where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                where, revision=revision, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 **({} if file is None else loading_options(file)),
             )  # fmt: skip

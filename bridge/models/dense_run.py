@@ -86,7 +86,8 @@ class Run:
         if not self.anyone_enters(site):
             return x_btd
         here = slice(self._bounds[site], self._bounds[site + 1])
-        return x_btd.index_copy(0, self._row_b[here], self._given_btd[here].to(x_btd.dtype))  # not in place: autograd, records
+        row_b = self._row_b[here].to(x_btd.device)  # a model may be spread over devices
+        return x_btd.index_copy(0, row_b, self._given_btd[here].to(x_btd))  # not in place: autograd, records
 
     def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Pre-hook of a block: what enters there, or at its middle, takes the place of what it was given."""
@@ -109,7 +110,7 @@ class Run:
             placed = self.place(site, self._by_row(written))
         else:
             here = slice(self._bounds[site], self._bounds[site + 1])
-            placed = self._by_row(written).index_fill(0, self._row_b[here], 0)
+            placed = self._by_row(written).index_fill(0, self._row_b[here].to(written.device), 0)
         return with_output_tensor(output, placed.reshape(written.shape))
 
     def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:

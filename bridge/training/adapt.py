@@ -165,7 +165,7 @@ def _check_adapter(base: Coupling, adapter: str) -> None:
         return
     other = f"adapter {adapter!r} was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
     if Path(trained_on).is_dir():
-        if difference := load_dense(trained_on).identity().difference(base.dense.identity()):
+        if difference := load_dense(trained_on, dtype=base.dense.dtype).identity().difference(base.dense.identity()):
             raise DenseModelError(f"{other}: {difference}; give an adapter of that one")
     elif Path(trained_on).name != Path(name).name:
         raise DenseModelError(f"{other}; give an adapter of that one (or, where they are the same, correct its {CONFIG})")

@@ -146,7 +146,7 @@ def _residual_at_entry(dense: DenseModel, tokens_bt: Tensor) -> Tensor:
         try:
             forward(dense.model, tokens_bt)
         except _Stop as stopped:
-            return stopped.args[0].float()
+            return stopped.args[0].to(dense.device, torch.float32)
     raise AssertionError("a model ran without its first block")
 
 
@@ -160,7 +160,7 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
     embedding_vd = F.pad(embedding_vd, (0, 0, 0, dense.vocabulary - known))
     row_1t = tokens_bt[:1, :1].expand(1, min(dense.context or tokens_bt.shape[1], 4096))
     position_td = _residual_at_entry(dense, row_1t)[0] - embedding_vd[row_1t[0]]
-    weight_vd = F.pad(weight_ud.float(), (0, 0, 0, dense.vocabulary - known))
+    weight_vd = F.pad(weight_ud.to(dense.device, torch.float32), (0, 0, 0, dense.vocabulary - known))
     if weight_vd.shape == embedding_vd.shape:  # what is no token's own is the position's
         factor, offset_d, left = scaled(weight_vd[:known], embedding_vd[:known])
         if left < SAME and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():

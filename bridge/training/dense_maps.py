@@ -144,6 +144,9 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
     block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
     now = [-1]
 
+    def plain(x: Tensor) -> Tensor:
+        return x.to(dense.device, torch.float32)
+
     def enter(index: int, *_: Any) -> None:
         now[0] = index
 
@@ -153,9 +156,9 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
         tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and weight.is_floating_point()
         if module in maps or not tensors or x.numel() // x.shape[-1] != tokens_bt.numel():
             return
-        x_xi, y_xo = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
-        bias_o = torch.zeros_like(y_xo[0]) if bias is None else bias.float()
-        for weight_oi in (weight.float(), weight.float().T):  # transformers' Conv1D has inputs first
+        x_xi, y_xo, weight = plain(x.reshape(-1, x.shape[-1])), plain(y.reshape(-1, y.shape[-1])), plain(weight)
+        bias_o = torch.zeros_like(y_xo[0]) if bias is None else plain(bias)
+        for weight_oi in (weight, weight.T):  # transformers' Conv1D has inputs first
             fits = weight_oi.shape == (y_xo.shape[1], x_xi.shape[1])
             if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * SAME:
                 maps[module] = CalledMap(weight_oi, bias_o, x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
@@ -165,11 +168,11 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
         if now[0] < 0 or any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):
             return  # not attention: a mask in the making
         here = seen.blocks[now[0]]
-        here.q_bhtc, here.k_bhtc = (x.float().reshape(len(tokens_bt), -1, *x.shape[-2:]).clone() for x in (q, k))
+        here.q_bhtc, here.k_bhtc = (plain(x).reshape(len(tokens_bt), -1, *x.shape[-2:]).clone() for x in (q, k))
 
     def softened(score: Tensor) -> None:
         if now[0] >= 0:
-            seen.blocks[now[0]].score_bhtt = score.float().reshape(len(tokens_bt), -1, *score.shape[-2:]).clone()
+            seen.blocks[now[0]].score_bhtt = plain(score).reshape(len(tokens_bt), -1, *score.shape[-2:]).clone()
 
     with exclusive(), ExitStack() as hooks:
         for index, block in enumerate(dense.blocks):

@@ -140,8 +140,7 @@ def _scale(anatomy: Anatomy) -> float:
 def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
     """Overwrite a new coupling by its dense model, in place, as far as that is verified on tokens_bt; calibrates the bridges."""
     dense, sparse = coupling.dense, coupling.sparse
-    trace = dense.run(tokens_bt)
-    residuals = [h_btd.float() for h_btd in trace.residuals]
+    residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
     coupling.bridges.calibrate(residuals)
     nothing = Started(False, False, False, (None,) * len(dense.sublayers))
     if sparse.width < dense.width:

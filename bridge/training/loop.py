@@ -1,10 +1,10 @@
 """The training loop: recipe -> Coupling.
 
-Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective; its gradient, normalised to
-RMS 1 over the sparse model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed
-L0. Once the anneal is over, matrices whose sparse products are faster are trained by their nonzeros (`sparse_native`). At a
-rate of 0 bridges alone learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay
-valid.
+Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective and its gradient, added up
+over the pieces that memory has room for (`data.micro_rows`) and over processes; the gradient normalised to RMS 1 over the sparse
+model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed L0. Once the anneal is
+over, matrices whose sparse products are faster are trained by their nonzeros (`sparse_native`). At a rate of 0 bridges alone
+learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay valid.
 
 A step depends on the weights, the optimizer and the step's number alone, so a run that is killed and resumed from its last saved
 state continues bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the clock) and the matrices that
@@ -25,7 +25,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,23 +38,21 @@ from torch import Tensor
 
 from bridge.display.progress import OnProgress, unseen
 from bridge.errors import OneLineError, RunError
-from bridge.huggingface.identity import Identity
 from bridge.kernels.cpu import reuse_memory
-from bridge.kernels.products import Pattern
 from bridge.models.bridges import Coupling
 from bridge.models.sparse_weights import Fractions, annealed_l0
-from bridge.models.store import CheckpointError, read_folder, write_folder, write_text
-from bridge.recipe import Losses, RecipeError, recipe_values
+from bridge.models.store import CheckpointError, write_text
+from bridge.recipe import Losses, recipe_values
+from bridge.training import shards
 from bridge.training import sparse_native as native
-from bridge.training.objective import Objective, draw_splice
+from bridge.training.objective import Objective, Splice, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.prepare import Run, prepare
+from bridge.training.prepare import Run, first_rows, prepare
 from bridge.training.refit import refit_decoders
+from bridge.training.state import CAUTION, DIVERGED, TrainingState, restore, save
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
-CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
-DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
 WORST = 2  # the same of the model that is to be written, on one row of text
 
 
@@ -106,20 +105,26 @@ def fit(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    dense_dtype: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     log_with: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Coupling:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
     l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
-    dense model's blocks alone are coupled. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
+    dense model's blocks alone are coupled. The dense model's weights are of `dense_dtype`, beside sparse ones in float32, and may
+    be spread over devices by transformers' `device_map`. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
     ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
     """
     values = recipe_values(
         l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, recipe=recipe, settings=settings,
-        uncoupled=uncoupled, adapter=adapter, revision=revision, seed=seed,
+        uncoupled=uncoupled, adapter=adapter, revision=revision, seed=seed, dense_dtype=dense_dtype,
     )  # fmt: skip
-    run = prepare(model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, log_with=log_with)
+    run = prepare(
+        model, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, device_map=device_map,
+        log_with=log_with,
+    )  # fmt: skip
     for progress in train(run):
         if on_progress is not None:
             on_progress(progress)
@@ -133,12 +138,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     """
     coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
     recipe, sparse = coupling.recipe, coupling.sparse
-    budget, rows = recipe.budget, recipe.data.rows
+    budget, rows, processes, pieces = recipe.budget, recipe.data.rows, accelerator.num_processes, run.pieces
     assert rows is not None and recipe.data.context is not None
-    processes, process = accelerator.num_processes, accelerator.process_index
-    if rows % processes:
-        raise RecipeError(f"data.rows {rows}", f"cannot be shared by {processes} processes", "make it a multiple")
-    share = slice(rows * process // processes, rows * (process + 1) // processes)
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
     reuse_memory()
@@ -148,13 +149,20 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     if frozen:
         sparse.requires_grad_(False)
         sparse.use_products()
-    objective = accelerator.prepare(Objective(coupling.dense, sparse, coupling.bridges, recipe.losses))
+    objective = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses)
+    if shards.asked_for(accelerator):
+        objective.in_shards = True
+        shards.shard(objective, accelerator)
+    else:
+        objective = accelerator.prepare(objective)
     optimizer = SharkfinAdamW(coupling)
-    state = _State(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
+    state = TrainingState(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
     if run.resume and out is not None:
-        state = _restore(out, coupling, optimizer)
+        state = restore(out, coupling, optimizer, blocks)
     elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
-        _calibrate(coupling, blocks.batch(0, rows, recipe.seed).to(coupling.dense.device))
+        tokens_bt = first_rows(blocks, recipe).to(coupling.dense.device)
+        with torch.no_grad():
+            coupling.bridges.calibrate(coupling.dense.residuals(tokens_bt, coupling.n_sites - 1))
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
     kept = sparse.fractions(recipe.sparsity)
@@ -182,15 +190,11 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             updates_mask = bool(state.native) and state.step % recipe.sparsity.look_every == 0
             if updates_mask:
                 native.look(sparse)
-            tokens_bt = blocks.batch(state.step, rows, recipe.seed)[share].to(accelerator.device)
-            splice = counts = None
+            tokens_bt, splice = blocks.batch(state.step, rows, recipe.seed), None
             if recipe.losses.splice == "sampled" and recipe.losses.coupled:
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + state.step)
-                whole = draw_splice(rows, coupling.n_sites, recipe.losses, generator)
-                splice = whole.rows(share.start, share.stop)
-                counts = [count / processes for count in whole.counts()]
-            losses = objective(tokens_bt, splice, counts)
-            accelerator.backward(losses["total"])
+                splice = draw_splice(rows, coupling.n_sites, recipe.losses, generator)
+            losses = _accumulate(objective, accelerator, tokens_bt, splice, pieces)
             finite = optimizer.step(done, annealed(done), state.caution)
             if not finite or not bool(torch.isfinite(losses["total"])):
                 raise _failed("the loss or its gradient is not a number", state.step, out)
@@ -198,7 +202,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
                 native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
 
-            ce = float(losses["ce"].detach()) if "ce" in losses else 0.0
+            ce = float(losses.get("ce", 0.0))
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
@@ -210,24 +214,25 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             state.watch(ce, sparse.vocabulary)
             if not frozen:
                 target = annealed(fraction())  # the last step ends on the target
-                sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
-            sums += torch.stack([losses.get(name, zero).detach() for name in names])  # a share of few rows may lack a term
+                with shards.whole_weights(sparse):
+                    sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
+            sums += torch.stack([losses.get(name, zero) for name in names])  # a share of few rows may lack a term
             summed += 1
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
                 means = dict(zip(names, _over_processes(accelerator, sums / summed)))
                 speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
                 left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
-                progress = Progress(
-                    state.step, steps, state.step * per_step, fraction(), means, sparse.achieved_l0(), speed, left
-                )
+                with shards.whole_weights(sparse):
+                    l0 = sparse.achieved_l0()
+                progress = Progress(state.step, steps, state.step * per_step, fraction(), means, l0, speed, left)
                 log.write(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
                 if state.caution <= CAUTION:  # lower rates have been tried
                     _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
             if asked or state.seconds - last_save >= SAVE_SECONDS:
-                if out is not None and accelerator.is_main_process:
-                    _save(out, coupling, optimizer, state)
+                if out is not None:
+                    save(out if accelerator.is_main_process else None, coupling, optimizer, blocks, state)
                 last_save = state.seconds
             if asked and fraction() < 1:
                 where, remedy = (
@@ -235,6 +240,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                     f"‹resume› ‹out› {out} goes on" if out else "",
                 )
                 raise FitStopped(f"stopped at {where}", remedy, planned=not stop)
+        shards.gather(objective)
 
 
 def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
@@ -259,24 +265,6 @@ def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
             file.unlink(missing_ok=True)
         shutil.rmtree(out / ".training.writing", ignore_errors=True)  # of a kill
     return coupling
-
-
-class _State:
-    def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
-        self.step = step
-        self.seconds = seconds
-        self.native = native  # the matrices that are trained by their nonzeros, once that is decided
-        self.start_l0 = start_l0  # that the anneal falls from
-        self.caution = 1.0  # what the rates are multiplied by
-        self.best = math.inf  # the smallest cross-entropy of a step so far
-        self.since = 10  # steps since the rates were last halved
-
-    def watch(self, ce: float, vocabulary: int) -> None:
-        """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
-        self.since += 1
-        if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
-            self.caution, self.since = self.caution / 2, 0
-        self.best = min(self.best, ce)
 
 
 class _Log:
@@ -341,9 +329,25 @@ class _asked_to_stop:
             signal.signal(number, handler)
 
 
-@torch.no_grad()
-def _calibrate(coupling: Coupling, tokens_bt: Tensor) -> None:
-    coupling.bridges.calibrate(coupling.dense.run(tokens_bt).residuals)
+def _accumulate(
+    objective: Any, accelerator: Accelerator, tokens_bt: Tensor, splice: Splice | None, pieces: list[slice]
+) -> dict[str, Tensor]:
+    """Add up the gradient of a batch over the pieces of this process; the terms, as means over its pieces.
+
+    The gradient is exchanged between processes once, with the last piece; in shards with every one.
+    """
+    parts, means = accelerator.num_processes * len(pieces), dict[str, Tensor]()
+    each = shards.in_shards(objective)  # then there is no room for gradients that are not
+    counts = None if splice is None else [count / parts for count in splice.counts()]
+    for piece in pieces:
+        mine = None if splice is None else splice.rows(piece.start, piece.stop)
+        with nullcontext() if each or piece is pieces[-1] else accelerator.no_sync(objective):
+            with accelerator.autocast():
+                losses = objective(tokens_bt[piece].to(accelerator.device), mine, counts)
+            accelerator.backward(losses["total"] / len(pieces))
+        for name, loss in losses.items():
+            means[name] = means.get(name, 0) + loss.detach() / len(pieces)
+    return means
 
 
 def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
@@ -364,7 +368,7 @@ def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     return [name for name in names if sparse.get_parameter(name).requires_grad]
 
 
-def _total_seconds(state: _State, steps: int | None, minutes: float | None) -> float:
+def _total_seconds(state: TrainingState, steps: int | None, minutes: float | None) -> float:
     by_steps = steps * state.seconds / state.step if steps else math.inf
     return min(by_steps, minutes * 60 if minutes else math.inf)
 
@@ -396,40 +400,3 @@ def _failed(what: str, step: int | str, out: Path | None) -> FitError:
     kept = f"; the last good state is in {out} (‹resume›)" if out is not None and (out / "training.json").exists() else ""
     remedy = "try a lower rate (optimizer.rate, optimizer.bridge_rate), or ‹dtype› float32 if it was bfloat16"
     return FitError(f"stopped at {at}:", f"{what}{kept}", remedy)
-
-
-def _save(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, state: _State) -> None:
-    tensors: dict[str, Tensor] = {f"sparse.{name}": p for name, p in coupling.sparse.named_parameters()}
-    tensors |= {f"bridges.{name}": tensor for name, tensor in coupling.bridges.state_dict().items()}
-    facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
-    facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
-    for name in native.packed(coupling.sparse):
-        tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
-    write_folder(out, "training", {**tensors, **optimizer.tensors()}, facts)
-
-
-def _restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW) -> _State:
-    tensors, facts = read_folder(out, "training")
-    try:
-        difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"the run in {str(out)!r}", "does not say of which dense model it is", "fit it again") from None
-    if difference:
-        name = coupling.dense.name
-        raise CheckpointError(f"the run in {str(out)!r}", f"has another dense model than {name!r}: {difference}", "give that one")
-    for name in facts.get("native") or ():
-        weight = coupling.sparse.get_parameter(name)
-        pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
-        optimizer.exchange(name, coupling, pattern)
-    for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
-        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        try:
-            module.load_state_dict(part)
-        except RuntimeError:
-            raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
-    optimizer.restore(tensors)
-    state = _State(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
-    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
-    state.best = math.inf if best is None else best
-    return state

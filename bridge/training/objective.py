@@ -21,8 +21,8 @@ Hybrid terms and `carried` may be taken at a temperature T, times T^2 (Hinton et
 At 1, as in the paper, a confident answer says nothing of how confident it is; above, its logits are to be right too.
 
 NMSE of a token is its squared error over the squared deviation of its target from the mean of its row, the target detached. The
-mean is the row's, not the batch's, so that every term is a mean over rows: the sampled estimate stays unbiased, and several
-processes compute what one would.
+mean is the row's, not the batch's, so that every term is a mean over rows: the sampled estimate stays unbiased, and a batch in
+parts, by processes or by pieces, gives what it gives undivided (but `carried`, whose other row is one of the same part).
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -98,13 +98,14 @@ class Objective(nn.Module):
         self.sparse = sparse
         self.bridges = bridges
         self.losses = losses
+        self.in_shards = False  # each process must then have a gradient of every parameter, be it zero
 
     def forward(self, tokens_bt: Tensor, splice: Splice | None, counts: Sequence[float] | None = None) -> dict[str, Tensor]:
         """Every term by name, unweighted, and their weighted sum as "total", each a scalar.
 
         `splice` is that of these rows; None means the literal objective. `counts` (as of `Splice.counts`) is what the terms are
-        divided by; with several processes each passes the whole batch's counts over the number of processes, so that the mean
-        over processes is the mean over the batch.
+        divided by; where a batch goes through in parts of one length, by processes and by pieces, each passes the whole batch's
+        counts over the number of parts, so that the mean over parts is the mean over the batch.
         """
         losses = self.losses
         if not losses.coupled:
@@ -114,7 +115,10 @@ class Objective(nn.Module):
         else:
             terms = self._sampled(tokens_bt, splice, counts or splice.counts())
         terms = {name: term for name, term in terms.items() if getattr(losses, name)}
-        return {"total": sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(())), **terms}
+        total = sum((getattr(losses, name) * term for name, term in terms.items()), torch.zeros(()))
+        if self.in_shards:
+            total = total + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+        return {"total": total, **terms}
 
     def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
         """The terms that need no bridge: of text, and the dense model's answers where they are asked for."""

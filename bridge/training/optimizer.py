@@ -18,6 +18,7 @@ from bridge.kernels.products import Pattern
 from bridge.models.bridges import Coupling
 from bridge.models.sparse_weights import Fractions, embeds
 from bridge.training import sparse_native as native
+from bridge.training.shards import alike, whole
 
 
 class SharkfinAdamW:
@@ -53,10 +54,10 @@ class SharkfinAdamW:
         for group in self.normalised:
             gradients = [p.grad for p in group if p.grad is not None]
             count = sum(gradient.numel() for gradient in gradients)
-            norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+            norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True)) if gradients else torch.zeros(())
             if not bool(torch.isfinite(norm)):
                 return False
-            torch._foreach_mul_(gradients, math.sqrt(count) / norm.clamp_min(1e-12))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(gradients, float(math.sqrt(count) / norm.clamp_min(1e-12)))  # pyright: ignore[reportPrivateImportUsage]
         fractions = Fractions.of(l0)
         warm = min(1.0, done / self.numbers.warmup) if self.numbers.warmup else 1.0
         for group in self.adam.param_groups:
@@ -94,11 +95,12 @@ class SharkfinAdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of every parameter, by name."""
-        return {f"adam.{key}.{self.names[p]}": value for p, moments in self.adam.state.items() for key, value in moments.items()}
+        state = self.adam.state.items()
+        return {f"adam.{key}.{self.names[p]}": whole(value) for p, moments in state for key, value in moments.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore the state that `tensors` returned."""
         for p, name in self.names.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
             if keys:
-                self.adam.state[p] = {key: tensors[f"adam.{key}.{name}"].to(p.device) for key in keys}
+                self.adam.state[p] = {key: alike(tensors[f"adam.{key}.{name}"].to(p.device), p) for key in keys}

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bridge.data.blocks import Blocks, load_blocks
+from bridge.data.stream import Stream, open_stream
 from bridge.display.progress import OnProgress
 from bridge.kernels.top_k import project_
 from bridge.models.bridges import Coupling, new_coupling, reference_text
@@ -35,6 +36,7 @@ from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of
 from bridge.training.objective import Objective, draw_splice
 
 PROCESS_BYTES = 500_000_000  # of one that has loaded torch, transformers and the kernels
+START_ROWS = 64  # of the first batch, that a start looks at
 ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
 
 
@@ -46,11 +48,20 @@ class Run:
     """
 
     coupling: Coupling
-    blocks: Blocks
+    blocks: Blocks | Stream
     accelerator: Accelerator
     out: Path | None
     resume: bool
     started: Started | None = None
+
+    @property
+    def pieces(self) -> list[slice]:
+        """The rows of a batch that this process takes, in the pieces that it takes at once, all of one length."""
+        data, processes, process = self.coupling.recipe.data, self.accelerator.num_processes, self.accelerator.process_index
+        assert data.rows is not None
+        share = data.rows // processes
+        rows = data.micro_rows or share
+        return [slice(start, start + rows) for start in range(share * process, share * (process + 1), rows)]
 
 
 def prepare(
@@ -62,6 +73,7 @@ def prepare(
     resume: bool = False,
     device: str = "auto",
     dtype: str = "float32",
+    device_map: str | dict[str, Any] | None = None,
     log_with: str | None = None,
     progress: OnProgress | None = None,
 ) -> Run:
@@ -93,13 +105,18 @@ def prepare(
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r}", "is not offered", "it is float32 or bfloat16 (products only, weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
+    if device_map is not None and (live or accelerator.num_processes > 1):
+        why = "a live model is where it is" if live else "each of several processes has a device of its own"
+        raise RecipeError(f"‹device_map› {device_map}", f"does not apply: {why}", "leave it out")
     dense = load_dense(
-        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device)
-    )
+        model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device),
+        dtype=getattr(torch, recipe.dense_dtype), device_map=device_map,
+    )  # fmt: skip
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
     assert recipe.data.context is not None
+    _check_shares(recipe, accelerator.num_processes)
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
         raise RecipeError(
             "this fit",
@@ -115,18 +132,9 @@ def prepare(
         started = start_from_coupling(coupling, recipe.sparse.start, adapts=recipe.adapts)
         if not recipe.optimizer.rate:
             _check_same(started.l0, kept)
-    blocks = load_blocks(
-        recipe.data.source,
-        dense.prompts,
-        recipe.data.context,
-        max_tokens=recipe.data.most_tokens or recipe.budget.tokens,
-        seed=recipe.seed,
-        dense=dense.model,
-        progress=progress if accelerator.is_main_process else None,
-    )
+    blocks = _text(dense, recipe, progress if accelerator.is_main_process else None)
     if recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
-        assert recipe.data.rows is not None
-        tokens_bt = blocks.batch(0, recipe.data.rows, recipe.seed).to(dense.device)
+        tokens_bt = first_rows(blocks, recipe).to(dense.device)
         started = start_from_dense(coupling, tokens_bt)
         if unsaid:
             optimizer = recipe.optimizer.model_copy(update={"rate": gentle_rate(coupling, tokens_bt)})
@@ -134,6 +142,24 @@ def prepare(
     if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
         coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
+
+
+def _text(dense: DenseModel, recipe: Recipe, progress: OnProgress | None) -> Blocks | Stream:
+    """The training text, as the recipe says."""
+    data, seed = recipe.data, recipe.seed
+    assert data.context is not None
+    if data.stream:
+        return open_stream(data.source, dense.prompts, data.context, seed=seed, dense=dense.model, progress=progress)
+    most = data.most_tokens or recipe.budget.tokens
+    return load_blocks(
+        data.source, dense.prompts, data.context, max_tokens=most, seed=seed, dense=dense.model, progress=progress
+    )  # fmt: skip
+
+
+def first_rows(blocks: Blocks | Stream, recipe: Recipe) -> Tensor:
+    """tokens_bt that a fit starts from: those of its first batch, as far as they can be looked at all at once."""
+    assert recipe.data.rows is not None
+    return blocks.batch(0, recipe.data.rows, recipe.seed)[:START_ROWS]
 
 
 def check_resumable(out: Path) -> None:
@@ -169,6 +195,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         random = shape.start == "random" or not recipe.losses.coupled
         optimizer = optimizer.model_copy(update={"rate": 3e-3 if random else 1e-3})
     update = {"sparse": shape, "optimizer": optimizer, "dense": dense.name, "revision": dense.revision}
+    update["dense_dtype"] = str(dense.dtype).removeprefix("torch.")
     recipe = recipe.model_copy(update=update)
     if data.rows is None:  # as many as fit, so that a fit with no further option runs
         sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
@@ -191,7 +218,7 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
     trained = sum(p.numel() for p in sparse.parameters()) + 2 * dense.n_sites * dense.width * recipe.sparse.width
     frozen = sum(p.numel() * p.element_size() for p in dense.model.parameters())
-    tokens = (recipe.data.rows or 32) * recipe.data.context
+    tokens = (recipe.data.micro_rows or recipe.data.rows or 32) * recipe.data.context
     per_token = 4 * (14 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
     known = 0
     if isinstance(dense, DenseSpan):
@@ -204,8 +231,8 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
 def seconds_a_step(run: Run) -> float:
     """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
     coupling, recipe, sparse = run.coupling, run.coupling.recipe, run.coupling.sparse
-    assert recipe.data.rows is not None
-    rows = max(2, recipe.data.rows // run.accelerator.num_processes)
+    pieces = run.pieces
+    rows = pieces[0].stop - pieces[0].start
     tokens_bt = run.blocks.batch(0, rows, recipe.seed).to(coupling.dense.device)
     splice = None
     if recipe.losses.splice == "sampled" and recipe.losses.coupled:
@@ -226,7 +253,16 @@ def seconds_a_step(run: Run) -> float:
     for _ in range(5):
         largest.mul_(0.9).add_(0.1)
     project_([largest], largest.numel() // 2)
-    return seconds + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
+    return seconds * len(pieces) + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    """Raise RecipeError where the rows of a step are no whole number of pieces for every process."""
+    rows, micro_rows = recipe.data.rows, recipe.data.micro_rows
+    assert rows is not None
+    if rows % (processes * (micro_rows or 1)):
+        by = f" in pieces of {micro_rows} (data.micro_rows)" if micro_rows else ""
+        raise RecipeError(f"data.rows {rows}", f"cannot be shared by {processes} processes{by}", "make it a multiple")
 
 
 def _check_same(there: Fractions, asked: Fractions) -> None:

@@ -94,6 +94,8 @@ def gradients(model: DenseModel | SparseTransformer, tokens_bt: Tensor, question
     with torch.enable_grad():
         trace = model.run(tokens_bt, Enter.at(0, first_btd.detach().clone().requires_grad_(True)))
         found = torch.autograd.grad(question.difference(trace.logits_btv), trace.residuals)
+    if isinstance(model, DenseModel):
+        found = map(model.leaves, found)
     return list(found), [x_btd.detach() for x_btd in trace.residuals]
 
 

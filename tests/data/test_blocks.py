@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from datasets import IterableDataset
 from support.data_cases import BEGIN, END, letters, refusal, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bridge.data import blocks as data
+from bridge.data import packing
 from bridge.data.blocks import HELD_OUT_EVERY, Blocks, DataError, load_blocks
 from bridge.data.corpora import documents
 
@@ -87,7 +89,7 @@ def test_a_document_that_ends_with_end_of_text_gets_no_second_one(tmp_path: Path
 def test_a_huge_document_is_read_in_parts_and_stays_one(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text(text)
     whole = load_blocks(str(tmp_path / "a.txt"), letters(), 10)
-    monkeypatch.setattr(data, "PART_CHARACTERS", 33)
+    monkeypatch.setattr(packing, "PART_CHARACTERS", 33)
     parts = load_blocks(str(tmp_path / "a.txt"), letters(), 10)
     assert torch.equal(whole.train_nt, parts.train_nt)
     assert torch.equal(whole.heldout_nt, parts.heldout_nt)
@@ -96,7 +98,7 @@ def test_a_huge_document_is_read_in_parts_and_stays_one(text: str, tmp_path: Pat
 
 
 def test_reading_stops_when_enough_tokens_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PART_CHARACTERS", 1000)
+    monkeypatch.setattr(packing, "PART_CHARACTERS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "' + "x" * 99 + '"}\n', encoding="utf-8")
     path.write_text(path.read_text() * 100 + "this is no JSON")
@@ -256,11 +258,14 @@ def test_this_machines_library_is_there() -> None:
 def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, configuration: str | None, **options: Any) -> Iterator[dict[str, Any]]:
-        asked.append((name, configuration, options))
+    def rows() -> Iterator[dict[str, Any]]:
         yield {"id": 1, "text": "one"}
         yield {"id": 2, "text": "two"}
         raise ConnectionError("the line went dead\nTraceback of forty lines")
+
+    def load_dataset(name: str, configuration: str | None, **options: Any) -> IterableDataset:
+        asked.append((name, configuration, options))
+        return IterableDataset.from_generator(rows)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(islice(documents("some/set:small"), 2)) == ["one", "two"]

@@ -1,0 +1,94 @@
+"""The state of a run under way, and how it is saved and gone on from: `training.json` and its tensors.
+
+Weights, moments, masks, the place in the text where that does not follow from the step, and what a step depends on beside.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bridge.data.blocks import Blocks
+from bridge.data.stream import Stream
+from bridge.huggingface.identity import Identity
+from bridge.kernels.products import Pattern
+from bridge.models.bridges import Coupling
+from bridge.models.sparse_weights import Fractions
+from bridge.models.store import CheckpointError, read_folder, write_folder
+from bridge.training import sparse_native as native
+from bridge.training.optimizer import SharkfinAdamW
+from bridge.training.shards import alike, in_shards, whole
+
+CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
+DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+
+
+class TrainingState:
+    """A run's step, clock, rates and sparsity: all that its next step depends on beside weights, moments and text."""
+
+    def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
+        self.step = step
+        self.seconds = seconds
+        self.native = native  # the matrices that are trained by their nonzeros, once that is decided
+        self.start_l0 = start_l0  # that the anneal falls from
+        self.caution = 1.0  # what the rates are multiplied by
+        self.best = math.inf  # the smallest cross-entropy of a step so far
+        self.since = 10  # steps since the rates were last halved
+
+    def watch(self, ce: float, vocabulary: int) -> None:
+        """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
+        self.since += 1
+        if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
+            self.caution, self.since = self.caution / 2, 0
+        self.best = min(self.best, ce)
+
+
+def save(out: Path | None, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState) -> None:
+    """Write the state of a run to its folder (None: take part in gathering it)."""
+    tensors: dict[str, Tensor] = {f"sparse.{name}": whole(p) for name, p in coupling.sparse.named_parameters()}
+    tensors |= {f"bridges.{name}": whole(tensor) for name, tensor in coupling.bridges.state_dict().items()}
+    tensors |= optimizer.tensors()
+    if out is None:
+        return
+    facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
+    facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
+    facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
+    for name in native.packed(coupling.sparse):
+        tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
+    write_folder(out, "training", {**tensors, **blocks.tensors()}, facts)
+
+
+def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream) -> TrainingState:
+    """Restore what `save` wrote, in place. Raises CheckpointError where it is of another dense model, or damaged."""
+    tensors, facts = read_folder(out, "training")
+    try:
+        difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"the run in {str(out)!r}", "does not say of which dense model it is", "fit it again") from None
+    if difference:
+        name = coupling.dense.name
+        raise CheckpointError(f"the run in {str(out)!r}", f"has another dense model than {name!r}: {difference}", "give that one")
+    if facts.get("native") and in_shards(coupling.sparse):
+        what, rule = f"the run in {str(out)!r}", "trains nonzeros alone by now, which are not kept in shards"
+        raise CheckpointError(what, rule, "go on without FSDP")
+    for name in facts.get("native") or ():
+        weight = coupling.sparse.get_parameter(name)
+        pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
+        optimizer.exchange(name, coupling, pattern)
+    for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        there = module.state_dict()
+        try:
+            module.load_state_dict({key: alike(value, there[key]) if key in there else value for key, value in part.items()})
+        except RuntimeError:
+            raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
+    optimizer.restore(tensors)
+    blocks.restore(tensors)
+    state = TrainingState(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
+    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
+    state.best = math.inf if best is None else best
+    return state
