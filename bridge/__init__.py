@@ -1,5 +1,7 @@
 """bridge: circuits of a weight-sparse transformer as explanations of a dense one."""
 
+# ruff: noqa: F401  (the names are public: _HOME lists them)
+
 from __future__ import annotations
 
 import importlib
@@ -71,42 +73,7 @@ _HOME = {
     "to_networkx": "explanations.export",
 }
 
-__all__ = [
-    "Card",
-    "Coupling",
-    "DenseModel",
-    "Diff",
-    "Evaluation",
-    "Explanation",
-    "Exported",
-    "Frontier",
-    "Intervention",
-    "NodeFacts",
-    "NodePage",
-    "Progress",
-    "Recipe",
-    "Report",
-    "SearchConfig",
-    "Steering",
-    "Subjects",
-    "TaskResult",
-    "UserError",
-    "adapt",
-    "collect_nodes",
-    "describe_node",
-    "diff",
-    "evaluate",
-    "explain",
-    "export",
-    "fit",
-    "load",
-    "load_dense",
-    "node_pages",
-    "search_task",
-    "steer",
-    "sweep",
-    "to_networkx",
-]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bridge.cards.prediction import prediction_measures
-from bridge.cards.task_circuit import SEARCH_RULES, CardError, TaskCircuit, followed_rows
+from bridge.cards.task_circuit import CardError, TaskCircuit, followed_rows
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, Phase, unseen
@@ -36,6 +36,7 @@ from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
 from bridge.evidence.substitution import substitution_measures
 from bridge.models.bridges import Coupling
+from bridge.studies.search import RULES
 from bridge.verdicts.null_couplings import NULL_NAMES
 from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_of, stored_task_nulls
 from bridge.verdicts.prompt import EvidenceConfig
@@ -106,9 +107,9 @@ def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> 
     return NullTask(task, found, values, all(each is True for each in found.values()), accuracy, prompts=prompts)
 
 
-def rules(config: TaskEvidenceConfig | None = None) -> str:
+def rules() -> str:
     """Digest of the rules by which circuits are searched and judged."""
-    return rules_of(config or TaskEvidenceConfig(), SEARCH_RULES, VERSION)
+    return rules_of(TaskEvidenceConfig(), RULES, VERSION)
 
 
 def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPairs:
@@ -132,7 +133,6 @@ def gather_task(
     task: Resolved,
     alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
     *,
-    config: TaskEvidenceConfig | None = None,
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> Report:
@@ -140,7 +140,7 @@ def gather_task(
 
     progress may raise to end the work. Raises CardError where the task has no held-out pairs, or the coupling no text.
     """
-    config, generator = config or TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
+    config, generator = TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
         raise CardError("the coupling", "holds no reference text, which a card's baseline is taken from", "fit it again")
     chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
@@ -165,19 +165,19 @@ def gather_task(
     substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
     progress(Phase(f"evidence: {config.nodes} nodes one at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    profile = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     progress(Phase("evidence: prediction on stress prompts"))
     prediction = prediction_measures(coupling, circuit, stress, reference_bt, config.agreement, seed)
     measures = (
         *_solved(coupling, config, transporter, pairs), *_searched(circuit), *patching, *deleted, lost, *substitution, profile,
-        *prediction, _seeds(circuit), _nulls(coupling, config),
+        *prediction, _seeds(circuit), _nulls(coupling),
     )  # fmt: skip
     return Report(measures, task_rules(measures))
 
 
-def with_nulls(report: Report, coupling: Coupling, config: TaskEvidenceConfig | None = None) -> Report:
+def with_nulls(report: Report, coupling: Coupling) -> Report:
     """The report with the nulls that the coupling has now."""
-    measures = tuple(m if m.key != "nulls" else _nulls(coupling, config or TaskEvidenceConfig()) for m in report.measures)
+    measures = tuple(m if m.key != "nulls" else _nulls(coupling) for m in report.measures)
     return Report(measures, report.rules)
 
 
@@ -210,8 +210,8 @@ def _seeds(circuit: TaskCircuit) -> Measure:
     return Measure("seeds", "circuits of several seeds agree", value, Criterion(">=", 1.0), note=note)
 
 
-def _nulls(coupling: Coupling, config: TaskEvidenceConfig) -> Measure:
-    nulls, why = stored_task_nulls(coupling, rules(config))
+def _nulls(coupling: Coupling) -> Measure:
+    nulls, why = stored_task_nulls(coupling, rules())
     nulls = nulls or ()
     weak = [f"the null {null.name!r} is too weak to show anything" for null in nulls if null.note]
     missing = [f"the null {name!r} was not run" for name in NULLS if name not in {null.name for null in nulls}]

@@ -26,9 +26,7 @@ from bridge.models.residual import Trace
 from bridge.models.sparse import ERROR, Location
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import TaskResult
-from bridge.studies.search import RULES
 
-SEARCH_RULES = RULES  # which search circuits are of: another one leaves others
 _LOGITS = 2**24  # of dense runs at a time
 
 

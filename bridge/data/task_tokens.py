@@ -41,15 +41,6 @@ _LOGITS = 2**26  # at most in a batch that is scored
 
 
 @dataclass(frozen=True)
-class TokenSpan:
-    """A labelled part of a pair, as half-open ranges of tokens in the prompt and in the counterfactual."""
-
-    label: str
-    prompt: tuple[int, int]
-    counterfactual: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class TokenPairs:
     """Pairs as tokens. Both members of row b have last_b + 1 tokens, padded on the right; the answer is read at last_b.
 
@@ -57,7 +48,7 @@ class TokenPairs:
     last_b                        int64, position of the last token
     answer_bk, wrong_bk           int64, ids of the first token that tells answer from wrong, -1 where there are fewer than k
     answer_not_b, wrong_not_b     bool: the side is every token but the ids listed for it
-    examples, spans               row by row, what the tokens are of
+    examples                      row by row, what the tokens are of
     """
 
     prompt_bt: Tensor
@@ -68,7 +59,6 @@ class TokenPairs:
     answer_not_b: Tensor
     wrong_not_b: Tensor
     examples: tuple[Example, ...]
-    spans: tuple[tuple[TokenSpan, ...], ...]
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -90,8 +80,7 @@ class TokenPairs:
         longest = int(few["last_b"].max()) + 1 if indices else 0
         for name in ("prompt_bt", "counterfactual_bt"):
             few[name] = few[name][:, :longest]
-        kept = tuple(self.examples[index] for index in indices)
-        return replace(self, **few, examples=kept, spans=tuple(self.spans[index] for index in indices))
+        return replace(self, **few, examples=tuple(self.examples[index] for index in indices))
 
     def reversed(self) -> TokenPairs:
         """The pairs with prompt and counterfactual, and the two answers, exchanged."""
@@ -104,7 +93,6 @@ class TokenPairs:
             answer_not_b=self.wrong_not_b,
             wrong_not_b=self.answer_not_b,
             examples=tuple(reverse_pair(example) for example in self.examples),
-            spans=tuple(tuple(TokenSpan(s.label, s.counterfactual, s.prompt) for s in spans) for spans in self.spans),
         )
 
     def both(self) -> TokenPairs:
@@ -120,7 +108,7 @@ class TokenPairs:
                 wide, filler = max(value.shape[1], other.shape[1]), -1 if name in ("answer_bk", "wrong_bk") else 0
                 value, other = (F.pad(x, (0, wide - x.shape[1]), value=filler) for x in (value, other))
             tensors[name] = torch.cat([value, other])
-        return TokenPairs(**tensors, examples=self.examples + others.examples, spans=self.spans + others.spans)
+        return TokenPairs(**tensors, examples=self.examples + others.examples)
 
     def at_last(self, logits_btv: Tensor) -> Tensor:
         """logits_bv where the answers are read."""
@@ -218,7 +206,7 @@ def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence
             for variant in (example, *example.variants):
                 reads = _resolved(variant, prompts, context)
                 if not isinstance(reads, str):
-                    rows.append((variant, *reads, _token_spans(variant, reads, prompts)))
+                    rows.append((variant, *reads))
                     break
                 reason = reason or reads
             else:
@@ -288,25 +276,7 @@ def _shared(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
-def _token_spans(example: Example, reads: tuple[_Read, _Read], prompts: Prompts) -> tuple[TokenSpan, ...]:
-    """The spans in tokens; none where the tokenizer cannot map tokens to characters."""
-    offsets = prompts.offsets([example.prompt, example.counterfactual])
-    if offsets is None:
-        return ()
-    rows = [row[: len(read.tokens)] for row, read in zip(offsets, reads, strict=True)]
-    return tuple(TokenSpan(s.label, _tokens(s.prompt, rows[0]), _tokens(s.counterfactual, rows[1])) for s in example.spans)
-
-
-def _tokens(span: tuple[int, int], offsets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The half-open range of the tokens that overlap a span."""
-    touching = [index for index, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and start < end]
-    if touching:
-        return touching[0], touching[-1] + 1
-    after = sum(end <= span[0] for _, end in offsets)
-    return after, after
-
-
-def _tensors(rows: Sequence[tuple[Example, _Read, _Read, tuple[TokenSpan, ...]]]) -> TokenPairs:
+def _tensors(rows: Sequence[tuple[Example, _Read, _Read]]) -> TokenPairs:
     prompts, counterfactuals = [row[1].tokens for row in rows], [row[2].tokens for row in rows]
     answers, wrongs = [sorted(row[1].answer) for row in rows], [sorted(row[1].wrong) for row in rows]
     # what is not the other one is listed by the other one's ids
@@ -320,7 +290,6 @@ def _tensors(rows: Sequence[tuple[Example, _Read, _Read, tuple[TokenSpan, ...]]]
         answer_not_b=torch.tensor([not answer for answer in answers], dtype=torch.bool),
         wrong_not_b=torch.tensor([not wrong for wrong in wrongs], dtype=torch.bool),
         examples=tuple(row[0] for row in rows),
-        spans=tuple(row[3] for row in rows),
     )
 
 

@@ -7,18 +7,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 _GOOD, _BAD, _OPEN = "#2a7d4f", "#b8374b", "#6b7280"
 _EDGE = "1px solid rgba(128,128,128,.35)"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table's cell: its text, and a number from -1 to 1 drawn behind it as a bar, green above 0 and red below."""
-
-    text: str
-    bar: float = 0.0
 
 
 def text(words: str) -> str:
@@ -39,12 +30,22 @@ def verdict(words: str) -> str:
     return f'<b style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px">{html.escape(words)}</b>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
-    """A table of escaped cells; a `Cell` is drawn with its bar."""
-    titles = "".join(f'<th style="text-align:left;padding:1px 10px 1px 0">{html.escape(title)}</th>' for title in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+def listing(words: str) -> str:
+    """Escaped text in lines and columns, as a terminal shows it."""
+    style = "display:block;white-space:pre;overflow-x:auto;font-family:monospace"
+    return f'<span style="{style}">{html.escape(words)}</span>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of escaped cells."""
+    at = "text-align:left;padding:1px 10px 1px 0;white-space:pre-wrap"
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f'<{tag} style="{at}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
     style = "border-collapse:collapse;font-size:90%;margin:4px 0"
-    return f'<table style="{style}"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
+    body = "".join(line("td", row) for row in rows)
+    return f'<table style="{style}"><thead>{line("th", head)}</thead><tbody>{body}</tbody></table>'
 
 
 def fold(title: str, *parts: str) -> str:
@@ -58,13 +59,3 @@ def card(title: str, *parts: str) -> str:
     return (
         f'<div style="border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:60em"><b>{html.escape(title)}</b>{inside}</div>'
     )
-
-
-def _cell(cell: str | Cell) -> str:
-    words, bar = (cell, 0.0) if isinstance(cell, str) else (cell.text, cell.bar)
-    style = "text-align:left;padding:1px 10px 1px 0;white-space:pre-wrap"
-    if bar:
-        share = f"{100 * min(1.0, abs(bar)):.0f}%"
-        colour = "rgba(42,157,92,.35)" if bar > 0 else "rgba(209,73,91,.35)"
-        style += f";background:linear-gradient(90deg,{colour} {share},transparent {share})"
-    return f'<td style="{style}">{html.escape(words)}</td>'

@@ -112,39 +112,28 @@ def _places(masked: MaskedModel) -> Tensor:
     return masked.space.join(parts).to(masked.is_error_f.device)
 
 
-def random_circuits(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:
-    """kept_cf: as many nodes as like_f has, drawn from a pool, at each location as many as it has there or as there are.
+def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:
+    """gone_cf, beside the deletion of a circuit: as many of the nodes outside it that are on, at each location as many as it has.
 
-    What a location lacks is drawn from all others; no circuit where the pool is too small, or like_f empty.
+    What a location lacks is drawn from all others. Where there are fewer in all, all of them are the one deletion; none where
+    there is nothing to delete.
     """
-    drawn = []
-    like, pool = space.split(like_f), space.split(pool_f)
-    if not like_f.any() or int(pool_f.sum()) < int(like_f.sum()):
-        return torch.zeros(0, space.size, dtype=torch.bool, device=like_f.device)
+    pool_f, wanted = on_f & ~kept_f, int(kept_f.sum())
+    if not wanted or not pool_f.any():
+        return pool_f.new_zeros(0, space.size)
+    if int(pool_f.sum()) < wanted:
+        return pool_f[None]
+    drawn, like, pool = [], space.split(kept_f), space.split(pool_f)
     for _ in range(draws):
         parts = {}
         for location, like_tn in like.items():
             place_k = pool[location].flatten().nonzero().flatten()
             picked_k = some(place_k, int(like_tn.sum()), generator)
             parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
-        kept_f = space.join(parts)
-        lacking = int(like_f.sum()) - int(kept_f.sum())
-        drawn.append(kept_f.index_fill(0, some((pool_f & ~kept_f).nonzero().flatten(), lacking, generator), True))
+        gone_f = space.join(parts)
+        lacking = wanted - int(gone_f.sum())
+        drawn.append(gone_f.index_fill(0, some((pool_f & ~gone_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
-
-
-def random_deletions(
-    space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10
-) -> tuple[Tensor, str]:
-    """gone_cf, beside the deletion of a circuit: as many of the nodes outside it that are on; and a note, or "".
-
-    Where there are fewer, all of them are the one deletion, which the note says; none where there is nothing to delete.
-    """
-    outside_f = on_f & ~kept_f
-    gone_cf = random_circuits(space, kept_f, outside_f, generator, draws)
-    if len(gone_cf) or not kept_f.any() or not outside_f.any():
-        return gone_cf, ""
-    return outside_f[None], f"there are only {int(outside_f.sum()):,} other nodes: all of them deleted"
 
 
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:

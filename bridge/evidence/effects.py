@@ -83,13 +83,13 @@ def _name(masked: MaskedModel, place: int) -> str:
     return str(node) if masked.space.n_tokens == masked.n_tokens else node.name
 
 
-def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> tuple[Measure, float | None]:
-    """The rank correlation of the effects beside its null, with a bootstrap interval; and its p-value under the null."""
+def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> Measure:
+    """The rank correlation of the effects beside its null, with a bootstrap interval; its p-value under the null is noted."""
     key, name = "profile", "rank correlation of effects in dense"
     points = tuple(Point(f"{effect.node}", {"sparse": effect.sparse, "dense": effect.dense}) for effect in effects)
 
-    def unknown(note: str) -> tuple[Measure, None]:
-        return Measure(key, name, None, criterion, note=note, points=points), None
+    def unknown(note: str) -> Measure:
+        return Measure(key, name, None, criterion, note=note, points=points)
 
     if len(effects) < LEAST_NODES:
         return unknown(f"{len(effects)} nodes are too few to rank")
@@ -109,7 +109,7 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
     note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
     bounds, ceiling = (float(low), float(high)), _repeats(effect_2pb[1])
-    return Measure(key, name, value, criterion, control, bounds, ceiling, note, points), p_value
+    return Measure(key, name, value, criterion, control, bounds, ceiling, note, points)
 
 
 def _resolved(effect: np.ndarray) -> np.ndarray:
@@ -145,11 +145,9 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def permuted_null(
-    x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator, draws: int = PERMUTATIONS
-) -> np.ndarray:
+def permuted_null(x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Rank correlations with the values of x permuted among the nodes of the same site."""
-    permuted = np.tile(rankdata(x_p), (draws, 1))
+    permuted = np.tile(rankdata(x_p), (PERMUTATIONS, 1))
     for site in np.unique(site_p):
         here = np.flatnonzero(site_p == site)
         permuted[:, here] = generator.permuted(permuted[:, here], axis=1)

@@ -138,7 +138,7 @@ class Report:
 
     def __getitem__(self, key: str) -> Measure:
         """The measure of a key. Raises KeyError where there is none."""
-        return next((measure for measure in self.measures if measure.key == key), None) or _no_measure(key)
+        return {measure.key: measure for measure in self.measures}[key]
 
     @property
     def verdict(self) -> Verdict:
@@ -169,10 +169,6 @@ class Report:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _no_measure(key: str) -> Measure:
-    raise KeyError(f"there is no measure {key!r}")
 
 
 EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")

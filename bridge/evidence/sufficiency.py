@@ -26,7 +26,6 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, random_sets
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
 
 _DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model
@@ -130,15 +129,6 @@ def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
         lowest_c = torch.minimum(lowest_c, 1 - square_c.sqrt())
         mask_cf = torch.where(outside_cf, (mask_cf + _STEP * gradient_cf.sign()).clamp(0, 1), mask_cf)
     return torch.minimum(lowest_c, 1 - loss.miss(loss.masked.logits(mask_cf)).abs())
-
-
-def backup(loss: CircuitLoss, kept_f: Tensor) -> Backup | None:
-    """Nodes that keep up the answer where a circuit is deleted; None where no more of the span is left than the search asks."""
-    node_k = backup_nodes(loss, kept_f)
-    if not len(node_k):
-        return None
-    left = float(loss.left(loss.masked.logits(loss.complement(kept_f)[None])))
-    return Backup(left, len(node_k), strongest(loss.masked, node_k))
 
 
 def strongest(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:

@@ -238,11 +238,11 @@ def _drawn(
     entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
     ablated = ablate_groups(flow, groups)
     names = group_names(flow, edges, groups, ablated, coupling.dense.prompts, labels)
-    listed = {name: getattr(drawn, name)[:MOST_EDGES] for name in ("kind_e", "source_e", "target_e", "weight_e", "effect_e")}
     return Drawn(
         nodes=nodes,
         edges=tuple(
-            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect) for e in replace(drawn, **listed).strongest
+            ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect)
+            for e in drawn.some(slice(MOST_EDGES)).strongest
         ),
         groups=tuple(
             ExplainedGroup(

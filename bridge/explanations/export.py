@@ -243,15 +243,9 @@ def _listed(file: Path) -> list[dict[str, Any]]:
 
 def _slug(explanation: Explanation) -> str:
     """A slug for an address: the end of the prompt, and a digest of the question and the coupling."""
-    where = explanation.provenance
-    asked = (
-        explanation.prompt,
-        explanation.answer.id,
-        None if explanation.contrast is None else explanation.contrast.id,
-        where.coupling,
-        where.dense_fingerprint,
-        where.seed,
-    )
+    where, contrast = explanation.provenance, explanation.contrast
+    question = explanation.prompt, explanation.answer.id, None if contrast is None else contrast.id
+    asked = (*question, where.coupling, where.dense_fingerprint, where.seed)
     words = re.sub(r"[^A-Za-z0-9]+", "-", explanation.prompt)[-32:].strip("-").lower()
     return f"{words or 'prompt'}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from bridge.display import html as display
 from bridge.display.columns import columns
-from bridge.evidence.measures import EVIDENCE, evidence_row, evidence_table
+from bridge.evidence.measures import evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
 from bridge.explanations.parts import Answer, Answered, Explained, ExplainedEdge, ExplainedGroup, ExplainedNode
 from bridge.graph.attention import Read
@@ -104,8 +104,9 @@ def _verdict(explanation: Explained, width: int) -> list[str]:
 
 def _circuits(explanation: Explained, width: int) -> list[str]:
     """The nested circuits as a table, and the shares of the span that flow through nodes and errors."""
-    heads = ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
-    rows: list[tuple[str, ...]] = [heads]
+    rows: list[tuple[str, ...]] = [
+        ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
+    ]
     for place, each in enumerate(explanation.nested):
         mark = ">" if place == explanation.opening else " "
         name = "all of KL" if each.asked is None else f"F {each.asked:g}"
@@ -312,58 +313,15 @@ def _cut(line: str, width: int) -> str:
 
 
 def render_html(explanation: Explained) -> str:
-    """The explanation as a piece of HTML: question, what d owes to each token, verdict, nested circuits, groups, evidence."""
+    """The explanation as a piece of HTML: question, what d owes to each token, verdict, and all of the text on request."""
     effects = [0.0] * len(explanation.tokens)
     for node in explanation.nodes:
         effects[node.position] += abs(node.effect or 0)
-    most = max(effects) or 1.0
-    shaded = "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True))
-    answers = (
-        ("dense", _answers(explanation.dense), f"{explanation.dense_d:+.2f}"),
-        ("sparse", _answers(explanation.sparse), f"{explanation.sparse_d:+.2f}"),
-        ("everything at its mean", "", f"{explanation.nothing_d:+.2f}"),
-    )
-    heads = ("circuit", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
-    nested = [("all of KL" if each.asked is None else f"F {each.asked:g}", *_numbers(each)) for each in explanation.nested]
-    report, counts = explanation.report, explanation.counts
-    size = f"{counts.nodes:,} nodes, {counts.edges:,} edges"
+    most, report = max(effects) or 1.0, explanation.report
     return display.card(
         question(explanation),
-        shaded,
-        display.table(("", "answers", "d"), answers),
+        "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True)),
+        display.text(f"dense {_answers(explanation.dense)}; sparse {_answers(explanation.sparse)}"),
         f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
-        display.table(heads, nested),
-        display.fold(
-            f"{len(explanation.groups):,} groups of the circuit at F {explanation.circuit.asked or 0:g}",
-            _group_table(explanation),
-        ),
-        display.fold(f"{size}; the nodes of largest effect", _node_table(explanation)),
-        display.fold("evidence", display.table(("", *EVIDENCE[1:]), map(evidence_row, report.measures))),
+        display.fold("everything, as text", display.listing(render_text(explanation))),
     )
-
-
-def _group_table(explanation: Explained) -> str:
-    largest = max((abs(group.effect) for group in explanation.groups), default=0) or 1.0
-    rows = []
-    for group in explanation.groups:
-        dense = "" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
-        effect = display.Cell(f"{group.effect:+.2f}", group.effect / largest)
-        what = _what(group, group.label or group.name)
-        rows.append((str(group.id), what, f"{len(group.nodes):,}", effect, dense))
-    return display.table(("group", "what it is", "nodes", "effect", "dense"), rows)
-
-
-def _node_table(explanation: Explained) -> str:
-    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
-    largest = max((abs(node.effect or 0) for node in strongest), default=0) or 1.0
-    rows = [
-        (
-            _name(node),
-            f"{node.position} {quoted(explanation.tokens[node.position].text)}",
-            f"{node.activation:+.2f}",
-            display.Cell("" if node.effect is None else f"{node.effect:+.2f}", (node.effect or 0) / largest),
-            node.label or "",
-        )
-        for node in strongest
-    ]
-    return display.table(("node", "at", "value", "effect", ""), rows)

@@ -76,7 +76,7 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     for (source, _), weight in weights.items():
         given[source] += abs(weight)
     nodes = [_token_node(position, token.id, given) for position, token in enumerate(explanation.tokens)]
-    nodes += [_error_node(node, rows, answer) if node.kind == ERROR else _feature_node(node, rows, answer) for node in drawn]
+    nodes += [_circuit_node(node, rows, answer) for node in drawn]
     scores = [node.pop("score") for node in nodes]
     nodes = [node | {"influence": share} for node, share in zip(nodes, _cumulative(scores), strict=True)]
     nodes += [_logit_node(explanation, token, answer) for token in asked]
@@ -137,73 +137,45 @@ def _node_id(node: ExplainedNode, rows: int, answer: int) -> str:
     return f"{_row(node, rows, answer)}_{_index(node)}_{node.position}"
 
 
-def _error_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    name = _node_id(node, rows, answer)
+def _node(name: str, feature: int, row: int | str, position: int, kind: str, clerp: str, **more: Any) -> dict[str, Any]:
+    """A node as both viewers read it; some versions take jsNodeId for the id, so it is unique too."""
     return {
         "node_id": name,
         "jsNodeId": name,
-        "feature": _feature(node, rows, answer),  # of which there is no file
-        "layer": str(_row(node, rows, answer)),
-        "ctx_idx": node.position,
-        "feature_type": "mlp reconstruction error",  # of which the viewers draw a node without a feature
-        "clerp": f"error at site {node.layer}",
-        "activation": abs(node.activation),
+        "feature": feature,
+        "layer": str(row),
+        "ctx_idx": position,
+        "feature_type": kind,
+        "clerp": clerp,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "score": abs(node.effect or 0.0),
+        **more,
     }
 
 
-def _feature_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    name, label = _node_id(node, rows, answer), f": {node.label}" if node.label else ""
-    return {
-        "node_id": name,
-        "jsNodeId": name,  # which some versions of the viewers take for the id, so as unique
-        "feature": _feature(node, rows, answer),
-        "layer": str(_row(node, rows, answer)),
-        "ctx_idx": node.position,
-        "feature_type": "cross layer transcoder",  # the only type that opens the feature's panel
-        "clerp": _plain(f"{node.name} {node.activation:+.2f}{label}"),
-        "activation": abs(node.activation),
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-        "score": abs(node.effect or 0.0),
-    }
+def _circuit_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
+    """A node or error of the circuit."""
+    if node.kind == ERROR:  # a type that the viewers draw without a feature, of which there is no file
+        kind, clerp = "mlp reconstruction error", f"error at site {node.layer}"
+    else:  # the only type that opens the feature's panel
+        label = f": {node.label}" if node.label else ""
+        kind, clerp = "cross layer transcoder", _plain(f"{node.name} {node.activation:+.2f}{label}")
+    name, row, feature = _node_id(node, rows, answer), _row(node, rows, answer), _feature(node, rows, answer)
+    numbers = {"activation": abs(node.activation), "score": abs(node.effect or 0.0)}
+    return _node(name, feature, row, node.position, kind, clerp, **numbers)
 
 
 def _token_node(position: int, token: int, given: Mapping[str, float]) -> dict[str, Any]:
     name = f"E_{token}_{position}"
-    return {
-        "node_id": name,
-        "jsNodeId": name,
-        "feature": position,
-        "layer": "E",
-        "ctx_idx": position,
-        "feature_type": "embedding",
-        "clerp": "",
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-        "score": given.get(name, 0.0),
-    }
+    return _node(name, position, "E", position, "embedding", "", score=given.get(name, 0.0))
 
 
 def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, Any]:
     last, probability = len(explanation.tokens) - 1, _probability(explanation, token)
     shown = _plain(token.text).replace("(p=", "(p\u2060=")  # the viewers read the probability behind the first of these
-    return {
-        "node_id": f"{row}_{token.id}_{last}",
-        "jsNodeId": f"{row}_{token.id}_{last}",
-        "feature": token.id,
-        "layer": str(row),
-        "ctx_idx": last,
-        "feature_type": "logit",
-        "clerp": f'Output "{shown}" (p={probability:.3f})',
-        "token_prob": probability,
-        "is_target_logit": token.id == explanation.answer.id,
-        "influence": 0.0,
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-    }
+    name, clerp = f"{row}_{token.id}_{last}", f'Output "{shown}" (p={probability:.3f})'
+    known = {"token_prob": probability, "is_target_logit": token.id == explanation.answer.id, "influence": 0.0}
+    return _node(name, token.id, row, last, "logit", clerp, **known)
 
 
 def _probability(explanation: Explanation, token: Token) -> float:

@@ -43,7 +43,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import evenly
 from bridge.circuits.subject import SparseSubject
 from bridge.display.progress import OnProgress, Phase, unseen
-from bridge.graph.flow import Flow, errors_before, flow_through
+from bridge.graph.flow import Flow, flow_through
 from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
 from bridge.models.residual import Enter
 from bridge.models.schema import ERROR, GATE, READ_KINDS, WRITE_KINDS
@@ -70,10 +70,11 @@ class Ends:
         """end_e of channels of a location at positions."""
         return self._first[location] + position_e * self._sizes[location] + index_e
 
-    @property
-    def locations(self) -> tuple[Location, ...]:
-        """Locations of the ends."""
-        return tuple(self._first)
+    def anywhere(self, end_e: Tensor) -> Tensor:
+        """Numbers of ends without their positions: those at position 0."""
+        first_l, size_l = (torch.tensor([*of.values()], device=end_e.device) for of in (self._first, self._sizes))
+        at_e = torch.searchsorted(first_l, end_e, right=True) - 1
+        return first_l[at_e] + (end_e - first_l[at_e]) % size_l[at_e]
 
     def node(self, end: int) -> Node:
         """The node (or entry, or answer) of a number."""
@@ -126,8 +127,8 @@ class Edges:
         rows = zip(*(column_e.tolist() for column_e in columns), strict=True)
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
 
-    def some(self, kept_e: Tensor) -> Edges:
-        """Edges of a mask, where all edges are listed."""
+    def some(self, kept_e: Tensor | slice) -> Edges:
+        """Edges of a mask, or the first ones; their numbers are of what is listed."""
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         )
@@ -136,19 +137,9 @@ class Edges:
         }
         weights: dict[EdgeKind, int] = {}
         for kind in self.weights:
-            ends = torch.stack([self._anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
+            ends = torch.stack([self.ends.anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
             weights[kind] = len(ends.unique(dim=1).T)
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, number, weights)
-
-    def _anywhere(self, end_e: Tensor) -> Tensor:
-        """Numbers of nodes without their positions: those at position 0."""
-        at_0_e = end_e.clone()
-        for location in self.ends.locations:
-            here_e = self.ends.within(location, end_e)
-            at_0_e[here_e] = self.ends.number(
-                location, self.ends.parts(location, end_e[here_e])[1], torch.zeros_like(end_e[here_e])
-            )
-        return at_0_e
 
     def count(self, *kinds: EdgeKind) -> int:
         """Number of edges of some kinds."""
@@ -374,7 +365,7 @@ def _residual_edges(flow: Flow) -> Iterator[_Some]:
             kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
             ends = (source, index, position), (target, index, position)
             yield _Some(kind, *ends, added_e, added_e * gradient_tn[position, index])
-        for source in errors_before(flow, site):
+        for source in (at for at in flow.locations(ERROR) if at.layer <= site):
             position, index = (kept_tn & flow.kept[source] & (flow.change[source] != 0)).nonzero().unbind(1)
             added_e = flow.change[source][position, index] * flow.scale[site][position]
             ends = (source, torch.zeros_like(index), position), (target, index, position)

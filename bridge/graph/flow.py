@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
 from bridge.models.circuit import EMBEDDING, check_means
-from bridge.models.schema import ERROR, GATE, activated
+from bridge.models.schema import GATE, activated
 from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location, SparseTransformer
 
@@ -147,11 +147,6 @@ def _answer_read(sparse: SparseTransformer, x_ts: Tensor, read_v: Tensor, scale_
     derivative_v = 1.0 if cap is None else 1 - (sparse.uncapped(x_ts[None, -1:])[0, 0] / cap).tanh().square()
     answer_ts[-1] = (read_v * derivative_v) @ sparse.unembedding.weight * scale_t[-1]
     return answer_ts
-
-
-def errors_before(flow: Flow, site: int) -> list[Location]:
-    """The places of the kept errors that the residual stream has at a site."""
-    return [at for at in flow.locations(ERROR) if at.layer <= site]
 
 
 def _derivative(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:

@@ -124,15 +124,6 @@ class Prompts:
         """Each text's tokens as the model is given them: the prefix, unless the text begins with it, and its own."""
         return [[*self._before(body), *body] for body in self.bodies(texts)]
 
-    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]] | None:
-        """The half-open range of characters of each token that `encode` returns; None where the tokenizer cannot tell."""
-        tokenizer = self._there()
-        if not tokenizer.is_fast:
-            return None
-        read: Any = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        rows = zip(read["input_ids"], read["offset_mapping"], strict=True)
-        return [[*((0, 0) for _ in self._before(body)), *offsets] for body, offsets in rows]
-
     def read(self, prompt: str, context: int) -> list[int]:
         """A prompt's tokens. Raises PromptError where it is empty, too long, or no text of the model's."""
         self.check()

@@ -25,9 +25,9 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -143,8 +143,10 @@ class NodeFacts:
         ):
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
-            locations = {Location(int(layer), kind): f"{layer}.{kind}" for layer, kind in map(_split, facts["locations"])}
-            parts = {at: {part: tensors[f"{part}.{name}"] for part in _PARTS} for at, name in locations.items()}
+            parts = {}
+            for name in facts["locations"]:
+                layer, kind = name.split(".", 1)
+                parts[Location(int(layer), kind)] = {part: tensors[f"{part}.{name}"] for part in _PARTS}
             tokens_bt, order_p = tensors["tokens"].long(), tensors["order"].long()
             return NodeFacts(facts["fingerprint"], facts["seed"], tokens_bt, order_p, facts["rows_done"], parts)
 
@@ -180,7 +182,7 @@ def collect_nodes(
             saved = time.monotonic()
         if progress is not None:
             progress(Phase("nodes: rows", facts.rows_done, len(tokens_bt)))
-    return NodeFacts(facts.fingerprint, seed, tokens_bt, facts.order_p, facts.rows_done, _to_cpu(facts.parts))
+    return replace(facts, parts={at: {part: x.cpu() for part, x in its.items()} for at, its in facts.parts.items()})
 
 
 def stored_facts(coupling: Coupling, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
@@ -189,11 +191,7 @@ def stored_facts(coupling: Coupling, folder: str | Path | None = None, fingerpri
     `fingerprint` is that of its sparse weights, where it is known.
     """
     folder = coupling.path if folder is None else folder
-    if folder is None or not (Path(folder) / "nodes.json").is_file():
-        return None
-    try:
-        facts = NodeFacts.load(folder)
-    except CheckpointError:
+    if (facts := _kept(folder)) is None:
         return None
     fingerprint = sparse_fingerprint(coupling.sparse) if fingerprint is None else fingerprint
     return facts if facts.complete and facts.fingerprint == fingerprint else None
@@ -256,14 +254,18 @@ def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFac
 
 def _begun(sparse: SparseTransformer, tokens_bt: Tensor, seed: int, folder: str | Path | None) -> NodeFacts | None:
     """State that the same pass has left in a folder; None for that of another, or a damaged one: it can be made again."""
-    if folder is None or not (Path(folder) / "nodes.json").is_file():
-        return None
-    try:
-        facts = NodeFacts.load(folder)
-    except CheckpointError:
+    if (facts := _kept(folder)) is None:
         return None
     same = facts.seed == seed and torch.equal(facts.tokens_bt, tokens_bt) and list(facts.parts) == list(sparse.locations())
     return facts if same and facts.fingerprint == sparse_fingerprint(sparse) else None
+
+
+def _kept(folder: str | Path | None) -> NodeFacts | None:
+    """The facts in a folder; None where there are none, or damaged ones."""
+    try:
+        return NodeFacts.load(folder) if folder is not None and (Path(folder) / "nodes.json").is_file() else None
+    except CheckpointError:
+        return None
 
 
 def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
@@ -293,7 +295,7 @@ def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFact
         _best(had["sample"], torch.where(x_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF), -1))
 
     sparse.run(tokens_bt, gate=see, last_only=True)
-    return NodeFacts(facts.fingerprint, facts.seed, facts.tokens_bt, facts.order_p, first + len(tokens_bt), parts)
+    return replace(facts, rows_done=first + len(tokens_bt), parts=parts)
 
 
 def _best(had_nk: Tensor, key_np: Tensor) -> None:
@@ -305,12 +307,3 @@ def _best(had_nk: Tensor, key_np: Tensor) -> None:
 def _float(bits_k: Tensor) -> Tensor:
     """The float32 whose bits are the lower half of a 64-bit number."""
     return bits_k.to(torch.int32).view(torch.float32)
-
-
-def _to_cpu(parts: Mapping[Location, Mapping[str, Tensor]]) -> dict[Location, dict[str, Tensor]]:
-    return {at: {part: tensor.cpu() for part, tensor in tensors.items()} for at, tensors in parts.items()}
-
-
-def _split(name: Any) -> tuple[str, str]:
-    layer, kind = str(name).split(".", 1)
-    return layer, kind

@@ -44,7 +44,7 @@ from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
 from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
-from bridge.server.security import Guard, Refused, Rules, one_line, page_policy
+from bridge.server.security import Guard, Rules, one_line, page_policy, refusal
 from bridge.steering.curves import steer
 
 PAIRS_SHOWN = 8
@@ -115,7 +115,7 @@ def create_app(
         dependencies=[Depends(HTTPBearer(auto_error=False))] if rules.token is not None else [],
         generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
-    handlers = {UserError: _user_error, Refused: _refused, RequestValidationError: _invalid, HTTPException: _http_error}
+    handlers = {UserError: _user_error, RequestValidationError: _invalid, HTTPException: _http_error}
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Guard, rules=rules)
@@ -253,7 +253,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
             for role, text in (("target", body.target), ("contrast", body.contrast)):
                 if text is not None:
                     coupling.dense.prompts.target(text, body.prompt, role)
-        job = jobs.submit(schema.asked_of(body, name))
+        job = jobs.submit(Asked(**{**body.model_dump(), "bridge": name}))
         response.headers["Location"] = f"/api/explanations/{job.id}"
         return schema.JobEntry.of(job)
 
@@ -341,33 +341,24 @@ def _page(library: Library, job: Job, found: Explanation) -> str:
 # -- what was wrong ---------------------------------------------------------------------------------------------------------
 
 
-def _refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": one_line(detail)}, status, dict(headers or {}))
-
-
 def _user_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, FullError):
-        return _refusal(429, str(error), {"Retry-After": str(error.seconds)})
+        return refusal(429, str(error), {"Retry-After": str(error.seconds)})
     if isinstance(error, (NotListedError, UnknownJobError)):
-        return _refusal(404, str(error))
-    return _refusal(409 if isinstance(error, (CheckpointError, NotDoneError)) else 422, str(error))
-
-
-def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, Refused)
-    return _refusal(error.status, error.detail, error.headers)
+        return refusal(404, str(error))
+    return refusal(409 if isinstance(error, (CheckpointError, NotDoneError)) else 422, str(error))
 
 
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _refusal(422, f"the body is no JSON ({first['ctx']['error']}); send a JSON object")
+        return refusal(422, f"the body is no JSON ({first['ctx']['error']}); send a JSON object")
     if isinstance(first["input"], bytes):
-        return _refusal(422, "the body does not come as JSON; send it with Content-Type: application/json")
+        return refusal(422, "the body does not come as JSON; send it with Content-Type: application/json")
     where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
     value = "" if first["type"] == "missing" else f" {repr(first['input'])[:80]}"
-    return _refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what may be sent")
+    return refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what may be sent")
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -378,4 +369,4 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         405: f"{method} is not done at {path!r}; /openapi.json lists what is",
         400: "the body is no JSON that can be read; send a JSON object in UTF-8",
     }
-    return _refusal(error.status_code, details.get(error.status_code, str(error.detail)), error.headers)
+    return refusal(error.status_code, details.get(error.status_code, str(error.detail)), error.headers)

@@ -1,8 +1,9 @@
 """Explanations in one worker thread, one after another, with short calls between their phases and a bounded store of results.
 
     submit    a place in a bounded queue -> Job, queued
-    worker    one thread runs all models: dense models run under hooks, so two runs at once would only wait for one another, and
-              memory is that of one. PyTorch and the kernels release the interpreter: requests go on being answered
+    worker    an executor of one thread runs all models: dense models run under hooks, so two runs at once would only wait for
+              one another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being
+              answered
     phases    a job reports its phase by `on_progress`; there it stops if it was cancelled, and there short calls, such as
               steering, are run, so that no request waits for a whole explanation
     stages    a job may `publish` values before it is done: the question and answers, then the circuit. They stay if it is
@@ -23,7 +24,7 @@ import time
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -38,6 +39,7 @@ Publish = Callable[[Stage, Mapping[str, Any]], None]
 NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # what is known at first
 
 FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
+MOST_SHORT = 32  # calls that queue
 LONGEST_WAIT = 600  # seconds that a client is ever asked to wait
 _log = logging.getLogger("bridge.server")
 
@@ -118,8 +120,8 @@ class Job:
 class Jobs:
     """A bounded queue of explanations, the thread that works on them, and the results.
 
-    compute turns a request into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs and
-    `short` short calls queue, and `remembered` jobs that are over are kept.
+    compute turns a request into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs
+    queue, and `remembered` jobs that are over are kept.
     """
 
     def __init__(
@@ -128,40 +130,40 @@ class Jobs:
         *,
         waiting: int = 8,
         remembered: int = 32,
-        short: int = 32,
     ) -> None:
-        self._compute, self._most_waiting, self._most_remembered, self._most_short = compute, waiting, remembered, short
-        self._change = threading.Condition()
+        self._compute, self._most_waiting, self._most_remembered = compute, waiting, remembered
+        self._lock, self._worker = threading.RLock(), ThreadPoolExecutor(1, "bridge-worker")
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._waiting: deque[str] = deque()
+        self._waiting: list[str] = []
         self._short: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._cancelled: set[str] = set()
-        self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._end: Future[bool] | None = None  # of the worker, once the server stops
         self._seconds = FIRST_GUESS
 
     # -- for requests: any thread, no waiting -------------------------------------------------------------------------------
 
     def submit(self, asked: Asked) -> Job:
         """Queue an explanation. Raises FullError where the queue is full."""
-        with self._change:
+        with self._lock:
             self._take(len(self._waiting), self._most_waiting, "explanations wait already")
             job = Job(secrets.token_urlsafe(9), asked)
             self._jobs[job.id] = job
             self._waiting.append(job.id)
+            self._worker.submit(self._run_job, job.id)
             return self._seen(job.id)
 
     def soon(self, call: Callable[[], Any]) -> Future[Any]:
         """Queue a short call on models between two phases of the running job. Raises FullError where too many wait."""
-        with self._change:
-            self._take(len(self._short), self._most_short, "requests wait for the models already")
+        with self._lock:
+            self._take(len(self._short), MOST_SHORT, "requests wait for the models already")
             future: Future[Any] = Future()
             self._short.append((call, future))
+            self._worker.submit(self._do_short)
             return future
 
     def get(self, id: str) -> Job:
         """A job as it is now. Raises UnknownJobError."""
-        with self._change:
+        with self._lock:
             if id not in self._jobs:
                 raise UnknownJobError(
                     f"there is no explanation {id!r}",
@@ -172,7 +174,7 @@ class Jobs:
 
     def all(self) -> tuple[Job, ...]:
         """Every job that is remembered, the least recently used first."""
-        with self._change:
+        with self._lock:
             return tuple(map(self._seen, self._jobs))
 
     def cancel(self, id: str) -> Job:
@@ -181,39 +183,36 @@ class Jobs:
         What one has published stays.
         """
         job = self.get(id)
-        with self._change:
+        with self._lock:
             job = self._jobs.get(id, job)
             if job.status == "queued":
                 self._waiting.remove(id)
-                self._end(id, status="cancelled", phase="cancelled before it began")
+                self._end_job(id, status="cancelled", phase="cancelled before it began")
             elif job.status == "running":
                 self._cancelled.add(id)
                 self._set(id, stopping=True)
             return self._seen(id) if id in self._jobs else job
 
     def stop(self, seconds: float) -> bool:
-        """Cancel everything and end the thread; False where it is still at a phase after that many seconds."""
-        with self._change:
-            self._stopping = True
+        """Cancel everything and end the work; False where it is still at a phase after that many seconds."""
+        with self._lock:
             for id in tuple(self._waiting):
                 self.cancel(id)
             while self._short:
                 self._short.popleft()[1].cancel()
-            self._change.notify_all()
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return self._thread is None or not self._thread.is_alive()
+            self._end = self._end or self._worker.submit(bool)  # behind all that is left
+        try:
+            self._end.result(seconds)
+        except TimeoutError:
+            return False
+        return True
 
     def _take(self, there: int, most: int, what: str) -> None:
-        if self._stopping:
+        if self._end is not None:
             raise FullError("the server is stopping", 5, "start it again")
         if there >= most:
             seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds)))
             raise FullError(f"{there} {what}, and {most} may", seconds, f"come again in {seconds} seconds, or cancel some")
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="bridge-worker", daemon=True)
-            self._thread.start()
-        self._change.notify_all()
 
     def _seen(self, id: str) -> Job:
         """A job as it is now, with its place in the queue."""
@@ -223,7 +222,7 @@ class Jobs:
     def _set(self, id: str, **values: Any) -> None:
         self._jobs[id] = replace(self._jobs[id], **values)
 
-    def _end(self, id: str, **values: Any) -> None:
+    def _end_job(self, id: str, **values: Any) -> None:
         self._set(id, **values, stopping=False, ended_at=_now())
         self._jobs.move_to_end(id)
         self._cancelled.discard(id)
@@ -233,31 +232,27 @@ class Jobs:
 
     # -- the worker ---------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            self._do_short()
-            with self._change:
-                self._change.wait_for(lambda: self._stopping or self._short or self._waiting)
-                if self._stopping:
-                    return
-                if self._short:
-                    continue
-                id = self._waiting.popleft()
-                self._set(id, status="running", phase="starting", began_at=_now())
-                asked = self._jobs[id].asked
-            started = time.monotonic()
-            ending = self._ending(id, asked)
-            with self._change:
-                if ending["status"] == "done":
-                    self._seconds = time.monotonic() - started
-                self._end(id, **ending)
+    def _run_job(self, id: str) -> None:
+        self._do_short()
+        with self._lock:
+            if id not in self._waiting:
+                return  # cancelled
+            self._waiting.remove(id)
+            self._set(id, status="running", phase="starting", began_at=_now())
+            asked = self._jobs[id].asked
+        started = time.monotonic()
+        ending = self._ending(id, asked)
+        with self._lock:
+            if ending["status"] == "done":
+                self._seconds = time.monotonic() - started
+            self._end_job(id, **ending)
 
     def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
         """Run a job and return its final values."""
 
         def on_progress(phase: Phase) -> None:
             self._stop_if_cancelled(id)
-            with self._change:
+            with self._lock:
                 self._set(id, phase=str(phase))
             self._do_short()
             self._stop_if_cancelled(id)
@@ -265,7 +260,7 @@ class Jobs:
         def publish(stage: Stage, values: Mapping[str, Any]) -> None:
             self._stop_if_cancelled(id)
             known = _known(stage, values)
-            with self._change:
+            with self._lock:
                 self._set(id, **known)
 
         try:
@@ -277,18 +272,19 @@ class Jobs:
             return {"status": "failed", "phase": "failed", "error": str(error)}
         except Exception as error:
             _log.exception("explanation %s failed", id)
-            return {"status": "failed", "phase": "failed", "error": _inside(error)}
+            why = f"explaining failed inside bridge ({type(error).__name__}); the server's own output says where"
+            return {"status": "failed", "phase": "failed", "error": why}
         return {"status": "done", "phase": "done", **known}
 
     def _stop_if_cancelled(self, id: str) -> None:
-        with self._change:
-            if self._stopping or id in self._cancelled:
+        with self._lock:
+            if self._end is not None or id in self._cancelled:
                 raise CancelledError
 
     def _do_short(self) -> None:
         """Run the short calls that are queued now."""
         for _ in range(len(self._short)):
-            with self._change:
+            with self._lock:
                 if not self._short:
                     return
                 call, future = self._short.popleft()
@@ -304,8 +300,3 @@ def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a job for a stage: compressed, with the stage and the verdict, which lists show."""
     packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
     return {"packed": packed, "stage": stage, "verdict": values["report"]["verdict"] if stage == "explanation" else None}
-
-
-def _inside(error: Exception) -> str:
-    """A line on an internal error: its kind, and where more is written."""
-    return f"explaining failed inside bridge ({type(error).__name__}); the server's own output says where"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bridge.evidence.measures import Report
 from bridge.explanations.explanation import Explanation
 from bridge.explanations.parts import Answer, Answered, Drawn
-from bridge.server.jobs import Asked, Job, Stage, Status
+from bridge.server.jobs import Job, Stage, Status
 from bridge.studies.result import TaskFacts
 
 LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
@@ -172,8 +172,3 @@ class Steered(BaseModel):
     probability_target: float
     probability_contrast: float = Field(description="Of the contrast; where there is none, of its second answer.")
     text: str = Field(description="What it goes on to write.")
-
-
-def asked_of(body: Prompted, bridge: str) -> Asked:
-    """The request in a body, for a coupling that is listed under that name."""
-    return Asked(bridge, body.prompt, body.target, body.contrast, body.counterfactual)

@@ -18,15 +18,16 @@ import base64
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge.errors import UserError
@@ -45,6 +46,7 @@ HEADERS = {
 }
 NONE = "'none'"
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_SCRIPT = re.compile(r"<script(?![^>]*json)[^>]*>(.*?)</script>", re.DOTALL)  # of a page of ours; JSON is data
 _log = logging.getLogger("bridge.server")
 
 
@@ -119,7 +121,9 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message = {**message, "headers": _with_defaults(message["headers"])}
+                headers = MutableHeaders(scope=message)
+                for name, value in {**HEADERS, "Content-Security-Policy": NOTHING}.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
@@ -135,12 +139,12 @@ class Guard:
                     raise
                 raise Refused(500, "this failed inside bridge; the server's own output says where") from None
         except Refused as refused:
-            await _refuse(answer, refused)
+            await refusal(refused.status, refused.detail, refused.headers)(scope, receive, answer)
 
     def _check(self, scope: Scope) -> None:
         """Raise Refused for a request that the rules do not let through."""
-        headers = _headers(scope)
-        hosts = headers.get("host", [])
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
         host = hosts[0].lower() if len(hosts) == 1 else ""
         if self.rules.hosts is not None and host not in self.rules.hosts:
             known = ", ".join(sorted(self.rules.hosts))
@@ -148,20 +152,19 @@ class Guard:
         self._check_token(scope, headers)
         if scope["method"] in SAFE:
             return
-        origin, site = headers.get("origin", [None])[0], headers.get("sec-fetch-site", ["none"])[0]
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if (origin is not None and _authority(origin) != host) or site not in ("same-origin", "none"):
             raise Refused(
                 403, f"Origin {origin!r} is another site's, which may change nothing here; ask from this server's own page"
             )
 
-    def _check_token(self, scope: Scope, headers: Mapping[str, list[str]]) -> None:
+    def _check_token(self, scope: Scope, headers: Headers) -> None:
         token = self.rules.token
         if token is None:
             return
-        given = [
-            value.partition(" ")[2].strip() for value in headers.get("authorization", []) if value.lower().startswith("bearer ")
-        ]
-        given += [value for line in headers.get("cookie", []) for value in _cookies(line)]
+        shown = headers.getlist("authorization")
+        given = [value.partition(" ")[2].strip() for value in shown if value.lower().startswith("bearer ")]
+        given += [value for line in headers.getlist("cookie") for value in _cookies(line)]
         if any(_same(value, token) for value in given):
             return
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -183,20 +186,18 @@ class Guard:
         """A receive that gives the body at once, after it has come. Raises Refused for one that is too large or too slow."""
         most = self.rules.most_bytes
         too_large = Refused(413, f"the body is larger than the {most:,} bytes that are read; send less")
-        length = _headers(scope).get("content-length", ["0"])[0]
+        length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length[:20]) > most:
             raise too_large
-        body, more = bytearray(), True
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while more:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise Refused(400, "the body ended early; send it whole")
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
+                async for part in Request(scope, receive).stream():
+                    body += part
                     if len(body) > most:
                         raise too_large
+        except ClientDisconnect:
+            raise Refused(400, "the body ended early; send it whole") from None
         except TimeoutError:
             raise Refused(408, f"the body did not come within {BODY_SECONDS:g} seconds; send it faster") from None
         pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
@@ -209,63 +210,22 @@ class Guard:
 
 def page_policy(html: str) -> str:
     """The Content-Security-Policy of a self-contained page: its own inline scripts by their hashes, nothing from elsewhere."""
-    scripts = _Scripts()
-    scripts.feed(html.replace("\r\n", "\n"))
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts.texts)
+    scripts = _SCRIPT.findall(html.replace("\r\n", "\n"))
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
     return (
         f"default-src 'none'; script-src {hashes or NONE}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
+def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to a request that is refused."""
+    return JSONResponse({"detail": one_line(detail)}, status, dict(headers or {}))
+
+
 def one_line(text: str) -> str:
     """A text as one line that can be sent: invalid characters are escaped."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-
-
-class _Scripts(HTMLParser):
-    """The texts of the inline scripts that a browser would run; JSON is data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self._inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "script":
-            self._inside = "json" not in (dict(attrs).get("type") or "")
-            if self._inside:
-                self.texts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "script":
-            self._inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.texts[-1] += data
-
-
-def _headers(scope: Scope) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, value in scope["headers"]:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    return found
-
-
-def _with_defaults(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    there = {name.lower() for name, _ in headers}
-    wanted = {**HEADERS, "Content-Security-Policy": NOTHING}
-    more = ((name.lower().encode(), value.encode()) for name, value in wanted.items())
-    return [*headers, *(pair for pair in more if pair[0] not in there)]
-
-
-async def _refuse(send: Send, refused: Refused) -> None:
-    body = json.dumps({"detail": one_line(refused.detail)}).encode()
-    named = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refused.headers}
-    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in named.items()]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _authority(origin: str) -> str | None:

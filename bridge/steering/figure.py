@@ -28,19 +28,18 @@ class Panel:
 
 def panels_of(steering: Steering) -> tuple[Panel, Panel]:
     """The contrast's probability, and the target's."""
-    strengths = [each.strength for each in steering.curve]
-    every_contrast = [each.every_contrast for each in steering.beside if each.every_contrast is not None]
-    every_target = [each.every_target for each in steering.beside if each.every_target is not None]
-    return (
-        Panel(
-            f"{steering.contrast.text!r}", strengths, [each.probability_contrast for each in steering.curve],
-            [each.random_contrast for each in steering.beside], every_contrast or None, steering.counterfactual_contrast,
-        ),
-        Panel(
-            f"{steering.target.text!r}", strengths, [each.probability_target for each in steering.curve],
-            [each.random_target for each in steering.beside], every_target or None, steering.counterfactual_target,
-        ),
-    )  # fmt: skip
+
+    def panel(side: str) -> Panel:
+        def of(rows: Sequence[Any], name: str) -> list[Any]:
+            return [getattr(each, f"{name}_{side}") for each in rows]
+
+        every = [value for value in of(steering.beside, "every") if value is not None]
+        return Panel(
+            repr(getattr(steering, side).text), [each.strength for each in steering.curve], of(steering.curve, "probability"),
+            of(steering.beside, "random"), every or None, getattr(steering, f"counterfactual_{side}"),
+        )  # fmt: skip
+
+    return panel("contrast"), panel("target")
 
 
 def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:

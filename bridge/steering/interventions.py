@@ -211,7 +211,7 @@ class Steerer:
             )
         if site is not None and not 0 <= site < coupling.n_sites:
             raise SteerError(f"site {site}", "does not exist", f"sites go from 0 to {coupling.n_sites - 1}")
-        values, sizes = self._values(counterfactual_t), sparse.locations()
+        values, sizes = None if counterfactual_t is None else self._values(counterfactual_t), sparse.locations()
         self.clamps = {
             location: _clamp(its, length, sizes[location], None if values is None else values[location][0], sparse.device)
             for location, its in _by_location(interventions).items()
@@ -230,9 +230,7 @@ class Steerer:
 
     def changed(self) -> tuple[int, tuple[ChangedNode, ...]]:
         """The number of nodes clamped at another value than they have on the prompt, and those that change most."""
-        values = self._values(self.tokens_t)
-        assert values is not None
-        found = []
+        values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
             before_tn = values[location][0]
             after_tn = clamp.target(before_tn[None])[0]
@@ -270,9 +268,7 @@ class Steerer:
             tokens_1t = torch.cat([tokens_1t, trace.logits_btv[:, -1].argmax(-1, keepdim=True)], 1)
         return tokens_1t[0, len(self.tokens_t) :]
 
-    def _values(self, tokens_t: Tensor | None) -> dict[Location, Tensor] | None:
-        if tokens_t is None:
-            return None
+    def _values(self, tokens_t: Tensor) -> dict[Location, Tensor]:
         values: dict[Location, Tensor] = {}
         with torch.no_grad():
             self.coupling.sparse.run(tokens_t[None], gate=recording_gate(values), last_only=True)

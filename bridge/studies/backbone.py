@@ -40,19 +40,17 @@ class Backbone:
     @property
     def mean_jaccard(self) -> float:
         """Mean Jaccard index of two tasks' own nodes, chance included."""
-        return _off_diagonal(self.jaccard) or 0.0
+        return off_diagonal(self.jaccard) or 0.0
 
     @property
     def mean_overlap(self) -> float:
         """Mean overlap of two tasks' own nodes, beyond chance."""
-        return _off_diagonal(self.overlap) or 0.0
+        return off_diagonal(self.overlap) or 0.0
 
     @property
     def apart(self) -> float | None:
         """Mean rise of a task's loss without another's own nodes, as a share of that without its own; None where that is none."""
-        n = range(len(self.tasks))
-        share = [[self.rise[a][b] / self.rise[b][b] if self.rise[b][b] > 1e-3 else None for b in n] for a in n]
-        return _off_diagonal(share)
+        return off_diagonal(shares(self.rise))
 
     def text(self) -> str:
         """The table as a person reads it."""
@@ -109,6 +107,13 @@ def own_overlap(one_f: Tensor, other_f: Tensor, of: int) -> tuple[float, float]:
     return jaccard, (jaccard - chance) / (1 - chance) if chance < 1 else 0.0
 
 
-def _off_diagonal(x_ab: Sequence[Sequence[float | None]]) -> float | None:
+def shares(rise_ab: Sequence[Sequence[float]]) -> tuple[tuple[float | None, ...], ...]:
+    """rise_ab over rise_bb: what deleting a does to b, of what deleting b itself does; None where that does nothing."""
+    own_b = [row[b] for b, row in enumerate(rise_ab)]
+    return tuple(tuple(rise / own if own > 1e-3 else None for rise, own in zip(row, own_b, strict=True)) for row in rise_ab)
+
+
+def off_diagonal(x_ab: Sequence[Sequence[float | None]]) -> float | None:
+    """The mean off the diagonal, over what there is."""
     off = [x for a, row in enumerate(x_ab) for b, x in enumerate(row) if a != b and x is not None]
     return sum(off) / len(off) if off else None

@@ -30,8 +30,7 @@ from bridge.data.task_tokens import TokenPairs
 from bridge.display.plots import draw, svg
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
-from bridge.models.circuit import Edge
-from bridge.studies.backbone import Backbone, find_backbone
+from bridge.studies.backbone import Backbone, find_backbone, off_diagonal, shares
 from bridge.studies.result import Size, TaskResult
 from bridge.verdicts.task_search import expected_overlap
 
@@ -68,14 +67,12 @@ class Comparison:
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
         """rise_ab over rise_bb: what deleting a does to b, of what deleting b itself does; None where that does nothing."""
-        n = range(len(self.tasks))
-        return tuple(tuple(self.rise[a][b] / self.rise[b][b] if self.rise[b][b] > 1e-3 else None for b in n) for a in n)
+        return shares(self.rise)
 
     @property
     def apart(self) -> float | None:
         """Mean share off the diagonal."""
-        off = [x for a, row in enumerate(self.share) for b, x in enumerate(row) if a != b and x is not None]
-        return sum(off) / len(off) if off else None
+        return off_diagonal(self.share)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
@@ -117,7 +114,7 @@ def compare(
     for name in names:
         on_progress(Phase(f"cross-ablation: without {name}"))
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
-        draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)[0]]
+        draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
     on_progress(Phase("shared backbone"))
@@ -133,14 +130,10 @@ def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tupl
             nodes = tuple(int(kept[name].sum()) for name in names)
             shared = int((kept[names[0]] & kept[names[1]]).sum())
             found.append(overlap(*names, "nodes", shared, (nodes[0], nodes[1]), one.facts.whole.nodes))
-            edges = [{_ends(edge) for edge in result.circuit.edges or ()} for result in (one, other)]
+            edges = [{(edge.source, edge.target) for edge in result.circuit.edges or ()} for result in (one, other)]
             sizes = len(edges[0]), len(edges[1])
             found.append(overlap(*names, "edges", len(edges[0] & edges[1]), sizes, one.facts.whole.edges))
     return tuple(found)
-
-
-def _ends(edge: Edge) -> tuple:
-    return edge.source, edge.target
 
 
 def geometric_mean(sizes: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ from bridge.circuits.loss import SearchConfig
 from bridge.data.task_tokens import Scores
 from bridge.display import html as display
 from bridge.display.columns import columns
-from bridge.evidence.measures import EVIDENCE, Report, evidence_row, evidence_table
+from bridge.evidence.measures import Report, evidence_table
 from bridge.models.circuit import Circuit, Edge, Node
 from bridge.models.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.models.sparse import Location
@@ -173,8 +173,7 @@ class TaskResult:
             f"circuit of {facts.task}",
             f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
             display.text(sizes),
-            display.fold("evidence", display.table(("", *EVIDENCE[1:]), map(evidence_row, report.measures))),
-            display.fold("everything, as text", display.text(str(self))),
+            display.fold("everything, as text", display.listing(str(self))),
         )
 
 

@@ -45,7 +45,7 @@ from bridge.models.sparse import Location
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.verdicts.null_couplings import permuted_weights
-from bridge.verdicts.task_search import SOLVED, Judged, gather_task
+from bridge.verdicts.task_search import SOLVED, gather_task
 
 RULES = 8  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own
@@ -99,13 +99,6 @@ def model_facts(coupling: Coupling) -> dict[str, str | int]:
     """Fingerprints of the models that are searched, and the rules of the search."""
     dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
-
-
-def search_facts(
-    coupling: Coupling, level: float, null: str | None, budget: float, explains: Explains = "dense"
-) -> dict[str, str | float | int | None]:
-    """Facts that identify a search, but for its prompts and its seeds."""
-    return {"level": level, "explains": explains, "null": null, "work": budget, **model_facts(coupling)}
 
 
 def whole_size(subject: Subject) -> Size:
@@ -168,8 +161,10 @@ def search_task(
 
     places = range(len(nested.levels))
     edge_counts = [edge_count(subject, nested.kept(place)[nodes_f]) for place in places]
-    judged = Judged(nested, opened, edge_counts, None if size is None else size.edges)
-    report, levels = gather_task(losses.test, judged, scores, dense_scores, seed=seed, progress=on_progress)
+    report, levels = gather_task(
+        losses.test, nested, opened, edge_counts, None if size is None else size.edges, scores, dense_scores, seed=seed,
+        progress=on_progress,
+    )  # fmt: skip
     runs = (
         SeedRun(seed + n, int((one_f & nodes_f).sum()), int((one_f & ~nodes_f).sum()), found[n].off[0])
         for n, one_f in enumerate(opened)
@@ -210,7 +205,6 @@ def search_dense(
     task: Resolved,
     *,
     level: float = TASK_SEARCH.opens_at,
-    seed: int = 0,
     budget: float = 1.0,
     progress: OnProgress | None = None,
 ) -> Size:
@@ -227,7 +221,7 @@ def search_dense(
             f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
             "take another task",
         )
-    return _dense_size(subjects, task, replace(search_config(level, budget), seed=seed), on_progress)
+    return _dense_size(subjects, task, search_config(level, budget), on_progress)
 
 
 def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:

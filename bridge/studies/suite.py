@@ -22,13 +22,13 @@ from bridge.models.store import read_json, write_json
 from bridge.nodes.description import node_labels
 from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
 from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
-from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, search_facts, search_task, whole_size
+from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, model_facts, search_task, whole_size
 
 
-def resolved(subjects: Subjects, name: str, seed: int = 0) -> Resolved:
+def resolved(subjects: Subjects, name: str) -> Resolved:
     """A task under the coupling's tokenizer. Raises TaskError."""
     coupling = subjects.coupling
-    return resolve(load_task(name, seed=seed), coupling.dense.prompts, context=coupling.context)
+    return resolve(load_task(name), coupling.dense.prompts, context=coupling.context)
 
 
 def folder_name(name: str) -> str:
@@ -93,13 +93,11 @@ def run_suite(
 def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that identify a search: the models, the prompts, the rules, and all that a user may choose."""
     return {
-        **search_facts(
-            subjects.coupling,
-            options.get("level", TASK_SEARCH.opens_at),
-            options.get("null"),
-            options.get("budget", 1.0),
-            options.get("explains", "dense"),
-        ),
+        **model_facts(subjects.coupling),
+        "level": options.get("level", TASK_SEARCH.opens_at),
+        "explains": options.get("explains", "dense"),
+        "null": options.get("null"),
+        "work": options.get("budget", 1.0),
         "prompts": task.digest,
         "seeds": options.get("seeds", 1),
         "seed": options.get("seed", 0),

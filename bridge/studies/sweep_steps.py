@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bridge.errors import RunError, UserError
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling, folder_of
 from bridge.models.dense import DenseModel
-from bridge.models.store import CheckpointError, read_json, write_json
+from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
 from bridge.recipe import Recipe, known_names, resolve
 from bridge.studies.frontier import DensePoint, Point, TaskSize
 from bridge.studies.result import Size, TaskResult
@@ -275,14 +276,9 @@ def _differences(wanted: Recipe, there: Recipe) -> list[str]:
     """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the dense model decides."""
     found = []
     for name in known_names():
-        values = []
-        for recipe in (wanted, there):
-            value: Any = recipe
-            for part in name.split("."):
-                value = getattr(value, part)
-            values.append(value)
-        unsaid = values[0] in (None, "auto") and name in OF_THE_DENSE_MODEL
-        if values[0] != values[1] and not unsaid and name not in ("dense", "revision"):
+        asked, its = (attrgetter(name)(recipe) for recipe in (wanted, there))
+        unsaid = asked in (None, "auto") and name in OF_THE_DENSE_MODEL
+        if asked != its and not unsaid and name not in ("dense", "revision"):
             found.append(name)
     return found
 
@@ -305,13 +301,9 @@ def _evaluation(file: Path) -> Evaluation | None:
 
 def _task_size(folder: Path) -> TaskSize:
     facts = read_json(folder / "circuit.json")
-    try:
-        if "failed" in facts:
+    if "failed" in facts:
+        with refused_unless_read(f"{str(folder)!r}", "result", "delete it, and sweep again"):
             return TaskSize(folder.name, Size(**facts["whole"]), str(facts["failed"]))
-    except (KeyError, TypeError):
-        raise CheckpointError(
-            f"{str(folder)!r}", "is no result that this version of bridge reads", "delete it, and sweep again"
-        ) from None
     result = TaskResult.load(folder)
     return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)
 

@@ -136,7 +136,7 @@ def gather(
     lost = _lost(config, loss, kept_f, backup_k, deletions)
     progress(Phase("evidence: one node at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
-    profile, _ = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
+    profile = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
     patching: tuple[Measure, ...] = ()
     if counterfactual is not None:
         progress(Phase("evidence: counterfactual patching, in the dense model"))

@@ -74,42 +74,34 @@ class TaskLevel:
     matched: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """Circuits to be judged, with every seed's opening nodes, edges by level, and those of the dense model's own circuit."""
-
-    nested: Nested
-    seeds_f: Sequence[Tensor]
-    edges: Sequence[int]
-    dense_edges: int | None
-
-
 @torch.no_grad()
 def gather_task(
     test: CircuitLoss[MaskedModel],
-    judged: Judged,
+    nested: Nested,
+    seeds_f: Sequence[Tensor],
+    edges: Sequence[int],
+    dense_edges: int | None,
     scores: Scores,
     dense_scores: Scores,
     *,
-    config: TaskEvidenceConfig | None = None,
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> tuple[Report, tuple[TaskLevel, ...]]:
-    """All evidence on a task's circuits on some prompts, and every level measured there."""
-    config, opening = config or TaskEvidenceConfig(), test.config.opening
+    """All evidence on a task's nested circuits on some prompts, and every level measured there.
+
+    seeds_f are the opening nodes of every seed, edges those of the levels, dense_edges those of the dense model's own circuit.
+    """
+    config, opening = TaskEvidenceConfig(), test.config.opening
     generator = torch.Generator().manual_seed(seed + 3_000_017)
-    on_f, nested = active_nodes(test.masked), judged.nested
-    levels: list[TaskLevel] = []
-    controls: Controls | None = None
+    on_f, levels, lost = active_nodes(test.masked), list[TaskLevel](), list[float]()
     for place, level in enumerate(nested.levels):
         progress(Phase(f"evidence: {level}, alone, in supersets, deleted, beside matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
         found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.within(kept_f, level))
-        drawn = Controls.of(test, kept_f, on_f, config.draws, generator)
-        controls = drawn if place == opening else controls
-        levels.append(TaskLevel(found, judged.edges[place], median(drawn.alone) if drawn.alone else None))
-    assert controls is not None
+        alone, lost_here = _controls(test, kept_f, on_f, config.draws, generator)
+        lost = lost_here if place == opening else lost
+        levels.append(TaskLevel(found, edges[place], median(alone) if alone else None))
     opened, kept_f = levels[opening].circuit, nested.kept(opening)
     report = Report(
         (
@@ -131,37 +123,27 @@ def gather_task(
             ),
             Measure(
                 "lost", "span lost in sparse by deletion", 1 - opened.left, Criterion(">=", config.lost, True),
-                Control.of("matched", controls.lost, max, "largest"),
+                Control.of("matched", lost, max, "largest"),
             ),
             Measure("kl", "KL alone in nats", opened.kl),
-            _stable(config, judged.seeds_f, on_f),
-            _smaller(config, judged.edges[opening], judged.dense_edges),
+            _stable(config, seeds_f, on_f),
+            _smaller(config, edges[opening], dense_edges),
         ),
         config.rules(),
     )  # fmt: skip
     return report, tuple(levels)
 
 
-@dataclass(frozen=True)
-class Controls:
-    """Circuits of matched nodes: faithfulness of each alone, and the span lost by deleting it; none where too few are active."""
-
-    alone: tuple[float, ...]
-    lost: tuple[float, ...]
-
-    @staticmethod
-    def of(test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator) -> Controls:
-        """Some draws of as many other active nodes at the same locations."""
-        wanted = int((kept_f & test.nodes_f).sum())
-        if not 0 < wanted <= int((on_f & ~kept_f).sum()):
-            return Controls((), ())
-        matched_cf = matched(test.masked, kept_f, draws, generator)
-        count = len(test.model_b)
-        alone_rv = test.logits(matched_cf)
-        deleted_rv = test.logits(test.complement(matched_cf))
-        alone_c = 1 - test.miss(alone_rv).view(-1, count).mean(1).abs()
-        lost_c = 1 - test.left(deleted_rv).view(-1, count).mean(1)
-        return Controls(tuple(alone_c.tolist()), tuple(lost_c.tolist()))
+def _controls(
+    test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator
+) -> tuple[list[float], list[float]]:
+    """Faithfulness of some draws of matched nodes alone, and the span lost by deleting each; none where too few are active."""
+    if not 0 < int((kept_f & test.nodes_f).sum()) <= int((on_f & ~kept_f).sum()):
+        return [], []
+    matched_cf, count = matched(test.masked, kept_f, draws, generator), len(test.model_b)
+    miss_c = test.miss(test.logits(matched_cf)).view(-1, count).mean(1)
+    left_c = test.left(test.logits(test.complement(matched_cf))).view(-1, count).mean(1)
+    return (1 - miss_c.abs()).tolist(), (1 - left_c).tolist()
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:

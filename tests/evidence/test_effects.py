@@ -67,7 +67,7 @@ def test_in_a_copy_effects_are_the_same() -> None:
     coupling = copied()
     transporter, kept_f, _ = case_of(coupling, some_nodes(coupling, 0.5))
     effects = effect_profile(transporter, kept_f, profile_nodes(transporter, kept_f, 100, torch.Generator().manual_seed(0)))
-    measure, _ = profile_measure(effects, ASKED, 0)
+    measure = profile_measure(effects, ASKED, 0)
     assert measure.passed and measure.value is not None and measure.value > 0.97
     assert measure.interval is not None and measure.ceiling is not None and measure.control is not None
     assert measure.control.bar < measure.value
@@ -78,19 +78,19 @@ def test_what_cannot_be_ranked_is_not() -> None:
     coupling = copied()
     transporter, kept_f, _ = case_of(coupling, torch.zeros(sum(coupling.sparse.locations().values()), dtype=torch.bool))
     node_p = profile_nodes(transporter, kept_f, 100, torch.Generator().manual_seed(0))
-    measure, _ = profile_measure(effect_profile(transporter, kept_f, node_p), ASKED, 0)
+    measure = profile_measure(effect_profile(transporter, kept_f, node_p), ASKED, 0)
     assert measure.passed is None and "too few" in measure.note
-    flat, _ = profile_measure(effects_of(np.zeros((12, 4)), np.ones((12, 4)), np.zeros(12)), ASKED, 0)
+    flat = profile_measure(effects_of(np.zeros((12, 4)), np.ones((12, 4)), np.zeros(12)), ASKED, 0)
     assert flat.passed is None and "sparse model" in flat.note
 
 
 def test_an_unrelated_profile_fails() -> None:
     generator = np.random.default_rng(0)
     effect_pb = generator.normal(size=(60, 1)) + 0.1 * generator.normal(size=(60, 16))
-    other, _ = profile_measure(effects_of(effect_pb, generator.permutation(effect_pb), np.arange(60) % 3), ASKED, 0)
+    other = profile_measure(effects_of(effect_pb, generator.permutation(effect_pb), np.arange(60) % 3), ASKED, 0)
     assert other.passed is False
     noisy_pb = effect_pb + 0.1 * generator.normal(size=(60, 16))
-    same, _ = profile_measure(effects_of(effect_pb, noisy_pb, np.arange(60) % 3), ASKED, 0)
+    same = profile_measure(effects_of(effect_pb, noisy_pb, np.arange(60) % 3), ASKED, 0)
     assert same.passed and same.interval is not None and same.value is not None
     assert same.interval[0] < same.value <= same.interval[1] + 1e-9
     assert same.ceiling is not None and same.ceiling > 0.9

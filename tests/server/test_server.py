@@ -728,7 +728,7 @@ def test_steering_is_done_between_two_phases_of_what_runs(
         assert (told["strength"], told["probability_target"], told["text"]) == (0.5, 0.25, f"{PROMPT} on")
         assert [one["token"]["text"] for one in told["dense"]] == [one.token.text for one in explanation.dense]
         refused(client.post(f"/api/explanations/{running}/steer", json={"node": node, **STEERING}), 409, "running")
-        assert threads == ["bridge-worker"]
+        assert threads == ["bridge-worker_0"]
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     on_f = torch.stack([switched_on_f(subject, pairs) for pairs in prompts.values()]).any(0)
     generator = torch.Generator().manual_seed(0)
     for a, result in enumerate((one, other)):
-        drawn, _ = random_deletions(subject.space, subject.space.join(result.circuit.kept), on_f, generator, DRAWS)
+        drawn = random_deletions(subject.space, subject.space.join(result.circuit.kept), on_f, generator, DRAWS)
         for b, pairs in enumerate(prompts.values()):
             losses = [pairs.loss(subject.logits(pairs, masked_gate(subject, ~gone_f))).mean() for gone_f in drawn]
             rise = torch.stack(losses).mean() - pairs.loss(subject.logits(pairs)).mean()

@@ -81,7 +81,7 @@ def planted_pairs(count: int = 8, lengths: tuple[int, ...] = (6,), seed: int = 0
     no_b = torch.zeros(count, dtype=torch.bool)
     answer_bk, wrong_bk = torch.full((count, 1), 4), torch.full((count, 1), 5)
     example = Example("a", "b", ("c",), ("d",))
-    return TokenPairs(prompt_bt, counterfactual_bt, last_b, answer_bk, wrong_bk, no_b, no_b, (example,) * count, ((),) * count)
+    return TokenPairs(prompt_bt, counterfactual_bt, last_b, answer_bk, wrong_bk, no_b, no_b, (example,) * count)
 
 
 def planted_sparse(dense: DenseModel, *, decoys: int = 0) -> SparseTransformer:

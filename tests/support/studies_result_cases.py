@@ -15,7 +15,7 @@ from bridge.models.circuit import Circuit, Edge, Node
 from bridge.models.sparse import Location
 from bridge.studies.result import SeedRun, Size, TaskFacts, TaskResult
 from bridge.studies.search import search_config
-from bridge.verdicts.task_search import Judged, gather_task
+from bridge.verdicts.task_search import gather_task
 
 
 def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] = (0, 1)) -> TaskResult:
@@ -32,8 +32,7 @@ def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] =
     test = CircuitLoss(masked, masked.logits(torch.ones(8, len(kept_f), dtype=torch.bool)), config)
     levels = config.nested()[:-1]
     nested = Nested(levels, torch.where(kept_f, 0, len(levels)), (0.5,) * len(levels))
-    judged = Judged(nested, [kept_f], [len(edges)] * len(levels), 1000)
-    report, measured = gather_task(test, judged, scores, scores)
+    report, measured = gather_task(test, nested, [kept_f], [len(edges)] * len(levels), 1000, scores, scores)
     facts = TaskFacts(
         task=task, language="toy", drop_rate=0.25, explains="dense", null=None, search=config, sparse_scores=scores,
         dense_scores=scores, runs=(SeedRun(0, int(kept_f.sum()), 0, 0.5),), whole=Size(subject.space.size, 5000), levels=measured,
