@@ -17,9 +17,9 @@ noisy values shortens it. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P
     P (S / s + w diag(q_c) / q) = P_0 S / s + w r A^(-1/2) C diag(q_c) / q
 
 A decoder stays as it was where that costs too much: where the KL on held-out text of "sparse until the site, decoded, dense to
-the end" becomes more than WORST times what it was, as it does where training was short, or rows are few. So does the last decoder
-of a span, through which the sparse model's own answers go; its gradients agree as it is. A null's bridges go through the same.
-None of this is in the paper.
+the end" rises by more than WORST of the sparse model's own KL, as it may where training was short, or rows are few. So does the
+last decoder of a span, through which the sparse model's own answers go; its gradients agree as it is. A null's bridges go through
+the same. None of this is in the paper.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary, k answers.
 """
@@ -43,7 +43,7 @@ from bridge.models.sparse import SparseTransformer
 ANSWERS = 5  # the dense model's likeliest, of which a difference takes the first and another
 ROWS_AT_ONCE = 8
 HELDOUT_ROWS = 32
-WORST = 1.2  # times the KL before
+WORST = 0.2  # of the sparse model's own KL
 MOST_BYTES = 1 << 30  # of sums in memory at a time
 RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
 
@@ -61,7 +61,7 @@ def refit_decoders(
     refitted = [site for site in range(coupling.n_sites) if (site, "decoder") not in coupling.ends]
     heldout_bt = heldout_bt[:HELDOUT_ROWS].to(device)
     before = [copy.deepcopy(coupling.bridges[site].decoder) for site in refitted]
-    kl_before = kl_out(coupling, refitted, heldout_bt)
+    *kl_before, kl_own = kl_out(coupling, refitted, heldout_bt)
     together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
     for first in range(0, len(refitted), together):  # wide models in several passes over the text, some sites in each
         sites = refitted[first : first + together]
@@ -80,20 +80,23 @@ def refit_decoders(
         with torch.no_grad():
             for site, sums in moments.items():
                 sums.refit(coupling.bridges[site], weight)
-    for site, decoder, was, now in zip(refitted, before, kl_before, kl_out(coupling, refitted, heldout_bt), strict=True):
-        if not now <= WORST * was:
+    *kl_after, _ = kl_out(coupling, refitted, heldout_bt)
+    for site, decoder, was, now in zip(refitted, before, kl_before, kl_after, strict=True):
+        if not now - was <= WORST * kl_own:
             coupling.bridges[site].decoder.load_state_dict(decoder.state_dict())
 
 
 @torch.no_grad()
 def kl_out(coupling: Coupling, sites: Sequence[int], tokens_bt: Tensor) -> list[float]:
-    """KL in nats a token from the dense model's answers to those of: sparse until a site, decoded there, dense to the end."""
-    totals = torch.zeros(len(sites), dtype=torch.float64)
+    """KL from the dense model's answers to those of: sparse until a site, decoded there, dense to the end; last, sparse alone.
+
+    In nats a token.
+    """
+    totals = torch.zeros(len(sites) + 1, dtype=torch.float64)
     for rows_bt in tokens_bt.split(ROWS_AT_ONCE):
         truth_btv, sparse = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt)
-        for place, site in enumerate(sites):
-            hybrid_btv = coupling.sparse_to_dense(rows_bt, sparse.residuals, site).float()
-            totals[place] += float(kl(truth_btv, hybrid_btv).double().sum())
+        answers = (*(coupling.sparse_to_dense(rows_bt, sparse.residuals, site) for site in sites), sparse.logits_btv)
+        totals += torch.tensor([float(kl(truth_btv, logits_btv.float()).double().sum()) for logits_btv in answers])
     return (totals / tokens_bt.numel()).tolist()
 
 
