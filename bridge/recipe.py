@@ -123,7 +123,7 @@ class SparseShape(_Part):
             )
         if self.blocks is not None and self.positions == "learned":
             what, rule = "sparse.positions 'learned'", "are added to tokens, which a span (sparse.blocks) has not"
-            raise RecipeError(what, rule, "leave 'auto'")
+            raise RecipeError(what, rule, "give sparse.positions 'auto'")
         return self
 
 
@@ -275,9 +275,6 @@ class Recipe(_Part):
             raise RecipeError("losses.carried", "has no literal form", remedy)
         if self.adapts and self.sparse.start in ("auto", "random"):
             raise RecipeError("adapts = true", "goes on from a coupling", "give sparse.start its folder, as `bridge adapt` does")
-        if self.sparse.blocks is not None and not self.losses.coupled:
-            what = "a span (sparse.blocks)"
-            raise RecipeError(what, "begins and ends with bridges", "give losses they have part in, or all blocks")
         if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise RecipeError(
                 "optimizer.rate 0 trains bridges alone, to a sparse model that is there:",
@@ -292,7 +289,7 @@ def blocks_of(text: str, depth: int) -> tuple[int, int]:
     first, last, _ = slice(*ends).indices(depth)
     if first >= last or any(end is not None and not -depth <= end <= depth for end in ends):
         raise RecipeError(
-            f"sparse.blocks {text!r} is no span of the dense model's {depth} blocks; give first:last within 0:{depth}"
+            f"sparse.blocks {text!r}", f"is no span of the dense model's {depth} blocks", f"give first:last within 0:{depth}"
         )
     return first, last
 

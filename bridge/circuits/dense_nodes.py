@@ -45,6 +45,7 @@ from bridge.huggingface.site_discovery import DenseModelError, forward, probe_to
 from bridge.models.circuit import NodeSpace
 from bridge.models.dense import DenseModel
 from bridge.models.dense_run import exclusive
+from bridge.models.span import dense_of
 from bridge.models.sparse import Gate, Location
 
 _MEAN_ROWS = 8  # of corpus at a time
@@ -69,10 +70,10 @@ class _Sublayer:
 
 
 class DenseSubject:
-    """A dense model with its nodes found. Raises DenseModelError where its linear maps cannot be."""
+    """A dense model, or a span of one, with its nodes found. Raises DenseModelError where its linear maps cannot be."""
 
     def __init__(self, dense: DenseModel, corpus_bt: Tensor) -> None:
-        self.dense = dense
+        self.dense, self._whole = dense, dense_of(dense, None)  # a span answers from what it remembers, past any gate
         if not corpus_bt.numel():
             raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
         self._linear = {path: module for path, module in dense.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -121,7 +122,7 @@ class DenseSubject:
                 hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(before, location)))
             for path, location in self._after.items():
                 hooks.enter_context(self._linear[path].register_forward_hook(partial(after, location)))
-            return self.dense.run(tokens_bt).logits_btv
+            return self._whole.run(tokens_bt).logits_btv
 
     def _means(self, corpus_bt: Tensor) -> dict[Location, Tensor]:
         sums = {location: torch.zeros(n, dtype=torch.float64) for location, n in self._sizes.items()}

@@ -20,7 +20,8 @@ _ALPHAS = 4  # values of the mask
 def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     """node_k: the fewest other nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
 
-    Of several prompts the mean over them counts. As many as are found; the last of the ranking where nothing brings it so low. None where no more is left than that.
+    Of several prompts the mean over them counts. As many as are found; the last of the ranking where nothing brings it so low.
+    None where no more is left than that.
     """
     whole_f, allowed = loss.complement(kept_f), loss.config.left
 

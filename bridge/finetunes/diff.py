@@ -95,7 +95,7 @@ def diff(
     check_pair(base, tuned)
     texts = [prompts] if isinstance(prompts, str) else [*prompts]
     if not texts:
-        raise DiffError("there is no prompt to compare on; give at least one")
+        raise DiffError("there is no prompt to compare on", remedy="give at least one")
     found = []
     for place, text in enumerate(texts, 1):
         on_progress(Phase("prompts", place, len(texts)))
@@ -109,10 +109,10 @@ def check_pair(base: Coupling, tuned: Coupling) -> None:
     """Raise DiffError where the nodes of two couplings do not correspond."""
     names = [repr(one.path or "the coupling given") for one in (base, tuned)]
     if base.sparse.locations() != tuned.sparse.locations() or base.dense.vocabulary != tuned.dense.vocabulary:
-        raise DiffError(f"{names[1]} has a sparse model of another shape than {names[0]}; adapt that one (bridge adapt)")
+        raise DiffError(names[1], f"has a sparse model of another shape than {names[0]}", "adapt that one (bridge adapt)")
     if not tuned.recipe.adapts:
         raise DiffError(
-            f"{names[1]} does not go on from another coupling, so no node of it is one of {names[0]}; use bridge adapt"
+            names[1], f"does not go on from another coupling, so no node of it is one of {names[0]}", "use bridge adapt"
         )
 
 
@@ -121,7 +121,7 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DiffError(f"prompts {str(path)!r} cannot be read ({error}); name a file with a JSON string a line") from None
+        raise DiffError(f"prompts {str(path)!r}", f"cannot be read ({error})", "name a file with a JSON string a line") from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -129,7 +129,7 @@ def read_prompts(path: str | Path) -> list[str]:
         except ValueError:
             text = 0
         if not isinstance(text, str | None):
-            raise DiffError(f"line {number} of {str(path)!r} is no JSON string; write each prompt as one, in quotes")
+            raise DiffError(f"line {number} of {str(path)!r}", "is no JSON string", "write each prompt as one, in quotes")
         found += [] if text is None else [text]
     return found
 
@@ -202,7 +202,7 @@ def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
 def _masked(coupling: Coupling, question: Question, followed: Followed, base: Coupling) -> MaskedModel:
     """The sparse model of either coupling, its means over the base's reference text."""
     if base.reference_bt is None:
-        raise DiffError("the base coupling holds no reference text to take means over; fit it again")
+        raise DiffError("the base coupling", "holds no reference text to take means over", "fit it again")
     return MaskedModel(
         coupling.sparse, question, reference_means(coupling, reference_rows(base, base.reference_bt)), followed.errors
     )

@@ -148,6 +148,11 @@ class Coupling:
         return self.dense.slice if isinstance(self.dense, DenseSpan) else None
 
     @property
+    def ends(self) -> tuple[tuple[int, str], ...]:
+        """Maps by site and name that the sparse model itself begins and ends with: a span's first encoder and last decoder."""
+        return ((0, "encoder"), (self.n_sites - 1, "decoder")) if self.blocks else ()
+
+    @property
     def context(self) -> int:
         """Most tokens a prompt may have."""
         return self.sparse.context
@@ -247,7 +252,9 @@ class Coupling:
         if fine_tuned and shapes[0] != shapes[1]:
             now, was = (f"{len(kinds)} sublayers of width {width}, {size:,} tokens" for kinds, size, width in shapes[::-1])
             raise CheckpointError(
-                f"{dense.name!r} ({now}) is no fine-tune of the dense model of {str(folder)!r} ({was}); fit a coupling of its own"
+                f"{dense.name!r} ({now})",
+                f"is no fine-tune of the dense model of {str(folder)!r} ({was})",
+                "fit a coupling of its own",
             )
         if not fine_tuned and (difference := identity.difference(dense.identity())):
             raise CheckpointError(

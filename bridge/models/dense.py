@@ -331,8 +331,8 @@ def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
     unused = sorted(key for key in info["unexpected_keys"] if not _BUFFER.search(key))
     if missing := sorted(info["missing_keys"]):
         others = f"; its file has {len(unused)} under other names, such as {unused[0]}" if unused else ""
-        problem = f"{who} holds no weights for {missing[0]} ({len(missing)} missing{others})"
-        raise DenseModelError(f"{problem}: not a complete causal LM")
+        rule = f"holds no weights for {missing[0]} ({len(missing)} missing{others}): not a complete causal LM"
+        raise DenseModelError(who, rule)
     if not unused:
         return None
     remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"

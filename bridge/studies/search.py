@@ -40,7 +40,6 @@ from bridge.graph.attribution import task_edges
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import Coupling
 from bridge.models.circuit import Circuit
-from bridge.models.span import dense_of
 from bridge.models.sparse import Location
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
@@ -82,8 +81,8 @@ class Subjects:
 
     @cached_property
     def dense(self) -> DenseSubject:
-        """The dense model, all of it. Raises DenseModelError where its linear maps cannot be found."""
-        return DenseSubject(dense_of(self.coupling.dense, None), self.reference_bt)
+        """The dense model, or the span of it that is coupled. Raises DenseModelError where its linear maps cannot be found."""
+        return DenseSubject(self.coupling.dense, self.reference_bt)
 
 
 def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:

@@ -82,11 +82,11 @@ def prepare_adapted(
     """The fit that `adapt` trains, ready to start. Raises UserError where the fine-tune is not one of the base's dense model."""
     base = base if isinstance(base, Coupling) else Coupling.from_pretrained(base)
     if base.path is None:
-        raise RecipeError("a coupling that was not saved cannot be gone on from; save it (save_pretrained) and load it")
+        raise RecipeError("a coupling that was not saved", "cannot be gone on from", "save it (save_pretrained) and load it")
     if (adapter is None) == (model is None):
-        raise RecipeError("which fine-tune is not said; give an adapter's folder, or a fine-tuned model, one of the two")
+        raise RecipeError("which fine-tune", "is not said", "give an adapter's folder, or a fine-tuned model, one of the two")
     if not base.recipe.losses.coupled:
-        raise RecipeError(f"{base.path!r} is uncoupled: its bridges were not trained, and there is nothing to go on from")
+        raise RecipeError(f"{base.path!r}", "is uncoupled: its bridges were not trained", "give one that is coupled")
     if adapter is not None:
         _check_adapter(base, str(adapter))
     tuned = model
@@ -129,7 +129,7 @@ def tokens_trained(base: Coupling) -> int:
         if counts:
             return max(counts)
     if base.recipe.budget.tokens is None:
-        raise RecipeError(f"{base.path!r} does not say on how many tokens it was trained; give ‹tokens› or ‹minutes›")
+        raise RecipeError(f"{base.path!r}", "does not say on how many tokens it was trained", "give ‹tokens› or ‹minutes›")
     return base.recipe.budget.tokens
 
 
@@ -163,12 +163,13 @@ def _check_adapter(base: Coupling, adapter: str) -> None:
     trained_on, name = config.get("base_model_name_or_path"), base.dense.name
     if not trained_on or base.dense.live or _same_place(trained_on, name):
         return
-    other = f"adapter {adapter!r} was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
+    what = f"adapter {adapter!r}"
+    rule = f"was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
     if Path(trained_on).is_dir():
         if difference := load_dense(trained_on, dtype=base.dense.dtype).identity().difference(base.dense.identity()):
-            raise DenseModelError(f"{other}: {difference}; give an adapter of that one")
+            raise DenseModelError(what, f"{rule}: {difference}", "give an adapter of that one")
     elif Path(trained_on).name != Path(name).name:
-        raise DenseModelError(f"{other}; give an adapter of that one (or, where they are the same, correct its {CONFIG})")
+        raise DenseModelError(what, rule, f"give an adapter of that one (or, where they are the same, correct its {CONFIG})")
 
 
 def _same_place(one: str, other: str) -> bool:
@@ -188,11 +189,11 @@ def _check_tokenizer(base: Coupling, tuned: Any, adapter: str | Path | None, giv
     if own is None or (adapter is not None and found is None):
         return
     if found is None:
-        raise RecipeError(f"{source!r} has no tokenizer; save the one of {base.dense.name!r} beside it, so that both read alike")
+        raise RecipeError(f"{source!r}", "has no tokenizer", f"save that of {base.dense.name!r} beside it")
     ours, theirs = own.get_vocab(), found.get_vocab()
     if differ := [token for token, number in ours.items() if theirs.get(token) != number]:
         what = f"{differ[0]!r} is #{ours[differ[0]]} in one and {_number(theirs.get(differ[0]))} in the other"
-        raise RecipeError(f"{source!r} has another tokenizer than {base.dense.name!r} ({what}); fit a coupling of its own")
+        raise RecipeError(f"{source!r}", f"has another tokenizer than {base.dense.name!r} ({what})", "fit a coupling of its own")
 
 
 def _number(token: int | None) -> str:

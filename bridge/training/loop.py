@@ -146,6 +146,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     frozen = recipe.optimizer.rate == 0
+    for site, name in coupling.ends:
+        coupling.bridges[site].get_submodule(name).requires_grad_(not frozen)
     if frozen:
         sparse.requires_grad_(False)
         sparse.use_products()
@@ -159,7 +161,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     state = TrainingState(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
     if run.resume and out is not None:
         state = restore(out, coupling, optimizer, blocks)
-    elif recipe.losses.coupled and run.started is None:  # a start calibrates them, and folds the constants into its maps
+    elif (recipe.losses.coupled or coupling.ends) and run.started is None:  # a start calibrates them, folds constants in
         tokens_bt = first_rows(blocks, recipe).to(coupling.dense.device)
         with torch.no_grad():
             coupling.bridges.calibrate(coupling.dense.residuals(tokens_bt, coupling.n_sites - 1))
@@ -250,13 +252,12 @@ def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
     coupling.sparse.requires_grad_(False).eval()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
-    # in dense arithmetic: which products are faster is measured, and sums differ by it; not of a span, whose own answers go
-    # through its last decoder, and would change
-    if coupling.recipe.losses.coupled and coupling.recipe.sparse.blocks is None:
-        refit_decoders(coupling, run.blocks.batch(0, refit.rows, coupling.recipe.seed), refit.slopes, progress)
+    reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
+    if coupling.recipe.losses.coupled:  # in dense arithmetic: which products are faster is measured, and sums differ by it
+        tokens_bt = run.blocks.batch(0, refit.rows, coupling.recipe.seed)
+        refit_decoders(coupling, tokens_bt, reference_bt, refit.slopes, progress)
     coupling.sparse.use_products()
     path = None if out is None else str(out)
-    reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
     coupling = replace(coupling, reference_bt=reference_bt, path=path)
     _check_sound(coupling, out)
     if out is not None and run.accelerator.is_main_process:

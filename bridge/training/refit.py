@@ -16,13 +16,18 @@ noisy values shortens it. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P
 
     P (S / s + w diag(q_c) / q) = P_0 S / s + w r A^(-1/2) C diag(q_c) / q
 
-A null's bridges go through the same. None of this is in the paper.
+A decoder stays as it was where that costs too much: where the KL on held-out text of "sparse until the site, decoded, dense to
+the end" rises by more than WORST of the sparse model's own KL, as it may where training was short, or rows are few. So does the
+last decoder of a span, through which the sparse model's own answers go; its gradients agree as it is. A null's bridges go through
+the same. None of this is in the paper.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary, k answers.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,24 +35,36 @@ from torch import Tensor
 
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.models.bridges import Bridge, Coupling
+from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
 from bridge.models.sparse import SparseTransformer
 
 ANSWERS = 5  # the dense model's likeliest, of which a difference takes the first and another
 ROWS_AT_ONCE = 8
+HELDOUT_ROWS = 32
+WORST = 0.2  # of the sparse model's own KL
 MOST_BYTES = 1 << 30  # of sums in memory at a time
 RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
 
 
-def refit_decoders(coupling: Coupling, tokens_bt: Tensor, weight: float, progress: OnProgress = unseen) -> None:
-    """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit."""
+def refit_decoders(
+    coupling: Coupling, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = unseen
+) -> None:
+    """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit.
+
+    Those that the refit makes much worse on held-out text stay as they were.
+    """
     if not weight:
         return
     dense, sparse, device = coupling.dense, coupling.sparse, coupling.dense.device
+    refitted = [site for site in range(coupling.n_sites) if (site, "decoder") not in coupling.ends]
+    heldout_bt = heldout_bt[:HELDOUT_ROWS].to(device)
+    before = [copy.deepcopy(coupling.bridges[site].decoder) for site in refitted]
+    *kl_before, kl_own = kl_out(coupling, refitted, heldout_bt)
     together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
-    for first in range(0, coupling.n_sites, together):  # wide models in several passes over the text, some sites in each
-        sites = range(first, min(first + together, coupling.n_sites))
+    for first in range(0, len(refitted), together):  # wide models in several passes over the text, some sites in each
+        sites = refitted[first : first + together]
         moments = {site: _Moments.zero(dense.width, sparse.width) for site in sites}
         generator = torch.Generator().manual_seed(0)
         done = 0
@@ -63,6 +80,24 @@ def refit_decoders(coupling: Coupling, tokens_bt: Tensor, weight: float, progres
         with torch.no_grad():
             for site, sums in moments.items():
                 sums.refit(coupling.bridges[site], weight)
+    *kl_after, _ = kl_out(coupling, refitted, heldout_bt)
+    for site, decoder, was, now in zip(refitted, before, kl_before, kl_after, strict=True):
+        if not now - was <= WORST * kl_own:
+            coupling.bridges[site].decoder.load_state_dict(decoder.state_dict())
+
+
+@torch.no_grad()
+def kl_out(coupling: Coupling, sites: Sequence[int], tokens_bt: Tensor) -> list[float]:
+    """KL from the dense model's answers to those of: sparse until a site, decoded there, dense to the end; last, sparse alone.
+
+    In nats a token.
+    """
+    totals = torch.zeros(len(sites) + 1, dtype=torch.float64)
+    for rows_bt in tokens_bt.split(ROWS_AT_ONCE):
+        truth_btv, sparse = coupling.dense.run(rows_bt).logits_btv.float(), coupling.sparse.run(rows_bt)
+        answers = (*(coupling.sparse_to_dense(rows_bt, sparse.residuals, site) for site in sites), sparse.logits_btv)
+        totals += torch.tensor([float(kl(truth_btv, logits_btv.float()).double().sum()) for logits_btv in answers])
+    return (totals / tokens_bt.numel()).tolist()
 
 
 @dataclass(frozen=True, eq=False)

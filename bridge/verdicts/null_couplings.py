@@ -7,6 +7,9 @@
                 share their channels over sites, so that only to exchange sites would change little)
     weights     the entries of every matrix of the sparse model permuted; ridge bridges
 
+The maps that a span's sparse model begins and ends with, the first encoder and the last decoder, are part of it: uncoupled they
+are trained with it, otherwise they are the coupling's own, and what is fitted or shuffled are all others.
+
 Shape legend: b row, t token, d dense width, s sparse width, n token of all rows, i and j sides of a regression.
 """
 
@@ -60,18 +63,16 @@ def null_coupling(
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
         return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), coupling.reference_bt)
-    if coupling.recipe.sparse.blocks is not None:
-        raise NullError("a span begins and ends with bridges, so it has no uncoupled null; read its verdicts without nulls")
     if against is None:
         raise NullError("an uncoupled model", "is trained in a folder of its own", "name one with ‹against›")
     other = uncoupled(coupling, against, minutes, seed, progress)
-    return with_ridge_bridges(replace(coupling, sparse=other.sparse), coupling.reference_bt)
+    return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), coupling.reference_bt)
 
 
 def with_ridge_bridges(coupling: Coupling, reference_bt: Tensor) -> Coupling:
     """The coupling with bridges by ridge regression, their decoders refitted to small changes as the coupling's own are."""
     fitted = replace(coupling, bridges=ridge_bridges(coupling, reference_bt))
-    refit_decoders(fitted, reference_bt, coupling.recipe.refit.slopes)
+    refit_decoders(fitted, reference_bt, reference_bt, coupling.recipe.refit.slopes)  # of a null there is no other text
     return fitted
 
 
@@ -125,11 +126,13 @@ def ridge_bridges(coupling: Coupling, tokens_bt: Tensor) -> Bridges:
         h_nd = torch.cat([h[site].flatten(0, 1) for h, _ in traces]).double()
         x_ns = torch.cat([x[site].flatten(0, 1) for _, x in traces]).double()
         bridge = bridges[site]
+        if site in dict(coupling.ends):
+            bridge.load_state_dict(coupling.bridges[site].state_dict())
         scaled_nd = (h_nd - bridge.mean_d.double()) / bridge.scale.double()
-        for linear, source, target in ((bridge.encoder, scaled_nd, x_ns), (bridge.decoder, x_ns, scaled_nd)):
-            weight, bias = ridge(source, target)
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+        for name, source, target in (("encoder", scaled_nd, x_ns), ("decoder", x_ns, scaled_nd)):
+            if (site, name) not in coupling.ends:
+                weight, bias = ridge(source, target)
+                bridge.get_submodule(name).load_state_dict({"weight": weight, "bias": bias})
     return bridges
 
 
@@ -156,11 +159,10 @@ def shuffled_bridges(coupling: Coupling, seed: int) -> Bridges:
     for site in range(coupling.n_sites):
         order_s = torch.randperm(sparse.width, generator=generator).to(dense.device)
         state = dict(coupling.bridges[site].state_dict())
-        state |= {
-            "encoder.weight": state["encoder.weight"][order_s],
-            "encoder.bias": state["encoder.bias"][order_s],
-            "decoder.weight": state["decoder.weight"][:, order_s],
-        }
+        if (site, "encoder") not in coupling.ends:
+            state |= {name: state[name][order_s] for name in ("encoder.weight", "encoder.bias")}
+        if (site, "decoder") not in coupling.ends:
+            state["decoder.weight"] = state["decoder.weight"][:, order_s]
         shuffled[site].load_state_dict(state)
     return shuffled
 

@@ -18,7 +18,8 @@ from bridge.circuits.subject import edge_count
 from bridge.data.task_tokens import TokenPairs
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.dense import DenseModel, load_dense
-from bridge.models.sparse import Location
+from bridge.models.span import dense_of
+from bridge.models.sparse import Gate, Location
 
 CORPUS = torch.randint(2, 30, (4, 8), generator=torch.Generator().manual_seed(0))
 
@@ -38,6 +39,25 @@ def test_nodes_are_found_and_their_gates_change_nothing(family: str) -> None:
 
     assert torch.equal(subject.run(CORPUS, gate), dense.run(CORPUS).logits_btv)
     assert sorted(seen) == sorted(subject.space.sizes)  # every location once
+
+
+def test_of_a_span_they_are_those_of_its_blocks() -> None:
+    """Gated again and again, past what the span remembers of the text: as the whole model whose other nodes stay."""
+    whole = load_dense(tiny("llama"))
+    everywhere, span = DenseSubject(whole, CORPUS), DenseSubject(dense_of(whole, "1:2"), CORPUS)
+    kinds = {at.kind: size for at, size in everywhere.space.sizes.items() if at.layer == 1}
+    assert span.space.sizes == {Location(0, kind): size for kind, size in kinds.items()}
+    assert edge_count(span, torch.ones(span.space.size, dtype=torch.bool)) < edge_count(
+        everywhere, torch.ones(everywhere.space.size, dtype=torch.bool)
+    )
+
+    def halved(layer: int) -> Gate:
+        return lambda at, x: x / 2 if at == Location(layer, "mlp_act") else x
+
+    wanted_btv = everywhere.run(CORPUS, halved(1))
+    assert float((wanted_btv - whole.run(CORPUS).logits_btv).abs().max()) > 1e-3
+    for _ in range(2):
+        torch.testing.assert_close(span.run(CORPUS, halved(0)), wanted_btv)
 
 
 def test_another_threads_plain_run_does_not_see_gates() -> None:

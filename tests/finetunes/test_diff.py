@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support.cli_cases import assert_refused, run
 from support.finetune_cases import PROMPT, adapter_folder, base_folder, gone_on
+from support.span_cases import span_folder  # noqa: F401
 
 from bridge.circuits.error_nodes import Followed, follow
 from bridge.circuits.question import Question
@@ -184,3 +186,21 @@ def test_the_command_compares_and_writes(folder: Path, base: Coupling, tuned: Co
     assert "VERDICT" in result.stdout and (tmp_path / "d.json").is_file()
     assert_refused(run("diff", folder / "base", folder / "base", "--prompt", PROMPT), "does not go on from another coupling")
     assert_refused(run("diff", folder / "base", folder / "tuned"), "no prompt")
+
+
+def test_a_span_goes_on_to_a_fine_tune_and_is_compared(span_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The adapter changes blocks before, in and behind the span; what is transplanted is the span's part."""
+    adapter, out = adapter_folder(span_folder.parent, 0.6), tmp_path / "tuned"
+    adapted = run("adapt", span_folder, "--adapter", adapter, "--tokens", 512, "--out", out)
+    assert adapted.exit_code == 0, adapted.output
+    base, tuned = Coupling.from_pretrained(span_folder), Coupling.from_pretrained(out)
+    assert tuned.blocks == base.blocks and tuned.dense.fingerprint() != base.dense.fingerprint()
+    grafts, ours, theirs = grafts_of(base, tuned)
+    none, every = grafts.run(torch.stack([torch.zeros_like(grafts.own_f), grafts.own_f])).logits_btv[:, -1]
+    torch.testing.assert_close(none, ours.dense_bv[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(every, theirs.dense_bv[0], rtol=0, atol=1e-4)
+    compared = run("diff", span_folder, out, "--prompt", PROMPT, "--json", tmp_path / "diff.json")
+    assert compared.exit_code == 0 and "VERDICT" in compared.stdout, compared.output
+    (one,) = json.loads((tmp_path / "diff.json").read_text())["prompts"]
+    if one["through"]:
+        assert sum(one["through"].values()) == pytest.approx(1, abs=0.15)

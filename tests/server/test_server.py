@@ -35,6 +35,7 @@ from support.server_cases import (
     refused,
     until,
 )
+from support.span_cases import BLOCKS, span_folder  # noqa: F401
 from support.studies_result_cases import planted_result
 from typer.testing import CliRunner
 
@@ -99,6 +100,16 @@ def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> No
         assert Explanation.from_json(told).agree == told["agree"]
         assert [phase.partition(":")[0] for phase in said][:2] == ["tokens", "means"] and "groups" in said
         assert client.get("/api/couplings").json()[0]["loaded"]
+
+
+def test_a_prompt_is_explained_by_a_span(span_folder: Path) -> None:  # noqa: F811
+    with client_of(Library([span_folder.parent])) as client:
+        (listed,) = client.get("/api/couplings").json()
+        values = over(client, ask(client, bridge=listed["name"]))
+        assert (values["status"], values["error"]) == ("done", None)
+        assert values["explanation"]["provenance"]["blocks"] == BLOCKS
+        page = client.get(f"/api/explanations/{values['id']}/page")
+        assert page.status_code == 200 and "<html" in page.text
 
 
 def test_one_at_a_time_in_order_and_a_full_queue_says_when_to_come_again(root: Path, explanation: Explanation) -> None:

@@ -74,7 +74,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(folder: Path, tmp_path: Path) -> N
     merged = load_dense(folder / "dense", adapter=folder / "adapter").model
     merged.save_pretrained(tmp_path / "merged")
     refused = run("adapt", folder / "base", "--model", tmp_path / "merged", "--tokens", 64, "--out", tmp_path / "out")
-    assert_refused(refused, "has no tokenizer; save the one of")
+    assert_refused(refused, "has no tokenizer; save that of")
     tiny_tokenizer().save_pretrained(tmp_path / "merged")
     tuned = bridge.load(folder / "base").adapt(model=str(tmp_path / "merged"), tokens=64)
     assert tuned.dense.fingerprint() == load_dense(tmp_path / "merged").fingerprint()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.models import CONTEXT, VOCABULARY
 
 from bridge.models.bridges import Coupling
@@ -21,9 +23,11 @@ def question(coupling: Coupling, tokens_bt: torch.Tensor) -> Question:
     return Question.drawn(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
 
 
-def refitted(coupling: Coupling, weight: float) -> Coupling:
+def refitted(coupling: Coupling, weight: float, worst: float = math.inf) -> Coupling:
     other = replace(coupling, bridges=copy.deepcopy(coupling.bridges))
-    refit_decoders(other, TOKENS_BT, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.training.refit.WORST", worst)
+        refit_decoders(other, TOKENS_BT, TOKENS_BT, weight)
     return other
 
 
@@ -134,6 +138,29 @@ def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
         assert torch.equal(other.bridges[site].decoder.weight, coupling.bridges[site].decoder.weight)
 
 
+@torch.no_grad()
+def test_a_decoder_that_would_answer_worse_stays(coupling: Coupling) -> None:
+    """By the hybrid's KL, taken here from the models' own logits, on either side of the bound."""
+    freely = refitted(coupling, 1.0)
+    truth_btv = coupling.dense.run(TOKENS_BT).logits_btv.log_softmax(-1)
+    plain = coupling.sparse.run(TOKENS_BT)
+
+    def kl(logits_btv: torch.Tensor) -> float:
+        return float(F.kl_div(logits_btv.log_softmax(-1), truth_btv, reduction="sum", log_target=True))
+
+    def left(of: Coupling, site: int) -> float:
+        return kl(of.dense.run(TOKENS_BT, Enter.at(site, of.bridges[site].decode(plain.residuals[site]))).logits_btv)
+
+    rises = [(left(freely, site) - left(coupling, site)) / kl(plain.logits_btv) for site in range(coupling.n_sites)]
+    bound = sum(sorted(rises)[1:3]) / 2  # two decoders are refitted
+    guarded = refitted(coupling, 1.0, bound)
+    assert sum(rise <= bound for rise in rises) == 2
+    for site, rise in enumerate(rises):
+        kept = freely if rise <= bound else coupling
+        for one, other in zip(guarded.bridges[site].parameters(), kept.bridges[site].parameters(), strict=True):
+            assert torch.equal(one, other), (site, rise)
+
+
 def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a wide model, whose sums are large: the same decoders."""
     together = refitted(coupling, 1.0)
@@ -150,6 +177,6 @@ def test_on_a_gpu_the_decoders_are_those_of_the_cpu(coupling: Coupling) -> None:
     modules: tuple[Any, ...] = (there.dense.model, there.sparse, there.bridges)
     for part in modules:
         part.to("cuda")
-    refit_decoders(there, TOKENS_BT, 1.0)
+    refit_decoders(there, TOKENS_BT, TOKENS_BT, 1.0)
     for one, other in zip(here.bridges.parameters(), there.bridges.parameters(), strict=True):
         torch.testing.assert_close(one, other.cpu(), rtol=1e-2, atol=1e-3)
