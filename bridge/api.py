@@ -1,7 +1,7 @@
 """The coupling as a user holds it: the library's functions that take a coupling first, as methods.
 
-`bridges.Coupling` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which is
-the same, and whose methods are the functions that take a coupling first.
+`bridges.CoupledModels` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which
+is the same, and whose methods are the functions that take a coupling first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bridge.cards.suite import Wanted, run_cards
 from bridge.display.progress import OnProgress, unseen
 from bridge.explanations.build import explain
 from bridge.finetunes.diff import diff
-from bridge.models.bridges import Coupling as Bare
+from bridge.models.bridges import CoupledModels
 from bridge.steering.curves import steer
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
@@ -29,7 +29,7 @@ from bridge.training.evaluate import evaluate
 P = ParamSpec("P")
 
 
-def _with_methods(make: Callable[P, Bare]) -> Callable[P, Coupling]:
+def _with_methods(make: Callable[P, CoupledModels]) -> Callable[P, Coupling]:
     """Wrap a function that returns a coupling, so that it returns one with methods."""
 
     @wraps(make)
@@ -40,12 +40,12 @@ def _with_methods(make: Callable[P, Bare]) -> Callable[P, Coupling]:
     return made
 
 
-load = _with_methods(Bare.from_pretrained)
+load = _with_methods(CoupledModels.from_pretrained)
 fit = _with_methods(training.fit)
 adapt = _with_methods(adapting.adapt)
 
 
-class Coupling(Bare):
+class Coupling(CoupledModels):
     """A dense model, the sparse model that explains it, and the bridges between them, with the library's functions as methods."""
 
     from_pretrained = staticmethod(load)

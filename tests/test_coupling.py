@@ -16,7 +16,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  
 import bridge
 from bridge.api import Coupling
 from bridge.cards.suite import Wanted, run_cards
-from bridge.models.bridges import Coupling as Bare
+from bridge.models.bridges import CoupledModels
 from bridge.studies import search
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
@@ -31,11 +31,11 @@ def held(bridge_folder: Path) -> Coupling:
     return bridge.load(bridge_folder)
 
 
-def test_what_is_loaded_is_the_bare_coupling_with_methods(held: Coupling, bridge_folder: Path) -> None:
-    bare = Bare.from_pretrained(bridge_folder, dense=held.dense)
-    assert isinstance(held, Bare) and bridge.Coupling is Coupling and type(bare) is Bare
+def test_what_is_loaded_is_the_coupled_models_with_methods(held: Coupling, bridge_folder: Path) -> None:
+    bare = CoupledModels.from_pretrained(bridge_folder, dense=held.dense)
+    assert isinstance(held, CoupledModels) and bridge.Coupling is Coupling and type(bare) is CoupledModels
     assert isinstance(Coupling.from_pretrained(bridge_folder), Coupling)
-    for field in fields(Bare):
+    for field in fields(CoupledModels):
         one, other = getattr(held, field.name), getattr(bare, field.name)
         if isinstance(one, torch.nn.Module) and not isinstance(one, type(held.dense)):
             assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))

@@ -35,7 +35,7 @@ from bridge.evidence.effects import effect_profile, profile_measure, profile_nod
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
 from bridge.evidence.substitution import substitution_measures
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.studies.search import RULES
 from bridge.verdicts.null_couplings import NULL_NAMES
 from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_of, stored_task_nulls
@@ -128,7 +128,7 @@ def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPair
 
 @torch.no_grad()
 def gather_task(
-    coupling: Coupling,
+    coupling: CoupledModels,
     circuit: TaskCircuit,
     task: Resolved,
     alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
@@ -175,13 +175,15 @@ def gather_task(
     return Report(measures, task_rules(measures))
 
 
-def with_nulls(report: Report, coupling: Coupling) -> Report:
+def with_nulls(report: Report, coupling: CoupledModels) -> Report:
     """The report with the nulls that the coupling has now."""
     measures = tuple(m if m.key != "nulls" else _nulls(coupling) for m in report.measures)
     return Report(measures, report.rules)
 
 
-def _solved(coupling: Coupling, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs) -> tuple[Measure, ...]:
+def _solved(
+    coupling: CoupledModels, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs
+) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
     models = ("dense", coupling.dense), ("sparse", coupling.sparse)
     return (
@@ -210,7 +212,7 @@ def _seeds(circuit: TaskCircuit) -> Measure:
     return Measure("seeds", "circuits of several seeds agree", value, Criterion(">=", 1.0), note=note)
 
 
-def _nulls(coupling: Coupling) -> Measure:
+def _nulls(coupling: CoupledModels) -> Measure:
     nulls, why = stored_task_nulls(coupling, rules())
     nulls = nulls or ()
     weak = [f"the null {null.name!r} is too weak to show anything" for null in nulls if null.note]

@@ -24,7 +24,7 @@ from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import NoCircuitError
 from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, within
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.store import read_json
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, random_labels, search_task
@@ -46,7 +46,7 @@ WHAT: Mapping[str, str] = {
 class Nulls:
     """Inputs of the nulls of a coupling: tasks and their circuits, the uncoupled coupling's folder and budget, seeds."""
 
-    coupling: Coupling
+    coupling: CoupledModels
     tasks: tuple[Resolved, ...]
     circuits: Callable[[Resolved], TaskResult]
     against: Path
@@ -109,7 +109,7 @@ class Nulls:
         return null_task(task.task, report, accuracy, task.digest)
 
 
-def solved_tasks(coupling: Coupling, tasks: Iterable[Resolved], most: int = TASKS) -> tuple[Resolved, ...]:
+def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved], most: int = TASKS) -> tuple[Resolved, ...]:
     """The first tasks that both models of a coupling do. Raises CardError where there are none."""
     solved: list[Resolved] = []
     for task in tasks:

@@ -34,7 +34,7 @@ from bridge.data.task_stress import Stress
 from bridge.data.task_tokens import TokenPairs
 from bridge.evidence.bootstrap import Draws
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 
 LEAST_PROMPTS, LEAST_MISTAKES = 200, 10
@@ -59,7 +59,7 @@ class Predicted:
 
 @torch.no_grad()
 def prediction_measures(
-    coupling: Coupling, circuit: TaskCircuit, stress: Mapping[str, Stress], reference_bt: Tensor, agreement: float, seed: int
+    coupling: CoupledModels, circuit: TaskCircuit, stress: Mapping[str, Stress], reference_bt: Tensor, agreement: float, seed: int
 ) -> tuple[Measure, ...]:
     """The measures, each kind of stress a point of the first; mistakes are left out where there are few.
 
@@ -87,7 +87,7 @@ def prediction_measures(
     return measures if few else (*measures, predicted_mistakes(every, draws))
 
 
-def _differences(coupling: Coupling, circuit: TaskCircuit, pairs: TokenPairs, reference_bt: Tensor) -> Predicted:
+def _differences(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPairs, reference_bt: Tensor) -> Predicted:
     both, dense = pairs.both(), coupling.dense
     order_b, rows = both.last_b.argsort(stable=True), []
     for row_b in order_b.split(32):

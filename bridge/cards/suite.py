@@ -19,7 +19,7 @@ from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
 from bridge.data.task_tokens import Resolved
 from bridge.display.progress import OnProgress, Phase, unseen, within
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
@@ -71,7 +71,9 @@ def _circuit_at(place: Path | None) -> Path | None:
     return place if place is not None and (place / "circuit.json").is_file() else None
 
 
-def task_card(coupling: Coupling, task: Resolved, result: TaskResult, *, seed: int = 0, progress: OnProgress = unseen) -> Card:
+def task_card(
+    coupling: CoupledModels, task: Resolved, result: TaskResult, *, seed: int = 0, progress: OnProgress = unseen
+) -> Card:
     """The card of a task's circuit, with the nulls that the coupling has.
 
     Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.

@@ -20,7 +20,7 @@ from bridge.circuits.question import Question
 from bridge.data.task_tokens import TokenPairs
 from bridge.errors import UserError
 from bridge.evidence.carry import Transporter
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
 from bridge.models.residual import Trace
 from bridge.models.sparse import ERROR, Location
@@ -48,7 +48,7 @@ class TaskCircuit:
     seeds_agree: bool | None
 
     @staticmethod
-    def of(result: TaskResult, coupling: Coupling) -> TaskCircuit:
+    def of(result: TaskResult, coupling: CoupledModels) -> TaskCircuit:
         """The circuit of a result. Raises CardError where it was searched in other weights, or is a null's."""
         facts, circuit = result.facts, result.circuit
         if facts.null is not None:
@@ -76,7 +76,7 @@ class TaskCircuit:
         none = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in space.sizes.items()}
         return space.join({at: self.kept.get(at, none_1n).cpu() for at, none_1n in none.items()}).to(device)
 
-    def masked(self, coupling: Coupling, pairs: TokenPairs, errors: Mapping[Location, Tensor] | None = None) -> MaskedModel:
+    def masked(self, coupling: CoupledModels, pairs: TokenPairs, errors: Mapping[Location, Tensor] | None = None) -> MaskedModel:
         """The sparse model on the prompts of some pairs; errors at their means where the circuit has them and none are given."""
         device, question = coupling.dense.device, Question.of_pairs(pairs)
         means = {at: mean_n.to(device) for at, mean_n in self.means.items()}
@@ -86,7 +86,7 @@ class TaskCircuit:
             errors = {at: means[at].expand(shape[0], 1 if at.layer == coupling.n_sites else shape[1], -1) for at in of_errors}
         return MaskedModel(coupling.sparse, question, means, errors if of_errors else None, by_position=False)
 
-    def on(self, coupling: Coupling, pairs: TokenPairs) -> Transporter:
+    def on(self, coupling: CoupledModels, pairs: TokenPairs) -> Transporter:
         """Both models on the prompts of some pairs; the reference keeps every node."""
         followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
         masked = self.masked(coupling, pairs, followed.errors)
@@ -94,7 +94,7 @@ class TaskCircuit:
         return Transporter.of(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
 
 
-def followed_rows(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:
+def followed_rows(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
     """The errors on any number of prompts; of the dense logits those after each prompt alone are kept."""
     rows = max(1, _LOGITS // (prompt_bt.shape[1] * coupling.dense.vocabulary))
     parts = [follow(coupling, *some) for some in zip(prompt_bt.split(rows), last_b.split(rows), strict=True)]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.residual import Enter, Trace
 from bridge.models.schema import ERROR
@@ -50,7 +50,7 @@ def error_locations(n_sites: int) -> Iterator[Location]:
 
 
 @torch.no_grad()
-def follow(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:
+def follow(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
     """The errors on some prompts, whose answers come after position last_b."""
     dense, errors = _errors(coupling, prompt_bt)
     row_b, logits_at = torch.arange(len(prompt_bt), device=prompt_bt.device), Location(coupling.n_sites, ERROR)
@@ -59,7 +59,7 @@ def follow(coupling: Coupling, prompt_bt: Tensor, last_b: Tensor) -> Followed:
 
 
 @torch.no_grad()
-def error_means(coupling: Coupling, corpus_bt: Tensor) -> dict[Location, Tensor]:
+def error_means(coupling: CoupledModels, corpus_bt: Tensor) -> dict[Location, Tensor]:
     """mean_s of every error over a reference corpus, and mean_v of that on the logits. Raises ValueError without tokens."""
     if not corpus_bt.numel():
         raise ValueError("means of errors need reference tokens, and there are none; give at least one block")
@@ -70,12 +70,12 @@ def error_means(coupling: Coupling, corpus_bt: Tensor) -> dict[Location, Tensor]
     return {at: total / corpus_bt.numel() for at, total in totals.items()}
 
 
-def reference_rows(coupling: Coupling, reference_bt: Tensor) -> Tensor:
+def reference_rows(coupling: CoupledModels, reference_bt: Tensor) -> Tensor:
     """The first rows of some reference text, as many as means are taken over."""
     return reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
 
 
-def reference_means(coupling: Coupling, used_bt: Tensor) -> dict[Location, Tensor]:
+def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, Tensor]:
     """The means of every node and every error over some text, kept with the coupling."""
 
     def compute() -> dict[Location, Tensor]:
@@ -84,7 +84,7 @@ def reference_means(coupling: Coupling, used_bt: Tensor) -> dict[Location, Tenso
     return coupling.once("means of nodes and errors", used_bt, compute)
 
 
-def _errors(coupling: Coupling, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:
+def _errors(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:
     """The dense run of some text, and every error at every token, that on the logits included."""
     sparse, last = coupling.sparse, coupling.n_sites - 1
     dense = coupling.dense.run(tokens_bt)

@@ -31,7 +31,7 @@ from bridge.circuits.subject import in_order
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.display.progress import OnProgress, unseen
 from bridge.errors import UserError
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 
 # of other prompts at each step: var_if keeps 371 nodes where a step has 8, 260 where it has 16
@@ -77,7 +77,7 @@ class TaskLosses:
 
 
 def task_loss(
-    coupling: Coupling, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
+    coupling: CoupledModels, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
 ) -> CircuitLoss:
     """Loss of circuits against the dense model's answers on some prompts; against the sparse model's own where not `dense`."""
     question = Question.of_pairs(pairs.to(coupling.sparse.device))

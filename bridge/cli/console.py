@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bridge.data.task_pairs import Example
     from bridge.display.progress import Phase
-    from bridge.models.bridges import Coupling
+    from bridge.models.bridges import CoupledModels
     from bridge.training.evaluate import Evaluation
     from bridge.training.loop import Progress
     from bridge.training.prepare import Run
@@ -155,12 +155,12 @@ def choose_device(device: str) -> str:
     return device
 
 
-def as_chat(coupling: Coupling, prompt: str | None) -> str | None:
+def as_chat(coupling: CoupledModels, prompt: str | None) -> str | None:
     """A user's text as a prompt, by the dense model's chat template. Raises PromptError where it has none."""
     return None if prompt is None else coupling.dense.prompts.chat(prompt)
 
 
-def held_out_text(coupling: Coupling, name: str | Path, data: str | None, rows: int) -> Tensor:
+def held_out_text(coupling: CoupledModels, name: str | Path, data: str | None, rows: int) -> Tensor:
     """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
     from bridge.data.blocks import DataError, load_blocks
 
@@ -191,12 +191,12 @@ def chosen_model(model: str | None, gguf: str | None, default: str | None = None
     return named_gguf(model or default, gguf) if gguf is not None else model or default
 
 
-def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> Coupling:
+def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> CoupledModels:
     """The coupling that --bridge names, or the one that ships, loaded with its dense model, from --dense where given."""
-    from bridge.models.bridges import Coupling
+    from bridge.models.bridges import CoupledModels
 
     name = chosen_coupling(bridge) if bridge is None or isinstance(bridge, str) else bridge
-    return Coupling.from_pretrained(name, dense=dense, device=choose_device(device))
+    return CoupledModels.from_pretrained(name, dense=dense, device=choose_device(device))
 
 
 def chosen_coupling(bridge: str | None) -> str:

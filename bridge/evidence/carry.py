@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 from bridge.models.transport import Change
 
@@ -51,13 +51,13 @@ class Transported:
 class Transporter:
     """Both models on a question's prompts: the coupling, the loss on its sparse model, the dense run, the reference's mask."""
 
-    coupling: Coupling
+    coupling: CoupledModels
     loss: CircuitLoss
     dense: Trace
     reference_f: Tensor
 
     @staticmethod
-    def of(coupling: Coupling, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Transporter:
+    def of(coupling: CoupledModels, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Transporter:
         """The transporter whose reference keeps every node, and of the errors those of a circuit."""
         return Transporter(coupling, loss, dense, loss.nodes_f | circuit_f)
 

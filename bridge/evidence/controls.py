@@ -18,7 +18,7 @@ from torch import Tensor
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import NodeSpace, recording_gate
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
@@ -77,7 +77,7 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
 
 
 def another_prompt(
-    coupling: Coupling, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator, alphas: int = 4
+    coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator, alphas: int = 4
 ) -> Tensor:
     """other_cf: as many nodes as a circuit has, those that matter most to other prompts of as many tokens, at their positions.
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from bridge.evidence.bootstrap import Interval, interval
 from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class Deletions:
         return Deletions(circuit, every, tuple(rest[: len(matched_cf)]), tuple(rest[len(matched_cf) :]))
 
     def measures(
-        self, coupling: Coupling, behind: float, ratio: float, best: float, matched_lost: float, seed: int
+        self, coupling: CoupledModels, behind: float, ratio: float, best: float, matched_lost: float, seed: int
     ) -> tuple[Measure, ...]:
         """The circuit's deletion in the dense model beside the sparse one, and the controls', held to some bounds."""
         sites, kinds = self.circuit.behind(behind), coupling.dense.readers

@@ -54,7 +54,7 @@ from bridge.graph.group_names import group_names
 from bridge.graph.groups import Group, ablate_groups, group_edges, group_nodes
 from bridge.graph.scores import replacement_and_completeness
 from bridge.huggingface.prompts import Prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import COUNTED, Node
 from bridge.models.schema import ERROR
 from bridge.models.span import SparseSpan
@@ -72,7 +72,7 @@ SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a 
 
 @torch.no_grad()
 def explain(
-    coupling: Coupling,
+    coupling: CoupledModels,
     prompt: str,
     *,
     target: str | int | None = None,
@@ -155,7 +155,7 @@ def explain(
 # -- the question -------------------------------------------------------------------------------------------------------------
 
 
-def prompt_tokens(coupling: Coupling, prompt: str) -> Tensor:
+def prompt_tokens(coupling: CoupledModels, prompt: str) -> Tensor:
     """tokens_t of a prompt. Raises PromptError where it cannot be read, is empty, or too long."""
     return torch.tensor(coupling.dense.prompts.read(prompt, coupling.context), device=coupling.dense.device)
 
@@ -194,7 +194,7 @@ def top_answers(prompts: Prompts, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(token_of(prompts, token), probability) for token, probability in pairs)
 
 
-def _answered(coupling: Coupling, prompt: str, loss: CircuitLoss) -> Answered:
+def _answered(coupling: CoupledModels, prompt: str, loss: CircuitLoss) -> Answered:
     question, prompts = loss.masked.question, coupling.dense.prompts
     sparse_v = coupling.sparse.run(question.prompt_bt, last_only=True).logits_btv[0, -1].float()
     contrast = question.contrast
@@ -222,7 +222,7 @@ def _none_found(loss: CircuitLoss) -> Nested:
 
 
 def _drawn(
-    coupling: Coupling,
+    coupling: CoupledModels,
     loss: CircuitLoss,
     nested: Nested,
     flow: Flow,
@@ -268,7 +268,7 @@ def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
 
 
 def _nodes(
-    coupling: Coupling, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
+    coupling: CoupledModels, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
     """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
     masked, opening = loss.masked, loss.config.opening
@@ -324,7 +324,7 @@ def _means_of(masked: MaskedModel) -> Tensor:
     return masked.space.join(means)
 
 
-def _provenance(coupling: Coupling, used_bt: Tensor, seed: int) -> Provenance:
+def _provenance(coupling: CoupledModels, used_bt: Tensor, seed: int) -> Provenance:
     digest = hashlib.sha256(used_bt.cpu().to(torch.int32).numpy().tobytes()).hexdigest()
     source = coupling.recipe.data.source
     return Provenance(

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from bridge.errors import UserError
 from bridge.explanations.parts import Explained
 from bridge.explanations.text import render_html, render_text
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR, KINDS
 from bridge.models.store import CheckpointError, read_json, refused_unless_read
 from bridge.nodes.statistics import sparse_fingerprint
@@ -104,12 +104,12 @@ class Fingerprints:
     sparse: str
 
     @staticmethod
-    def of(coupling: Coupling) -> Fingerprints:
+    def of(coupling: CoupledModels) -> Fingerprints:
         """Digests of a coupling as it is now."""
         return Fingerprints(coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse))
 
 
-def check_coupling(explanation: Explanation, coupling: Coupling, known: Fingerprints | None = None) -> None:
+def check_coupling(explanation: Explanation, coupling: CoupledModels, known: Fingerprints | None = None) -> None:
     """Raise ExplainError where an explanation is not of a coupling: of another dense model, or of other sparse weights.
 
     `known` are the coupling's fingerprints, where it is one that does not change.

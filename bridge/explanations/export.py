@@ -24,7 +24,7 @@ import networkx as nx
 
 from bridge.explanations.explanation import ExplainError, Explanation, check_coupling
 from bridge.explanations.viewer_graph import ExportError, features_json, graph_json, opened, origin, place
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, read_json, write_json, write_text
 from bridge.nodes.description import NodePage, describe_node
@@ -87,7 +87,7 @@ def export(
         raise ExportError(f"could not write {str(path)!r} ({error.strerror or error})", remedy="name another place") from None
 
 
-def node_pages(coupling: Coupling, explanation: Explanation) -> dict[str, NodePage] | None:
+def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, NodePage] | None:
     """A page for every channel of the explanation, by name, from the facts stored with the coupling; None without any.
 
     Raises ExplainError for another coupling than the explanation's.
@@ -107,12 +107,12 @@ def pages_for(explanation: Explanation, path: str | None = None, *, dense: str |
     dense says where its dense model is, if not where it was.
     """
     if path is not None:
-        return node_pages(Coupling.from_pretrained(path, dense=dense), explanation)
+        return node_pages(CoupledModels.from_pretrained(path, dense=dense), explanation)
     own = explanation.provenance.coupling
     if own is None or not (Path(own) / "nodes.json").is_file():
         return None
     try:
-        return node_pages(Coupling.from_pretrained(own, dense=dense), explanation)
+        return node_pages(CoupledModels.from_pretrained(own, dense=dense), explanation)
     except ExplainError:  # another one has been put in its place since
         return None
 

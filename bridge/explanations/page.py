@@ -23,7 +23,7 @@ from typing import Any
 
 from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation, Fingerprints, check_coupling
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, check_target, write_text
 from bridge.nodes.description import describe_node
@@ -54,7 +54,9 @@ def page_data(
     return {**values, "served": job is not None, "job": job}
 
 
-def described_nodes(coupling: Coupling, explanation: Explanation, known: Fingerprints | None = None) -> dict[str, dict[str, Any]]:
+def described_nodes(
+    coupling: CoupledModels, explanation: Explanation, known: Fingerprints | None = None
+) -> dict[str, dict[str, Any]]:
     """Pages of an explanation's strongest nodes by name, from facts stored with the coupling; {} without any.
 
     The dense direction's entries are left out, its length is put in: a page draws no vectors. `known` are the coupling's

@@ -48,7 +48,7 @@ from bridge.explanations.build import prompt_tokens, question_of, token_of, top_
 from bridge.finetunes.grafts import KINDS, Grafts
 from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, Effect, PromptDiff, Transplant
 from bridge.graph.flow import Flow, flow_through
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location
 from bridge.models.transport import Change
@@ -76,8 +76,8 @@ class DiffConfig:
 
 @torch.no_grad()
 def diff(
-    base: Coupling,
-    tuned: Coupling,
+    base: CoupledModels,
+    tuned: CoupledModels,
     prompts: str | Sequence[str],
     *,
     target: str | int | None = None,
@@ -105,7 +105,7 @@ def diff(
     return Diff(tuple(found), measure, channels, config.least, base.provenance, tuned.provenance, seed)
 
 
-def check_pair(base: Coupling, tuned: Coupling) -> None:
+def check_pair(base: CoupledModels, tuned: CoupledModels) -> None:
     """Raise DiffError where the nodes of two couplings do not correspond."""
     names = [repr(one.path or "the coupling given") for one in (base, tuned)]
     if base.sparse.locations() != tuned.sparse.locations() or base.dense.vocabulary != tuned.dense.vocabulary:
@@ -138,8 +138,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _of_prompt(
-    base: Coupling,
-    tuned: Coupling,
+    base: CoupledModels,
+    tuned: CoupledModels,
     text: str,
     target: str | int | None,
     contrast: str | int | None,
@@ -199,7 +199,7 @@ def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
     return torch.zeros_like(grafts.nodes_f).index_fill_(0, order_k[:high], True)
 
 
-def _masked(coupling: Coupling, question: Question, followed: Followed, base: Coupling) -> MaskedModel:
+def _masked(coupling: CoupledModels, question: Question, followed: Followed, base: CoupledModels) -> MaskedModel:
     """The sparse model of either coupling, its means over the base's reference text."""
     if base.reference_bt is None:
         raise DiffError("the base coupling", "holds no reference text to take means over", "fit it again")
@@ -248,7 +248,7 @@ def _with_errors(masked: MaskedModel, values: Mapping[Location, Tensor]) -> dict
 
 
 def _edges(
-    tuned: Coupling, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
+    tuned: CoupledModels, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
 ) -> tuple[ChangedEdge, ...]:
     """The weights into changed nodes that the fine-tune changed, where their sources are not 0, the largest effects first."""
     flows = [flow_through(one, torch.ones_like(one.is_error_f)) for one in masked]
@@ -293,8 +293,8 @@ def _gradient(flow: Flow, at: Location) -> Tensor:
 
 
 def _transplant(
-    base: Coupling, grafts: Grafts, masked: MaskedModel, followed: Followed, changed_f: Tensor, change: float, config: DiffConfig,
-    seed: int,
+    base: CoupledModels, grafts: Grafts, masked: MaskedModel, followed: Followed, changed_f: Tensor, change: float,
+    config: DiffConfig, seed: int,
 ) -> Transplant:  # fmt: skip
     """Shares of the change of d that the base's dense model makes with changes of the changed nodes, all nodes, and controls."""
     generator = torch.Generator().manual_seed(seed + 4_000_037)
@@ -315,7 +315,7 @@ def _transplant(
 
 
 @torch.no_grad()
-def transplanted(base: Coupling, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
+def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
     """gained_r: how much d of the base's dense model changes, in nats, with every sublayer's changes at its own site."""
     gained = []
     for some_rf in added_rf.split(grafts.rows):
@@ -365,7 +365,7 @@ def _by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None
 # -- all prompts --------------------------------------------------------------------------------------------------------------
 
 
-def _measure(base: Coupling, changed: Sequence[PromptDiff], config: DiffConfig, seed: int) -> Measure:
+def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffConfig, seed: int) -> Measure:
     """The share of the change that transplanting the changed nodes makes, over the prompts where something changed."""
     name, criterion = "share of the change of d, transplanted", Criterion(">=", config.share, True, config.control)
     if not changed:

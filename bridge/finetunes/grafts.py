@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed, error_locations
 from bridge.circuits.question import Question
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import EMBEDDING, NodeSpace, recording_gate
 from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
@@ -58,7 +58,7 @@ class Grafts:
 
     @staticmethod
     @torch.no_grad()
-    def of(base: Coupling, tuned: Coupling, question: Question, followed: Followed, tuned_followed: Followed) -> Grafts:
+    def of(base: CoupledModels, tuned: CoupledModels, question: Question, followed: Followed, tuned_followed: Followed) -> Grafts:
         """The own changes on a prompt that both couplings have followed."""
         tokens_bt, last = question.prompt_bt, base.n_sites
         before, after, own = dict[Location, Tensor](), dict[Location, Tensor](), dict[Location, Tensor]()

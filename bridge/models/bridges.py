@@ -1,4 +1,4 @@
-"""Bridges, and the Coupling of a dense model, a sparse model and a bridge at every site (Gao et al. 2025, section 2.3).
+"""Bridges, and the coupled models: a dense model, a sparse model and a bridge at every site (Gao et al. 2025, section 2.3).
 
     f_i(h) = AbsTopK(W_f (h - mu_i) / sigma_i + b_f)          encoder, dense residual -> sparse residual
     g_i(x) = (W_g x + b_g) sigma_i + mu_i                     decoder, sparse residual -> dense residual
@@ -107,7 +107,7 @@ class Bridges(nn.Module):
 
 
 @dataclass(frozen=True)
-class Coupling:
+class CoupledModels:
     """A dense model, the sparse model that explains it, the bridges between them, and the recipe they were fitted by.
 
     reference_bt holds some blocks of held-out text, the corpus over which means are taken when a prompt is explained; path is
@@ -205,7 +205,7 @@ class Coupling:
     @staticmethod
     def from_pretrained(
         path: str | Path, *, dense: Any = None, tokenizer: Any = None, device: str = "cpu", fine_tuned: bool = False
-    ) -> Coupling:
+    ) -> CoupledModels:
         """Load a coupling from a folder or a hub id, and its dense model (or take `dense`: a name, a live model, a DenseModel).
 
         `dense` may lie anywhere, and must be the same model; or, `fine_tuned`, one of its shape, which the bridges are not fitted
@@ -279,7 +279,7 @@ class Coupling:
         sparse.use_products()
         bridges.requires_grad_(False).eval()
         reference_bt = tensors.get("reference_bt")
-        return Coupling(
+        return CoupledModels(
             dense,
             sparse,
             bridges.to(dense.device),
@@ -386,11 +386,11 @@ def _locate(folder: Path, name: str, beside: str | None) -> str:
     return name
 
 
-def new_coupling(dense: DenseModel, recipe: Recipe) -> Coupling:
+def new_coupling(dense: DenseModel, recipe: Recipe) -> CoupledModels:
     """An untrained coupling of the recipe's shape; the recipe's width and context must be resolved for the dense model."""
     sparse = sparse_of(recipe, dense.sublayers, dense.vocabulary)
     bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
-    return Coupling(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
+    return CoupledModels(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
 
 
 def sparse_of(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:

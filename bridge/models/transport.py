@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 
 
@@ -39,13 +39,13 @@ class Change:
         ]
         return Change(site_b, torch.stack(change))
 
-    def decoded(self, coupling: Coupling) -> Tensor:
+    def decoded(self, coupling: CoupledModels) -> Tensor:
         """change_btd of the dense residual at those sites."""
         rows = zip(self.site_b.tolist(), self.change_bts, strict=True)
         return torch.stack([coupling.bridges[site].decode_change(change_ts) for site, change_ts in rows])
 
 
-def run_changed(coupling: Coupling, tokens_bt: Tensor, plain: Trace, site_b: Tensor, change_btd: Tensor) -> Trace:
+def run_changed(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, site_b: Tensor, change_btd: Tensor) -> Trace:
     """The dense model with change_btd added to its residual at site_b, a site for every row; one row of `plain` serves all.
 
     `plain` is the dense model's own run of the tokens.

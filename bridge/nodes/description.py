@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from bridge.huggingface.prompts import Prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import EMBEDDING, Node
 from bridge.models.schema import GATE, KEY_KINDS, READ_KINDS, WRITE_KINDS
 from bridge.models.span import SparseSpan
@@ -124,7 +124,7 @@ class NodePage:
 
 
 @torch.no_grad()
-def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
+def describe_node(coupling: CoupledModels, facts: NodeFacts, node: Node) -> NodePage:
     """Make the page of a node from the facts collected on text and from the coupling's weights."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
     at, index = node.location, node.index
@@ -155,7 +155,7 @@ def describe_node(coupling: Coupling, facts: NodeFacts, node: Node) -> NodePage:
 
 
 @torch.no_grad()
-def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
+def node_labels(coupling: CoupledModels, nodes: Iterable[Node]) -> dict[str, str]:
     """A short label for every channel, by name without position, from facts stored with the coupling; {} without any.
 
     Those on its positive and its negative values alone are under the name with + or - before it, where it had any.
@@ -177,7 +177,7 @@ def node_labels(coupling: Coupling, nodes: Iterable[Node]) -> dict[str, str]:
 # -- what it writes and reads -------------------------------------------------------------------------------------------------
 
 
-def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
+def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
     """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it; None for q, k and gates.
 
     Where a write goes through a norm, it is given up to that norm's scale.
@@ -198,7 +198,7 @@ def write_of(coupling: Coupling, node: Node) -> tuple[int, Tensor] | None:
     return site + (at.kind in WRITE_KINDS), unit_s
 
 
-def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
+def _tokens(coupling: CoupledModels, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
     """The kind of tokens, those of the largest scores above 0, and those of the smallest below."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
     if isinstance(sparse, SparseSpan):
@@ -209,7 +209,7 @@ def _tokens(coupling: Coupling, node: Node) -> tuple[str, tuple[TokenScore, ...]
     return ("none", (), ()) if found is None else ("promoted", *_ends(prompts, sparse.unembedding.weight @ found[1]))
 
 
-def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
+def _dense(coupling: CoupledModels, node: Node) -> DenseDirection | None:
     found = write_of(coupling, node)
     if found is None:
         return None
@@ -223,7 +223,7 @@ def _dense(coupling: Coupling, node: Node) -> DenseDirection | None:
     return DenseDirection(site, read_by, tuple(direction_d.tolist()), promotes, demotes)
 
 
-def _output_embedding(coupling: Coupling) -> Tensor | None:
+def _output_embedding(coupling: CoupledModels) -> Tensor | None:
     """The dense model's output embedding, rows of tokens, where the model names it and it is a matrix of its width."""
     try:
         weight = getattr(coupling.dense.model.get_output_embeddings(), "weight", None)
@@ -255,7 +255,7 @@ def _entries(weight_n: Tensor, location: Location, node_n: Tensor | None = None)
         yield Link(Node(location, index).name, "weight", weight)
 
 
-def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
+def _inputs(coupling: CoupledModels, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
     for name, (source, target) in sparse.matrices.items():
         if target == at.kind:
@@ -271,7 +271,7 @@ def _inputs(coupling: Coupling, node: Node) -> Iterator[Link]:
                 yield Link(Node(other, node.index).name, "residual", None)
 
 
-def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
+def _outputs(coupling: CoupledModels, node: Node) -> Iterator[Link]:
     sparse, at = coupling.sparse, node.location
     for name, (source, target) in sparse.matrices.items():
         if source == at.kind:
@@ -300,7 +300,7 @@ def _outputs(coupling: Coupling, node: Node) -> Iterator[Link]:
 # -- a line on it ---------------------------------------------------------------------------------------------------------------
 
 
-def _summary(coupling: Coupling, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
+def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
     """(label, summary), short and long: what the contexts of a side share (default the stronger), and the node's effect."""
     prompts = coupling.dense.prompts
     high, low = facts.extremes(node, "high"), facts.extremes(node, "low")

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
 from bridge.models.store import CheckpointError, read_folder, refused_unless_read, write_folder
@@ -153,7 +153,7 @@ class NodeFacts:
 
 @torch.no_grad()
 def collect_nodes(
-    coupling: Coupling,
+    coupling: CoupledModels,
     tokens_bt: Tensor | None = None,
     *,
     folder: str | Path | None = None,
@@ -185,7 +185,7 @@ def collect_nodes(
     return replace(facts, parts={at: {part: x.cpu() for part, x in its.items()} for at, its in facts.parts.items()})
 
 
-def stored_facts(coupling: Coupling, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
+def stored_facts(coupling: CoupledModels, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
     """The complete facts beside a coupling (or in another folder), None where there are none that are of its weights.
 
     `fingerprint` is that of its sparse weights, where it is known.

@@ -38,7 +38,7 @@ from bridge.explanations.build import counterfactual_tokens, explain, prompt_tok
 from bridge.explanations.explanation import Explanation
 from bridge.explanations.page import described_nodes, page_data, render_html
 from bridge.explanations.parts import Answered, Drawn
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
@@ -306,7 +306,7 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
     return job, Explanation.from_json(json.loads(job.known)["explanation"])
 
 
-def _as_listed(explanation: Explanation, coupling: Coupling, name: str) -> Explanation:
+def _as_listed(explanation: Explanation, coupling: CoupledModels, name: str) -> Explanation:
     """The explanation with its coupling named as it is listed, and without paths of this machine."""
     source = str(coupling.recipe.data.source)
     made = explanation.provenance
@@ -321,7 +321,7 @@ def _without_folder(name: str) -> str:
     return "+".join(Path(part).name if Path(part).is_absolute() else part for part in name.split("+"))
 
 
-def _steered(coupling: Coupling, found: Explanation, body: schema.Steering) -> schema.Steered:
+def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering) -> schema.Steered:
     """The dense model with the node set, at the strength asked for."""
     curve = steer(
         coupling, found.prompt, [f"{body.node}={body.value!r}"], strengths=(body.strength,), draws=1,

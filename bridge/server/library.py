@@ -23,7 +23,7 @@ import torch
 
 from bridge.errors import UserError
 from bridge.explanations.explanation import Fingerprints
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location, SparseTransformer
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.nodes.statistics import NodeError, parse_node
@@ -66,7 +66,7 @@ class Library:
         if twice := [name for name in names if names.count(name) > 1]:
             raise LibraryError("two folders of couplings", f"are called {twice[0]!r}", "rename one, or serve them one at a time")
         self.dense, self.device = dense, device
-        self._loaded: OrderedDict[tuple[Path, int], tuple[Coupling, Fingerprints]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[Path, int], tuple[CoupledModels, Fingerprints]] = OrderedDict()
         self._lock = threading.Lock()  # of what is loaded
         self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
         if not self.couplings():
@@ -85,11 +85,11 @@ class Library:
         listed = self.couplings()
         return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
 
-    def load(self, name: str) -> Coupling:
+    def load(self, name: str) -> CoupledModels:
         """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
         return self.load_known(name)[0]
 
-    def load_known(self, name: str) -> tuple[Coupling, Fingerprints]:
+    def load_known(self, name: str) -> tuple[CoupledModels, Fingerprints]:
         """The coupling and its fingerprints, which are computed once, when it is loaded."""
         with self._loading:
             _, folder = self.coupling(name)
@@ -97,7 +97,7 @@ class Library:
                 return there
             key = _version(folder)
             try:
-                coupling = Coupling.from_pretrained(folder, dense=self.dense, device=self.device)
+                coupling = CoupledModels.from_pretrained(folder, dense=self.dense, device=self.device)
             except UserError as error:
                 problem = _without_folders(error.problem)
                 raise CheckpointError(f"{name!r}", f"cannot be loaded: {problem}", _without_folders(error.remedy)) from None
@@ -108,12 +108,12 @@ class Library:
                     self._loaded.popitem(last=False)
             return known
 
-    def loaded(self, name: str) -> Coupling | None:
+    def loaded(self, name: str) -> CoupledModels | None:
         """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
         there = self.in_memory(self.coupling(name)[1])
         return None if there is None else there[0]
 
-    def in_memory(self, folder: Path) -> tuple[Coupling, Fingerprints] | None:
+    def in_memory(self, folder: Path) -> tuple[CoupledModels, Fingerprints] | None:
         """The result of `load_known` for a listed folder as it is on disk now, if it is in memory."""
         key = _version(folder)
         with self._lock:

@@ -19,7 +19,7 @@ from torch import Tensor
 from bridge.explanations.build import prompt_tokens, token_of, top_answers
 from bridge.explanations.parts import Answer, Token
 from bridge.huggingface.prompts import Prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Trace
 from bridge.steering.interventions import (
     ChangedNode,
@@ -112,7 +112,7 @@ def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Te
 
 @torch.no_grad()
 def logits_at(
-    coupling: Coupling, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
+    coupling: CoupledModels, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
 ) -> Tensor:
     """logits_rkv of a prompt's last position, a row for each draw of change_rtd by site, and for each strength."""
     draws = len(next(iter(changes.values())))
@@ -140,7 +140,7 @@ def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
 
 @torch.no_grad()
 def steer(
-    coupling: Coupling,
+    coupling: CoupledModels,
     prompt: str,
     interventions: Sequence[Intervention | str] | None = None,
     *,

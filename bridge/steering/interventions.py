@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bridge.errors import UserError
 from bridge.explanations.explanation import check_coupling, read_explanation
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
@@ -112,7 +112,7 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
     )
 
 
-def circuit_interventions(path: str | Path, coupling: Coupling) -> list[Intervention]:
+def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Intervention]:
     """Interventions that set every node of a circuit that `bridge circuit` wrote to its counterfactual value.
 
     Raises UserError where there is none, or it is of other sparse weights than the coupling's.
@@ -127,7 +127,7 @@ def circuit_interventions(path: str | Path, coupling: Coupling) -> list[Interven
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
 
-def explanation_interventions(path: str | Path, coupling: Coupling) -> tuple[str, list[Intervention]]:
+def explanation_interventions(path: str | Path, coupling: CoupledModels) -> tuple[str, list[Intervention]]:
     """The prompt of a stored explanation, and its opening circuit's nodes set to their counterfactual values.
 
     Raises UserError where there is none, or it is of another coupling.
@@ -140,7 +140,7 @@ def explanation_interventions(path: str | Path, coupling: Coupling) -> tuple[str
 
 
 def chosen_interventions(
-    coupling: Coupling, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
+    coupling: CoupledModels, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
 ) -> tuple[str, list[Intervention] | None]:
     """A prompt (by default the explanation's) and the interventions from all sources; None where none is named.
 
@@ -194,7 +194,7 @@ class Steerer:
 
     def __init__(
         self,
-        coupling: Coupling,
+        coupling: CoupledModels,
         tokens_t: Tensor,
         interventions: Sequence[Intervention],
         counterfactual_t: Tensor | None = None,
@@ -326,7 +326,7 @@ def _clamp(
 
 
 @torch.no_grad()
-def run_patched(coupling: Coupling, tokens_bt: Tensor, plain: Trace, changes: Mapping[int, Tensor]) -> Trace:
+def run_patched(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, changes: Mapping[int, Tensor]) -> Trace:
     """Run the dense model with change_btd added to its residual at each of some sites, one after the other.
 
     `plain` is its own run of the tokens, one row of which serves all.

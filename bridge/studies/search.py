@@ -38,7 +38,7 @@ from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, Phase, unseen, within
 from bridge.graph.attribution import task_edges
 from bridge.huggingface.site_discovery import DenseModelError
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Circuit
 from bridge.models.sparse import Location
 from bridge.nodes.statistics import sparse_fingerprint
@@ -59,11 +59,11 @@ class UnsolvedError(SearchError):
 class Subjects:
     """The two models of a coupling with their means, made once for any number of tasks."""
 
-    coupling: Coupling
+    coupling: CoupledModels
     reference_bt: Tensor
 
     @staticmethod
-    def of(coupling: Coupling) -> Subjects:
+    def of(coupling: CoupledModels) -> Subjects:
         """The models over the coupling's own reference text. Raises SearchError where it has none."""
         if coupling.reference_bt is None or not coupling.reference_bt.numel():
             raise SearchError("the coupling", "holds no reference text to take corpus means over", "fit it again")
@@ -94,7 +94,7 @@ def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> S
     return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
 
 
-def model_facts(coupling: Coupling) -> dict[str, str | int]:
+def model_facts(coupling: CoupledModels) -> dict[str, str | int]:
     """Fingerprints of the models that are searched, and the rules of the search."""
     dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}

@@ -17,7 +17,7 @@ from bridge.data.task_pairs import TaskError
 from bridge.display.progress import OnProgress, Phase, within
 from bridge.errors import RunError, UserError
 from bridge.huggingface.site_discovery import DenseModelError
-from bridge.models.bridges import Coupling, folder_of
+from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
 from bridge.recipe import Recipe, known_names, resolve
@@ -80,7 +80,7 @@ class Steps:
         self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
         self._on_step_end, self._progress = on_step_end, progress
         self.at = ""
-        self.coupling: Coupling | None = None
+        self.coupling: CoupledModels | None = None
 
     def step_ended(self, text: str) -> None:
         """Pass on that a step has ended."""
@@ -114,10 +114,10 @@ class Steps:
             tasks=tasks,
         )
 
-    def loaded(self, where: Path) -> Coupling:
+    def loaded(self, where: Path) -> CoupledModels:
         """The coupling of the current point, with the sweep's dense model. Raises CheckpointError for another model's."""
         if self.coupling is None:
-            self.coupling = Coupling.from_pretrained(where, dense=self.dense, device=self.options["device"])
+            self.coupling = CoupledModels.from_pretrained(where, dense=self.dense, device=self.options["device"])
             self.dense = self.coupling.dense
         return self.coupling
 

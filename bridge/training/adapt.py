@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bridge.display.progress import OnProgress
 from bridge.huggingface.adapters import CONFIG, TOKENIZER, adapter_folder
 from bridge.huggingface.prompts import load_tokenizer
-from bridge.models.bridges import Coupling, folder_of
+from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.recipe import RecipeError, recipe_values
 from bridge.training.loop import Progress, finish, train
@@ -32,7 +32,7 @@ GENTLER = 0.2  # times the base's rates: at these themselves so few tokens end f
 
 
 def adapt(
-    base: Coupling | str | Path,
+    base: CoupledModels | str | Path,
     *,
     adapter: str | Path | None = None,
     model: Any = None,
@@ -47,7 +47,7 @@ def adapt(
     device: str = "auto",
     dtype: str = "float32",
     on_progress: Callable[[Progress], None] | None = None,
-) -> Coupling:
+) -> CoupledModels:
     """The coupling of a fine-tune: of `base`'s dense model with a PEFT adapter's folder merged, or of a `model` of its shape.
 
     Without tokens or minutes the budget is a twentieth of the base's tokens. Raises what `prepare_adapted` and `train` raise.
@@ -63,7 +63,7 @@ def adapt(
 
 
 def prepare_adapted(
-    base: Coupling | str | Path,
+    base: CoupledModels | str | Path,
     *,
     adapter: str | Path | None = None,
     model: Any = None,
@@ -80,7 +80,7 @@ def prepare_adapted(
     progress: OnProgress | None = None,
 ) -> Run:
     """The fit that `adapt` trains, ready to start. Raises UserError where the fine-tune is not one of the base's dense model."""
-    base = base if isinstance(base, Coupling) else Coupling.from_pretrained(base)
+    base = base if isinstance(base, CoupledModels) else CoupledModels.from_pretrained(base)
     if base.path is None:
         raise RecipeError("a coupling that was not saved", "cannot be gone on from", "save it (save_pretrained) and load it")
     if (adapter is None) == (model is None):
@@ -107,7 +107,7 @@ def prepare_adapted(
     return run
 
 
-def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
+def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
     """The recipe's values by which a coupling is gone on from."""
     recipe = base.recipe
     values = {key: value for key, value in recipe.model_dump().items() if key not in ("dense", "revision", "adapter", "budget")}
@@ -121,7 +121,7 @@ def _values_of(base: Coupling, *, default_budget: bool) -> dict[str, Any]:
     return {**values, **budget, "adapts": True}
 
 
-def tokens_trained(base: Coupling) -> int:
+def tokens_trained(base: CoupledModels) -> int:
     """Tokens that a coupling was trained on, by its log, else by its recipe. Raises RecipeError where neither says."""
     log = folder_of(base.path or "") / "log.jsonl"
     if log.is_file():
@@ -133,7 +133,7 @@ def tokens_trained(base: Coupling) -> int:
     return base.recipe.budget.tokens
 
 
-def _parts_left_alone(was: DenseModel, coupling: Coupling) -> Iterator[nn.Module | nn.Parameter]:
+def _parts_left_alone(was: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:
     """Parts of the sparse model whose counterparts in the dense one the fine-tune did not change: they stay as they are."""
     now, sparse = coupling.dense, coupling.sparse
     blocks = [(one.module, other.module) for one, other in zip(was.blocks, now.blocks, strict=True)]
@@ -157,7 +157,7 @@ def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     return {**values, **flags, **both}
 
 
-def _check_adapter(base: Coupling, adapter: str) -> None:
+def _check_adapter(base: CoupledModels, adapter: str) -> None:
     """Raise DenseModelError for an adapter that says it was trained on another model."""
     config = json.loads((adapter_folder(adapter) / CONFIG).read_text(encoding="utf-8"))
     trained_on, name = config.get("base_model_name_or_path"), base.dense.name
@@ -176,7 +176,7 @@ def _same_place(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def _check_tokenizer(base: Coupling, tuned: Any, adapter: str | Path | None, given: Any) -> None:
+def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | Path | None, given: Any) -> None:
     """Raise RecipeError where the fine-tune would read text as other tokens than the base."""
     source, found = "the tokenizer given", given
     if given is None and adapter is not None and (adapter_folder(str(adapter)) / TOKENIZER).is_file():

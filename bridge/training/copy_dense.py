@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_blocks import norm_scale
 from bridge.training.anatomy import Anatomy
@@ -93,7 +93,7 @@ def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
     return turn_dd
 
 
-def copy_bridges(coupling: Coupling, frame: Frame) -> None:
+def copy_bridges(coupling: CoupledModels, frame: Frame) -> None:
     """Give every bridge x = centred(h) / S through its constants mu and sigma, and back."""
     placed_sd = frame.place(torch.eye(frame.d, device=coupling.dense.device)).T
     for site in range(coupling.n_sites):
@@ -128,7 +128,7 @@ def copy_unembedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) 
 
 
 def copy_sublayer(
-    coupling: Coupling, site: int, frame: Frame, anatomy: Anatomy, residuals: Sequence[Tensor]
+    coupling: CoupledModels, site: int, frame: Frame, anatomy: Anatomy, residuals: Sequence[Tensor]
 ) -> float | None:  # fmt: skip
     """Write a sublayer to the sparse block; the share of its write that the copy explains, None where it is not accepted."""
     dense, sparse = coupling.dense, coupling.sparse

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bridge.display import html as display
 from bridge.display.progress import OnProgress, Phase, unseen
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
 from bridge.models.sparse import Location
 
@@ -86,7 +86,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(coupling: Coupling, tokens_bt: Tensor, *, on_progress: OnProgress | None = None) -> Evaluation:
+def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgress | None = None) -> Evaluation:
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
     if not len(tokens_bt):
         raise ValueError("there is no held-out text to evaluate on; give more text")
@@ -105,7 +105,7 @@ POSITIONS = {"": 0, "_later": 1}  # from which on a sum is taken
 Means = Mapping[tuple[str, str, int], Tensor]  # of either model's residual, by those positions and site
 
 
-def _means(coupling: Coupling, parts: Sequence[Tensor], progress: OnProgress) -> Means:
+def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgress) -> Means:
     rows = sum(map(len, parts))
     means: dict[tuple[str, str, int], Tensor] = {}
     for number, part_bt in enumerate(parts):
@@ -140,7 +140,7 @@ class _Sums:
         self.add(f"top1_{name}", site, logits_btv.argmax(-1) == truth_btv.argmax(-1))
 
 
-def _measure(coupling: Coupling, part_bt: Tensor, means: Means, sums: _Sums, alive: dict[Location, Tensor]) -> None:
+def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: _Sums, alive: dict[Location, Tensor]) -> None:
     """Add the sums over some rows of text, and mark which neurons were active."""
     dense, bridges = coupling.dense, coupling.bridges
 
@@ -171,7 +171,7 @@ def _measure(coupling: Coupling, part_bt: Tensor, means: Means, sums: _Sums, ali
                 sums.add(f"variance_{name}{suffix}", site, (target - means[model, suffix, site])[:, start:].square())
 
 
-def _evaluation(coupling: Coupling, sums: _Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
+def _evaluation(coupling: CoupledModels, sums: _Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
     """The evaluation computed from the sums over a text of that shape."""
     rows, tokens = shape[0], shape.numel()
     sites = range(coupling.n_sites)

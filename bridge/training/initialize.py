@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.models.bridges import Coupling, folder_of
+from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel
 from bridge.models.span import DenseSpan
 from bridge.models.sparse_weights import Fractions
@@ -137,7 +137,7 @@ def _scale(anatomy: Anatomy) -> float:
 
 
 @torch.no_grad()
-def start_from_dense(coupling: Coupling, tokens_bt: Tensor) -> Started:
+def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
     """Overwrite a new coupling by its dense model, in place, as far as that is verified on tokens_bt; calibrates the bridges."""
     dense, sparse = coupling.dense, coupling.sparse
     residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
@@ -166,12 +166,12 @@ def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
 
 
 @torch.no_grad()
-def start_from_coupling(coupling: Coupling, path: str, *, adapts: bool = False) -> Started:
+def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = False) -> Started:
     """Give a new coupling the weights of one fitted to the same dense model (or, adapts, to one it is a fine-tune of), in place.
 
     Raises CheckpointError where there is none, RecipeError where it has another shape.
     """
-    other = Coupling.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
+    other = CoupledModels.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
     mine, theirs = (
         one.recipe.sparse.model_copy(
             update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
@@ -191,7 +191,7 @@ def start_from_coupling(coupling: Coupling, path: str, *, adapts: bool = False) 
 
 
 @torch.no_grad()
-def gentle_rate(coupling: Coupling, tokens_bt: Tensor) -> float:
+def gentle_rate(coupling: CoupledModels, tokens_bt: Tensor) -> float:
     """The learning rate for a model whose answers change by so much where a step moves every weight by it.
 
     A step moves every weight by about the rate; with random signs the answers' KL goes by the rate's square, and blocks' changes

@@ -1,4 +1,4 @@
-"""The training loop: recipe -> Coupling.
+"""The training loop: recipe -> coupled models.
 
 Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective and its gradient, added up
 over the pieces that memory has room for (`data.micro_rows`) and over processes; the gradient normalised to RMS 1 over the sparse
@@ -39,7 +39,7 @@ from torch import Tensor
 from bridge.display.progress import OnProgress, unseen
 from bridge.errors import OneLineError, RunError
 from bridge.kernels.cpu import reuse_memory
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, write_text
 from bridge.recipe import Losses, recipe_values
@@ -109,7 +109,7 @@ def fit(
     device_map: str | dict[str, Any] | None = None,
     log_with: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Coupling:
+) -> CoupledModels:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
     l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
@@ -245,7 +245,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
         shards.gather(objective)
 
 
-def finish(run: Run, progress: OnProgress = unseen) -> Coupling:
+def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
     """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
     coupling, out = run.coupling, run.out
     native.unpack(coupling.sparse)
@@ -374,7 +374,7 @@ def _total_seconds(state: TrainingState, steps: int | None, minutes: float | Non
     return min(by_steps, minutes * 60 if minutes else math.inf)
 
 
-def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out: Path | None) -> None:
+def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float, out: Path | None) -> None:
     uniform = math.log(coupling.sparse.vocabulary)
     ce = progress.losses.get("ce", 0.0)
     if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
@@ -383,7 +383,7 @@ def _check_divergence(coupling: Coupling, progress: Progress, warmup: float, out
 
 
 @torch.no_grad()
-def _check_sound(coupling: Coupling, out: Path | None) -> None:
+def _check_sound(coupling: CoupledModels, out: Path | None) -> None:
     """Raise FitError where the last step left a model that answers worse than guessing, or not with numbers."""
     assert coupling.reference_bt is not None
     row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)

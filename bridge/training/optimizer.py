@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bridge.kernels.products import Pattern
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions, embeds
 from bridge.training import sparse_native as native
 from bridge.training.shards import alike, whole
@@ -24,7 +24,7 @@ from bridge.training.shards import alike, whole
 class SharkfinAdamW:
     """AdamW over groups with rates of their own: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
 
-    def __init__(self, coupling: Coupling) -> None:
+    def __init__(self, coupling: CoupledModels) -> None:
         numbers = coupling.recipe.optimizer
         self.numbers = numbers
         assert numbers.rate is not None
@@ -67,7 +67,7 @@ class SharkfinAdamW:
         self.adam.zero_grad(set_to_none=True)
         return True
 
-    def exchange(self, name: str, coupling: Coupling, pattern: Pattern | None = None) -> None:
+    def exchange(self, name: str, coupling: CoupledModels, pattern: Pattern | None = None) -> None:
         """Replace a matrix by the values of its nonzeros, here and in the model, together with its moments."""
         old = coupling.sparse.get_parameter(name)
         new = native.pack(coupling.sparse, name, pattern)

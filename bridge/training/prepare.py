@@ -25,7 +25,7 @@ from bridge.data.blocks import Blocks, load_blocks
 from bridge.data.stream import Stream, open_stream
 from bridge.display.progress import OnProgress
 from bridge.kernels.top_k import project_
-from bridge.models.bridges import Coupling, new_coupling, reference_text
+from bridge.models.bridges import CoupledModels, new_coupling, reference_text
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
@@ -47,7 +47,7 @@ class Run:
     started describes what a new coupling takes from its dense model or another coupling; None if it is random, or resumed.
     """
 
-    coupling: Coupling
+    coupling: CoupledModels
     blocks: Blocks | Stream
     accelerator: Accelerator
     out: Path | None

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from bridge.display.progress import OnProgress, Phase, unseen
-from bridge.models.bridges import Bridge, Coupling
+from bridge.models.bridges import Bridge, CoupledModels
 from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -49,7 +49,7 @@ RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the varianc
 
 
 def refit_decoders(
-    coupling: Coupling, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = unseen
+    coupling: CoupledModels, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = unseen
 ) -> None:
     """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit.
 
@@ -87,7 +87,7 @@ def refit_decoders(
 
 
 @torch.no_grad()
-def kl_out(coupling: Coupling, sites: Sequence[int], tokens_bt: Tensor) -> list[float]:
+def kl_out(coupling: CoupledModels, sites: Sequence[int], tokens_bt: Tensor) -> list[float]:
     """KL from the dense model's answers to those of: sparse until a site, decoded there, dense to the end; last, sparse alone.
 
     In nats a token.

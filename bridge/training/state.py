@@ -16,7 +16,7 @@ from bridge.data.blocks import Blocks
 from bridge.data.stream import Stream
 from bridge.huggingface.identity import Identity
 from bridge.kernels.products import Pattern
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, read_folder, write_folder
 from bridge.training import sparse_native as native
@@ -47,7 +47,9 @@ class TrainingState:
         self.best = min(self.best, ce)
 
 
-def save(out: Path | None, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState) -> None:
+def save(
+    out: Path | None, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState
+) -> None:
     """Write the state of a run to its folder (None: take part in gathering it)."""
     tensors: dict[str, Tensor] = {f"sparse.{name}": whole(p) for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": whole(tensor) for name, tensor in coupling.bridges.state_dict().items()}
@@ -62,7 +64,7 @@ def save(out: Path | None, coupling: Coupling, optimizer: SharkfinAdamW, blocks:
     write_folder(out, "training", {**tensors, **blocks.tensors()}, facts)
 
 
-def restore(out: Path, coupling: Coupling, optimizer: SharkfinAdamW, blocks: Blocks | Stream) -> TrainingState:
+def restore(out: Path, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks: Blocks | Stream) -> TrainingState:
     """Restore what `save` wrote, in place. Raises CheckpointError where it is of another dense model, or damaged."""
     tensors, facts = read_folder(out, "training")
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.errors import UserError
-from bridge.models.bridges import Bridges, Coupling
+from bridge.models.bridges import Bridges, CoupledModels
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import Losses
 from bridge.training.loop import Progress, fit
@@ -45,14 +45,14 @@ class NullError(UserError):
 
 
 def null_coupling(
-    coupling: Coupling,
+    coupling: CoupledModels,
     name: NullName,
     *,
     against: Path | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
     progress: OnProgress = unseen,
-) -> Coupling:
+) -> CoupledModels:
     """The null of a name; the uncoupled one's model is found, or trained, in the folder `against`.
 
     Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
@@ -69,14 +69,14 @@ def null_coupling(
     return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), coupling.reference_bt)
 
 
-def with_ridge_bridges(coupling: Coupling, reference_bt: Tensor) -> Coupling:
+def with_ridge_bridges(coupling: CoupledModels, reference_bt: Tensor) -> CoupledModels:
     """The coupling with bridges by ridge regression, their decoders refitted to small changes as the coupling's own are."""
     fitted = replace(coupling, bridges=ridge_bridges(coupling, reference_bt))
     refit_decoders(fitted, reference_bt, reference_bt, coupling.recipe.refit.slopes)  # of a null there is no other text
     return fitted
 
 
-def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progress: OnProgress) -> Coupling:
+def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, progress: OnProgress) -> CoupledModels:
     """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
 
     Raises NullError where the folder holds a model of another shape, or one that was coupled.
@@ -104,7 +104,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
             settings=settings, seed=seed + 1, out=folder, resume=folder.exists(),
             device=str(coupling.dense.device), on_progress=watch,
         )  # fmt: skip
-    other = Coupling.from_pretrained(folder, dense=coupling.dense)
+    other = CoupledModels.from_pretrained(folder, dense=coupling.dense)
     if other.recipe.losses.coupled:
         raise NullError(f"{str(folder)!r}", "was coupled to the dense model", "name one that was fitted with ‹uncoupled›")
     if other.sparse.locations() != coupling.sparse.locations():
@@ -115,7 +115,7 @@ def uncoupled(coupling: Coupling, folder: Path, minutes: float, seed: int, progr
 
 
 @torch.no_grad()
-def ridge_bridges(coupling: Coupling, tokens_bt: Tensor) -> Bridges:
+def ridge_bridges(coupling: CoupledModels, tokens_bt: Tensor) -> Bridges:
     """Bridges between the two models as they are, by ridge regression on text; the last quarter of it chooses the penalty."""
     sparse, dense = coupling.sparse, coupling.dense
     bridges = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
@@ -151,7 +151,7 @@ def ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def shuffled_bridges(coupling: Coupling, seed: int) -> Bridges:
+def shuffled_bridges(coupling: CoupledModels, seed: int) -> Bridges:
     """The coupling's bridges with their sparse channels in a random order, another at every site."""
     generator = torch.Generator().manual_seed(seed)
     sparse, dense = coupling.sparse, coupling.dense

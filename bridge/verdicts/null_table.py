@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Criterion, Measure, Point
-from bridge.models.bridges import Coupling, folder_of
+from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.store import CheckpointError, read_json, write_json
 
 FILE = "nulls.json"
@@ -122,7 +122,7 @@ def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -
 
 
 def keep_nulls(
-    coupling: Coupling, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
+    coupling: CoupledModels, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
 ) -> None:
     """Write the nulls beside what else nulls.json has. Raises CheckpointError where the coupling is in no folder."""
     file = _file(coupling)
@@ -133,18 +133,18 @@ def keep_nulls(
     write_json(file, {**there, kind: mine})
 
 
-def stored_prompt_nulls(coupling: Coupling, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:
+def stored_prompt_nulls(coupling: CoupledModels, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:
     """The nulls of prompts kept with a coupling; or None, and why there are none in a few words."""
     return _stored(coupling, "prompts", rules, _PROMPTS)
 
 
-def stored_task_nulls(coupling: Coupling, rules: str, **facts: str | float | int) -> tuple[tuple[TaskNull, ...] | None, str]:
+def stored_task_nulls(coupling: CoupledModels, rules: str, **facts: str | float | int) -> tuple[tuple[TaskNull, ...] | None, str]:
     """The nulls of tasks kept with a coupling, by the facts given where there are any; or None, and why there are none."""
     return _stored(coupling, "tasks", rules, _TASKS, facts)
 
 
 def _stored(
-    coupling: Coupling, kind: Kind, rules: str, reader: TypeAdapter, facts: Mapping[str, str | float | int] | None = None
+    coupling: CoupledModels, kind: Kind, rules: str, reader: TypeAdapter, facts: Mapping[str, str | float | int] | None = None
 ) -> tuple[tuple | None, str]:
     try:
         file = _file(coupling)
@@ -166,7 +166,7 @@ def rules_of(*configs: SearchConfig | Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fingerprint(coupling: Coupling) -> str:
+def fingerprint(coupling: CoupledModels) -> str:
     """The digests of a coupling's tensors and of its dense model. Raises CheckpointError where it is in no folder."""
     if coupling.path is None:
         raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
@@ -174,5 +174,5 @@ def fingerprint(coupling: Coupling) -> str:
     return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
 
 
-def _file(coupling: Coupling) -> Path | None:
+def _file(coupling: CoupledModels) -> Path | None:
     return None if coupling.path is None else folder_of(coupling.path) / FILE

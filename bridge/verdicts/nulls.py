@@ -20,7 +20,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.display.columns import columns
 from bridge.display.progress import OnProgress, Phase, unseen
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
 from bridge.verdicts.null_table import PromptNull, keep_nulls, rules_of
@@ -31,13 +31,13 @@ LENGTHS = 8, 24  # tokens of a prompt
 Means = dict[Location, Tensor]
 
 
-def prompt_means(coupling: Coupling) -> Means:
+def prompt_means(coupling: CoupledModels) -> Means:
     """The means of every node and every error over the coupling's reference text, kept with it. It must have some."""
     assert coupling.reference_bt is not None
     return reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
 
 
-def cut_prompts(coupling: Coupling, count: int, seed: int = 0) -> list[Tensor]:
+def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tensor]:
     """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises ValueError where it has none."""
     if coupling.reference_bt is None or not coupling.reference_bt.numel():
         raise ValueError("the coupling holds no reference text to cut prompts from; fit it again")
@@ -55,7 +55,7 @@ def cut_prompts(coupling: Coupling, count: int, seed: int = 0) -> list[Tensor]:
 
 
 def judged(
-    coupling: Coupling, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
+    coupling: CoupledModels, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
 ) -> tuple[str, float | None]:
     """The verdict on one prompt's explanation, and the ratio of dense to sparse loss by the circuit's deletion."""
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
@@ -69,7 +69,7 @@ def judged(
 
 
 def run_prompt_nulls(
-    coupling: Coupling,
+    coupling: CoupledModels,
     prompts: Sequence[Tensor],
     against: Path | None,
     *,

@@ -34,7 +34,7 @@ from bridge.evidence.effects import effect_profile, profile_measure, profile_nod
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
 from bridge.evidence.sufficiency import Backup, NestedCircuit, measure_nested, strongest
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nulls
 
 
@@ -102,7 +102,7 @@ class Evidence:
 
 @torch.no_grad()
 def gather(
-    coupling: Coupling,
+    coupling: CoupledModels,
     loss: CircuitLoss,
     nested: Nested,
     followed: Followed,
@@ -185,6 +185,6 @@ def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: T
     return deletions.lost(with_backup, config.lost, note)
 
 
-def _nulls(coupling: Coupling, search: SearchConfig, config: EvidenceConfig) -> Measure:
+def _nulls(coupling: CoupledModels, search: SearchConfig, config: EvidenceConfig) -> Measure:
     nulls, why = stored_prompt_nulls(coupling, rules_of(search, config))
     return nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))

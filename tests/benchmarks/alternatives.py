@@ -55,7 +55,7 @@ from bridge.explanations.build import MOST_SUMMED, prompt_tokens
 from bridge.graph.attribution import draw_edges
 from bridge.graph.edge_pruning import prune_edges
 from bridge.graph.flow import flow_through
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import COUNTED, kl
 from bridge.models.store import read_json, write_json, write_text
 from bridge.training.loop import Progress
@@ -103,7 +103,7 @@ class Alternative:
 # -- training -----------------------------------------------------------------------------------------------------------------
 
 
-def text(coupling: Coupling, out: Path) -> tuple[Path, Tensor]:
+def text(coupling: CoupledModels, out: Path) -> tuple[Path, Tensor]:
     """A file of the text that couplings learn from, tokens as uint16, and rows of held-out text."""
     train, held = out / "text.bin", out / "heldout.bin"
     if not held.is_file():
@@ -116,7 +116,7 @@ def text(coupling: Coupling, out: Path) -> tuple[Path, Tensor]:
     return train, torch.from_numpy(rows)[:EVALUATED_ROWS]
 
 
-def transcoders(coupling: Coupling, options: argparse.Namespace) -> Path:
+def transcoders(coupling: CoupledModels, options: argparse.Namespace) -> Path:
     """The folder of the transcoders, trained where it has none."""
     folder = options.out / "transcoders"
     if not (folder / "cost.json").is_file():
@@ -129,7 +129,7 @@ def transcoders(coupling: Coupling, options: argparse.Namespace) -> Path:
     return folder
 
 
-def uncoupled(coupling: Coupling, options: argparse.Namespace) -> tuple[Coupling, str]:
+def uncoupled(coupling: CoupledModels, options: argparse.Namespace) -> tuple[CoupledModels, str]:
     """A sparse model that has seen nothing inside the dense one, with bridges by regression, and the minutes that it took."""
     fitted, whole = options.uncoupled or options.out / "uncoupled-fit", options.out / "uncoupled"
     cost = options.out / "uncoupled-cost.json"
@@ -147,10 +147,10 @@ def uncoupled(coupling: Coupling, options: argparse.Namespace) -> tuple[Coupling
         note()
     if not (whole / "coupling.json").is_file():
         assert coupling.reference_bt is not None
-        other = with_ridge_bridges(Coupling.from_pretrained(fitted, dense=coupling.dense), coupling.reference_bt)
+        other = with_ridge_bridges(CoupledModels.from_pretrained(fitted, dense=coupling.dense), coupling.reference_bt)
         other.save_pretrained(whole)
     training = f"{read_json(cost)['cpu_minutes']:.1f}" if cost.is_file() else minutes_of(fitted)
-    return Coupling.from_pretrained(whole, dense=coupling.dense), training
+    return CoupledModels.from_pretrained(whole, dense=coupling.dense), training
 
 
 def minutes_of(folder: Path) -> str:
@@ -185,13 +185,13 @@ def searched(
     )  # fmt: skip
 
 
-def question_of(coupling: Coupling, tokens_t: Tensor) -> tuple[Question, Tensor]:
+def question_of(coupling: CoupledModels, tokens_t: Tensor) -> tuple[Question, Tensor]:
     """Why the dense model's first answer follows a prompt, and its logits_1v."""
     dense_1v = coupling.dense.run(tokens_t[None]).logits_btv[:, -1].float()
     return Question.of_prompt(tokens_t, int(dense_1v.argmax())), dense_1v
 
 
-def by_dense(subject: DenseSubject, coupling: Coupling, tokens_t: Tensor) -> Line:
+def by_dense(subject: DenseSubject, coupling: CoupledModels, tokens_t: Tensor) -> Line:
     """A prompt by the dense model's own nodes."""
     question, dense_1v = question_of(coupling, tokens_t)
 
@@ -205,7 +205,7 @@ def by_dense(subject: DenseSubject, coupling: Coupling, tokens_t: Tensor) -> Lin
     return searched(MaskedDense(subject, question, by_position=True), dense_1v, lost, edges)
 
 
-def by_transcoders(model: Transcoded, coupling: Coupling, tokens_t: Tensor) -> Line:
+def by_transcoders(model: Transcoded, coupling: CoupledModels, tokens_t: Tensor) -> Line:
     """A prompt by latents."""
     question, dense_1v = question_of(coupling, tokens_t)
 
@@ -215,7 +215,7 @@ def by_transcoders(model: Transcoded, coupling: Coupling, tokens_t: Tensor) -> L
     return searched(MaskedTranscoded(model, question), dense_1v, lost, lambda *_: (None, None))
 
 
-def by_sparse(coupling: Coupling, tokens_t: Tensor) -> Line:
+def by_sparse(coupling: CoupledModels, tokens_t: Tensor) -> Line:
     """A prompt by a sparse model that follows the dense one."""
     followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
     question, _ = question_of(coupling, tokens_t)
@@ -239,7 +239,7 @@ def fidelity(dense_btv: Tensor, other_btv: Tensor, tokens_bt: Tensor) -> tuple[f
     return float(kl(dense_btv, other_btv).mean()), float(ce)
 
 
-def alternatives(couplings: Sequence[Coupling], options: argparse.Namespace) -> Iterator[Alternative]:
+def alternatives(couplings: Sequence[CoupledModels], options: argparse.Namespace) -> Iterator[Alternative]:
     """All that are asked for, what is missing trained first."""
     first = couplings[0]
     assert first.reference_bt is not None
@@ -259,7 +259,7 @@ def alternatives(couplings: Sequence[Coupling], options: argparse.Namespace) -> 
             training = f"{read_json(folder / 'cost.json')['cpu_minutes']:.1f}"
             yield Alternative(name, training, *measured(alone_btv), partial(by_transcoders, model, first))
 
-    def sparse(coupling: Coupling, name: str, training: str) -> Alternative:
+    def sparse(coupling: CoupledModels, name: str, training: str) -> Alternative:
         alone_btv = coupling.sparse.run(held_bt).logits_btv.float()
         return Alternative(name, training, *measured(alone_btv), partial(by_sparse, coupling))
 
@@ -347,7 +347,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    couplings = [Coupling.from_pretrained(folder) for folder in options.bridge]
+    couplings = [CoupledModels.from_pretrained(folder) for folder in options.bridge]
     drawn = options.out / f"prompts-{options.seed}.json"
     if not drawn.is_file() or len(json.loads(drawn.read_text(encoding="utf-8"))) < options.count:
         write_json(drawn, held_out_prompts(couplings[0], max(PROMPTS, options.count), options.seed))

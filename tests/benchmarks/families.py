@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.tiny_families import FAMILIES, tiny
 
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse_weights import annealed_l0
 from bridge.recipe import resolve
@@ -45,14 +45,14 @@ def text(dense: DenseModel, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def divergence(coupling: Coupling, tokens_bt: Tensor) -> tuple[float, float]:
+def divergence(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[float, float]:
     """(KL, entropy of the dense answers), means over tokens."""
     dense_btv, sparse_btv = coupling.dense.run(tokens_bt).logits_btv.log_softmax(-1), coupling.sparse(tokens_bt).log_softmax(-1)
     kl, entropy = (dense_btv.exp() * (dense_btv - sparse_btv)).sum(-1).mean(), -(dense_btv.exp() * dense_btv).sum(-1).mean()
     return float(kl), float(entropy)
 
 
-def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[Coupling, Started]:
+def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[CoupledModels, Started]:
     """A coupling that starts as its dense model."""
     values = {"dense": dense.name, "sparse": shape, "sparsity": {"l0": l0}, "data": {"context": tokens_bt.shape[1]}}
     coupling = new_coupling(dense, resolve_for(dense, resolve(values)))

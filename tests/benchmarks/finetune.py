@@ -32,7 +32,7 @@ from bridge.data.blocks import load_blocks
 from bridge.data.corpora import documents
 from bridge.finetunes.grafts import KINDS
 from bridge.finetunes.result import render_diff
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 from bridge.models.store import write_json
 from bridge.training.evaluate import evaluate
@@ -59,7 +59,7 @@ def corpus(file: Path, source: str, seed: int, word: str) -> Path:
     return file
 
 
-def trained_adapter(folder: Path, base: Coupling, text: Path, minutes: float) -> dict[str, float]:
+def trained_adapter(folder: Path, base: CoupledModels, text: Path, minutes: float) -> dict[str, float]:
     """Train a LoRA for so many minutes of the processor, and save it; what it took."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -116,7 +116,7 @@ def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tup
     return applies, other
 
 
-def evaluated(file: Path, make: Callable[[], Coupling], text_bt: torch.Tensor) -> dict[str, Any]:
+def evaluated(file: Path, make: Callable[[], CoupledModels], text_bt: torch.Tensor) -> dict[str, Any]:
     """An evaluation as JSON, kept in a file."""
     if not file.is_file():
         file.write_text(json.dumps(evaluate(make(), text_bt).to_json()))
@@ -150,7 +150,7 @@ def print_evaluations(found: dict[str, dict[str, Any]]) -> None:
             print(f"{name if way == 'in' else '':<10} {way:<8}{sites}{each[f'recovered_{way}']:>7.3f}{kl}")
 
 
-def compared(file: Path, base: Coupling, tuned: Coupling, prompts: list[str], seed: int) -> dict[str, Any]:
+def compared(file: Path, base: CoupledModels, tuned: CoupledModels, prompts: list[str], seed: int) -> dict[str, Any]:
     """The diff over some prompts, printed, kept in a file."""
     started = time.process_time()
     found = bridge.diff(base, tuned, prompts, seed=seed)

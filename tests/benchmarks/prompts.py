@@ -30,14 +30,14 @@ import bridge
 from bridge.data.blocks import load_blocks
 from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 LENGTHS = 8, 24  # tokens
 CORPUS_ROWS = 400  # of held-out text that prompts are drawn from
 
 
-def held_out_prompts(coupling: Coupling, count: int, seed: int) -> list[str]:
+def held_out_prompts(coupling: CoupledModels, count: int, seed: int) -> list[str]:
     """Pieces of held-out documents, as text that has as many tokens again."""
     dense, recipe = coupling.dense, coupling.recipe
     limit = CORPUS_ROWS * coupling.context * 60  # one document in 50 is held out

@@ -25,7 +25,7 @@ from torch import Tensor
 from bridge.cli.console import shipped_coupling
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import TokenPairs, resolve
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.sparse import Location
 from bridge.models.store import write_text
@@ -62,7 +62,7 @@ def sides(pairs: TokenPairs, row: int, logits_v: Tensor) -> tuple[Tensor, Tensor
 
 
 def patched(
-    coupling: Coupling,
+    coupling: CoupledModels,
     pairs: TokenPairs,
     changes_of: Callable[[Tensor, Tensor], dict[int, Tensor]],
     draws: int,
@@ -84,7 +84,7 @@ def patched(
     return Result(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
-def best_channels(coupling: Coupling, pairs: TokenPairs, most: int) -> list[Intervention]:
+def best_channels(coupling: CoupledModels, pairs: TokenPairs, most: int) -> list[Intervention]:
     """The channels whose change to the counterfactual's values lowers the log odds of the answer most, to first order."""
     sparse = coupling.sparse
     other: dict[Location, Tensor] = {}
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    coupling = Coupling.from_pretrained(arguments.bridge or shipped_coupling())
+    coupling = CoupledModels.from_pretrained(arguments.bridge or shipped_coupling())
     sizes, circuits = coupling.sparse.locations(), dict(text.split("=", 1) for text in arguments.circuit)
     for name in arguments.task:
         task = resolve(load_task(name), coupling.dense.tokenizer, context=coupling.context, splits=("train", "test"))

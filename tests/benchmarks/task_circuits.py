@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from bridge.circuits.task_search import measured_prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, write_json, write_text
 from bridge.studies.compare import compare, heat_map, render_comparison
 from bridge.studies.result import NULLS, TaskResult
@@ -111,7 +111,7 @@ def nulls(out: Path, tasks: Sequence[str]) -> str:
 
 def disentangled(options: argparse.Namespace, results: Sequence[TaskResult]) -> str:
     """Every circuit deleted, every task measured; and what the circuits share."""
-    subjects = Subjects.of(Coupling.from_pretrained(options.bridge))
+    subjects = Subjects.of(CoupledModels.from_pretrained(options.bridge))
     prompts = {one.facts.task: measured_prompts(resolved(subjects, one.facts.task)) for one in results}
     comparison = compare(subjects.sparse, results, prompts)
     write_text(options.out / "cross_ablation.svg", heat_map(comparison))

@@ -19,7 +19,7 @@ from bridge.cards.evidence import NULLS, rules
 from bridge.cards.nulls import Nulls
 from bridge.cards.task_circuit import CardError
 from bridge.data.task_tokens import Resolved
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 from bridge.models.store import CheckpointError
 from bridge.studies.result import TaskResult
@@ -89,8 +89,8 @@ def against(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     return out
 
 
-def loaded(folder: Path, task: str) -> tuple[Coupling, Subjects, tuple, dict[str, TaskResult]]:
-    coupling = Coupling.from_pretrained(folder)
+def loaded(folder: Path, task: str) -> tuple[CoupledModels, Subjects, tuple, dict[str, TaskResult]]:
+    coupling = CoupledModels.from_pretrained(folder)
     subjects = Subjects.of(coupling)
     found = resolved(subjects, task)
     return coupling, subjects, (found,), {found.task: search_task(subjects, found, explains="sparse", dense=False, budget=0.2)}
@@ -143,12 +143,12 @@ def test_a_null_that_cannot_be_run_has_not_failed(planted: Path, against: Path, 
 
 
 def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) -> None:
-    coupling = Coupling.from_pretrained(planted)
+    coupling = CoupledModels.from_pretrained(planted)
     folder = tmp_path / "other"
     coupling.save_pretrained(folder)
     file = {"tasks": {"coupling": "another", "rules": rules(), "nulls": []}}
     (folder / "nulls.json").write_text(json.dumps(file))
-    other = Coupling.from_pretrained(folder, dense=coupling.dense)
+    other = CoupledModels.from_pretrained(folder, dense=coupling.dense)
     assert stored_task_nulls(other, rules()) == (None, "the nulls kept are of another coupling; `bridge nulls` runs them")
     (folder / "nulls.json").write_text("{")
     assert "cannot be read" in stored_task_nulls(other, rules())[1]
@@ -158,7 +158,7 @@ def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) 
 
 
 def test_the_uncoupled_model_must_be_one(planted: Path, against: Path) -> None:
-    coupling = Coupling.from_pretrained(planted)
+    coupling = CoupledModels.from_pretrained(planted)
     assert uncoupled(coupling, against, 1, 0, lambda _: None).sparse.width == coupling.sparse.width
     with pytest.raises(NullError, match="was coupled"):
         uncoupled(coupling, planted, 1, 0, lambda _: None)

@@ -15,16 +15,16 @@ from bridge.cards.prediction import Predicted, bigram_logits, explained, predict
 from bridge.data.task_stress import Stress
 from bridge.evidence.bootstrap import Draws
 from bridge.evidence.measures import Measure
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import ablation_gate
 
 
 @pytest.fixture(scope="module")
-def copy() -> Coupling:
+def copy() -> CoupledModels:
     return copied()
 
 
-def test_a_copy_predicts_everything(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_predicts_everything(copy: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "LEAST_PROMPTS", 60)
     pairs = answered(copy.dense, planted_pairs(30, lengths=(5, 7), seed=4))
     parts = {"old": torch.arange(10), "new": torch.arange(10, 30)}
@@ -39,7 +39,7 @@ def test_a_copy_predicts_everything(copy: Coupling, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("errors", [False, True])
 @torch.no_grad()
-def test_what_is_predicted_is_the_circuits_answer_on_each_prompt_alone(copy: Coupling, errors: bool) -> None:
+def test_what_is_predicted_is_the_circuits_answer_on_each_prompt_alone(copy: CoupledModels, errors: bool) -> None:
     pairs, circuit = answered(copy.dense, planted_pairs(4, lengths=(5, 7))), circuit_of(copy, some_nodes(copy), errors=errors)
     found = prediction._differences(copy, circuit, pairs, corpus())
     correct = (lambda at, x: x + circuit.means[at]) if errors else None
@@ -54,14 +54,14 @@ def test_what_is_predicted_is_the_circuits_answer_on_each_prompt_alone(copy: Cou
                 assert value[row, member] == pytest.approx(expected, abs=1e-3)
 
 
-def test_too_few_prompts_are_no_test(copy: Coupling) -> None:
+def test_too_few_prompts_are_no_test(copy: CoupledModels) -> None:
     stress = {"only": Stress(planted_pairs(20), torch.arange(20))}
     measures = prediction_measures(copy, circuit_of(copy), stress, corpus(), 0.9, 0)
     assert all(measure.passed is None and "200" in measure.note for measure in measures)
 
 
 @torch.no_grad()
-def test_the_bigram_is_the_mean_after_a_token_in_text(copy: Coupling) -> None:
+def test_the_bigram_is_the_mean_after_a_token_in_text(copy: CoupledModels) -> None:
     pairs, text_bt = planted_pairs(3, lengths=(4, 6)), corpus()
     pairs.prompt_bt[torch.arange(3), pairs.last_b] = torch.tensor([int(text_bt[2, 4]), 1, int(text_bt[2, 4])])
     found_bv = bigram_logits(copy.dense, pairs, text_bt)

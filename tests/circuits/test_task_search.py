@@ -15,7 +15,7 @@ from bridge.circuits.search import Nested
 from bridge.circuits.task_search import SearchError, TaskLosses, divided, spread, task_loss, task_losses, with_all_splits
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import ablation_gate, corpus_means
 from bridge.models.dense import DenseModel
 
@@ -33,11 +33,11 @@ def task(**lengths: int) -> Resolved:
     return Resolved("planted", "test", splits, 18, {})
 
 
-def planted(coupling: Coupling, dense: DenseModel) -> Coupling:
+def planted(coupling: CoupledModels, dense: DenseModel) -> CoupledModels:
     return replace(coupling, sparse=planted_sparse(dense, decoys=4))
 
 
-def found(coupling: Coupling, resolved: Resolved) -> TaskLosses:
+def found(coupling: CoupledModels, resolved: Resolved) -> TaskLosses:
     means = corpus_means(coupling.sparse, corpus())
     return task_losses(resolved, lambda pairs: task_loss(coupling, means, pairs, CONFIG, dense=False))
 
@@ -47,7 +47,7 @@ def measured(test: CircuitLoss, nested: Nested, place: int = 0) -> NestedCircuit
     return measure_circuit(test, kept_f, superset_draws(test, 6, 0), level.faithfulness, None, test.within(kept_f, level))
 
 
-def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: Coupling, dense: DenseModel) -> None:
+def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: CoupledModels, dense: DenseModel) -> None:
     losses = found(planted(coupling, dense), task())
     opened = losses.opened()
     nested = losses.nested(opened_f=opened.kept(0))
@@ -62,7 +62,7 @@ def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: Couplin
     assert not torch.equal(losses.test.masked.question.prompt_bt, losses.validation.masked.question.prompt_bt)
 
 
-def test_what_is_left_of_several_prompts_is_the_mean_of_each_alone(coupling: Coupling, dense: DenseModel) -> None:
+def test_what_is_left_of_several_prompts_is_the_mean_of_each_alone(coupling: CoupledModels, dense: DenseModel) -> None:
     loss = found(planted(coupling, dense), task()).validation
     none_f = torch.zeros_like(loss.nodes_f)
     node_k = backup_nodes(loss, none_f)
@@ -94,7 +94,7 @@ def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuit
     assert len(spread(planted_pairs(3), 8)) == 6
 
 
-def test_the_measures_are_those_of_each_prompt_alone(coupling: Coupling) -> None:
+def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) -> None:
     pairs: TokenPairs = planted_pairs(4, (4, 6)).both()
     means = corpus_means(coupling.sparse, corpus()) | error_means(coupling, corpus())
     test = task_loss(coupling, means, pairs, CONFIG)
@@ -121,7 +121,7 @@ def test_the_measures_are_those_of_each_prompt_alone(coupling: Coupling) -> None
     assert one.faithfulness == pytest.approx(1 - float(off) / abs(test.span), rel=1e-3, abs=1e-4)
 
 
-def test_what_is_left_is_without_the_circuit(coupling: Coupling, dense: DenseModel) -> None:
+def test_what_is_left_is_without_the_circuit(coupling: CoupledModels, dense: DenseModel) -> None:
     coupling, pairs = planted(coupling, dense), planted_pairs(4).both()
     sparse = coupling.sparse
     means = corpus_means(sparse, corpus())
@@ -139,7 +139,7 @@ def test_what_is_left_is_without_the_circuit(coupling: Coupling, dense: DenseMod
     assert one.left == pytest.approx((mean_difference(~kept_f) - nothing) / (every - nothing), rel=1e-3, abs=1e-4)
 
 
-def test_a_task_without_pairs_or_without_a_span_is_refused(coupling: Coupling) -> None:
+def test_a_task_without_pairs_or_without_a_span_is_refused(coupling: CoupledModels) -> None:
     with pytest.raises(SearchError, match="no test pairs"):
         with_all_splits(task(test=0))
     with torch.no_grad():

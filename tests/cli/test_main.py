@@ -23,7 +23,7 @@ from bridge.cli.console import Watcher
 from bridge.cli.main import app, main
 from bridge.errors import RunError, UserError
 from bridge.models import store as checkpoint
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 from bridge.recipe import MOST_SEED
 from bridge.training import loop as training
@@ -95,7 +95,7 @@ def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], de
         assert f"  {name}" in progress or f" {name}" in progress, name
     assert "\r" not in result.stdout and "\033" not in result.stdout  # what is redirected is plain
     assert lines[-2].startswith(f"wrote {out} (") and lines[-1].startswith(f"next: bridge eval {out}")
-    assert Coupling.from_pretrained(out).dense.name == str(dense_folder)
+    assert CoupledModels.from_pretrained(out).dense.name == str(dense_folder)
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 10
 
 
@@ -120,7 +120,7 @@ def test_eval_prints_and_saves(fitted: tuple[Path, Result]) -> None:
         raise AssertionError(f"{name} in eval.json")
 
     values = json.loads((out / "eval.json").read_text(), parse_constant=refuse)
-    reference_bt = Coupling.from_pretrained(out).reference_bt
+    reference_bt = CoupledModels.from_pretrained(out).reference_bt
     assert reference_bt is not None and values["tokens"] == reference_bt[:8].numel() and len(values["sites"]) == 5
     assert all(math.isfinite(value) for row in values["sites"] for value in row.values() if isinstance(value, float))
     table = result.stdout.split("\n\n")[1].splitlines()[2:]
@@ -185,7 +185,7 @@ def test_fit_stops_at_the_end_of_a_stretch_and_goes_on(dense_folder: Path, text_
     assert first.exit_code == 0 and "stopped at step 1" in first.stderr and f"--resume --out {out} goes on" in first.stderr
     second = run("fit", "--resume", "--out", out, "--device", "cpu")  # what was fitted is in the folder
     assert second.exit_code == 0, second.output
-    assert Coupling.from_pretrained(out).recipe.sparsity.l0 == 0.2
+    assert CoupledModels.from_pretrained(out).recipe.sparsity.l0 == 0.2
 
 
 def test_a_run_that_is_asked_to_stop_exits_with_130(
@@ -303,7 +303,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("models were loaded first")
 
-    monkeypatch.setattr(Coupling, "from_pretrained", load)
+    monkeypatch.setattr(CoupledModels, "from_pretrained", load)
     monkeypatch.setattr(importlib.import_module("bridge.studies.sweep"), "load_dense", load)
     (place / "file").write_text("mine")
     (place / "lost").symlink_to("nowhere/x")

@@ -23,7 +23,7 @@ from bridge.evidence.effects import Effect, effect_profile, permuted_null, profi
 from bridge.evidence.measures import Criterion
 from bridge.evidence.patching import Counterfactual, counterfactual_effect, dense_losses, mean_share, patched
 from bridge.evidence.sufficiency import adversary, measure_nested, strongest, superset_draws
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -38,7 +38,7 @@ LENGTH = 6
 class Case:
     """A coupling, a prompt that was followed, and a circuit of some nodes and two errors."""
 
-    coupling: Coupling
+    coupling: CoupledModels
     tokens_t: Tensor
     followed: Followed
     loss: CircuitLoss
@@ -87,7 +87,7 @@ def case(dense: DenseModel) -> Case:
     coupling.sparse.requires_grad_(False)
     coupling.bridges.requires_grad_(False)
     reference_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
-    coupling = Coupling(coupling.dense, coupling.sparse, coupling.bridges, coupling.recipe, reference_bt)
+    coupling = CoupledModels(coupling.dense, coupling.sparse, coupling.bridges, coupling.recipe, reference_bt)
     tokens_t = torch.randint(2, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(6))
     followed = follow(coupling, tokens_t[None], torch.tensor([LENGTH - 1]))
     means = {**corpus_means(coupling.sparse, reference_bt), **error_means(coupling, reference_bt)}
@@ -180,7 +180,7 @@ def test_another_prompts_circuit_has_as_many_nodes_and_no_errors(case: Case) -> 
     count = int((case.kept_f & ~case.masked.is_error_f).sum())
     assert other_cf.sum(1).tolist() == [count, count]
     assert not bool((other_cf & case.masked.is_error_f).any())
-    without = Coupling(case.coupling.dense, case.coupling.sparse, case.coupling.bridges, case.coupling.recipe)
+    without = CoupledModels(case.coupling.dense, case.coupling.sparse, case.coupling.bridges, case.coupling.recipe)
     assert len(another_prompt(without, case.masked, case.kept_f, 2, torch.Generator())) == 0
 
 

@@ -26,7 +26,7 @@ from bridge.evidence.patching import (
     patching_measures,
     rotations,
 )
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import recording_gate
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -34,15 +34,15 @@ from bridge.verdicts.null_couplings import shuffled_bridges
 
 
 @pytest.fixture(scope="module")
-def copy() -> Coupling:
+def copy() -> CoupledModels:
     return copied()
 
 
-def swapped(coupling: Coupling, pairs: TokenPairs) -> Counterfactual:
+def swapped(coupling: CoupledModels, pairs: TokenPairs) -> Counterfactual:
     return Counterfactual(pairs.counterfactual_bt, follow(coupling, pairs.counterfactual_bt, pairs.last_b))
 
 
-def measured(coupling: Coupling, kept_f: Tensor | None = None, pairs: TokenPairs | None = None) -> dict[str, Measure]:
+def measured(coupling: CoupledModels, kept_f: Tensor | None = None, pairs: TokenPairs | None = None) -> dict[str, Measure]:
     transporter, kept_f, pairs = case_of(coupling, kept_f, pairs)
     matched_cf = matched(transporter.masked, kept_f, 3, torch.Generator().manual_seed(0))
     measures = patching_measures(transporter, swapped(coupling, pairs), kept_f, matched_cf, 0.5, 0)
@@ -100,7 +100,7 @@ def test_the_dense_models_own_change_is_all_but_the_embeddings(dense: DenseModel
     assert not moved_jb[0].any()
 
 
-def test_a_copy_of_the_dense_model_reaches_the_dense_patch(copy: Coupling) -> None:
+def test_a_copy_of_the_dense_model_reaches_the_dense_patch(copy: CoupledModels) -> None:
     """All nodes, exact bridges: at every site what the dense model's own writes do."""
     measures = measured(copy)
     first = measures["patching"]
@@ -111,13 +111,13 @@ def test_a_copy_of_the_dense_model_reaches_the_dense_patch(copy: Coupling) -> No
     assert first.interval is not None and first.value is not None and first.interval[0] <= first.value <= first.interval[1]
 
 
-def test_bridges_with_their_channels_shuffled_carry_nothing(copy: Coupling) -> None:
+def test_bridges_with_their_channels_shuffled_carry_nothing(copy: CoupledModels) -> None:
     shuffled, straight = (measured(each)["patching"] for each in (replace(copy, bridges=shuffled_bridges(copy, 0)), copy))
     values = [sum(point.values["all nodes"] for point in measure.points[1:]) for measure in (shuffled, straight)]
     assert abs(values[0]) < 0.5 * abs(values[1])
 
 
-def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: Coupling) -> None:
+def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: CoupledModels) -> None:
     measures = measured(copy, some_nodes(copy, 0.5))
     first = measures["patching"]
     assert first.value is not None and first.value < 1 and first.control is not None and first.control.draws == 3
@@ -126,7 +126,7 @@ def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: C
     assert draws == {"patching": 3, "patching_rotated": 100, "patching_pairs": 20}
 
 
-def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     transporter, kept_f, pairs = case_of(copy)
     (changes,) = patching.patched(transporter, swapped(copy, pairs), kept_f[None])
     seen = []
@@ -144,7 +144,7 @@ def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: Coupling, monkey
     assert (turned - flat).norm() > 0.5 * flat.norm()
 
 
-def test_others_pairs_changes_are_of_other_pairs_of_the_same_length(copy: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_pairs_changes_are_of_other_pairs_of_the_same_length(copy: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     transporter, _, pairs = case_of(copy)
     seen = []
     monkeypatch.setattr(
@@ -159,7 +159,7 @@ def test_others_pairs_changes_are_of_other_pairs_of_the_same_length(copy: Coupli
     assert (pairs.last_b[given_k] == pairs.last_b[row_k]).all()
 
 
-def test_a_single_prompt_has_no_interval_and_no_other_pairs(copy: Coupling) -> None:
+def test_a_single_prompt_has_no_interval_and_no_other_pairs(copy: CoupledModels) -> None:
     measures = measured(copy, some_nodes(copy, 0.7), answered(copy.dense, planted_pairs(1)))
     assert set(measures) == {"patching"} and measures["patching"].interval is None
     few, _, _ = case_of(copy, None, answered(copy.dense, planted_pairs(2)))
@@ -167,7 +167,7 @@ def test_a_single_prompt_has_no_interval_and_no_other_pairs(copy: Coupling) -> N
     assert row_k.tolist() == [0] * 4 + [1] * 4 and site_k.tolist() == [1, 2, 3, 4] * 2
 
 
-def test_a_counterfactual_that_changes_nothing_cannot_be_tested(copy: Coupling) -> None:
+def test_a_counterfactual_that_changes_nothing_cannot_be_tested(copy: CoupledModels) -> None:
     pairs = planted_pairs(4)
     measures = measured(copy, pairs=replace(pairs, counterfactual_bt=pairs.prompt_bt))
     assert len(measures) == 3 and all(measure.value is measure.passed is None for measure in measures.values())

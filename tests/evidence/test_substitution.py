@@ -10,13 +10,13 @@ from support.studies_task_cases import case_of, copied, dense_difference, litera
 from bridge.evidence.controls import matched
 from bridge.evidence.measures import Measure
 from bridge.evidence.substitution import spans, substituted, substitution_measures
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
 
 
 @pytest.fixture(scope="module")
-def copy() -> Coupling:
+def copy() -> CoupledModels:
     return copied()
 
 
@@ -26,7 +26,7 @@ def test_spans_are_all_blocks_and_each() -> None:
     assert spans(("attn", "mlp")) == ((0, 2),)
 
 
-def measured(coupling: Coupling, kept_f: torch.Tensor | None = None, draws: int = 6) -> tuple[Measure, Measure]:
+def measured(coupling: CoupledModels, kept_f: torch.Tensor | None = None, draws: int = 6) -> tuple[Measure, Measure]:
     transporter, kept_f, _ = case_of(coupling, kept_f)
     matched_cf = matched(transporter.masked, kept_f, draws, torch.Generator().manual_seed(0))
     kept, rest = substitution_measures(transporter, kept_f, matched_cf, 0.8, 0.3, 0)
@@ -47,7 +47,7 @@ def test_a_span_is_encoded_computed_and_decoded(dense: DenseModel, errors: bool)
         assert found_b[row] == pytest.approx(dense_difference(coupling, pairs, row, enter), abs=1e-3)
 
 
-def test_a_copy_keeps_everything_and_its_complement_is_nothing(copy: Coupling) -> None:
+def test_a_copy_keeps_everything_and_its_complement_is_nothing(copy: CoupledModels) -> None:
     kept, rest = measured(copy)
     assert kept.value == pytest.approx(1, abs=0.02) and kept.passed and kept.ceiling == pytest.approx(1, abs=0.02)
     assert [point.label for point in kept.points] == ["sites 0 to 2", "sites 2 to 4", "all blocks"]
@@ -55,12 +55,12 @@ def test_a_copy_keeps_everything_and_its_complement_is_nothing(copy: Coupling) -
     assert rest.control is not None and rest.control.mean == pytest.approx(1, abs=0.02)  # nothing outside is left to be deleted
 
 
-def test_an_empty_circuit_cannot_be_judged(copy: Coupling) -> None:
+def test_an_empty_circuit_cannot_be_judged(copy: CoupledModels) -> None:
     kept, rest = measured(copy, torch.zeros(sum(copy.sparse.locations().values()), dtype=torch.bool))
     assert kept.passed is rest.passed is None and kept.value is None and "empty" in kept.note
 
 
-def test_controls_are_matched_nodes_alone_and_deleted(copy: Coupling) -> None:
+def test_controls_are_matched_nodes_alone_and_deleted(copy: CoupledModels) -> None:
     kept, rest = measured(copy, some_nodes(copy, 0.1))
     assert kept.control is not None and kept.control.draws == 6 and kept.control.what == "matched"
     assert rest.control is not None and rest.control.draws == 5
@@ -86,7 +86,7 @@ def test_more_than_the_whole_is_as_far_off_as_less(dense: DenseModel) -> None:
     assert rest.value == pytest.approx(kept.points[-1].values["complement"])
 
 
-def test_too_small_a_difference_is_not_divided_by(copy: Coupling) -> None:
+def test_too_small_a_difference_is_not_divided_by(copy: CoupledModels) -> None:
     transporter, kept_f, _ = case_of(copy)
     transporter.loss.model_b = torch.zeros(12)
     kept, rest = substitution_measures(transporter, kept_f, kept_f[None], 0.8, 0.3, 0)

@@ -22,7 +22,7 @@ from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.parts import Answered, Drawn, ExplainedNode
 from bridge.explanations.text import LISTED_HEADS, render_answer, render_text
 from bridge.huggingface.prompts import PromptError
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.residual import Enter
 from bridge.models.schema import ERROR
@@ -33,12 +33,12 @@ SPANLESS = "w9 w12 w5 w30 w2"  # of which the answer is as likely with everythin
 
 
 @pytest.fixture(scope="module")
-def coupled(dense: DenseModel) -> Coupling:
+def coupled(dense: DenseModel) -> CoupledModels:
     return agreeing(dense)
 
 
 @pytest.fixture(scope="module")
-def explanation(coupled: Coupling) -> Explanation:
+def explanation(coupled: CoupledModels) -> Explanation:
     return explain(coupled, PROMPT)
 
 
@@ -48,7 +48,7 @@ def log_odds(logits_v: torch.Tensor, answer: int) -> float:
     return math.log(probability / (1 - probability))
 
 
-def test_an_explanation_says_what_it_explains(explanation: Explanation, coupled: Coupling):
+def test_an_explanation_says_what_it_explains(explanation: Explanation, coupled: CoupledModels):
     dense = coupled.dense
     tokens_1t = torch.tensor([[token.id for token in explanation.tokens]])
     logits_v = dense.run(tokens_1t).logits_btv[0, -1]
@@ -68,7 +68,7 @@ def test_an_explanation_says_what_it_explains(explanation: Explanation, coupled:
 Values = dict[Location, torch.Tensor]
 
 
-def recorded(coupled: Coupling, tokens_bt: torch.Tensor) -> Values:
+def recorded(coupled: CoupledModels, tokens_bt: torch.Tensor) -> Values:
     values: Values = {}
 
     def record(location: Location, x_btn: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def recorded(coupled: Coupling, tokens_bt: torch.Tensor) -> Values:
     return values
 
 
-def errors_of(coupled: Coupling, tokens_bt: torch.Tensor) -> Values:
+def errors_of(coupled: CoupledModels, tokens_bt: torch.Tensor) -> Values:
     """Every error, from the definition: what a sparse sublayer makes of the encoded residual, and what it should."""
     sparse, dense = coupled.sparse, coupled.dense.run(tokens_bt)
     encoded = [coupled.bridges[site].encode(x_btd.float()) for site, x_btd in enumerate(dense.residuals)]
@@ -94,7 +94,7 @@ def errors_of(coupled: Coupling, tokens_bt: torch.Tensor) -> Values:
 class Literal:
     """A circuit run by masks that are made of the node list alone, every mean and error taken from its definition."""
 
-    def __init__(self, coupled: Coupling, tokens_1t: torch.Tensor, nodes: Sequence[ExplainedNode]) -> None:
+    def __init__(self, coupled: CoupledModels, tokens_1t: torch.Tensor, nodes: Sequence[ExplainedNode]) -> None:
         assert coupled.reference_bt is not None
         self.coupled, self.tokens_1t, self.seen = coupled, tokens_1t, dict[Location, torch.Tensor]()
         every = recorded(coupled, coupled.reference_bt) | errors_of(coupled, coupled.reference_bt)
@@ -120,7 +120,7 @@ class Literal:
         return self.coupled.sparse.run(self.tokens_1t, gate=gate, correct=correct).logits_btv[0, -1]
 
 
-def test_nodes_say_what_their_ablation_does(explanation: Explanation, coupled: Coupling):
+def test_nodes_say_what_their_ablation_does(explanation: Explanation, coupled: CoupledModels):
     opened = [node for node in explanation.nodes if node.level <= explanation.opening]
     assert {node.kind == ERROR for node in opened} == {True, False}
     literal = Literal(coupled, torch.tensor([[token.id for token in explanation.tokens]]), opened)
@@ -149,7 +149,7 @@ def test_nodes_say_what_their_ablation_does(explanation: Explanation, coupled: C
 
 
 def test_in_a_large_circuit_only_the_nodes_that_matter_most_are_measured_and_listed(
-    coupled: Coupling, explanation: Explanation, monkeypatch: pytest.MonkeyPatch
+    coupled: CoupledModels, explanation: Explanation, monkeypatch: pytest.MonkeyPatch
 ):
     module = importlib.import_module("bridge.explanations.build")
     monkeypatch.setattr(module, "DELETED_TOKENS", 3 * len(explanation.tokens))
@@ -175,7 +175,7 @@ def test_edges_run_between_nodes_that_are_there(explanation: Explanation):
     assert counts.weights <= counts.edges and counts.bigram == 1 and counts.active > counts.nodes
 
 
-def test_groups_have_every_node_once_and_say_what_their_ablation_does(explanation: Explanation, coupled: Coupling):
+def test_groups_have_every_node_once_and_say_what_their_ablation_does(explanation: Explanation, coupled: CoupledModels):
     opened = [node for node in explanation.nodes if node.level <= explanation.opening]
     members = [id for group in explanation.groups for id in group.nodes]
     assert sorted(members) == sorted(node.id for node in opened)
@@ -280,7 +280,7 @@ def test_odd_characters_in_the_prompt_are_shown_as_escapes(explanation: Explanat
     assert "prompt    'def f():\\n\\treturn\\u200b x '" in render_text(odd)
 
 
-def test_where_the_span_is_too_small_nothing_is_explained(coupled: Coupling):
+def test_where_the_span_is_too_small_nothing_is_explained(coupled: CoupledModels):
     nothing = explain(coupled, SPANLESS)
     assert abs(nothing.span) < nothing.config.least_span
     assert nothing.report.verdict == "no explanation" and nothing.counts.nodes == 0 and not nothing.nodes
@@ -289,7 +289,7 @@ def test_where_the_span_is_too_small_nothing_is_explained(coupled: Coupling):
     assert "VERDICT   NO EXPLANATION" in text and f"a span of {abs(nothing.span):.1f} nats" in " ".join(text.split())
 
 
-def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, coupled: Coupling):
+def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, coupled: CoupledModels):
     other = dataclasses.replace(untrained(dense), reference_bt=coupled.reference_bt)
     other.sparse.project(0.3)
     found = explain(other, PROMPT)
@@ -297,7 +297,7 @@ def test_a_prompt_on_which_the_models_disagree_is_explained(dense: DenseModel, c
     assert found.circuit.faithfulness > 0.8  # of the dense model's own answer, which the errors lead to
 
 
-def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explanation):
+def test_target_and_contrast_can_be_named(coupled: CoupledModels, explanation: Explanation):
     first, second, third = [answer.token for answer in explanation.dense if answer.token.id > 1][:3]
     logits_v = coupled.dense.run(torch.tensor([[token.id for token in explanation.tokens]])).logits_btv[0, -1]
     chosen = explain(coupled, PROMPT, target=third.text)
@@ -312,7 +312,7 @@ def test_target_and_contrast_can_be_named(coupled: Coupling, explanation: Explan
     assert f"why {first} rather than {third}" in render_text(against)
 
 
-def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation: Explanation):
+def test_the_phases_are_said_and_the_seed_decides(coupled: CoupledModels, explanation: Explanation):
     phases: list[str] = []
     again = explain(coupled, PROMPT, progress=lambda phase: phases.append(str(phase)))
     assert again == explanation
@@ -323,7 +323,7 @@ def test_the_phases_are_said_and_the_seed_decides(coupled: Coupling, explanation
     assert other.config.seed == other.provenance.seed == 1 and other != explanation
 
 
-def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Explanation):
+def test_what_cannot_be_explained_is_one_line(coupled: CoupledModels, explanation: Explanation):
     first = explanation.answer.text
     cases: list[tuple[dict[str, Any], str]] = [
         ({"prompt": ""}, "the prompt is empty; give the text whose next token is to be explained"),
@@ -348,7 +348,7 @@ def test_what_cannot_be_explained_is_one_line(coupled: Coupling, explanation: Ex
         assert "\n" not in str(error.value) and isinstance(error.value, UserError)
 
 
-def test_a_coupling_that_cannot_explain_says_why(coupled: Coupling):
+def test_a_coupling_that_cannot_explain_says_why(coupled: CoupledModels):
     with pytest.raises(ExplainError, match="holds no reference text to take corpus means over; pass reference_bt"):
         explain(dataclasses.replace(coupled, reference_bt=None), PROMPT)
     with pytest.raises(ExplainError, match="no reference text"):
@@ -358,15 +358,15 @@ def test_a_coupling_that_cannot_explain_says_why(coupled: Coupling):
         explain(silent, PROMPT)
 
 
-def test_a_saved_coupling_explains_itself(coupled: Coupling, dense: DenseModel, tmp_path: Path, explanation: Explanation):
+def test_a_saved_coupling_explains_itself(coupled: CoupledModels, dense: DenseModel, tmp_path: Path, explanation: Explanation):
     coupled.save_pretrained(tmp_path / "coupling")
-    loaded = Coupling.from_pretrained(tmp_path / "coupling", dense=dense)
+    loaded = CoupledModels.from_pretrained(tmp_path / "coupling", dense=dense)
     again = explain(loaded, PROMPT)
     assert [node.id for node in again.nodes] == [node.id for node in explanation.nodes]
     assert again.provenance.coupling == str(tmp_path / "coupling")
 
 
-def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: Coupling, explanation: Explanation):
+def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: CoupledModels, explanation: Explanation):
     stages: list[Answered | Drawn] = []
     whole = explain(coupled, PROMPT, stage=stages.append)
     assert whole == explanation
@@ -381,7 +381,7 @@ def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: Coupling,
     assert f"{render_answer(answered)}\n\n{render_text(whole, answer=False)}" == render_text(whole)
 
 
-def test_a_counterfactual_adds_patching(coupled: Coupling, explanation: Explanation):
+def test_a_counterfactual_adds_patching(coupled: CoupledModels, explanation: Explanation):
     other = explain(coupled, PROMPT, counterfactual="w30 w31 w4 w9")
     assert other.nodes == explanation.nodes
     values = {measure.key: measure.value for measure in explanation.report.measures}

@@ -25,7 +25,7 @@ from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.export import ExportError, export, node_pages, to_networkx
 from bridge.explanations.parts import ExplainedEdge, ExplainedGroup, ExplainedNode, Token
 from bridge.explanations.viewer_graph import opened
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.schema import ERROR
 from bridge.nodes.description import NodePage
@@ -42,12 +42,12 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def coupled(dense: DenseModel) -> Coupling:
+def coupled(dense: DenseModel) -> CoupledModels:
     return agreeing(dense)
 
 
 @pytest.fixture(scope="module")
-def explanation(coupled: Coupling) -> Explanation:
+def explanation(coupled: CoupledModels) -> Explanation:
     """Why one token rather than another, with an error beside the circuit's own nodes."""
     found = explain(coupled, PROMPT)
     contrast = found.dense[1].token
@@ -181,7 +181,7 @@ def test_a_probability_that_is_not_listed_follows_from_the_difference(explanatio
     assert shown["token_prob"] < known
 
 
-def test_against_every_other_token_there_is_one_logit(coupled: Coupling, tmp_path: Path) -> None:
+def test_against_every_other_token_there_is_one_logit(coupled: CoupledModels, tmp_path: Path) -> None:
     alone = explain(coupled, PROMPT)
     graph = checked(local(alone, tmp_path))
     (shown,) = of_type(graph, "logit")
@@ -322,7 +322,7 @@ def test_without_facts_a_feature_shows_the_prompt(explanation: Explanation, tmp_
 
 
 @pytest.fixture(scope="module")
-def pages(coupled: Coupling, explanation: Explanation, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NodePage]:
+def pages(coupled: CoupledModels, explanation: Explanation, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NodePage]:
     folder = tmp_path_factory.mktemp("coupling")
     collect_nodes(coupled, folder=folder)
     found = node_pages(replace(coupled, path=str(folder)), explanation)
@@ -346,7 +346,7 @@ def test_with_facts_a_feature_shows_its_side_of_the_channel(
             assert feature["top_logits"][0] == (page.demotes if node.activation < 0 else page.promotes)[0].text
 
 
-def test_facts_of_another_model_are_refused(coupled: Coupling, explanation: Explanation) -> None:
+def test_facts_of_another_model_are_refused(coupled: CoupledModels, explanation: Explanation) -> None:
     other = replace(explanation, provenance=replace(explanation.provenance, dense_fingerprint="0" * 64))
     with pytest.raises(ExplainError, match="the explanation is not of"):
         node_pages(coupled, other)
@@ -491,7 +491,7 @@ def test_the_command(explanation: Explanation, tmp_path: Path) -> None:
 
 
 def test_the_command_takes_features_from_the_coupling(
-    coupled: Coupling, explanation: Explanation, dense_folder: Path, tmp_path: Path
+    coupled: CoupledModels, explanation: Explanation, dense_folder: Path, tmp_path: Path
 ) -> None:
     saved = replace(coupled, dense=load_dense(dense_folder))
     saved.save_pretrained(tmp_path / "coupling")

@@ -27,7 +27,7 @@ from bridge.explanations.explanation import Explanation, read_explanation
 from bridge.explanations.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
 from bridge.explanations.parts import Answered
 from bridge.models import store as checkpoint
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.schema import ERROR
 from bridge.nodes.statistics import collect_nodes
@@ -78,7 +78,7 @@ def html() -> str:
 
 
 @pytest.fixture(scope="module")
-def explained(dense: DenseModel) -> tuple[Coupling, Explanation]:
+def explained(dense: DenseModel) -> tuple[CoupledModels, Explanation]:
     coupling = untrained(dense)
     reference_bt = torch.randint(2, 40, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
     coupling.sparse.requires_grad_(False)
@@ -90,7 +90,7 @@ def explained(dense: DenseModel) -> tuple[Coupling, Explanation]:
 # -- what goes in comes out ---------------------------------------------------------------------------------------------------
 
 
-def test_a_page_holds_the_explanation(explained: tuple[Coupling, Explanation]) -> None:
+def test_a_page_holds_the_explanation(explained: tuple[CoupledModels, Explanation]) -> None:
     _, explanation = explained
     values = data_of(render_html(page_data(explanation, labels={"L0.v[1]": "mine"})))
     assert set(values) == {"explanation", "nodes", "labels", "served", "job"}
@@ -101,7 +101,7 @@ def test_a_page_holds_the_explanation(explained: tuple[Coupling, Explanation]) -
     assert (served["served"], served["job"]) == (True, "abc")
 
 
-def test_pages_of_nodes_are_those_of_the_strongest(explained: tuple[Coupling, Explanation], tmp_path: Path) -> None:
+def test_pages_of_nodes_are_those_of_the_strongest(explained: tuple[CoupledModels, Explanation], tmp_path: Path) -> None:
     coupling, explanation = explained
     coupling = dataclasses.replace(coupling, path=str(tmp_path))
     assert described_nodes(coupling, explanation) == {}  # nothing was collected
@@ -270,7 +270,7 @@ def test_where_no_page_can_be_written_is_said_before_the_work(tmp_path: Path, pa
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "cannot be written; name a file" in result.stderr
 
 
-def test_view_makes_a_page_of_what_was_saved(explained: tuple[Coupling, Explanation], tmp_path: Path) -> None:
+def test_view_makes_a_page_of_what_was_saved(explained: tuple[CoupledModels, Explanation], tmp_path: Path) -> None:
     saved, page = tmp_path / "saved.json", tmp_path / "page.html"
     saved.write_text(json.dumps(explained[1].to_json()))
     assert read_explanation(saved) == explained[1]
@@ -298,8 +298,10 @@ def test_view_refuses_what_is_no_explanation(tmp_path: Path, content: str | None
     assert not (tmp_path / "page.html").exists()
 
 
-def test_explain_writes_a_page(explained: tuple[Coupling, Explanation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Coupling, "from_pretrained", staticmethod(lambda *_, **__: explained[0]))
+def test_explain_writes_a_page(
+    explained: tuple[CoupledModels, Explanation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoupledModels, "from_pretrained", staticmethod(lambda *_, **__: explained[0]))
     early = Answered(**{field.name: getattr(explained[1], field.name) for field in dataclasses.fields(Answered)})
 
     def staged(*_: Any, stage: Callable[[Answered], None], **__: Any) -> Explanation:

@@ -17,7 +17,7 @@ from support.server_cases import PROMPT, until
 
 from bridge.explanations.build import explain
 from bridge.explanations.page import render_html
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.server.library import Library
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
@@ -689,7 +689,7 @@ def test_a_label_goes_to_its_own_coupling_when_the_explanation_is_forgotten(
     context: Any, coupling_folder: Path, tmp_path: Path
 ) -> None:
     first, second = (Path(shutil.copytree(coupling_folder, tmp_path / name)) for name in ("first", "second"))
-    explanation = explain(Coupling.from_pretrained(second), PROMPT)
+    explanation = explain(CoupledModels.from_pretrained(second), PROMPT)
     data = {"explanation": explanation.to_json()}
     with serving(Library([first, second]), lambda *_, **__: explanation, remembered=1) as address:
 

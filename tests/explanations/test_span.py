@@ -19,7 +19,7 @@ from bridge.circuits.question import Question
 from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
 from bridge.kernels.products import Compact
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
 from bridge.models.residual import Enter
 from bridge.models.schema import ERROR
@@ -32,17 +32,17 @@ PROMPT = "w5 w9 w12 w7 w5 w9"
 
 
 @pytest.fixture(scope="module")
-def span() -> Coupling:
+def span() -> CoupledModels:
     """A random coupling of the middle block of three."""
     dense = dense_of(load_dense(tiny_gpt2(layers=3), tokenizer=tiny_tokenizer()), "1:2")
     values = {"dense": "tiny", "sparse": {"blocks": "1:2", "width": 32, "keep": 0.5}, "sparsity": {"l0": 0.5}}
     made = new_coupling(dense, resolve_for(dense, resolve(values)))
     made.sparse.project(0.5)
     reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(0))
-    return Coupling(dense, made.sparse.requires_grad_(False), made.bridges.requires_grad_(False), made.recipe, reference_bt)
+    return CoupledModels(dense, made.sparse.requires_grad_(False), made.bridges.requires_grad_(False), made.recipe, reference_bt)
 
 
-def masked_model(span: Coupling) -> MaskedModel:
+def masked_model(span: CoupledModels) -> MaskedModel:
     """The span's sparse model on the prompt, errors included."""
     assert span.reference_bt is not None
     tokens_t = torch.tensor(span.dense.prompts.read(PROMPT, CONTEXT))
@@ -51,7 +51,7 @@ def masked_model(span: Coupling) -> MaskedModel:
     return MaskedModel(span.sparse, question, reference_means(span, span.reference_bt), followed.errors)
 
 
-def test_with_every_error_it_has_the_models_own_d(span: Coupling) -> None:
+def test_with_every_error_it_has_the_models_own_d(span: CoupledModels) -> None:
     model, masked = tiny_gpt2(layers=3), masked_model(span)
     with torch.no_grad():
         logits_v = model(masked.question.prompt_bt).logits[0, -1]
@@ -63,7 +63,7 @@ def test_with_every_error_it_has_the_models_own_d(span: Coupling) -> None:
     assert abs(float(none_kept - wanted)) > 0.05
 
 
-def test_no_compiled_pass_serves_it(span: Coupling) -> None:
+def test_no_compiled_pass_serves_it(span: CoupledModels) -> None:
     span.sparse.compact["blocks.0.q.weight"] = Compact.of(span.sparse.get_parameter("blocks.0.q.weight"))
     try:
         assert span.sparse.achieved_l0() <= 0.6 and not serves(span.sparse)
@@ -74,7 +74,7 @@ def test_no_compiled_pass_serves_it(span: Coupling) -> None:
         span.sparse.shape = span.recipe.sparse
 
 
-def test_edges_to_the_answer_are_gradients_through_the_rest_of_the_model(span: Coupling) -> None:
+def test_edges_to_the_answer_are_gradients_through_the_rest_of_the_model(span: CoupledModels) -> None:
     assert isinstance(span.dense, DenseSpan)
     masked, whole = masked_model(span), span.dense.whole
     kept_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -99,7 +99,7 @@ def test_edges_to_the_answer_are_gradients_through_the_rest_of_the_model(span: C
     assert embedded  # the encoder's channels at the first site, which lead past the span
 
 
-def test_an_explanation_says_what_it_is_of(span: Coupling) -> None:
+def test_an_explanation_says_what_it_is_of(span: CoupledModels) -> None:
     explanation = bridge.explain(span, PROMPT)
     assert explanation.provenance.blocks == "1:2"
     assert "of blocks 1:2, before and behind which the dense model runs" in " ".join(str(explanation).split())

@@ -17,7 +17,7 @@ from bridge.circuits.question import Question
 from bridge.finetunes.diff import DiffConfig, DiffError, diff, read_prompts, transplanted
 from bridge.finetunes.grafts import KINDS, Grafts
 from bridge.finetunes.result import render_diff
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.dense import load_dense
 from bridge.models.sparse import Location
@@ -32,12 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(folder: Path) -> Coupling:
-    return Coupling.from_pretrained(folder / "base")
+def base(folder: Path) -> CoupledModels:
+    return CoupledModels.from_pretrained(folder / "base")
 
 
 @pytest.fixture
-def tuned(folder: Path, base: Coupling) -> Coupling:
+def tuned(folder: Path, base: CoupledModels) -> CoupledModels:
     """The base gone on to another dense model: every weight of its sparse model a little different, some matrices much."""
     dense = load_dense(folder / "dense", adapter=folder / "adapter")
     other = gone_on(base)
@@ -45,10 +45,10 @@ def tuned(folder: Path, base: Coupling) -> Coupling:
     with torch.no_grad():
         for parameter in other.sparse.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator) * (parameter != 0))
-    return Coupling(dense, other.sparse, other.bridges, other.recipe, other.reference_bt)
+    return CoupledModels(dense, other.sparse, other.bridges, other.recipe, other.reference_bt)
 
 
-def grafts_of(base: Coupling, tuned: Coupling) -> tuple[Grafts, Followed, Followed]:
+def grafts_of(base: CoupledModels, tuned: CoupledModels) -> tuple[Grafts, Followed, Followed]:
     tokens_t = torch.tensor(base.dense.prompts.read(PROMPT, base.context))
     last_b = torch.tensor([len(tokens_t) - 1])
     ours, theirs = (follow(one, tokens_t[None], last_b) for one in (base, tuned))
@@ -56,7 +56,7 @@ def grafts_of(base: Coupling, tuned: Coupling) -> tuple[Grafts, Followed, Follow
     return Grafts.of(base, tuned, question, ours, theirs), ours, theirs
 
 
-def test_with_no_graft_it_answers_as_the_base_and_with_all_as_the_fine_tune(base: Coupling, tuned: Coupling) -> None:
+def test_with_no_graft_it_answers_as_the_base_and_with_all_as_the_fine_tune(base: CoupledModels, tuned: CoupledModels) -> None:
     grafts, ours, theirs = grafts_of(base, tuned)
     tokens_bt = grafts.question.prompt_bt
     none, every = grafts.run(torch.stack([torch.zeros_like(grafts.own_f), grafts.own_f])).logits_btv[:, -1]
@@ -73,7 +73,7 @@ def test_with_no_graft_it_answers_as_the_base_and_with_all_as_the_fine_tune(base
     assert float(effect_f.sum()) == pytest.approx(change, rel=0.15, abs=0.05)
 
 
-def test_the_transplant_is_what_a_literal_one_does(base: Coupling, tuned: Coupling) -> None:
+def test_the_transplant_is_what_a_literal_one_does(base: CoupledModels, tuned: CoupledModels) -> None:
     grafts, ours, _ = grafts_of(base, tuned)
     added_rf = torch.stack([grafts.own_f * grafts.nodes_f, torch.zeros_like(grafts.own_f)])
     moved_r = transplanted(base, grafts, ours, added_rf)
@@ -99,7 +99,7 @@ def test_the_transplant_is_what_a_literal_one_does(base: Coupling, tuned: Coupli
 
 
 @pytest.mark.parametrize("kind", ["mlp_act", "q", "attn_out"])
-def test_a_planted_change_is_found_where_it_is(base: Coupling, kind: str) -> None:
+def test_a_planted_change_is_found_where_it_is(base: CoupledModels, kind: str) -> None:
     """The rows of one matrix that lead into a node, changed: that node changed, and no other, though all behind it do."""
     other, name = gone_on(base), {"mlp_act": "up", "q": "q", "attn_out": "o"}[kind]
     plain, _, _ = grafts_of(base, base)
@@ -119,7 +119,7 @@ def test_a_planted_change_is_found_where_it_is(base: Coupling, kind: str) -> Non
         assert node.index == index or (was == 0) != (now == 0)
 
 
-def test_a_diff_names_the_planted_node_and_its_weights(base: Coupling, tuned: Coupling) -> None:
+def test_a_diff_names_the_planted_node_and_its_weights(base: CoupledModels, tuned: CoupledModels) -> None:
     found = diff(base, tuned, PROMPT, config=DiffConfig(draws=3, least=0.2))
     (one,) = found.prompts
     assert one.tuned_d - one.base_d == pytest.approx(one.change) and abs(one.change) > 0.2
@@ -136,7 +136,7 @@ def test_a_diff_names_the_planted_node_and_its_weights(base: Coupling, tuned: Co
     assert values["prompts"][0]["change"] == one.change and values["verdict"] == found.verdict
 
 
-def test_of_several_prompts_the_share_is_the_least_squares_one(base: Coupling, tuned: Coupling) -> None:
+def test_of_several_prompts_the_share_is_the_least_squares_one(base: CoupledModels, tuned: CoupledModels) -> None:
     prompts = [PROMPT, "w3 w4 w8 w21", "w17 w2 w33 w6 w11 w9"]
     found = diff(base, tuned, prompts, config=DiffConfig(draws=2, least=0.2))
     some = [(each.change, each.transplant.share) for each in found.prompts if each.transplant is not None]
@@ -151,7 +151,7 @@ def test_of_several_prompts_the_share_is_the_least_squares_one(base: Coupling, t
     assert "CHANNELS CHANGED" in render_diff(found)
 
 
-def test_where_no_answer_changes_nothing_is_listed(base: Coupling) -> None:
+def test_where_no_answer_changes_nothing_is_listed(base: CoupledModels) -> None:
     other = gone_on(base)
     with torch.no_grad():
         other.sparse.get_parameter("blocks.0.up.weight").mul_(2)  # the sparse model alone: no fine-tune
@@ -160,7 +160,7 @@ def test_where_no_answer_changes_nothing_is_listed(base: Coupling) -> None:
     assert not found.prompts[0].nodes and found.transplant.value is None and "NOTHING CHANGED" in render_diff(found)
 
 
-def test_couplings_that_do_not_correspond_are_refused(base: Coupling, tmp_path: Path) -> None:
+def test_couplings_that_do_not_correspond_are_refused(base: CoupledModels, tmp_path: Path) -> None:
     with pytest.raises(DiffError, match="does not go on from another coupling"):
         diff(base, base, PROMPT)
     with pytest.raises(DiffError, match="no prompt"):
@@ -174,9 +174,9 @@ def test_couplings_that_do_not_correspond_are_refused(base: Coupling, tmp_path: 
             read_prompts(file)
 
 
-def test_the_command_compares_and_writes(folder: Path, base: Coupling, tuned: Coupling, tmp_path: Path) -> None:
+def test_the_command_compares_and_writes(folder: Path, base: CoupledModels, tuned: CoupledModels, tmp_path: Path) -> None:
     recipe = tuned.recipe.model_copy(update={"adapter": str(folder / "adapter"), "dense": str(folder / "dense")})
-    Coupling(tuned.dense, tuned.sparse, tuned.bridges, recipe, tuned.reference_bt).save_pretrained(folder / "tuned")
+    CoupledModels(tuned.dense, tuned.sparse, tuned.bridges, recipe, tuned.reference_bt).save_pretrained(folder / "tuned")
     prompts = tmp_path / "prompts"
     prompts.write_text('"w3 w4 w8 w21"\n')
     result = run(
@@ -193,7 +193,7 @@ def test_a_span_goes_on_to_a_fine_tune_and_is_compared(span_folder: Path, tmp_pa
     adapter, out = adapter_folder(span_folder.parent, 0.6), tmp_path / "tuned"
     adapted = run("adapt", span_folder, "--adapter", adapter, "--tokens", 512, "--out", out)
     assert adapted.exit_code == 0, adapted.output
-    base, tuned = Coupling.from_pretrained(span_folder), Coupling.from_pretrained(out)
+    base, tuned = CoupledModels.from_pretrained(span_folder), CoupledModels.from_pretrained(out)
     assert tuned.blocks == base.blocks and tuned.dense.fingerprint() != base.dense.fingerprint()
     grafts, ours, theirs = grafts_of(base, tuned)
     none, every = grafts.run(torch.stack([torch.zeros_like(grafts.own_f), grafts.own_f])).logits_btv[:, -1]

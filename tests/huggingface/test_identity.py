@@ -18,7 +18,7 @@ from support.tiny_families import perturbed, tiny
 
 import bridge
 from bridge.huggingface.identity import Identity
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 from bridge.models.store import CheckpointError
 
@@ -96,7 +96,7 @@ def test_a_setting_that_a_later_version_adds_changes_no_model(tmp_path: Path, mo
     monkeypatch.setattr(hf.GPT2Config, "sparkle", 0.5, raising=False)
     made = hf.GPT2Config.to_dict
     monkeypatch.setattr(hf.GPT2Config, "to_dict", lambda self: {**made(self), "sparkle": 0.5})
-    assert Coupling.from_pretrained(coupling).dense.name == str(dense)
+    assert CoupledModels.from_pretrained(coupling).dense.name == str(dense)
 
 
 def test_other_weights_are_refused_as_such(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_coupling_without_its_models_identity_is_refused(tmp_path: Path) -> No
 # --- where the model of a coupling is
 
 
-def saved(coupling: Coupling, folder: Path) -> dict[str, Any]:
+def saved(coupling: CoupledModels, folder: Path) -> dict[str, Any]:
     coupling.save_pretrained(folder)
     return json.loads((folder / "coupling.json").read_text())["dense"]
 

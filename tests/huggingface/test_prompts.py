@@ -23,7 +23,7 @@ from bridge.explanations.build import explain
 from bridge.explanations.parts import Answered
 from bridge.explanations.text import render_answer
 from bridge.huggingface.prompts import PromptError, Prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel, load_dense
 from bridge.steering.curves import steer
 from bridge.steering.figure import render_steering
@@ -285,7 +285,7 @@ class StopError(Exception):
     pass
 
 
-def answered(coupling: Coupling, prompt: str, **arguments: Any) -> Answered:
+def answered(coupling: CoupledModels, prompt: str, **arguments: Any) -> Answered:
     """What an explanation begins with."""
     found: list[Any] = []
 
@@ -298,7 +298,7 @@ def answered(coupling: Coupling, prompt: str, **arguments: Any) -> Answered:
     return found[0]
 
 
-def with_text(dense: DenseModel) -> Coupling:
+def with_text(dense: DenseModel) -> CoupledModels:
     reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(5))
     return replace(untrained(dense), reference_bt=reference_bt)
 

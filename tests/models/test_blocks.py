@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bridge.graph.attention import explain_attention
 from bridge.graph.flow import flow_through
 from bridge.models import schema
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
 from bridge.models.sparse import Location, SparseTransformer
 from bridge.recipe import AttentionShape, BlockShape, SparseShape, resolve
@@ -30,7 +30,7 @@ from bridge.training.prepare import resolve_for
 UNKNOWN = ("openai-gpt", "opt-post-norm", "bloom-post-norm", "mixtral")
 
 
-def started(model: Any, **shape: Any) -> tuple[Coupling, Started]:
+def started(model: Any, **shape: Any) -> tuple[CoupledModels, Started]:
     dense = load_dense(model)
     values = {"dense": "tiny", "sparse": {"keep": 1.0, **shape}, "sparsity": {"l0": 1.0}}
     coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
@@ -38,7 +38,7 @@ def started(model: Any, **shape: Any) -> tuple[Coupling, Started]:
 
 
 @torch.no_grad()
-def divergence(coupling: Coupling, model: Any, tokens_bt: Tensor) -> float:
+def divergence(coupling: CoupledModels, model: Any, tokens_bt: Tensor) -> float:
     """KL of the sparse model's answers from those of the Hugging Face model, run by itself."""
     wanted, given = (logits_btv.double().log_softmax(-1) for logits_btv in (model(tokens_bt).logits, coupling.sparse(tokens_bt)))
     return float((wanted.exp() * (wanted - given)).sum(-1).mean())

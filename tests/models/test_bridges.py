@@ -17,7 +17,7 @@ from support.bridges_cases import lora_folder
 from support.models import CONTEXT, VOCABULARY, tiny_gpt2, tiny_tokenizer, untrained
 
 import bridge
-from bridge.models.bridges import Bridge, Bridges, Coupling
+from bridge.models.bridges import Bridge, Bridges, CoupledModels
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.residual import Enter
 from bridge.models.store import CheckpointError
@@ -26,7 +26,7 @@ TOKENS_BT = torch.randint(0, VOCABULARY, (3, CONTEXT), generator=torch.Generator
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Coupling:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> CoupledModels:
     """A sparse coupling whose dense model and own folder lie beside each other; its path is the folder."""
     root = tmp_path_factory.mktemp("saved")
     tiny_gpt2().save_pretrained(root / "dense")
@@ -37,13 +37,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Coupling:
         for site in range(coupling.n_sites):
             coupling.bridges[site].mean_d.normal_(generator=torch.Generator().manual_seed(site))
             coupling.bridges[site].scale.fill_(1.5 + site)
-    coupling = Coupling(coupling.dense, coupling.sparse, coupling.bridges, coupling.recipe, TOKENS_BT, str(root / "coupling"))
+    coupling = CoupledModels(
+        coupling.dense, coupling.sparse, coupling.bridges, coupling.recipe, TOKENS_BT, str(root / "coupling")
+    )
     coupling.save_pretrained(root / "coupling")
     return coupling
 
 
 @pytest.fixture
-def folder(saved: Coupling, tmp_path: Path) -> Path:
+def folder(saved: CoupledModels, tmp_path: Path) -> Path:
     """A copy of the coupling's folder, its dense model beside it, moved to somewhere else."""
     assert saved.path is not None
     shutil.copytree(Path(saved.path).parent, tmp_path / "elsewhere")
@@ -116,7 +118,7 @@ def test_calibration_makes_residuals_standard_apart_from_the_first_position() ->
     torch.testing.assert_close(bridges[0].mean_d, alone.mean((0, 1)))
 
 
-def test_hybrids_are_the_compositions(coupling: Coupling) -> None:
+def test_hybrids_are_the_compositions(coupling: CoupledModels) -> None:
     """Sublayer by sublayer: one model until the site, the bridge, the other model from there."""
     dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)
     for site in range(coupling.n_sites):
@@ -130,18 +132,18 @@ def test_hybrids_are_the_compositions(coupling: Coupling) -> None:
         assert not torch.equal(out.logits_btv, dense.logits_btv)
 
 
-def test_a_coupling_needs_models_that_fit(dense: DenseModel, coupling: Coupling) -> None:
+def test_a_coupling_needs_models_that_fit(dense: DenseModel, coupling: CoupledModels) -> None:
     deeper = load_dense(tiny_gpt2(layers=3))
     with pytest.raises(ValueError, match="has 7 sites, the sparse model 5, and there are 5 bridges"):
-        Coupling(deeper, coupling.sparse, coupling.bridges, coupling.recipe)
+        CoupledModels(deeper, coupling.sparse, coupling.bridges, coupling.recipe)
     with pytest.raises(ValueError, match="there are 4 bridges"):
-        Coupling(dense, coupling.sparse, Bridges(4, 16, 32, 0.25), coupling.recipe)
+        CoupledModels(dense, coupling.sparse, Bridges(4, 16, 32, 0.25), coupling.recipe)
 
 
 # -- folders ------------------------------------------------------------------------------------------------------------
 
 
-def assert_same_function(found: Coupling, saved: Coupling) -> None:
+def assert_same_function(found: CoupledModels, saved: CoupledModels) -> None:
     one, other = found.sparse.run(TOKENS_BT), saved.sparse.run(TOKENS_BT)
     assert torch.equal(one.logits_btv, other.logits_btv)
     h = saved.dense.run(TOKENS_BT).residuals
@@ -151,7 +153,7 @@ def assert_same_function(found: Coupling, saved: Coupling) -> None:
     assert torch.equal(found.dense.run(TOKENS_BT).logits_btv, saved.dense.run(TOKENS_BT).logits_btv)
 
 
-def test_a_coupling_comes_back_bit_for_bit(saved: Coupling) -> None:
+def test_a_coupling_comes_back_bit_for_bit(saved: CoupledModels) -> None:
     assert saved.path is not None
     found = bridge.load(saved.path, device="cpu")
     assert_same_function(found, saved)
@@ -162,7 +164,7 @@ def test_a_coupling_comes_back_bit_for_bit(saved: Coupling) -> None:
     assert not any(p.requires_grad for module in (found.sparse, found.bridges) for p in module.parameters())
 
 
-def test_a_coupling_can_be_saved_again(saved: Coupling, folder: Path) -> None:
+def test_a_coupling_can_be_saved_again(saved: CoupledModels, folder: Path) -> None:
     """The same tensors give the same file, and a folder may be overwritten by its own coupling."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     bridge.load(folder).save_pretrained(folder)
@@ -192,7 +194,7 @@ def test_sparse_weights_are_stored_by_their_nonzeros(dense: DenseModel, tmp_path
     assert file.stat().st_size < 4 * sum(weight.numel() for weight in weights) / 3
 
 
-def test_a_dense_model_is_found_beside_the_coupling(saved: Coupling, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dense_model_is_found_beside_the_coupling(saved: CoupledModels, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = bridge.load(folder)
     assert_same_function(found, saved)
     assert Path(found.dense.name) == folder.parent / "dense"
@@ -200,7 +202,7 @@ def test_a_dense_model_is_found_beside_the_coupling(saved: Coupling, folder: Pat
     assert_same_function(bridge.load("coupling"), saved)
 
 
-def test_a_coupling_is_found_through_a_link(saved: Coupling, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_coupling_is_found_through_a_link(saved: CoupledModels, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "link").symlink_to(folder)
     assert_same_function(bridge.load(elsewhere / "link"), saved)
@@ -210,7 +212,7 @@ def test_a_coupling_is_found_through_a_link(saved: Coupling, folder: Path, tmp_p
     assert Path(found.dense.name) == (folder.parent / "dense").resolve()
 
 
-def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
+def test_another_dense_model_is_refused(saved: CoupledModels, folder: Path) -> None:
     another = r"the dense model .* is not the one .* was fitted to \(.*\): its weights differ; give that model with dense="
     assert_refused(folder, another, dense=tiny_gpt2(seed=1))
     file = folder.parent / "dense" / "model.safetensors"
@@ -221,14 +223,14 @@ def test_another_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
     assert_refused(folder, another)
 
 
-def test_a_missing_dense_model_is_refused(saved: Coupling, folder: Path) -> None:
+def test_a_missing_dense_model_is_refused(saved: CoupledModels, folder: Path) -> None:
     shutil.rmtree(folder.parent / "dense")
     edit(folder, lambda facts: facts["dense"].update(name="no/such-model"))
     assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or say where it is with dense=")
     assert_same_function(bridge.load(folder, dense=tiny_gpt2()), saved)
 
 
-def test_a_live_model_has_to_be_passed(dense: DenseModel, coupling: Coupling, tmp_path: Path) -> None:
+def test_a_live_model_has_to_be_passed(dense: DenseModel, coupling: CoupledModels, tmp_path: Path) -> None:
     coupling.save_pretrained(tmp_path / "it")
     assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or say where it is with dense=")
     for given in (tiny_gpt2(), dense):
@@ -312,7 +314,7 @@ def test_an_adapter_travels_with_the_coupling(dense_folder: Path, tmp_path: Path
         assert_same_function(bridge.load(tmp_path / "there" / "coupling", dense=given), coupling)
 
 
-def test_pushing_uploads_a_folder_with_a_card(saved: Coupling, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pushing_uploads_a_folder_with_a_card(saved: CoupledModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its card names the repository, and nothing in it names folders of this machine beside it."""
     calls: dict[str, object] = {}
 
@@ -339,7 +341,7 @@ def test_pushing_uploads_a_folder_with_a_card(saved: Coupling, monkeypatch: pyte
     assert_same_function(bridge.load(tmp_path / "hub", dense=tiny_gpt2()), saved)
 
 
-def test_a_card_says_how_sparse_the_model_is(saved: Coupling) -> None:
+def test_a_card_says_how_sparse_the_model_is(saved: CoupledModels) -> None:
     assert saved.path is not None
     card = (Path(saved.path) / "README.md").read_text()
     weights = saved.sparse.sparse_weights().values()
@@ -356,12 +358,14 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_what_is_exported_is_there() -> None:
-    assert issubclass(bridge.Coupling, Coupling) and bridge.Coupling.from_pretrained is bridge.load and "load" in bridge.__all__
+    assert (
+        issubclass(bridge.Coupling, CoupledModels) and bridge.Coupling.from_pretrained is bridge.load and "load" in bridge.__all__
+    )
     with pytest.raises(AttributeError, match="no attribute 'lode'; it has Card, Coupling, DenseModel"):
         bridge.lode  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_what_was_computed_once_is_kept_until_weights_or_text_change(coupling: Coupling):
+def test_what_was_computed_once_is_kept_until_weights_or_text_change(coupling: CoupledModels):
     text_bt, computed = torch.arange(8).view(2, 4), []
 
     def ask(text_bt: torch.Tensor, what: str = "sum") -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridge.circuits.error_nodes import follow
 from bridge.models import span as span_module
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
 from bridge.models.residual import EMBEDDING, Enter
 from bridge.models.span import DenseSpan, SparseSpan, dense_of
@@ -24,7 +24,7 @@ from bridge.training.prepare import resolve_for
 FAMILIES = ("gpt2", "llama", "gpt-neox-parallel")
 
 
-def spliced(family: str, blocks: str, **sparse: Any) -> Coupling:
+def spliced(family: str, blocks: str, **sparse: Any) -> CoupledModels:
     """A coupling of some blocks of a tiny model that starts as these are, every weight and every value kept."""
     dense = dense_of(load_dense(tiny(family), tokenizer=tiny_tokenizer()), blocks)
     values = {"dense": "tiny", "sparse": {"blocks": blocks, "keep": 1.0, "sinks": False, **sparse}, "sparsity": {"l0": 1.0}}
@@ -33,7 +33,7 @@ def spliced(family: str, blocks: str, **sparse: Any) -> Coupling:
     return coupling
 
 
-def moved(coupling: Coupling) -> Coupling:
+def moved(coupling: CoupledModels) -> CoupledModels:
     """The coupling with every parameter moved, so that the sparse model is another than the dense one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -162,14 +162,14 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     coupling = moved(new_coupling(dense, resolve_for(dense, resolve(values))))
     assert coupling.blocks == "1:3" and coupling.recipe.sparse.positions == "none"
     coupling.save_pretrained(tmp_path / "coupling")
-    loaded = Coupling.from_pretrained(tmp_path / "coupling")
+    loaded = CoupledModels.from_pretrained(tmp_path / "coupling")
     tokens_bt = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))
     assert isinstance(loaded.sparse, SparseSpan) and isinstance(loaded.dense, DenseSpan) and loaded.dense.first_block == 1
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.sparse.run(tokens_bt).logits_btv, coupling.sparse.run(tokens_bt).logits_btv, rtol=0, atol=1e-4
         )
-    assert Coupling.from_pretrained(tmp_path / "coupling", dense=dense.whole).dense.n_sites == 5
+    assert CoupledModels.from_pretrained(tmp_path / "coupling", dense=dense.whole).dense.n_sites == 5
 
 
 @pytest.mark.parametrize("blocks", ["2:2", "1:9", "-9:2", "3:"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 from bridge.models.transport import Change, run_changed
 
 TOKENS_BT = torch.tensor([[3, 5, 7, 9, 2], [4, 8, 6, 11, 30]])
 
 
-def _pushed(coupling: Coupling) -> tuple:
+def _pushed(coupling: CoupledModels) -> tuple:
     def push(location: Location, x_btn: Tensor) -> Tensor:
         return x_btn + 1.5 * (torch.arange(x_btn.shape[-1]) == 3) if location == Location(0, "mlp_out") else x_btn
 
@@ -20,7 +20,7 @@ def _pushed(coupling: Coupling) -> tuple:
 
 
 @torch.no_grad()
-def test_a_change_is_the_decoders_difference(coupling: Coupling) -> None:
+def test_a_change_is_the_decoders_difference(coupling: CoupledModels) -> None:
     plain, changed = _pushed(coupling)
     change_btd = Change.between(plain, changed, torch.tensor([2, 3])).decoded(coupling)
     for row, site in enumerate((2, 3)):
@@ -31,13 +31,13 @@ def test_a_change_is_the_decoders_difference(coupling: Coupling) -> None:
 
 
 @torch.no_grad()
-def test_before_the_changed_node_nothing_changes(coupling: Coupling) -> None:
+def test_before_the_changed_node_nothing_changes(coupling: CoupledModels) -> None:
     plain, changed = _pushed(coupling)
     assert not Change.between(plain, changed, torch.tensor([1, 0])).change_bts.any()
 
 
 @torch.no_grad()
-def test_the_dense_model_goes_on_from_the_sum(coupling: Coupling) -> None:
+def test_the_dense_model_goes_on_from_the_sum(coupling: CoupledModels) -> None:
     dense, plain = coupling.dense, coupling.dense.run(TOKENS_BT)
     site_b = torch.tensor([1, coupling.n_sites - 1])
     change_btd = torch.randn(2, 5, dense.width, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def test_the_dense_model_goes_on_from_the_sum(coupling: Coupling) -> None:
 
 
 @torch.no_grad()
-def test_one_plain_row_serves_every_row(coupling: Coupling) -> None:
+def test_one_plain_row_serves_every_row(coupling: CoupledModels) -> None:
     dense, tokens_bt = coupling.dense, TOKENS_BT[:1].expand(3, -1)
     one, all_ = dense.run(TOKENS_BT[:1]), dense.run(tokens_bt)
     site_b, change_btd = torch.tensor([0, 1, 2]), torch.ones(3, 5, dense.width)

@@ -24,7 +24,7 @@ from bridge.display.progress import Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.huggingface.prompts import Prompts
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import Location
@@ -39,7 +39,7 @@ ROWS = 24
 
 
 @pytest.fixture(scope="module")
-def pair(dense: DenseModel) -> Coupling:
+def pair(dense: DenseModel) -> CoupledModels:
     coupling = untrained(dense)
     coupling.sparse.project(0.5)
     coupling.sparse.requires_grad_(False)
@@ -60,11 +60,11 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def facts(pair: Coupling, text_bt: Tensor, short_stretches: None) -> NodeFacts:
+def facts(pair: CoupledModels, text_bt: Tensor, short_stretches: None) -> NodeFacts:
     return collect_nodes(pair, text_bt)
 
 
-def literal(coupling: Coupling, text_bt: Tensor) -> dict[Location, Tensor]:
+def literal(coupling: CoupledModels, text_bt: Tensor) -> dict[Location, Tensor]:
     """x_pn of every node at every position, computed stretch by stretch as in the pass, so that bits agree."""
     found: dict[Location, list[Tensor]] = {}
     for rows_bt in text_bt.split(5):
@@ -81,14 +81,14 @@ def same(one: NodeFacts, other: NodeFacts) -> bool:
     )
 
 
-def test_moments_are_the_direct_ones(facts: NodeFacts, pair: Coupling, text_bt: Tensor) -> None:
+def test_moments_are_the_direct_ones(facts: NodeFacts, pair: CoupledModels, text_bt: Tensor) -> None:
     for at, x_pn in literal(pair, text_bt).items():
         torch.testing.assert_close(facts.mean(at), x_pn.double().mean(0))
         torch.testing.assert_close(facts.second_moment(at), x_pn.double().square().mean(0))
         torch.testing.assert_close(facts.active(at), (x_pn != 0).float().mean(0))
 
 
-def test_extremes_are_those_of_a_full_sort(facts: NodeFacts, pair: Coupling, text_bt: Tensor) -> None:
+def test_extremes_are_those_of_a_full_sort(facts: NodeFacts, pair: CoupledModels, text_bt: Tensor) -> None:
     tied = 0
     for at, x_pn in literal(pair, text_bt).items():
         for index in range(x_pn.shape[1]):
@@ -102,7 +102,9 @@ def test_extremes_are_those_of_a_full_sort(facts: NodeFacts, pair: Coupling, tex
     assert tied > 10  # of equal values the earlier come first, and there were some
 
 
-def test_quantiles_are_of_the_first_active_positions_in_the_shuffle(facts: NodeFacts, pair: Coupling, text_bt: Tensor) -> None:
+def test_quantiles_are_of_the_first_active_positions_in_the_shuffle(
+    facts: NodeFacts, pair: CoupledModels, text_bt: Tensor
+) -> None:
     order = torch.randperm(text_bt.numel(), generator=torch.Generator().manual_seed(0)).tolist()
     for at, x_pn in literal(pair, text_bt).items():
         for index in range(x_pn.shape[1]):
@@ -118,7 +120,7 @@ def test_quantiles_are_of_the_first_active_positions_in_the_shuffle(facts: NodeF
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_pass_goes_on_to_the_same_bits(
-    pair: Coupling, text_bt: Tensor, facts: NodeFacts, tmp_path: Path, stop: int
+    pair: CoupledModels, text_bt: Tensor, facts: NodeFacts, tmp_path: Path, stop: int
 ) -> None:
     calls: list[str] = []
 
@@ -138,9 +140,9 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
 
 
 def test_facts_are_read_back_only_for_the_same_weights_text_and_seed(
-    pair: Coupling, dense: DenseModel, text_bt: Tensor, tmp_path: Path
+    pair: CoupledModels, dense: DenseModel, text_bt: Tensor, tmp_path: Path
 ) -> None:
-    def rows(coupling: Coupling, text_bt: Tensor, seed: int = 0) -> int:
+    def rows(coupling: CoupledModels, text_bt: Tensor, seed: int = 0) -> int:
         seen: list[str] = []
         collect_nodes(coupling, text_bt, folder=tmp_path, seed=seed, progress=lambda phase: seen.append(str(phase)))
         return len(seen)
@@ -154,7 +156,7 @@ def test_facts_are_read_back_only_for_the_same_weights_text_and_seed(
     assert stored_facts(pair, tmp_path) is None and rows(pair, text_bt)
 
 
-def test_what_cannot_be_collected_or_read_is_one_line(pair: Coupling, tmp_path: Path) -> None:
+def test_what_cannot_be_collected_or_read_is_one_line(pair: CoupledModels, tmp_path: Path) -> None:
     with pytest.raises(NodeError, match="no reference text"):
         collect_nodes(pair)
     with pytest.raises(NodeError, match="17 tokens are longer than the context of 16"):
@@ -163,7 +165,7 @@ def test_what_cannot_be_collected_or_read_is_one_line(pair: Coupling, tmp_path: 
         NodeFacts.load(tmp_path)
 
 
-def test_a_node_is_read_from_its_name(pair: Coupling) -> None:
+def test_a_node_is_read_from_its_name(pair: CoupledModels) -> None:
     sizes = pair.sparse.locations()
     for location in sizes:
         assert parse_node(f"{location}[3]", sizes) == parse_node(Node(location, 3).name, sizes) == Node(location, 3)
@@ -186,7 +188,7 @@ def ids(tokens: tuple[TokenScore, ...] | None) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"])
-def test_tokens_and_direction_are_the_literal_products(pair: Coupling, facts: NodeFacts, kind: str) -> None:
+def test_tokens_and_direction_are_the_literal_products(pair: CoupledModels, facts: NodeFacts, kind: str) -> None:
     sparse, block, index = pair.sparse, dict(pair.sparse.blocks.named_children())["1"], 5
     page = describe_node(pair, facts, Node(Location(1, kind), index))
     unit_s = torch.eye(sparse.width)[index]
@@ -217,7 +219,7 @@ def test_tokens_and_direction_are_the_literal_products(pair: Coupling, facts: No
 
 
 def test_without_an_output_embedding_there_are_no_dense_tokens(
-    pair: Coupling, facts: NodeFacts, monkeypatch: pytest.MonkeyPatch
+    pair: CoupledModels, facts: NodeFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair.dense.model, "get_output_embeddings", lambda: None)
     page = describe_node(pair, facts, Node(Location(0, "mlp_out"), 1))
@@ -225,7 +227,7 @@ def test_without_an_output_embedding_there_are_no_dense_tokens(
     assert "does not say which its output embedding is" in str(page)
 
 
-def test_links_are_the_nonzero_weights_the_strongest_first(pair: Coupling, facts: NodeFacts) -> None:
+def test_links_are_the_nonzero_weights_the_strongest_first(pair: CoupledModels, facts: NodeFacts) -> None:
     block = dict(pair.sparse.blocks.named_children())["0"]
     page = describe_node(pair, facts, Node(Location(0, "mlp_act"), 7))
     for links, count, weight_n, kind in (
@@ -278,7 +280,7 @@ def test_hostile_text_is_printed_as_python_would_write_it() -> None:
     assert all(len(line) <= 100 for line in shown.splitlines())
 
 
-def test_a_page_is_plain_json(pair: Coupling, facts: NodeFacts) -> None:
+def test_a_page_is_plain_json(pair: CoupledModels, facts: NodeFacts) -> None:
     page = describe_node(pair, facts, Node(Location(0, "v"), 9))
     assert page.head == 9 // pair.sparse.channels and page.n_tokens == ROWS * CONTEXT
     assert json.loads(json.dumps(page.to_json()))["high"][0]["token"] == page.high[0].token
@@ -378,7 +380,7 @@ def test_an_endpoint_that_is_not_there_is_one_line() -> None:
 @pytest.fixture
 def saved(dense_folder: Path, text_bt: Tensor, tmp_path: Path) -> Path:
     made = untrained(load_dense(dense_folder))
-    Coupling(made.dense, made.sparse, made.bridges, made.recipe, text_bt).save_pretrained(tmp_path / "coupling")
+    CoupledModels(made.dense, made.sparse, made.bridges, made.recipe, text_bt).save_pretrained(tmp_path / "coupling")
     return tmp_path / "coupling"
 
 
@@ -398,7 +400,7 @@ def test_the_command_collects_once_and_prints_pages(saved: Path, tmp_path: Path,
     Answering.answers.append(said("A line."))
     asked = run("--node", "1.mlp_act[37]", "--describe-with", endpoint.url, "--model", "small")
     assert "\ndescribed 'A line.'\n" in asked and asked == run("--node", "1.mlp_act[37]")
-    coupling = Coupling.from_pretrained(saved)
+    coupling = CoupledModels.from_pretrained(saved)
     assert coupling.reference_bt is not None
     planted_result(SparseSubject.over(coupling.sparse, coupling.reference_bt), "planted").save(tmp_path / "planted")
     assert run("--circuit", tmp_path / "planted").count("\nwhat      ") == 6

@@ -30,7 +30,7 @@ from support.server_cases import Held, ask, client_of, over, until
 from bridge.display.progress import Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.server import run
 from bridge.server.app import create_app
 from bridge.server.library import Library
@@ -43,7 +43,7 @@ CLIENTS, WAITING, KEPT = 50, 6, 8
 
 @pytest.fixture(scope="module")
 def explanation(coupling_folder: Path) -> Explanation:
-    return explain(Coupling.from_pretrained(coupling_folder), "w5 w9 w12 w5")
+    return explain(CoupledModels.from_pretrained(coupling_folder), "w5 w9 w12 w5")
 
 
 # -- requests made from the description ---------------------------------------------------------------------------------

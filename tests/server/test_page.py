@@ -17,7 +17,7 @@ from support.server_cases import HOSTILE, OTHER, PATIENCE, PROMPT
 from bridge.display.progress import OnProgress, Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.server.library import Library
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
@@ -30,7 +30,7 @@ class Deaf:
     def __init__(self, explanation: Explanation) -> None:
         self.explanation, self.go = explanation, threading.Event()
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
+    def __call__(self, coupling: CoupledModels, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
         progress(Phase(PHASE))
         assert self.go.wait(PATIENCE)
         return replace(self.explanation, prompt=prompt)
@@ -38,7 +38,7 @@ class Deaf:
 
 @pytest.fixture(scope="module")
 def explanation(coupling_folder: Path) -> Explanation:
-    return explain(Coupling.from_pretrained(coupling_folder), PROMPT, counterfactual=OTHER)
+    return explain(CoupledModels.from_pretrained(coupling_folder), PROMPT, counterfactual=OTHER)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ from bridge.errors import UserError
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
 from bridge.explanations.parts import Answered, Drawn
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError
 from bridge.server.library import LONGEST_LABEL, Library, finite_json
@@ -60,7 +60,7 @@ STEERING = {"value": 1.5, "strength": 0.5}
 class Staged(Held):
     """The same that hands over what is known early, and is then held up."""
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
+    def __call__(self, coupling: CoupledModels, prompt: str, *, progress: OnProgress, **more: Any) -> Explanation:
         for known in stages_of(self.explanation):
             more["stage"](known)
         return super().__call__(coupling, prompt, progress=progress)
@@ -77,7 +77,7 @@ def stages_of(explanation: Explanation) -> tuple[Answered, Drawn]:
 # -- explanations -------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_explained_as_in_python(root: Path, coupled: Coupling) -> None:
+def test_a_prompt_is_explained_as_in_python(root: Path, coupled: CoupledModels) -> None:
     said: list[str] = []
 
     def watched(*arguments: Any, progress: OnProgress, **more: Any) -> Explanation:
@@ -399,7 +399,7 @@ def test_paths_and_methods_that_there_are_not(client: TestClient) -> None:
 
 
 def test_couplings_under_the_roots_are_listed_and_nothing_else(
-    root: Path, coupling_folder: Path, tmp_path: Path, coupled: Coupling
+    root: Path, coupling_folder: Path, tmp_path: Path, coupled: CoupledModels
 ) -> None:
     broken = root / "broken"
     shutil.copytree(coupling_folder, broken)
@@ -652,7 +652,7 @@ class Elements(HTMLParser):
 def test_a_hostile_prompt_is_text_on_the_page(root: Path, explanation: Explanation, hostile: str) -> None:
     hostile = f"w5 {hostile}"  # a word that the vocabulary has: what has none is refused, once the coupling is loaded
 
-    def explain_it(coupling: Coupling, prompt: str, **_: Any) -> Explanation:
+    def explain_it(coupling: CoupledModels, prompt: str, **_: Any) -> Explanation:
         return replace(explanation, prompt=prompt)
 
     with client_of(Library([root]), explain_it) as client:
@@ -686,7 +686,7 @@ def steered_node(explanation: Explanation) -> str:
     return next(node.id for node in explanation.nodes if node.kind != "error")
 
 
-def test_steering_is_that_of_the_library(client: TestClient, coupled: Coupling, explanation: Explanation) -> None:
+def test_steering_is_that_of_the_library(client: TestClient, coupled: CoupledModels, explanation: Explanation) -> None:
     id = ask(client)
     over(client, id)
     node = steered_node(explanation)
@@ -715,7 +715,9 @@ def test_steering_is_done_between_two_phases_of_what_runs(
     held = Held(explanation)
     threads: list[str] = []
 
-    def steered(coupling: Coupling, prompt: str, moves: list[str], *, strengths: tuple[float, ...], **_: Any) -> SimpleNamespace:
+    def steered(
+        coupling: CoupledModels, prompt: str, moves: list[str], *, strengths: tuple[float, ...], **_: Any
+    ) -> SimpleNamespace:
         threads.append(threading.current_thread().name)
         assert (coupling.sparse.width, moves) == (32, [f"{node}=1.5"])
         chances = {"probability_target": 0.25, "probability_contrast": 0.5}

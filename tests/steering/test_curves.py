@@ -16,7 +16,7 @@ import bridge
 from bridge.circuits.loss import SearchConfig
 from bridge.explanations.build import explain
 from bridge.huggingface.prompts import PromptError
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.nodes.statistics import NodeError
 from bridge.steering.curves import Steering, random_like, steer
@@ -29,7 +29,7 @@ CHANGES = ["0.mlp_act[3]=4", "1.v[5]=3", "0.v[5]@2"]
 
 
 @pytest.fixture(scope="module")
-def coupled(dense: DenseModel) -> Coupling:
+def coupled(dense: DenseModel) -> CoupledModels:
     coupling = untrained(dense)
     coupling.sparse.requires_grad_(False)
     coupling.bridges.requires_grad_(False)
@@ -38,17 +38,17 @@ def coupled(dense: DenseModel) -> Coupling:
 
 
 @pytest.fixture(scope="module")
-def steered(coupled: Coupling) -> Steering:
+def steered(coupled: CoupledModels) -> Steering:
     return steer(coupled, PROMPT, CHANGES, counterfactual=OTHER, strengths=(0.5, 1.0), tokens=4)
 
 
-def tokens(coupled: Coupling, text: str) -> torch.Tensor:
+def tokens(coupled: CoupledModels, text: str) -> torch.Tensor:
     assert coupled.dense.tokenizer is not None
     return torch.tensor(coupled.dense.tokenizer(text)["input_ids"])
 
 
 @torch.no_grad()
-def test_at_strength_0_it_is_the_dense_model(coupled: Coupling, steered: Steering) -> None:
+def test_at_strength_0_it_is_the_dense_model(coupled: CoupledModels, steered: Steering) -> None:
     logits_v = coupled.dense.run(tokens(coupled, PROMPT)[None]).logits_btv[0, -1]
     probability_v, first = logits_v.softmax(-1), steered.curve[0]
     assert first.strength == 0 and [each.strength for each in steered.curve] == [0, 0.5, 1]
@@ -59,7 +59,7 @@ def test_at_strength_0_it_is_the_dense_model(coupled: Coupling, steered: Steerin
 
 
 @torch.no_grad()
-def test_each_strength_adds_that_much_of_the_change(coupled: Coupling, steered: Steering) -> None:
+def test_each_strength_adds_that_much_of_the_change(coupled: CoupledModels, steered: Steering) -> None:
     tokens_t, sizes = tokens(coupled, PROMPT), coupled.sparse.locations()
     plain = coupled.dense.run(tokens_t[None])
     chosen = [parse_intervention(text, sizes) for text in CHANGES]
@@ -78,7 +78,7 @@ def test_each_strength_adds_that_much_of_the_change(coupled: Coupling, steered: 
 
 
 @torch.no_grad()
-def test_target_and_contrast_are_the_answers_to_both_prompts(coupled: Coupling, steered: Steering) -> None:
+def test_target_and_contrast_are_the_answers_to_both_prompts(coupled: CoupledModels, steered: Steering) -> None:
     logits = [coupled.dense.run(tokens(coupled, text)[None]).logits_btv[0, -1] for text in (PROMPT, OTHER)]
     assert steered.target.id == int(logits[0].argmax())
     ranked = logits[1].topk(2).indices.tolist()
@@ -100,7 +100,7 @@ def test_random_directions_are_as_long_at_every_position() -> None:
 
 
 @torch.no_grad()
-def test_random_directions_are_carried_like_the_change(coupled: Coupling) -> None:
+def test_random_directions_are_carried_like_the_change(coupled: CoupledModels) -> None:
     steering = steer(coupled, PROMPT, ["0.mlp_act[3]=9"], strengths=(0.3, 1), draws=3, seed=4, tokens=0)
     tokens_t = tokens(coupled, PROMPT)
     plain = coupled.dense.run(tokens_t[None])
@@ -123,7 +123,7 @@ def test_random_directions_are_carried_like_the_change(coupled: Coupling) -> Non
         assert spread.mean == pytest.approx(sum(found) / 3, abs=1e-5)
 
 
-def test_without_nodes_every_one_goes_to_the_counterfactual(coupled: Coupling) -> None:
+def test_without_nodes_every_one_goes_to_the_counterfactual(coupled: CoupledModels) -> None:
     some = steer(coupled, PROMPT, ["0.v[5]"], counterfactual=OTHER, strengths=(1,), tokens=0)
     every = steer(coupled, PROMPT, counterfactual=OTHER, strengths=(1,), tokens=0)
     assert every.n_changed > 100 and every.sites == tuple(range(1, coupled.n_sites))
@@ -131,7 +131,7 @@ def test_without_nodes_every_one_goes_to_the_counterfactual(coupled: Coupling) -
     assert every.beside[-1].every_contrast is None  # the curve is that already
 
 
-def test_text_is_written_at_the_ends(coupled: Coupling, steered: Steering) -> None:
+def test_text_is_written_at_the_ends(coupled: CoupledModels, steered: Steering) -> None:
     assert [each.text is None for each in steered.curve] == [False, True, False]
     tokens_t = tokens(coupled, PROMPT)
     own = cast(Any, coupled.dense.model).generate(
@@ -142,7 +142,7 @@ def test_text_is_written_at_the_ends(coupled: Coupling, steered: Steering) -> No
     assert f"{decode(tokens_t)}{steered.curve[0].text}" == decode(own[0])  # what follows the prompt, with the space before it
 
 
-def test_refusals_are_one_line(coupled: Coupling) -> None:
+def test_refusals_are_one_line(coupled: CoupledModels) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"strengths": (1.5,)}, "strength 1.5 is not between 0 and 1"),
         ({"strengths": (float("nan"),)}, "strength nan is not between 0 and 1"),
@@ -192,7 +192,7 @@ def test_the_table_and_the_plot(steered: Steering) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(coupled: Coupling, dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(coupled: CoupledModels, dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The coupling beside its dense model, as `bridge steer` is given it."""
     folder = tmp_path_factory.mktemp("steer") / "coupling"
     bound = bridge.load_dense(str(dense_folder))
@@ -200,7 +200,7 @@ def folder(coupled: Coupling, dense_folder: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_the_command(folder: Path, coupled: Coupling, tmp_path: Path) -> None:
+def test_the_command(folder: Path, coupled: CoupledModels, tmp_path: Path) -> None:
     files = tmp_path / "plot.svg", tmp_path / "steering.json"
     options = ["--svg", files[0], "--json", files[1], "--strength", 1, "--tokens", 3, "--draws", 2]
     nodes = [word for move in CHANGES for word in ("--node", move)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bridge.explanations.explanation import ExplainError
-from bridge.models.bridges import Bridges, Coupling
+from bridge.models.bridges import Bridges, CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -32,7 +32,7 @@ OTHER_T = torch.tensor([3, 5, 8, 9, 2, 31])
 
 
 @pytest.fixture(scope="module")
-def coupled(dense: DenseModel) -> Coupling:
+def coupled(dense: DenseModel) -> CoupledModels:
     coupling = untrained(dense)
     coupling.sparse.requires_grad_(False)
     coupling.bridges.requires_grad_(False)
@@ -40,20 +40,20 @@ def coupled(dense: DenseModel) -> Coupling:
 
 
 @pytest.fixture(scope="module")
-def itself(coupled: Coupling) -> Coupling:
+def itself(coupled: CoupledModels) -> CoupledModels:
     """A coupling whose dense model is the sparse one, bridges between them changing nothing."""
     width = coupled.sparse.width
     bridges = Bridges(coupled.n_sites, width, width, 1.0).requires_grad_(False)
     for site in range(len(bridges)):
         bridges[site].decoder.weight.copy_(torch.eye(width))
-    return Coupling(cast(Any, coupled.sparse), coupled.sparse, bridges, coupled.recipe)
+    return CoupledModels(cast(Any, coupled.sparse), coupled.sparse, bridges, coupled.recipe)
 
 
-def interventions(*texts: str, coupling: Coupling) -> list[Intervention]:
+def interventions(*texts: str, coupling: CoupledModels) -> list[Intervention]:
     return [parse_intervention(text, coupling.sparse.locations()) for text in texts]
 
 
-def recorded(coupling: Coupling, tokens_t: Tensor) -> dict[str, Tensor]:
+def recorded(coupling: CoupledModels, tokens_t: Tensor) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
 
     def record(location: Location, x_btn: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def recorded(coupling: Coupling, tokens_t: Tensor) -> dict[str, Tensor]:
     return {name: x_btn[0] for name, x_btn in values.items()}
 
 
-def test_a_text_names_a_change(coupled: Coupling) -> None:
+def test_a_text_names_a_change(coupled: CoupledModels) -> None:
     sizes, node = coupled.sparse.locations(), Location(1, "mlp_act")
     assert parse_intervention("1.mlp_act[7]", sizes) == Intervention(Node(node, 7))
     assert parse_intervention(" L1.mlp_act[7]@3 ", sizes) == Intervention(Node(node, 7, 3))
@@ -86,14 +86,14 @@ def test_a_text_names_a_change(coupled: Coupling) -> None:
         ("1.mlp_act[700]", "1.mlp_act has no channel 700"),
     ],
 )
-def test_what_names_no_change_is_refused(coupled: Coupling, text: str, message: str) -> None:
+def test_what_names_no_change_is_refused(coupled: CoupledModels, text: str, message: str) -> None:
     with pytest.raises((SteerError, NodeError)) as error:
         parse_intervention(text, coupled.sparse.locations())
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @torch.no_grad()
-def test_nodes_get_the_values_they_are_told(coupled: Coupling) -> None:
+def test_nodes_get_the_values_they_are_told(coupled: CoupledModels) -> None:
     chosen = interventions(
         "0.mlp_act[3]@2=4", "0.v[5]", "1.q[1]@4+2", "0.mlp_act[3]=1", "0.mlp_act[9]=7", "0.mlp_act[9]=8", coupling=coupled
     )
@@ -116,7 +116,7 @@ def _value(values: dict[str, Tensor], name: str, position: int) -> float:
     return float(values[location][position, int(index)])
 
 
-def literal(coupled: Coupling, held: dict[str, Tensor]) -> list[Tensor]:
+def literal(coupled: CoupledModels, held: dict[str, Tensor]) -> list[Tensor]:
     """Residuals of the sparse model with whole locations held, written out sublayer by sublayer."""
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def literal(coupled: Coupling, held: dict[str, Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled: Coupling) -> None:
+def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled: CoupledModels) -> None:
     held = {name: x_tn[None] for name, x_tn in recorded(coupled, OTHER_T).items()}
     changed, plain = literal(coupled, held), coupled.sparse.run(TOKENS_T[None]).residuals
     dense, tokens_1t = coupled.dense, TOKENS_T[None]
@@ -154,7 +154,7 @@ def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled:
 
 @torch.no_grad()
 @pytest.mark.parametrize("site", [None, 3, 4])
-def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: Coupling, site: int | None) -> None:
+def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: CoupledModels, site: int | None) -> None:
     chosen = interventions("0.mlp_act[3]=4", "0.v[5]@1", "1.q[1]@4+2", "0.attn_in[2]@3=1.5", coupling=itself)
     values, other = recorded(itself, TOKENS_T), recorded(itself, OTHER_T)
 
@@ -179,7 +179,7 @@ def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: Coupling, s
 
 
 @torch.no_grad()
-def test_nodes_of_one_sublayer_are_carried_alike_either_way(coupled: Coupling) -> None:
+def test_nodes_of_one_sublayer_are_carried_alike_either_way(coupled: CoupledModels) -> None:
     chosen = interventions("0.mlp_act[3]=4", "0.mlp_in[2]@1+3", coupling=coupled)
     own, at_once = (Steerer(coupled, TOKENS_T, chosen, site=site).changes(TOKENS_T[None]) for site in (None, 2))
     assert list(own) == list(at_once) == [2]
@@ -187,7 +187,7 @@ def test_nodes_of_one_sublayer_are_carried_alike_either_way(coupled: Coupling) -
 
 
 @torch.no_grad()
-def test_it_lasts_over_text_behind_the_prompt(coupled: Coupling) -> None:
+def test_it_lasts_over_text_behind_the_prompt(coupled: CoupledModels) -> None:
     longer_1t = torch.cat([TOKENS_T, torch.tensor([11, 12, 13])])[None]
     for texts, lasts in (
         (["0.mlp_act[3]=4"], True),
@@ -204,7 +204,7 @@ def test_it_lasts_over_text_behind_the_prompt(coupled: Coupling) -> None:
 
 
 @torch.no_grad()
-def test_generation(coupled: Coupling) -> None:
+def test_generation(coupled: CoupledModels) -> None:
     dense, chosen = coupled.dense, interventions("0.mlp_act[3]=40", "1.mlp_act[1]@5=-30", coupling=coupled)
     steerer = Steerer(coupled, TOKENS_T, chosen)
     greedy_t = TOKENS_T
@@ -223,7 +223,7 @@ def test_generation(coupled: Coupling) -> None:
     assert len(steerer.generate(1.0, 100)) == CONTEXT - 6  # and no further than the context
 
 
-def test_what_cannot_be_steered_is_one_line(coupled: Coupling) -> None:
+def test_what_cannot_be_steered_is_one_line(coupled: CoupledModels) -> None:
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         ([], {}, "no node is chosen; name at least one"),
         (["0.v[5]@6=1"], {}, "L0.v[5]@6 is outside the prompt, whose tokens go from 0 to 5"),

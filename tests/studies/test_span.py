@@ -11,7 +11,7 @@ from support.span_cases import BLOCKS, span_folder, span_task  # noqa: F401
 
 from bridge.cards.card import Card
 from bridge.cards.evidence import NULLS
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.studies.result import TaskResult
 
 
@@ -29,7 +29,7 @@ def test_a_task_has_a_circuit_in_a_span(span_folder: Path, circuit: Path) -> Non
     found = TaskResult.load(circuit)
     assert found.facts.provenance["blocks"] == BLOCKS
     nodes = found.facts.opened.circuit.nodes
-    assert 0 < nodes < sum(Coupling.from_pretrained(span_folder).sparse.locations().values())
+    assert 0 < nodes < sum(CoupledModels.from_pretrained(span_folder).sparse.locations().values())
 
 
 def test_the_card_of_a_spans_circuit(span_folder: Path, span_task: Path, circuit: Path) -> None:  # noqa: F811

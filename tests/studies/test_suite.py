@@ -24,9 +24,9 @@ OPTIONS = {"budget": 0.2, "dense": False, "explains": "sparse"}
 def test_tasks_are_written_as_they_come_and_skipped_when_there(
     dense: DenseModel, task_file: Path, tmp_path: Path, bridge_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bridge.models.bridges import Coupling
+    from bridge.models.bridges import CoupledModels
 
-    subjects = Subjects.of(Coupling.from_pretrained(bridge_folder))
+    subjects = Subjects.of(CoupledModels.from_pretrained(bridge_folder))
     original, searched = suite.resolved, []
 
     def resolved(subjects: Subjects, name: str):

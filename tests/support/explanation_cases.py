@@ -6,14 +6,14 @@ import dataclasses
 
 import torch
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from tests.conftest import CONTEXT, untrained
 
 PROMPT = "w30 w31 w4 w8"
 
 
-def agreeing(dense: DenseModel, prompt: str = PROMPT) -> Coupling:
+def agreeing(dense: DenseModel, prompt: str = PROMPT) -> CoupledModels:
     """An untrained coupling that gives the dense model's answer to the prompt, by its output bias; with reference text."""
     coupling = untrained(dense)
     coupling.sparse.project(0.3)

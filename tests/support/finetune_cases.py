@@ -11,7 +11,7 @@ import peft
 import torch
 from support.models import tiny_gpt2, tiny_tokenizer, untrained
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 
 PROMPT = "w5 w9 w12 w7 w30"
@@ -57,7 +57,7 @@ def adapter_folder(folder: Path, scale: float = 0.0, name: str = "adapter", base
     return folder / name
 
 
-def gone_on(base: Coupling) -> Coupling:
+def gone_on(base: CoupledModels) -> CoupledModels:
     """A copy of a coupling, weights of its own, that says it goes on from it."""
     shape = base.recipe.sparse.model_copy(update={"start": base.path})
     recipe = base.recipe.model_copy(update={"adapts": True, "sparse": shape})

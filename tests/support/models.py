@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridge.data.task_pairs import Example
 from bridge.data.task_tokens import TokenPairs
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import resolve
@@ -49,7 +49,7 @@ def dense() -> DenseModel:
     return load_dense(tiny_gpt2(), tokenizer=tiny_tokenizer())
 
 
-def untrained(dense: DenseModel, **parts: dict) -> Coupling:
+def untrained(dense: DenseModel, **parts: dict) -> CoupledModels:
     """An untrained coupling of width 32 to a dense model, every parameter moved off its initial zero."""
     shape = {"width": 32, "head_channels": 16, "positions": "learned", "keep": 0.25}
     values = {"dense": "tiny", "sparse": shape, "sparsity": {"l0": 0.25}, "data": {"rows": 4}}
@@ -64,7 +64,7 @@ def untrained(dense: DenseModel, **parts: dict) -> Coupling:
 
 
 @pytest.fixture
-def coupling(dense: DenseModel) -> Coupling:
+def coupling(dense: DenseModel) -> CoupledModels:
     """An untrained coupling to the tiny dense model."""
     return untrained(dense)
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from bridge.display.progress import OnProgress, Phase
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.server.app import create_app
 from bridge.server.library import Library
 from bridge.server.security import Rules
@@ -35,12 +35,12 @@ PATIENCE = 60.0  # seconds after which a test gives up
 
 
 @pytest.fixture(scope="module")
-def coupled(coupling_folder: Path) -> Coupling:
-    return Coupling.from_pretrained(coupling_folder)
+def coupled(coupling_folder: Path) -> CoupledModels:
+    return CoupledModels.from_pretrained(coupling_folder)
 
 
 @pytest.fixture(scope="module")
-def explanation(coupled: Coupling) -> Explanation:
+def explanation(coupled: CoupledModels) -> Explanation:
     return explain(coupled, PROMPT)
 
 
@@ -73,7 +73,7 @@ class Held:
     def __init__(self, explanation: Explanation) -> None:
         self.explanation, self.begun, self.go, self.calls = explanation, threading.Event(), threading.Event(), 0
 
-    def __call__(self, coupling: Coupling, prompt: str, *, progress: OnProgress, **_: Any) -> Explanation:
+    def __call__(self, coupling: CoupledModels, prompt: str, *, progress: OnProgress, **_: Any) -> Explanation:
         self.calls += 1
         self.begun.set()
         started = time.monotonic()

@@ -15,7 +15,7 @@ from bridge.circuits.error_nodes import error_means
 from bridge.data.task_tokens import TokenPairs
 from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Criterion, Measure, Report
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.circuit import NodeSpace, corpus_means
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.residual import Enter
@@ -29,7 +29,7 @@ def corpus() -> Tensor:
     return torch.randint(2, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
 
 
-def copied(dense: DenseModel | None = None) -> Coupling:
+def copied(dense: DenseModel | None = None) -> CoupledModels:
     """A coupling whose sparse model computes what its dense model does, at every site."""
     dense = load_dense(tiny_gpt2(), tokenizer=tiny_tokenizer()) if dense is None else dense
     values = {
@@ -63,7 +63,7 @@ def answered(dense: DenseModel, pairs: TokenPairs) -> TokenPairs:
     )  # fmt: skip
 
 
-def circuit_of(coupling: Coupling, kept_f: Tensor | None = None, *, errors: bool = False) -> TaskCircuit:
+def circuit_of(coupling: CoupledModels, kept_f: Tensor | None = None, *, errors: bool = False) -> TaskCircuit:
     """A circuit of a coupling, found with errors at their means or without any; all nodes are kept where no mask is given."""
     means = corpus_means(coupling.sparse, corpus()) | (error_means(coupling, corpus()) if errors else {})
     space = NodeSpace(coupling.sparse.locations(), 1)
@@ -72,7 +72,7 @@ def circuit_of(coupling: Coupling, kept_f: Tensor | None = None, *, errors: bool
 
 
 def case_of(
-    coupling: Coupling, kept_f: Tensor | None = None, pairs: TokenPairs | None = None, *, errors: bool = False
+    coupling: CoupledModels, kept_f: Tensor | None = None, pairs: TokenPairs | None = None, *, errors: bool = False
 ) -> tuple[Transporter, Tensor, TokenPairs]:
     """Both models on pairs, the shortest first, and the mask of a circuit."""
     pairs = answered(coupling.dense, planted_pairs(12, lengths=(6, 5))) if pairs is None else pairs
@@ -81,12 +81,12 @@ def case_of(
     return transporter, circuit.kept_f(transporter.masked.space, torch.device("cpu")), pairs
 
 
-def some_nodes(coupling: Coupling, fraction: float = 0.4, seed: int = 0) -> Tensor:
+def some_nodes(coupling: CoupledModels, fraction: float = 0.4, seed: int = 0) -> Tensor:
     size = sum(coupling.sparse.locations().values())
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < fraction
 
 
-def dense_difference(coupling: Coupling, pairs: TokenPairs, row: int, enter: Enter | None = None) -> float:
+def dense_difference(coupling: CoupledModels, pairs: TokenPairs, row: int, enter: Enter | None = None) -> float:
     """D of one row, run by itself without its padding."""
     length = int(pairs.last_b[row]) + 1
     if enter is not None:

@@ -13,7 +13,7 @@ from support.finetune_cases import PROMPT, adapter_folder, base_folder
 from support.models import tiny_gpt2, tiny_tokenizer
 
 import bridge
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
 from bridge.training.adapt import SHARE, prepare_adapted
 
@@ -59,10 +59,10 @@ def test_the_command_adapts_and_what_it_wrote_loads_with_the_adapter(folder: Pat
     assert first.exit_code == 0 and (out / "training.json").is_file(), first.stderr
     result = run("adapt", folder / "base", "--adapter", folder / "adapter", "--out", out, "--resume")
     assert result.exit_code == 0 and "start" not in result.stdout, result.stderr  # it goes on by the recipe that was saved
-    tuned = Coupling.from_pretrained(out)
+    tuned = CoupledModels.from_pretrained(out)
     assert tuned.recipe.budget.tokens == 512 and tuned.recipe.adapts
     assert tuned.dense.fingerprint() == load_dense(folder / "dense", adapter=folder / "adapter").fingerprint()
-    base = Coupling.from_pretrained(folder / "base")
+    base = CoupledModels.from_pretrained(folder / "base")
     q = "blocks.0.q.weight"
     assert not torch.equal(tuned.sparse.get_parameter(q), base.sparse.get_parameter(q))
     for name in ("embedding", "positions", "unembedding.weight"):  # a LoRA of the blocks leaves these alone

@@ -12,7 +12,7 @@ import torch
 from support.models import CONTEXT, VOCABULARY, untrained
 from torch import Tensor
 
-from bridge.models.bridges import Bridges, Coupling
+from bridge.models.bridges import Bridges, CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
 from bridge.training.evaluate import Evaluation, evaluate
@@ -52,7 +52,7 @@ def explained(guess: Tensor, target: Tensor, first: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def sparsified(dense: DenseModel) -> Coupling:
+def sparsified(dense: DenseModel) -> CoupledModels:
     """A sparse coupling with two neurons that are certainly dead."""
     coupling = untrained(dense)
     coupling.sparse.project(0.2)
@@ -67,12 +67,12 @@ def sparsified(dense: DenseModel) -> Coupling:
 
 
 @pytest.fixture(scope="module")
-def result(sparsified: Coupling) -> Evaluation:
+def result(sparsified: CoupledModels) -> Evaluation:
     return evaluate(sparsified, TOKENS_BT)
 
 
 @pytest.fixture(scope="module")
-def truth(sparsified: Coupling) -> list[Tensor]:
+def truth(sparsified: CoupledModels) -> list[Tensor]:
     return [sparsified.dense.run(row).logits_btv for row in rows_of(TOKENS_BT)]
 
 
@@ -80,7 +80,7 @@ def close(found: float, expected: float) -> None:
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_the_models_on_their_own(sparsified: Coupling, result: Evaluation, truth: list[Tensor]) -> None:
+def test_the_models_on_their_own(sparsified: CoupledModels, result: Evaluation, truth: list[Tensor]) -> None:
     sparse = [sparsified.sparse.run(row).logits_btv for row in rows_of(TOKENS_BT)]
     close(result.ce_dense, cross_entropy(truth))
     close(result.ce_sparse, cross_entropy(sparse))
@@ -90,7 +90,7 @@ def test_the_models_on_their_own(sparsified: Coupling, result: Evaluation, truth
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_hybrids_of_a_site(sparsified: Coupling, result: Evaluation, truth: list[Tensor], site: int) -> None:
+def test_the_hybrids_of_a_site(sparsified: CoupledModels, result: Evaluation, truth: list[Tensor], site: int) -> None:
     dense, sparse, one = sparsified.dense, sparsified.sparse, sparsified.bridges[site]
     into, out, ablated = [], [], []
     mean_d = dense.run(TOKENS_BT).residuals[site].mean((0, 1))
@@ -111,7 +111,7 @@ def test_the_hybrids_of_a_site(sparsified: Coupling, result: Evaluation, truth: 
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_explained_variance_of_a_site(sparsified: Coupling, result: Evaluation, site: int) -> None:
+def test_the_explained_variance_of_a_site(sparsified: CoupledModels, result: Evaluation, site: int) -> None:
     h_btd = sparsified.dense.run(TOKENS_BT).residuals[site]
     x_bts = sparsified.sparse.run(TOKENS_BT).residuals[site]
     encoded, decoded = sparsified.bridges[site].encode(h_btd), sparsified.bridges[site].decode(x_bts)
@@ -122,7 +122,7 @@ def test_the_explained_variance_of_a_site(sparsified: Coupling, result: Evaluati
     close(row.ev_decoder_later, explained(decoded, h_btd, 1))
 
 
-def test_overall_numbers_are_means_over_sites(sparsified: Coupling, result: Evaluation, truth: list[Tensor]) -> None:
+def test_overall_numbers_are_means_over_sites(sparsified: CoupledModels, result: Evaluation, truth: list[Tensor]) -> None:
     for name in ("recovered_in", "recovered_out", "ev_encoder", "ev_decoder"):
         close(getattr(result, name), sum(getattr(row, name) for row in result.sites) / len(result.sites))
     dense, sparse = sparsified.dense.run(TOKENS_BT).residuals, sparsified.sparse.run(TOKENS_BT).residuals
@@ -132,7 +132,7 @@ def test_overall_numbers_are_means_over_sites(sparsified: Coupling, result: Eval
     assert [row.read_by for row in result.sites] == ["attn", "mlp", "attn", "mlp", "unembed"]
 
 
-def test_dead_neurons_and_nonzeros_are_counted(sparsified: Coupling, result: Evaluation) -> None:
+def test_dead_neurons_and_nonzeros_are_counted(sparsified: CoupledModels, result: Evaluation) -> None:
     active = {}
 
     def watch(location, x_btn: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_dead_neurons_and_nonzeros_are_counted(sparsified: Coupling, result: Eva
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_the_size_of_a_batch_changes_nothing(
-    sparsified: Coupling, result: Evaluation, monkeypatch: pytest.MonkeyPatch, rows: int
+    sparsified: CoupledModels, result: Evaluation, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """Five rows by 2 or 3 leave a last batch that is not full."""
     monkeypatch.setattr(module, "ROWS", rows)
@@ -195,7 +195,7 @@ def test_an_evaluation_is_finite_json(result: Evaluation) -> None:
     assert numbers and all(math.isfinite(number) for number in numbers)
 
 
-def test_progress_rises_to_one_and_no_text_is_refused(sparsified: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_rises_to_one_and_no_text_is_refused(sparsified: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 2)
     seen: list[float] = []
     evaluate(sparsified, TOKENS_BT, on_progress=lambda phase: seen.append(phase.done / phase.total))

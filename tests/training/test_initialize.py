@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
 from bridge.recipe import BRIDGED, recipe_values, resolve
 from bridge.training import copy_dense
@@ -53,7 +53,7 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def started(model: PreTrainedModel, **shape: Any) -> tuple[Coupling, Started]:
+def started(model: PreTrainedModel, **shape: Any) -> tuple[CoupledModels, Started]:
     dense = load_dense(model)
     values = {
         "dense": "tiny",
@@ -72,7 +72,7 @@ def logits(model: PreTrainedModel, tokens_bt: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def errors(coupling: Coupling, model: PreTrainedModel) -> list[float]:
+def errors(coupling: CoupledModels, model: PreTrainedModel) -> list[float]:
     """Largest logit error of the sparse model and of the hybrids at every site, on text that the start has not seen."""
     tokens_bt = tokens().flip(1)
     wanted_btv = logits(model, tokens_bt)

@@ -20,7 +20,7 @@ from support.models import CONTEXT, tiny_gpt2, tiny_tokenizer
 from support.tiny_families import tiny
 
 import bridge
-from bridge.models.bridges import Coupling, new_coupling
+from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import DenseModelError
 from bridge.models.residual import Enter
 from bridge.models.store import CheckpointError, read_folder
@@ -47,7 +47,7 @@ def values(text_file: Path, tokens: int = TOKENS, **settings: Any) -> dict[str, 
     return recipe_values(l0=0.1, data=str(text_file), tokens=tokens, settings={**SETTINGS, **settings})
 
 
-def fitted(folder: Path, text_file: Path, out: Path | None = None, **options: Any) -> tuple[Coupling, list[Progress]]:
+def fitted(folder: Path, text_file: Path, out: Path | None = None, **options: Any) -> tuple[CoupledModels, list[Progress]]:
     """A fit to a folder, and its reports."""
     settings = {**SETTINGS, **options.pop("settings", {})}
     reports: list[Progress] = []
@@ -175,7 +175,7 @@ def test_a_fit_ends_with_decoders_refitted(dense_folder: Path, text_file: Path) 
     gradient_h, _ = gradients(with_it.dense, with_it.reference_bt, asked)
     gradient_x, _ = gradients(with_it.sparse, with_it.reference_bt, asked)
 
-    def agreement(of: Coupling) -> float:
+    def agreement(of: CoupledModels) -> float:
         cosines = [
             torch.cosine_similarity((h @ (of.bridges[i].decoder.weight * of.bridges[i].scale)).flatten(), x.flatten(), 0)
             for i, (h, x) in enumerate(zip(gradient_h, gradient_x, strict=True))
@@ -235,7 +235,7 @@ def test_a_live_model_is_left_as_it_was(text_file: Path) -> None:
 
 
 def test_uncoupled_is_the_same_whatever_the_dense_weights(text_file: Path) -> None:
-    def alone(seed: int) -> Coupling:
+    def alone(seed: int) -> CoupledModels:
         return bridge.fit(
             tiny_gpt2(seed), tokenizer=tiny_tokenizer(), l0=0.1, data=str(text_file), tokens=TOKENS, settings=SETTINGS,
             uncoupled=True, device="cpu", on_progress=lambda progress: names.update(progress.losses),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import CONTEXT, VOCABULARY, untrained
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.residual import EMBEDDING, Enter
 from bridge.recipe import Losses
@@ -15,7 +15,7 @@ from bridge.training.objective import STAYS, Objective, Splice, _Target, draw_sp
 TOKENS_BT = torch.randint(0, VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(3))
 
 
-def objective(coupling: Coupling, **losses: float) -> Objective:
+def objective(coupling: CoupledModels, **losses: float) -> Objective:
     return Objective(coupling.dense, coupling.sparse, coupling.bridges, Losses(**losses))  # pyright: ignore[reportArgumentType]
 
 
@@ -59,7 +59,7 @@ def test_sampled_gradient_is_the_literal_one_in_expectation(dense: DenseModel) -
     assert ((draws.mean(0) - wrong @ probes) / error).abs().max() > 4
 
 
-def test_without_bridges_the_dense_models_answers_are_learnt_in_one_pass(coupling: Coupling) -> None:
+def test_without_bridges_the_dense_models_answers_are_learnt_in_one_pass(coupling: CoupledModels) -> None:
     """KL and CE as the literal objective has them, and no term that a bridge has part in."""
     alone = Losses().without_bridges()
     assert not alone.coupled and alone.kl == 1
@@ -70,7 +70,7 @@ def test_without_bridges_the_dense_models_answers_are_learnt_in_one_pass(couplin
     torch.testing.assert_close(terms["total"], literal["ce"] + literal["kl"])
 
 
-def test_literal_terms_are_the_sums_of_the_paper(coupling: Coupling) -> None:
+def test_literal_terms_are_the_sums_of_the_paper(coupling: CoupledModels) -> None:
     terms = objective(coupling)(TOKENS_BT, None)
     dense, sparse = coupling.dense.run(TOKENS_BT), coupling.sparse.run(TOKENS_BT)
     sites = range(coupling.n_sites)
@@ -95,7 +95,7 @@ def test_literal_terms_are_the_sums_of_the_paper(coupling: Coupling) -> None:
     torch.testing.assert_close(terms["nmse_decoder"], torch.stack(errors).mean(), rtol=1e-3, atol=1e-4)
 
 
-def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling) -> None:
+def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: CoupledModels) -> None:
     """Every row's splice, run on its own, gives what the one pass gives."""
     splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0))
     terms = objective(coupling)(TOKENS_BT, splice)
@@ -123,7 +123,7 @@ def test_sampled_terms_are_those_of_the_rows_that_carry_them(coupling: Coupling)
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_carried_gives_the_other_rows_answers(coupling: Coupling) -> None:
+def test_what_is_carried_gives_the_other_rows_answers(coupling: CoupledModels) -> None:
     """Rows from the embedding in a circle: the next one's dense residual, moved by the difference of the sparse ones."""
     splice = Splice(enter=(EMBEDDING, 1, EMBEDDING, EMBEDDING), leave=(2, STAYS, 4, 0))
     terms = objective(coupling, carried=1)(TOKENS_BT, splice)
@@ -142,7 +142,7 @@ def test_what_is_carried_gives_the_other_rows_answers(coupling: Coupling) -> Non
         torch.testing.assert_close(terms[name], without[name])
 
 
-def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: Coupling) -> None:
+def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: CoupledModels) -> None:
     splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0))
     for cut in (splice, None):
         cold, warm = (objective(coupling, temperature=t)(TOKENS_BT, cut) for t in (1.0, 3.0))
@@ -163,7 +163,7 @@ def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: C
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_shares_of_a_batch_average_to_the_whole(processes: int, coupling: Coupling) -> None:
+def test_shares_of_a_batch_average_to_the_whole(processes: int, coupling: CoupledModels) -> None:
     """Processes with a share of the rows each, and the whole batch's counts, compute what one would: values and gradients.
 
     Of four processes every one has a row that enters, or one that begins at its tokens, and none has both.
@@ -199,7 +199,7 @@ def test_sites_are_drawn_evenly() -> None:
     assert (leaves / leaves.sum() - 0.2).abs().max() < 0.02
 
 
-def test_encoder_error_trains_the_encoder_alone(coupling: Coupling) -> None:
+def test_encoder_error_trains_the_encoder_alone(coupling: CoupledModels) -> None:
     for splice in (None, draw_splice(4, coupling.n_sites, Losses(), torch.Generator().manual_seed(0))):
         module = objective(coupling, ce=0, kl=0, nmse_decoder=0, hybrid_in=0, hybrid_out=0, hybrid_both=0)
         module.zero_grad()
@@ -208,7 +208,7 @@ def test_encoder_error_trains_the_encoder_alone(coupling: Coupling) -> None:
         assert touched and all("encoder" in name for name in touched)
 
 
-def test_uncoupled_is_text_alone(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncoupled_is_text_alone(coupling: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every bridge term at zero the dense model is not run, and no bridge gets a gradient."""
     module = Objective(coupling.dense, coupling.sparse, coupling.bridges, Losses().uncoupled())
     monkeypatch.setattr(DenseModel, "run", lambda *_: pytest.fail("the dense model was run"))

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from support.models import CONTEXT, VOCABULARY
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
 from bridge.training.refit import FLOOR, KEEP, RIDGE, Question, gradients, refit_decoders
 
 TOKENS_BT = torch.randint(0, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(11))
 
 
-def question(coupling: Coupling, tokens_bt: torch.Tensor) -> Question:
+def question(coupling: CoupledModels, tokens_bt: torch.Tensor) -> Question:
     return Question.drawn(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
 
 
-def refitted(coupling: Coupling, weight: float, worst: float = math.inf) -> Coupling:
+def refitted(coupling: CoupledModels, weight: float, worst: float = math.inf) -> CoupledModels:
     other = replace(coupling, bridges=copy.deepcopy(coupling.bridges))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bridge.training.refit.WORST", worst)
@@ -32,7 +32,7 @@ def refitted(coupling: Coupling, weight: float, worst: float = math.inf) -> Coup
 
 
 @pytest.mark.parametrize("which", ["dense", "sparse"])
-def test_gradients_are_those_of_entering_at_the_site(coupling: Coupling, which: str) -> None:
+def test_gradients_are_those_of_entering_at_the_site(coupling: CoupledModels, which: str) -> None:
     """By a run of its own from every site, and by a finite difference there."""
     model = coupling.dense if which == "dense" else coupling.sparse
     asked = question(coupling, TOKENS_BT)
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_entering_at_the_site(coupling: Coupling, which: 
     torch.testing.assert_close((ends[0] - ends[1]) / 2, (found[-1] * step_btd).sum(), rtol=0.05, atol=1e-4)
 
 
-def test_a_question_asks_between_the_likeliest_answers(coupling: Coupling) -> None:
+def test_a_question_asks_between_the_likeliest_answers(coupling: CoupledModels) -> None:
     logits_btv = coupling.dense.run(TOKENS_BT).logits_btv
     asked = question(coupling, TOKENS_BT)
     best_btk = logits_btv.topk(5).indices
@@ -66,7 +66,7 @@ def test_a_question_asks_between_the_likeliest_answers(coupling: Coupling) -> No
     torch.testing.assert_close(asked.difference(logits_btv), torch.tensor(by_hand), rtol=1e-3, atol=1e-3)
 
 
-def literal(coupling: Coupling, site: int, weight: float, start_ds: torch.Tensor, w_ds: torch.Tensor) -> torch.Tensor:
+def literal(coupling: CoupledModels, site: int, weight: float, start_ds: torch.Tensor, w_ds: torch.Tensor) -> torch.Tensor:
     """The objective at a site for a linear part w_ds, from lists of tokens."""
     generator = torch.Generator().manual_seed(0)
     parts = [(tokens_bt, Question.drawn(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)]
@@ -97,7 +97,7 @@ def literal(coupling: Coupling, site: int, weight: float, start_ds: torch.Tensor
 
 
 @pytest.mark.parametrize("site", [0, 2, 4])
-def test_the_closed_form_is_the_least_of_its_objective(coupling: Coupling, site: int) -> None:
+def test_the_closed_form_is_the_least_of_its_objective(coupling: CoupledModels, site: int) -> None:
     after = refitted(coupling, 0.7)
     linear = [(some.bridges[site].decoder.weight * some.bridges[site].scale).double() for some in (coupling, after)]
     least = literal(coupling, site, 0.7, linear[0], linear[1])
@@ -111,7 +111,7 @@ def test_the_closed_form_is_the_least_of_its_objective(coupling: Coupling, site:
         assert abs(ends[0] - ends[1]) < 0.05 * (ends[0] + ends[1] - 2 * least)  # flat there
 
 
-def test_what_stays(coupling: Coupling) -> None:
+def test_what_stays(coupling: CoupledModels) -> None:
     """Encoders, the sparse model, where the mean goes; with next to no weight, everything."""
     after = refitted(coupling, 1.0)
     trace = coupling.sparse.run(TOKENS_BT)
@@ -128,7 +128,7 @@ def test_what_stays(coupling: Coupling) -> None:
         )
 
 
-def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
+def test_a_site_that_nothing_depends_on_stays(coupling: CoupledModels) -> None:
     """A sparse model that answers the same whatever comes has gradients of 0: decoders stay finite."""
     sparse = copy.deepcopy(coupling.sparse)
     for parameter in sparse.parameters():
@@ -139,7 +139,7 @@ def test_a_site_that_nothing_depends_on_stays(coupling: Coupling) -> None:
 
 
 @torch.no_grad()
-def test_a_decoder_that_would_answer_worse_stays(coupling: Coupling) -> None:
+def test_a_decoder_that_would_answer_worse_stays(coupling: CoupledModels) -> None:
     """By the hybrid's KL, taken here from the models' own logits, on either side of the bound."""
     freely = refitted(coupling, 1.0)
     truth_btv = coupling.dense.run(TOKENS_BT).logits_btv.log_softmax(-1)
@@ -148,7 +148,7 @@ def test_a_decoder_that_would_answer_worse_stays(coupling: Coupling) -> None:
     def kl(logits_btv: torch.Tensor) -> float:
         return float(F.kl_div(logits_btv.log_softmax(-1), truth_btv, reduction="sum", log_target=True))
 
-    def left(of: Coupling, site: int) -> float:
+    def left(of: CoupledModels, site: int) -> float:
         return kl(of.dense.run(TOKENS_BT, Enter.at(site, of.bridges[site].decode(plain.residuals[site]))).logits_btv)
 
     rises = [(left(freely, site) - left(coupling, site)) / kl(plain.logits_btv) for site in range(coupling.n_sites)]
@@ -161,7 +161,7 @@ def test_a_decoder_that_would_answer_worse_stays(coupling: Coupling) -> None:
             assert torch.equal(one, other), (site, rise)
 
 
-def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_may_be_taken_one_after_the_other(coupling: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a wide model, whose sums are large: the same decoders."""
     together = refitted(coupling, 1.0)
     monkeypatch.setattr("bridge.training.refit.MOST_BYTES", 1)
@@ -170,7 +170,7 @@ def test_sites_may_be_taken_one_after_the_other(coupling: Coupling, monkeypatch:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_decoders_are_those_of_the_cpu(coupling: Coupling) -> None:
+def test_on_a_gpu_the_decoders_are_those_of_the_cpu(coupling: CoupledModels) -> None:
     here = refitted(coupling, 1.0)
     there = replace(coupling, bridges=copy.deepcopy(coupling.bridges), sparse=copy.deepcopy(coupling.sparse))
     there = replace(there, dense=copy.deepcopy(coupling.dense))

@@ -15,7 +15,7 @@ from support.models import CONTEXT
 
 import bridge
 from bridge.data import stream as streams
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.training import loop as training
 from bridge.training.loop import finish, train
 from bridge.training.prepare import prepare
@@ -79,7 +79,7 @@ def compared(one: Path, other: Path) -> None:
         here, there = map(json.loads, lines)
         for term, value in here.items():
             assert term == "tokens_per_second" or there[term] == pytest.approx(value, rel=1e-4, abs=1e-6), (here["step"], term)
-    couplings: list[Coupling] = [bridge.load(folder) for folder in (one, other)]
+    couplings: list[CoupledModels] = [bridge.load(folder) for folder in (one, other)]
     parameters = ([*coupling.sparse.named_parameters(), *coupling.bridges.named_parameters()] for coupling in couplings)
     for (name, weight), (_, there_weight) in zip(*parameters, strict=True):
         torch.testing.assert_close(weight, there_weight, rtol=1e-3, atol=1e-5, msg=name)

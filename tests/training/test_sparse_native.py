@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
 from bridge.recipe import recipe_values
 from bridge.training import sparse_native as native
@@ -20,7 +20,7 @@ from bridge.training.prepare import Run, prepare
 FRACTION = 0.2
 
 
-def one_step(coupling: Coupling, optimizer: SharkfinAdamW, *, masked: bool) -> None:
+def one_step(coupling: CoupledModels, optimizer: SharkfinAdamW, *, masked: bool) -> None:
     """A step; the reference sets the gradients of zero weights to zero, and leaves them zero."""
     generator = torch.Generator().manual_seed(1)
     tokens_bt = torch.randint(2, 40, (4, 16), generator=generator)
@@ -53,7 +53,7 @@ def one_step(coupling: Coupling, optimizer: SharkfinAdamW, *, masked: bool) -> N
         optimizer.normalised = [group, *rest]
 
 
-def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupling: Coupling) -> None:
+def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupling: CoupledModels) -> None:
     coupling.sparse.shape = coupling.sparse.shape.model_copy(update={"keep": 1.0})  # a rounding may change what AbsTopK keeps
     for site in range(coupling.n_sites):
         coupling.bridges[site].keep = 1.0
@@ -71,7 +71,7 @@ def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupli
         assert torch.allclose(parameter, expected[name], rtol=1e-3, atol=1e-5), name
 
 
-def test_holding_and_releasing_changes_nothing(coupling: Coupling) -> None:
+def test_holding_and_releasing_changes_nothing(coupling: CoupledModels) -> None:
     coupling.sparse.project(FRACTION)
     before = {name: parameter.detach().clone() for name, parameter in coupling.sparse.named_parameters()}
     tokens_bt = torch.randint(2, 40, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def test_holding_and_releasing_changes_nothing(coupling: Coupling) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in coupling.sparse.named_parameters())
 
 
-def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: Coupling) -> None:
+def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: CoupledModels) -> None:
     sparse, name = coupling.sparse, "blocks.0.up.weight"
     sparse.project(FRACTION)
     weight_mn = sparse.get_parameter(name).detach().clone()
@@ -114,7 +114,7 @@ def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: Coupling) 
     assert torch.equal(moment_p, matrix.value_p * 3), "moments move with their weights"
 
 
-def test_what_min_per_neuron_protects_is_not_dropped(coupling: Coupling) -> None:
+def test_what_min_per_neuron_protects_is_not_dropped(coupling: CoupledModels) -> None:
     sparse, name = coupling.sparse, "blocks.0.up.weight"
     sparse.project(FRACTION, min_per_neuron=2)
     native.pack(sparse, name)
@@ -137,7 +137,7 @@ def values(text_file: Path, **settings: object) -> dict:
     )  # fmt: skip
 
 
-def weights_of(coupling: Coupling) -> dict[str, torch.nn.Parameter]:
+def weights_of(coupling: CoupledModels) -> dict[str, torch.nn.Parameter]:
     return dict(coupling.sparse.named_parameters()) | dict(coupling.bridges.named_parameters())
 
 
@@ -186,7 +186,7 @@ def _trained(run: Run) -> Run:
 
 
 @pytest.fixture
-def frozen(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> Coupling:
+def frozen(coupling: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> CoupledModels:
     """A sparse coupling that would use sparse products for every matrix."""
     coupling.sparse.project(FRACTION)
     coupling.sparse.requires_grad_(False)
@@ -195,7 +195,7 @@ def frozen(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> Coupling:
 
 
 @pytest.mark.parametrize("rows, length", [(1, 16), (5, 16), (3, 1)])
-def test_a_frozen_model_is_the_same_through_sparse_products(frozen: Coupling, rows: int, length: int) -> None:
+def test_a_frozen_model_is_the_same_through_sparse_products(frozen: CoupledModels, rows: int, length: int) -> None:
     tokens_bt = torch.randint(2, 40, (rows, length), generator=torch.Generator().manual_seed(0))
     enter = Enter(torch.arange(rows) % 4 - 1, torch.randn(rows, length, frozen.sparse.width))
     seen: list[list[torch.Tensor]] = []
@@ -208,7 +208,7 @@ def test_a_frozen_model_is_the_same_through_sparse_products(frozen: Coupling, ro
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_weight_that_was_changed_is_seen(frozen: Coupling) -> None:
+def test_a_weight_that_was_changed_is_seen(frozen: CoupledModels) -> None:
     tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     frozen.sparse.use_products()
     before = frozen.sparse(tokens_bt)
@@ -223,7 +223,7 @@ def test_a_weight_that_was_changed_is_seen(frozen: Coupling) -> None:
     assert not frozen.sparse.compact, "a projection packs anew"
 
 
-def test_a_copy_does_not_see_the_weights_of_the_original(frozen: Coupling) -> None:
+def test_a_copy_does_not_see_the_weights_of_the_original(frozen: CoupledModels) -> None:
     tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     weight = frozen.sparse.get_parameter("blocks.0.up.weight")
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_copy_does_not_see_the_weights_of_the_original(frozen: Coupling) -> No
     assert not torch.allclose(other(tokens_bt), before)
 
 
-def test_a_dense_gradient_can_be_asked_for(frozen: Coupling) -> None:
+def test_a_dense_gradient_can_be_asked_for(frozen: CoupledModels) -> None:
     tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     frozen.sparse.use_products()
     weight = frozen.sparse.get_parameter("blocks.0.up.weight").requires_grad_()
@@ -245,7 +245,7 @@ def test_a_dense_gradient_can_be_asked_for(frozen: Coupling) -> None:
     assert int(gradient_mn[weight == 0].count_nonzero()) > 0
 
 
-def test_generation_goes_on_by_the_models_own_logits(frozen: Coupling) -> None:
+def test_generation_goes_on_by_the_models_own_logits(frozen: CoupledModels) -> None:
     frozen.sparse.use_products()
     given_bt = torch.randint(2, 40, (2, 12), generator=torch.Generator().manual_seed(0))
     longer_bt = frozen.sparse.generate(given_bt, 8)
@@ -259,7 +259,7 @@ def test_generation_goes_on_by_the_models_own_logits(frozen: Coupling) -> None:
         frozen.sparse.generate(given_bt[:, :0], 1)
 
 
-def test_a_converted_model_goes_back_to_dense_products(frozen: Coupling) -> None:
+def test_a_converted_model_goes_back_to_dense_products(frozen: CoupledModels) -> None:
     tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     expected = frozen.sparse(tokens_bt)
     frozen.sparse.use_products()

@@ -11,7 +11,7 @@ from support.cli_cases import run
 from support.models import CONTEXT, VOCABULARY
 from support.span_cases import span_folder  # noqa: F401
 
-from bridge.models.bridges import Bridge, Coupling
+from bridge.models.bridges import Bridge, CoupledModels
 from bridge.training.loop import fit
 from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 
@@ -19,16 +19,16 @@ TOKENS_BT = torch.randint(2, VOCABULARY, (4, CONTEXT), generator=torch.Generator
 
 
 @pytest.fixture(scope="module")
-def span(span_folder: Path) -> Coupling:  # noqa: F811
-    return Coupling.from_pretrained(span_folder)
+def span(span_folder: Path) -> CoupledModels:  # noqa: F811
+    return CoupledModels.from_pretrained(span_folder)
 
 
-def ends(coupling: Coupling) -> tuple[Bridge, Bridge]:
+def ends(coupling: CoupledModels) -> tuple[Bridge, Bridge]:
     return coupling.bridges[0], coupling.bridges[coupling.n_sites - 1]
 
 
 @torch.no_grad()
-def test_shuffled_bridges_leave_a_spans_own_answers(span: Coupling) -> None:
+def test_shuffled_bridges_leave_a_spans_own_answers(span: CoupledModels) -> None:
     null = null_coupling(span, "bridges")
     torch.testing.assert_close(null.sparse.run(TOKENS_BT).logits_btv, span.sparse.run(TOKENS_BT).logits_btv)
     for site in range(span.n_sites):
@@ -38,7 +38,7 @@ def test_shuffled_bridges_leave_a_spans_own_answers(span: Coupling) -> None:
 
 
 @torch.no_grad()
-def test_ridge_bridges_of_permuted_weights_leave_its_ends(span: Coupling) -> None:
+def test_ridge_bridges_of_permuted_weights_leave_its_ends(span: CoupledModels) -> None:
     null = null_coupling(span, "weights")
     for (before, after), name in zip(zip(ends(span), ends(null), strict=True), ("encoder", "decoder"), strict=True):
         assert torch.equal(before.get_submodule(name).get_parameter("weight"), after.get_submodule(name).get_parameter("weight"))
@@ -57,9 +57,9 @@ def test_ridge_bridges_of_permuted_weights_leave_its_ends(span: Coupling) -> Non
         assert unexplained < 0.9, site
 
 
-def test_an_uncoupled_span_trains_its_ends_alone(span: Coupling, span_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_uncoupled_span_trains_its_ends_alone(span: CoupledModels, span_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     null = null_coupling(span, "uncoupled", against=tmp_path / "uncoupled", minutes=0.02)
-    fitted = Coupling.from_pretrained(tmp_path / "uncoupled", dense=span.dense)
+    fitted = CoupledModels.from_pretrained(tmp_path / "uncoupled", dense=span.dense)
     assert not fitted.recipe.losses.coupled and fitted.recipe.losses.kl and fitted.blocks == span.blocks
     with torch.no_grad():
         for site in range(span.n_sites):
@@ -87,7 +87,7 @@ def test_a_span_learns_text_alone_within_its_model(span_folder: Path) -> None:  
     assert bool(logits_btv.isfinite().all())
 
 
-def test_bridges_alone_leave_a_spans_model(span: Coupling, span_folder: Path) -> None:  # noqa: F811
+def test_bridges_alone_leave_a_spans_model(span: CoupledModels, span_folder: Path) -> None:  # noqa: F811
     """Its own ends too: what circuits were found in answers as before."""
     start = {"optimizer.rate": 0, "sparse.start": str(span_folder), "sparse.sinks": False, "sparsity.l0": 0.95}
     settings = {**start, "data.rows": 4, "data.context": CONTEXT}
@@ -100,7 +100,7 @@ def test_bridges_alone_leave_a_spans_model(span: Coupling, span_folder: Path) ->
 
 def test_the_command_runs_them_on_prompts(span_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "span"
-    Coupling.from_pretrained(span_folder).save_pretrained(folder)
+    CoupledModels.from_pretrained(span_folder).save_pretrained(folder)
     result = run("nulls", folder, "--prompts", 2, "--against", tmp_path / "uncoupled", "--minutes", 0.02)
     assert result.exit_code == 0, result.output
     kept = json.loads((folder / "nulls.json").read_text())["prompts"]["nulls"]

@@ -18,7 +18,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested
 from bridge.evidence.measures import Control, Report
 from bridge.evidence.patching import Counterfactual
-from bridge.models.bridges import Coupling
+from bridge.models.bridges import CoupledModels
 from bridge.verdicts import nulls as nulls_module
 from bridge.verdicts.null_couplings import NULL_NAMES, NullError, null_coupling
 from bridge.verdicts.null_table import FILE, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
@@ -36,11 +36,11 @@ def prompt(seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def loaded(coupling_folder: Path) -> Coupling:
-    return Coupling.from_pretrained(coupling_folder)
+def loaded(coupling_folder: Path) -> CoupledModels:
+    return CoupledModels.from_pretrained(coupling_folder)
 
 
-def gathered(coupling: Coupling, counterfactual: bool) -> tuple[Evidence, CircuitLoss]:
+def gathered(coupling: CoupledModels, counterfactual: bool) -> tuple[Evidence, CircuitLoss]:
     tokens_t, other_t = prompt(1), prompt(2)
     last_b = torch.tensor([LENGTH - 1])
     followed = follow(coupling, tokens_t[None], last_b)
@@ -55,7 +55,7 @@ def gathered(coupling: Coupling, counterfactual: bool) -> tuple[Evidence, Circui
     return gather(coupling, loss, nested, followed, groups, other, config=CONFIG, seed=5), loss
 
 
-def test_evidence_is_whole_and_repeats_itself(loaded: Coupling) -> None:
+def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
     evidence, loss = gathered(loaded, True)
     again, _ = gathered(loaded, True)
     assert evidence.report == again.report and evidence.group_dense_effects == again.group_dense_effects
@@ -73,7 +73,7 @@ def test_evidence_is_whole_and_repeats_itself(loaded: Coupling) -> None:
 
 
 @pytest.fixture(scope="module")
-def template(loaded: Coupling) -> Report:
+def template(loaded: CoupledModels) -> Report:
     return gathered(loaded, True)[0].report
 
 
@@ -119,7 +119,7 @@ def test_the_table_gives_every_verdict(template: Report, values: dict[str, float
 
 
 def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
-    loaded: Coupling, coupling_folder: Path, tmp_path: Path
+    loaded: CoupledModels, coupling_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(coupling_folder, folder)
@@ -138,7 +138,9 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
     assert "in no folder" not in stored_prompt_nulls(replace(loaded, path=None), rules)[1]
 
 
-def test_nulls_are_judged_alike(loaded: Coupling, coupling_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nulls_are_judged_alike(
+    loaded: CoupledModels, coupling_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(coupling_folder, folder)
     coupling = replace(loaded, path=str(folder))
@@ -159,13 +161,13 @@ def test_nulls_are_judged_alike(loaded: Coupling, coupling_folder: Path, tmp_pat
     assert not torch.equal(bridges.bridges[1].decoder.weight, coupling.bridges[1].decoder.weight)
 
 
-def test_one_prompt_is_judged_by_search_and_evidence(loaded: Coupling) -> None:
+def test_one_prompt_is_judged_by_search_and_evidence(loaded: CoupledModels) -> None:
     verdict, _ = judged(loaded, prompt(1), prompt_means(loaded), SEARCH, CONFIG)
     assert verdict in ("no explanation", "refuted", "behavioural", "representational", "undecided")
     assert judged(loaded, prompt(1), prompt_means(loaded), replace(SEARCH, least_span=1e6), CONFIG) == ("no explanation", None)
 
 
-def test_a_null_says_what_it_lacks(loaded: Coupling) -> None:
+def test_a_null_says_what_it_lacks(loaded: CoupledModels) -> None:
     assert NULL_NAMES == ("uncoupled", "bridges", "weights")
     with pytest.raises(NullError, match="name one with against="):
         null_coupling(loaded, "uncoupled")
