@@ -123,13 +123,13 @@ class Library:
 
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
-        """The facts in a coupling's own JSON: dense, l0, width, sublayers, context, vocabulary. Raises CheckpointError."""
+        """The facts in a coupling's own JSON, those of a `CouplingEntry`. Raises CheckpointError."""
         facts = _read(folder / "coupling.json")
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
             return {
                 "dense": Path(dense["name"]).name if dense.get("beside") else str(dense["name"]),
-                "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
+                "blocks": recipe.sparse.blocks, "l0": recipe.sparsity.l0, "width": recipe.sparse.width,
                 "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
             }  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:

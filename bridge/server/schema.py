@@ -49,6 +49,7 @@ class CouplingEntry(BaseModel):
     default: bool = Field(description="Whether it is used where none is named.")
     loaded: bool = Field(description="Whether it is in memory.")
     dense: str | None = Field(default=None, description="The dense model it explains.")
+    blocks: str | None = Field(default=None, description="Its blocks that are coupled, as a slice; none given: all.")
     l0: float | None = Field(default=None, description="Nonzero weights: below 1 a fraction, from 1 on their number.")
     width: int | None = Field(default=None, description="Residual width of the sparse model.")
     sublayers: int | None = None

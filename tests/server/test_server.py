@@ -105,6 +105,7 @@ def test_a_prompt_is_explained_as_in_python(root: Path, coupled: CoupledModels) 
 def test_a_prompt_is_explained_by_a_span(span_folder: Path) -> None:  # noqa: F811
     with client_of(Library([span_folder.parent])) as client:
         (listed,) = client.get("/api/couplings").json()
+        assert listed["blocks"] == BLOCKS
         values = over(client, ask(client, bridge=listed["name"]))
         assert (values["status"], values["error"]) == ("done", None)
         assert values["explanation"]["provenance"]["blocks"] == BLOCKS
