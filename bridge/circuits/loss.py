@@ -111,6 +111,12 @@ class CircuitLoss(Generic[M]):
         """Copy with the supersets, and the config, of another seed."""
         return CircuitLoss(self.masked, self.model_bv, replace(self.config, seed=seed))
 
+    def with_supersets(self, times: int) -> CircuitLoss[M]:
+        """Copy with so many times the supersets, other ones."""
+        config = self.config
+        other = replace(config, densities=tuple(np.repeat(config.densities, times).tolist()), seed=config.seed + 1_000)
+        return CircuitLoss(self.masked, self.model_bv, other)
+
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 
     def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +164,10 @@ class CircuitLoss(Generic[M]):
     def complement(self, kept_cf: Tensor) -> Tensor:
         """The masks with a circuit deleted: every other node kept, all errors at their means."""
         return ~kept_cf & self.nodes_f
+
+    def left_by(self, kept_f: Tensor) -> float:
+        """The share of the span that is left where a circuit is deleted, the mean over the prompts."""
+        return float(self.left(self.logits(self.complement(kept_f[None]))).mean())
 
     def off(self, logits_rv: Tensor, level: Level) -> Tensor:
         """off_c of circuits alone, in multiples of what the level allows."""

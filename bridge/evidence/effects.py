@@ -137,11 +137,14 @@ def _repeats(dense_pb: np.ndarray) -> float | None:
 
 
 def mean_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, from 1; tied values share their mean rank. As `scipy.stats.rankdata`, which takes .4 s to import."""
+    """Ranks along the last axis, from 1; tied values share their mean rank.
+
+    As `scipy.stats.rankdata`, which takes .4 s to import.
+    """
     values = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))
     ordered = values.sort(-1).values
     below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    return ((below + up_to + 1) / 2).numpy().astype(np.float64)
+    return ((below + up_to + 1).double() / 2).numpy()
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -73,6 +73,28 @@ def test_supersets_are_held_to_their_spread_over_prompts_as_well(loss: CircuitLo
     assert loss.worst(kept_f, level) == pytest.approx(float(max(alone, *bounds)), rel=1e-3)
 
 
+def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) -> None:
+    pairs, (kept_f, _) = planted_pairs(4, (4, 6)).both(), random_masks(loss)
+    without, nothing, whole = (
+        pairs.difference(literal_logits(loss, mask_f)).mean()
+        for mask_f in (~kept_f, torch.zeros_like(kept_f), torch.ones_like(kept_f))
+    )
+    assert loss.left_by(kept_f) == pytest.approx(float((without - nothing) / (whole - nothing)), abs=1e-4)
+
+
+def test_a_prompts_circuit_is_held_to_supersets_that_its_search_has_not_seen(dense: DenseModel) -> None:
+    sparse, question = untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(1, (6,)))
+    masked = MaskedModel(sparse, question, corpus_means(sparse, corpus()))
+    loss = CircuitLoss(masked, masked.logits(torch.ones(1, masked.space.size, dtype=torch.bool)), CONFIG)
+    unseen = loss.with_supersets(6)
+    assert len(unseen.superset_uf) == 6 * len(loss.superset_uf)
+    assert not any(torch.equal(one_f, other_f) for one_f in unseen.superset_uf for other_f in loss.superset_uf)
+    nested = find_nested(loss)
+    opened_f = nested.kept(CONFIG.opening)
+    assert 0 < int(opened_f.sum()) < masked.space.size
+    assert unseen.worst(opened_f, nested.levels[CONFIG.opening]) <= 1.5
+
+
 def test_the_same_prompt_twice_is_measured_as_once(dense: DenseModel) -> None:
     sparse, question = planted_sparse(dense, decoys=4), Question.of_pairs(planted_pairs(1))
     once, twice = loss_of(sparse, question), loss_of(sparse, question.rows(torch.tensor([0, 0])))
