@@ -149,7 +149,8 @@ def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     for layer in sorted({node.location.layer for node in nodes}):
         q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
         pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
-        change_thc = flow.change[v].unflatten(-1, (-1, flow.sparse.channels))
+        change_htc = flow.sparse.shared(flow.sparse.heads(layer, flow.change[v][None], rotate=False))[0]
+        change_thc = change_htc.transpose(0, 1)
         for node in nodes:
             if node.location == out and node.position is not None:
                 write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])

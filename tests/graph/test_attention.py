@@ -12,9 +12,11 @@ from support.circuits_attribution_cases import Frozen, edges_of, masked_model, s
 from torch import Tensor
 
 from bridge.graph import attention as module
-from bridge.graph.attention import Attention, ExplainedHead, explain_attention
+from bridge.graph.attention import Attention, ExplainedHead, explain_attention, read_by
 from bridge.graph.flow import Flow, flow_through
+from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
+from bridge.recipe import BlockShape
 
 
 def random_flow(sparse: SparseTransformer, density: float = 0.7) -> Flow:
@@ -149,6 +151,31 @@ def test_what_is_moved_is_the_sum_of_value_edges() -> None:
     for head in heads:
         for read in head.reads:
             assert read.effect == pytest.approx(sum(term.effect for term in read.moved), abs=1e-9)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_what_nodes_read_from_a_position_is_moved_by_every_query_head(kv_heads: int | None) -> None:
+    sparse = model(block=BlockShape(heads=4, kv_heads=kv_heads))
+    flow = random_flow(sparse)
+    at = {kind: Location(1, kind) for kind in ("q", "k", "v", "attn_out")}
+    size_tn = flow.gradient[at["attn_out"]].abs()
+    nodes = [Node(at["attn_out"], int(size_tn[position].argmax()), position) for position in (2, 5)]
+    values, channels = nodes_of(flow), sparse.channels
+    change_tn = values[at["v"]] - flow.masked.means[at["v"]]
+    weight_mn = sparse.get_parameter("blocks.1.o.weight")
+    expected = [0.0] * len(flow.tokens_t)
+    for node in nodes:
+        assert node.position is not None
+        gradient = float(flow.gradient[at["attn_out"]][node.position, node.index])
+        for head in range(sparse.heads_of_queries):
+            group = head // sparse.group
+            k_tn = values[at["k"]][:, group * channels : (group + 1) * channels].repeat(1, sparse.heads_of_queries)
+            for position, read in enumerate(pattern(sparse, 1, values[at["q"]], k_tn, head, node.position)):
+                for channel in range(channels):
+                    moved = float(change_tn[position, group * channels + channel])
+                    expected[position] += read * moved * float(weight_mn[node.index, head * channels + channel]) * gradient
+    assert max(map(abs, expected)) > 1e-4
+    assert read_by(flow, nodes).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 def test_only_the_heads_that_matter_most_are_told() -> None:
