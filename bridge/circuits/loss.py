@@ -111,12 +111,6 @@ class CircuitLoss(Generic[M]):
         """Copy with the supersets, and the config, of another seed."""
         return CircuitLoss(self.masked, self.model_bv, replace(self.config, seed=seed))
 
-    def with_supersets(self, times: int) -> CircuitLoss[M]:
-        """Copy with so many times the supersets, other ones."""
-        config = self.config
-        other = replace(config, densities=tuple(np.repeat(config.densities, times).tolist()), seed=config.seed + 1_000)
-        return CircuitLoss(self.masked, self.model_bv, other)
-
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 
     def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,7 @@ The level that the explanation opens at comes first; those above it add to its c
 4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
 5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
               as the bounds allow.
-6. check      Where the circuit that is read is far beyond the bounds in supersets that the steps before have not seen, nodes are
-              added and deleted again within the bounds of these.
-7. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
+6. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
               they are few and the circuit with them is within the bounds, and what they make superfluous is deleted.
 
 Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept.
@@ -58,7 +56,6 @@ _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
 _BACKUP = 60, 0.25  # nodes that may be added for necessity: so many, or that share of a larger circuit
-_UNSEEN, _BEYOND = 6, 1.5  # times the densities of a search, by seeds of their own; times what a level allows
 _DELETED = 24_000  # tokens of masked copies in which nodes are deleted alone; of more nodes, those that seem to matter least
 
 
@@ -190,9 +187,7 @@ class _Search:
             return self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
         kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
-        kept_f = self._deleted(core_f, kept_f, level)
-        search, kept_f = self._checked(core_f, kept_f, level) if level == self.levels[self.opening] else (self, kept_f)
-        return search._necessary(core_f, kept_f, level)
+        return self._necessary(core_f, self._deleted(core_f, kept_f, level), level)
 
     def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, before: _Descent) -> _Descent:
         """A descent begun with the nodes that about do, best ranked first.
@@ -321,19 +316,6 @@ class _Search:
         node_k = (with_backup_f & ~core_f).nonzero().flatten()
         order_f[node_k] = self._off_without(with_backup_f, node_k)
         return self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, with_backup_f, necessary=True)
-
-    def _checked(self, core_f: Tensor, kept_f: Tensor, level: Level) -> tuple[_Search, Tensor]:
-        """The circuit, held to supersets that its search has not seen where it is far beyond bounds in these; who holds it."""
-        if len(self.loss.model_b) > 1:  # of several prompts there are many supersets anyway
-            return self, kept_f
-        unseen = self.loss.with_supersets(_UNSEEN)
-        if unseen.worst(kept_f, level) <= _BEYOND:
-            return self, kept_f
-        other = _Search(unseen, unseen, self.progress, self.levels)
-        kept_f, within = other._added(kept_f, level)
-        if not within:
-            return other, other._minimised(kept_f, other._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
-        return other, other._deleted(core_f, kept_f, level)
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""

@@ -82,19 +82,6 @@ def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) ->
     assert loss.left_by(kept_f) == pytest.approx(float((without - nothing) / (whole - nothing)), abs=1e-4)
 
 
-def test_a_prompts_circuit_is_held_to_supersets_that_its_search_has_not_seen(dense: DenseModel) -> None:
-    sparse, question = untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(1, (6,)))
-    masked = MaskedModel(sparse, question, corpus_means(sparse, corpus()))
-    loss = CircuitLoss(masked, masked.logits(torch.ones(1, masked.space.size, dtype=torch.bool)), CONFIG)
-    unseen = loss.with_supersets(6)
-    assert len(unseen.superset_uf) == 6 * len(loss.superset_uf)
-    assert not any(torch.equal(one_f, other_f) for one_f in unseen.superset_uf for other_f in loss.superset_uf)
-    nested = find_nested(loss)
-    opened_f = nested.kept(CONFIG.opening)
-    assert 0 < int(opened_f.sum()) < masked.space.size
-    assert unseen.worst(opened_f, nested.levels[CONFIG.opening]) <= 1.5
-
-
 def test_the_same_prompt_twice_is_measured_as_once(dense: DenseModel) -> None:
     sparse, question = planted_sparse(dense, decoys=4), Question.of_pairs(planted_pairs(1))
     once, twice = loss_of(sparse, question), loss_of(sparse, question.rows(torch.tensor([0, 0])))
