@@ -46,7 +46,7 @@ from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.verdicts.null_couplings import permuted_weights
 from bridge.verdicts.task_search import SOLVED, gather_task
 
-RULES = 8  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
+RULES = 9  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
 NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own
 Explains = Literal["dense", "sparse"]
 
