@@ -300,7 +300,9 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
-        self.accelerator.end_training()
+        # not `end_training`, which also destroys the group of processes: what was trained still holds it, and its end would hang
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _step_of(line: str) -> float:
