@@ -159,9 +159,9 @@ class CircuitLoss(Generic[M]):
         """The masks with a circuit deleted: every other node kept, all errors at their means."""
         return ~kept_cf & self.nodes_f
 
-    def left_by(self, kept_f: Tensor) -> float:
-        """The share of the span that is left where a circuit is deleted, the mean over the prompts."""
-        return float(self.left(self.logits(self.complement(kept_f[None]))).mean())
+    def left_by(self, kept_cf: Tensor) -> Tensor:
+        """left_c, the share of the span that is left where each circuit is deleted; of several prompts the mean."""
+        return self._by_circuit(self.left(self.logits(self.complement(kept_cf)))).mean(1)
 
     def off(self, logits_rv: Tensor, level: Level) -> Tensor:
         """off_c of circuits alone, in multiples of what the level allows."""

@@ -26,8 +26,7 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     whole_f, allowed = loss.complement(kept_f), loss.config.left
 
     def left(order_k: Tensor, sizes: list[int]) -> list[float]:
-        masks = torch.stack([whole_f.index_fill(0, order_k[:size], False) for size in sizes])
-        return loss.left(loss.logits(masks)).view(len(masks), -1).mean(1).tolist()
+        return loss.left_by(torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])).tolist()
 
     none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
     if left(none_k, [0])[0] <= allowed:

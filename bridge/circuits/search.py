@@ -286,23 +286,28 @@ class _Search:
         return kept_f, off <= 1
 
     def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
-        """The circuit less the nodes outside its core that are missed least when they are deleted alone."""
+        """The circuit less the nodes outside its core that are missed least, in some sweeps."""
         for _ in range(self.config.sweeps):
-            node_k = (kept_f & ~core_f).nonzero().flatten()
-            most = _DELETED // self.masked.n_tokens
-            if not 0 < len(node_k) <= 16 * most:
-                break
-            if len(node_k) > most:
-                gradient_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
-                tried_k = node_k[gradient_k.topk(most, largest=False).indices]
-            else:
-                tried_k = node_k
-            order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
-            order_f[tried_k] = self._off_without(kept_f, tried_k)
-            kept_f = self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, kept_f)
-            if int((kept_f & ~core_f).sum()) > 0.97 * len(node_k):
+            before = int((kept_f & ~core_f).sum())
+            kept_f = self._swept(core_f, kept_f, level)
+            if not before or int((kept_f & ~core_f).sum()) > 0.97 * before:
                 break
         return kept_f
+
+    def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = False) -> Tensor:
+        """The circuit less the nodes outside its core that are missed least when they are deleted alone; of very many, itself."""
+        node_k = (kept_f & ~core_f).nonzero().flatten()
+        most = _DELETED // self.masked.n_tokens
+        if not 0 < len(node_k) <= 16 * most:
+            return kept_f
+        if len(node_k) > most:
+            gradient_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
+            tried_k = node_k[gradient_k.topk(most, largest=False).indices]
+        else:
+            tried_k = node_k
+        order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
+        order_f[tried_k] = self._off_without(kept_f, tried_k)
+        return self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, kept_f, necessary)
 
     def _necessary(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """The circuit with the nodes that keep up the answer when it is ablated, if few and within the bounds."""
@@ -312,10 +317,7 @@ class _Search:
         with_backup_f = kept_f.index_fill(0, backup_k, True)
         if not self.loss.within(with_backup_f, level):
             return kept_f
-        order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
-        node_k = (with_backup_f & ~core_f).nonzero().flatten()
-        order_f[node_k] = self._off_without(with_backup_f, node_k)
-        return self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, with_backup_f, necessary=True)
+        return self._swept(core_f, with_backup_f, level, necessary=True)
 
     def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
         """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""
@@ -339,7 +341,7 @@ class _Search:
         size, factor = min(max(1, guess), high - 1), 1.6
         while high - low > max(1, high // 25):
             kept_f = core_f.index_fill(0, order_k[:size], True)
-            if self.loss.within(kept_f, level) and not (necessary and self.loss.left_by(kept_f) > self.config.left):
+            if self.loss.within(kept_f, level) and not (necessary and float(self.loss.left_by(kept_f[None])) > self.config.left):
                 high = size
             else:
                 low = size

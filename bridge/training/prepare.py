@@ -231,9 +231,10 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
 def seconds_a_step(run: Run) -> float:
     """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
     coupling, recipe, sparse = run.coupling, run.coupling.recipe, run.coupling.sparse
+    assert recipe.data.rows is not None
     pieces = run.pieces
     rows = pieces[0].stop - pieces[0].start
-    tokens_bt = run.blocks.batch(0, rows, recipe.seed).to(coupling.dense.device)
+    tokens_bt = run.blocks.batch(0, recipe.data.rows, recipe.seed)[pieces[0]].to(coupling.dense.device)
     splice = None
     if recipe.losses.splice == "sampled" and recipe.losses.coupled:
         splice = draw_splice(rows, coupling.n_sites, recipe.losses, torch.Generator().manual_seed(recipe.seed))

@@ -58,9 +58,7 @@ def alike(tensor: Tensor, shards: Tensor) -> Tensor:
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
     """A context in which a module's parameters are whole; what is then changed in them is kept, in their shards."""
-    places = [(one, name, p) for one in module.modules() for name, p in one._parameters.items() if isinstance(p, DTensor)]
-    for one, name, p in places:
-        one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
+    places = gather(module)
     try:
         yield
     finally:
@@ -72,9 +70,11 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             one._parameters[name] = p
 
 
-def gather(module: nn.Module) -> None:
-    """Make a module's parameters whole for good, in place."""
-    for one in module.modules():
-        for name, p in one._parameters.items():
-            if isinstance(p, DTensor):
-                one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
+def gather(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Make a module's parameters whole, in place, and return where those stood that were in shards, and the shards."""
+    places: list[tuple[nn.Module, str, nn.Parameter]] = [
+        (one, name, p) for one in module.modules() for name, p in one._parameters.items() if isinstance(p, DTensor)
+    ]
+    for one, name, p in places:
+        one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
+    return places

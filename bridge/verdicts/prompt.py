@@ -179,8 +179,7 @@ def _sufficient(
 
 def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
     """The span that the sparse model loses without the circuit, and where it has a backup, without that as well."""
-    without_rf = torch.stack([loss.complement(kept_f), loss.complement(kept_f).index_fill(0, backup_k, False)])
-    alone, with_backup = (1 - loss.left(loss.masked.logits(without_rf))).tolist()
+    alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
     note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)
 

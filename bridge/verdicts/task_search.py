@@ -142,8 +142,7 @@ def _controls(
         return [], []
     matched_cf, count = matched(test.masked, kept_f, draws, generator), len(test.model_b)
     miss_c = test.miss(test.logits(matched_cf)).view(-1, count).mean(1)
-    left_c = test.left(test.logits(test.complement(matched_cf))).view(-1, count).mean(1)
-    return (1 - miss_c.abs()).tolist(), (1 - left_c).tolist()
+    return (1 - miss_c.abs()).tolist(), (1 - test.left_by(matched_cf)).tolist()
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:

@@ -79,7 +79,7 @@ def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) ->
         pairs.difference(literal_logits(loss, mask_f)).mean()
         for mask_f in (~kept_f, torch.zeros_like(kept_f), torch.ones_like(kept_f))
     )
-    assert loss.left_by(kept_f) == pytest.approx(float((without - nothing) / (whole - nothing)), abs=1e-4)
+    assert float(loss.left_by(kept_f[None])) == pytest.approx(float((without - nothing) / (whole - nothing)), abs=1e-4)
 
 
 def test_the_same_prompt_twice_is_measured_as_once(dense: DenseModel) -> None:
