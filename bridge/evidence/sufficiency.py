@@ -74,14 +74,14 @@ class Backup:
 
 
 def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
-    """Every nested circuit measured; of the two largest few supersets are drawn, and the adversary is sent to the opening one."""
-    opening, large = loss.config.opening, len(nested.levels) - _LARGE
+    """Every nested circuit measured, but for the adversary; of the two largest few supersets are drawn."""
+    large = len(nested.levels) - _LARGE
     measured = []
     for place, level in enumerate(nested.levels):
-        kept_f = nested.kept(place)
-        superset_uf = superset_draws(loss, _DRAWS if place < large or place == opening else _DRAWS_LARGE, seed + place)
-        lowest = float(adversary(loss, kept_f[None])[0]) if place == opening else None  # half of the time that evidence takes
-        measured.append(measure_circuit(loss, kept_f, superset_uf, level.faithfulness, lowest, nested.off[place] <= 1))
+        draws = _DRAWS if place < large or place == loss.config.opening else _DRAWS_LARGE
+        superset_uf = superset_draws(loss, draws, seed + place)
+        within = nested.off[place] <= 1
+        measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, None, within))
     return tuple(measured)
 
 

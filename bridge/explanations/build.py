@@ -8,7 +8,8 @@
     edges       `graph/flow`: what flows through the opening circuit; the edges that it needs (`graph/edge_pruning`);
                 attention: what its heads read, why, and what that does
     groups      `graph/groups`: nodes that do one job, as one
-    evidence    `verdicts/prompt`: every circuit alone, in supersets, deleted; the opening one and its groups in the dense model
+    evidence    `evidence/sufficiency`: every circuit alone, in supersets, deleted; by which `verdicts/prompt` says which one is
+                drawn; that one and its groups in the dense model
 
 Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the opening circuit, before the
 slower evidence.
@@ -33,6 +34,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested, find_nested
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.patching import Counterfactual
+from bridge.evidence.sufficiency import measure_nested
 from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.parts import (
     Answer,
@@ -61,7 +63,7 @@ from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
 from bridge.nodes.description import node_labels
 from bridge.nodes.statistics import sparse_fingerprint
-from bridge.verdicts.prompt import gather
+from bridge.verdicts.prompt import gather, opening_of
 
 MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
 MOST_EDGES = 5000  # and edges, the strongest ones
@@ -117,19 +119,25 @@ def explain(
         on_stage(answered)
         on_progress(Phase("search"))
         nested = find_nested(loss, on_progress) if abs(loss.span) >= config.least_span else _none_found(loss)
-        kept_f = nested.kept(config.opening)
+        on_progress(Phase("circuits: alone, in supersets, deleted"))
+        circuits = measure_nested(loss, nested, seed)
+        opening = opening_of(circuits, config.opening)
+        kept_f = nested.kept(opening)
         on_progress(Phase("edges"))
         flow = flow_through(masked, kept_f)
         edges = draw_edges(flow, MOST_SUMMED, on_progress)
-        pruned = prune_edges(loss, flow, edges, nested.levels[config.opening], seed)
+        pruned = prune_edges(loss, flow, edges, nested.levels[opening], seed)
         on_progress(Phase("groups"))
         groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
-        drawn = _drawn(coupling, loss, nested, flow, edges, pruned, groups)
+        drawn = _drawn(coupling, loss, nested, opening, flow, edges, pruned, groups)
         on_stage(drawn)
         on_progress(Phase("attention"))
         attention = explain_attention(flow)
         scores = replacement_and_completeness(masked, kept_f)
-        evidence = gather(coupling, loss, nested, followed, _masks(masked, groups), patched_to, seed=seed, progress=on_progress)
+        evidence = gather(
+            coupling, loss, nested, circuits, opening, followed, _masks(masked, groups), patched_to, seed=seed,
+            progress=on_progress,
+        )  # fmt: skip
     return Explanation(
         **vars(answered),
         report=evidence.report,
@@ -225,15 +233,16 @@ def _drawn(
     coupling: CoupledModels,
     loss: CircuitLoss,
     nested: Nested,
+    opening: int,
     flow: Flow,
     edges: Edges,
     pruned: PrunedEdges,
     groups: tuple[Group, ...],
 ) -> Drawn:
-    masked, opening = loss.masked, loss.config.opening
+    masked = loss.masked
     all_f = torch.ones_like(flow.kept_f)
     active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
-    nodes, labels = _nodes(coupling, loss, nested, groups)
+    nodes, labels = _nodes(coupling, loss, nested, opening, groups)
     drawn = pruned.edges
     entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
     ablated = ablate_groups(flow, groups)
@@ -268,11 +277,10 @@ def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
 
 
 def _nodes(
-    coupling: CoupledModels, loss: CircuitLoss, nested: Nested, groups: tuple[Group, ...]
+    coupling: CoupledModels, loss: CircuitLoss, nested: Nested, opening: int, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
     """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
-    masked, opening = loss.masked, loss.config.opening
-    kept_f = nested.kept(opening)
+    masked, kept_f = loss.masked, nested.kept(opening)
     above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))
     if not bool(above_f.any()):
         return (), {}

@@ -119,8 +119,10 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
     errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
     alone = counts.edges_faithfulness
     pruned = "" if alone is None else f" (of {counts.edges_before:,}; F {alone:.3f} with these edges alone)"
+    asked = explanation.config.opens_at
+    instead = "" if circuit.asked == asked else f", since that at F {asked:g} does not hold in random supersets"
     legend = (
-        f"{missed}> is drawn here: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
+        f"{missed}> is drawn here{instead}: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights{pruned}, in {len(explanation.groups):,} groups. "
         f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."

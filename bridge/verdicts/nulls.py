@@ -20,11 +20,12 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.display.columns import columns
 from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.evidence.sufficiency import measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
 from bridge.verdicts.null_table import PromptNull, keep_nulls, rules_of
-from bridge.verdicts.prompt import EvidenceConfig, gather
+from bridge.verdicts.prompt import EvidenceConfig, gather, opening_of
 
 LENGTHS = 8, 24  # tokens of a prompt
 
@@ -64,7 +65,10 @@ def judged(
     loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
     if abs(loss.span) < search.least_span:
         return "no explanation", None
-    report = gather(coupling, loss, find_nested(loss), followed, config=config, seed=seed).report
+    nested = find_nested(loss)
+    circuits = measure_nested(loss, nested, seed)
+    opening = opening_of(circuits, search.opening, config)
+    report = gather(coupling, loss, nested, circuits, opening, followed, config=config, seed=seed).report
     return report.verdict, report["dense_ratio"].value
 
 

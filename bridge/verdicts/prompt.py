@@ -8,7 +8,9 @@
     mechanistic support  also: with it (and its backup, if any) ablated the answer is lost; single nodes' effects rank alike in
                          both models; patching, where a counterfactual is given, transports; and the coupling's nulls fail
 
-`gather` measures, in the order of the table; every measure stands beside its control. What each is, its module says.
+`gather` measures, in the order of the table; every measure stands beside its control. What each is, its module says. The
+circuit that is drawn and judged is that of the level which the search opens at; where that one does not hold in random
+supersets and the next does, and is not much larger, it is the next (`opening_of`).
 
 Shape legend: c circuit, f all nodes in one row.
 """
@@ -16,7 +18,7 @@ Shape legend: c circuit, f all nodes in one row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -33,7 +35,7 @@ from bridge.evidence.deletion import Deletions, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
-from bridge.evidence.sufficiency import Backup, NestedCircuit, measure_nested, strongest
+from bridge.evidence.sufficiency import Backup, NestedCircuit, adversary, strongest
 from bridge.models.bridges import CoupledModels
 from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nulls
 
@@ -45,6 +47,7 @@ class EvidenceConfig:
     most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
     superset_mean: float = 0.8  # the search holds the rms of six supersets to 2 (1 - F); twenty others scatter about that
     superset_worst: float = 0.4  # and the worst of the six to 3.5 (1 - F): the worst of twenty is further out
+    next_size: float = 4.0  # times the circuit that does not hold: up to there the next one is drawn instead
     matched: float = 0.1  # of faithfulness, in the median: other active nodes of the same places are to do nothing
     behind: float = 1 / 3  # of the sparse loss, that a change must make for its site to count: elsewhere 0 is divided by 0
     # dense over sparse loss at its least. Shuffled bridges reach .20 where circuits are taken without errors (14 prompts),
@@ -100,11 +103,30 @@ class Evidence:
     group_dense_effects: tuple[float, ...]
 
 
+def opening_of(circuits: Sequence[NestedCircuit], asked: int, config: EvidenceConfig | None = None) -> int:
+    """The place of the circuit to draw and judge: that which was asked for, or where it does not hold, the next if that does.
+
+    To hold is to be as faithful as asked, and within the bounds of the table in random supersets. The next is at most `next_size`
+    times as large.
+    """
+    config, after = config or EvidenceConfig(), asked + 1
+
+    def holds(circuit: NestedCircuit) -> bool:
+        in_supersets = circuit.supersets_mean >= config.superset_mean and circuit.supersets_worst >= config.superset_worst
+        return circuit.asked is not None and circuit.faithfulness >= circuit.asked and in_supersets
+
+    if holds(circuits[asked]) or after == len(circuits) or circuits[after].nodes > config.next_size * circuits[asked].nodes:
+        return asked
+    return after if holds(circuits[after]) else asked
+
+
 @torch.no_grad()
 def gather(
     coupling: CoupledModels,
     loss: CircuitLoss,
     nested: Nested,
+    circuits: Sequence[NestedCircuit],
+    opening: int,
     followed: Followed,
     groups: Sequence[Tensor] = (),
     counterfactual: Counterfactual | None = None,
@@ -113,21 +135,21 @@ def gather(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> Evidence:
-    """All evidence on the opening circuit of a search, whose prompt was followed; groups are masks of its nodes.
+    """All evidence on one of the nested circuits of a search, whose prompt was followed; groups are masks of its nodes.
 
-    progress may raise to end the work. Raises ValueError where the counterfactual has another length.
+    circuits are the nested ones, measured (`measure_nested`), opening the place of the one (`opening_of`). progress may raise to
+    end the work. Raises ValueError where the counterfactual has another length.
     """
     config = config or EvidenceConfig()
     generator = torch.Generator().manual_seed(seed + 3_000_017)
-    opening, masked = loss.config.opening, loss.masked
-    kept_f = nested.kept(opening)
-    progress(Phase("evidence: alone, in supersets, deleted"))
-    circuits = measure_nested(loss, nested, seed)
+    masked, kept_f = loss.masked, nested.kept(opening)
+    progress(Phase("evidence: an adversary"))
+    circuit = replace(circuits[opening], adversary=float(adversary(loss, kept_f[None])[0]))
     progress(Phase("evidence: backup and controls"))
     backup_k = backup_nodes(loss, kept_f)
     matched_cf = matched(masked, kept_f, config.matched_draws, generator)
     other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
-    sufficient = _sufficient(config, loss, circuits[opening], matched_cf, other_cf)
+    sufficient = _sufficient(config, loss, circuit, matched_cf, other_cf)
     progress(Phase("evidence: deletion, in both models"))
     transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
     deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
@@ -142,11 +164,10 @@ def gather(
         progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
-    measures = (*_explained(config, loss, circuits[opening]), *sufficient, *deleted, lost, profile, *patching)
+    measures = (*_explained(config, loss, circuit), *sufficient, *deleted, lost, profile, *patching)
     report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
-    left = circuits[opening].left
-    backup = Backup(left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
-    return Evidence(report, circuits, backup, group_effects)
+    backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
+    return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_effects)
 
 
 def _explained(config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit) -> tuple[Measure, ...]:

@@ -125,6 +125,7 @@ def summary(explanations: Sequence[Explanation], wall: Sequence[float], processo
         "prompts": len(explanations),
         "explained": round(sum(each.report.verdict not in ("no explanation", "refuted") for each in explanations) / total, 3),
         "verdicts": {verdict: round(count / total, 3) for verdict, count in sorted(verdicts.items())},
+        "drawn_above": sum(each.opening > each.config.opening for each in some),  # since the circuit asked for does not hold
         "levels": levels,
         "edges": both([each.counts.edges for each in some]),
         "edges_before": both([each.counts.edges_before for each in some]),

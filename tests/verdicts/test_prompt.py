@@ -18,12 +18,13 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import Nested
 from bridge.evidence.measures import Control, Report
 from bridge.evidence.patching import Counterfactual
+from bridge.evidence.sufficiency import NestedCircuit, measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.verdicts import nulls as nulls_module
 from bridge.verdicts.null_couplings import NULL_NAMES, NullError, null_coupling
 from bridge.verdicts.null_table import FILE, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
 from bridge.verdicts.nulls import judged, prompt_means, run_prompt_nulls
-from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather
+from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather, opening_of
 from tests.conftest import VOCABULARY
 
 LENGTH = 6
@@ -52,7 +53,8 @@ def gathered(coupling: CoupledModels, counterfactual: bool) -> tuple[Evidence, C
     nested = Nested(levels, level_f, (1.0,) * len(levels))
     other = Counterfactual(other_t[None], follow(coupling, other_t[None], last_b)) if counterfactual else None
     groups = [nested.kept(SEARCH.opening) & (torch.arange(masked.space.size) % 3 == part) for part in range(3)]
-    return gather(coupling, loss, nested, followed, groups, other, config=CONFIG, seed=5), loss
+    circuits = measure_nested(loss, nested, 5)
+    return gather(coupling, loss, nested, circuits, SEARCH.opening, followed, groups, other, config=CONFIG, seed=5), loss
 
 
 def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
@@ -70,6 +72,32 @@ def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
     without, _ = gathered(loaded, False)
     with pytest.raises(KeyError, match="patching"):
         without.report["patching"]
+
+
+def circuit_of(asked: float | None, nodes: int, faithfulness: float, mean: float, worst: float) -> NestedCircuit:
+    return NestedCircuit(asked, nodes, 0, faithfulness, 0.0, 0.0, mean, 0.0, worst, None, 0.0, 0.0, True)
+
+
+HOLDS, SCATTERS = (0.96, 0.9, 0.7), (0.96, 0.9, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "after", "opening"),
+    [
+        ((10, *HOLDS), (12, *HOLDS), 0),
+        ((10, *SCATTERS), (12, *HOLDS), 1),
+        ((10, 0.8, 0.9, 0.7), (40, *HOLDS), 1),
+        ((10, *SCATTERS), (41, *HOLDS), 0),  # too large to be read instead
+        ((10, *SCATTERS), (12, *SCATTERS), 0),
+        ((10, *SCATTERS), (12, 0.94, 0.9, 0.7), 0),
+    ],
+)
+def test_the_next_circuit_is_drawn_where_one_does_not_hold(
+    asked: tuple[int, float, float, float], after: tuple[int, float, float, float], opening: int
+) -> None:
+    first, second = circuit_of(0.9, *asked), circuit_of(0.95, *after)
+    assert opening_of((first, second), 0) == opening
+    assert opening_of((first,), 0) == 0 and opening_of((first, circuit_of(None, *after)), 0) == 0
 
 
 @pytest.fixture(scope="module")
