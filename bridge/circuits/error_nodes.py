@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bridge.circuits.kept_means import digest_of, keep_means, read_means
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.residual import Enter, Trace
@@ -76,10 +77,15 @@ def reference_rows(coupling: CoupledModels, reference_bt: Tensor) -> Tensor:
 
 
 def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, Tensor]:
-    """The means of every node and every error over some text, kept with the coupling."""
+    """The means of every node and every error over some text, kept with the coupling, and in its folder."""
 
     def compute() -> dict[Location, Tensor]:
-        return {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
+        digest = digest_of(coupling, used_bt)
+        if (kept := read_means(coupling, digest)) is not None:
+            return kept
+        means = {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
+        keep_means(coupling, digest, means)
+        return means
 
     return coupling.once("means of nodes and errors", used_bt, compute)
 

@@ -59,6 +59,7 @@ def null_coupling(
     """
     if coupling.reference_bt is None:
         raise NullError("the coupling", "has no reference text, on which a null's bridges are fitted", "fit it again")
+    coupling = replace(coupling, path=None)  # a null is in no folder: what is kept in that one is not its own
     if name == "bridges":
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":

@@ -1,0 +1,86 @@
+"""Means beside a coupling: taken once, those of this very coupling and text, and never in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridge.circuits import error_nodes
+from bridge.circuits.error_nodes import reference_means, reference_rows
+from bridge.circuits.kept_means import FILE, digest_of, read_means
+from bridge.models.bridges import CoupledModels
+from bridge.models.sparse import Location
+
+Means = dict[Location, Tensor]
+
+
+@pytest.fixture
+def folder(coupling_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(coupling_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns(FILE))
+    return tmp_path / "tiny"
+
+
+def means_of(folder: Path, path: str | None = "", rows: int = 8) -> tuple[CoupledModels, Means]:
+    coupling = CoupledModels.from_pretrained(folder)
+    coupling = coupling if path == "" else replace(coupling, path=path)
+    assert coupling.reference_bt is not None
+    return coupling, reference_means(coupling, reference_rows(coupling, coupling.reference_bt[:rows]))
+
+
+def same(one: Means, other: Means) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[at], other[at]) for at in one)
+
+
+def test_what_was_kept_is_read_instead_of_taken_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, means = means_of(folder)
+    assert sorted(file.name for file in folder.iterdir() if "means" in file.name) == [FILE]
+    monkeypatch.setattr(error_nodes, "corpus_means", lambda *_: pytest.fail("taken again"))
+    assert same(means_of(folder)[1], means)
+
+
+def test_other_text_weights_or_bridges_have_means_of_their_own(folder: Path) -> None:
+    coupling, means = means_of(folder)
+    assert not same(means_of(folder, rows=4)[1], means)
+    assert same(means_of(folder)[1], means)
+    for change in (coupling.sparse.unembedding.bias, coupling.bridges[1].encoder.weight):
+        changed = replace(coupling)
+        with torch.no_grad():
+            change.add_(1.0)
+        assert coupling.reference_bt is not None
+        found = reference_means(changed, reference_rows(changed, coupling.reference_bt))
+        assert not same(found, means)
+        means = found
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes | None) -> None:
+    _, means = means_of(folder)
+    (folder / FILE).unlink()
+    (folder / FILE).mkdir() if content is None else (folder / FILE).write_bytes(content)
+    assert same(means_of(folder)[1], means)
+
+
+@pytest.mark.parametrize("path", [None, "no/such/folder"])
+def test_a_coupling_in_no_folder_keeps_nothing(folder: Path, path: str | None) -> None:
+    _, means = means_of(folder, path)
+    assert not (folder / FILE).exists() and means
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_left_alone(folder: Path) -> None:
+    folder.chmod(0o555)
+    _, means = means_of(folder)
+    assert not (folder / FILE).exists() and means
+
+
+@pytest.mark.parametrize("name", ["python-bridge-32", "python-bridge-4"])
+def test_what_ships_has_its_means(name: str) -> None:
+    coupling = CoupledModels.from_pretrained(Path(__file__).parents[2] / "checkpoints" / name)
+    assert coupling.reference_bt is not None
+    assert read_means(coupling, digest_of(coupling, reference_rows(coupling, coupling.reference_bt))) is not None
