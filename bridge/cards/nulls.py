@@ -101,8 +101,9 @@ class Nulls:
         else:
             try:
                 result = search_task(
-                    subjects, task, dense=False, gated=False, seed=self.seed, budget=self.budget, progress=on_progress
-                )
+                    subjects, task, dense=False, gated=False, nested=False, seed=self.seed, budget=self.budget,
+                    progress=on_progress,
+                )  # fmt: skip
             except NoCircuitError as error:
                 return NullTask(task.task, {}, {}, False, accuracy, f"no circuit: {error}", task.digest)
         report = gather_task(coupling, TaskCircuit.of(result, coupling), task, alter, seed=self.seed, progress=on_progress)

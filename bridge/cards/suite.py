@@ -139,7 +139,8 @@ def _circuit(
     """A circuit from its folder, or searched and kept; and what tells it from others."""
     found = one.circuit
     if found is None:
-        found = search_task(subjects, task, seeds=seeds, seed=seed, dense=False, budget=budget, progress=on_progress)
+        options = {"seeds": seeds, "seed": seed, "budget": budget}
+        found = search_task(subjects, task, dense=False, nested=False, **options, progress=on_progress)
         if one.out is not None:
             found.save(one.out)
             found = one.out
@@ -200,7 +201,9 @@ def run_nulls(
             if task.task in there:
                 found[task.task] = TaskResult.load(there[task.task])
             else:
-                found[task.task] = search_task(subjects, task, dense=False, budget=budget, seed=seed, progress=progress)
+                found[task.task] = search_task(
+                    subjects, task, dense=False, nested=False, budget=budget, seed=seed, progress=progress
+                )
         return found[task.task]
 
     nulls = Nulls(subjects.coupling, tasks, circuit, against, minutes, budget, seed)

@@ -45,6 +45,7 @@ def circuit(
     null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
     dense: Dense = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuit.")] = False,
+    no_nested: Annotated[bool, typer.Option("--no-nested", help="The circuit at --level alone: a third of the time.")] = False,
     budget: Annotated[float, typer.Option(help="Steps of the search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
     device: Device = "auto",
@@ -69,6 +70,7 @@ def circuit(
         watch = Phases()
         options: dict[str, Any] = {
             "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
+            "nested": not no_nested,
         }  # fmt: skip
         if task is not None:
             text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)

@@ -85,13 +85,17 @@ class Subjects:
         return DenseSubject(self.coupling.dense, self.reference_bt)
 
 
-def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0) -> SearchConfig:
-    """The search of a task that opens at a level, with so many times the usual steps. Raises SearchError for another level."""
+def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0, nested: bool = True) -> SearchConfig:
+    """The search of a task that opens at a level, with so many times the usual steps; where not nested, of that level alone.
+
+    Raises SearchError for a level that there is none of.
+    """
     if level not in TASK_SEARCH.levels:
         raise SearchError(
             f"the level F {level:g}", "is none of the nested ones", f"give {', '.join(map(str, TASK_SEARCH.levels))}"
         )
-    return replace(TASK_SEARCH, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
+    levels = TASK_SEARCH.levels if nested else (level,)
+    return replace(TASK_SEARCH, levels=levels, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
 
 
 def model_facts(coupling: CoupledModels) -> dict[str, str | int]:
@@ -117,16 +121,18 @@ def search_task(
     dense: bool = True,
     null: Null | None = None,
     gated: bool = True,
+    nested: bool = True,
     budget: float = 1.0,
     progress: OnProgress | None = None,
 ) -> TaskResult:
     """The circuits of a task, by the steps that the module describes; without the gate, also of what the model does not do.
 
-    budget is a multiple of the usual steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError
-    where there is nothing to explain, SearchError where a split has no pairs or the level is not known.
+    Where not nested there is the circuit at the opening level alone, in a third of the time. budget is a multiple of the usual
+    steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError where there is nothing to explain,
+    SearchError where a split has no pairs or the level is not known.
     """
     on_progress, started = progress or unseen, time.monotonic()
-    config = replace(search_config(level, budget), seed=seed)
+    config = replace(search_config(level, budget, nested), seed=seed)
     task = with_all_splits(task)
     if null == "weights":
         permuted = replace(subjects.coupling, sparse=permuted_weights(subjects.coupling.sparse, seed))
@@ -152,16 +158,16 @@ def search_task(
     found = [losses.opened(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
     opened = [one.kept(0) for one in found]
     best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
-    nested = losses.nested(on_progress, opened[best])
+    around = losses.nested(on_progress, opened[best])
     kept_f, nodes_f = opened[best], losses.test.nodes_f
     on_progress(Phase("edges"))
     edges = task_edges(losses.test.masked, kept_f)
     size, why_not = _dense(subjects, task, config, on_progress) if dense else (None, NOT_ASKED)
 
-    places = range(len(nested.levels))
-    edge_counts = [edge_count(subject, nested.kept(place)[nodes_f]) for place in places]
+    places = range(len(around.levels))
+    edge_counts = [edge_count(subject, around.kept(place)[nodes_f]) for place in places]
     report, levels = gather_task(
-        losses.test, nested, opened, edge_counts, None if size is None else size.edges, scores, dense_scores, seed=seed,
+        losses.test, around, opened, edge_counts, None if size is None else size.edges, scores, dense_scores, seed=seed,
         progress=on_progress,
     )  # fmt: skip
     runs = (
@@ -192,7 +198,7 @@ def search_task(
     )
     return TaskResult(
         Circuit(task.task, kept, subject.means, edges),
-        _by_location(subject, nested.level_f[nodes_f].to(torch.int8)),
+        _by_location(subject, around.level_f[nodes_f].to(torch.int8)),
         _by_location(subject, torch.stack(opened).float().mean(0)[nodes_f]),
         report,
         facts,

@@ -102,6 +102,7 @@ def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> di
         "seeds": options.get("seeds", 1),
         "seed": options.get("seed", 0),
         "dense_circuit": options.get("dense", True),
+        "nested": options.get("nested", True),
     }
 
 
@@ -110,7 +111,7 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
     facts = result.facts
     there = {
         "level": facts.search.opens_at, "explains": facts.explains, "null": facts.null, "seeds": len(facts.runs),
-        "dense_circuit": facts.why_not_dense != NOT_ASKED, **facts.provenance,
+        "dense_circuit": facts.why_not_dense != NOT_ASKED, "nested": len(facts.levels) > 1, **facts.provenance,
     }  # fmt: skip
     differ = [key for key, value in asked.items() if there.get(key) != value]
     if differ:

@@ -52,6 +52,15 @@ def test_a_planted_circuit_is_found_and_passes(dense: DenseModel) -> None:
         assert any(phase in text for text in said), phase
 
 
+def test_one_level_alone_has_the_circuit_of_the_nested_ones(dense: DenseModel) -> None:
+    alone, among = (
+        search_task(subjects(dense), task(), explains="sparse", dense=False, nested=nested, budget=BUDGET)
+        for nested in (False, True)
+    )
+    assert [level.circuit.asked for level in alone.facts.levels] == [0.9] and alone.facts.opening == 0
+    assert alone.circuit.nodes == among.circuit.nodes and alone.report.verdict == among.report.verdict
+
+
 def test_the_dense_models_answers_are_explained_and_its_own_circuit_found(
     dense: DenseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
