@@ -5,6 +5,7 @@
 runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
 
     bridge circuit --task T --seeds N --out OUT/dense/T                        every task, the dense model's own circuit beside it
+                                                                               (of the first all levels, of others one)
     bridge circuit --task T --explains sparse --no-dense --out OUT/sparse/T    for the first of the tasks
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T
 
@@ -31,10 +32,10 @@ from bridge.studies.search import Subjects
 from bridge.studies.suite import resolved
 
 TASKS = (
-    "while_return_true", "var_if", "with_as", "else_elif", "if_equals", "lambda_func", "single_double_quote", "fstring_brace",
+    "var_if", "while_return_true", "with_as", "else_elif", "if_equals", "lambda_func", "single_double_quote", "fstring_brace",
     "for_while", "indent_for", "bracket_brace",
 )  # fmt: skip
-FOLLOWED, NULLED = 3, 1  # of the tasks, the first few
+NESTED, FOLLOWED, NULLED = 1, 3, 1  # of the tasks, the first few: all levels, the sparse model's own answers, nulls
 
 
 def command(*arguments: str) -> None:
@@ -89,9 +90,11 @@ def circuits(found: Iterable[TaskResult]) -> str:
 
 
 def levels(found: Iterable[TaskResult]) -> str:
-    """Nodes and errors at every level."""
+    """Nodes and errors at every level, where all were searched."""
     rows = [
-        (one.facts.task, *(f"{level.circuit.nodes:,} + {level.circuit.errors}" for level in one.facts.levels)) for one in found
+        (one.facts.task, *(f"{level.circuit.nodes:,} + {level.circuit.errors}" for level in one.facts.levels))
+        for one in found
+        if len(one.facts.levels) > 1
     ]
     return table(("task", "F .8", ".9", ".95", ".99"), rows)
 
@@ -126,17 +129,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--no-dense", action="store_true", help="without the dense model's own circuits, which take most of the time"
+    )
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
     out, tasks = options.out, options.tasks
     if not options.only_print:
-        for task in tasks:
-            search(options, out / "dense" / task, task, "--seeds", str(options.seeds))
+        more = ["--seeds", str(options.seeds), *(["--no-dense"] if options.no_dense else [])]
+        for place, task in enumerate(tasks):
+            search(options, out / "dense" / task, task, *more, *([] if place < NESTED else ["--no-nested"]))
         for task in tasks[:FOLLOWED]:
-            search(options, out / "sparse" / task, task, "--explains", "sparse", "--no-dense")
+            search(options, out / "sparse" / task, task, "--explains", "sparse", "--no-dense", "--no-nested")
         for null in NULLS:
             for task in tasks[:NULLED]:
-                search(options, out / null / task, task, "--null", null, "--no-dense")
+                search(options, out / null / task, task, "--null", null, "--no-dense", "--no-nested")
     found = [one for task in tasks if (one := read(out / "dense" / task)) is not None]
     own = [one for task in tasks if (one := read(out / "sparse" / task)) is not None]
     print(circuits(found), levels(found), "the sparse model's own answers", circuits(own), nulls(out, tasks), sep="\n")
