@@ -169,9 +169,17 @@ def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
 def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = False) -> Started:
     """Give a new coupling the weights of one fitted to the same dense model (or, adapts, to one it is a fine-tune of), in place.
 
-    Raises CheckpointError where there is none, RecipeError where it has another shape.
+    Raises CheckpointError where there is none, RecipeError where it has another shape, or was trained on what is held out now.
     """
     other = CoupledModels.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
+    mine, theirs = coupling.recipe, other.recipe
+    same_text = mine.data.source == theirs.data.source != "self"  # streams hold out by the text itself, whatever the seed
+    if same_text and (mine.data.stream != theirs.data.stream or (not mine.data.stream and mine.seed != theirs.seed)):
+        raise RecipeError(
+            f"seed {mine.seed} (data.stream {str(mine.data.stream).lower()})",
+            f"holds out other parts of {mine.data.source!r} than {path!r} did, which was trained on most of them",
+            f"give seed {theirs.seed} and data.stream {str(theirs.data.stream).lower()}, or other ‹data›",
+        )
     mine, theirs = (
         one.recipe.sparse.model_copy(
             update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}

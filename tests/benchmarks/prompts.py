@@ -3,10 +3,10 @@
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
     python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
 
-Prompts are 8 to 24 tokens from anywhere in the documents that were held out of training (every 50th, `data/blocks`), drawn by
-seed. A line for each prompt, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised
-faithfulness, at the circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what
-they would be on an idle core. The means over the reference text, taken once for a coupling, are outside both.
+Prompts are 8 to 24 tokens from anywhere in the held-out text that the coupling carries with it, drawn by seed. A line for
+each, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised faithfulness, at the
+circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what they would be on an
+idle core. The means over the reference text, taken once for a coupling, are outside both.
 """
 
 from __future__ import annotations
@@ -27,25 +27,20 @@ import numpy as np
 import torch
 
 import bridge
-from bridge.data.blocks import load_blocks
+from bridge.circuits.error_nodes import reference_rows
 from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation
 from bridge.models.bridges import CoupledModels
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 LENGTHS = 8, 24  # tokens
-CORPUS_ROWS = 400  # of held-out text that prompts are drawn from
 
 
 def held_out_prompts(coupling: CoupledModels, count: int, seed: int) -> list[str]:
-    """Pieces of held-out documents, as text that has as many tokens again."""
-    dense, recipe = coupling.dense, coupling.recipe
-    limit = CORPUS_ROWS * coupling.context * 60  # one document in 50 is held out
-    blocks = load_blocks(
-        recipe.data.source, dense.tokenizer, coupling.context, max_tokens=limit, seed=recipe.seed, dense=dense.model
-    )  # fmt: skip
-    rows = blocks.heldout(CORPUS_ROWS).tolist()
-    draw, prompts, tokenizer = random.Random(seed), list[str](), dense.tokenizer
+    """Pieces of the coupling's own held-out text, but for the part that means are taken over, as text of as many tokens."""
+    assert coupling.reference_bt is not None
+    rows = coupling.reference_bt[len(reference_rows(coupling, coupling.reference_bt)) :].tolist()
+    draw, prompts, tokenizer = random.Random(seed), list[str](), coupling.dense.tokenizer
     assert tokenizer is not None
     special = set(tokenizer.all_special_ids)
     for _ in range(200 * count):
