@@ -30,6 +30,7 @@ LISTED_HEADS = 6
 PATHS = 3
 _LEAST = 0.005  # nats; weaker edges are not shown
 _HEAD = 10  # columns, in which a section's name stands
+_ANSWERS = 4  # likeliest tokens of a model, fewer where a line has no room
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
 
@@ -69,10 +70,11 @@ _HOW_TO_READ = (
 def render_answer(answered: Answered, width: int = 100) -> str:
     """The first part of `render_text`: prompt, both models' answers, and the question."""
     agree = "agrees" if answered.agree else "answers otherwise by itself"
+    sparse = (f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1))
     lines = [
         *_wrap("prompt    ", f"{quoted(answered.prompt)}  ({len(answered.tokens)} tokens)", width),
         f"dense     {_answers(answered.dense)}",
-        f"sparse    {_answers(answered.sparse)}  {agree}",
+        next((line for line in sparse if len(line) <= width), agree),
         *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
     ]
     return "\n".join(_cut(line, width) for line in lines)
@@ -93,8 +95,8 @@ def _span(answered: Answered) -> str:
     )
 
 
-def _answers(answers: tuple[Answer, ...]) -> str:
-    return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:4])
+def _answers(answers: tuple[Answer, ...], count: int = _ANSWERS) -> str:
+    return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:count])
 
 
 def _verdict(explanation: Explained, width: int) -> list[str]:
@@ -117,14 +119,14 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
         return lines
     missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
     errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
-    alone = counts.edges_faithfulness
+    alone, share = counts.edges_faithfulness, round(circuit.error_share, 2) + 0.0  # no -0
     pruned = "" if alone is None else f" (of {counts.edges_before:,}; F {alone:.3f} with these edges alone)"
     asked = explanation.config.opens_at
     instead = "" if circuit.asked == asked else f", since that at F {asked:g} does not hold in random supersets"
     legend = (
         f"{missed}> is drawn here{instead}: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights{pruned}, in {len(explanation.groups):,} groups. "
-        f"{1 - circuit.error_share:.0%} of the span flows through nodes, {circuit.error_share:.0%} through errors; replacement "
+        f"{1 - share:.0%} of the span flows through nodes, {share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
     )
     lines += _wrap(" " * _HEAD, legend, width)
@@ -142,7 +144,8 @@ def _numbers(each: NestedCircuit) -> tuple[str, ...]:
     adversary = "" if each.adversary is None else f"{each.adversary:.2f}"
     return (
         f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:.2f}", f"{each.kl:.3f}",
-        f"{each.supersets_mean:.3f}", f"{each.supersets_worst:.2f}", adversary, f"{each.left:.2f}", f"{each.error_share:.2f}",
+        f"{each.supersets_mean:.3f}", f"{each.supersets_worst:.2f}", adversary, f"{each.left:.2f}",
+        f"{round(each.error_share, 2) + 0.0:.2f}",
     )  # fmt: skip
 
 

@@ -147,10 +147,11 @@ def _token(flow: Flow, position: int, prompts: Prompts) -> str:
 
 
 def _text(prompts: Prompts, token: int) -> str:
-    """A token in quotes, its middle left out where it is long."""
+    """A token in quotes, its spaces counted where it is made of them, its middle left out where it is long."""
     text = prompts.text(token)
-    if text and not text.strip(" ") and len(text) > 3:
-        return f"{len(text)} spaces"
+    lines = text.rstrip(" ")
+    if not lines.strip("\n") and len(text) - len(lines) > 3:  # how far a line is indented tells two such tokens apart
+        return f"{lines!r}+{len(text) - len(lines)} spaces" if lines else f"{len(text)} spaces"
     text = repr(text)
     return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 4]}...{text[-1]}"
 
