@@ -140,6 +140,19 @@ def test_a_coupling_goes_on_from_another(dense_folder: Path, text_file: Path, tm
     assert reports[-1].l0 == pytest.approx(0.02, abs=2e-3)
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"data.stream": True}])
+def test_what_another_coupling_was_trained_on_is_not_held_out(
+    other: dict[str, Any], dense_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
+    start = {"sparse.start": str(tmp_path / "first")}
+    with pytest.raises(RecipeError, match="holds out other parts of .* than .*first' did.*give seed 0 and data.stream false"):
+        prepare(dense_folder, values(text_file, TOKENS, **start, **other), device="cpu")
+    other_text = tmp_path / "other.jsonl"
+    other_text.write_text("\n".join(text_file.read_text().splitlines()[::-1]))
+    assert prepare(dense_folder, values(other_text, TOKENS, **start, **other), device="cpu").started is not None
+
+
 def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """At a rate of 0, and through a cut: not a bit of the sparse model changes, and circuits are those of the same model."""
     first, _ = fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
