@@ -57,17 +57,17 @@ def null_coupling(
 
     Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
     """
-    if coupling.reference_bt is None:
+    if (reference_bt := coupling.reference_bt) is None:
         raise NullError("the coupling", "has no reference text, on which a null's bridges are fitted", "fit it again")
     coupling = replace(coupling, path=None)  # a null is in no folder: what is kept in that one is not its own
     if name == "bridges":
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
-        return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), coupling.reference_bt)
+        return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), reference_bt)
     if against is None:
         raise NullError("an uncoupled model", "is trained in a folder of its own", "name one with ‹against›")
     other = uncoupled(coupling, against, minutes, seed, progress)
-    return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), coupling.reference_bt)
+    return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), reference_bt)
 
 
 def with_ridge_bridges(coupling: CoupledModels, reference_bt: Tensor) -> CoupledModels:
