@@ -64,6 +64,8 @@ def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
     assert len(evidence.group_dense_effects) == 3 and len(evidence.nested) == 5
     report, opening = evidence.report, evidence.nested[SEARCH.opening]
     assert report["faithfulness"].value == opening.faithfulness
+    assert [circuit.adversary is None for circuit in evidence.nested] == [place != SEARCH.opening for place in range(5)]
+    assert report["adversary"].value == opening.adversary
     assert report["span"].value == abs(loss.span)
     assert len(report["dense_ratio"].points) == loaded.n_sites
     assert (evidence.backup is not None) == (opening.left > SEARCH.left)
