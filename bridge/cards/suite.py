@@ -139,8 +139,9 @@ def _circuit(
     """A circuit from its folder, or searched and kept; and what tells it from others."""
     found = one.circuit
     if found is None:
-        options = {"seeds": seeds, "seed": seed, "budget": budget}
-        found = search_task(subjects, task, dense=False, nested=False, **options, progress=on_progress)
+        found = search_task(
+            subjects, task, seeds=seeds, seed=seed, dense=False, nested=False, budget=budget, progress=on_progress
+        )
         if one.out is not None:
             found.save(one.out)
             found = one.out

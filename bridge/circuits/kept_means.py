@@ -1,8 +1,8 @@
 """Means of nodes and errors kept beside a coupling: taken once over its reference text, not at every start.
 
-`means.safetensors` in the coupling's folder has them by location, and in its metadata the digest of all that they follow from:
-both models, bridges, settings and text. Means of anything else are never taken for these, and are written over. A folder that
-cannot be written to, or a coupling that is in none, keeps nothing; a file that cannot be read counts as none.
+`means.json` in the coupling's folder names the tensors, by location, and the digest of all that they follow from: both models,
+bridges, settings and text. Means of anything else are never taken for these, and are written over. A folder that cannot be
+written to, or a coupling that is in none, keeps nothing; files that cannot be read count as none.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
+from bridge.models.store import CheckpointError, read_folder, write_folder
 
-FILE = "means.safetensors"
+NAME = "means"
 
 
 def digest_of(coupling: CoupledModels, tokens_bt: Tensor) -> str:
@@ -38,29 +35,23 @@ def digest_of(coupling: CoupledModels, tokens_bt: Tensor) -> str:
 
 def read_means(coupling: CoupledModels, digest: str) -> dict[Location, Tensor] | None:
     """The means kept beside a coupling; None where there are none of this digest."""
-    folder = _folder(coupling)
-    if folder is None:
+    if (folder := _folder(coupling)) is None:
         return None
     try:
-        with safe_open(folder / FILE, "pt", device=str(coupling.sparse.device)) as file:
-            if (file.metadata() or {}).get("of") != digest:
-                return None
-            names = [(name, *name.rsplit(".", 1)) for name in file.keys()]  # noqa: SIM118
-            return {Location(int(layer), kind): file.get_tensor(name) for name, layer, kind in names}
-    except (OSError, SafetensorError, ValueError):
+        tensors, facts = read_folder(folder, NAME)
+    except CheckpointError:
         return None
+    if facts.get("of") != digest:
+        return None
+    places = [(name, *name.split(".")) for name in tensors]
+    return {Location(int(layer), kind): tensors[name].to(coupling.sparse.device) for name, layer, kind in places}
 
 
 def keep_means(coupling: CoupledModels, digest: str, means: Mapping[Location, Tensor]) -> None:
     """Write the means beside a coupling, if it is in a folder that can be written to."""
-    folder = _folder(coupling)
-    if folder is None:
-        return
-    tensors = {f"{at.layer}.{at.kind}": mean.detach().cpu().contiguous() for at, mean in means.items()}
-    with contextlib.suppress(OSError, SafetensorError), tempfile.TemporaryDirectory(dir=folder, prefix=".means") as desk:
-        save_file(tensors, Path(desk) / FILE, {"of": digest})
-        os.chmod(Path(desk) / FILE, (folder / "coupling.json").stat().st_mode)
-        os.replace(Path(desk) / FILE, folder / FILE)
+    if (folder := _folder(coupling)) is not None:
+        with contextlib.suppress(CheckpointError):
+            write_folder(folder, NAME, {f"{at.layer}.{at.kind}": mean for at, mean in means.items()}, {"of": digest})
 
 
 def _folder(coupling: CoupledModels) -> Path | None:

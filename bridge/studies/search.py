@@ -158,7 +158,7 @@ def search_task(
     found = [losses.opened(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
     opened = [one.kept(0) for one in found]
     best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
-    around = losses.nested(on_progress, opened[best])
+    around = losses.nested(on_progress, opened[best]) if nested else found[best]
     kept_f, nodes_f = opened[best], losses.test.nodes_f
     on_progress(Phase("edges"))
     edges = task_edges(losses.test.masked, kept_f)

@@ -172,13 +172,13 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
     Raises CheckpointError where there is none, RecipeError where it has another shape, or was trained on what is held out now.
     """
     other = CoupledModels.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
-    mine, theirs = coupling.recipe, other.recipe
-    same_text = mine.data.source == theirs.data.source != "self"  # streams hold out by the text itself, whatever the seed
-    if same_text and (mine.data.stream != theirs.data.stream or (not mine.data.stream and mine.seed != theirs.seed)):
+    now, before = coupling.recipe, other.recipe
+    same_text = now.data.source == before.data.source != "self"  # streams hold out by the text itself, whatever the seed
+    if same_text and (now.data.stream != before.data.stream or (not now.data.stream and now.seed != before.seed)):
         raise RecipeError(
-            f"seed {mine.seed} (data.stream {str(mine.data.stream).lower()})",
-            f"holds out other parts of {mine.data.source!r} than {path!r} did, which was trained on most of them",
-            f"give seed {theirs.seed} and data.stream {str(theirs.data.stream).lower()}, or other ‹data›",
+            f"seed {now.seed} (data.stream {str(now.data.stream).lower()})",
+            f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them",
+            f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›",
         )
     mine, theirs = (
         one.recipe.sparse.model_copy(

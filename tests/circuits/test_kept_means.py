@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridge.circuits import error_nodes
 from bridge.circuits.error_nodes import reference_means, reference_rows
-from bridge.circuits.kept_means import FILE, digest_of, read_means
+from bridge.circuits.kept_means import NAME, digest_of, read_means
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 
@@ -22,7 +22,7 @@ Means = dict[Location, Tensor]
 
 @pytest.fixture
 def folder(coupling_folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(coupling_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns(FILE))
+    shutil.copytree(coupling_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns(f"{NAME}*"))
     return tmp_path / "tiny"
 
 
@@ -39,7 +39,7 @@ def same(one: Means, other: Means) -> bool:
 
 def test_what_was_kept_is_read_instead_of_taken_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, means = means_of(folder)
-    assert sorted(file.name for file in folder.iterdir() if "means" in file.name) == [FILE]
+    assert [file.suffix for file in sorted(folder.iterdir()) if NAME in file.name] == [".safetensors", ".json"]
     monkeypatch.setattr(error_nodes, "corpus_means", lambda *_: pytest.fail("taken again"))
     assert same(means_of(folder)[1], means)
 
@@ -59,24 +59,26 @@ def test_other_text_weights_or_bridges_have_means_of_their_own(folder: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
-def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("pattern", [f"{NAME}-*.safetensors", f"{NAME}.json"])
+def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes | None, pattern: str) -> None:
     _, means = means_of(folder)
-    (folder / FILE).unlink()
-    (folder / FILE).mkdir() if content is None else (folder / FILE).write_bytes(content)
+    (file,) = folder.glob(pattern)
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
     assert same(means_of(folder)[1], means)
 
 
 @pytest.mark.parametrize("path", [None, "no/such/folder"])
 def test_a_coupling_in_no_folder_keeps_nothing(folder: Path, path: str | None) -> None:
     _, means = means_of(folder, path)
-    assert not (folder / FILE).exists() and means
+    assert not [*folder.glob(f"*{NAME}*")] and means
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_to_is_left_alone(folder: Path) -> None:
     folder.chmod(0o555)
     _, means = means_of(folder)
-    assert not (folder / FILE).exists() and means
+    assert not [*folder.glob(f"*{NAME}*")] and means
 
 
 @pytest.mark.parametrize("name", ["python-bridge-32", "python-bridge-4"])
