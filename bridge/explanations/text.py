@@ -70,11 +70,11 @@ _HOW_TO_READ = (
 def render_answer(answered: Answered, width: int = 100) -> str:
     """The first part of `render_text`: prompt, both models' answers, and the question."""
     agree = "agrees" if answered.agree else "answers otherwise by itself"
-    sparse = (f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1))
+    sparse = [f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
         *_wrap("prompt    ", f"{quoted(answered.prompt)}  ({len(answered.tokens)} tokens)", width),
         f"dense     {_answers(answered.dense)}",
-        next((line for line in sparse if len(line) <= width), agree),
+        next((line for line in sparse if len(line) <= width), sparse[-1]),
         *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
     ]
     return "\n".join(_cut(line, width) for line in lines)
