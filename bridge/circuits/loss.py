@@ -74,7 +74,7 @@ class SearchConfig:
     rate: float = 0.1  # of Adam; masks live between -4 and 1
     attempts: int = 2  # at the opening level, from more nodes where the first ends beyond the bounds
     rounds: int = 8  # of nodes added, where a descent ends beyond the bounds
-    sweeps: int = 2  # of deletions
+    sweeps: int = 6  # of deletions, at most
     seed: int = 0
 
     def nested(self) -> tuple[Level, ...]:
@@ -213,17 +213,27 @@ class CircuitLoss(Generic[M]):
         inside = min(len(logits_rv), (1 + config.supersets) * count)
         off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
         off_r = torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level)])
-        left_r = (self.left(logits_rv[inside:], row_r[inside:]) - config.left).clamp(min=0) / config.left
+        left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
         return torch.cat([off_r, left_r.square()])
 
     def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Squared misses of single masked copies, or their KL, in multiples of what the level allows alone.
+        """Squared misses of single masked copies, or their KL, in multiples of what the level allows alone."""
+        off_r = self.signed(logits_rv, row_r, level)
+        return off_r if level.faithfulness is None else off_r.square()
+
+    def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+        """Misses of single masked copies with their sign, or their KL, in multiples of what the level allows alone.
 
         Of several prompts the mean is held to that, and a single one may be further off.
         """
-        off_r = self.off_rows(logits_rv, level, row_r)
+        if level.faithfulness is None:
+            return self.kl(logits_rv, row_r) / self.config.kl
         several = len(self.model_b) > 1
-        return off_r if level.faithfulness is None else (off_r / (_ONE_OF_SEVERAL if several else 1)) ** 2
+        return self.miss(logits_rv, row_r) / (level.allowed * (_ONE_OF_SEVERAL if several else 1))
+
+    def beyond_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
+        """How far what is left of the span is beyond `config.left`, in multiples of it; below 0 within."""
+        return (self.left(logits_rv, row_r) - self.config.left) / self.config.left
 
     def superset_bound(self, level: Level) -> float:
         """Bound of `squared` in supersets."""

@@ -11,8 +11,8 @@ The level that the explanation opens at comes first; those above it add to its c
               Heaviside forward, sigmoid's derivative backward, fresh U at each step; lambda rises while the terms are small and
               falls while they are not.
 4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
-5. deletion   The fewest nodes by tau; then every kept node is deleted alone, and those that are missed least go together, as many
-              as the bounds allow.
+5. deletion   The fewest nodes by tau; then those that are missed least go, one after another (`deletion_order`), as many as the
+              bounds allow, in some sweeps.
 6. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
               they are few and the circuit with them is within the bounds, and what they make superfluous is deleted.
 
@@ -31,7 +31,7 @@ Shape legend: r masked copy, u superset, f all nodes and errors in one row, k so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.circuits.deletion_order import deletion_order
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.circuits.masked_model import integrated_gradients
 from bridge.circuits.necessity import backup_nodes
@@ -56,7 +57,6 @@ _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
 _BACKUP = 60, 0.25  # nodes that may be added for necessity: so many, or that share of a larger circuit
-_DELETED = 24_000  # tokens of masked copies in which nodes are deleted alone; of more nodes, those that seem to matter least
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,7 @@ class _Search:
         self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
+        self.others = loss.seeded(self.config.seed + 1)  # with other supersets, that additions do not see
         self.nodes_f = loss.nodes_f
 
     def run(self, opened_f: Tensor | None) -> Nested:
@@ -118,16 +119,18 @@ class _Search:
                 kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level, self.config.attempts), score_f, level)
             elif place == opening + 1:
                 kept_f, within = self._added(core_f, level)
-                kept_f = kept_f if within else self._by_descent(core_f, score_f, level, 1)
+                kept_f = (
+                    self._deleted(core_f, kept_f, level)
+                    if within
+                    else self._by_descent(core_f, score_f, level, self.config.attempts)
+                )
             else:
                 kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
             self.progress(Phase(f"{level}: {int(kept_f.sum()):,} nodes"))
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
-            gradient_1f = self.loss.gradient(kept_f[None], self.loss.miss)
-            kept_f = self._minimised(none_f, gradient_1f[0].abs(), int(kept_f.sum()) // 2, levels[place], kept_f)
-            circuits[place] = kept_f
+            circuits[place] = kept_f = self._swept(none_f, kept_f, levels[place], necessary=False)
         kept_lf = torch.stack([circuits[place] for place in range(len(levels))])
         off = tuple(self.loss.worst(kept_f, level) for kept_f, level in zip(kept_lf, levels, strict=True))
         return Nested(levels, (~kept_lf).sum(0), off)
@@ -288,26 +291,29 @@ class _Search:
     def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """The circuit less the nodes outside its core that are missed least, in some sweeps."""
         for _ in range(self.config.sweeps):
-            before = int((kept_f & ~core_f).sum())
+            before = int(kept_f.sum())
             kept_f = self._swept(core_f, kept_f, level)
-            if not before or int((kept_f & ~core_f).sum()) > 0.97 * before:
+            if int(kept_f.sum()) > 0.97 * before:
                 break
         return kept_f
 
-    def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = False) -> Tensor:
-        """The circuit less the nodes outside its core that are missed least when they are deleted alone; of very many, itself."""
+    def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
+        """The circuit less as many nodes outside its core as the bounds allow, those first that are missed least.
+
+        Neither in supersets that it has not been held to may it be off by more than it is, or than the level allows, nor, where
+        `necessary`, may more be left of the span without it than is, or than the search asks.
+        """
+        loss, others = self.loss, self.others
         node_k = (kept_f & ~core_f).nonzero().flatten()
-        most = _DELETED // self.masked.n_tokens
-        if not 0 < len(node_k) <= 16 * most:
-            return kept_f
-        if len(node_k) > most:
-            gradient_k = self.loss.gradient(kept_f[None], self.loss.miss)[0, node_k].abs()
-            tried_k = node_k[gradient_k.topk(most, largest=False).indices]
-        else:
-            tried_k = node_k
-        order_f = torch.full(kept_f.shape, torch.inf, device=kept_f.device)
-        order_f[tried_k] = self._off_without(kept_f, tried_k)
-        return self._minimised(core_f, order_f, int(0.9 * len(node_k)), level, kept_f, necessary)
+        off, left = max(1.0, others.worst(kept_f, level)), max(self.config.left, float(loss.left_by(kept_f[None])))
+
+        def within(fewer_f: Tensor) -> bool:
+            if necessary and float(loss.left_by(fewer_f[None])) > left:
+                return False
+            return loss.within(fewer_f, level) and others.worst(fewer_f, level) <= off
+
+        order_k = deletion_order(loss, torch.cat([loss.superset_uf, others.superset_uf]), kept_f, node_k, level).flip(0)
+        return self._fewest(core_f, order_k, int(0.9 * len(order_k)), within)
 
     def _necessary(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """The circuit with the nodes that keep up the answer when it is ablated, if few and within the bounds."""
@@ -317,31 +323,21 @@ class _Search:
         with_backup_f = kept_f.index_fill(0, backup_k, True)
         if not self.loss.within(with_backup_f, level):
             return kept_f
-        return self._swept(core_f, with_backup_f, level, necessary=True)
+        return self._swept(core_f, with_backup_f, level)
 
-    def _off_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """Distance of the answer when each node alone is deleted, the mean over at most `config.prompts` prompts."""
-        total_k, rows = torch.zeros(len(node_k), device=kept_f.device), evenly(len(self.loss.model_b), self.config.prompts)
-        for row in rows.tolist():
-            row_k = torch.full_like(node_k, row)
-            total_k += self.loss.miss(self.masked.only(row).logits_without(kept_f, node_k), row_k).abs()
-        return total_k / len(rows)
-
-    def _minimised(
-        self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None, necessary: bool = False
-    ) -> Tensor:
-        """The core and as few others, those of largest order_f first, as are found to be within the level; all at most.
-
-        Where `necessary`, the circuit's deletion is to take as much of the span as the search asks, too.
-        """
+    def _minimised(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
+        """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
         place_k = others_f.nonzero().flatten()
         order_k = place_k[order_f[place_k].argsort(descending=True, stable=True)]
+        return self._fewest(core_f, order_k, guess, lambda kept_f: self.loss.within(kept_f, level))
+
+    def _fewest(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
+        """The core and the fewest others of an order, the first ones, that are found to be within bounds; all at most."""
         low, high = -1, len(order_k)  # low is not within, high is taken to be
         size, factor = min(max(1, guess), high - 1), 1.6
         while high - low > max(1, high // 25):
-            kept_f = core_f.index_fill(0, order_k[:size], True)
-            if self.loss.within(kept_f, level) and not (necessary and float(self.loss.left_by(kept_f[None])) > self.config.left):
+            if within(core_f.index_fill(0, order_k[:size], True)):
                 high = size
             else:
                 low = size

@@ -1,0 +1,64 @@
+"""The order in which nodes can leave a circuit: at each step that one whose deletion makes the circuit's terms smallest.
+
+The terms are those of a descent: squared misses of the circuit alone and in its supersets, and of what is left of the span where
+it is deleted. A miss x_r becomes about x_r - g_rk where node k is deleted, g_rk being its gradient with respect to the node's
+mask, and the changes of several nodes add up. So one gradient of every miss says for each node what its deletion does after
+those before it, and nodes go together whose effects cancel in all supersets. Deleting each node alone, in every superset, leaves
+circuits as large and takes ten times as long.
+
+Shape legend: c mask, u superset, r masked copy (a mask on a prompt, mask by mask), f all nodes in one row, k some of them by
+their place, s those of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bridge.circuits.loss import CircuitLoss, Level
+
+_STEPS = 1000  # of more nodes, several go at each
+
+
+@torch.no_grad()
+def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_k: Tensor, level: Level) -> Tensor:
+    """Nodes node_k of a circuit in the order in which they can be deleted, those that are missed least first."""
+    count, supersets = len(loss.model_b), len(superset_uf)
+    inside_cf = torch.cat([kept_f[None], kept_f | superset_uf])
+    off_r, gradient_rk = _linear(loss, inside_cf, node_k, lambda x_rv, row_r: loss.signed(x_rv, row_r, level))
+    gradient_rk[count:].masked_fill_(superset_uf[:, node_k].repeat_interleave(count, 0), 0)  # kept there all the same
+    left_r, without_rk = _linear(loss, loss.complement(kept_f)[None], node_k, loss.beyond_left)
+    off_r, gradient_rk = torch.cat([off_r, left_r]), torch.cat([gradient_rk, -without_rk])
+    least_r = torch.full_like(off_r, -torch.inf if level.faithfulness is not None else 0)
+    least_r[len(inside_cf) * count :] = 0  # no less than that is better
+    weight_r = torch.ones_like(off_r)
+    weight_r[count : len(inside_cf) * count] = 1 / (supersets * loss.superset_bound(level))
+    order, here_k = [], torch.ones_like(node_k, dtype=torch.bool)
+    for size in _sizes(len(node_k)):
+        term_rk = torch.maximum(off_r[:, None] - gradient_rk, least_r[:, None]).square() * weight_r[:, None]
+        gone_s = term_rk.sum(0).masked_fill(~here_k, torch.inf).topk(size, largest=False).indices
+        off_r = off_r - gradient_rk[:, gone_s].sum(1)
+        here_k[gone_s] = False
+        order.append(gone_s)
+    return node_k[torch.cat(order)] if order else node_k
+
+
+def _linear(
+    loss: CircuitLoss, kept_cf: Tensor, node_k: Tensor, quantity: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(quantity_r, gradient_rk) of every mask on every prompt, with respect to the masks of node_k."""
+    kept_rf, row_r = loss.every(kept_cf)
+    parts = []
+    for place_r in torch.arange(len(kept_rf), device=kept_rf.device).split(loss.masked.rows):
+        some_r = row_r[place_r]
+        parts.append(loss.masked.gradient(kept_rf[place_r], lambda x_rv, some_r=some_r: quantity(x_rv, some_r), some_r, node_k))
+    gradients, quantities = zip(*parts, strict=True)
+    return torch.cat(quantities), torch.cat(gradients)
+
+
+def _sizes(count: int) -> list[int]:
+    """Number of nodes that go at each step."""
+    size = max(1, -(-count // _STEPS))
+    return [min(size, count - begun) for begun in range(0, count, size)]
