@@ -118,16 +118,6 @@ class Masked(ABC):
         return torch.cat([self._last_logits(some_r, *self.gates(some_rf, some_r)) for some_rf, some_r in rows])
 
     @torch.no_grad()
-    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less one node, for each of node_k."""
-        parts = []
-        for some_k in node_k.split(self.rows):
-            kept_rf = kept_f.repeat(len(some_k), 1)
-            kept_rf[torch.arange(len(some_k)), some_k] = False
-            parts.append(self.logits(kept_rf))
-        return torch.cat(parts)
-
-    @torch.no_grad()
     def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """d_r of the question under any number of masks."""
         return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
