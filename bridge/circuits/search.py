@@ -300,8 +300,8 @@ class _Search:
     def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
         """The circuit less as many nodes outside its core as the bounds allow, those first that are missed least.
 
-        Neither in supersets that it has not been held to may it be off by more than it is, or than the level allows, nor, where
-        `necessary`, may more be left of the span without it than is, or than the search asks.
+        In supersets that additions do not see it may be off by no more than it is, or than the level allows; nor, where
+        `necessary`, may its deletion leave more of the span than it does, or than the search asks.
         """
         loss, others = self.loss, self.others
         node_k = (kept_f & ~core_f).nonzero().flatten()
@@ -313,7 +313,7 @@ class _Search:
             return loss.within(fewer_f, level) and others.worst(fewer_f, level) <= off
 
         order_k = deletion_order(loss, torch.cat([loss.superset_uf, others.superset_uf]), kept_f, node_k, level).flip(0)
-        return self._fewest(core_f, order_k, int(0.9 * len(order_k)), within)
+        return self._first_within(core_f, order_k, int(0.9 * len(order_k)), within)
 
     def _necessary(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """The circuit with the nodes that keep up the answer when it is ablated, if few and within the bounds."""
@@ -330,9 +330,9 @@ class _Search:
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
         place_k = others_f.nonzero().flatten()
         order_k = place_k[order_f[place_k].argsort(descending=True, stable=True)]
-        return self._fewest(core_f, order_k, guess, lambda kept_f: self.loss.within(kept_f, level))
+        return self._first_within(core_f, order_k, guess, lambda kept_f: self.loss.within(kept_f, level))
 
-    def _fewest(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
+    def _first_within(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
         """The core and the fewest others of an order, the first ones, that are found to be within bounds; all at most."""
         low, high = -1, len(order_k)  # low is not within, high is taken to be
         size, factor = min(max(1, guess), high - 1), 1.6

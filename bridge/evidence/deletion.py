@@ -93,15 +93,24 @@ def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]
     return tuple(Deletion(lost_b, dense_jb, sparse_jb) for lost_b, dense_jb, sparse_jb in zip(*parts, strict=True))
 
 
-def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[float, ...]:
-    """Loss of the dense model, in nats, by each group's deletion, transported at the site behind the last of its nodes."""
+@dataclass(frozen=True)
+class GroupLoss:
+    """Losses of d, in nats, by a group's deletion: in the sparse model with all its nodes, and in the dense model."""
+
+    sparse: float
+    dense: float
+
+
+def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[GroupLoss, ...]:
+    """The losses by each group's deletion, transported at the site behind the last of its nodes."""
     if not groups:
         return ()
     last = transporter.coupling.n_sites - 1
     sets = [group_f.nonzero().flatten() for group_f in groups]
     site_g = [min(int(transporter.masked.site_f[node_n.cpu()].max()) + 1, last) if len(node_n) else last for node_n in sets]
     losses = transporter.transport_deleted(sets, site_g)
-    return tuple((losses.dense_cjb[:, 0].mean(1) * transporter.loss.span).tolist())
+    nats_2g = torch.stack([losses.lost_cb, losses.dense_cjb[:, 0]]).mean(2) * transporter.loss.span
+    return tuple(GroupLoss(*pair) for pair in nats_2g.T.tolist())
 
 
 @dataclass(frozen=True, eq=False)

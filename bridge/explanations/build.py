@@ -146,7 +146,8 @@ def explain(
         nodes=drawn.nodes,
         edges=drawn.edges,
         groups=tuple(
-            replace(group, dense_effect=effect) for group, effect in zip(drawn.groups, evidence.group_dense_effects, strict=True)
+            replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
+            for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
         ),
         group_edges=drawn.group_edges,
         attention=attention.heads,

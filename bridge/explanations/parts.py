@@ -77,9 +77,9 @@ class ExplainedEdge:
 class ExplainedGroup:
     """Nodes of the opening circuit that do one job: what they are, and what ablating all of them together does.
 
-    effect is what d loses in the circuit, in nats, by intervention; dense_effect what it loses in the dense model when their
-    ablation is transported through the bridge, at the site after the last of them. name is made by rule of what its members read
-    and write; label is a person's or a language model's words.
+    effect is what d loses in the circuit, in nats, by intervention; sparse_effect what it loses in the sparse model with all its
+    nodes, dense_effect in the dense model when that is transported through the bridge, at the site after the last of them. name
+    is made by rule of what its members read and write; label is a person's or a language model's words.
     """
 
     id: int
@@ -90,6 +90,7 @@ class ExplainedGroup:
     kind: str
     effect: float
     dense_effect: float | None
+    sparse_effect: float | None = None
     label: str | None = None
 
 

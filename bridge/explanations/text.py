@@ -30,6 +30,7 @@ LISTED_HEADS = 6
 PATHS = 3
 _LEAST = 0.005  # nats; weaker edges are not shown
 _HEAD = 10  # columns, in which a section's name stands
+_GROUP = 38  # columns, before what a group is
 _ANSWERS = 4  # likeliest tokens of a model, fewer where a line has no room
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
@@ -61,9 +62,9 @@ _HOW_TO_READ = (
     "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
     "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
     "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
-    "group alone is ablated from the circuit; the dense effect is the same ablation patched through the bridge into the dense "
-    "model. An edge's effect is first order. What holds in the sparse model holds for the dense one only as far as the "
-    "evidence on it goes."
+    "group alone is ablated from the circuit; a group's sparse effect, when it is ablated from the sparse model with all its "
+    "nodes, which may have other ways to the answer; its dense effect is that patched through the bridge. An edge's effect is "
+    "first order. What holds in the sparse model holds for the dense one only as far as the evidence on it goes."
 )
 
 
@@ -188,9 +189,12 @@ def _groups(explanation: Explained, width: int) -> list[str]:
     shown = set(
         sorted((group.id for group in explanation.groups), key=lambda id: -abs(explanation.groups[id].effect))[:LISTED_GROUPS]
     )
-    head = "The loss of d when all of a group is ablated: in the circuit; in the dense model, patched through the bridge."
+    head = (
+        "The loss of d when all of a group is ablated: from the circuit; from the sparse model with all its nodes; the same "
+        "patched through the bridge into the dense model."
+    )
     lines = [*_wrap("GROUPS    ", head, width)]
-    lines += [f"{'':8}{'group':<6}{'sparse':>8}{'dense':>8}   what it is"] if shown else []
+    lines += [f"{'':8}{'group':<6}{'circuit':>7}{'sparse':>7}{'dense':>7}   what it is"] if shown else []
     for group in explanation.groups:
         if group.id in shown:
             lines += _group(explanation, group, width)
@@ -200,18 +204,19 @@ def _groups(explanation: Explained, width: int) -> list[str]:
 
 
 def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[str]:
-    dense = "-" if group.dense_effect is None else f"{group.dense_effect:+.2f}"
+    effects = (group.effect, group.sparse_effect, group.dense_effect)
+    numbers = "".join(f"{'-' if effect is None else f'{effect:+.2f}':>7}" for effect in effects)
     count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
-    head = f"{'':8}{f'[{group.id}]':<6}{group.effect:>+8.2f}{dense:>8}   "
+    head = f"{'':8}{f'[{group.id}]':<6}{numbers}   "
     what = f"{_what(group, group.name)} ({count}){f': {group.label}' if group.label else ''}"
-    lines = _wrap(head, what, width, " " * 33)
+    lines = _wrap(head, what, width, " " * _GROUP)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
         joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
         joined.sort(key=lambda edge: -abs(edge.effect))
         if joined:
             ends = ", ".join(_keep(f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}") for edge in joined[:6])
-            lines += _kept(_wrap(f"{'':33}{word} ", ends, width, " " * 38))
+            lines += _kept(_wrap(f"{'':{_GROUP}}{word} ", ends, width, " " * (_GROUP + 5)))
     return lines
 
 

@@ -31,7 +31,7 @@ from bridge.circuits.search import Nested
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import another_prompt, matched
-from bridge.evidence.deletion import Deletions, delete_groups
+from bridge.evidence.deletion import Deletions, GroupLoss, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
@@ -95,12 +95,12 @@ class EvidenceConfig:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The report on a prompt's circuit, the nested circuits measured, its backup, and what its groups do in dense, in nats."""
+    """The report on a prompt's circuit, the nested circuits measured, its backup, and what is lost without each of its groups."""
 
     report: Report
     nested: tuple[NestedCircuit, ...]
     backup: Backup | None
-    group_dense_effects: tuple[float, ...]
+    group_losses: tuple[GroupLoss, ...]
 
 
 def opening_of(circuits: Sequence[NestedCircuit], asked: int, config: EvidenceConfig | None = None) -> int:
@@ -153,7 +153,7 @@ def gather(
     progress(Phase("evidence: deletion, in both models"))
     transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
     deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
-    group_effects = delete_groups(transporter, groups)
+    group_losses = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     lost = _lost(config, loss, kept_f, backup_k, deletions)
     progress(Phase("evidence: one node at a time, in both models"))
@@ -167,7 +167,7 @@ def gather(
     measures = (*_explained(config, loss, circuit), *sufficient, *deleted, lost, profile, *patching)
     report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
-    return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_effects)
+    return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
 
 
 def _explained(config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit) -> tuple[Measure, ...]:

@@ -148,9 +148,11 @@ def test_a_group_is_deleted_in_nats_behind_its_last_node(case: Case, transporter
     ]
     group_f = torch.zeros_like(case.kept_f)
     group_f[places] = True
-    (effect,) = delete_groups(transporter, [group_f])
+    (lost,) = delete_groups(transporter, [group_f])
     whole, without = case.sparse_run(transporter.reference_f), case.sparse_run(transporter.reference_f & ~group_f)
-    assert_close(effect / case.loss.span, case.lost(1, without.residuals[1][0] - whole.residuals[1][0]))
+    drop = case.masked.question.difference(whole.logits_btv[:, -1]) - case.masked.question.difference(without.logits_btv[:, -1])
+    assert_close(lost.sparse, float(drop))
+    assert_close(lost.dense / case.loss.span, case.lost(1, without.residuals[1][0] - whole.residuals[1][0]))
 
 
 # -- controls ---------------------------------------------------------------------------------------------------------------

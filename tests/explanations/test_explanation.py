@@ -377,7 +377,7 @@ def test_what_is_handed_over_first_is_what_is_said_in_the_end(coupled: CoupledMo
             if field.name not in ("sizes", "groups"):
                 assert getattr(early, field.name) == getattr(whole, field.name), field.name
     assert drawn.sizes == tuple(circuit.nodes for circuit in whole.nested)
-    assert drawn.groups == tuple(dataclasses.replace(group, dense_effect=None) for group in whole.groups)
+    assert drawn.groups == tuple(dataclasses.replace(group, sparse_effect=None, dense_effect=None) for group in whole.groups)
     assert f"{render_answer(answered)}\n\n{render_text(whole, answer=False)}" == render_text(whole)
 
 

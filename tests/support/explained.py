@@ -139,7 +139,8 @@ def _groups(draw: random.Random, nodes: list[dict[str, Any]]) -> list[dict[str, 
             {
                 "id": number, "name": name, "nodes": [node["id"] for node in members],
                 "positions": [position], "layers": [layer], "kind": part, "effect": sum(node["effect"] for node in members),
-                "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
+                "dense_effect": None if number % 4 == 3 else draw.gauss(0, 0.5),
+                "sparse_effect": None if number % 4 == 3 else draw.gauss(0, 0.5), "label": None,
             }
         )  # fmt: skip
     return groups

@@ -60,8 +60,8 @@ def gathered(coupling: CoupledModels, counterfactual: bool) -> tuple[Evidence, C
 def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
     evidence, loss = gathered(loaded, True)
     again, _ = gathered(loaded, True)
-    assert evidence.report == again.report and evidence.group_dense_effects == again.group_dense_effects
-    assert len(evidence.group_dense_effects) == 3 and len(evidence.nested) == 5
+    assert evidence.report == again.report and evidence.group_losses == again.group_losses
+    assert len(evidence.group_losses) == 3 and len(evidence.nested) == 5
     report, opening = evidence.report, evidence.nested[SEARCH.opening]
     assert report["faithfulness"].value == opening.faithfulness
     assert [circuit.adversary is None for circuit in evidence.nested] == [place != SEARCH.opening for place in range(5)]

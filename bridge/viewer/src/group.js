@@ -26,7 +26,7 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
   const positions = uniq(part.nodes.map((node) => node.position)),
     layers = uniq(part.nodes.map((node) => node.layer));
   const error = part.type === "error";
-  const scale = Math.max(Math.abs(part.effect ?? 0), Math.abs(part.dense ?? 0), 1e-9);
+  const scale = Math.max(...[part.effect, part.sparse, part.dense].map((nats) => Math.abs(nats ?? 0)), 1e-9);
   put(
     sheet,
     h("h3", { class: "title" }, plainLabel(part.title)),
@@ -58,7 +58,15 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
           {},
           h("h3", {}, "Ablated alone, d loses"),
           effectBars(
-            [["in the circuit, nats", part.effect], ...(error ? [] : [["patched into the dense model", part.dense]])],
+            [
+              ["in the circuit, nats", part.effect],
+              ...(error
+                ? []
+                : [
+                    ["with all nodes of the sparse model", part.sparse],
+                    ["that, patched into the dense model", part.dense],
+                  ]),
+            ],
             scale,
           ),
         ),
@@ -133,7 +141,7 @@ export function drawParts(model, sheet, level, choose) {
     h(
       "p",
       { class: "lead" },
-      "By what d loses, in nats, when each alone is ablated from the circuit; below, the same patched into the dense model. Choose one, or a node in it.",
+      "By what d loses, in nats, when each alone is ablated from the circuit; below, from the sparse model with all its nodes, and that patched into the dense model. Choose one, or a node in it.",
     ),
     h(
       "ul",
@@ -141,6 +149,7 @@ export function drawParts(model, sheet, level, choose) {
       parts.map((part) => {
         const under = [
           part.type === "error" ? "unexplained by the sparse model" : sizeOf(part),
+          part.sparse === null ? null : `sparse ${signed(part.sparse)}`,
           part.dense === null ? null : `dense ${signed(part.dense)}`,
         ];
         return effectRow(part.title, part.effect, model.strongestGroup, under.filter(Boolean).join(" · "), () =>

@@ -105,6 +105,7 @@ export function partsOf(model, level) {
       partly: level < model.explanation.opening && group !== null && nodes.length < group.nodes.length,
       title: type === "error" ? errorName(nodes[0]) : group ? (group.label ?? group.name) : `added at ${addedAt(model, nodes)}`,
       effect: group ? group.effect : nodes[0].effect,
+      sparse: group && type !== "error" ? group.sparse_effect : null,
       dense: group && type !== "error" ? group.dense_effect : null,
       weak: type === "group" && Math.abs(group.effect) < model.weak,
       position: mostly(nodes, (node) => node.position),
