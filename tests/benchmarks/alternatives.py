@@ -64,7 +64,7 @@ from bridge.verdicts.null_couplings import RATE, with_ridge_bridges
 LEVEL = Level(0.9)
 NEURONS = ("mlp_act", LATENT)
 DRAWS = 20  # supersets of a circuit
-TEXT_TOKENS = 3_000_000  # that transcoders learn from: the beginning of what couplings learn from
+TEXT_TOKENS = 6_000_000  # that transcoders learn from: the beginning of what couplings learn from
 EVALUATED_ROWS = 32  # of held-out text
 PROMPTS = 100
 NO_CLOCK = 1e6  # minutes
