@@ -185,11 +185,11 @@ class _Search:
             kept_f, within = self._added(core_f | (descent.tau_f > 0), level)
             if within:
                 break
-        tau_f = descent.tau_f
-        if not within:
-            return self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
-        tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
-        kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
+        if within:
+            tau_f = torch.where(descent.tau_f > 0, descent.tau_f, _TAU[1] + 1)  # what was added is wanted most
+            kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
+        else:
+            kept_f = self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         return self._necessary(core_f, self._deleted(core_f, kept_f, level), level)
 
     def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, before: _Descent) -> _Descent:
