@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Report
 from bridge.evidence.sufficiency import Backup, NestedCircuit
@@ -199,6 +201,16 @@ class Explained(Answered):
     backup: Backup | None
     config: SearchConfig
     provenance: Provenance
+
+    @property
+    def group_correlation(self) -> float | None:
+        """Pearson's correlation over the groups of what d loses by them in the sparse model and in the dense one.
+
+        None of fewer than three groups, or where either is the same for all of them.
+        """
+        pairs = ((group.sparse_effect, group.dense_effect) for group in self.groups)
+        loss_g2 = np.array([pair for pair in pairs if None not in pair], dtype=float)
+        return float(np.corrcoef(loss_g2.T)[0, 1]) if len(loss_g2) >= 3 and np.ptp(loss_g2, axis=0).all() else None
 
     @property
     def circuit(self) -> NestedCircuit:

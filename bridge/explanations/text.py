@@ -193,6 +193,8 @@ def _groups(explanation: Explained, width: int) -> list[str]:
         "The loss of d when all of a group is ablated: from the circuit; from the sparse model with all its nodes; the same "
         "patched through the bridge into the dense model."
     )
+    if (correlation := explanation.group_correlation) is not None:
+        head += f" The two models agree on them by a correlation of {correlation:.2f}."
     lines = [*_wrap("GROUPS    ", head, width)]
     lines += [f"{'':8}{'group':<6}{'circuit':>7}{'sparse':>7}{'dense':>7}   what it is"] if shown else []
     for group in explanation.groups:

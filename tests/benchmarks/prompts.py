@@ -126,6 +126,7 @@ def summary(explanations: Sequence[Explanation], wall: Sequence[float], processo
         "edges_before": both([each.counts.edges_before for each in some]),
         "edges_faithfulness": middle(each.counts.edges_faithfulness for each in some),
         "groups": both([len(each.groups) for each in some]),
+        "group_correlation": middle(each.group_correlation for each in some),
         "seconds_wall": both(wall),
         "seconds_processor": both(processor),
         "span": middle(abs(each.span) for each in explanations),

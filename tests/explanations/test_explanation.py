@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from support.explained import made_up
 from support.explanation_cases import PROMPT, agreeing
@@ -188,6 +189,9 @@ def test_groups_have_every_node_once_and_say_what_their_ablation_does(explanatio
         rest = [node for node in opened if node.id not in group.nodes]
         lost = alone - log_odds(Literal(coupled, tokens_1t, rest).logits(), explanation.answer.id)
         assert group.effect == pytest.approx(lost, abs=1e-3)
+    sparse_dense = [(group.sparse_effect, group.dense_effect) for group in explanation.groups]
+    assert explanation.group_correlation == pytest.approx(scipy.stats.pearsonr(*zip(*sparse_dense, strict=True))[0])
+    assert dataclasses.replace(explanation, groups=explanation.groups[:2]).group_correlation is None
     ends = {f"group:{group.id}" for group in explanation.groups} | {"answer"}
     assert {edge.target for edge in explanation.group_edges} <= ends
     assert all(edge.source in ends or edge.source.startswith(("input:", "error:")) for edge in explanation.group_edges)

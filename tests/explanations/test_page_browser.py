@@ -190,9 +190,10 @@ def test_a_walk_through_pages_of_all_sizes(show: Callable[[dict[str, Any]], Watc
     assert plot["width"] > 500 and plot["height"] > 300
     for level in (1, 0, 2):
         page.locator("#level").fill(str(level))
-        boxes = page.evaluate(BOXES)
+        # at once, since the page is laid out anew when the window's size has changed
+        size = "['width', 'height'].map((side) => Number(document.querySelector('.plot').getAttribute(side)))"
+        boxes, (width, height) = page.evaluate(f"() => [({BOXES})(), {size}]")
         assert len(boxes) == len(parts_of(data, level)) and overlapping(boxes) == []
-        width, height = (float(page.locator(".plot").get_attribute(side)) for side in ("width", "height"))
         assert all(x >= 0 and y >= 0 and right <= width and below <= height for x, y, right, below in boxes)
     page.locator("#level").fill("1")
     page.locator("#open-all").click()
