@@ -122,7 +122,7 @@ export function drawLegend(model, legend, graph) {
         title:
           "what d loses when the group alone is ablated from the circuit, and, patched through the bridge, in the dense model",
       },
-      "on cards: nats lost where it is ablated, sparse / dense",
+      "on cards: nats lost where it is ablated, circuit / dense",
     ),
     graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),

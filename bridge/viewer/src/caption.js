@@ -61,7 +61,7 @@ export function keyOf(width) {
     [{ fill: "none", stroke: colour("faint"), "stroke-dasharray": "2 2" }, "error: unexplained by the sparse model"],
     [
       null,
-      "numbers: nats that d loses without the group, in the sparse and in the dense model; width of an edge: what it adds to d",
+      "numbers: nats that d loses without the group, in the circuit and in the dense model; width of an edge: what it adds to d",
     ],
   ];
   let x = PAD,

@@ -290,13 +290,14 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     }
   }
 
-  const numbersOf = (effect, dense) => [
+  const numbersOf = (effect, sparse, dense) => [
     h(
       "p",
       { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` },
       effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`,
     ),
-    dense !== null && h("p", { class: "tip-numbers" }, `patched into the dense model: ${signed(dense)} nats`),
+    sparse !== null && h("p", { class: "tip-numbers" }, `with all nodes of the sparse model: ${signed(sparse)} nats`),
+    dense !== null && h("p", { class: "tip-numbers" }, `that, patched into the dense model: ${signed(dense)} nats`),
   ];
 
   function aboutPart(part) {
@@ -311,7 +312,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         " at ",
         at.slice(0, 6).map((each) => [token(texts[each].text), h("small", {}, ` ${each} `)]),
       ),
-      numbersOf(part.effect, part.dense),
+      numbersOf(part.effect, part.sparse, part.dense),
       h("p", { class: "tip-numbers" }, part.type === "error" ? null : "click to open or close"),
     ];
   }
@@ -327,7 +328,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     ),
     h("p", { class: "tip-label" }, labelOf(node) ?? KIND_NAMES[node.kind]),
     h("p", { class: "tip-numbers" }, `value ${signed(node.activation)}, mean ${signed(node.mean)}`),
-    numbersOf(node.effect, null),
+    numbersOf(node.effect, null, null),
   ];
 
   function showTip(event, about) {

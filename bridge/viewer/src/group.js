@@ -1,6 +1,6 @@
 // The sheet of a group, and the list of all parts of the circuit: what they are, what ablating them does, what they are joined to.
 
-import { h, number, plainLabel, put, signed, token } from "./dom.js";
+import { h, nats, number, plainLabel, put, signed, token } from "./dom.js";
 import { diverging, effectRow, nodeRow } from "./edges.js";
 import { partsOf, sizeOf } from "./model.js";
 
@@ -15,7 +15,7 @@ export function effectBars(rows, scale) {
     { class: "effects" },
     rows.map(([name, value]) => [
       h("dt", {}, name),
-      h("dd", {}, diverging(value, scale), h("b", {}, value === null ? "not measured" : signed(value))),
+      h("dd", {}, diverging(value, scale), h("b", {}, value === null ? "not measured" : nats(value))),
     ]),
   );
 }

@@ -56,7 +56,7 @@ export function makeHelp(dialog) {
     h(
       "p",
       {},
-      "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when that is patched through the bridge. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained.",
+      "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when its ablation is patched through the bridge; that of the sparse model with all its nodes, which is what is patched, is in its tip. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained.",
     ),
     h(
       "p",
