@@ -103,7 +103,8 @@ class _Search:
         self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
-        self.others = loss.seeded(self.config.seed + 1)  # with other supersets, that additions do not see
+        # other supersets, and of a task other prompts, than additions see
+        self.others = self.train.seeded(self.config.seed + 1)
         self.nodes_f = loss.nodes_f
 
     def run(self, opened_f: Tensor | None) -> Nested:
@@ -300,8 +301,8 @@ class _Search:
     def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
         """The circuit less as many nodes outside its core as the bounds allow, those first that are missed least.
 
-        In supersets that additions do not see it may be off by no more than it is, or than the level allows; nor, where
-        `necessary`, may its deletion leave more of the span than it does, or than the search asks.
+        In supersets, and of a task on prompts, that additions do not see it may be off by no more than it is, or than the level
+        allows; nor, where `necessary`, may its deletion leave more of the span than it does, or than the search asks.
         """
         loss, others = self.loss, self.others
         node_k = (kept_f & ~core_f).nonzero().flatten()
