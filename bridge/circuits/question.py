@@ -113,3 +113,8 @@ def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
     place_rk = torch.where(there_rk, id_rk, id_rk[:, :1]).expand(len(logits_rv), -1)
     others_r = logits_rv.scatter(-1, place_rk, -torch.inf).logsumexp(-1)
     return torch.where(not_r, others_r, listed_r)
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of some places, as far apart as they can be; not every second one, where every second is of one answer."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()

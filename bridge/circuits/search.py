@@ -12,14 +12,13 @@ The level that the explanation opens at comes first; those above it add to its c
               falls while they are not.
 4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
 5. deletion   The fewest nodes by tau; then those that are missed least go, one after another (`deletion_order`), as many as the
-              bounds allow, in some sweeps.
+              bounds allow, in some sweeps; in other supersets, and of a task on prompts of the descent's, it may not get worse.
 6. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
               they are few and the circuit with them is within the bounds, and what they make superfluous is deleted.
 
 Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept.
 The next level adds to it as in 4, and by a descent of its own where that does not do. The last two take nodes by integrated
-gradients from where they are: at that size a circuit is no longer for reading. Levels below take the fewest by the gradient
-of d.
+gradients from where they are: at that size a circuit is no longer for reading. Levels below delete from it as in 5.
 
 Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
 circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
@@ -358,8 +357,3 @@ def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
     if most is not None and len(place_k) > most:
         place_k = gradient_f.topk(most, largest=False).indices
     return place_k[gradient_f[place_k].argsort(stable=True)]
-
-
-def evenly(count: int, most: int) -> Tensor:
-    """At most so many of some places, as far apart as they can be; not every second one, where every second is of one answer."""
-    return torch.linspace(0, count - 1, min(most, count)).round().long()

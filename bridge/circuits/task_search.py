@@ -25,8 +25,8 @@ from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
 from bridge.circuits.error_nodes import follow
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked, MaskedModel
-from bridge.circuits.question import Question
-from bridge.circuits.search import Nested, evenly, find_nested
+from bridge.circuits.question import Question, evenly
+from bridge.circuits.search import Nested, find_nested
 from bridge.circuits.subject import in_order
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.display.progress import OnProgress, unseen

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.search import evenly
+from bridge.circuits.question import evenly
 from bridge.circuits.subject import SparseSubject
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.graph.flow import Flow, flow_through
