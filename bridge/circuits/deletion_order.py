@@ -4,7 +4,7 @@ The terms are those of a descent: squared misses of the circuit alone and in its
 it is deleted. A miss x_r becomes about x_r - g_rk where node k is deleted, g_rk being its gradient with respect to the node's
 mask, and the changes of several nodes add up. So one gradient of every miss says for each node what its deletion does after
 those before it, and nodes go together whose effects cancel in all supersets. Deleting each node alone, in every superset, leaves
-circuits as large and takes ten times as long.
+circuits no smaller and takes several times as long.
 
 Shape legend: c mask, u superset, r masked copy (a mask on a prompt, mask by mask), f all nodes in one row, k some of them by
 their place, s those of a step.

@@ -227,7 +227,7 @@ class CircuitLoss(Generic[M]):
         Of several prompts the mean is held to that, and a single one may be further off.
         """
         if level.faithfulness is None:
-            return self.kl(logits_rv, row_r) / self.config.kl
+            return self.off_rows(logits_rv, level, row_r)
         several = len(self.model_b) > 1
         return self.miss(logits_rv, row_r) / (level.allowed * (_ONE_OF_SEVERAL if several else 1))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support.models import VOCABULARY, planted_pairs
@@ -15,43 +13,29 @@ from bridge.circuits.masked_model import Masked
 from bridge.circuits.question import Question
 from bridge.models.sparse import Gate, Location
 
-NODES = 24
+AT, NODES = Location(0, "mlp_act"), 24
 
 
 class LinearModel(Masked):
-    """Logits that are sums over the nodes kept, weight_bfv on each of the prompts."""
+    """Logits that are sums over the nodes kept, weight_bfv on each of the prompts: every node is 1, and its mean 0."""
 
     def __init__(self, question: Question, generator: torch.Generator) -> None:
-        at = Location(0, "mlp_act")
-        super().__init__(question, {at: NODES}, {at: torch.zeros(NODES)})
+        super().__init__(question, {AT: NODES}, {AT: torch.zeros(NODES)})
         self.weight_bfv = torch.randn(len(question), NODES, VOCABULARY, generator=generator)
 
     def only(self, row: int) -> Masked:
         return self
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        raise NotImplementedError
-
-    def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
-        return torch.einsum("rf,rfv->rv", kept_rf.float(), self.weight_bfv[self._prompts(kept_rf, row_r)])
-
-    def gradient(
-        self,
-        kept_rf: Tensor,
-        loss: Callable[[Tensor], Tensor],
-        row_r: Tensor | None = None,
-        node_k: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            mask_rf = kept_rf.float().requires_grad_()
-            loss_r = loss(torch.einsum("rf,rfv->rv", mask_rf, self.weight_bfv[self._prompts(kept_rf, row_r)]))
-            (gradient_rf,) = torch.autograd.grad(loss_r.sum(), mask_rf)
-        return (gradient_rf if node_k is None else gradient_rf[:, node_k]), loss_r.detach()
+        kept_rtf = gate(AT, torch.ones(len(row_r), self.n_tokens, NODES))
+        return torch.einsum("rf,rfv->rv", kept_rtf[:, -1], self.weight_bfv[row_r])
 
 
 def loss_on(question: Question, seed: int) -> CircuitLoss:
     masked = LinearModel(question, torch.Generator().manual_seed(seed))
-    return CircuitLoss(masked, masked.logits(torch.ones(len(question), NODES)), SearchConfig(densities=(0.3, 0.6)))
+    return CircuitLoss(
+        masked, masked.logits(torch.ones(len(question), NODES, dtype=torch.bool)), SearchConfig(densities=(0.3, 0.6))
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

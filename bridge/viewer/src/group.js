@@ -26,7 +26,7 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
   const positions = uniq(part.nodes.map((node) => node.position)),
     layers = uniq(part.nodes.map((node) => node.layer));
   const error = part.type === "error";
-  const scale = Math.max(...[part.effect, part.sparse, part.dense].map((nats) => Math.abs(nats ?? 0)), 1e-9);
+  const scale = Math.max(...[part.effect, part.sparse, part.dense].map((effect) => Math.abs(effect ?? 0)), 1e-9);
   put(
     sheet,
     h("h3", { class: "title" }, plainLabel(part.title)),
