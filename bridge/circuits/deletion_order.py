@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, Level
 
-_STEPS = 1000  # of more nodes, several go at each
+_ONE_BY_ONE, _PARTS = 1000, 25  # while there are more nodes than so many, that part of those beyond goes at a step
 
 
 @torch.no_grad()
@@ -35,13 +35,14 @@ def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_
     least_r[len(inside_cf) * count :] = 0  # no less than that is better
     weight_r = torch.ones_like(off_r)
     weight_r[count : len(inside_cf) * count] = 1 / (supersets * loss.superset_bound(level))
-    order, here_k = [], torch.ones_like(node_k, dtype=torch.bool)
-    for size in _sizes(len(node_k)):
-        term_rk = torch.maximum(off_r[:, None] - gradient_rk, least_r[:, None]).square() * weight_r[:, None]
-        gone_s = term_rk.sum(0).masked_fill(~here_k, torch.inf).topk(size, largest=False).indices
+    order, left_k = [], torch.arange(len(node_k), device=node_k.device)  # what is still there, by its place in node_k
+    while len(left_k):
+        term_rk = torch.maximum(off_r[:, None] - gradient_rk, least_r[:, None]).square_().mul_(weight_r[:, None])
+        gone_s = term_rk.sum(0).topk(max(1, (len(left_k) - _ONE_BY_ONE) // _PARTS), largest=False).indices
         off_r = off_r - gradient_rk[:, gone_s].sum(1)
-        here_k[gone_s] = False
-        order.append(gone_s)
+        order.append(left_k[gone_s])
+        stays_k = torch.ones_like(left_k, dtype=torch.bool).index_fill_(0, gone_s, False)
+        left_k, gradient_rk = left_k[stays_k], gradient_rk[:, stays_k]
     return node_k[torch.cat(order)] if order else node_k
 
 
@@ -56,9 +57,3 @@ def _linear(
         parts.append(loss.masked.gradient(kept_rf[place_r], lambda x_rv, some_r=some_r: quantity(x_rv, some_r), some_r, node_k))
     gradients, quantities = zip(*parts, strict=True)
     return torch.cat(quantities), torch.cat(gradients)
-
-
-def _sizes(count: int) -> list[int]:
-    """Number of nodes that go at each step."""
-    size = max(1, -(-count // _STEPS))
-    return [min(size, count - begun) for begun in range(0, count, size)]

@@ -19,7 +19,6 @@ vocabulary, f all nodes in one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +26,9 @@ from torch import Tensor
 
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
-from bridge.kernels.products import Compact, multiply_lines
+from bridge.kernels.lanes import LANES
+from bridge.kernels.masked import Lanes, Matrix, Room
+from bridge.kernels.products import Compact
 from bridge.models.circuit import NodeSpace
 from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import ERROR, Location, SparseTransformer
@@ -35,11 +36,11 @@ from bridge.recipe import AttentionShape
 
 _TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
 _TILES = 4  # that are kept for the way back; of more, each is computed again
-_VECTOR = 32  # lanes
+_KNOWN = 64  # tiles whose lanes are remembered
 _DENSEST = 0.6  # share of the weights above which dense products take less time: at .5, of 128 x 128, they take twice as long
 
 Array = np.ndarray
-Back = Callable[[Array, Array], Array]  # (dy, dmask) -> dx; dmask is added to
+Back = Callable[[Array, "_Every | _Some"], Array]  # (dy, dmask) -> dx; to dmask the gradients of masks are given
 
 
 def serves(sparse: SparseTransformer) -> bool:
@@ -54,64 +55,56 @@ def serves(sparse: SparseTransformer) -> bool:
     return plain and alternating and packed and sparse.achieved_l0() <= _DENSEST
 
 
-class _Room:
-    """Memory for the arrays of a tile, handed out in the same order every time."""
+class _Every:
+    """Where the gradients of all entries of a tile's masks go."""
 
-    def __init__(self) -> None:
-        self.parts: list[Array] = []
-        self.used = 0
+    def __init__(self, of: MaskedPass, gradient_rf: Array) -> None:
+        self.of, self.flat = of, gradient_rf.reshape(-1)
+        self.flat[:] = 0
 
-    def take(self, n: int, lanes: int) -> Array:
-        """N x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
-        if self.used == len(self.parts):
-            self.parts.append(np.zeros(0, np.float32))
-        if self.parts[self.used].size < n * lanes + _VECTOR:
-            self.parts[self.used] = np.zeros(n * lanes + _VECTOR, np.float32)
-        self.used += 1
-        return self.parts[self.used - 1][: n * lanes].reshape(n, lanes)
+    def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+        """Take the gradients of the nodes of a location, and turn dy into dpre."""
+        masked.nodes_back(dy, change, through, lanes.places(len(dy)), self.of.first[at], self.flat)
 
-
-@dataclass(frozen=True, eq=False)
-class _Lanes:
-    """Prompts and tokens of the lanes of some masked copies, row by row; padded counts those that fill vectors."""
-
-    row_l: Array
-    prompt_l: Array
-    token_l: Array
-    padded: int
-
-    def places(self, n: int, space: NodeSpace) -> Array:
-        """The place of each lane's token in flat masks, less that of a location of n nodes."""
-        return self.row_l * space.size + (self.token_l * n if space.n_tokens > 1 else 0)
+    def error(self, at: Location, lanes: Lanes, dx: Array, *what: Array) -> None:
+        """Take those of the errors of a site."""
+        masked.add_error_back(dx, lanes.places(1), self.of.first[at], *what, self.flat)
 
 
-@dataclass(frozen=True, eq=False)
-class _Matrix:
-    """A matrix and its bias to the kernels: by rows, and by columns for the way back."""
+class _Some:
+    """Where those of some entries go, each location's by their place k, token and channel: of few, most of the work is spared."""
 
-    by_row: tuple[Array, ...]
-    by_column: tuple[Array, ...]
+    def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
+        self.by_position, self.gradient_rk = of.space.n_tokens > 1, gradient_rk
+        if of.asked is not node_k:
+            of.asked, of.asked_parts = (
+                node_k,
+                {
+                    at: (here_k.numpy(), *divmod(place_k.numpy(), of.space.sizes[at]))
+                    for at, here_k, place_k in of.space.places(node_k)
+                },
+            )
+        self.parts = of.asked_parts
 
-    @staticmethod
-    def of(matrix: Compact, bias_m: Tensor) -> _Matrix:
-        start, index, _ = matrix.pattern.by_row
-        start_back, index_back, none = matrix.pattern.by_column
-        values, back = matrix.value_p.numpy(), matrix.by_column_p.numpy()
-        return _Matrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
+    def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+        """Take the gradients of the nodes of a location, and turn dy into dpre."""
+        if at in self.parts:
+            here_k, token_k, channel_k = self.parts[at]
+            gradient_kr = np.empty((len(here_k), len(self.gradient_rk)), np.float32)
+            token_k = token_k if self.by_position else np.full_like(token_k, -1)
+            masked.some_nodes(dy, change, channel_k, token_k, lanes.lane_rt, gradient_kr)
+            self.gradient_rk[:, here_k] = gradient_kr.T
+        dy *= through
 
-    def times(self, x: Array, room: _Room) -> Array:
-        """W x + b."""
-        return self._product(self.by_row, x, room)
-
-    def back(self, dy: Array, room: _Room) -> Array:
-        """W' dy."""
-        return self._product(self.by_column, dy, room)
-
-    @staticmethod
-    def _product(arrays: tuple[Array, ...], x: Array, room: _Room) -> Array:
-        y = room.take(len(arrays[0]) - 1, x.shape[1])
-        multiply_lines(*arrays, x[None], y[None], 0, 1, 0, len(y))
-        return y
+    def error(self, at: Location, lanes: Lanes, dx: Array, *what: Array) -> None:
+        """Take those of the errors of a site."""
+        if at in self.parts:
+            here_k, token_k, _ = self.parts[at]
+            rows, tokens = lanes.lane_rt.shape if self.by_position else (len(lanes.lane_rt), 1)
+            gradient_rt = np.zeros((rows, tokens), np.float32)
+            place_l = lanes.row_l * tokens + (lanes.token_l if self.by_position else 0)
+            masked.add_error_back(dx, place_l, 0, *what, gradient_rt.reshape(-1))
+            self.gradient_rk[:, here_k] = gradient_rt[:, token_k]
 
 
 class MaskedPass:
@@ -133,8 +126,12 @@ class MaskedPass:
         starts = np.cumsum([0, *(space.n_tokens * n for n in space.sizes.values())]).tolist()
         self.first = dict(zip(space.sizes, starts, strict=False))
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
-        self.matrices: dict[str, _Matrix] = {}
-        self.rooms, self.brief, self.gradients = [_Room() for _ in range(_TILES)], _Room(), np.zeros(0, np.float32)
+        self.matrices: dict[str, Matrix] = {}
+        self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
+        self.near = {at: np.zeros(LANES, np.int16) for at in space.sizes}  # the thresholds of AbsTopK where a tile ended
+        self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
+        self.asked: Tensor | None = None  # what gradients were asked for last, and where they are: a descent asks often
+        self.asked_parts: dict[Location, tuple[Array, Array, Array]] = {}
         self.active = np.zeros(0, np.bool_)
         answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
         self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
@@ -183,24 +180,28 @@ class MaskedPass:
         for place, part in enumerate(parts):
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
             some = slice(first, first := first + len(part[1]))
-            dmask = self._dmask(len(part[1]) * kept_rf.shape[1]) if node_k is not None else gradient_rf[some].view(-1).numpy()
-            dmask[:] = 0
+            into = gradient_rf[some].numpy()
+            dmask = _Every(self, into) if node_k is None else _Some(self, node_k, into)
             tile.backward(gradient_rv[some].numpy(), dmask)
-            if node_k is not None:
-                gradient_rf[some] = torch.from_numpy(dmask).view(-1, kept_rf.shape[1])[:, node_k]
         return gradient_rf, loss_r.detach()
 
-    def _dmask(self, size: int) -> Array:
-        if self.gradients.size < size:
-            self.gradients = np.zeros(size, np.float32)
-        return self.gradients[:size]
+    def lanes(self, prompt_r: Array) -> tuple[Lanes, Lanes]:
+        """The lanes of all tokens of some copies, and those of their answers."""
+        key = prompt_r.tobytes()
+        if key not in self.known_lanes:
+            self.known_lanes = self.known_lanes if len(self.known_lanes) < _KNOWN else {}
+            token_rt, last_r1 = np.tile(np.arange(self.n_tokens), (len(prompt_r), 1)), self.last_b[prompt_r][:, None]
+            masks = self.space.size, self.space.n_tokens > 1
+            wide, answers = (Lanes(prompt_r, each_rt, self.n_tokens, *masks) for each_rt in (token_rt, last_r1))
+            self.known_lanes[key] = wide, answers
+        return self.known_lanes[key]
 
-    def matrix(self, name: str) -> _Matrix:
+    def matrix(self, name: str) -> Matrix:
         """A matrix by its name."""
         if name not in self.matrices:
             weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
             compact = self.sparse.by_nonzeros(f"{name}.weight")
-            self.matrices[name] = _Matrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
+            self.matrices[name] = Matrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
         return self.matrices[name]
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
@@ -227,7 +228,7 @@ class _Tile:
         of: MaskedPass,
         mask: Array,
         prompt_r: Array,
-        room: _Room,
+        room: Room,
         keep: bool,
         begin: int = EMBEDDING,
         x_rts: Tensor | None = None,
@@ -236,13 +237,9 @@ class _Tile:
     ) -> None:
         self.of, self.mask, self.room, self.brief, self.keep, self.ways = of, mask, room, of.brief, keep, list[Back]()
         room.used = 0
-        rows, tokens, last_r = np.arange(len(prompt_r)), of.n_tokens, of.last_b[prompt_r]
-        self.wide = _Lanes(
-            rows.repeat(tokens), prompt_r.repeat(tokens), np.tile(np.arange(tokens), len(rows)),
-            _whole(len(rows) * tokens),
-        )  # fmt: skip
-        self.answers = _Lanes(rows, prompt_r, last_r, _whole(len(rows)))
-        self.last_r = rows * tokens + last_r  # the lanes of the answers among the wide ones
+        self.wide, self.answers = of.lanes(prompt_r)
+        rows, tokens = len(prompt_r), of.n_tokens
+        self.last_r = np.arange(rows) * tokens + self.answers.token_l  # the lanes of the answers among the wide ones
         most = max(of.space.sizes.values()) * self.wide.padded
         if of.active.size < most:
             of.active = np.zeros(most, np.bool_)
@@ -272,12 +269,12 @@ class _Tile:
         logits = unembedding.times(y, room)
         self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
-            logits[:, : len(rows)] += of.bigram_bv[prompt_r].T
+            logits[:, :rows] += of.bigram_bv[prompt_r].T
         self._error(sparse.n_sites, logits, self.answers, of_logits=True)
-        self.logits_rv = torch.from_numpy(logits[:, : len(rows)].T.copy())
+        self.logits_rv = torch.from_numpy(logits[:, :rows].T.copy())
 
-    def backward(self, gradient_rv: Array, dmask: Array) -> None:
-        """Adds to the flat masks' gradients, by that of the logits."""
+    def backward(self, gradient_rv: Array, dmask: _Every | _Some) -> None:
+        """Give the gradients of the masks, by that of the logits."""
         d = np.zeros((gradient_rv.shape[1], self.answers.padded), np.float32)
         d[:, : len(gradient_rv)] = gradient_rv.T
         for back in reversed(self.ways):
@@ -292,7 +289,7 @@ class _Tile:
 
     # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
 
-    def _attention(self, layer: int, x: Array, lanes: _Lanes, to: _Lanes) -> Array:
+    def _attention(self, layer: int, x: Array, lanes: Lanes, to: Lanes) -> Array:
         """Queries are those of the lanes `to`."""
         of, room, narrow = self.of, self.room, to is not lanes
         y, normed_back = self._norm(x)
@@ -308,7 +305,7 @@ class _Tile:
         write, write_back = self._nodes(Location(layer, "attn_out"), matrices["o"].times(z, room), to)
         into = self._answers(x) if narrow else x
 
-        def back(dx: Array, dmask: Array) -> Array:
+        def back(dx: Array, dmask: _Every | _Some) -> Array:
             dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
             dy = dict(zip("qkv", attend_back(dz), strict=True))
             dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](dy[kind], dmask), self.brief) for kind in "qkv")
@@ -326,7 +323,7 @@ class _Tile:
         self._way(back)
         return self._sum(into, write)
 
-    def _mlp(self, layer: int, x: Array, lanes: _Lanes) -> Array:
+    def _mlp(self, layer: int, x: Array, lanes: Lanes) -> Array:
         of, room = self.of, self.room
         up, down = (of.matrix(f"blocks.{layer}.{name}") for name in ("up", "down"))
         y, normed_back = self._norm(x)
@@ -337,7 +334,7 @@ class _Tile:
         a, a_back = self._nodes(Location(layer, "mlp_act"), before, lanes)
         write, write_back = self._nodes(Location(layer, "mlp_out"), down.times(a, room), lanes)
 
-        def back(dx: Array, dmask: Array) -> Array:
+        def back(dx: Array, dmask: _Every | _Some) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
             da *= gradient
             normed_back(r_back(up.back(da, self.brief), dmask), dx)
@@ -350,7 +347,7 @@ class _Tile:
         """The normed residual that the unembedding reads."""
         y, normed_back = self._norm(x)
 
-        def back(dy: Array, _: Array) -> Array:
+        def back(dy: Array, _: _Every | _Some) -> Array:
             dx = np.zeros_like(dy)
             normed_back(dy, dx)
             return dx
@@ -358,36 +355,35 @@ class _Tile:
         self._way(back)
         return y
 
-    def _error(self, site: int, x: Array, lanes: _Lanes, *, of_logits: bool = False) -> None:
+    def _error(self, site: int, x: Array, lanes: Lanes, *, of_logits: bool = False) -> None:
         """Sum of the kept errors of a site, added to the stream, or to the logits."""
         of, at = self.of, Location(site, ERROR)
         if at not in of.excess:
             return
-        places = lanes.places(1, of.space)
         what = of.excess[at], lanes.prompt_l, np.zeros_like(lanes.token_l) if of_logits else lanes.token_l
-        masked.add_error(x, self.mask, places, of.first[at], of.means[at], *what)
+        masked.add_error(x, self.mask, lanes.places(1), of.first[at], of.means[at], *what)
 
-        def back(dx: Array, dmask: Array) -> Array:
-            masked.add_error_back(dx, places, of.first[at], *what, dmask)
+        def back(dx: Array, dmask: _Every | _Some) -> Array:
+            dmask.error(at, lanes, dx, *what)
             return dx
 
         self._way(back)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _nodes(self, at: Location, change: Array, lanes: _Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
+    def _nodes(self, at: Location, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
         """The nodes of a location under their masks, and what turns dy into dpre; `change` has what they are before AbsTopK.
 
         They last for the sublayer alone, if not asked to last longer.
         """
         of, n = self.of, len(change)
         through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
-        places, first = lanes.places(n, of.space), of.first[at]
         kept = max(1, round(of.sparse.keep * n))
-        masked.nodes(change, kept, self.mask, places, first, of.means[at], of.active, through, y)
+        places = lanes.places(n)
+        masked.nodes(change, kept, self.mask, places, of.first[at], of.means[at], of.active, through, y, of.near[at])
 
-        def back(dy: Array, dmask: Array) -> Array:
-            masked.nodes_back(dy, change, through, places, first, dmask)
+        def back(dy: Array, dmask: _Every | _Some) -> Array:
+            dmask.nodes(at, lanes, dy, change, through)
             return dy
 
         return y, back
@@ -399,7 +395,7 @@ class _Tile:
         return y, lambda dy, dx: masked.norm_back(dy, x, scale, dx)
 
     def _attend(
-        self, layer: int, q: Array, k: Array, v: Array, lanes: _Lanes, to: _Lanes
+        self, layer: int, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
         """Outputs of the heads for every lane of `to`, and their backward pass."""
         of, room, rows = self.of, self.room, len(self.last_r)
@@ -423,7 +419,7 @@ class _Tile:
 
         return z, back
 
-    def _stream(self, x: Array, lanes: _Lanes) -> Tensor:
+    def _stream(self, x: Array, lanes: Lanes) -> Tensor:
         """x_rts of the lanes."""
         x_ls = torch.from_numpy(x[:, : len(lanes.row_l)]).T.contiguous()
         return x_ls.unflatten(0, (len(self.last_r), -1))
@@ -439,12 +435,7 @@ class _Tile:
         return narrow
 
 
-def _copied(x: Array, room: _Room) -> Array:
+def _copied(x: Array, room: Room) -> Array:
     y = room.take(*x.shape)
     y[:] = x
     return y
-
-
-def _whole(lanes: int) -> int:
-    """Lanes of whole vectors."""
-    return -(-lanes // _VECTOR) * _VECTOR

@@ -34,7 +34,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 from bridge.models.transport import Change
 
-_LOGITS, _ROWS = 2**25, 256  # of dense runs at a time
+_LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
 
 
@@ -180,17 +180,19 @@ class Transporter:
     @torch.no_grad()
     def lost_by(self, row_k: Tensor, site_k: Tensor, change_ktd: Tensor) -> Tensor:
         """lost_k of the span in the dense model, by a change_td of its own residual at a site on a prompt, for each k."""
-        question, lost = self.masked.question, [torch.zeros(0, device=self.reference_f.device)]
+        question, lost_k = self.masked.question, torch.zeros(len(row_k), device=self.reference_f.device)
         rows = max(1, min(_ROWS, _LOGITS // (self.masked.n_tokens * self.coupling.dense.vocabulary)))
-        for some_k in torch.arange(len(row_k)).split(rows) if len(row_k) else ():
+        for some_k in site_k.argsort(stable=True).split(rows) if len(row_k) else ():  # what all enter behind is not run
             row_r, site_r = row_k[some_k], site_k[some_k]
             last_r = question.last_b[row_r]
             length = int(last_r.max()) + 1
             x_rtd = torch.stack([self.dense.residuals[int(site)][int(row)] for row, site in zip(row_r, site_r, strict=True)])
             enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
-            trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter)
-            lost.append((self.loss.model_b[row_r] - self._d(trace, row_r, last_r)) / self._span)
-        return torch.cat(lost)
+            last_only = bool((last_r == length - 1).all())
+            trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter, last_only=last_only)
+            at_r = torch.zeros_like(last_r) if last_only else last_r
+            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, at_r)) / self._span
+        return lost_k
 
     @torch.no_grad()
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:

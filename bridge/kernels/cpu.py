@@ -89,7 +89,11 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
         args, (_, width, tokens) = as_words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
         wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
-        in_parallel(lambda start, stop: top_k_lanes(*args, width, tokens, k, wide, start, stop), tiles, x.numel())
+
+        def some(start: int, stop: int) -> None:
+            top_k_lanes(*args, width, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
+
+        in_parallel(some, tiles, x.numel())
         if end_to_end:
             return (kept.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0), mask.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0))
         return kept.transpose(1, 2), mask.transpose(1, 2)
@@ -318,12 +322,16 @@ def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: 
 
 @compiled
 def top_k_lanes(
-    x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int
-) -> None:
-    """AbsTopK of tiles start to stop, of 32 tokens each, of bit patterns stored n x tokens row by row; kept may be x."""
+    x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int,
+    low: np.ndarray,
+) -> None:  # fmt: skip
+    """AbsTopK of tiles start to stop, of 32 tokens each, of bit patterns stored n x tokens row by row; kept may be x.
+
+    low has the upper half of each lane's threshold, afterwards that of the last tile, and before where to look for it first.
+    """
     per_row = (tokens + LANES - 1) // LANES
     half = np.zeros(width * LANES, np.int16)
-    low, above, least = np.zeros(LANES, np.int16), np.empty(LANES, np.int16), np.empty(LANES, np.int16)
+    above, least = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
     limit, room, narrow = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int16)
     lower, found = np.empty((LANES, width), np.int32), np.empty(LANES, np.int32)
     for tile in range(start, stop):

@@ -383,6 +383,57 @@ def mix_lanes(
     return _emit(types.void, (change, i64, held, share, i64, types.float32, i64, through, y), body)
 
 
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The 16 vectors of 16 whose element i of vector j is element j of vector i: four times, every two are interleaved."""
+    places = [place for i in range(8) for place in (i, 16 + i)], [place for i in range(8, 16) for place in (i, 16 + i)]
+    for _ in range(4):
+        pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+        rows = [builder.shuffle_vector(*pair, ir.Constant(_W32, half)) for pair in pairs for half in places]
+    return rows
+
+
+@intrinsic
+def transpose_masks(typing: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> Any:
+    """Shares of 16 channels in 16 lanes: share[c * lanes + lane + l] = mask[at[lane + l] + place + c], of bytes or floats."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        mask, at, lane, place, share, lanes = values
+        vector, rows = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16), []
+        for step in range(16):
+            begin = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
+            rows.append(_load(builder, builder.gep(mask, [builder.add(begin, place)]), vector))
+        for channel, row in enumerate(_transposed(builder, rows)):
+            value = row if vector.element == _F32 else builder.uitofp(row, _VF)
+            to = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), lane)
+            _store(builder, value, builder.gep(share, [to]))
+
+    return _emit(types.void, (mask, at, types.int64, types.int64, share, types.int64), body)
+
+
+@intrinsic
+def back_masks(
+    typing: Any, dy: Any, change: Any, through: Any, begin: Any, lanes: Any, at: Any, lane: Any, place: Any, to: Any
+) -> Any:
+    """The way back, of 16 channels from `begin` on: to[at[lane + l] + place + c] += dy change, in turn, and dy *= through."""
+
+    def body(builder: Any, values: list[Any]) -> None:
+        dy, change, through, begin, lanes, at, lane, place, to = values
+        rows = []
+        for channel in range(16):
+            offset = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), builder.add(begin, lane))
+            above, *others = (builder.gep(x, [offset]) for x in (dy, change, through))
+            value, difference, share = (_load(builder, x, _VF) for x in (above, *others))
+            rows.append(builder.fmul(value, difference))
+            _store(builder, builder.fmul(value, share), above)
+        for step, row in enumerate(_transposed(builder, rows)):
+            first = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
+            total = builder.gep(to, [builder.add(first, place)])
+            _store(builder, builder.fadd(_load(builder, total, _VF), row), total)
+
+    i64 = types.int64
+    return _emit(types.void, (dy, change, through, i64, i64, at, i64, i64, to), body)
+
+
 weighted_sum_64, inner_products_64 = _weighted_sum(64), _inner_products(64)
 weighted_sum_32 = _weighted_sum(32)
 weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)

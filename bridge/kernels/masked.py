@@ -12,31 +12,42 @@ Shape legend: n nodes of a location, l lane, s sparse width, b prompt, t token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from torch import Tensor
 
 from bridge.kernels.cpu import top_k_lanes
-from bridge.kernels.lanes import LANES, compiled, gelus, mix_lanes
+from bridge.kernels.lanes import LANES, back_masks, compiled, gelus, mix_lanes, transpose_masks
+from bridge.kernels.products import Compact, multiply_lines
 
-_CHANNELS = 16  # whose masks are turned at a time
+VECTOR = 32  # lanes
+_CHANNELS = 16  # whose masks are transposed at a time
 
 
 @compiled
 def nodes(
     change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, active: np.ndarray,
-    through: np.ndarray, y: np.ndarray,
+    through: np.ndarray, y: np.ndarray, near: np.ndarray,
 ) -> None:  # fmt: skip
-    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. active is scratch."""
+    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. active is scratch.
+
+    near says about where AbsTopK's thresholds are (`top_k_lanes`).
+    """
     n, lanes = change.shape
     if kept < n:
         words = change.reshape(-1).view(np.int32)
-        top_k_lanes(words, words, active, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES)
+        top_k_lanes(words, words, active, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES, near)
     else:
         active[: n * lanes] = True
     share = np.zeros((_CHANNELS, lanes), np.float32)
     changes, throughs, ys, shares = change.reshape(-1), through.reshape(-1), y.reshape(-1), share.reshape(-1)
     for block in range(0, n, _CHANNELS):
         width = min(_CHANNELS, n - block)
-        for i in range(len(at)):  # in blocks, since the masks lie the other way round
+        transposed = len(at) // 16 * 16 if width == _CHANNELS else 0
+        for i in range(0, transposed, 16):  # in blocks, since the masks lie the other way round
+            transpose_masks(mask, at, i, first + block, shares, lanes)
+        for i in range(transposed, len(at)):
             place = at[i] + first + block
             for c in range(width):
                 share[c, i] = mask[place + c]
@@ -49,18 +60,36 @@ def nodes(
 def nodes_back(dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray) -> None:
     """Adds to dmask, and turns dy into dpre."""
     n, lanes = dy.shape
-    gradient = np.empty((_CHANNELS, lanes), np.float32)
+    dys, changes, throughs = dy.reshape(-1), change.reshape(-1), through.reshape(-1)
     for block in range(0, n, _CHANNELS):
         width = min(_CHANNELS, n - block)
-        for c in range(width):
-            j = block + c
-            for i in range(lanes):
-                gradient[c, i] = dy[j, i] * change[j, i]
-                dy[j, i] *= through[j, i]
-        for i in range(len(at)):
+        transposed = len(at) // 16 * 16 if width == _CHANNELS else 0
+        for i in range(0, transposed, 16):
+            back_masks(dys, changes, throughs, block * lanes, lanes, at, i, first + block, dmask)
+        for i in range(transposed, len(at)):
             place = at[i] + first + block
             for c in range(width):
-                dmask[place + c] += gradient[c, i]
+                dmask[place + c] += dy[block + c, i] * change[block + c, i]
+                dy[block + c, i] *= through[block + c, i]
+
+
+@compiled
+def some_nodes(
+    dy: np.ndarray, change: np.ndarray, channel: np.ndarray, token: np.ndarray, lane_rt: np.ndarray, dmask_kr: np.ndarray
+) -> None:  # fmt: skip
+    """Dmask of some nodes, each at a token, or where that is -1 at all; lane_rt is -1 where a token has no lane."""
+    rows, tokens = lane_rt.shape
+    for k in range(len(channel)):
+        j, begin, end = channel[k], token[k], token[k] + 1
+        if begin < 0:
+            begin, end = 0, tokens
+        for r in range(rows):
+            total = np.float32(0)
+            for t in range(begin, end):
+                i = lane_rt[r, t]
+                if i >= 0:
+                    total += dy[j, i] * change[j, i]
+            dmask_kr[k, r] = total
 
 
 @compiled
@@ -126,3 +155,71 @@ def add_error_back(
         for j in range(len(row)):
             total += dx[j, i] * row[j]
         dmask[at[i] + first] += total
+
+
+class Lanes:
+    """Rows, prompts and tokens of the lanes of some masked copies, row by row; padded counts those that fill vectors.
+
+    lane_rt is the lane of each token, -1 where it has none. A row has `size` masks, by position where tokens have their own.
+    """
+
+    def __init__(self, prompt_r: np.ndarray, token_rt: np.ndarray, tokens: int, size: int, by_position: bool) -> None:
+        rows, each = token_rt.shape
+        self.row_l, self.prompt_l, self.token_l = np.arange(rows).repeat(each), prompt_r.repeat(each), token_rt.reshape(-1)
+        self.padded = -(-rows * each // VECTOR) * VECTOR
+        self.lane_rt = np.full((rows, tokens), -1)
+        self.lane_rt[self.row_l, self.token_l] = np.arange(rows * each)
+        self.size, self.by_position, self.known = size, by_position, dict[int, np.ndarray]()
+
+    def places(self, n: int) -> np.ndarray:
+        """The place of each lane's token in flat masks, less that of a location of n nodes."""
+        if n not in self.known:
+            self.known[n] = self.row_l * self.size + (self.token_l * n if self.by_position else 0)
+        return self.known[n]
+
+
+class Room:
+    """Memory for the arrays of a tile, handed out in the same order every time."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.used = 0
+
+    def take(self, n: int, lanes: int) -> np.ndarray:
+        """N x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
+        if self.used == len(self.parts):
+            self.parts.append(np.zeros((0, 0), np.float32))
+        self.used += 1
+        if self.parts[self.used - 1].shape != (n, lanes):
+            self.parts[self.used - 1] = np.zeros(n * lanes + VECTOR, np.float32)[: n * lanes].reshape(n, lanes)
+        return self.parts[self.used - 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix and its bias to the kernels: by rows, and by columns for the way back."""
+
+    by_row: tuple[np.ndarray, ...]
+    by_column: tuple[np.ndarray, ...]
+
+    @staticmethod
+    def of(matrix: Compact, bias_m: Tensor) -> Matrix:
+        """A frozen matrix of nonzeros, with its bias."""
+        start, index, _ = matrix.pattern.by_row
+        start_back, index_back, none = matrix.pattern.by_column
+        values, back = matrix.value_p.numpy(), matrix.by_column_p.numpy()
+        return Matrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
+
+    def times(self, x: np.ndarray, room: Room) -> np.ndarray:
+        """W x + b."""
+        return self._product(self.by_row, x, room)
+
+    def back(self, dy: np.ndarray, room: Room) -> np.ndarray:
+        """W' dy."""
+        return self._product(self.by_column, dy, room)
+
+    @staticmethod
+    def _product(arrays: tuple[np.ndarray, ...], x: np.ndarray, room: Room) -> np.ndarray:
+        y = room.take(len(arrays[0]) - 1, x.shape[1])
+        multiply_lines(*arrays, x[None], y[None], 0, 1, 0, len(y))
+        return y

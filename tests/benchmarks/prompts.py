@@ -1,6 +1,7 @@
 """What explanations of held-out prompts are like: how many are explained, by how much, how far it holds, how long it takes.
 
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
+    python tests/benchmarks/prompts.py --tokens 120 --count 8   prompts of so many tokens
     python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
 
 Prompts are 8 to 24 tokens from anywhere in the held-out text that the coupling carries with it, drawn by seed. A line for
@@ -36,7 +37,7 @@ SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-3
 LENGTHS = 8, 24  # tokens
 
 
-def held_out_prompts(coupling: CoupledModels, count: int, seed: int) -> list[str]:
+def held_out_prompts(coupling: CoupledModels, count: int, seed: int, lengths: tuple[int, int] = LENGTHS) -> list[str]:
     """Pieces of the coupling's own held-out text, but for the part that means are taken over, as text of as many tokens."""
     assert coupling.reference_bt is not None
     rows = coupling.reference_bt[len(reference_rows(coupling, coupling.reference_bt)) :].tolist()
@@ -46,7 +47,7 @@ def held_out_prompts(coupling: CoupledModels, count: int, seed: int) -> list[str
     for _ in range(200 * count):
         if len(prompts) == count:
             break
-        row, length = draw.choice(rows), draw.randint(*LENGTHS)
+        row, length = draw.choice(rows), draw.randint(*lengths)
         start = draw.randrange(0, max(1, len(row) - length))
         ids = row[start : start + length]
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -166,12 +167,14 @@ def main() -> None:
     parser.add_argument("--bridge", default=str(SHIPPED))
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--chat", action="store_true", help="what a user says, put into the model's chat template")
+    parser.add_argument("--tokens", type=int, help="of a prompt, instead of 8 to 24")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     coupling = bridge.load(arguments.bridge)
     if arguments.prompts is None:
-        prompts = held_out_prompts(coupling, arguments.count, arguments.seed)
+        lengths = LENGTHS if arguments.tokens is None else (arguments.tokens, arguments.tokens)
+        prompts = held_out_prompts(coupling, arguments.count, arguments.seed, lengths)
     else:
         prompts = given_prompts(arguments.prompts)[: arguments.count]
     if arguments.chat:

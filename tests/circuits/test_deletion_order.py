@@ -7,6 +7,7 @@ import torch
 from support.models import VOCABULARY, planted_pairs
 from torch import Tensor
 
+from bridge.circuits import deletion_order as deletion_order_module
 from bridge.circuits.deletion_order import deletion_order
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked
@@ -58,6 +59,16 @@ def test_each_next_node_is_the_one_whose_deletion_costs_least(question: Question
         order.append(min(costs, key=costs.__getitem__))
         here_f[order[-1]] = False
     assert deletion_order(loss, loss.superset_uf, kept_f, node_k, level).tolist() == order
+
+
+def test_of_many_nodes_several_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, node_k, level = loss_on(Question.of_prompt(torch.tensor([0]), 3, 4), 2), torch.arange(NODES), Level(0.9)
+    kept_f = torch.ones(NODES, dtype=torch.bool)
+    alone = deletion_order(loss, loss.superset_uf, kept_f, node_k, level).tolist()
+    monkeypatch.setattr(deletion_order_module, "_ONE_BY_ONE", NODES // 2)
+    monkeypatch.setattr(deletion_order_module, "_PARTS", 3)
+    several = deletion_order(loss, loss.superset_uf, kept_f, node_k, level).tolist()
+    assert several[0] == alone[0] and several != alone and sorted(several) == sorted(alone)
 
 
 def test_of_the_whole_distribution_every_node_has_its_place_once() -> None:
