@@ -6,8 +6,9 @@
     dq_i = sum_j ds_j k_j / sqrt(c)        dk_j += ds_j q_i / sqrt(c)        dv_j += p_j dz_i
 
 Nothing of size t x t is stored: the backward pass makes a query's scores again from l. The keys' channels lie in rows of tokens,
-so that a query's scores are a weighted sum of rows and its output a row of inner products, as in `products`. Where rows are
-short and many (masked copies of a prompt) torch's own batched products take less time, and the scores are stored.
+so that a query's scores are a weighted sum of rows, as in `products`; a head's are transposed once, so that its outputs are as
+well. Where rows are short and many (masked copies of a prompt) torch's own batched products take less time, and the scores are
+stored.
 
 Queries may be those of the last positions alone.
 
@@ -30,9 +31,8 @@ from bridge.kernels.lanes import (
     add_scaled,
     compiled,
     exponentials,
-    inner_products_16,
-    inner_products_64,
     weighted_sum_16,
+    weighted_sum_32,
     weighted_sum_64,
 )
 
@@ -120,19 +120,29 @@ def _sums(
 
 
 @compiled
-def _dots(
-    x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, channels: int, upto: int, y: np.ndarray, out: np.ndarray
-) -> None:
-    """out[c] = sum over j < upto of x[c, j] y[j]."""
-    out[:] = 0
-    j = 0
-    while j < upto:
-        if j + 64 <= upto:
-            inner_products_64(x, x_at + j, tokens, index, 0, channels, y, j, out)
-            j += 64
+def _by_token(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y: np.ndarray) -> int:
+    """y[j * width + c] = x[c, j] for j < upto; width, which is returned, is that of whole vectors of channels."""
+    width = (channels + 15) // 16 * 16
+    for c in range(channels):
+        for j in range(upto):
+            y[j * width + c] = x[x_at + c * tokens + j]
+    return width
+
+
+@compiled
+def _mean(x: np.ndarray, width: int, index: np.ndarray, weight: np.ndarray, upto: int, y: np.ndarray) -> None:
+    """y[c] = sum over j < upto of weight[j] x[j * width + c]: channels in one vector, so that nothing is summed across it."""
+    c = 0
+    while c < width:
+        if c + 64 <= width:
+            weighted_sum_64(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
+            c += 64
+        elif c + 32 <= width:
+            weighted_sum_32(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
+            c += 32
         else:
-            inner_products_16(x, x_at + j, tokens, index, 0, channels, y, j, out)
-            j += 16
+            weighted_sum_16(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
+            c += 16
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
@@ -159,13 +169,15 @@ def forward(
     A channel's tokens lie together, stride (q_stride: queries) from the next channel's; of row b they begin at b * row. What lies
     behind them is read up to whole vectors, and not used.
     """
-    score, index = np.empty(stride, np.float32), np.arange(channels).astype(np.int32)
-    query, out = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    score, index = np.empty(stride, np.float32), np.arange(max(channels, stride)).astype(np.int32)
+    query, out = np.empty(channels, np.float32), np.empty(channels + 16, np.float32)
+    by_token = np.zeros(stride * (channels + 16), np.float32)
     scale = np.float32(1 / math.sqrt(channels))
     heads = sink.shape[0]
     for head in range(start, stop):
         b, h = head // heads, head % heads
         at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
+        width = _by_token(v, at, stride, channels, after[b], by_token)
         for i in range(first[b], after[b]):
             to = q_at + i - first[b]
             for c in range(channels):
@@ -177,7 +189,7 @@ def forward(
                 score[j] = -np.inf
             total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[h] - largest)
             log_sum[head, i - first[b]] = largest + math.log(total)
-            _dots(v, at, stride, index, channels, upto, score, out)
+            _mean(by_token, width, index, score, i + 1, out)
             for c in range(channels):
                 z[to + c * q_stride] = out[c] / np.float32(total)
 
@@ -189,13 +201,15 @@ def backward(
     q_row: int, q_stride: int, row: int, stride: int, start: int, stop: int,
 ) -> None:  # fmt: skip
     """The gradients of what `forward` gave, by that of z: dq and dsink[head] as they are, dk and dv added to."""
-    p, ds, index = np.empty(stride, np.float32), np.empty(stride, np.float32), np.arange(channels).astype(np.int32)
-    query, given, out = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    p, ds, index = np.empty(stride, np.float32), np.empty(stride, np.float32), np.arange(max(channels, stride)).astype(np.int32)
+    query, given, out = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels + 16, np.float32)
+    by_token = np.zeros(stride * (channels + 16), np.float32)
     scale = np.float32(1 / math.sqrt(channels))
     heads = sink.shape[0]
     for head in range(start, stop):
         b, h = head // heads, head % heads
         at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
+        width = _by_token(k, at, stride, channels, after[b], by_token)
         for i in range(first[b], after[b]):
             to, logs = q_at + i - first[b], log_sum[head, i - first[b]]
             through = np.float32(0)
@@ -211,7 +225,7 @@ def backward(
             _sums(v, at, stride, index, given, channels, upto, ds)
             _through(ds, p, through, upto)
             dsink[head] -= math.exp(sink[h] - logs) * through
-            _dots(k, at, stride, index, channels, upto, ds, out)
+            _mean(by_token, width, index, ds, i + 1, out)
             for c in range(channels):
                 dq[to + c * q_stride] = out[c] * scale
                 add_scaled(dk, at + c * stride, query[c], ds, upto // 16)

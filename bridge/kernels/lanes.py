@@ -434,7 +434,7 @@ def back_masks(
     return _emit(types.void, (dy, change, through, i64, i64, at, i64, i64, to), body)
 
 
-weighted_sum_64, inner_products_64 = _weighted_sum(64), _inner_products(64)
+weighted_sum_64 = _weighted_sum(64)
 weighted_sum_32 = _weighted_sum(32)
 weighted_sum, weighted_sum_16 = _weighted_sum(TOKENS), _weighted_sum(16)
 inner_products, inner_products_16 = _inner_products(TOKENS), _inner_products(16)
