@@ -124,13 +124,13 @@ def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -
 def keep_nulls(
     coupling: CoupledModels, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
 ) -> None:
-    """Write the nulls beside what else nulls.json has. Raises CheckpointError where the coupling is in no folder."""
+    """Write the nulls beside those of the other kind in nulls.json. Raises CheckpointError where the coupling is in no folder."""
     file = _file(coupling)
     if file is None:
         raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
     there: dict[str, Any] = read_json(file) if file.is_file() else {}
     mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
-    write_json(file, {**there, kind: mine})
+    write_json(file, {**{other: there[other] for other in _HOW if other in there}, kind: mine})
 
 
 def stored_prompt_nulls(coupling: CoupledModels, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:

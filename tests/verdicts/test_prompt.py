@@ -153,7 +153,7 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
 ) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(coupling_folder, folder)
-    (folder / FILE).write_text('{"format": 1, "nulls": []}')
+    (folder / FILE).write_text('{"format": 1, "nulls": [], "tasks": {"nulls": []}}')  # the first are an earlier version's
     coupling = replace(loaded, path=str(folder))
     rules = rules_of(SEARCH, CONFIG)
     assert stored_prompt_nulls(coupling, rules)[0] is None
@@ -161,7 +161,8 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
     keep_nulls(coupling, "prompts", nulls, rules)
     assert stored_prompt_nulls(coupling, rules) == (nulls, "")
     assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 2, "representational": 1}
-    assert json.loads((folder / FILE).read_text())["format"] == 1
+    kept = json.loads((folder / FILE).read_text())
+    assert set(kept) == {"prompts", "tasks"} and kept["tasks"] == {"nulls": []}
     assert "other bounds" in stored_prompt_nulls(coupling, rules_of(SEARCH, replace(CONFIG, ratio=0.9)))[1]
     (folder / FILE).write_text((folder / FILE).read_text().replace('"coupling": "', '"coupling": "x'))
     assert "another coupling" in stored_prompt_nulls(coupling, rules)[1]
