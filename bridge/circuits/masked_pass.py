@@ -77,13 +77,9 @@ class _Some:
     def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
         self.by_position, self.gradient_rk = of.space.n_tokens > 1, gradient_rk
         if of.asked is not node_k:
-            of.asked, of.asked_parts = (
-                node_k,
-                {
-                    at: (here_k.numpy(), *divmod(place_k.numpy(), of.space.sizes[at]))
-                    for at, here_k, place_k in of.space.places(node_k)
-                },
-            )
+            parts = of.space.places(node_k)
+            of.asked_parts = {at: (here_k.numpy(), *divmod(place_k.numpy(), of.space.sizes[at])) for at, here_k, place_k in parts}
+            of.asked = node_k
         self.parts = of.asked_parts
 
     def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
