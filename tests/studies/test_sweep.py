@@ -117,6 +117,7 @@ def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counte
     assert counted["fit"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_at_every_level(
     described: dict[str, Any], counted: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
