@@ -130,7 +130,7 @@ def _by_token(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y
 
 
 @compiled
-def _mean(x: np.ndarray, width: int, index: np.ndarray, weight: np.ndarray, upto: int, y: np.ndarray) -> None:
+def _sums_by_token(x: np.ndarray, width: int, index: np.ndarray, weight: np.ndarray, upto: int, y: np.ndarray) -> None:
     """y[c] = sum over j < upto of weight[j] x[j * width + c]: channels in one vector, so that nothing is summed across it."""
     c = 0
     while c < width:
@@ -189,7 +189,7 @@ def forward(
                 score[j] = -np.inf
             total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[h] - largest)
             log_sum[head, i - first[b]] = largest + math.log(total)
-            _mean(by_token, width, index, score, i + 1, out)
+            _sums_by_token(by_token, width, index, score, i + 1, out)
             for c in range(channels):
                 z[to + c * q_stride] = out[c] / np.float32(total)
 
@@ -225,7 +225,7 @@ def backward(
             _sums(v, at, stride, index, given, channels, upto, ds)
             _through(ds, p, through, upto)
             dsink[head] -= math.exp(sink[h] - logs) * through
-            _mean(by_token, width, index, ds, i + 1, out)
+            _sums_by_token(by_token, width, index, ds, i + 1, out)
             for c in range(channels):
                 dq[to + c * q_stride] = out[c] * scale
                 add_scaled(dk, at + c * stride, query[c], ds, upto // 16)
