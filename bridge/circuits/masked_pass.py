@@ -75,7 +75,7 @@ class _Some:
     """Where those of some entries go, each location's by their place k, token and channel: of few, most of the work is spared."""
 
     def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
-        self.by_position, self.gradient_rk = of.space.n_tokens > 1, gradient_rk
+        self.gradient_rk = gradient_rk
         if of.asked is not node_k:
             parts = of.space.places(node_k)
             of.asked_parts = {at: (here_k.numpy(), *divmod(place_k.numpy(), of.space.sizes[at])) for at, here_k, place_k in parts}
@@ -87,8 +87,7 @@ class _Some:
         if at in self.parts:
             here_k, token_k, channel_k = self.parts[at]
             gradient_kr = np.empty((len(here_k), len(self.gradient_rk)), np.float32)
-            token_k = token_k if self.by_position else np.full_like(token_k, -1)
-            masked.some_nodes(dy, change, channel_k, token_k, lanes.lane_rt, gradient_kr)
+            masked.some_nodes(dy, change, channel_k, token_k, not lanes.by_position, lanes.lane_rt, gradient_kr)
             self.gradient_rk[:, here_k] = gradient_kr.T
         dy *= through
 
@@ -96,9 +95,9 @@ class _Some:
         """Take those of the errors of a site."""
         if at in self.parts:
             here_k, token_k, _ = self.parts[at]
-            rows, tokens = lanes.lane_rt.shape if self.by_position else (len(lanes.lane_rt), 1)
+            rows, tokens = lanes.lane_rt.shape if lanes.by_position else (len(lanes.lane_rt), 1)
             gradient_rt = np.zeros((rows, tokens), np.float32)
-            place_l = lanes.row_l * tokens + (lanes.token_l if self.by_position else 0)
+            place_l = lanes.row_l * tokens + (lanes.token_l if lanes.by_position else 0)
             masked.add_error_back(dx, place_l, 0, *what, gradient_rt.reshape(-1))
             self.gradient_rk[:, here_k] = gradient_rt[:, token_k]
 

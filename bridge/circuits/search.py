@@ -55,7 +55,7 @@ _STRICTER = 0.9  # times what was met, where the next attempt goes on: half of i
 _SMOOTH = 0.8  # of what was off before, where every step has other prompts
 _ADDED = 1, 5, 25, 120  # nodes, at a time
 _CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
-_SWEPT = 20_000  # nodes: a larger circuit is not deleted from, since it is not for reading, and its gradients take gigabytes
+_SWEPT = 20_000  # nodes: a larger circuit is not for reading, and not deleted from at its own level, which takes seconds a sweep
 _BACKUP = 60, 0.25  # nodes that may be added for necessity: so many, or that share of a larger circuit
 
 

@@ -190,8 +190,8 @@ class Transporter:
             enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
             last_only = bool((last_r == length - 1).all())
             trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter, last_only=last_only)
-            at_r = torch.zeros_like(last_r) if last_only else last_r
-            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, at_r)) / self._span
+            # from the end, where the last position is in both cases
+            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, last_r - length)) / self._span
         return lost_k
 
     @torch.no_grad()

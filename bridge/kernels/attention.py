@@ -106,16 +106,19 @@ def _every_query(x_bnt: Tensor) -> tuple[np.ndarray, np.ndarray, int, int, int, 
 
 @compiled
 def _sums(
-    x: np.ndarray, x_at: int, tokens: int, index: np.ndarray, weight: np.ndarray, channels: int, upto: int, y: np.ndarray
+    x: np.ndarray, x_at: int, stride: int, index: np.ndarray, weight: np.ndarray, rows: int, upto: int, y: np.ndarray
 ) -> None:
-    """y[j] = sum over channels of weight[c] x[c, j] for j < upto, a multiple of 16."""
+    """y[j] = sum over rows of weight[i] x[i, j] for j < upto, a multiple of 16: nothing is summed across a vector."""
     j = 0
     while j < upto:
         if j + 64 <= upto:
-            weighted_sum_64(x, x_at + j, tokens, index, weight, 0, channels, np.float32(0), y, j)
+            weighted_sum_64(x, x_at + j, stride, index, weight, 0, rows, np.float32(0), y, j)
             j += 64
+        elif j + 32 <= upto:
+            weighted_sum_32(x, x_at + j, stride, index, weight, 0, rows, np.float32(0), y, j)
+            j += 32
         else:
-            weighted_sum_16(x, x_at + j, tokens, index, weight, 0, channels, np.float32(0), y, j)
+            weighted_sum_16(x, x_at + j, stride, index, weight, 0, rows, np.float32(0), y, j)
             j += 16
 
 
@@ -127,22 +130,6 @@ def _by_token(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y
         for j in range(upto):
             y[j * width + c] = x[x_at + c * tokens + j]
     return width
-
-
-@compiled
-def _sums_by_token(x: np.ndarray, width: int, index: np.ndarray, weight: np.ndarray, upto: int, y: np.ndarray) -> None:
-    """y[c] = sum over j < upto of weight[j] x[j * width + c]: channels in one vector, so that nothing is summed across it."""
-    c = 0
-    while c < width:
-        if c + 64 <= width:
-            weighted_sum_64(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
-            c += 64
-        elif c + 32 <= width:
-            weighted_sum_32(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
-            c += 32
-        else:
-            weighted_sum_16(x, c, width, index, weight, 0, upto, np.float32(0), y, c)
-            c += 16
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
@@ -189,7 +176,7 @@ def forward(
                 score[j] = -np.inf
             total = exponentials(score, 0, upto // 16, largest) + math.exp(sink[h] - largest)
             log_sum[head, i - first[b]] = largest + math.log(total)
-            _sums_by_token(by_token, width, index, score, i + 1, out)
+            _sums(by_token, 0, width, index, score, i + 1, width, out)
             for c in range(channels):
                 z[to + c * q_stride] = out[c] / np.float32(total)
 
@@ -225,7 +212,7 @@ def backward(
             _sums(v, at, stride, index, given, channels, upto, ds)
             _through(ds, p, through, upto)
             dsink[head] -= math.exp(sink[h] - logs) * through
-            _sums_by_token(by_token, width, index, ds, i + 1, out)
+            _sums(by_token, 0, width, index, ds, i + 1, width, out)
             for c in range(channels):
                 dq[to + c * q_stride] = out[c] * scale
                 add_scaled(dk, at + c * stride, query[c], ds, upto // 16)

@@ -392,6 +392,12 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
+def _of_lane(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) -> Any:
+    """Pointer to x[at[lane + step] + place]."""
+    begin = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
+    return builder.gep(x, [builder.add(begin, place)])
+
+
 @intrinsic
 def transpose_masks(typing: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> Any:
     """Shares of 16 channels in 16 lanes: share[c * lanes + lane + l] = mask[at[lane + l] + place + c], of bytes or floats."""
@@ -400,8 +406,7 @@ def transpose_masks(typing: Any, mask: Any, at: Any, lane: Any, place: Any, shar
         mask, at, lane, place, share, lanes = values
         vector, rows = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16), []
         for step in range(16):
-            begin = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
-            rows.append(_load(builder, builder.gep(mask, [builder.add(begin, place)]), vector))
+            rows.append(_load(builder, _of_lane(builder, mask, at, lane, step, place), vector))
         for channel, row in enumerate(_transposed(builder, rows)):
             value = row if vector.element == _F32 else builder.uitofp(row, _VF)
             to = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), lane)
@@ -426,8 +431,7 @@ def back_masks(
             rows.append(builder.fmul(value, difference))
             _store(builder, builder.fmul(value, share), above)
         for step, row in enumerate(_transposed(builder, rows)):
-            first = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
-            total = builder.gep(to, [builder.add(first, place)])
+            total = _of_lane(builder, to, at, lane, step, place)
             _store(builder, builder.fadd(_load(builder, total, _VF), row), total)
 
     i64 = types.int64

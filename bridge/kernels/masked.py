@@ -21,7 +21,6 @@ from bridge.kernels.cpu import top_k_lanes
 from bridge.kernels.lanes import LANES, back_masks, compiled, gelus, mix_lanes, transpose_masks
 from bridge.kernels.products import Compact, multiply_lines
 
-VECTOR = 32  # lanes
 _CHANNELS = 16  # whose masks are transposed at a time
 
 
@@ -75,13 +74,14 @@ def nodes_back(dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.n
 
 @compiled
 def some_nodes(
-    dy: np.ndarray, change: np.ndarray, channel: np.ndarray, token: np.ndarray, lane_rt: np.ndarray, dmask_kr: np.ndarray
+    dy: np.ndarray, change: np.ndarray, channel: np.ndarray, token: np.ndarray, everywhere: bool, lane_rt: np.ndarray,
+    dmask_kr: np.ndarray,
 ) -> None:  # fmt: skip
-    """Dmask of some nodes, each at a token, or where that is -1 at all; lane_rt is -1 where a token has no lane."""
+    """Dmask of some nodes, each at its token, or at every one; lane_rt is -1 where a token has no lane."""
     rows, tokens = lane_rt.shape
     for k in range(len(channel)):
         j, begin, end = channel[k], token[k], token[k] + 1
-        if begin < 0:
+        if everywhere:
             begin, end = 0, tokens
         for r in range(rows):
             total = np.float32(0)
@@ -166,7 +166,7 @@ class Lanes:
     def __init__(self, prompt_r: np.ndarray, token_rt: np.ndarray, tokens: int, size: int, by_position: bool) -> None:
         rows, each = token_rt.shape
         self.row_l, self.prompt_l, self.token_l = np.arange(rows).repeat(each), prompt_r.repeat(each), token_rt.reshape(-1)
-        self.padded = -(-rows * each // VECTOR) * VECTOR
+        self.padded = -(-rows * each // LANES) * LANES
         self.lane_rt = np.full((rows, tokens), -1)
         self.lane_rt[self.row_l, self.token_l] = np.arange(rows * each)
         self.size, self.by_position, self.known = size, by_position, dict[int, np.ndarray]()
@@ -191,7 +191,7 @@ class Room:
             self.parts.append(np.zeros((0, 0), np.float32))
         self.used += 1
         if self.parts[self.used - 1].shape != (n, lanes):
-            self.parts[self.used - 1] = np.zeros(n * lanes + VECTOR, np.float32)[: n * lanes].reshape(n, lanes)
+            self.parts[self.used - 1] = np.zeros(n * lanes + LANES, np.float32)[: n * lanes].reshape(n, lanes)
         return self.parts[self.used - 1]
 
 
