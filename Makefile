@@ -11,7 +11,7 @@ DEMO_MINUTES ?= 2
 DENSE_MINUTES ?= 35
 FRONTIER_MINUTES ?= 5
 
-.PHONY: demo real test test-slow test-gpu lint docs checkpoints frontier viewer clean
+.PHONY: demo real test tests test-slow test-gpu lint docs checkpoints frontier viewer clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,7 +47,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint  ## A file of tests to a core.
+test: $(READY)  ## Lint and tests, side by side: the type checker has one thread.
+	$(MAKE) --jobs 2 lint tests
+
+tests: $(READY)  ## A file of tests to a core.
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## What takes longer: kills and resumes, pipes that close.

@@ -87,7 +87,7 @@ def compared(one: Path, other: Path) -> None:
     assert text_bt is not None and other_bt is not None and torch.equal(text_bt, other_bt)
 
 
-@pytest.mark.parametrize("way", ["pieces of a stream", "in shards"])
+@pytest.mark.parametrize("way", [pytest.param("pieces of a stream", marks=pytest.mark.slow), "in shards"])
 def test_two_processes_go_on_with_a_run_of_one_and_one_with_theirs(
     way: str, dense_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
