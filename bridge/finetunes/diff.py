@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Di
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
+from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
 from bridge.models.transport import Change
 from bridge.steering.interventions import run_patched
@@ -177,7 +178,9 @@ def _of_prompt(
     nodes, effects = _listed(grafts, masked, effect_f, changed_f, known, config)
     edges = _edges(tuned, grafts, masked, changed_f, config)
     transplant = _transplant(base, grafts, masked[0], ours, changed_f, known.change, config, seed)
-    return known.with_changes(through, int(changed_f.sum()), nodes, edges, effects, transplant)
+    return replace(
+        known, through=through, changed=int(changed_f.sum()), nodes=nodes, edges=edges, effects=effects, transplant=transplant
+    )
 
 
 def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
@@ -321,7 +324,7 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
     for some_rf in added_rf.split(grafts.rows):
         residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
         for site, x_rts in enumerate(residuals[:-1]):
-            own_rts = residuals[site + 1] - grafts.error(site + 1) - base.sparse.sublayer(site)(x_rts)
+            own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
             own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # of none exactly nothing
             if bool(own_rts.any()):
                 site_r = torch.full((len(some_rf),), site + 1)

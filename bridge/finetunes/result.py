@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bridge.display.columns import columns
@@ -106,13 +106,6 @@ class PromptDiff:
     def change(self) -> float:
         """Nats that the fine-tune adds to d of the dense model."""
         return self.tuned_d - self.base_d
-
-    def with_changes(
-        self, through: Mapping[str, float], changed: int, nodes: tuple[ChangedNode, ...], edges: tuple[ChangedEdge, ...],
-        effects: tuple[Effect, ...], transplant: Transplant,
-    ) -> PromptDiff:  # fmt: skip
-        """Copy that has the changes."""
-        return replace(self, through=through, changed=changed, nodes=nodes, edges=edges, effects=effects, transplant=transplant)
 
 
 @dataclass(frozen=True)
