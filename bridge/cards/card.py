@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,7 +13,7 @@ from bridge.cards.evidence import TESTS, TaskEvidenceConfig, holds
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
-from bridge.models.store import refused_unless_read
+from bridge.models.store import as_json, refused_unless_read
 from bridge.verdicts.null_table import TaskNull
 
 _HOW_TO_READ = (
@@ -43,7 +42,7 @@ class Card:
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values; verdict, reasons, and whether each measure has passed, written out."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
             written["passed"] = measure.passed
         for null, written in zip(self.nulls or (), values["nulls"] or (), strict=True):

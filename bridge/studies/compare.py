@@ -15,10 +15,9 @@ Shape legend: f all nodes in one row, a, b tasks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from bridge.data.task_tokens import TokenPairs
 from bridge.display.plots import draw, svg
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
+from bridge.models.store import as_json
 from bridge.studies.backbone import Backbone, find_backbone, off_diagonal, shares
 from bridge.studies.result import Size, TaskResult
 from bridge.verdicts.task_search import expected_overlap
@@ -75,7 +75,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         if self.backbone is not None:
             shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
             values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
