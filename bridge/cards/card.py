@@ -108,7 +108,5 @@ def render_cards(cards: Sequence[Card]) -> str:
             ceiling = "" if first is None or first.ceiling is None else f" of {first.ceiling:.3f}"
             cells.append(f"{value}{ceiling} {met}")
         rows.append([card.task, f"{card.provenance.get('nodes', 0):,}", *cells, card.verdict])
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, sizes)).rstrip() for row in rows]
     supported = sum(card.verdict == "mechanistic support" for card in cards)
-    return "\n".join([*lines, "", f"{supported} of {len(cards)} with mechanistic support"])
+    return "\n".join([*columns(rows, 200), "", f"{supported} of {len(cards)} with mechanistic support"])
