@@ -105,11 +105,9 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
             raise ValueError
     except ValueError:
         raise SteerError(f"{match['amount']!r} in {text!r}", "is no number up to a million", "write =2.5, +1 or -1") from None
-    return (
-        Intervention(node, value=amount)
-        if match["how"] == "="
-        else Intervention(node, amount=-amount if match["how"] == "-" else amount)
-    )
+    if match["how"] == "=":
+        return Intervention(node, value=amount)
+    return Intervention(node, amount=-amount if match["how"] == "-" else amount)
 
 
 def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Intervention]:
@@ -174,15 +172,10 @@ class _Clamp:
     keep_tn: Tensor
     amount_tn: Tensor
 
-    def target(self, x_btn: Tensor) -> Tensor:
-        """The clamped values of x_btn, the plain values of the nodes at the prompt and any number of tokens behind it."""
+    def clamped(self, x_btn: Tensor, plain_btn: Tensor) -> Tensor:
+        """x_btn with clamped nodes at values that follow from plain ones, at the prompt and any number of tokens behind it."""
         row_t = torch.arange(x_btn.shape[1], device=x_btn.device).clamp(max=len(self.mask_tn) - 1)
-        clamped_btn = self.keep_tn[row_t] * x_btn + self.amount_tn[row_t]
-        return torch.where(self.mask_tn[row_t], clamped_btn, x_btn)
-
-    def mask(self, length: int) -> Tensor:
-        """The mask of clamped nodes at `length` tokens."""
-        return self.mask_tn[torch.arange(length, device=self.mask_tn.device).clamp(max=len(self.mask_tn) - 1)]
+        return torch.where(self.mask_tn[row_t], self.keep_tn[row_t] * plain_btn + self.amount_tn[row_t], x_btn)
 
 
 class Steerer:
@@ -233,7 +226,7 @@ class Steerer:
         values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
             before_tn = values[location][0]
-            after_tn = clamp.target(before_tn[None])[0]
+            after_tn = clamp.clamped(before_tn[None], before_tn[None])[0]
             for position, index in (before_tn != after_tn).nonzero().tolist():
                 where = Node(location, index).name, position
                 found.append(ChangedNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
@@ -277,9 +270,7 @@ class Steerer:
     def _gate(self, plain: Mapping[Location, Tensor]) -> Gate:
         def gate(location: Location, x_btn: Tensor) -> Tensor:
             clamp = self.clamps.get(location)
-            if clamp is None:
-                return x_btn
-            return torch.where(clamp.mask(x_btn.shape[1]), clamp.target(plain[location]), x_btn)
+            return x_btn if clamp is None else clamp.clamped(x_btn, plain[location])
 
         return gate
 
