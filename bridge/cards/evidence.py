@@ -185,12 +185,9 @@ def _solved(
     coupling: CoupledModels, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs
 ) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
-    models = ("dense", coupling.dense), ("sparse", coupling.sparse)
+    accuracy = {"dense": score(coupling.dense, pairs).accuracy, "sparse": score(coupling.sparse, pairs).accuracy}
     return (
-        *(
-            Measure(f"{name}_solves", f"accuracy of the {name} model", score(model, pairs).accuracy, least, chance)
-            for name, model in models
-        ),
+        *(Measure(f"{name}_solves", f"accuracy of the {name} model", share, least, chance) for name, share in accuracy.items()),
         Measure("span", "span in nats", abs(transporter.loss.span), Criterion(">=", config.least_span)),
     )
 

@@ -52,9 +52,7 @@ def adapt(
         resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
     )  # fmt: skip
     reading.clear()
-    train_to_end(run, folder, stretch)
-    if run.accelerator.is_main_process:
-        print(f"next: bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
+    train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
 
 
 @of_finetunes.command()

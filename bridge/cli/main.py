@@ -160,9 +160,7 @@ def fit(
         progress=reading,
     )  # fmt: skip
     reading.clear()
-    train_to_end(run, folder, stretch)
-    if run.accelerator.is_main_process:
-        print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
+    train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
 
 
 @app.command("eval")

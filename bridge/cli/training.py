@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from bridge.training.prepare import Run
 
 
-def train_to_end(run: Run, folder: Path, stretch: float | None = None) -> None:
-    """Print what a fit will take, train it, and write the coupling; a run that is asked to stop ends the command."""
+def train_to_end(run: Run, folder: Path, stretch: float | None, then: str) -> None:
+    """Print what a fit will take, train it, write the coupling, and print what to do then; one asked to stop ends the command."""
     from bridge.training.loop import FitStopped, finish, train
     from bridge.training.prepare import memory_needed, seconds_a_step
 
@@ -38,4 +38,4 @@ def train_to_end(run: Run, folder: Path, stretch: float | None = None) -> None:
     refitting.clear()
     if main:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
-        print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes")
+        print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes\nnext: {then}")

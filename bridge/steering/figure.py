@@ -64,16 +64,11 @@ def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
     return draw(len(panels), (8.6, 4.2), paint)
 
 
-def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
-    """Panels of probability against strength as SVG."""
-    return svg(figure_of(heading, note, panels))
-
-
 def steering_plot(steering: Steering) -> str:
-    """The plot of a Steering."""
+    """The plot of a Steering as SVG."""
     heading = f"Steering the dense model from {steering.target.text!r} to {steering.contrast.text!r}"
     note = f"{_changed(steering)}; band: lowest to highest of {steering.draws} random directions of equal norm."
-    return plot(heading, note, panels_of(steering))
+    return svg(figure_of(heading, note, panels_of(steering)))
 
 
 def _changed(steering: Steering) -> str:

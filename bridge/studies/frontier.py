@@ -133,7 +133,7 @@ class Frontier:
             path.mkdir(parents=True, exist_ok=True)
             (path / "sweep.txt").write_text(render_frontier(self) + "\n", encoding="utf-8")
             if can_plot():
-                (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
+                (path / "frontier.svg").write_text(svg(frontier_figure(self)), encoding="utf-8")
             write_json(path / "sweep.json", self.to_json())
         except OSError as error:
             raise CheckpointError(
@@ -251,11 +251,6 @@ def frontier_figure(frontier: Frontier) -> Any:
             axes[0].legend(fontsize=7)
 
     return draw(2, (8.6, 4.4), paint)
-
-
-def scatter(frontier: Frontier) -> str:
-    """The plot of a sweep as SVG."""
-    return svg(frontier_figure(frontier))
 
 
 def _label(point: Point) -> str:

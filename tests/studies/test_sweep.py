@@ -18,6 +18,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  
 
 import bridge
 from bridge.data.task_pairs import TaskError
+from bridge.display.plots import svg
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.models.dense import load_dense
@@ -25,7 +26,7 @@ from bridge.models.store import CheckpointError
 from bridge.recipe import RecipeError
 from bridge.studies import search as task_circuit
 from bridge.studies import suite, sweep_steps
-from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, frontier_figure, render_frontier, scatter
+from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, frontier_figure, render_frontier
 from bridge.studies.result import Size
 from bridge.studies.sweep import plan
 from bridge.studies.sweep_steps import SweepError
@@ -346,11 +347,11 @@ def test_the_plot_holds_every_point() -> None:
     labels = {text.get_gid(): text.get_text() for text in ce.texts}
     assert labels["w512-l0-0.0625"] == "1/16" and labels["w256-l0-0.0156"] == "1/64 (1/2)"  # solved, where not all are
     assert len({line.get_color() for line in ce.lines if line.get_linestyle() == "-" and len(line.get_xdata())}) == 2  # widths
-    text = scatter(frontier)
+    text = svg(frontier_figure(frontier))
     ElementTree.fromstring(text)
-    assert text == scatter(frontier) and "1/64 (1/2)" in text
+    assert text == svg(frontier_figure(frontier)) and "1/64 (1/2)" in text
     for some in (replace(frontier, points=(), dense=None), replace(frontier, points=frontier.points[:1], dense=None)):
-        ElementTree.fromstring(scatter(some))
+        ElementTree.fromstring(svg(frontier_figure(some)))
 
 
 def test_functions_named_like_their_modules_stay_functions() -> None:
