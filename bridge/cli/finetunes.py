@@ -7,17 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.console import (
-    Dense,
-    Device,
-    Phases,
-    check_outputs,
-    opened_coupling,
-    print_output,
-    print_written,
-    seed_of,
-    terminal_width,
-)
+from bridge.cli import console
+from bridge.cli.console import Dense, Device, Phases, seed_of
 from bridge.cli.training import train_to_end
 from bridge.recipe import parse_setting
 
@@ -46,7 +37,7 @@ def adapt(
 
     settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
     folder = out or Path("runs") / Path(adapter or model or coupling).name
-    base, reading = opened_coupling(coupling, dense, device), Phases()
+    base, reading = console.opened_coupling(coupling, dense, device), Phases()
     run = prepare_adapted(
         base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
         resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
@@ -75,13 +66,13 @@ def diff(
     from bridge.finetunes.result import render_diff
     from bridge.models.store import write_json
 
-    check_outputs(json=json, read=[prompts])
+    console.check_outputs(json=json, read=[prompts])
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
-    couplings = opened_coupling(base, dense, device), opened_coupling(tuned, tuned_dense, device)
+    couplings = console.opened_coupling(base, dense, device), console.opened_coupling(tuned, tuned_dense, device)
     watch = Phases()
     found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
     watch.clear()
     if json is not None:
         write_json(json, found.to_json())
-    print_output(render_diff(found, terminal_width()))
-    print_written(json)
+    console.print_output(render_diff(found, console.terminal_width()))
+    console.print_written(json)

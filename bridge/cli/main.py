@@ -13,28 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bridge.cli.console import (
-    Adapter,
-    Commands,
-    Dense,
-    Device,
-    Gguf,
-    Phases,
-    Revision,
-    as_chat,
-    check_outputs,
-    choose_device,
-    chosen_model,
-    evaluation_table,
-    held_out_text,
-    opened_coupling,
-    print_output,
-    print_written,
-    seed_of,
-    shipped_coupling,
-    terminal_width,
-    usage_line,
-)
+from bridge.cli import console
+from bridge.cli.console import Adapter, Commands, Dense, Device, Gguf, Phases, Revision, seed_of
 from bridge.cli.finetunes import of_finetunes
 from bridge.cli.tasks import of_tasks
 from bridge.cli.training import train_to_end
@@ -78,9 +58,9 @@ def info(
     """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
     from bridge.models.dense import load_dense
 
-    if (name := chosen_model(model, gguf)) is None:
+    if (name := console.chosen_model(model, gguf)) is None:
         raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
-    dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
+    dense = load_dense(name, adapter=adapter, revision=revision, device=console.choose_device(device))
     kinds = list(dense.sublayers)
     parameters = sum(p.numel() for p in dense.model.parameters())
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -144,7 +124,7 @@ def fit(
         seed=seed, adapter=adapter, revision=revision, dense_dtype=dense_dtype,
         settings=dict(parse_setting(text) for text in set_ or []),
     )  # fmt: skip
-    name = chosen_model(model, gguf, values.get("dense"))
+    name = console.chosen_model(model, gguf, values.get("dense"))
     if name is None and resume and out is not None and (out / "training.json").is_file():
         from bridge.models.store import read_json
 
@@ -175,9 +155,9 @@ def eval_(
     from bridge.models.store import write_json
     from bridge.training.evaluate import evaluate
 
-    coupling = opened_coupling(bridge, dense, device)
-    result = evaluate(coupling, held_out_text(coupling, bridge, data, rows))
-    print(evaluation_table(result))
+    coupling = console.opened_coupling(bridge, dense, device)
+    result = evaluate(coupling, console.held_out_text(coupling, bridge, data, rows))
+    print(console.evaluation_table(result))
     if bridge.is_dir():
         write_json(bridge / "eval.json", result.to_json())
 
@@ -205,17 +185,17 @@ def explain(
     from bridge.explanations.text import render_answer, render_text
     from bridge.models.store import write_json
 
-    check_outputs(html=html, json=json)
-    coupling = opened_coupling(bridge, dense, device)
+    console.check_outputs(html=html, json=json)
+    coupling = console.opened_coupling(bridge, dense, device)
     if chat:
-        prompt, counterfactual = coupling.dense.prompts.chat(prompt), as_chat(coupling, counterfactual)
+        prompt, counterfactual = coupling.dense.prompts.chat(prompt), console.as_chat(coupling, counterfactual)
     watch = Phases()
-    width = terminal_width()
+    width = console.terminal_width()
 
     def show(known: Answered | Drawn) -> None:
         if isinstance(known, Answered):
             watch.clear()
-            print_output(f"{render_answer(known, width)}\n")
+            console.print_output(f"{render_answer(known, width)}\n")
 
     explanation = explain_prompt(
         coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=watch,
@@ -226,8 +206,8 @@ def explain(
         write_json(json, explanation.to_json())
     if html is not None:
         write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
-    print_output(render_text(explanation, width, answer=False))
-    print_written(json, html)
+    console.print_output(render_text(explanation, width, answer=False))
+    console.print_written(json, html)
 
 
 @app.command()
@@ -243,9 +223,9 @@ def view(
     from bridge.explanations.page import described_nodes, page_data, render_html, write_page
 
     read, nodes = read_explanation(explanation), {}
-    check_outputs(html=html, read=[explanation])
+    console.check_outputs(html=html, read=[explanation])
     if bridge is not None:
-        nodes = described_nodes(opened_coupling(bridge, dense, device), read)
+        nodes = described_nodes(console.opened_coupling(bridge, dense, device), read)
     write_page(html, render_html(page_data(read, nodes)))
     print(f"wrote {html}")
 
@@ -272,9 +252,9 @@ def export(
     if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
         raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
     if to != "circuit-tracer" and out.parent.is_dir():
-        check_outputs(out=out, read=[explanation])
+        console.check_outputs(out=out, read=[explanation])
     else:
-        check_outputs(out)
+        console.check_outputs(out)
     pages = pages_for(explained, bridge, dense=dense) if to == "circuit-tracer" or features_url is not None else None
     done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
     about = f", {done.features:,} features" if done.features else ""
@@ -318,10 +298,10 @@ def steer(
     from bridge.steering.interventions import chosen_interventions
 
     check_strengths(strength or STRENGTHS)
-    check_outputs(svg=svg, json=json, read=[explanation])
-    coupling = opened_coupling(bridge, dense, device)
+    console.check_outputs(svg=svg, json=json, read=[explanation])
+    coupling = console.opened_coupling(bridge, dense, device)
     if chat:
-        prompt, counterfactual = as_chat(coupling, prompt), as_chat(coupling, counterfactual)
+        prompt, counterfactual = console.as_chat(coupling, prompt), console.as_chat(coupling, counterfactual)
     text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
     steering = steer_prompt(
         coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
@@ -331,8 +311,8 @@ def steer(
         write_text(svg, steering_plot(steering))
     if json is not None:
         write_json(json, steering.to_json())
-    print_output(render_steering(steering, terminal_width()))
-    print_written(svg, json)
+    console.print_output(render_steering(steering, console.terminal_width()))
+    console.print_written(svg, json)
 
 
 @app.command()
@@ -357,12 +337,12 @@ def serve(
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
-    folders = bridge or [Path(shipped_coupling())]
+    folders = bridge or [Path(console.shipped_coupling())]
     beside = folders[0].parent / "circuits"
     if circuits is None and not bridge and beside.is_dir():
         circuits = beside  # of what ships
     stopped = run_server(
-        folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=choose_device(device),
+        folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=console.choose_device(device),
         progress=lambda line: print(line, flush=True),
     )  # fmt: skip
     if not stopped:
@@ -386,7 +366,7 @@ def main() -> NoReturn:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            print(f"bridge: {usage_line(error)}", file=sys.stderr)
+            print(f"bridge: {console.usage_line(error)}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -8,24 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.console import (
-    Adapter,
-    Dense,
-    Device,
-    Phases,
-    Revision,
-    Several,
-    check_outputs,
-    choose_device,
-    chosen_coupling,
-    held_out_text,
-    opened_coupling,
-    print_output,
-    print_written,
-    sample_prompt,
-    seed_of,
-    terminal_width,
-)
+from bridge.cli import console
+from bridge.cli.console import Adapter, Dense, Device, Phases, Revision, Several, seed_of
 from bridge.errors import RunError
 from bridge.recipe import RecipeError, parse_setting
 
@@ -62,19 +46,19 @@ def circuit(
 
     search_config(level, budget)  # refused before anything is loaded
 
-    check_outputs(out)
-    subjects = Subjects.of(opened_coupling(bridge, dense, device))
+    console.check_outputs(out)
+    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
     watch = Phases()
     options: dict[str, Any] = {
         "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
         "nested": not no_nested,
     }  # fmt: skip
     if task is not None:
-        text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
+        text = run_task(subjects, task, out=out, progress=watch, width=console.terminal_width(), **options)
         watch.clear()
         print(text)
     else:
-        for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=terminal_width(), **options):
+        for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=console.terminal_width(), **options):
             watch.clear()
             print(f"{text}\n", flush=True)
 
@@ -102,17 +86,19 @@ def card(
     from bridge.models.store import write_json
     from bridge.studies.search import Subjects
 
-    check_outputs(out, json=json, read=[task])
+    console.check_outputs(out, json=json, read=[task])
     wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
-    subjects = Subjects.of(opened_coupling(bridge, dense, device))
+    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
     watch, cards = Phases(), []
-    for one, text in run_cards(subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=terminal_width(), progress=watch):
+    for one, text in run_cards(
+        subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=console.terminal_width(), progress=watch
+    ):
         watch.clear()
-        print_output(f"{text}\n")
+        console.print_output(f"{text}\n")
         cards += [] if one is None else [one.to_json()]
     if json is not None:
         write_json(json, cards if len(wanted) > 1 else cards[0])
-        print_written(json)
+        console.print_written(json)
 
 
 @of_tasks.command(cls=Several)
@@ -136,7 +122,7 @@ def nulls(
 
     if against is not None and not (against / "coupling.json").is_file():
         check_folder(against, "against")
-    coupling, watch = opened_coupling(bridge, dense, device), Phases()
+    coupling, watch = console.opened_coupling(bridge, dense, device), Phases()
     uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
     if prompts:
         from bridge.verdicts.nulls import cut_prompts, render_prompt_nulls, run_prompt_nulls
@@ -148,7 +134,7 @@ def nulls(
         return
     for text in run_nulls(
         Subjects.of(coupling), names=tasks or task_names(), explicit=tasks is not None, circuits=circuits, against=uncoupled,
-        minutes=minutes, budget=budget, seed=seed, width=terminal_width(), progress=watch,
+        minutes=minutes, budget=budget, seed=seed, width=console.terminal_width(), progress=watch,
     ):  # fmt: skip
         watch.clear()
         print(text, flush=True)
@@ -197,7 +183,7 @@ def sweep(
         model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), tokens=tokens, minutes=minutes,
         recipe=recipe, settings=settings, data=data, seed=seed, adapter=adapter,
         revision=revision, level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, budget=budget, rows=rows,
-        device=choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
+        device=console.choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
     )  # fmt: skip
     watch.clear()
     plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
@@ -234,9 +220,9 @@ def nodes(
     from bridge.nodes.statistics import collect_nodes, parse_node, render_summary, stored_facts
     from bridge.studies.result import TaskResult
 
-    check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
-    name = chosen_coupling(bridge)
-    coupling = opened_coupling(name, dense, device)
+    console.check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
+    name = console.chosen_coupling(bridge)
+    coupling = console.opened_coupling(name, dense, device)
     sizes = coupling.sparse.locations()
     chosen = [parse_node(text, sizes) for text in node or []]
     if circuit is not None:
@@ -244,9 +230,9 @@ def nodes(
     folder = out or (Path(name) if Path(name).is_dir() else None)
     facts = stored_facts(coupling, folder) if data is None and rows is None else None
     if facts is None:
-        check_outputs(folder)
+        console.check_outputs(folder)
         watch = Phases()
-        facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
+        facts = collect_nodes(coupling, console.held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
         watch.clear()
     descriptions = Descriptions(folder, facts.fingerprint)
     pages: list[dict[str, Any]] = []
@@ -254,7 +240,7 @@ def nodes(
         page = describe_node(coupling, facts, each)
         description = descriptions.ask(endpoint, page) if endpoint is not None else descriptions.text(page.name)
         pages.append(page.to_json() | {"description": description})
-        print(f"{render_page(page, terminal_width(), description)}\n", flush=True)
+        print(f"{render_page(page, console.terminal_width(), description)}\n", flush=True)
     if not chosen:
         print(render_summary(facts))
         print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
@@ -262,7 +248,7 @@ def nodes(
         print(f"next: bridge nodes --bridge {name}{kept_at} --node '0.mlp_act[0]'")
     if json is not None:
         write_json(json, pages)
-        print_written(json)
+        console.print_written(json)
 
 
 @of_tasks.command()
@@ -286,7 +272,7 @@ def tasks(
 
     if split not in SPLITS:
         raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
-    check_outputs(json=json, read=names or [])
+    console.check_outputs(json=json, read=names or [])
     chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
     chosen = [task for task in chosen if language in (None, task.language)]
     if not chosen:
@@ -294,11 +280,11 @@ def tasks(
     if dense is not None and bridge is None:
         from bridge.models.dense import load_dense
 
-        of = load_dense(dense, device=choose_device(device))
+        of = load_dense(dense, device=console.choose_device(device))
         models: dict[str, Any] = {"dense": of}
         context = of.context
     else:
-        coupling = opened_coupling(bridge, dense, device)
+        coupling = console.opened_coupling(bridge, dense, device)
         of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
     print(f"{split} split, both members of every pair scored, by {of.name}\n")
     columns = "".join(f"{name:>8}" for name in models)
@@ -317,12 +303,13 @@ def tasks(
         )  # fmt: skip
         numbers = "".join(f"{scores[name].accuracy:8.2f}" if scores else f"{'-':>8}" for name in models)
         example = next(iter(pairs.examples or task.examples[split]), None)
-        print(f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample_prompt(example, 43 + 8 * len(models))}")
+        sample = console.sample_prompt(example, 43 + 8 * len(models))
+        print(f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample}")
     solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= SOLVED for row in rows) for name in models}
     print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
     if json is not None:
         write_json(json, rows)
-        print_written(json)
+        console.print_written(json)
 
 
 def _explains(text: str) -> Any:
