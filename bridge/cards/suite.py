@@ -16,7 +16,7 @@ from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_o
 from bridge.cards.nulls import Nulls, solved_tasks
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
-from bridge.data.task_pairs import TaskError
+from bridge.data.task_pairs import TaskError, task_names
 from bridge.data.task_tokens import Resolved
 from bridge.display.progress import OnProgress, Phase, within
 from bridge.models.bridges import CoupledModels
@@ -167,7 +167,6 @@ def run_nulls(
     subjects: Subjects,
     *,
     names: Sequence[str],
-    explicit: bool,
     circuits: Path | None,
     against: Path,
     minutes: float,
@@ -176,7 +175,7 @@ def run_nulls(
     width: int,
     progress: OnProgress,
 ) -> Generator[str, None, None]:
-    """The nulls on some tasks (of those not named explicitly the first few that both models do), a text as each ends.
+    """The nulls on some tasks (where none is named the first few that both models do), a text as each ends.
 
     Circuits of the coupling come from a folder of them, or are searched. Raises CardError where no task is solved.
     """
@@ -184,12 +183,13 @@ def run_nulls(
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
         raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
-    chosen = (
-        names if explicit or not there else [name for name in there if "failed" not in read_json(there[name] / "circuit.json")]
-    )
     progress(Phase("nulls: which tasks the models do"))
-    tasks = tuple(resolved(subjects, name) for name in chosen) if explicit else ()
-    tasks = tasks or solved_tasks(subjects.coupling, (resolved(subjects, name) for name in chosen))
+    if names:
+        tasks = tuple(resolved(subjects, name) for name in names)
+    else:
+        searched = [name for name, folder in there.items() if "failed" not in read_json(folder / "circuit.json")]
+        known = searched if there else task_names()
+        tasks = solved_tasks(subjects.coupling, (resolved(subjects, name) for name in known))
     found: dict[str, TaskResult] = {}
 
     def circuit(task: Resolved) -> TaskResult:

@@ -116,7 +116,6 @@ def nulls(
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
     from bridge.cards.suite import run_nulls
-    from bridge.data.task_pairs import task_names
     from bridge.models.store import check_folder
     from bridge.studies.search import Subjects
 
@@ -133,7 +132,7 @@ def nulls(
         print(render_prompt_nulls(table))
         return
     for text in run_nulls(
-        Subjects.of(coupling), names=tasks or task_names(), explicit=tasks is not None, circuits=circuits, against=uncoupled,
+        Subjects.of(coupling), names=tasks or (), circuits=circuits, against=uncoupled,
         minutes=minutes, budget=budget, seed=seed, width=console.terminal_width(), progress=watch,
     ):  # fmt: skip
         watch.clear()

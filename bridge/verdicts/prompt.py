@@ -164,28 +164,23 @@ def gather(
         progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
-    measures = (*_explained(config, loss, circuit), *sufficient, *deleted, lost, profile, *patching)
-    report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
+    measures = (*sufficient, *deleted, lost, profile, *patching, _nulls(coupling, loss.config, config))
+    report = Report(measures, config.rules(counterfactual is not None))
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
-
-
-def _explained(config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit) -> tuple[Measure, ...]:
-    return (
-        Measure("span", "span in nats", abs(loss.span), Criterion(">=", loss.config.least_span)),
-        Measure("error_share", "share of the span through errors", circuit.error_share, Criterion("<=", config.most_error)),
-    )
 
 
 def _sufficient(
     config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit, matched_cf: Tensor, other_cf: Tensor
 ) -> tuple[Measure, ...]:
-    """The circuit alone and in supersets, and controls alone."""
+    """The span, the circuit alone and in supersets, and controls alone."""
     asked = circuit.asked if circuit.asked is not None else 0.9
     alone_c = (1 - loss.miss(loss.masked.logits(torch.cat([matched_cf, other_cf]))).abs()).tolist()
     of_matched, of_others = alone_c[: len(matched_cf)], alone_c[len(matched_cf) :]
     others = Control.of("other prompts' circuits", of_others, max, "largest")
     return (
+        Measure("span", "span in nats", abs(loss.span), Criterion(">=", loss.config.least_span)),
+        Measure("error_share", "share of the span through errors", circuit.error_share, Criterion("<=", config.most_error)),
         Measure("faithfulness", "faithfulness alone", circuit.faithfulness, Criterion(">=", asked), others),
         Measure("supersets_mean", "in random supersets, mean", circuit.supersets_mean, Criterion(">=", config.superset_mean)),
         Measure("supersets_worst", "in random supersets, worst", circuit.supersets_worst, Criterion(">=", config.superset_worst)),
