@@ -209,16 +209,16 @@ def search_dense(
     subjects: Subjects,
     task: Resolved,
     *,
-    level: float = TASK_SEARCH.opens_at,
-    budget: float = 1.0,
-    progress: OnProgress | None = None,
+    level: float,
+    budget: float,
+    progress: OnProgress,
 ) -> Size:
     """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
 
     Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
     where its linear maps cannot be found.
     """
-    on_progress, task = progress or unseen, with_all_splits(task)
+    task = with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
@@ -226,7 +226,7 @@ def search_dense(
             f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
             "take another task",
         )
-    return _dense_size(subjects, task, search_config(level, budget), on_progress)
+    return _dense_size(subjects, task, search_config(level, budget), progress)
 
 
 def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:

@@ -16,7 +16,6 @@ from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
 from bridge.display.progress import OnProgress, Phase, within
 from bridge.errors import RunError, UserError
-from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
@@ -147,9 +146,8 @@ class Steps:
                 )
             if facts.get("search") != search:
                 raise SweepError(f"{str(folder)!r}", f"was searched by {facts.get('search')}, not {search}", "name another ‹out›")
-            if self.dense is None:
-                self.loaded(where)
-            if self.dense is not None and facts.get("dense") == self.dense.fingerprint():
+            dense = self.loaded(where).dense if self.dense is None else self.dense
+            if facts.get("dense") == dense.fingerprint():
                 return facts
         coupling = self.loaded(where)
         weights = coupling.sparse.n_sparse_weights()
@@ -231,8 +229,6 @@ class Steps:
                 subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
                 progress=within(self.progress, f"{label}: "),
             )  # fmt: skip
-        except DenseModelError:
-            raise
         except (SearchError, TaskError) as error:
             return TaskSize(label, whole_size(subjects.dense), str(error))
         return TaskSize(label, size)
