@@ -290,29 +290,25 @@ def _clamp(
     keep_tn, amount_tn = torch.zeros(length + 1, size), torch.zeros(length + 1, size)
     everywhere_tn = torch.zeros(length + 1, size) if other_tn is None else torch.cat([other_tn.cpu(), torch.zeros(1, size)])
     for positions in (False, True):  # a node at one position goes before the node everywhere
-        for way in ("value", "amount", "counterfactual"):
-            its = [m for m in interventions if (m.node.position is not None) == positions and m.way == way]
-            if not its:
-                continue
-            if way == "counterfactual" and other_tn is None:
-                raise SteerError(
-                    f"{its[0].node}",
-                    "is to go to its value on the counterfactual, and none is given",
-                    "give one, or write =1 or +1",
-                )
-            index_m = torch.tensor([each.node.index for each in its])
-            rows, columns = torch.arange(length + 1)[:, None], index_m
-            if positions:
-                rows = torch.tensor([each.node.position for each in its])
-                if int(rows.max()) >= length:
-                    wrong = next(each.node for each in its if each.node.position == int(rows.max()))
-                    raise SteerError(wrong, f"is outside the prompt, whose tokens go from 0 to {length - 1}")
-            mask_tn[rows, columns], keep_tn[rows, columns] = True, float(way == "amount")
-            if way == "counterfactual":
-                amount_tn[rows, columns] = everywhere_tn[rows, columns]
-                mask_tn[length, index_m] &= positions  # there is no such value behind the prompt
-            else:
-                amount_tn[rows, columns] = torch.tensor([each.value if way == "value" else each.amount for each in its])
+        its = [m for m in interventions if (m.node.position is not None) == positions]
+        if not its:
+            continue
+        if other_tn is None and (without := [m.node for m in its if m.way == "counterfactual"]):
+            raise SteerError(
+                without[0], "is to go to its value on the counterfactual, and none is given", "give one, or write =1 or +1"
+            )
+        rows, index_m = torch.arange(length + 1)[:, None], torch.tensor([m.node.index for m in its])
+        if positions:
+            rows = torch.tensor([m.node.position for m in its])
+            if int(rows.max()) >= length:
+                raise SteerError(its[int(rows.argmax())].node, f"is outside the prompt, whose tokens go from 0 to {length - 1}")
+        other_m = torch.tensor([m.way == "counterfactual" for m in its])
+        given_m = torch.tensor([m.value if m.value is not None else m.amount or 0.0 for m in its])
+        mask_tn[rows, index_m] = True
+        keep_tn[rows, index_m] = torch.tensor([float(m.way == "amount") for m in its])
+        amount_tn[rows, index_m] = torch.where(other_m, everywhere_tn[rows, index_m], given_m)
+        if not positions:
+            mask_tn[length, index_m[other_m]] = False  # there is no such value behind the prompt
     return _Clamp(mask_tn.to(device), keep_tn.to(device), amount_tn.to(device))
 
 
