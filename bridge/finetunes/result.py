@@ -159,10 +159,8 @@ class Diff:
 
 def render_diff(diff: Diff, width: int = 100) -> str:
     """A diff as a person reads it: of one prompt with its nodes and edges, of several a line each and the channels."""
-    lines = [] if len(diff.prompts) == 1 else [*_table(diff, width), ""]
-    for each in diff.prompts if len(diff.prompts) == 1 else ():
-        lines += [*_of_prompt(each, diff.least, width), ""]
-    lines += [f"VERDICT   {_sentence(diff)}", ""]
+    lines = _of_prompt(diff.prompts[0], diff.least, width) if len(diff.prompts) == 1 else _table(diff, width)
+    lines += ["", f"VERDICT   {_sentence(diff)}", ""]
     if diff.changed:
         lines += [*evidence_table([diff.transplant], width, places=True)]
     return "\n".join(lines).rstrip()

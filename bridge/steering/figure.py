@@ -92,16 +92,8 @@ def render_steering(steering: Steering, width: int = 100) -> str:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
     if steering.n_changed > _SHOWN:
         lines.append(f"                and {steering.n_changed - _SHOWN:,} that change less")
-    whole = steering.beside[0].every_target is not None
-    names = [
-        "strength",
-        f"p({contrast})",
-        f"p({target})",
-        f"random p({contrast})",
-        *(["every node"] if whole else []),
-        "likeliest",
-    ]
-    rows = [names]
+    every = ["every node"] if steering.beside[0].every_target is not None else []
+    rows = [["strength", f"p({contrast})", f"p({target})", f"random p({contrast})", *every, "likeliest"]]
     for steered, beside in zip(steering.curve, steering.beside, strict=True):
         random = beside.random_contrast
         row = [f"{steered.strength:g}", f"{steered.probability_contrast:.3f}", f"{steered.probability_target:.3f}"]

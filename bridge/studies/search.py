@@ -290,19 +290,9 @@ def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
 def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
     """The pairs with the answers of other pairs, right and wrong exchanged in half of them."""
     generator = torch.Generator().manual_seed(seed)
-    device = pairs.last_b.device
-    from_b = torch.randperm(len(pairs), generator=generator).to(device)
-    reversed_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
-    width = max(pairs.answer_bk.shape[1], pairs.wrong_bk.shape[1])
-    right_bk, wrong_bk = (
-        torch.nn.functional.pad(ids_bk, (0, width - ids_bk.shape[1]), value=-1)[from_b]
-        for ids_bk in (pairs.answer_bk, pairs.wrong_bk)
-    )
-    right_not_b, wrong_not_b = pairs.answer_not_b[from_b], pairs.wrong_not_b[from_b]
+    from_b = torch.randperm(len(pairs), generator=generator)
+    reversed_b = torch.randperm(len(pairs), generator=generator) % 2 == 0
+    dealt = pairs.both().rows(from_b + len(pairs) * reversed_b)
     return replace(
-        pairs,
-        answer_bk=torch.where(reversed_b[:, None], wrong_bk, right_bk),
-        wrong_bk=torch.where(reversed_b[:, None], right_bk, wrong_bk),
-        answer_not_b=torch.where(reversed_b, wrong_not_b, right_not_b),
-        wrong_not_b=torch.where(reversed_b, right_not_b, wrong_not_b),
+        pairs, answer_bk=dealt.answer_bk, wrong_bk=dealt.wrong_bk, answer_not_b=dealt.answer_not_b, wrong_not_b=dealt.wrong_not_b
     )
