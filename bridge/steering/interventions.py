@@ -125,31 +125,23 @@ def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Int
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
 
-def explanation_interventions(path: str | Path, coupling: CoupledModels) -> tuple[str, list[Intervention]]:
-    """The prompt of a stored explanation, and its opening circuit's nodes set to their counterfactual values.
-
-    Raises UserError where there is none, or it is of another coupling.
-    """
-    explanation = read_explanation(path)
-    check_coupling(explanation, coupling)
-    sizes = coupling.sparse.locations()
-    opened = [node for node in explanation.nodes if node.level <= explanation.opening and node.kind != ERROR]
-    return explanation.prompt, [parse_intervention(node.id, sizes) for node in opened]
-
-
 def chosen_interventions(
     coupling: CoupledModels, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
 ) -> tuple[str, list[Intervention] | None]:
     """A prompt (by default the explanation's) and the interventions from all sources; None where none is named.
 
-    Nodes that are named go before those of the circuit and the explanation. Raises UserError.
+    The nodes of the circuit, and of the explanation's opening circuit, are set to their counterfactual values; nodes that are
+    named go before them. Raises UserError where a source is not there, or is of another coupling.
     """
     sizes, interventions = coupling.sparse.locations(), list[Intervention]()
     if circuit is not None:
         interventions += circuit_interventions(circuit, coupling)
     if explanation is not None:
-        text, its = explanation_interventions(explanation, coupling)
-        prompt, interventions = text if prompt is None else prompt, interventions + its
+        read = read_explanation(explanation)
+        check_coupling(read, coupling)
+        opened = [node for node in read.nodes if node.level <= read.opening and node.kind != ERROR]
+        interventions += [parse_intervention(node.id, sizes) for node in opened]
+        prompt = read.prompt if prompt is None else prompt
     if prompt is None:
         raise SteerError("which prompt", "is not said", "give ‹prompt›, or an ‹explanation› that has one")
     interventions += [parse_intervention(text, sizes) for text in nodes]

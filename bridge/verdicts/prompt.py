@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed
-from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
 from bridge.display.progress import OnProgress, Phase, unseen
@@ -164,8 +164,9 @@ def gather(
         progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
-    measures = (*sufficient, *deleted, lost, profile, *patching, _nulls(coupling, loss.config, config))
-    report = Report(measures, config.rules(counterfactual is not None))
+    nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
+    failed = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
+    report = Report((*sufficient, *deleted, lost, profile, *patching, failed), config.rules(counterfactual is not None))
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
 
@@ -198,8 +199,3 @@ def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: T
     alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
     note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)
-
-
-def _nulls(coupling: CoupledModels, search: SearchConfig, config: EvidenceConfig) -> Measure:
-    nulls, why = stored_prompt_nulls(coupling, rules_of(search, config))
-    return nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
