@@ -1,4 +1,4 @@
-"""Helpers of the commands: one-line refusals, progress, and printed results."""
+"""Helpers of the commands: one-line refusals, progress, a fit run to its end, and printed results."""
 
 from __future__ import annotations
 
@@ -323,6 +323,32 @@ class Watcher(Line):
         """Leave the line as it is."""
         if self.terminal and not self.quiet:
             print()
+
+
+def train_to_end(run: Run, folder: Path, stretch: float | None, then: str) -> None:
+    """Print what a fit will take, train it, write the coupling, and print what to do then; one asked to stop ends the command."""
+    from bridge.training.loop import FitStopped, finish, train
+    from bridge.training.prepare import memory_needed, seconds_a_step
+
+    main = run.accelerator.is_main_process
+    if main:
+        print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
+    watch = Watcher(quiet=not main)
+    started = time.monotonic()
+    try:
+        for progress in train(run, stretch_minutes=stretch):
+            watch(progress)
+    except FitStopped as stopped:
+        watch.end()
+        print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
+        raise typer.Exit(0 if stopped.planned else 130) from None
+    watch.end()
+    refitting = Phases()
+    finish(run, refitting if main else lambda _: None)
+    refitting.clear()
+    if main:
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+        print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes\nnext: {then}")
 
 
 def progress_line(progress: Progress) -> str:

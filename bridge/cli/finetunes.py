@@ -9,7 +9,6 @@ import typer
 
 from bridge.cli import console
 from bridge.cli.console import Dense, Device, Phases, seed_of
-from bridge.cli.training import train_to_end
 from bridge.recipe import parse_setting
 
 of_finetunes = typer.Typer()
@@ -43,7 +42,7 @@ def adapt(
         resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
     )  # fmt: skip
     reading.clear()
-    train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
+    console.train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
 
 
 @of_finetunes.command()

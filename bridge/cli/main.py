@@ -17,7 +17,6 @@ from bridge.cli import console
 from bridge.cli.console import Adapter, Commands, Dense, Device, Gguf, Phases, Revision, seed_of
 from bridge.cli.finetunes import of_finetunes
 from bridge.cli.tasks import of_tasks
-from bridge.cli.training import train_to_end
 from bridge.errors import UserError
 from bridge.recipe import RecipeError, parse_setting, recipe_values
 
@@ -140,7 +139,7 @@ def fit(
         progress=reading,
     )  # fmt: skip
     reading.clear()
-    train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
+    console.train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
 
 
 @app.command("eval")
