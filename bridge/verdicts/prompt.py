@@ -165,8 +165,8 @@ def gather(
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
-    failed = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
-    report = Report((*sufficient, *deleted, lost, profile, *patching, failed), config.rules(counterfactual is not None))
+    of_nulls = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
+    report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), config.rules(counterfactual is not None))
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
 
