@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,7 +13,7 @@ from bridge.cards.evidence import TESTS, TaskEvidenceConfig, holds
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
-from bridge.models.store import refused_unless_read
+from bridge.models.store import as_json, refused_unless_read
 from bridge.verdicts.null_table import TaskNull
 
 _HOW_TO_READ = (
@@ -43,7 +42,7 @@ class Card:
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values; verdict, reasons, and whether each measure has passed, written out."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
             written["passed"] = measure.passed
         for null, written in zip(self.nulls or (), values["nulls"] or (), strict=True):
@@ -109,7 +108,5 @@ def render_cards(cards: Sequence[Card]) -> str:
             ceiling = "" if first is None or first.ceiling is None else f" of {first.ceiling:.3f}"
             cells.append(f"{value}{ceiling} {met}")
         rows.append([card.task, f"{card.provenance.get('nodes', 0):,}", *cells, card.verdict])
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, sizes)).rstrip() for row in rows]
     supported = sum(card.verdict == "mechanistic support" for card in cards)
-    return "\n".join([*lines, "", f"{supported} of {len(cards)} with mechanistic support"])
+    return "\n".join([*columns(rows, 200), "", f"{supported} of {len(cards)} with mechanistic support"])

@@ -25,6 +25,7 @@ import torch
 
 from bridge.cards.prediction import prediction_measures
 from bridge.cards.task_circuit import CardError, TaskCircuit, followed_rows
+from bridge.circuits.question import evenly
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, Phase, unseen
@@ -120,9 +121,9 @@ def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPair
     pairs = task.splits["test"]
     if not len(pairs):
         raise CardError(f"the task {task.task}", "has no test pairs under this tokenizer", "take another task, or add examples")
-    row_b = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
-    place_b = torch.arange(len(row_b))
-    both = pairs.rows(row_b).both().rows(torch.where(place_b % 2 == 0, place_b, place_b + len(row_b)))
+    some = pairs.rows(evenly(len(pairs), count))
+    place_b = torch.arange(len(some))
+    both = some.both().rows(place_b + len(some) * (place_b % 2))
     return both.rows(both.last_b.argsort(stable=True))
 
 
@@ -185,12 +186,9 @@ def _solved(
     coupling: CoupledModels, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs
 ) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
-    models = ("dense", coupling.dense), ("sparse", coupling.sparse)
+    accuracy = {"dense": score(coupling.dense, pairs).accuracy, "sparse": score(coupling.sparse, pairs).accuracy}
     return (
-        *(
-            Measure(f"{name}_solves", f"accuracy of the {name} model", score(model, pairs).accuracy, least, chance)
-            for name, model in models
-        ),
+        *(Measure(f"{name}_solves", f"accuracy of the {name} model", share, least, chance) for name, share in accuracy.items()),
         Measure("span", "span in nats", abs(transporter.loss.span), Criterion(">=", config.least_span)),
     )
 

@@ -28,11 +28,10 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.store import read_json
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, random_labels, search_task
-from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
+from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 
 TASKS = 3  # by default: of those the coupling solves
-BUDGET_SHARE = 0.2  # of a search's budget: it is a null
 WEAK = "the uncoupled model does none of these tasks: train it for longer, or this null shows little"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
@@ -50,8 +49,8 @@ class Nulls:
     tasks: tuple[Resolved, ...]
     circuits: Callable[[Resolved], TaskResult]
     against: Path
-    minutes: float = MINUTES
-    budget: float = BUDGET_SHARE
+    minutes: float
+    budget: float
     seed: int = 0
 
     def run(self, progress: OnProgress) -> Generator[TaskNull, None, None]:
@@ -65,8 +64,9 @@ class Nulls:
             made = cache(partial(self._subjects, name, progress))
             for task, resolved in asked.items():
                 known = before.get(task)
-                fits = known is not None and known.prompts == resolved.digest
-                found.append(known if known is not None and fits else self._judged(name, made, resolved, progress))
+                if known is None or known.prompts != resolved.digest:
+                    known = self._judged(name, made, resolved, progress)
+                found.append(known)
                 unsolved = name == "uncoupled" and all((one.accuracy or 0) < TaskEvidenceConfig.solved for one in found)
                 done[name] = TaskNull(name, WHAT[name], tuple(found), WEAK if unsolved else "")
                 keep_nulls(self.coupling, "tasks", tuple(done.values()), rules(), **self._facts)
@@ -81,11 +81,10 @@ class Nulls:
 
     def _subjects(self, name: str, progress: OnProgress) -> Subjects:
         """The coupling of a null."""
-        known: dict[str, NullName] = {null: null for null in NULL_NAMES}
-        if name not in known:
+        if name not in NULL_NAMES:
             return Subjects.of(self.coupling)
         options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
-        return Subjects.of(null_coupling(self.coupling, known[name], **options, progress=progress))
+        return Subjects.of(null_coupling(self.coupling, name, **options, progress=progress))
 
     def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
         """The evidence of a null on a task; where there is no circuit, why."""
@@ -110,11 +109,11 @@ class Nulls:
         return null_task(task.task, report, accuracy, task.digest)
 
 
-def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved], most: int = TASKS) -> tuple[Resolved, ...]:
+def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved]) -> tuple[Resolved, ...]:
     """The first tasks that both models of a coupling do. Raises CardError where there are none."""
     solved: list[Resolved] = []
     for task in tasks:
-        if len(solved) == most:
+        if len(solved) == TASKS:
             break
         if not len(task.splits["test"]):
             continue

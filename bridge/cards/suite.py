@@ -13,12 +13,12 @@ from pathlib import Path
 
 from bridge.cards.card import Card, render_card, render_cards, render_nulls
 from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, rules, with_nulls
-from bridge.cards.nulls import BUDGET_SHARE, TASKS, Nulls, solved_tasks
+from bridge.cards.nulls import Nulls, solved_tasks
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
-from bridge.data.task_pairs import TaskError
+from bridge.data.task_pairs import TaskError, task_names
 from bridge.data.task_tokens import Resolved
-from bridge.display.progress import OnProgress, Phase, unseen, within
+from bridge.display.progress import OnProgress, Phase, within
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.studies.result import TaskResult
@@ -51,11 +51,12 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
                 f"{str(circuit)!r}", "holds several circuits, of tasks they name", "leave out ‹task›, or name one of them"
             )
         return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
-    several = task is None
-    places = [
-        (name, None if out is None else out / folder_name(name) if several else out) for name in ([task] if task else names)
-    ]
-    return tuple(Wanted(name, _circuit_at(place), place) for name, place in places)
+    wanted = []
+    for name in [task] if task else names:
+        place = out / folder_name(name) if out is not None and task is None else out
+        there = place is not None and (place / "circuit.json").is_file()
+        wanted.append(Wanted(name, place if there else None, place))
+    return tuple(wanted)
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -67,14 +68,10 @@ def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
             yield one, str((facts.get("facts") or facts).get("task", one.name))
 
 
-def _circuit_at(place: Path | None) -> Path | None:
-    return place if place is not None and (place / "circuit.json").is_file() else None
-
-
 def task_card(
-    coupling: CoupledModels, task: Resolved, result: TaskResult, *, seed: int = 0, progress: OnProgress = unseen
+    coupling: CoupledModels, task: Resolved, result: TaskResult, digest: str, *, seed: int, progress: OnProgress
 ) -> Card:
-    """The card of a task's circuit, with the nulls that the coupling has.
+    """The card of a task's circuit, which a digest tells from others, with the nulls that the coupling has.
 
     Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
     """
@@ -87,7 +84,7 @@ def task_card(
         report=report,
         nulls=stored_task_nulls(coupling, rules())[0],
         notes=(f"{pairs} held-out pairs, and {asked} are asked.",) if pairs < asked else (),
-        provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes},
+        provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes, "circuit": digest},
         seconds=time.monotonic() - started,
     )
 
@@ -115,9 +112,7 @@ def run_cards(
             task = resolved(subjects, one.task)
             result, digest = _circuit(subjects, task, one, seed, seeds, budget, on_progress)
             card = _kept(one.out, digest, seed)
-            if card is None:
-                card = task_card(subjects.coupling, task, result, seed=seed, progress=on_progress)
-                card = replace(card, provenance={**card.provenance, "circuit": digest})
+            card = card or task_card(subjects.coupling, task, result, digest, seed=seed, progress=on_progress)
             card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
         except (TaskError, SearchError, CardError, CheckpointError) as error:
             if len(wanted) == 1:
@@ -172,16 +167,15 @@ def run_nulls(
     subjects: Subjects,
     *,
     names: Sequence[str],
-    explicit: bool,
     circuits: Path | None,
     against: Path,
     minutes: float,
-    budget: float = BUDGET_SHARE,
-    seed: int = 0,
-    width: int = 110,
+    budget: float,
+    seed: int,
+    width: int,
     progress: OnProgress,
 ) -> Generator[str, None, None]:
-    """The nulls on some tasks (of those not named explicitly the first few that both models do), a text as each ends.
+    """The nulls on some tasks (where none is named the first few that both models do), a text as each ends.
 
     Circuits of the coupling come from a folder of them, or are searched. Raises CardError where no task is solved.
     """
@@ -189,27 +183,25 @@ def run_nulls(
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
         raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
-    chosen = (
-        names if explicit or not there else [name for name in there if "failed" not in read_json(there[name] / "circuit.json")]
-    )
     progress(Phase("nulls: which tasks the models do"))
-    tasks = tuple(resolved(subjects, name) for name in chosen) if explicit else ()
-    tasks = tasks or solved_tasks(subjects.coupling, (resolved(subjects, name) for name in chosen), TASKS)
+    if names:
+        tasks = tuple(resolved(subjects, name) for name in names)
+    else:
+        searched = [name for name, folder in there.items() if "failed" not in read_json(folder / "circuit.json")]
+        known = searched if there else task_names()
+        tasks = solved_tasks(subjects.coupling, (resolved(subjects, name) for name in known))
     found: dict[str, TaskResult] = {}
 
     def circuit(task: Resolved) -> TaskResult:
-        if task.task not in found:
-            if task.task in there:
-                found[task.task] = TaskResult.load(there[task.task])
-            else:
-                found[task.task] = search_task(
-                    subjects, task, dense=False, nested=False, budget=budget, seed=seed, progress=progress
-                )
+        if task.task in there and task.task not in found:
+            found[task.task] = TaskResult.load(there[task.task])
+        elif task.task not in found:
+            found[task.task] = search_task(subjects, task, dense=False, nested=False, budget=budget, seed=seed, progress=progress)
         return found[task.task]
 
     nulls = Nulls(subjects.coupling, tasks, circuit, against, minutes, budget, seed)
-    done = []
     yield f"nulls     {len(NULLS)} on {', '.join(task.task for task in tasks)}; each must fail"
+    done = []
     for null in nulls.run(progress):
         done.append(null)
         verdict = "PASSES, which is a failure of the method" if null.passed else "fails, as it must"

@@ -1,20 +1,21 @@
-"""Helpers of the commands: one-line refusals, progress, and printed results."""
+"""Helpers of the commands: one-line refusals, progress, a fit run to its end, and printed results."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from bridge.recipe import MOST_SEED
+from bridge.errors import OneLineError, RunError, UserError
+from bridge.recipe import MOST_SEED, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,22 +63,27 @@ class Several(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A context that ends the command in one line on an error: exit code 2 for a user's, 1 for a run that had to stop."""
-    from bridge.errors import RunError, UserError
+class Commands(TyperGroup):
+    """The commands, each of which ends in one line on an error: exit code 2 for a user's, 1 for a run that had to stop.
 
-    try:
-        yield
-    except (UserError, RunError) as error:
-        refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
-    except BrokenPipeError:  # whoever read what is printed has seen enough
-        _print_to_nobody()
-        raise typer.Exit(141) from None
-    except OSError as error:
-        if not error.filename:
-            refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
-        refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
+    A fit that was asked to stop has saved its state: exit code 130.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, and refuse in one line what it raises."""
+        try:
+            return super().invoke(ctx)
+        except (UserError, RunError) as error:
+            refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
+        except OneLineError as stopped:  # the only other one is a fit's
+            refuse(f"{stopped.what}; the same command goes on", 130)
+        except BrokenPipeError:  # whoever read what is printed has seen enough
+            _print_to_nobody()
+            raise typer.Exit(141) from None
+        except OSError as error:
+            if not error.filename:
+                refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
+            refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
 
 
 def flag(name: str) -> str:
@@ -122,7 +128,7 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
             raise CheckpointError(f"--{name} {str(file)!r}", f"is {other} too, and would replace it", "name another file")
 
 
-def print_output(text: str = "") -> None:
+def print_output(text: str) -> None:
     """Print, and continue where the reader has closed the pipe, so that files are still written."""
     try:
         print(text, flush=True)
@@ -145,8 +151,6 @@ def print_written(*files: Path | None) -> None:
 def choose_device(device: str) -> str:
     """The device: cpu or cuda for auto. Raises RecipeError where the named one is not available."""
     import torch
-
-    from bridge.recipe import RecipeError
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -195,18 +199,14 @@ def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -
     """The coupling that --bridge names, or the one that ships, loaded with its dense model, from --dense where given."""
     from bridge.models.bridges import CoupledModels
 
-    name = chosen_coupling(bridge) if bridge is None or isinstance(bridge, str) else bridge
-    return CoupledModels.from_pretrained(name, dense=dense, device=choose_device(device))
+    return CoupledModels.from_pretrained(chosen_coupling(bridge), dense=dense, device=choose_device(device))
 
 
-def chosen_coupling(bridge: str | None) -> str:
-    """The name of the coupling: --bridge, or the one that ships where it is not given.
-
-    Raises CheckpointError for an empty one.
-    """
+def chosen_coupling(bridge: str | Path | None) -> str | Path:
+    """The name of the coupling: --bridge, or by default the one that ships. Raises CheckpointError for an empty one."""
     if bridge is None:
         return shipped_coupling()
-    if not bridge.strip():
+    if not str(bridge).strip():
         from bridge.models.store import CheckpointError
 
         raise CheckpointError(
@@ -217,8 +217,6 @@ def chosen_coupling(bridge: str | None) -> str:
 
 def terminal_width() -> int:
     """The number of columns to print in."""
-    import shutil
-
     return min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
 
 
@@ -325,6 +323,32 @@ class Watcher(Line):
         """Leave the line as it is."""
         if self.terminal and not self.quiet:
             print()
+
+
+def train_to_end(run: Run, folder: Path, stretch: float | None, then: str) -> None:
+    """Print what a fit will take, train it, write the coupling, and print what to do then; one asked to stop ends the command."""
+    from bridge.training.loop import FitStopped, finish, train
+    from bridge.training.prepare import memory_needed, seconds_a_step
+
+    main = run.accelerator.is_main_process
+    if main:
+        print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
+    watch = Watcher(quiet=not main)
+    started = time.monotonic()
+    try:
+        for progress in train(run, stretch_minutes=stretch):
+            watch(progress)
+    except FitStopped as stopped:
+        watch.end()
+        print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
+        raise typer.Exit(0 if stopped.planned else 130) from None
+    watch.end()
+    refitting = Phases()
+    finish(run, refitting if main else lambda _: None)
+    refitting.clear()
+    if main:
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+        print(f"wrote {folder} ({size:.1f} MB) after {(time.monotonic() - started) / 60:.1f} minutes\nnext: {then}")
 
 
 def progress_line(progress: Progress) -> str:

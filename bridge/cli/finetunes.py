@@ -7,19 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.console import (
-    Dense,
-    Device,
-    Phases,
-    check_outputs,
-    one_line_errors,
-    opened_coupling,
-    print_output,
-    print_written,
-    seed_of,
-    terminal_width,
-)
-from bridge.cli.training import train_to_end
+from bridge.cli import console
+from bridge.cli.console import Dense, Device, Phases, seed_of
+from bridge.recipe import parse_setting
 
 of_finetunes = typer.Typer()
 
@@ -42,21 +32,17 @@ def adapt(
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
 ) -> None:
     """Go on from a coupling to a fine-tune of its dense model: its weights and bridges, a twentieth of its tokens."""
-    with one_line_errors():
-        from bridge.recipe import parse_setting
-        from bridge.training.adapt import prepare_adapted
+    from bridge.training.adapt import prepare_adapted
 
-        settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
-        folder = out or Path("runs") / Path(adapter or model or coupling).name
-        base, reading = opened_coupling(coupling, dense, device), Phases()
-        run = prepare_adapted(
-            base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
-            resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
-        )  # fmt: skip
-        reading.clear()
-        train_to_end(run, folder, stretch)
-        if run.accelerator.is_main_process:
-            print(f"next: bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
+    settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
+    folder = out or Path("runs") / Path(adapter or model or coupling).name
+    base, reading = console.opened_coupling(coupling, dense, device), Phases()
+    run = prepare_adapted(
+        base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
+        resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
+    )  # fmt: skip
+    reading.clear()
+    console.train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
 
 
 @of_finetunes.command()
@@ -74,19 +60,18 @@ def diff(
     device: Device = "auto",
 ) -> None:
     """Compare answers before and after a fine-tune: the nodes and weights that changed, transplanted into the base model."""
-    with one_line_errors():
-        from bridge.finetunes.diff import diff as diff_couplings
-        from bridge.finetunes.diff import read_prompts
-        from bridge.finetunes.result import render_diff
-        from bridge.models.store import write_json
+    from bridge.finetunes.diff import diff as diff_couplings
+    from bridge.finetunes.diff import read_prompts
+    from bridge.finetunes.result import render_diff
+    from bridge.models.store import write_json
 
-        check_outputs(json=json, read=[prompts])
-        texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
-        couplings = opened_coupling(base, dense, device), opened_coupling(tuned, tuned_dense, device)
-        watch = Phases()
-        found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
-        watch.clear()
-        if json is not None:
-            write_json(json, found.to_json())
-        print_output(render_diff(found, terminal_width()))
-        print_written(json)
+    console.check_outputs(json=json, read=[prompts])
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    couplings = console.opened_coupling(base, dense, device), console.opened_coupling(tuned, tuned_dense, device)
+    watch = Phases()
+    found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
+    watch.clear()
+    if json is not None:
+        write_json(json, found.to_json())
+    console.print_output(render_diff(found, console.terminal_width()))
+    console.print_written(json)

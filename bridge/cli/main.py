@@ -13,34 +13,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bridge.cli.console import (
-    Adapter,
-    Dense,
-    Device,
-    Gguf,
-    Phases,
-    Revision,
-    as_chat,
-    check_outputs,
-    choose_device,
-    chosen_model,
-    evaluation_table,
-    held_out_text,
-    one_line_errors,
-    opened_coupling,
-    print_output,
-    print_written,
-    seed_of,
-    shipped_coupling,
-    terminal_width,
-    usage_line,
-)
+from bridge.cli import console
+from bridge.cli.console import Adapter, Commands, Dense, Device, Gguf, Phases, Revision, seed_of
 from bridge.cli.finetunes import of_finetunes
 from bridge.cli.tasks import of_tasks
-from bridge.cli.training import train_to_end
+from bridge.errors import UserError
+from bridge.recipe import RecipeError, parse_setting, recipe_values
 
 app = typer.Typer(
-    help="Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,31 +55,29 @@ def info(
     model: Model = None, gguf: Gguf = None, adapter: Adapter = None, revision: Revision = None, device: Device = "auto"
 ) -> None:
     """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
-    with one_line_errors():
-        from bridge.models.dense import load_dense
-        from bridge.recipe import RecipeError
+    from bridge.models.dense import load_dense
 
-        if (name := chosen_model(model, gguf)) is None:
-            raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
-        dense = load_dense(name, adapter=adapter, revision=revision, device=choose_device(device))
-        kinds = list(dense.sublayers)
-        parameters = sum(p.numel() for p in dense.model.parameters())
-        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        rows = [
-            ("model", f"{dense.name} ({type(dense.model).__name__}, {parameters / 1e6:.1f} M parameters)"),
-            ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
-            ("sublayers", f"{len(kinds)}: {counts}"),
-            ("width", f"{dense.width}"),
-            ("vocabulary", f"{dense.vocabulary:,}" + (f" ({missing})" if (missing := dense.prompts.missing) else "")),
-            ("context", f"{dense.context:,}" if dense.context else "unlimited"),
-            ("sites", f"{dense.n_sites}"),
-            ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),
-        ]
-        for name, value in rows:
-            print(f"{name:<11} {value}")
-        print("\nsite  read by   largest logit error when resumed there")
-        for site, (kind, error) in enumerate(zip(dense.readers, dense.parity.errors, strict=True)):
-            print(f"{site:>4}  {kind:<9} {error:.1e}")
+    if (name := console.chosen_model(model, gguf)) is None:
+        raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
+    dense = load_dense(name, adapter=adapter, revision=revision, device=console.choose_device(device))
+    kinds = list(dense.sublayers)
+    parameters = sum(p.numel() for p in dense.model.parameters())
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    rows = [
+        ("model", f"{dense.name} ({type(dense.model).__name__}, {parameters / 1e6:.1f} M parameters)"),
+        ("fingerprint", f"{dense.fingerprint()[:16]}, of weights and configuration"),
+        ("sublayers", f"{len(kinds)}: {counts}"),
+        ("width", f"{dense.width}"),
+        ("vocabulary", f"{dense.vocabulary:,}" + (f" ({missing})" if (missing := dense.prompts.missing) else "")),
+        ("context", f"{dense.context:,}" if dense.context else "unlimited"),
+        ("sites", f"{dense.n_sites}"),
+        ("parity", f"largest logit error {dense.parity.largest:.1e}, at most {dense.parity.tolerance:.0e} allowed"),
+    ]
+    for name, value in rows:
+        print(f"{name:<11} {value}")
+    print("\nsite  read by   largest logit error when resumed there")
+    for site, (kind, error) in enumerate(zip(dense.readers, dense.parity.errors, strict=True)):
+        print(f"{site:>4}  {kind:<9} {error:.1e}")
 
 
 @app.command()
@@ -133,39 +112,34 @@ def fit(
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
 ) -> None:
     """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
-    with one_line_errors():
-        from bridge.recipe import RecipeError, parse_setting, recipe_values
+    if stretch is not None and not 0 <= stretch < float("inf"):
+        raise RecipeError(f"--stretch {stretch:g}", "is no number of minutes", "give one, such as 9")
+    if resume and out is not None and (out / "coupling.json").is_file():
+        from bridge.training.prepare import check_resumable
 
-        if stretch is not None and not 0 <= stretch < float("inf"):
-            raise RecipeError(f"--stretch {stretch:g}", "is no number of minutes", "give one, such as 9")
-        if resume and out is not None and (out / "coupling.json").is_file():
-            from bridge.training.prepare import check_resumable
+        check_resumable(out)
+    values = recipe_values(
+        recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, uncoupled=uncoupled,
+        seed=seed, adapter=adapter, revision=revision, dense_dtype=dense_dtype,
+        settings=dict(parse_setting(text) for text in set_ or []),
+    )  # fmt: skip
+    name = console.chosen_model(model, gguf, values.get("dense"))
+    if name is None and resume and out is not None and (out / "training.json").is_file():
+        from bridge.models.store import read_json
 
-            check_resumable(out)
-        values = recipe_values(
-            recipe=recipe, l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, uncoupled=uncoupled,
-            seed=seed, adapter=adapter, revision=revision, dense_dtype=dense_dtype,
-            settings=dict(parse_setting(text) for text in set_ or []),
-        )  # fmt: skip
-        name = chosen_model(model, gguf, values.get("dense"))
-        if name is None and resume and out is not None and (out / "training.json").is_file():
-            from bridge.models.store import read_json
+        name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
+    if name is None:
+        raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
+    folder = out or Path("runs") / Path(name).name
+    from bridge.training.prepare import prepare
 
-            name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
-        if name is None:
-            raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
-        folder = out or Path("runs") / Path(name).name
-        from bridge.training.prepare import prepare
-
-        reading = Phases()
-        run = prepare(
-            name, values, out=folder, resume=resume, device=device, dtype=dtype, device_map=device_map, log_with=log_with,
-            progress=reading,
-        )  # fmt: skip
-        reading.clear()
-        train_to_end(run, folder, stretch)
-        if run.accelerator.is_main_process:
-            print(f"next: bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
+    reading = Phases()
+    run = prepare(
+        name, values, out=folder, resume=resume, device=device, dtype=dtype, device_map=device_map, log_with=log_with,
+        progress=reading,
+    )  # fmt: skip
+    reading.clear()
+    console.train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge explain --bridge {folder} --prompt '...'")
 
 
 @app.command("eval")
@@ -177,15 +151,14 @@ def eval_(
     device: Device = "auto",
 ) -> None:
     """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
-    with one_line_errors():
-        from bridge.models.store import write_json
-        from bridge.training.evaluate import evaluate
+    from bridge.models.store import write_json
+    from bridge.training.evaluate import evaluate
 
-        coupling = opened_coupling(bridge, dense, device)
-        result = evaluate(coupling, held_out_text(coupling, bridge, data, rows))
-        print(evaluation_table(result))
-        if bridge.is_dir():
-            write_json(bridge / "eval.json", result.to_json())
+    coupling = console.opened_coupling(bridge, dense, device)
+    result = evaluate(coupling, console.held_out_text(coupling, bridge, data, rows))
+    print(console.evaluation_table(result))
+    if bridge.is_dir():
+        write_json(bridge / "eval.json", result.to_json())
 
 
 @app.command()
@@ -205,36 +178,35 @@ def explain(
     device: Device = "auto",
 ) -> None:
     """Explain a model's next token by a circuit of the sparse model, with the evidence for and against it."""
-    with one_line_errors():
-        from bridge.explanations.build import explain as explain_prompt
-        from bridge.explanations.page import described_nodes, page_data, render_html, write_page
-        from bridge.explanations.parts import Answered, Drawn
-        from bridge.explanations.text import render_answer, render_text
-        from bridge.models.store import write_json
+    from bridge.explanations.build import explain as explain_prompt
+    from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+    from bridge.explanations.parts import Answered, Drawn
+    from bridge.explanations.text import render_answer, render_text
+    from bridge.models.store import write_json
 
-        check_outputs(html=html, json=json)
-        coupling = opened_coupling(bridge, dense, device)
-        if chat:
-            prompt, counterfactual = coupling.dense.prompts.chat(prompt), as_chat(coupling, counterfactual)
-        watch = Phases()
-        width = terminal_width()
+    console.check_outputs(html=html, json=json)
+    coupling = console.opened_coupling(bridge, dense, device)
+    if chat:
+        prompt, counterfactual = coupling.dense.prompts.chat(prompt), console.as_chat(coupling, counterfactual)
+    watch = Phases()
+    width = console.terminal_width()
 
-        def show(known: Answered | Drawn) -> None:
-            if isinstance(known, Answered):
-                watch.clear()
-                print_output(f"{render_answer(known, width)}\n")
+    def show(known: Answered | Drawn) -> None:
+        if isinstance(known, Answered):
+            watch.clear()
+            console.print_output(f"{render_answer(known, width)}\n")
 
-        explanation = explain_prompt(
-            coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=watch,
-            stage=show,
-        )  # fmt: skip
-        watch.clear()
-        if json is not None:
-            write_json(json, explanation.to_json())
-        if html is not None:
-            write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
-        print_output(render_text(explanation, width, answer=False))
-        print_written(json, html)
+    explanation = explain_prompt(
+        coupling, prompt, target=target, contrast=contrast, counterfactual=counterfactual, seed=seed, progress=watch,
+        stage=show,
+    )  # fmt: skip
+    watch.clear()
+    if json is not None:
+        write_json(json, explanation.to_json())
+    if html is not None:
+        write_page(html, render_html(page_data(explanation, described_nodes(coupling, explanation))))
+    console.print_output(render_text(explanation, width, answer=False))
+    console.print_written(json, html)
 
 
 @app.command()
@@ -246,16 +218,15 @@ def view(
     device: Device = "auto",
 ) -> None:
     """Make a page of an explanation that was saved as JSON."""
-    with one_line_errors():
-        from bridge.explanations.explanation import read_explanation
-        from bridge.explanations.page import described_nodes, page_data, render_html, write_page
+    from bridge.explanations.explanation import read_explanation
+    from bridge.explanations.page import described_nodes, page_data, render_html, write_page
 
-        read, nodes = read_explanation(explanation), {}
-        check_outputs(html=html, read=[explanation])
-        if bridge is not None:
-            nodes = described_nodes(opened_coupling(bridge, dense, device), read)
-        write_page(html, render_html(page_data(read, nodes)))
-        print(f"wrote {html}")
+    read, nodes = read_explanation(explanation), {}
+    console.check_outputs(html=html, read=[explanation])
+    if bridge is not None:
+        nodes = described_nodes(console.opened_coupling(bridge, dense, device), read)
+    write_page(html, render_html(page_data(read, nodes)))
+    print(f"wrote {html}")
 
 
 @app.command()
@@ -272,28 +243,25 @@ def export(
     dense: Dense = None,
 ) -> None:
     """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
-    with one_line_errors():
-        from bridge.explanations.explanation import read_explanation
-        from bridge.explanations.export import export as export_to
-        from bridge.explanations.export import pages_for
+    from bridge.explanations.explanation import read_explanation
+    from bridge.explanations.export import export as export_to
+    from bridge.explanations.export import pages_for
 
-        explained = read_explanation(explanation)
-        if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
-            from bridge.errors import UserError
-
-            raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
-        if to != "circuit-tracer" and out.parent.is_dir():
-            check_outputs(out=out, read=[explanation])
-        else:
-            check_outputs(out)
-        pages = pages_for(explained, bridge, dense=dense) if to == "circuit-tracer" or features_url is not None else None
-        done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
-        about = f", {done.features:,} features" if done.features else ""
-        print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
-        if done.features and pages is None:
-            print("features show this prompt alone: run `bridge nodes` on the coupling first for contexts and tokens")
-        for step in done.next:
-            print(f"next: {step}")
+    explained = read_explanation(explanation)
+    if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
+        raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
+    if to != "circuit-tracer" and out.parent.is_dir():
+        console.check_outputs(out=out, read=[explanation])
+    else:
+        console.check_outputs(out)
+    pages = pages_for(explained, bridge, dense=dense) if to == "circuit-tracer" or features_url is not None else None
+    done = export_to(explained, out, to, slug=slug, scan=scan, features_url=features_url, pages=pages)  # pyright: ignore[reportArgumentType]
+    about = f", {done.features:,} features" if done.features else ""
+    print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
+    if done.features and pages is None:
+        print("features show this prompt alone: run `bridge nodes` on the coupling first for contexts and tokens")
+    for step in done.next:
+        print(f"next: {step}")
 
 
 @app.command()
@@ -322,29 +290,28 @@ def steer(
     device: Device = "auto",
 ) -> None:
     """Change nodes of the sparse model, patch that into the dense one, and see its answers and text change."""
-    with one_line_errors():
-        from bridge.models.store import write_json, write_text
-        from bridge.steering.curves import STRENGTHS, check_strengths
-        from bridge.steering.curves import steer as steer_prompt
-        from bridge.steering.figure import render_steering, steering_plot
-        from bridge.steering.interventions import chosen_interventions
+    from bridge.models.store import write_json, write_text
+    from bridge.steering.curves import STRENGTHS, check_strengths
+    from bridge.steering.curves import steer as steer_prompt
+    from bridge.steering.figure import render_steering, steering_plot
+    from bridge.steering.interventions import chosen_interventions
 
-        check_strengths(strength or STRENGTHS)
-        check_outputs(svg=svg, json=json, read=[explanation])
-        coupling = opened_coupling(bridge, dense, device)
-        if chat:
-            prompt, counterfactual = as_chat(coupling, prompt), as_chat(coupling, counterfactual)
-        text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
-        steering = steer_prompt(
-            coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
-            strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
-        )  # fmt: skip
-        if svg is not None:
-            write_text(svg, steering_plot(steering))
-        if json is not None:
-            write_json(json, steering.to_json())
-        print_output(render_steering(steering, terminal_width()))
-        print_written(svg, json)
+    check_strengths(strength or STRENGTHS)
+    console.check_outputs(svg=svg, json=json, read=[explanation])
+    coupling = console.opened_coupling(bridge, dense, device)
+    if chat:
+        prompt, counterfactual = console.as_chat(coupling, prompt), console.as_chat(coupling, counterfactual)
+    text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
+    steering = steer_prompt(
+        coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
+        strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,
+    )  # fmt: skip
+    if svg is not None:
+        write_text(svg, steering_plot(steering))
+    if json is not None:
+        write_json(json, steering.to_json())
+    console.print_output(render_steering(steering, console.terminal_width()))
+    console.print_written(svg, json)
 
 
 @app.command()
@@ -363,25 +330,22 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Serve explanations over HTTP: a page to ask from, and an API that /openapi.json describes."""
-    with one_line_errors():
-        from bridge.recipe import RecipeError
-
-        try:
-            from bridge.server.run import serve as run_server
-        except ModuleNotFoundError as error:
-            if error.name not in ("fastapi", "starlette", "uvicorn"):
-                raise
-            raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
-        folders = bridge or [Path(shipped_coupling())]
-        beside = folders[0].parent / "circuits"
-        if circuits is None and not bridge and beside.is_dir():
-            circuits = beside  # of what ships
-        stopped = run_server(
-            folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=choose_device(device),
-            progress=lambda line: print(line, flush=True),
-        )  # fmt: skip
-        if not stopped:
-            os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash
+    try:
+        from bridge.server.run import serve as run_server
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
+    folders = bridge or [Path(console.shipped_coupling())]
+    beside = folders[0].parent / "circuits"
+    if circuits is None and not bridge and beside.is_dir():
+        circuits = beside  # of what ships
+    stopped = run_server(
+        folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=console.choose_device(device),
+        progress=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    if not stopped:
+        os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash
 
 
 def main() -> NoReturn:
@@ -401,7 +365,7 @@ def main() -> NoReturn:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            print(f"bridge: {usage_line(error)}", file=sys.stderr)
+            print(f"bridge: {console.usage_line(error)}", file=sys.stderr)
     raise SystemExit(code)
 
 

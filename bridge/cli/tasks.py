@@ -8,26 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.console import (
-    Adapter,
-    Dense,
-    Device,
-    Phases,
-    Revision,
-    Several,
-    check_outputs,
-    choose_device,
-    chosen_coupling,
-    held_out_text,
-    one_line_errors,
-    opened_coupling,
-    print_output,
-    print_written,
-    refuse,
-    sample_prompt,
-    seed_of,
-    terminal_width,
-)
+from bridge.cli import console
+from bridge.cli.console import Adapter, Dense, Device, Phases, Revision, Several, seed_of
+from bridge.errors import RunError
+from bridge.recipe import RecipeError, parse_setting
 
 of_tasks = typer.Typer()
 
@@ -51,35 +35,32 @@ def circuit(
     device: Device = "auto",
 ) -> None:
     """Find the nested circuits of a task in the sparse model, with their evidence, and the dense model's own beside them."""
-    with one_line_errors():
-        from bridge.recipe import RecipeError
+    if (task is None) == (not all_):
+        raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
+    if null not in (None, "labels", "weights", "shuffled"):
+        raise RecipeError(f"null {null!r}", "is not known", "give labels, weights or shuffled")
+    of = _explains(explains)
+    from bridge.data.task_pairs import task_names
+    from bridge.studies.search import Subjects, search_config
+    from bridge.studies.suite import run_suite, run_task
 
-        if (task is None) == (not all_):
-            raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
-        if null not in (None, "labels", "weights", "shuffled"):
-            raise RecipeError(f"null {null!r}", "is not known", "give labels, weights or shuffled")
-        of = _explains(explains)
-        from bridge.data.task_pairs import task_names
-        from bridge.studies.search import Subjects, search_config
-        from bridge.studies.suite import run_suite, run_task
+    search_config(level, budget)  # refused before anything is loaded
 
-        search_config(level, budget)  # refused before anything is loaded
-
-        check_outputs(out)
-        subjects = Subjects.of(opened_coupling(bridge, dense, device))
-        watch = Phases()
-        options: dict[str, Any] = {
-            "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
-            "nested": not no_nested,
-        }  # fmt: skip
-        if task is not None:
-            text = run_task(subjects, task, out=out, progress=watch, width=terminal_width(), **options)
+    console.check_outputs(out)
+    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
+    watch = Phases()
+    options: dict[str, Any] = {
+        "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
+        "nested": not no_nested,
+    }  # fmt: skip
+    if task is not None:
+        text = run_task(subjects, task, out=out, progress=watch, width=console.terminal_width(), **options)
+        watch.clear()
+        print(text)
+    else:
+        for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=console.terminal_width(), **options):
             watch.clear()
-            print(text)
-        else:
-            for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=terminal_width(), **options):
-                watch.clear()
-                print(f"{text}\n", flush=True)
+            print(f"{text}\n", flush=True)
 
 
 @of_tasks.command()
@@ -98,29 +79,26 @@ def card(
     device: Device = "auto",
 ) -> None:
     """Test a task's circuit on the dense model: tests with ceilings, controls and intervals; nulls; a verdict."""
-    with one_line_errors():
-        from bridge.recipe import RecipeError
+    if (task is not None or circuit is not None) == all_:
+        raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
+    from bridge.cards.suite import run_cards, wanted_cards
+    from bridge.data.task_pairs import task_names
+    from bridge.models.store import write_json
+    from bridge.studies.search import Subjects
 
-        if (task is not None or circuit is not None) == all_:
-            raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
-        from bridge.cards.suite import run_cards, wanted_cards
-        from bridge.data.task_pairs import task_names
-        from bridge.models.store import write_json
-        from bridge.studies.search import Subjects
-
-        check_outputs(out, json=json, read=[task])
-        wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
-        subjects = Subjects.of(opened_coupling(bridge, dense, device))
-        watch, cards = Phases(), []
-        for one, text in run_cards(
-            subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=terminal_width(), progress=watch
-        ):
-            watch.clear()
-            print_output(f"{text}\n")
-            cards += [] if one is None else [one.to_json()]
-        if json is not None:
-            write_json(json, cards if len(wanted) > 1 else cards[0])
-            print_written(json)
+    console.check_outputs(out, json=json, read=[task])
+    wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
+    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
+    watch, cards = Phases(), []
+    for one, text in run_cards(
+        subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=console.terminal_width(), progress=watch
+    ):
+        watch.clear()
+        console.print_output(f"{text}\n")
+        cards += [] if one is None else [one.to_json()]
+    if json is not None:
+        write_json(json, cards if len(wanted) > 1 else cards[0])
+        console.print_written(json)
 
 
 @of_tasks.command(cls=Several)
@@ -137,43 +115,28 @@ def nulls(
     device: Device = "auto",
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
-    with one_line_errors():
-        from bridge.cards.suite import run_nulls
-        from bridge.data.task_pairs import task_names
-        from bridge.models.store import check_folder
-        from bridge.studies.search import Subjects
-        from bridge.training.loop import FitStopped
+    from bridge.cards.suite import run_nulls
+    from bridge.models.store import check_folder
+    from bridge.studies.search import Subjects
 
-        if against is not None and not (against / "coupling.json").is_file():
-            check_folder(against, "against")
-        coupling, watch = opened_coupling(bridge, dense, device), Phases()
-        uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
-        try:
-            if prompts:
-                from bridge.verdicts.nulls import cut_prompts, render_prompt_nulls, run_prompt_nulls
+    if against is not None and not (against / "coupling.json").is_file():
+        check_folder(against, "against")
+    coupling, watch = console.opened_coupling(bridge, dense, device), Phases()
+    uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
+    if prompts:
+        from bridge.verdicts.nulls import cut_prompts, render_prompt_nulls, run_prompt_nulls
 
-                rows = cut_prompts(coupling, prompts, seed)
-                table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
-                watch.clear()
-                print(render_prompt_nulls(table))
-                return
-            subjects = Subjects.of(coupling)
-            for text in run_nulls(
-                subjects,
-                names=tasks or task_names(),
-                explicit=tasks is not None,
-                circuits=circuits,
-                against=uncoupled,
-                minutes=minutes,
-                budget=budget,
-                seed=seed,
-                width=terminal_width(),
-                progress=watch,
-            ):
-                watch.clear()
-                print(f"{text}", flush=True)
-        except FitStopped as stopped:
-            refuse(f"{stopped.what}; the same command goes on", 130)
+        rows = cut_prompts(coupling, prompts, seed)
+        table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
+        watch.clear()
+        print(render_prompt_nulls(table))
+        return
+    for text in run_nulls(
+        Subjects.of(coupling), names=tasks or (), circuits=circuits, against=uncoupled,
+        minutes=minutes, budget=budget, seed=seed, width=console.terminal_width(), progress=watch,
+    ):  # fmt: skip
+        watch.clear()
+        print(text, flush=True)
 
 
 @of_tasks.command(cls=Several)
@@ -204,41 +167,29 @@ def sweep(
     dtype: Annotated[str, typer.Option(help="Of the fits: float32, or bfloat16 products.")] = "float32",
 ) -> None:
     """Fit or load couplings over several L0 and widths, and plot capability against the size of circuits; resumable."""
-    with one_line_errors():
-        from bridge.errors import RunError
-        from bridge.recipe import RecipeError, parse_setting
+    if out is None:
+        raise RecipeError("where the sweep goes", "is not said", "give --out FOLDER")
+    settings = dict(parse_setting(text) for text in set_ or [])
+    from bridge.studies.sweep import sweep as run_sweep
 
-        if out is None:
-            raise RecipeError("where the sweep goes", "is not said", "give --out FOLDER")
-        settings = dict(parse_setting(text) for text in set_ or [])
-        given: dict[str, Any] = {
-            "tokens": tokens, "minutes": minutes, "recipe": recipe, "settings": settings, "data": data, "seed": seed,
-            "adapter": adapter, "revision": revision,
-        }  # fmt: skip
-        from bridge.studies.sweep import sweep as run_sweep
-        from bridge.training.loop import FitStopped
+    watch = Phases()
 
-        watch = Phases()
-
-        def print_step(text: str) -> None:
-            watch.clear()
-            print(text, flush=True)
-
-        try:
-            frontier = run_sweep(
-                model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), **given,
-                level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, budget=budget, rows=rows,
-                device=choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
-            )  # fmt: skip
-        except FitStopped as stopped:
-            watch.clear()
-            refuse(f"{stopped.what}; the same command goes on", 130)
+    def print_step(text: str) -> None:
         watch.clear()
-        plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
-        print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
-        if frontier.failures:
-            of = len(frontier.failures) + len(frontier.points)
-            raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")
+        print(text, flush=True)
+
+    frontier = run_sweep(
+        model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), tokens=tokens, minutes=minutes,
+        recipe=recipe, settings=settings, data=data, seed=seed, adapter=adapter,
+        revision=revision, level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, budget=budget, rows=rows,
+        device=console.choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
+    )  # fmt: skip
+    watch.clear()
+    plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
+    print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
+    if frontier.failures:
+        of = len(frontier.failures) + len(frontier.points)
+        raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")
 
 
 @of_tasks.command()
@@ -256,48 +207,47 @@ def nodes(
     device: Device = "auto",
 ) -> None:
     """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
-    with one_line_errors():
-        from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
+    from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
 
-        if (describe_with is None) != (model is None):
-            raise EndpointError("--describe-with and --model", "go together", "give both or neither")
-        if describe_with is not None and not node and circuit is None:
-            raise EndpointError("which nodes to describe", "is not said", "give --node NAME or --circuit DIR")
-        endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
-        from bridge.models.store import write_json
-        from bridge.nodes.description import describe_node, render_page
-        from bridge.nodes.statistics import collect_nodes, parse_node, render_summary, stored_facts
-        from bridge.studies.result import TaskResult
+    if (describe_with is None) != (model is None):
+        raise EndpointError("--describe-with and --model", "go together", "give both or neither")
+    if describe_with is not None and not node and circuit is None:
+        raise EndpointError("which nodes to describe", "is not said", "give --node NAME or --circuit DIR")
+    endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
+    from bridge.models.store import write_json
+    from bridge.nodes.description import describe_node, render_page
+    from bridge.nodes.statistics import collect_nodes, parse_node, render_summary, stored_facts
+    from bridge.studies.result import TaskResult
 
-        check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
-        name = chosen_coupling(bridge)
-        coupling = opened_coupling(name, dense, device)
-        sizes = coupling.sparse.locations()
-        chosen = [parse_node(text, sizes) for text in node or []]
-        if circuit is not None:
-            chosen += [parse_node(each.name, sizes) for each in TaskResult.load(circuit).circuit.nodes]
-        folder = out or (Path(name) if Path(name).is_dir() else None)
-        facts = stored_facts(coupling, folder) if data is None and rows is None else None
-        if facts is None:
-            check_outputs(folder)
-            watch = Phases()
-            facts = collect_nodes(coupling, held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
-            watch.clear()
-        descriptions = Descriptions(folder, facts.fingerprint)
-        pages: list[dict[str, Any]] = []
-        for each in dict.fromkeys(chosen):
-            page = describe_node(coupling, facts, each)
-            description = descriptions.ask(endpoint, page) if endpoint is not None else descriptions.text(page.name)
-            pages.append(page.to_json() | {"description": description})
-            print(f"{render_page(page, terminal_width(), description)}\n", flush=True)
-        if not chosen:
-            print(render_summary(facts))
-            print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
-            kept_at = "" if out is None else f" --out {out}"
-            print(f"next: bridge nodes --bridge {name}{kept_at} --node '0.mlp_act[0]'")
-        if json is not None:
-            write_json(json, pages)
-            print_written(json)
+    console.check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
+    name = console.chosen_coupling(bridge)
+    coupling = console.opened_coupling(name, dense, device)
+    sizes = coupling.sparse.locations()
+    chosen = [parse_node(text, sizes) for text in node or []]
+    if circuit is not None:
+        chosen += [parse_node(each.name, sizes) for each in TaskResult.load(circuit).circuit.nodes]
+    folder = out or (Path(name) if Path(name).is_dir() else None)
+    facts = stored_facts(coupling, folder) if data is None and rows is None else None
+    if facts is None:
+        console.check_outputs(folder)
+        watch = Phases()
+        facts = collect_nodes(coupling, console.held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
+        watch.clear()
+    descriptions = Descriptions(folder, facts.fingerprint)
+    pages: list[dict[str, Any]] = []
+    for each in dict.fromkeys(chosen):
+        page = describe_node(coupling, facts, each)
+        description = descriptions.ask(endpoint, page) if endpoint is not None else descriptions.text(page.name)
+        pages.append(page.to_json() | {"description": description})
+        print(f"{render_page(page, console.terminal_width(), description)}\n", flush=True)
+    if not chosen:
+        print(render_summary(facts))
+        print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
+        kept_at = "" if out is None else f" --out {out}"
+        print(f"next: bridge nodes --bridge {name}{kept_at} --node '0.mlp_act[0]'")
+    if json is not None:
+        write_json(json, pages)
+        console.print_written(json)
 
 
 @of_tasks.command()
@@ -314,59 +264,55 @@ def tasks(
     device: Device = "auto",
 ) -> None:
     """List the tasks, and how well the dense and the sparse model do on them."""
-    with one_line_errors():
-        from bridge.data.task_pairs import SPLITS, TaskError, load_task, task_names
-        from bridge.data.task_tokens import resolve, score
-        from bridge.models.store import write_json
-        from bridge.verdicts.task_search import SOLVED
+    from bridge.data.task_pairs import SPLITS, TaskError, load_task, task_names
+    from bridge.data.task_tokens import resolve, score
+    from bridge.models.store import write_json
+    from bridge.verdicts.task_search import SOLVED
 
-        if split not in SPLITS:
-            raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
-        check_outputs(json=json, read=names or [])
-        chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
-        chosen = [task for task in chosen if language in (None, task.language)]
-        if not chosen:
-            raise TaskError("none of the tasks named", f"is in the language {language!r}", "leave out --language")
-        if dense is not None and bridge is None:
-            from bridge.models.dense import load_dense
+    if split not in SPLITS:
+        raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
+    console.check_outputs(json=json, read=names or [])
+    chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
+    chosen = [task for task in chosen if language in (None, task.language)]
+    if not chosen:
+        raise TaskError("none of the tasks named", f"is in the language {language!r}", "leave out --language")
+    if dense is not None and bridge is None:
+        from bridge.models.dense import load_dense
 
-            of = load_dense(dense, device=choose_device(device))
-            models: dict[str, Any] = {"dense": of}
-            context = of.context
-        else:
-            coupling = opened_coupling(bridge, dense, device)
-            of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
-        print(f"{split} split, both members of every pair scored, by {of.name}\n")
-        columns = "".join(f"{name:>8}" for name in models)
-        print(f"{'task':<27}{columns}{'pairs':>7}{'dropped':>9}  a prompt, and its answer")
-        rows: list[dict[str, Any]] = []
-        for task in chosen:
-            resolved = resolve(task, of.prompts, context=context, splits=(split,))
-            pairs = resolved.splits[split]
-            scores = {name: score(model, pairs.to(of.device)) for name, model in models.items()} if len(pairs) else {}
-            rows.append(
-                {
-                    "task": task.name, "language": task.language, "about": task.about, "split": split, "seed": seed,
-                    "pairs": len(pairs), "looked_at": resolved.seen, "drop_rate": resolved.drop_rate,
-                    "dropped": dict(resolved.dropped), "scores": {name: asdict(one) for name, one in scores.items()},
-                }
-            )  # fmt: skip
-            numbers = "".join(f"{scores[name].accuracy:8.2f}" if scores else f"{'-':>8}" for name in models)
-            example = next(iter(pairs.examples or task.examples[split]), None)
-            print(
-                f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample_prompt(example, 43 + 8 * len(models))}"
-            )
-        solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= SOLVED for row in rows) for name in models}
-        print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
-        if json is not None:
-            write_json(json, rows)
-            print_written(json)
+        of = load_dense(dense, device=console.choose_device(device))
+        models: dict[str, Any] = {"dense": of}
+        context = of.context
+    else:
+        coupling = console.opened_coupling(bridge, dense, device)
+        of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
+    print(f"{split} split, both members of every pair scored, by {of.name}\n")
+    columns = "".join(f"{name:>8}" for name in models)
+    print(f"{'task':<27}{columns}{'pairs':>7}{'dropped':>9}  a prompt, and its answer")
+    rows: list[dict[str, Any]] = []
+    for task in chosen:
+        resolved = resolve(task, of.prompts, context=context, splits=(split,))
+        pairs = resolved.splits[split]
+        scores = {name: score(model, pairs.to(of.device)) for name, model in models.items()} if len(pairs) else {}
+        rows.append(
+            {
+                "task": task.name, "language": task.language, "about": task.about, "split": split, "seed": seed,
+                "pairs": len(pairs), "looked_at": resolved.seen, "drop_rate": resolved.drop_rate,
+                "dropped": dict(resolved.dropped), "scores": {name: asdict(one) for name, one in scores.items()},
+            }
+        )  # fmt: skip
+        numbers = "".join(f"{scores[name].accuracy:8.2f}" if scores else f"{'-':>8}" for name in models)
+        example = next(iter(pairs.examples or task.examples[split]), None)
+        sample = console.sample_prompt(example, 43 + 8 * len(models))
+        print(f"{task.name:<27}{numbers}{len(pairs):7}{resolved.drop_rate:9.0%}  {sample}")
+    solved = {name: sum(row["scores"].get(name, {}).get("accuracy", 0) >= SOLVED for row in rows) for name in models}
+    print(f"\n{f'solved at .9, of {len(rows)}':<27}" + "".join(f"{count:8}" for count in solved.values()))
+    if json is not None:
+        write_json(json, rows)
+        console.print_written(json)
 
 
 def _explains(text: str) -> Any:
     """Whose answers are explained. Raises RecipeError for anybody else's."""
-    from bridge.recipe import RecipeError
-
     if text not in ("dense", "sparse"):
         raise RecipeError(f"whose answers {text!r} are", "is not known", "give dense or sparse")
     return text

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ from bridge.finetunes.grafts import KINDS, Grafts
 from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, Effect, PromptDiff, Transplant
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.bridges import CoupledModels
-from bridge.models.circuit import Node
+from bridge.models.circuit import Node, NodeSpace
+from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
 from bridge.models.transport import Change
 from bridge.steering.interventions import run_patched
@@ -177,7 +178,9 @@ def _of_prompt(
     nodes, effects = _listed(grafts, masked, effect_f, changed_f, known, config)
     edges = _edges(tuned, grafts, masked, changed_f, config)
     transplant = _transplant(base, grafts, masked[0], ours, changed_f, known.change, config, seed)
-    return known.with_changes(through, int(changed_f.sum()), nodes, edges, effects, transplant)
+    return replace(
+        known, through=through, changed=int(changed_f.sum()), nodes=nodes, edges=edges, effects=effects, transplant=transplant
+    )
 
 
 def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
@@ -218,7 +221,8 @@ def _listed(
         )
         for one in masked
     )
-    values = [masked[0].space.join(_with_errors(masked[0], values)) for values in (grafts.before, grafts.after)]
+    space = NodeSpace(grafts.sparse.locations(), grafts.space.n_tokens)  # of nodes alone, which come first in every row
+    values = [space.join({at: x_btn[0] for at, x_btn in values.items()}) for values in (grafts.before, grafts.after)]
     nodes = []
     place_k = changed_f.nonzero().flatten()
     for place in place_k[effect_f[place_k].abs().argsort(descending=True, stable=True)].tolist()[: config.most_nodes]:
@@ -240,13 +244,6 @@ def _where(node: Node, known: PromptDiff) -> tuple[str, str, int, str]:
     return str(node), node.name, position, known.tokens[position]
 
 
-def _with_errors(masked: MaskedModel, values: Mapping[Location, Tensor]) -> dict[Location, Tensor]:
-    none_tn = {
-        at: torch.zeros(masked.n_tokens, n, device=masked.device) for at, n in masked.space.sizes.items() if at not in values
-    }
-    return {**none_tn, **{at: x_btn[0] for at, x_btn in values.items()}}
-
-
 def _edges(
     tuned: CoupledModels, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
 ) -> tuple[ChangedEdge, ...]:
@@ -260,7 +257,7 @@ def _edges(
             was_ji, now_ji = flows[0].weight(layer, name).detach(), theirs.weight(layer, name).detach()
             position_k, node_k = changed[to_at].nonzero(as_tuple=True)
             gradient_k = torch.stack([_gradient(flow, to_at)[position_k, node_k] for flow in flows]).mean(0)
-            effect_ki = (now_ji - was_ji)[node_k] * _read(theirs, layer, name)[position_k] * gradient_k[:, None]
+            effect_ki = (now_ji - was_ji)[node_k] * theirs.read(layer, name)[position_k] * gradient_k[:, None]
             most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
             for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
                 position, j = int(position_k[k]), int(node_k[k])
@@ -272,15 +269,6 @@ def _edges(
         ChangedEdge(str(source), str(target), "came" if was == 0 else "went" if now == 0 else "changed", was, now, effect)
         for effect, source, target, was, now in found[: config.most_edges]
     )
-
-
-def _read(flow: Flow, layer: int, name: str) -> Tensor:
-    """read_ti of a block's matrix: its nodes' values; of o what the heads gather of the values at all positions."""
-    if name != "o":
-        return flow.value[Location(layer, flow.sparse.matrices[name][0])]
-    q, k, v = (flow.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
-    gathered = flow.sparse.pattern(layer, q, k) @ flow.sparse.shared(flow.sparse.heads(layer, v, rotate=False))
-    return gathered.transpose(1, 2).flatten(2)[0]
 
 
 def _gradient(flow: Flow, at: Location) -> Tensor:
@@ -321,7 +309,7 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
     for some_rf in added_rf.split(grafts.rows):
         residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
         for site, x_rts in enumerate(residuals[:-1]):
-            own_rts = residuals[site + 1] - grafts.error(site + 1) - base.sparse.sublayer(site)(x_rts)
+            own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
             own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # of none exactly nothing
             if bool(own_rts.any()):
                 site_r = torch.full((len(some_rf),), site + 1)

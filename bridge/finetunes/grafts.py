@@ -35,8 +35,9 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import EMBEDDING, NodeSpace, recording_gate
 from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
-from bridge.models.sparse import Gate, Location, SparseTransformer
+from bridge.models.sparse import Location, SparseTransformer
 
+KINDS = ("node", EMBEDDING.kind, ERROR, "unembedding")  # of a change: those of vectors are of the places where they are added
 _ROW_TOKENS = 1024  # tokens of grafts in a batch
 
 
@@ -62,7 +63,9 @@ class Grafts:
         """The own changes on a prompt that both couplings have followed."""
         tokens_bt, last = question.prompt_bt, base.n_sites
         before, after, own = dict[Location, Tensor](), dict[Location, Tensor](), dict[Location, Tensor]()
-        base.sparse.run(tokens_bt, gate=recording_gate(before), correct=_adding(followed.errors), last_only=True)
+        base.sparse.run(
+            tokens_bt, gate=recording_gate(before), correct=lambda at, x_bts: x_bts + followed.errors[at], last_only=True
+        )
         reached: dict[Location, Tensor] = {}
 
         def recorded(at: Location, x_bts: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class Grafts:
     def kind_f(self) -> Tensor:
         """Kind of each change, by its place in KINDS."""
         parts = {
-            at: torch.full((self.space.n_tokens, n), KINDS.index(_kind(at, self.sparse.n_sites)), device=self.sparse.device)
+            at: torch.full((self.space.n_tokens, n), KINDS.index("node" if at in self.own else at.kind)).to(self.sparse.device)
             for at, n in self.space.sizes.items()
         }
         return self.space.join(parts)
@@ -109,10 +112,6 @@ class Grafts:
     def nodes_f(self) -> Tensor:
         """Mask of the changes that are a node's."""
         return self.kind_f == 0
-
-    def error(self, site: int) -> Tensor:
-        """error_1ts that A's run has added to the stream at a site."""
-        return self.errors[Location(site, ERROR)]
 
     def writes(self, site: int, added_rf: Tensor) -> Tensor:
         """Mask wrote_r11 of the grafts that change a node of the sublayer that reads a site."""
@@ -160,19 +159,6 @@ class Grafts:
         return self.question.difference(self.run(added_rf).logits_btv[:, -1])
 
 
-KINDS = ("node", "embedding", "error", "unembedding")  # of a change
-
-
 def unembedding(n_sites: int) -> Location:
     """The place of the unembedding's own change."""
     return Location(n_sites, "unembedding")
-
-
-def _kind(at: Location, n_sites: int) -> str:
-    if at == EMBEDDING:
-        return "embedding"
-    return "unembedding" if at == unembedding(n_sites) else "error" if at.kind == ERROR else "node"
-
-
-def _adding(errors: Mapping[Location, Tensor]) -> Gate:
-    return lambda at, x_bts: x_bts + errors[at]

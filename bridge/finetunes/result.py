@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bridge.display.columns import columns
@@ -107,13 +107,6 @@ class PromptDiff:
         """Nats that the fine-tune adds to d of the dense model."""
         return self.tuned_d - self.base_d
 
-    def with_changes(
-        self, through: Mapping[str, float], changed: int, nodes: tuple[ChangedNode, ...], edges: tuple[ChangedEdge, ...],
-        effects: tuple[Effect, ...], transplant: Transplant,
-    ) -> PromptDiff:  # fmt: skip
-        """Copy that has the changes."""
-        return replace(self, through=through, changed=changed, nodes=nodes, edges=edges, effects=effects, transplant=transplant)
-
 
 @dataclass(frozen=True)
 class ChangedChannel:
@@ -166,10 +159,8 @@ class Diff:
 
 def render_diff(diff: Diff, width: int = 100) -> str:
     """A diff as a person reads it: of one prompt with its nodes and edges, of several a line each and the channels."""
-    lines = [] if len(diff.prompts) == 1 else [*_table(diff, width), ""]
-    for each in diff.prompts if len(diff.prompts) == 1 else ():
-        lines += [*_of_prompt(each, diff.least, width), ""]
-    lines += [f"VERDICT   {_sentence(diff)}", ""]
+    lines = _of_prompt(diff.prompts[0], diff.least, width) if len(diff.prompts) == 1 else _table(diff, width)
+    lines += ["", f"VERDICT   {_sentence(diff)}", ""]
     if diff.changed:
         lines += [*evidence_table([diff.transplant], width, places=True)]
     return "\n".join(lines).rstrip()

@@ -74,15 +74,18 @@ class Flow:
         """weight_ji of a block's matrix."""
         return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
 
+    def read(self, layer: int, name: str) -> Tensor:
+        """x_ti that a block's matrix reads: its nodes' values; of o what the heads gather of the values at all positions."""
+        if name != "o":
+            return self.value[Location(layer, self.sparse.matrices[name][0])]
+        q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
+        v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
+        return (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
+
     def mapped(self, layer: int, name: str) -> Tensor:
         """y_tj that a block's matrix makes of its nodes, its bias included."""
-        if name == "o":
-            q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
-            v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
-            x_tn = (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
-        else:
-            x_tn = self.value[Location(layer, self.sparse.matrices[name][0])]
-        return F.linear(x_tn, self.weight(layer, name), self.sparse.get_parameter(f"blocks.{layer}.{name}.bias"))
+        bias_j = self.sparse.get_parameter(f"blocks.{layer}.{name}.bias")
+        return F.linear(self.read(layer, name), self.weight(layer, name), bias_j)
 
     def passed(self, target: Location) -> Tensor | None:
         """Factor of a matrix's output at each token on its way to each node, passed_tj; None: 1."""

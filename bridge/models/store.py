@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,11 @@ def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[User
         raise refusal(what, f"is no {kind} that this version reads ({why})", remedy) from None
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise refusal(what, f"is no {kind} that this version reads ({first_line(error)})", remedy) from None
+
+
+def as_json(value: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values. Raises ValueError for NaN."""
+    return json.loads(json.dumps(asdict(value), allow_nan=False))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,9 +8,8 @@ Shape legend: t token, d dense width, v vocabulary, r draw, k strength, 2 target
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from bridge.explanations.parts import Answer, Token
 from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Trace
+from bridge.models.store import as_json
 from bridge.steering.interventions import (
     ChangedNode,
     Intervention,
@@ -101,7 +101,7 @@ class Steering:
 
     def to_json(self) -> dict[str, Any]:
         """The values as plain JSON."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        return as_json(self)
 
 
 def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Tensor:

@@ -64,16 +64,11 @@ def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
     return draw(len(panels), (8.6, 4.2), paint)
 
 
-def plot(heading: str, note: str, panels: Sequence[Panel]) -> str:
-    """Panels of probability against strength as SVG."""
-    return svg(figure_of(heading, note, panels))
-
-
 def steering_plot(steering: Steering) -> str:
-    """The plot of a Steering."""
+    """The plot of a Steering as SVG."""
     heading = f"Steering the dense model from {steering.target.text!r} to {steering.contrast.text!r}"
     note = f"{_changed(steering)}; band: lowest to highest of {steering.draws} random directions of equal norm."
-    return plot(heading, note, panels_of(steering))
+    return svg(figure_of(heading, note, panels_of(steering)))
 
 
 def _changed(steering: Steering) -> str:
@@ -97,16 +92,8 @@ def render_steering(steering: Steering, width: int = 100) -> str:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
     if steering.n_changed > _SHOWN:
         lines.append(f"                and {steering.n_changed - _SHOWN:,} that change less")
-    whole = steering.beside[0].every_target is not None
-    names = [
-        "strength",
-        f"p({contrast})",
-        f"p({target})",
-        f"random p({contrast})",
-        *(["every node"] if whole else []),
-        "likeliest",
-    ]
-    rows = [names]
+    every = ["every node"] if steering.beside[0].every_target is not None else []
+    rows = [["strength", f"p({contrast})", f"p({target})", f"random p({contrast})", *every, "likeliest"]]
     for steered, beside in zip(steering.curve, steering.beside, strict=True):
         random = beside.random_contrast
         row = [f"{steered.strength:g}", f"{steered.probability_contrast:.3f}", f"{steered.probability_target:.3f}"]

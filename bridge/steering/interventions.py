@@ -105,11 +105,9 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
             raise ValueError
     except ValueError:
         raise SteerError(f"{match['amount']!r} in {text!r}", "is no number up to a million", "write =2.5, +1 or -1") from None
-    return (
-        Intervention(node, value=amount)
-        if match["how"] == "="
-        else Intervention(node, amount=-amount if match["how"] == "-" else amount)
-    )
+    if match["how"] == "=":
+        return Intervention(node, value=amount)
+    return Intervention(node, amount=-amount if match["how"] == "-" else amount)
 
 
 def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Intervention]:
@@ -127,31 +125,23 @@ def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Int
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
 
-def explanation_interventions(path: str | Path, coupling: CoupledModels) -> tuple[str, list[Intervention]]:
-    """The prompt of a stored explanation, and its opening circuit's nodes set to their counterfactual values.
-
-    Raises UserError where there is none, or it is of another coupling.
-    """
-    explanation = read_explanation(path)
-    check_coupling(explanation, coupling)
-    sizes = coupling.sparse.locations()
-    opened = [node for node in explanation.nodes if node.level <= explanation.opening and node.kind != ERROR]
-    return explanation.prompt, [parse_intervention(node.id, sizes) for node in opened]
-
-
 def chosen_interventions(
     coupling: CoupledModels, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
 ) -> tuple[str, list[Intervention] | None]:
     """A prompt (by default the explanation's) and the interventions from all sources; None where none is named.
 
-    Nodes that are named go before those of the circuit and the explanation. Raises UserError.
+    The nodes of the circuit, and of the explanation's opening circuit, are set to their counterfactual values; nodes that are
+    named go before them. Raises UserError where a source is not there, or is of another coupling.
     """
     sizes, interventions = coupling.sparse.locations(), list[Intervention]()
     if circuit is not None:
         interventions += circuit_interventions(circuit, coupling)
     if explanation is not None:
-        text, its = explanation_interventions(explanation, coupling)
-        prompt, interventions = text if prompt is None else prompt, interventions + its
+        read = read_explanation(explanation)
+        check_coupling(read, coupling)
+        opened = [node for node in read.nodes if node.level <= read.opening and node.kind != ERROR]
+        interventions += [parse_intervention(node.id, sizes) for node in opened]
+        prompt = read.prompt if prompt is None else prompt
     if prompt is None:
         raise SteerError("which prompt", "is not said", "give ‹prompt›, or an ‹explanation› that has one")
     interventions += [parse_intervention(text, sizes) for text in nodes]
@@ -174,15 +164,10 @@ class _Clamp:
     keep_tn: Tensor
     amount_tn: Tensor
 
-    def target(self, x_btn: Tensor) -> Tensor:
-        """The clamped values of x_btn, the plain values of the nodes at the prompt and any number of tokens behind it."""
+    def clamped(self, x_btn: Tensor, plain_btn: Tensor) -> Tensor:
+        """x_btn with clamped nodes at values that follow from plain ones, at the prompt and any number of tokens behind it."""
         row_t = torch.arange(x_btn.shape[1], device=x_btn.device).clamp(max=len(self.mask_tn) - 1)
-        clamped_btn = self.keep_tn[row_t] * x_btn + self.amount_tn[row_t]
-        return torch.where(self.mask_tn[row_t], clamped_btn, x_btn)
-
-    def mask(self, length: int) -> Tensor:
-        """The mask of clamped nodes at `length` tokens."""
-        return self.mask_tn[torch.arange(length, device=self.mask_tn.device).clamp(max=len(self.mask_tn) - 1)]
+        return torch.where(self.mask_tn[row_t], self.keep_tn[row_t] * plain_btn + self.amount_tn[row_t], x_btn)
 
 
 class Steerer:
@@ -233,7 +218,7 @@ class Steerer:
         values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
             before_tn = values[location][0]
-            after_tn = clamp.target(before_tn[None])[0]
+            after_tn = clamp.clamped(before_tn[None], before_tn[None])[0]
             for position, index in (before_tn != after_tn).nonzero().tolist():
                 where = Node(location, index).name, position
                 found.append(ChangedNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
@@ -277,9 +262,7 @@ class Steerer:
     def _gate(self, plain: Mapping[Location, Tensor]) -> Gate:
         def gate(location: Location, x_btn: Tensor) -> Tensor:
             clamp = self.clamps.get(location)
-            if clamp is None:
-                return x_btn
-            return torch.where(clamp.mask(x_btn.shape[1]), clamp.target(plain[location]), x_btn)
+            return x_btn if clamp is None else clamp.clamped(x_btn, plain[location])
 
         return gate
 
@@ -299,29 +282,25 @@ def _clamp(
     keep_tn, amount_tn = torch.zeros(length + 1, size), torch.zeros(length + 1, size)
     everywhere_tn = torch.zeros(length + 1, size) if other_tn is None else torch.cat([other_tn.cpu(), torch.zeros(1, size)])
     for positions in (False, True):  # a node at one position goes before the node everywhere
-        for way in ("value", "amount", "counterfactual"):
-            its = [m for m in interventions if (m.node.position is not None) == positions and m.way == way]
-            if not its:
-                continue
-            if way == "counterfactual" and other_tn is None:
-                raise SteerError(
-                    f"{its[0].node}",
-                    "is to go to its value on the counterfactual, and none is given",
-                    "give one, or write =1 or +1",
-                )
-            index_m = torch.tensor([each.node.index for each in its])
-            rows, columns = torch.arange(length + 1)[:, None], index_m
-            if positions:
-                rows = torch.tensor([each.node.position for each in its])
-                if int(rows.max()) >= length:
-                    wrong = next(each.node for each in its if each.node.position == int(rows.max()))
-                    raise SteerError(wrong, f"is outside the prompt, whose tokens go from 0 to {length - 1}")
-            mask_tn[rows, columns], keep_tn[rows, columns] = True, float(way == "amount")
-            if way == "counterfactual":
-                amount_tn[rows, columns] = everywhere_tn[rows, columns]
-                mask_tn[length, index_m] &= positions  # there is no such value behind the prompt
-            else:
-                amount_tn[rows, columns] = torch.tensor([each.value if way == "value" else each.amount for each in its])
+        its = [m for m in interventions if (m.node.position is not None) == positions]
+        if not its:
+            continue
+        if other_tn is None and (without := [m.node for m in its if m.way == "counterfactual"]):
+            raise SteerError(
+                without[0], "is to go to its value on the counterfactual, and none is given", "give one, or write =1 or +1"
+            )
+        rows, index_m = torch.arange(length + 1)[:, None], torch.tensor([m.node.index for m in its])
+        if positions:
+            rows = torch.tensor([m.node.position for m in its])
+            if int(rows.max()) >= length:
+                raise SteerError(its[int(rows.argmax())].node, f"is outside the prompt, whose tokens go from 0 to {length - 1}")
+        other_m = torch.tensor([m.way == "counterfactual" for m in its])
+        given_m = torch.tensor([m.value if m.value is not None else m.amount or 0.0 for m in its])
+        mask_tn[rows, index_m] = True
+        keep_tn[rows, index_m] = torch.tensor([float(m.way == "amount") for m in its])
+        amount_tn[rows, index_m] = torch.where(other_m, everywhere_tn[rows, index_m], given_m)
+        if not positions:
+            mask_tn[length, index_m[other_m]] = False  # there is no such value behind the prompt
     return _Clamp(mask_tn.to(device), keep_tn.to(device), amount_tn.to(device))
 
 

@@ -71,16 +71,11 @@ class Backbone:
         return "\n".join(lines)
 
 
-def backbone_f(kept_af: Tensor) -> Tensor:
-    """Nodes in at least half of the circuits."""
-    return 2 * kept_af.sum(0) >= len(kept_af)
-
-
 def find_backbone(tasks: Sequence[str], kept_af: Tensor, losses: Callable[[Tensor], Sequence[float]]) -> Backbone | None:
     """The backbone of some tasks' circuits, where losses(gone_f) are those of every task with nodes deleted; None for too few."""
     if len(tasks) < LEAST_TASKS:
         return None
-    shared_f = backbone_f(kept_af)
+    shared_f = 2 * kept_af.sum(0) >= len(kept_af)  # in at least half of the circuits
     own_af = kept_af & ~shared_f
     rest = int((~shared_f).sum())
     base = losses(torch.zeros_like(shared_f))

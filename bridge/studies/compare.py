@@ -15,10 +15,9 @@ Shape legend: f all nodes in one row, a, b tasks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from bridge.data.task_tokens import TokenPairs
 from bridge.display.plots import draw, svg
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
+from bridge.models.store import as_json
 from bridge.studies.backbone import Backbone, find_backbone, off_diagonal, shares
 from bridge.studies.result import Size, TaskResult
 from bridge.verdicts.task_search import expected_overlap
@@ -75,7 +75,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         if self.backbone is not None:
             shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
             values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
@@ -97,10 +97,9 @@ def compare(
     prompts: Mapping[str, TokenPairs],
     *,
     seed: int = 0,
-    progress: OnProgress | None = None,
+    progress: OnProgress = unseen,
 ) -> Comparison:
     """The circuits of some tasks beside each other, on held-out prompts of each."""
-    on_progress = progress or unseen
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
@@ -113,12 +112,12 @@ def compare(
     base = losses(torch.zeros(subject.space.size, dtype=torch.bool, device=subject.device))
     rise, random = [], []
     for name in names:
-        on_progress(Phase(f"cross-ablation: without {name}"))
+        progress(Phase(f"cross-ablation: without {name}"))
         rise.append(tuple(x - y for x, y in zip(losses(kept[name]), base, strict=True)))
         draws = [losses(gone_f) for gone_f in random_deletions(subject.space, kept[name], on_f, generator, DRAWS)]
         columns = zip(*draws, strict=True) if draws else ((),) * len(names)
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
-    on_progress(Phase("shared backbone"))
+    progress(Phase("shared backbone"))
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
     return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 

@@ -10,16 +10,15 @@ from right to left for that. The dense model is the last line: its own cross-ent
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bridge.display.plots import can_plot, draw, svg
-from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
+from bridge.models.store import CheckpointError, as_json, read_json, refused_unless_read, write_json
 from bridge.studies.compare import geometric_mean
 from bridge.studies.result import Size
 
@@ -120,7 +119,7 @@ class Frontier:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, derived ones (tasks solved, geometric means) included."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         for point, its in zip(self.points, values["points"], strict=True):
             its |= {"recovered": point.recovered, "solved": point.solved, "nodes": point.nodes, "edges": point.edges}
         if self.dense is not None:
@@ -134,7 +133,7 @@ class Frontier:
             path.mkdir(parents=True, exist_ok=True)
             (path / "sweep.txt").write_text(render_frontier(self) + "\n", encoding="utf-8")
             if can_plot():
-                (path / "frontier.svg").write_text(scatter(self), encoding="utf-8")
+                (path / "frontier.svg").write_text(svg(frontier_figure(self)), encoding="utf-8")
             write_json(path / "sweep.json", self.to_json())
         except OSError as error:
             raise CheckpointError(
@@ -252,11 +251,6 @@ def frontier_figure(frontier: Frontier) -> Any:
             axes[0].legend(fontsize=7)
 
     return draw(2, (8.6, 4.4), paint)
-
-
-def scatter(frontier: Frontier) -> str:
-    """The plot of a sweep as SVG."""
-    return svg(frontier_figure(frontier))
 
 
 def _label(point: Point) -> str:

@@ -9,7 +9,6 @@ Shape legend: n nodes of a location, e edges in one row.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from bridge.evidence.measures import Report, evidence_table
 from bridge.models.circuit import Circuit, Edge, Node
 from bridge.models.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.models.sparse import Location
-from bridge.models.store import CheckpointError, read_folder, read_json, refused_unless_read, write_folder, write_json
+from bridge.models.store import CheckpointError, as_json, read_folder, read_json, refused_unless_read, write_folder, write_json
 from bridge.verdicts.task_search import TaskLevel
 
 FORMAT = 2
@@ -124,19 +123,10 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the masks and means as plain JSON values, the verdict written out."""
-        return json.loads(
-            json.dumps(
-                {
-                    "format": FORMAT,
-                    "facts": asdict(self.facts),
-                    "report": asdict(self.report),
-                    "verdict": self.report.verdict,
-                    "reasons": list(self.report.reasons),
-                    "nodes": [str(node) for node in self.circuit.nodes],
-                },
-                allow_nan=False,
-            )
-        )
+        return {
+            "format": FORMAT, "facts": as_json(self.facts), "report": as_json(self.report), "verdict": self.report.verdict,
+            "reasons": list(self.report.reasons), "nodes": [str(node) for node in self.circuit.nodes],
+        }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write the result to a folder. Raises CheckpointError where that fails; nothing is half-written."""

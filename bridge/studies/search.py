@@ -209,16 +209,16 @@ def search_dense(
     subjects: Subjects,
     task: Resolved,
     *,
-    level: float = TASK_SEARCH.opens_at,
-    budget: float = 1.0,
-    progress: OnProgress | None = None,
+    level: float,
+    budget: float,
+    progress: OnProgress,
 ) -> Size:
     """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
 
     Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
     where its linear maps cannot be found.
     """
-    on_progress, task = progress or unseen, with_all_splits(task)
+    task = with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
@@ -226,7 +226,7 @@ def search_dense(
             f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
             "take another task",
         )
-    return _dense_size(subjects, task, search_config(level, budget), on_progress)
+    return _dense_size(subjects, task, search_config(level, budget), progress)
 
 
 def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:
@@ -290,19 +290,9 @@ def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
 def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
     """The pairs with the answers of other pairs, right and wrong exchanged in half of them."""
     generator = torch.Generator().manual_seed(seed)
-    device = pairs.last_b.device
-    from_b = torch.randperm(len(pairs), generator=generator).to(device)
-    reversed_b = (torch.randperm(len(pairs), generator=generator) % 2 == 0).to(device)
-    width = max(pairs.answer_bk.shape[1], pairs.wrong_bk.shape[1])
-    right_bk, wrong_bk = (
-        torch.nn.functional.pad(ids_bk, (0, width - ids_bk.shape[1]), value=-1)[from_b]
-        for ids_bk in (pairs.answer_bk, pairs.wrong_bk)
-    )
-    right_not_b, wrong_not_b = pairs.answer_not_b[from_b], pairs.wrong_not_b[from_b]
+    from_b = torch.randperm(len(pairs), generator=generator)
+    reversed_b = torch.randperm(len(pairs), generator=generator) % 2 == 0
+    dealt = pairs.both().rows(from_b + len(pairs) * reversed_b)
     return replace(
-        pairs,
-        answer_bk=torch.where(reversed_b[:, None], wrong_bk, right_bk),
-        wrong_bk=torch.where(reversed_b[:, None], right_bk, wrong_bk),
-        answer_not_b=torch.where(reversed_b, wrong_not_b, right_not_b),
-        wrong_not_b=torch.where(reversed_b, right_not_b, wrong_not_b),
+        pairs, answer_bk=dealt.answer_bk, wrong_bk=dealt.wrong_bk, answer_not_b=dealt.answer_not_b, wrong_not_b=dealt.wrong_not_b
     )

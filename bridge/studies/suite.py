@@ -69,9 +69,10 @@ def run_suite(
             facts = read_json(folder / "circuit.json")
             if "failed" not in facts:
                 results.append(_same(TaskResult.load(folder), asked, folder))
-                yield f"task      {name}: {_line(results[-1])}; there already"
+                size, verdict = results[-1].facts.size, results[-1].report.verdict
+                yield f"task      {name}: {size.nodes:,} nodes, {size.edges:,} edges, {verdict}; there already"
                 continue
-            elif facts.get("search") == asked:
+            if facts.get("search") == asked:
                 failed += 1
                 yield f"task      {name}: no circuit, found so before ({facts['failed']})"
                 continue
@@ -118,10 +119,6 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
         differences = "; ".join(f"{'budget' if key == 'work' else key} {there.get(key)}, not {asked[key]}" for key in differ)
         raise SearchError(f"{str(folder)!r}", f"holds the result of another search ({differences})", "name another ‹out›")
     return result
-
-
-def _line(result: TaskResult) -> str:
-    return f"{result.facts.size.nodes:,} nodes, {result.facts.size.edges:,} edges, {result.report.verdict}"
 
 
 def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:

@@ -31,6 +31,7 @@ from bridge.studies.suite import folder_name
 from bridge.studies.sweep_steps import DENSE_FOLDER, LOST, OnText, Planned, Search, Steps, SweepError
 
 ROWS = 256
+NOT_NAMED = "to be named"  # in the recipe of a fit, where the caller names the dense model
 
 
 def plan(
@@ -52,7 +53,7 @@ def plan(
                     raise SweepError(
                         "how sparse", "is not said", "give ‹l0›: below 1 the fraction of weights that stay, or their number"
                     )
-                wanted = resolve({"dense": "to be named", **values})
+                wanted = resolve({"dense": NOT_NAMED, **values})
                 shape = "auto" if wanted.sparse.width is None else wanted.sparse.width
                 name = f"w{shape}-l0-{wanted.sparsity.l0:.12g}"
                 if any(point.name == name for point in points):
@@ -105,14 +106,16 @@ def sweep(
     fails is in `failures`. Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
     """
     out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
-    given = {"recipe": recipe, "tokens": tokens, "minutes": minutes, "data": data, "seed": seed}
-    given |= {"adapter": adapter, "revision": revision, "settings": settings}
-    points = plan(l0, width, load, **given)
-    search = _search(tasks, level, explains, seeds, budget, rows)
-    fits = [point for point in points if point.values is not None]
-    if model is None:
-        model = next((point.values["dense"] for point in fits if point.values and "dense" in point.values), None)
-        if model is None and fits:
+    points = plan(
+        l0, width, load, recipe=recipe, tokens=tokens, minutes=minutes, data=data, seed=seed, adapter=adapter, revision=revision,
+        settings=settings,
+    )  # fmt: skip
+    search = Search(level, explains, seeds, budget, rows)
+    names = _checked(tasks, search)
+    wanted = next((point.recipe for point in points if point.recipe is not None), None)
+    if wanted is not None:
+        model, adapter, revision = wanted.dense if model is None else model, wanted.adapter, wanted.revision
+        if model == NOT_NAMED:
             raise SweepError("which model", "is not said", "give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
         there = Frontier.load(out)
@@ -127,11 +130,9 @@ def sweep(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     of_model = None
     if model is not None:  # before anything is written: a model that cannot be had is the whole sweep's failure
-        named = next((point.values for point in fits if point.values), {})
-        its = {"adapter": named.get("adapter", adapter), "revision": named.get("revision", revision)}
-        of_model = load_dense(model, tokenizer=tokenizer, device=device, **its)
+        of_model = load_dense(model, adapter=adapter, revision=revision, tokenizer=tokenizer, device=device)
     options = {"tokenizer": tokenizer, "device": device, "dtype": dtype}
-    run = Steps(model, of_model, out, search, options, on_step_end, progress)
+    run = Steps(model, of_model, out, names, search, options, on_step_end, progress)
     done: list[Point] = []
     failures: list[Failure] = []
     dense_point: DensePoint | None = None
@@ -160,9 +161,10 @@ def sweep(
     return state(len(points))
 
 
-def _search(tasks: Sequence[str], level: float, explains: Explains, seeds: int, budget: float, rows: int) -> Search:
-    for what, value in (("seeds", seeds), ("rows", rows), ("budget", budget)):
-        if not value > 0:
+def _checked(tasks: Sequence[str], search: Search) -> tuple[str, ...]:
+    """The tasks, by default those in python. Raises UserError for one that there is not, and for settings that do nothing."""
+    for what in ("seeds", "rows", "budget"):
+        if not (value := getattr(search, what)) > 0:
             raise SweepError(f"{what} {value}", "leaves nothing to do", "give a positive number")
     names = tuple(str(name) for name in tasks) or task_names("python")
     folders = [folder_name(name) for name in names]
@@ -170,5 +172,5 @@ def _search(tasks: Sequence[str], level: float, explains: Explains, seeds: int, 
         raise SweepError("two tasks", f"are called {twice!r}", "name each once, and rename one of two files")
     for name in names:
         load_task(name)
-    search_config(level, budget)
-    return Search(names, level, explains, seeds, budget, rows)
+    search_config(search.level, search.budget)
+    return names

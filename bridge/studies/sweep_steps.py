@@ -16,7 +16,6 @@ from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
 from bridge.display.progress import OnProgress, Phase, within
 from bridge.errors import RunError, UserError
-from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
@@ -26,7 +25,8 @@ from bridge.studies.result import Size, TaskResult
 from bridge.studies.search import Explains, Subjects, search_dense, whole_size
 from bridge.studies.suite import folder_name, resolved, run_suite
 from bridge.training.evaluate import Evaluation, evaluate
-from bridge.training.loop import Progress, fit
+from bridge.training.loop import finish, train
+from bridge.training.prepare import prepare
 
 OnText = Callable[[str], None]
 DENSE_FOLDER = "dense-model"
@@ -50,45 +50,37 @@ class Planned:
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of every circuit search of a sweep, the same for all points."""
+    """The settings of every circuit search of a sweep, the same for all points; a stored result must agree in them to be used."""
 
-    tasks: tuple[str, ...]
     level: float
     explains: Explains
     seeds: int
     budget: float
     rows: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The settings that a stored result must agree in to be used."""
-        return {"level": self.level, "explains": self.explains, "seeds": self.seeds, "budget": self.budget, "rows": self.rows}
 
-
+@dataclass(eq=False)
 class Steps:
     """The state that the steps of a sweep share: the dense model, once loaded, and the coupling of the current point."""
 
-    def __init__(
-        self,
-        model: Any,
-        dense: DenseModel | None,
-        out: Path,
-        search: Search,
-        options: dict[str, Any],
-        on_step_end: OnText,
-        progress: OnProgress,
-    ) -> None:
-        self.model, self.dense, self.out, self.search, self.options = model, dense, out, search, options
-        self._on_step_end, self._progress = on_step_end, progress
-        self.at = ""
-        self.coupling: CoupledModels | None = None
+    model: Any
+    dense: DenseModel | None
+    out: Path
+    tasks: tuple[str, ...]
+    search: Search
+    options: dict[str, Any]
+    on_step_end: OnText
+    on_progress: OnProgress
+    at: str = ""
+    coupling: CoupledModels | None = None
 
     def step_ended(self, text: str) -> None:
         """Pass on that a step has ended."""
-        self._on_step_end(f"{self.at}{text}")
+        self.on_step_end(f"{self.at}{text}")
 
     def progress(self, phase: Phase) -> None:
         """Pass on what is under way."""
-        within(self._progress, self.at)(phase)
+        within(self.on_progress, self.at)(phase)
 
     def measure(self, point: Planned) -> Point:
         """Measure a point, from its first missing step to its last."""
@@ -129,17 +121,12 @@ class Steps:
             self.step_ended("fit: there already")
             return
         started, last = time.monotonic(), None
-
-        def watch(step: Progress) -> None:
-            nonlocal last
-            last = step
-            ce = step.losses.get("ce", float("nan"))
-            self.progress(Phase("fit", step.fraction, 1, f"{step.tokens:,} tokens, CE {ce:.3f}"))
-
         self.progress(Phase("fit"))
-        fit(
-            self.model, wanted.sparsity.l0, settings=_flat(values), out=folder, resume=True, on_progress=watch, **self.options
-        )  # fmt: skip
+        run = prepare(self.model, values, out=folder, resume=True, **self.options)
+        for last in train(run):
+            ce = last.losses.get("ce", float("nan"))
+            self.progress(Phase("fit", last.fraction, 1, f"{last.tokens:,} tokens, CE {ce:.3f}"))
+        finish(run)
         tokens = "" if last is None else f"{last.tokens:,} tokens in "
         self.step_ended(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
 
@@ -150,7 +137,7 @@ class Steps:
         except (KeyError, TypeError, CheckpointError):
             self.loaded(where)  # which says what is wrong
             raise
-        file, search = folder / "point.json", self.search.to_json()
+        file, search = folder / "point.json", asdict(self.search)
         if file.is_file():
             facts = read_json(file)
             if facts.get("sha256") != digest:
@@ -159,9 +146,8 @@ class Steps:
                 )
             if facts.get("search") != search:
                 raise SweepError(f"{str(folder)!r}", f"was searched by {facts.get('search')}, not {search}", "name another ‹out›")
-            if self.dense is None:
-                self.loaded(where)
-            if self.dense is not None and facts.get("dense") == self.dense.fingerprint():
+            dense = self.loaded(where).dense if self.dense is None else self.dense
+            if facts.get("dense") == dense.fingerprint():
                 return facts
         coupling = self.loaded(where)
         weights = coupling.sparse.n_sparse_weights()
@@ -182,11 +168,7 @@ class Steps:
         tokens_bt = self.loaded(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
             raise SweepError(f"the coupling {str(where)!r}", "holds no held-out text to evaluate it on", "fit it again")
-        result = evaluate(
-            self.loaded(where),
-            tokens_bt[: self.search.rows],
-            on_progress=self.progress,
-        )
+        result = evaluate(self.loaded(where), tokens_bt[: self.search.rows], on_progress=self.progress)
         write_json(file, result.to_json())
         self.step_ended(f"evaluation: {_line(result)}")
         return result
@@ -194,15 +176,15 @@ class Steps:
     def _searched(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
         """The circuits of all tasks, searched where they are missing; their comparison is written last."""
         search = self.search
-        files = [circuits / folder_name(name) / "circuit.json" for name in search.tasks]
+        files = [circuits / folder_name(name) / "circuit.json" for name in self.tasks]
         end = circuits / "complete.json"
         compared = read_json(end).get("tasks", []) if end.is_file() else []
-        if set(search.tasks) <= set(compared) and all(file.is_file() for file in files):
+        if set(self.tasks) <= set(compared) and all(file.is_file() for file in files):
             sizes = tuple(_task_size(file.parent) for file in files)
             self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
             return sizes
         texts = run_suite(
-            Subjects.of(self.loaded(where)), search.tasks, out=circuits, progress=self.progress, level=search.level,
+            Subjects.of(self.loaded(where)), self.tasks, out=circuits, progress=self.progress, level=search.level,
             explains=search.explains, seeds=search.seeds, budget=search.budget, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
@@ -211,19 +193,19 @@ class Steps:
             found.append(_task_size(file.parent))
             self.step_ended(f"circuit {len(found)}/{len(files)} {found[-1].task}: {_size_line(found[-1])}")
         next(texts)  # the comparison
-        write_json(end, {"tasks": list(search.tasks)})
+        write_json(end, {"tasks": list(self.tasks)})
         return tuple(found)
 
     def measure_dense(self, point: Planned, measured: Point, *, pruned: bool) -> DensePoint:
         """Measure the dense model's own circuits, on the means of the point's text; a failure is reported."""
         where = self.out / point.name if point.load is None else folder_of(point.load)
         assert self.dense is not None, "a point has been measured"
-        name, fingerprint, search = self.dense.name, self.dense.fingerprint(), self.search
-        wanted = {**search.to_json(), "seeds": 1, "dense": fingerprint}
+        name, fingerprint = self.dense.name, self.dense.fingerprint()
+        wanted = {**asdict(self.search), "seeds": 1, "dense": fingerprint}
         sizes: list[TaskSize] = []
         why_not = "" if pruned else "not asked for"
         try:
-            for number, task in enumerate(search.tasks if pruned else ()):
+            for number, task in enumerate(self.tasks if pruned else ()):
                 file = self.out / DENSE_FOLDER / f"{folder_name(task)}.json"
                 facts = read_json(file) if file.is_file() else None
                 if facts is not None and facts.get("search") != wanted:
@@ -234,7 +216,7 @@ class Steps:
                     facts = {"search": wanted, **asdict(one)}
                     write_json(file, facts)
                 sizes.append(TaskSize(facts["task"], Size(**facts["size"]), facts["failed"]))
-                self.step_ended(f"circuit {number + 1}/{len(search.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
+                self.step_ended(f"circuit {number + 1}/{len(self.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
         except LOST as error:
             sizes, why_not = [], " ".join(str(error).split()) or type(error).__name__
             self.step_ended(f"not pruned: {why_not}")
@@ -247,8 +229,6 @@ class Steps:
                 subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
                 progress=within(self.progress, f"{label}: "),
             )  # fmt: skip
-        except DenseModelError:
-            raise
         except (SearchError, TaskError) as error:
             return TaskSize(label, whole_size(subjects.dense), str(error))
         return TaskSize(label, size)
@@ -281,14 +261,6 @@ def _differences(wanted: Recipe, there: Recipe) -> list[str]:
         if asked != its and not unsaid and name not in ("dense", "revision"):
             found.append(name)
     return found
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested recipe values by their full names."""
-    flat = {}
-    for name, value in values.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _evaluation(file: Path) -> Evaluation | None:

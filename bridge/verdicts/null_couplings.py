@@ -86,9 +86,7 @@ def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, 
         progress(Phase(f"uncoupled: training without bridges for {minutes:g} minutes"))
         recipe = coupling.recipe
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
-        settings = {
-            f"{part}.{key}": value for part, some in values.items() if isinstance(some, dict) for key, value in some.items()
-        }
+        settings = {f"{part}.{key}": value for part, some in values.items() for key, value in some.items()}
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}

@@ -40,11 +40,6 @@ class PromptNull:
     ratio: float | None
 
     @property
-    def count(self) -> int:
-        """Number of prompts it was run on."""
-        return self.prompts
-
-    @property
     def strong(self) -> int:
         """Number of prompts that earn "representational" or better."""
         return sum(self.verdicts.get(verdict, 0) for verdict in STRONG)
@@ -91,11 +86,6 @@ class TaskNull:
         return self.strong > 0
 
     @property
-    def count(self) -> int:
-        """Number of tasks it was run on."""
-        return len(self.tasks)
-
-    @property
     def strong(self) -> int:
         """Number of tasks on which all tests hold."""
         return sum(task.passed for task in self.tasks)
@@ -113,11 +103,10 @@ def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -
     name, criterion = "nulls' explanations as strong", Criterion("<=", 0.0)
     if why or not nulls:
         return Measure("nulls", name, None, criterion, note=why or "no null was run")
-    points = tuple(
-        Point(null.name, {"prompts" if isinstance(null, PromptNull) else "tasks": null.count, "strong": null.strong})
-        for null in nulls
-    )
-    share = sum(null.strong for null in nulls) / max(1, sum(null.count for null in nulls))
+    of = "prompts" if isinstance(nulls[0], PromptNull) else "tasks"
+    counts = [null.prompts if isinstance(null, PromptNull) else len(null.tasks) for null in nulls]
+    points = tuple(Point(null.name, {of: count, "strong": null.strong}) for null, count in zip(nulls, counts, strict=True))
+    share = sum(null.strong for null in nulls) / max(1, sum(counts))
     return Measure("nulls", name, share, criterion, note=note, points=points)
 
 
@@ -125,9 +114,7 @@ def keep_nulls(
     coupling: CoupledModels, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
 ) -> None:
     """Write the nulls beside those of the other kind in nulls.json. Raises CheckpointError where the coupling is in no folder."""
-    file = _file(coupling)
-    if file is None:
-        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
+    file = _folder(coupling) / FILE
     there: dict[str, Any] = read_json(file) if file.is_file() else {}
     mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
     write_json(file, {**{other: there[other] for other in _HOW if other in there}, kind: mine})
@@ -147,9 +134,9 @@ def _stored(
     coupling: CoupledModels, kind: Kind, rules: str, reader: TypeAdapter, facts: Mapping[str, str | float | int] | None = None
 ) -> tuple[tuple | None, str]:
     try:
-        file = _file(coupling)
-        kept = (read_json(file) if file is not None and file.is_file() else {}).get(kind)
-        if file is None or not isinstance(kept, dict):
+        file = None if coupling.path is None else _folder(coupling) / FILE
+        kept = read_json(file).get(kind) if file is not None and file.is_file() else None
+        if not isinstance(kept, dict):
             return None, f"the coupling's nulls on {kind} were not run; {_HOW[kind]}"
         if kept.get("coupling") != fingerprint(coupling):
             return None, f"the nulls kept are of another coupling; {_HOW[kind]}"
@@ -168,11 +155,11 @@ def rules_of(*configs: SearchConfig | Any) -> str:
 
 def fingerprint(coupling: CoupledModels) -> str:
     """The digests of a coupling's tensors and of its dense model. Raises CheckpointError where it is in no folder."""
-    if coupling.path is None:
-        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
-    facts = read_json(folder_of(coupling.path) / "coupling.json")
+    facts = read_json(_folder(coupling) / "coupling.json")
     return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
 
 
-def _file(coupling: CoupledModels) -> Path | None:
-    return None if coupling.path is None else folder_of(coupling.path) / FILE
+def _folder(coupling: CoupledModels) -> Path:
+    if coupling.path is None:
+        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
+    return folder_of(coupling.path)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed
-from bridge.circuits.loss import CircuitLoss, SearchConfig
+from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import Nested
 from bridge.display.progress import OnProgress, Phase, unseen
@@ -164,28 +164,24 @@ def gather(
         progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
-    measures = (*_explained(config, loss, circuit), *sufficient, *deleted, lost, profile, *patching)
-    report = Report((*measures, _nulls(coupling, loss.config, config)), config.rules(counterfactual is not None))
+    nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
+    of_nulls = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
+    report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), config.rules(counterfactual is not None))
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
-
-
-def _explained(config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit) -> tuple[Measure, ...]:
-    return (
-        Measure("span", "span in nats", abs(loss.span), Criterion(">=", loss.config.least_span)),
-        Measure("error_share", "share of the span through errors", circuit.error_share, Criterion("<=", config.most_error)),
-    )
 
 
 def _sufficient(
     config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit, matched_cf: Tensor, other_cf: Tensor
 ) -> tuple[Measure, ...]:
-    """The circuit alone and in supersets, and controls alone."""
+    """The span, the circuit alone and in supersets, and controls alone."""
     asked = circuit.asked if circuit.asked is not None else 0.9
     alone_c = (1 - loss.miss(loss.masked.logits(torch.cat([matched_cf, other_cf]))).abs()).tolist()
     of_matched, of_others = alone_c[: len(matched_cf)], alone_c[len(matched_cf) :]
     others = Control.of("other prompts' circuits", of_others, max, "largest")
     return (
+        Measure("span", "span in nats", abs(loss.span), Criterion(">=", loss.config.least_span)),
+        Measure("error_share", "share of the span through errors", circuit.error_share, Criterion("<=", config.most_error)),
         Measure("faithfulness", "faithfulness alone", circuit.faithfulness, Criterion(">=", asked), others),
         Measure("supersets_mean", "in random supersets, mean", circuit.supersets_mean, Criterion(">=", config.superset_mean)),
         Measure("supersets_worst", "in random supersets, worst", circuit.supersets_worst, Criterion(">=", config.superset_worst)),
@@ -203,8 +199,3 @@ def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: T
     alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
     note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)
-
-
-def _nulls(coupling: CoupledModels, search: SearchConfig, config: EvidenceConfig) -> Measure:
-    nulls, why = stored_prompt_nulls(coupling, rules_of(search, config))
-    return nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))

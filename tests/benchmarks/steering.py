@@ -25,13 +25,14 @@ from torch import Tensor
 from bridge.cli.console import shipped_coupling
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import TokenPairs, resolve
+from bridge.display.plots import svg
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.sparse import Location
 from bridge.models.store import write_text
 from bridge.models.transport import Change
 from bridge.steering.curves import Spread, logits_at, random_like
-from bridge.steering.figure import Panel, plot
+from bridge.steering.figure import Panel, figure_of
 from bridge.steering.interventions import Intervention, Steerer, circuit_interventions, every_node
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -193,7 +194,7 @@ def main() -> None:
                 note = f"Means over {len(pairs)} prompts of the test split; {band}."
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 file = f"{name}-{label.replace(' ', '-').replace(chr(39), '')}.svg"
-                write_text(arguments.out / file, plot(f"Steering the dense model: {name}, {label}", note, panels))
+                write_text(arguments.out / file, svg(figure_of(f"Steering the dense model: {name}, {label}", note, panels)))
 
 
 def _panel(title: str, chosen_bk: Tensor, random_brk: Tensor, every_bk: Tensor, counterfactual_b: Tensor) -> Panel:

@@ -18,6 +18,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  
 
 import bridge
 from bridge.data.task_pairs import TaskError
+from bridge.display.plots import svg
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.models.dense import load_dense
@@ -25,7 +26,7 @@ from bridge.models.store import CheckpointError
 from bridge.recipe import RecipeError
 from bridge.studies import search as task_circuit
 from bridge.studies import suite, sweep_steps
-from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, frontier_figure, render_frontier, scatter
+from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, frontier_figure, render_frontier
 from bridge.studies.result import Size
 from bridge.studies.sweep import plan
 from bridge.studies.sweep_steps import SweepError
@@ -59,8 +60,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(home, name, counting)
 
-    for home, name in ((sweep_steps, "fit"), (sweep_steps, "evaluate"), (sweep_steps, "search_dense"), (suite, "search_task")):
-        count(home, name)
+    for name in ("prepare", "evaluate", "search_dense"):
+        count(sweep_steps, name)
+    count(suite, "search_task")
     return counts
 
 
@@ -109,12 +111,12 @@ def test_a_sweep_end_to_end_and_again(described: dict[str, Any], counted: Counte
     assert (tmp_path / "sweep" / "sweep.txt").read_text() == f"{result}\n"
     assert any(line.startswith("[1/3] w32-l0-0.25: fit: 640 tokens in") for line in lines), lines
     assert any("[3/3] bridge: circuit 1/1 planted: 6 nodes, 4 edges, behavioural" in line for line in lines), lines
-    assert counted == {"fit": 2, "evaluate": 3, "search_task": 3, "search_dense": 1}
+    assert counted == {"prepare": 2, "evaluate": 3, "search_task": 3, "search_dense": 1}
 
     again = bridge.sweep(**described, out=tmp_path / "sweep", on_step_end=lines.append)
     assert again == result and sum(counted.values()) == 9
     more = bridge.sweep(**{**described, "l0": (0.125, 0.0625)}, out=tmp_path / "sweep")
-    assert counted["fit"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
+    assert counted["prepare"] == 3 and [p.name for p in more.points] == ["w32-l0-0.125", "w32-l0-0.0625", "bridge"]
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_a_killed_sweep_goes_on_at_every_level(
     result = bridge.sweep(**described, out=out, progress=killed_at("nothing"))
     assert len(result.points) == 3 and not any("fit:" in text for text in seen)
     # each fit begun twice, the second time where it was; nothing that was finished is begun again
-    assert counted == {"fit": 4, "evaluate": 4, "search_task": 4, "search_dense": 1}
+    assert counted == {"prepare": 4, "evaluate": 4, "search_task": 4, "search_dense": 1}
     steps = [json.loads(line)["step"] for line in (out / "w32-l0-0.25" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     whole = bridge.sweep(**described, out=tmp_path / "unkilled")
@@ -171,14 +173,14 @@ def test_a_fit_under_way_goes_on(described: dict[str, Any], tmp_path: Path, monk
 def test_a_failing_point_is_reported_and_the_others_measured(
     described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sweep_steps.fit
+    original = sweep_steps.prepare
 
-    def fit(model: Any, l0: float, **options: Any) -> Any:
-        if l0 == 0.25:
+    def prepare(model: Any, values: dict[str, Any], **options: Any) -> Any:
+        if values["sparsity"]["l0"] == 0.25:
             raise training.FitError("stopped at step 3:\n it diverged")
-        return original(model, l0, **options)
+        return original(model, values, **options)
 
-    monkeypatch.setattr(sweep_steps, "fit", fit)
+    monkeypatch.setattr(sweep_steps, "prepare", prepare)
     other = tmp_path / "other"
     replace(untrained(load_dense(tiny_gpt2(seed=7), tokenizer=tiny_tokenizer()))).save_pretrained(other)
     lines: list[str] = []
@@ -345,11 +347,11 @@ def test_the_plot_holds_every_point() -> None:
     labels = {text.get_gid(): text.get_text() for text in ce.texts}
     assert labels["w512-l0-0.0625"] == "1/16" and labels["w256-l0-0.0156"] == "1/64 (1/2)"  # solved, where not all are
     assert len({line.get_color() for line in ce.lines if line.get_linestyle() == "-" and len(line.get_xdata())}) == 2  # widths
-    text = scatter(frontier)
+    text = svg(frontier_figure(frontier))
     ElementTree.fromstring(text)
-    assert text == scatter(frontier) and "1/64 (1/2)" in text
+    assert text == svg(frontier_figure(frontier)) and "1/64 (1/2)" in text
     for some in (replace(frontier, points=(), dense=None), replace(frontier, points=frontier.points[:1], dense=None)):
-        ElementTree.fromstring(scatter(some))
+        ElementTree.fromstring(svg(frontier_figure(some)))
 
 
 def test_functions_named_like_their_modules_stay_functions() -> None:
