@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from bridge.data.records import DataError, Piece
+from bridge.errors import foreign_errors_as
 from bridge.huggingface.prompts import Prompts
-from bridge.huggingface.site_discovery import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,13 +173,8 @@ def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTo
     messages, where = chat
     if not tokenizer.chat_template:
         raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
-    try:
+    with foreign_errors_as(DataError, f"data {where!r}", "holds a chat that the tokenizer's template refuses", "leave it out"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # whatever a template raises
-        why = first_line(error)
-        raise DataError(
-            f"data {where!r}", f"holds a chat that the tokenizer's template refuses ({why})", "leave it out"
-        ) from None
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:

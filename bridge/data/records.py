@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from bridge.errors import UserError
-from bridge.huggingface.site_discovery import first_line
+from bridge.errors import UserError, first_line
 from bridge.recipe import not_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")

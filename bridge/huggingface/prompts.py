@@ -24,9 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bridge.errors import UserError
+from bridge.errors import UserError, first_line, foreign_errors_as
 from bridge.huggingface.gguf_file import find_gguf
-from bridge.huggingface.site_discovery import first_line
 from bridge.recipe import not_text
 
 if TYPE_CHECKING:
@@ -149,11 +148,8 @@ class Prompts:
                 f"the tokenizer of {self._who}", "has no chat template", "leave out ‹chat›, or write the turns yourself"
             )
         turns = [{"role": "user", "content": text}]
-        try:
+        with foreign_errors_as(PromptError, f"the chat template of {self._who}", "refuses it", "leave out ‹chat›"):
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # whatever a template raises
-            why = f"refuses it ({first_line(error)})"
-            raise PromptError(f"the chat template of {self._who}", why, "leave out ‹chat›") from None
 
     # -- tokens to text -------------------------------------------------------------------------------------------------
 
