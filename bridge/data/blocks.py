@@ -47,13 +47,8 @@ class Blocks:
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
         """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
-        n_blocks = self.train_nt.shape[0]
-        wanted_b = torch.arange(step * rows, (step + 1) * rows)
-        picked_b = torch.empty_like(wanted_b)
-        for epoch in torch.unique(wanted_b // n_blocks).tolist():
-            here_b = wanted_b // n_blocks == epoch
-            picked_b[here_b] = _permutation(n_blocks, seed, epoch)[wanted_b[here_b] % n_blocks]
-        return self.train_nt[picked_b].long()
+        n, places = len(self.train_nt), range(step * rows, (step + 1) * rows)
+        return self.train_nt[[int(_permutation(n, seed, place // n)[place % n]) for place in places]].long()
 
     def tensors(self) -> dict[str, Tensor]:
         """None: where a run is follows from its step."""

@@ -118,11 +118,9 @@ class Packing:
         """Raise DataError where an id is none of the dense model's."""
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
-            rule = "ids start at 0" if low < 0 else f"the dense model's vocabulary is {self.vocabulary}"
-            wrong = low if low < 0 else high
-            raise DataError(
-                f"data {self.source!r}", f"has the token id {wrong}, but {rule}", "tokenize it with the model's own tokenizer"
-            )
+            wrong, rule = (low, "ids start at 0") if low < 0 else (high, f"the dense model's vocabulary is {self.vocabulary}")
+            what, remedy = f"data {self.source!r}", "tokenize it with the model's own tokenizer"
+            raise DataError(what, f"has the token id {wrong}, but {rule}", remedy)
 
 
 def _matrix(tokens: array[int], width: int) -> Tensor:
@@ -137,7 +135,6 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
     Texts are tokenized TEXTS at a time, long ones in parts.
     """
     waiting: list[tuple[str, bool, bool]] = []
-    characters = 0
 
     def flush() -> Iterator[Run]:
         if waiting:
@@ -148,23 +145,16 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
     for kind, value in pieces:
         if kind == "tokens":
             yield from flush()
-            characters = 0
             if value:
                 yield Run(value, True, True, given=True)
             continue
         if prompts.tokenizer is None:
             raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")
         text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
-        if not text.strip():
-            continue
-        begins = True
-        for part, ends in _parts(text):
-            waiting.append((part, begins, ends))
-            begins = False
-            characters += len(part)
-            if len(waiting) == TEXTS or characters >= PART_CHARACTERS:
+        for index, (part, ends) in enumerate(_parts(text) if text.strip() else ()):
+            waiting.append((part, index == 0, ends))
+            if len(waiting) == TEXTS or sum(len(text) for text, _, _ in waiting) >= PART_CHARACTERS:
                 yield from flush()
-                characters = 0
     yield from flush()
 
 

@@ -192,12 +192,10 @@ def _line_rows(file: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line.strip())
-                except json.JSONDecodeError as error:
-                    where = f"line {number}, column {error.colno}"
-                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({error.msg}: {where})") from None
                 except (ValueError, RecursionError) as error:
-                    why = str(error).partition(";")[0]
-                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({why}: line {number})") from None
+                    why = getattr(error, "msg", str(error).partition(";")[0])
+                    where = f"line {number}" + (f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else "")
+                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({why}: {where})") from None
 
 
 # -- rows to pieces ---------------------------------------------------------------------------------------------------------

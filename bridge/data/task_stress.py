@@ -45,7 +45,6 @@ class Stress:
     source_b: Tensor
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.pairs)
 
     def first(self, count: int) -> Stress:
@@ -93,9 +92,8 @@ def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Exampl
 
 
 def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) -> Mapping[str, Rule]:
-    names = [_names(example, examples) for example in examples]
-    place = {id(example): index for index, example in enumerate(examples)}
-    pool = sorted({name for some in names for name in some})
+    names = {example: _names(example, examples) for example in examples}
+    pool = sorted({name for some in names.values() for name in some})
 
     def distractor(example: Example, generator: random.Random) -> Example | None:
         other = generator.choice(examples)
@@ -108,14 +106,15 @@ def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) ->
         return _before(example, f"{generator.choice(stretches)}\n") if stretches else None
 
     def rename(example: Example, generator: random.Random) -> Example | None:
-        own = names[place[id(example)]]
-        others = [name for name in pool if not _has(example, name)]
+        own, texts = names[example], (example.prompt, example.counterfactual, *example.answer, *example.wrong)
+        used = {word for text in texts for word in _WORD.findall(text)}
+        others = [name for name in pool if name not in used]
         if not own or not others:
             return None
         return _renamed(example, {generator.choice(own): generator.choice(others)})
 
     def swap(example: Example, generator: random.Random) -> Example | None:
-        own = names[place[id(example)]]
+        own = names[example]
         if len(own) < 2:
             return None
         first, second = generator.sample(own, 2)
@@ -149,10 +148,6 @@ def _renamed(example: Example, names: Mapping[str, str]) -> Example:
 
     answer, wrong = (tuple(map(change, side)) for side in (example.answer, example.wrong))
     return replace(_changed(example, change), answer=answer, wrong=wrong)
-
-
-def _has(example: Example, name: str) -> bool:
-    return any(name in _WORD.findall(text) for text in (example.prompt, example.counterfactual, *example.answer, *example.wrong))
 
 
 def _names(example: Example, examples: Sequence[Example]) -> list[str]:
