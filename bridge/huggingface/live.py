@@ -49,10 +49,7 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
 
 
 def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
-    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own.
-
-    With `own_weights` it shares nothing.
-    """
+    """A copy with hooks, mode and requires_grad of its own, which shares the weights unless it is to have `own_weights`."""
     shared: dict[int, Any] = {}
     if not own_weights:
         shared |= {id(buffer): buffer for buffer in model.buffers()}
