@@ -48,7 +48,7 @@ class Blocks:
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
         """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
         n, places = len(self.train_nt), range(step * rows, (step + 1) * rows)
-        return self.train_nt[[int(_permutation(n, seed, place // n)[place % n]) for place in places]].long()
+        return self.train_nt[[int(permutation(n, seed, place // n)[place % n]) for place in places]].long()
 
     def tensors(self) -> dict[str, Tensor]:
         """None: where a run is follows from its step."""
@@ -63,8 +63,9 @@ class Blocks:
 
 
 @lru_cache(maxsize=2)  # a step may take the end of one epoch and the beginning of the next
-def _permutation(n_blocks: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+def permutation(n_blocks: int, seed: int, index: int) -> Tensor:
+    """An order of blocks that follows from a seed and an index, an epoch's or a step's."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     return torch.randperm(n_blocks, generator=generator)
 
 

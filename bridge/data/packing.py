@@ -130,10 +130,7 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
 
 
 def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
-    """Runs of token ids; empty documents are left out.
-
-    Texts are tokenized TEXTS at a time, long ones in parts.
-    """
+    """Runs of token ids, of texts TEXTS at a time and of long ones in parts; empty documents are left out."""
     waiting: list[tuple[str, bool, bool]] = []
 
     def flush() -> Iterator[Run]:
