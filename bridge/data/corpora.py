@@ -99,9 +99,7 @@ def documents(source: str, seed: int = 0) -> Iterator[str]:
 
 
 def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    if packages:
-        roots += [Path(sysconfig.get_paths()["purelib"])]
+    roots = [Path(sysconfig.get_paths()[name]) for name in (("stdlib", "purelib") if packages else ("stdlib",))]
     files = {}
     for root in roots:
         for path in sorted(root.rglob("*.py")):

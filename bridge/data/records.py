@@ -26,9 +26,8 @@ from bridge.errors import UserError, first_line
 from bridge.recipe import not_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-LINE_SUFFIXES = (".jsonl", ".ndjson")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
-RECORD_SUFFIXES = (*LINE_SUFFIXES, ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED_SUFFIXES = (*PACKED, ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")

@@ -53,13 +53,7 @@ class Stress:
 
 
 def stress_pairs(
-    pairs: TokenPairs,
-    prompts: Prompts,
-    reference_bt: Tensor,
-    context: int,
-    *,
-    language: str = "python",
-    seed: int = 0,
+    pairs: TokenPairs, prompts: Prompts, reference_bt: Tensor, context: int, *, language: str = "python", seed: int = 0
 ) -> dict[str, Stress]:
     """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
     examples = pairs.examples

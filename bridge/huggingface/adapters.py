@@ -79,7 +79,9 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
         with foreign_errors_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
             peft_model = get_peft_model(model, config)
             report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
-    unused, unfilled = report.unexpected_keys, _unfilled(peft_model, report.missing_keys)
+    weights, missing = dict(peft_model.named_parameters(remove_duplicate=False)), report.missing_keys
+    filled = {id(weight) for key, weight in weights.items() if key not in missing}  # those that share one under another name too
+    unused, unfilled = report.unexpected_keys, [key for key in missing if id(weights.get(key)) not in filled]
     for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
         if keys:
             raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", remedy)
@@ -159,13 +161,6 @@ def _config(folder: Path, who: str) -> PeftConfig:
         rule = f"is {_kind(config)}, which changes no weights and cannot be merged into them"
         raise DenseModelError(who, rule, _OTHER_KIND)
     return config
-
-
-def _unfilled(peft_model: nn.Module, keys: list[str]) -> list[str]:
-    """The model's weights that PEFT found none for in the file, and that were not filled under another name either."""
-    weights = dict(peft_model.named_parameters(remove_duplicate=False))
-    filled = {id(weight) for key, weight in weights.items() if key not in keys}
-    return [key for key in keys if id(weights.get(key)) not in filled]
 
 
 def _resized(model: Any, folder: Path, config: PeftConfig) -> int:

@@ -181,7 +181,8 @@ class Prompts:
                 raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
-            token = self._named(_unescaped(given)) if token is None else token
+            if token is None:  # the inverse of how tokens are printed: with Python escapes such as \n
+                token = self._named(_ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), given))
             if token is None:
                 raise self._unclear(given, prompt, role)
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
@@ -331,8 +332,3 @@ def _has_files(name: str, revision: str | None) -> bool:
     if (folder := Path(name)).is_dir():
         return any(path.is_file() for pattern in _FILES for path in folder.glob(pattern))
     return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _HUB_FILES)
-
-
-def _unescaped(text: str) -> str:
-    """A text with Python escapes such as \\n replaced by their characters, the inverse of how tokens are printed."""
-    return _ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), text)
