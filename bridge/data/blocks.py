@@ -114,11 +114,8 @@ def load_blocks(
             break
     blocks = [packing.cut(part) for part in _with_held_out(*parts, packing)]
     if not all(map(len, blocks)):
-        raise DataError(
-            f"data {source!r} holds {count} tokens;",
-            f"at least {2 * context} are needed (one block of {context} to train on, one held out)",
-            "give more text or a shorter context (data.context)",
-        )
+        rule = f"at least {2 * context} are needed (one block of {context} to train on, one held out)"
+        raise DataError(f"data {source!r} holds {count} tokens;", rule, "give more text or a shorter context (data.context)")
     for block_nt in blocks:
         packing.check(block_nt)
     train_nt, heldout_nt = blocks

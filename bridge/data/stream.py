@@ -70,11 +70,8 @@ def open_stream(
             packing.put(run, part)
     heldout_nt = packing.cut(part)
     if not len(heldout_nt):
-        raise DataError(
-            f"data {source!r} of {looked_at} documents",
-            f"has no block of {context} tokens in those of them that are held out, one in {HELD_OUT_EVERY}",
-            "give more documents, or leave data.stream off",
-        )
+        rule = f"has no block of {context} tokens in those of them that are held out, one in {HELD_OUT_EVERY}"
+        raise DataError(f"data {source!r} of {looked_at} documents", rule, "give more documents, or leave data.stream off")
     packing.check(heldout_nt)
     return Stream(corpus, prompts, packing, heldout_nt)
 

@@ -175,11 +175,7 @@ class _Read:
 
 
 def resolve(
-    task: Task,
-    prompts: Prompts | PreTrainedTokenizerBase | None,
-    *,
-    context: int | None = None,
-    splits: Sequence[Split] = SPLITS,
+    task: Task, prompts: Prompts | PreTrainedTokenizerBase | None, *, context: int | None = None, splits: Sequence[Split] = SPLITS
 ) -> Resolved:
     """The pairs of a task as tokens, of at most `context` each, by split; a split is empty where nothing is left.
 
