@@ -47,10 +47,6 @@ class Stress:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def first(self, count: int) -> Stress:
-        """The first of them."""
-        return Stress(self.pairs.rows(torch.arange(count)), self.source_b[:count])
-
 
 def stress_pairs(
     pairs: TokenPairs, prompts: Prompts, reference_bt: Tensor, context: int, *, language: str = "python", seed: int = 0
@@ -68,10 +64,10 @@ def stress_pairs(
         resolved = resolve(task, prompts, context=context, splits=("test",)).splits["test"]
         if len(resolved):
             found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
-    while sum(map(len, found.values())) > wanted:  # from the kinds that have most
-        most = max(map(len, found.values()))
-        found = {kind: some.first(min(len(some), most - 1)) for kind, some in found.items()}
-    return found
+    sizes = {kind: len(some) for kind, some in found.items()}
+    while sum(sizes.values()) > wanted:  # from the kinds that have most
+        sizes = {kind: min(size, max(sizes.values()) - 1) for kind, size in sizes.items()}
+    return {kind: Stress(found[kind].pairs.rows(torch.arange(n)), found[kind].source_b[:n]) for kind, n in sizes.items()}
 
 
 def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
