@@ -7,7 +7,8 @@ way.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _PARAMETER = re.compile(r"‹(\w+)›( ?)(?=(['\"\d])?)")  # and whether a value follows
 
@@ -48,3 +49,21 @@ class UserError(OneLineError, ValueError):
 
 class RunError(OneLineError, RuntimeError):
     """A run that had to stop; the commands print it and exit with code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """First line of a foreign error's text."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
+
+
+@contextmanager
+def foreign_errors_as(refusal: type[UserError], what: str, rule: str, remedy: str) -> Iterator[None]:
+    """A context in which any error but a UserError is raised as a refusal, its reason in brackets after the rule."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        sizes = (line.strip() for line in str(error).split("\n") if line.strip().startswith("size mismatch"))
+        reason = next(sizes, first_line(error)).rstrip(". ")  # torch names the sizes that do not fit in its second line
+        raise refusal(what, f"{rule} ({reason})".strip(), remedy) from error

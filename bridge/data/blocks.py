@@ -47,13 +47,8 @@ class Blocks:
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
         """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
-        n_blocks = self.train_nt.shape[0]
-        wanted_b = torch.arange(step * rows, (step + 1) * rows)
-        picked_b = torch.empty_like(wanted_b)
-        for epoch in torch.unique(wanted_b // n_blocks).tolist():
-            here_b = wanted_b // n_blocks == epoch
-            picked_b[here_b] = _permutation(n_blocks, seed, epoch)[wanted_b[here_b] % n_blocks]
-        return self.train_nt[picked_b].long()
+        n, places = len(self.train_nt), range(step * rows, (step + 1) * rows)
+        return self.train_nt[[int(permutation(n, seed, place // n)[place % n]) for place in places]].long()
 
     def tensors(self) -> dict[str, Tensor]:
         """None: where a run is follows from its step."""
@@ -68,8 +63,9 @@ class Blocks:
 
 
 @lru_cache(maxsize=2)  # a step may take the end of one epoch and the beginning of the next
-def _permutation(n_blocks: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+def permutation(n_blocks: int, seed: int, index: int) -> Tensor:
+    """An order of blocks that follows from a seed and an index, an epoch's or a step's."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     return torch.randperm(n_blocks, generator=generator)
 
 
@@ -118,11 +114,8 @@ def load_blocks(
             break
     blocks = [packing.cut(part) for part in _with_held_out(*parts, packing)]
     if not all(map(len, blocks)):
-        raise DataError(
-            f"data {source!r} holds {count} tokens;",
-            f"at least {2 * context} are needed (one block of {context} to train on, one held out)",
-            "give more text or a shorter context (data.context)",
-        )
+        rule = f"at least {2 * context} are needed (one block of {context} to train on, one held out)"
+        raise DataError(f"data {source!r} holds {count} tokens;", rule, "give more text or a shorter context (data.context)")
     for block_nt in blocks:
         packing.check(block_nt)
     train_nt, heldout_nt = blocks

@@ -19,7 +19,6 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -39,7 +38,7 @@ from bridge.data.records import (
     piece,
     suffix_of,
 )
-from bridge.huggingface.site_discovery import first_line
+from bridge.errors import foreign_errors_as
 
 MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
 SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
@@ -100,9 +99,7 @@ def documents(source: str, seed: int = 0) -> Iterator[str]:
 
 
 def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    if packages:
-        roots += [Path(sysconfig.get_paths()["purelib"])]
+    roots = [Path(sysconfig.get_paths()[name]) for name in (("stdlib", "purelib") if packages else ("stdlib",))]
     files = {}
     for root in roots:
         for path in sorted(root.rglob("*.py")):
@@ -189,31 +186,25 @@ def _saved(path: Path) -> Corpus:
     """The pieces of a data set written by `save_to_disk`."""
     from datasets import DatasetDict, load_from_disk
 
-    try:
-        found = load_from_disk(str(path))
-    except Exception as error:
-        why = first_line(error)
-        raise DataError(f"data {str(path)!r}", f"is a saved data set that cannot be loaded ({why})", "save it again") from None
+    where, remedy = str(path), "save it again"
+    with foreign_errors_as(DataError, f"data {where!r}", "is a saved data set that cannot be loaded", remedy):
+        found = load_from_disk(where)
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
-    chosen = _to_train_on(splits, str(path), "the folder of one")
-    table = splits[chosen]
-    starts = range(0, max(1, len(table)), SAVED_ROWS)
-    parts = [table.select(range(start, min(start + SAVED_ROWS, len(table)))) for start in starts]
-    left = _splits([name for name in splits if name != chosen])
-    return Corpus([partial(_saved_rows, part, str(path)) for part in parts], left)
-
-
-def _saved_rows(table: Any, where: str) -> Iterator[Piece]:
+    chosen = _to_train_on(splits, where, "the folder of one")
+    table = splits[chosen].with_format(None)  # not the tensors that it may have been saved to give
     wanted = [column for column in COLUMNS if column in table.column_names]
     if not wanted:
         piece(dict.fromkeys(table.column_names), where)  # says so
-    try:
-        for row in table.with_format(None).select_columns(wanted):  # not the tensors that it may have been saved to give
+    starts = range(0, max(1, len(table)), SAVED_ROWS)
+    tables = [table.select_columns(wanted).select(range(start, min(start + SAVED_ROWS, len(table)))) for start in starts]
+    left = _splits(name for name in splits if name != chosen)
+    return Corpus([partial(_row_pieces, rows, where, "cannot be read", remedy) for rows in tables], left)
+
+
+def _row_pieces(rows: Iterable[Any], where: str, problem: str, remedy: str) -> Iterator[Piece]:
+    with foreign_errors_as(DataError, f"data {where!r}", problem, remedy):
+        for row in rows:
             yield piece(row, where)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"data {where!r}", f"cannot be read ({first_line(error)})", "save it again") from None
 
 
 def _records(files: Iterable[Path]) -> list[Path]:
@@ -234,24 +225,20 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
     """The files of a data set by split, as `datasets` finds them by its card and by their names; {} where it knows of none."""
     from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
-    here = str(path.resolve())
-    with tempfile.TemporaryDirectory() as nowhere:  # its cache stays as it is
+    here, what = str(path.resolve()), f"data {where!r}"
+    unresolved = foreign_errors_as(DataError, what, "is a data set that cannot be resolved", "name its data files")
+    with unresolved, tempfile.TemporaryDirectory() as nowhere:  # its cache stays as it is
         try:
             names = get_dataset_config_names(here)
             if configuration is None and len(names) > 1:
                 configuration = get_dataset_default_config_name(here)
             if configuration not in (None, *names) or (configuration is None and len(names) > 1):
-                raise DataError(
-                    f"data {where!r}", f"has the configurations {', '.join(names)}", f"name one, as in {path}:{names[0]}"
-                )
+                raise DataError(what, f"has the configurations {', '.join(names)}", f"name one, as in {path}:{names[0]}")
             found = load_dataset_builder(here, configuration, cache_dir=nowhere).config.data_files or {}
-        except DataError:
-            raise
-        except Exception as error:
-            if isinstance(error, FileNotFoundError) and configuration is None and "configs" not in card:
+        except FileNotFoundError:
+            if configuration is None and "configs" not in card:
                 return {}
-            why = first_line(error)
-            raise DataError(f"data {where!r}", f"is a data set that cannot be resolved ({why})", "name its data files") from None
+            raise
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 
@@ -275,24 +262,8 @@ def _streamed(source: str) -> list[Callable[[], Iterator[Piece]]]:
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
-    with _refused_unless_streamed(source):
+    problem, remedy = "is no file here, nor could the hub stream it", "name another"
+    with foreign_errors_as(DataError, f"data {source!r}", problem, remedy):
         table = load_dataset(name, configuration or None, split="train", streaming=True)
         shards = [table.shard(table.num_shards, index) for index in range(table.num_shards)]
-    return [partial(_streamed_rows, shard, source) for shard in shards]
-
-
-def _streamed_rows(shard: Iterable[Any], source: str) -> Iterator[Piece]:
-    with _refused_unless_streamed(source):
-        for row in shard:
-            yield piece(row, source)
-
-
-@contextmanager
-def _refused_unless_streamed(source: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = first_line(error)
-        raise DataError(f"data {source!r}", f"is no file here, nor could the hub stream it ({reason})", "name another") from None
+    return [partial(_row_pieces, shard, source, problem, remedy) for shard in shards]

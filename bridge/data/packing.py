@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from bridge.data.records import DataError, Piece
+from bridge.errors import foreign_errors_as
 from bridge.huggingface.prompts import Prompts
-from bridge.huggingface.site_discovery import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,11 +118,9 @@ class Packing:
         """Raise DataError where an id is none of the dense model's."""
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
-            rule = "ids start at 0" if low < 0 else f"the dense model's vocabulary is {self.vocabulary}"
-            wrong = low if low < 0 else high
-            raise DataError(
-                f"data {self.source!r}", f"has the token id {wrong}, but {rule}", "tokenize it with the model's own tokenizer"
-            )
+            wrong, rule = (low, "ids start at 0") if low < 0 else (high, f"the dense model's vocabulary is {self.vocabulary}")
+            what, remedy = f"data {self.source!r}", "tokenize it with the model's own tokenizer"
+            raise DataError(what, f"has the token id {wrong}, but {rule}", remedy)
 
 
 def _matrix(tokens: array[int], width: int) -> Tensor:
@@ -132,12 +130,8 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
 
 
 def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
-    """Runs of token ids; empty documents are left out.
-
-    Texts are tokenized TEXTS at a time, long ones in parts.
-    """
+    """Runs of token ids, of texts TEXTS at a time and of long ones in parts; empty documents are left out."""
     waiting: list[tuple[str, bool, bool]] = []
-    characters = 0
 
     def flush() -> Iterator[Run]:
         if waiting:
@@ -148,23 +142,16 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
     for kind, value in pieces:
         if kind == "tokens":
             yield from flush()
-            characters = 0
             if value:
                 yield Run(value, True, True, given=True)
             continue
         if prompts.tokenizer is None:
             raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")
         text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
-        if not text.strip():
-            continue
-        begins = True
-        for part, ends in _parts(text):
-            waiting.append((part, begins, ends))
-            begins = False
-            characters += len(part)
-            if len(waiting) == TEXTS or characters >= PART_CHARACTERS:
+        for index, (part, ends) in enumerate(_parts(text) if text.strip() else ()):
+            waiting.append((part, index == 0, ends))
+            if len(waiting) == TEXTS or sum(len(text) for text, _, _ in waiting) >= PART_CHARACTERS:
                 yield from flush()
-                characters = 0
     yield from flush()
 
 
@@ -173,13 +160,8 @@ def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTo
     messages, where = chat
     if not tokenizer.chat_template:
         raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
-    try:
+    with foreign_errors_as(DataError, f"data {where!r}", "holds a chat that the tokenizer's template refuses", "leave it out"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # whatever a template raises
-        why = first_line(error)
-        raise DataError(
-            f"data {where!r}", f"holds a chat that the tokenizer's template refuses ({why})", "leave it out"
-        ) from None
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:

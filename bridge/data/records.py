@@ -22,14 +22,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from bridge.errors import UserError
-from bridge.huggingface.site_discovery import first_line
+from bridge.errors import UserError, first_line
 from bridge.recipe import not_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-LINE_SUFFIXES = (".jsonl", ".ndjson")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
-RECORD_SUFFIXES = (*LINE_SUFFIXES, ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED_SUFFIXES = (*PACKED, ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
@@ -193,12 +191,10 @@ def _line_rows(file: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line.strip())
-                except json.JSONDecodeError as error:
-                    where = f"line {number}, column {error.colno}"
-                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({error.msg}: {where})") from None
                 except (ValueError, RecursionError) as error:
-                    why = str(error).partition(";")[0]
-                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({why}: line {number})") from None
+                    why = getattr(error, "msg", str(error).partition(";")[0])
+                    where = f"line {number}" + (f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else "")
+                    raise DataError(f"data {str(file)!r}", f"is not JSON lines ({why}: {where})") from None
 
 
 # -- rows to pieces ---------------------------------------------------------------------------------------------------------

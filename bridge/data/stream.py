@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bridge.data.blocks import HELD_OUT_EVERY
+from bridge.data.blocks import HELD_OUT_EVERY, permutation
 from bridge.data.corpora import Corpus, open_corpus
 from bridge.data.packing import PART_CHARACTERS, TEXTS, Packing, Part, tokenized
 from bridge.data.records import DataError, Piece
@@ -70,11 +70,8 @@ def open_stream(
             packing.put(run, part)
     heldout_nt = packing.cut(part)
     if not len(heldout_nt):
-        raise DataError(
-            f"data {source!r} of {looked_at} documents",
-            f"has no block of {context} tokens in those of them that are held out, one in {HELD_OUT_EVERY}",
-            "give more documents, or leave data.stream off",
-        )
+        rule = f"has no block of {context} tokens in those of them that are held out, one in {HELD_OUT_EVERY}"
+        raise DataError(f"data {source!r} of {looked_at} documents", rule, "give more documents, or leave data.stream off")
     packing.check(heldout_nt)
     return Stream(corpus, prompts, packing, heldout_nt)
 
@@ -152,9 +149,7 @@ class Stream:
     def _draw(self, at: _Place) -> Tensor:
         """The next batch, taken out of the pool."""
         self._fill(at)
-        order_n = torch.randperm(
-            len(at.pool_nt), generator=torch.Generator().manual_seed((at.seed * 1_000_003 + at.step) % 2**63)
-        )
+        order_n = permutation(len(at.pool_nt), at.seed, at.step)
         at.last_bt, at.pool_nt = at.pool_nt[order_n[: at.rows]], at.pool_nt[order_n[at.rows :].sort().values]
         at.step += 1
         return at.last_bt.long()

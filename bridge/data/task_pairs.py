@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,28 +105,29 @@ def load_task(name_or_path: str | Path, *, seed: int = 0) -> Task:
     if path.suffix in (".jsonl", ".yaml", ".yml"):
         return _users(path, seed)
     if path.exists():
-        raise TaskError(
-            f"{str(path)!r}", "is no task file", "a task is a file of examples whose name ends in .jsonl, .yaml or .yml"
-        )
-    near = get_close_matches(str(name_or_path), task_names(), 1)
-    remedy = (
-        f"did you mean {near[0]!r}?" if near else "`bridge tasks` lists those there are; a file's name ends in .jsonl or .yaml"
-    )
-    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=remedy)
+        remedy = "a task is a file of examples whose name ends in .jsonl, .yaml or .yml"
+        raise TaskError(repr(str(path)), "is no task file", remedy)
+    those = "`bridge tasks` lists those there are; a file's name ends in .jsonl or .yaml"
+    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=_nearest(name_or_path, task_names(), those))
+
+
+def _nearest(name: object, known: Sequence[str], otherwise: str) -> str:
+    near = get_close_matches(str(name), known, 1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def _split_at(place: int, n_held_out: int) -> Split:
+    """The split of a place in a shuffled order: first those of validation, then those of test."""
+    return "validation" if place < n_held_out else "test" if place < 2 * n_held_out else "train"
 
 
 def _generated(templates: Templates, seed: int) -> Task:
-    words = _words(seed)
     texts = random.Random(f"{seed} {templates.name}").sample(templates.texts, len(templates.texts))
     n_held_out = max(1, round(HELD_OUT * len(texts)))
-    share: dict[Split, list[str]] = {
-        "validation": texts[:n_held_out],
-        "test": texts[n_held_out : 2 * n_held_out],
-        "train": texts[2 * n_held_out :],
-    }
-    pairs: dict[Split, tuple[Example, ...]] = {
-        split: tuple(_drawn(templates, share[split], words[split], SPARE * PAIRS[split], seed)) for split in SPLITS
-    }
+    pairs: dict[Split, tuple[Example, ...]] = {}
+    for split, words in _words(seed).items():
+        its = [text for place, text in enumerate(texts) if _split_at(place, n_held_out) == split]
+        pairs[split] = tuple(_drawn(templates, its, words, SPARE * PAIRS[split], seed))
     return Task(templates.name, templates.language, templates.about, pairs, PAIRS)
 
 
@@ -134,10 +136,8 @@ def _words(seed: int) -> Mapping[Split, Mapping[str, tuple[str, ...]]]:
     """The words of every pool by split; a word that is in two pools is in the same split in both."""
     split_of: dict[str, Split] = {}
     for pool, words in POOLS.items():
-        shuffled = random.Random(f"{seed} {pool}").sample(words, len(words))
-        n_held_out = round(HELD_OUT * len(words))
-        for index, word in enumerate(shuffled):
-            split_of.setdefault(word, "validation" if index < n_held_out else "test" if index < 2 * n_held_out else "train")
+        for place, word in enumerate(random.Random(f"{seed} {pool}").sample(words, len(words))):
+            split_of.setdefault(word, _split_at(place, round(HELD_OUT * len(words))))
     return {split: {pool: tuple(w for w in ws if split_of[w] == split) for pool, ws in POOLS.items()} for split in SPLITS}
 
 
@@ -153,20 +153,12 @@ def _drawn(
         text = texts[attempt % len(texts)]
         names = _names(text, templates, words, generator)
         # a filler is in neither prompt, or in one of them
-        pair, *variants = [
-            _pair(templates, text, re.sub(_FILLER, filled, text), names)
-            for filled in (("", r"«\1|»", r"«|\1»") if _FILLER.search(text) else ("",))
-        ]
+        fillers = ("", r"«\1|»", r"«|\1»") if _FILLER.search(text) else ("",)
+        pair, *variants = [_filled(templates, text, re.sub(_FILLER, filler, text), names) for filler in fillers]
         if (pair.prompt, pair.counterfactual) not in seen:
             seen |= {(pair.prompt, pair.counterfactual), (pair.counterfactual, pair.prompt)}
             pair = replace(pair, variants=tuple(variants))
             yield reverse_pair(pair) if generator.random() < 0.5 else pair
-
-
-def _pair(templates: Templates, template: str, text: str, names: Mapping[str, str]) -> Example:
-    prompt, counterfactual, spans = _filled(text, names)
-    first, second = (_spellings(side, names) for side in (templates.first, templates.second))
-    return Example(prompt, counterfactual, first, second, spans, template)
 
 
 def _names(text: str, templates: Templates, words: Mapping[str, tuple[str, ...]], generator: random.Random) -> dict[str, str]:
@@ -177,8 +169,8 @@ def _names(text: str, templates: Templates, words: Mapping[str, tuple[str, ...]]
     return names
 
 
-def _filled(text: str, names: Mapping[str, str]) -> tuple[str, str, tuple[Span, ...]]:
-    """Both prompts of a template, and where its names and its branches lie in them."""
+def _filled(templates: Templates, template: str, text: str, names: Mapping[str, str]) -> Example:
+    """The pair that names make of a template, of which `text` has the fillers settled."""
     prompt = counterfactual = ""
     spans = []
     for piece in _PIECE.finditer(text):
@@ -193,7 +185,8 @@ def _filled(text: str, names: Mapping[str, str]) -> tuple[str, str, tuple[Span, 
             at = (len(prompt), len(prompt) + len(first)), (len(counterfactual), len(counterfactual) + len(second))
             spans.append(Span(name or "differs", *at))
         prompt, counterfactual = prompt + first, counterfactual + second
-    return prompt, counterfactual, tuple(spans)
+    answer, wrong = (_spellings(side, names) for side in (templates.first, templates.second))
+    return Example(prompt, counterfactual, answer, wrong, tuple(spans), template)
 
 
 def _spellings(side: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ...]:
@@ -233,15 +226,13 @@ def _users(path: Path, seed: int) -> Task:
         example, split = _example(values, where)
         for text in (example.prompt, example.counterfactual):
             if text in line_of:
-                raise TaskError(
-                    f"{where}: the prompt {_short(text)}", f"is in line {line_of[text]} already", "keep one of the two"
-                )
+                already = f"is in line {line_of[text]} already"
+                raise TaskError(f"{where}: the prompt {_short(text)}", already, "keep one of the two")
             line_of[text] = line
         if splits and (split is None) != (splits[0] is None):
-            given, other = ("none", "has one") if split is None else ("one", "has none")
-            raise TaskError(
-                f"{where}: it", f"has {given} of split, line {entries[0][0]} {other}", "give a split to all or to none"
-            )
+            here, there = ("none", "one") if split is None else ("one", "none")
+            rule = f"has {here} of split, line {entries[0][0]} has {there}"
+            raise TaskError(f"{where}: it", rule, "give a split to all or to none")
         examples.append(example)
         splits.append(split)
     if splits[0] is None:
@@ -255,14 +246,10 @@ def _users(path: Path, seed: int) -> Task:
 
 def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
     if count < len(SPLITS):
-        raise TaskError(
-            f"{path}",
-            f"has {count} example{'' if count == 1 else 's'}, too few to split in three",
-            "add some, or give each a split",
-        )
-    n_held_out = max(1, round(HELD_OUT * count))
+        rule = f"has {count} example{'' if count == 1 else 's'}, too few to split in three"
+        raise TaskError(path, rule, "add some, or give each a split")
     order = random.Random(f"{seed} split").sample(range(count), count)
-    return [SPLITS[1 if place < n_held_out else 2 if place < 2 * n_held_out else 0] for place in order]
+    return [_split_at(place, max(1, round(HELD_OUT * count))) for place in order]
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
@@ -270,9 +257,8 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TaskError(
-            f"there is no file {str(path)!r}", remedy="give the path of a task file, or the name of a built-in task"
-        ) from None
+        remedy = "give the path of a task file, or the name of a built-in task"
+        raise TaskError(f"there is no file {str(path)!r}", remedy=remedy) from None
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}", f"is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     if path.suffix == ".jsonl":
@@ -281,7 +267,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
                 try:
                     yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+                    why = getattr(error, "msg", str(error).partition(";")[0])
                     raise TaskError(f"{path}, line {number}: not JSON ({why})", remedy="write one object per line") from None
         return
     try:
@@ -297,9 +283,8 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
                 value = loader.construct_document(node)
             except (ValueError, LookupError, AttributeError) as error:
                 why = str(error).partition(";")[0] if isinstance(error, ValueError) else "of another type than its tag says"
-                raise TaskError(
-                    f"{path}, line {line}: not a value that YAML reads ({why})", remedy="put texts in quotes"
-                ) from None
+                what = f"{path}, line {line}: not a value that YAML reads ({why})"
+                raise TaskError(what, remedy="put texts in quotes") from None
             yield line, value
     except RecursionError:
         raise TaskError(f"{path}: nested too deeply", remedy="an example is keys and texts") from None
@@ -319,8 +304,7 @@ def _example(values: Any, where: str) -> tuple[Example, Split | None]:
         raise TaskError(f"{where}: {_short(values)}", "is no example", "write prompt, counterfactual, answer and wrong as keys")
     for key in values:
         if key not in _KEYS:
-            near = get_close_matches(str(key), _KEYS, 1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"
+            remedy = _nearest(key, _KEYS, f"the keys are {', '.join(_KEYS)}")
             raise TaskError(f"{where}: there is no key {key!r}", remedy=remedy)
     prompts = []
     for key in ("prompt", "counterfactual"):
@@ -379,7 +363,6 @@ def _short(value: Any) -> str:
 
 def _difference(prompt: str, counterfactual: str) -> tuple[Span, ...]:
     """One span: from where the prompts part to where they are the same again."""
-    shortest = min(len(prompt), len(counterfactual))
-    start = next((index for index in range(shortest) if prompt[index] != counterfactual[index]), shortest)
-    same = next((i for i in range(shortest - start) if prompt[-1 - i] != counterfactual[-1 - i]), shortest - start)
+    start = len(commonprefix([prompt, counterfactual]))
+    same = len(commonprefix([prompt[start:][::-1], counterfactual[start:][::-1]]))
     return (Span("differs", (start, len(prompt) - same), (start, len(counterfactual) - same)),)

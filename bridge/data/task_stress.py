@@ -45,22 +45,11 @@ class Stress:
     source_b: Tensor
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.pairs)
-
-    def first(self, count: int) -> Stress:
-        """The first of them."""
-        return Stress(self.pairs.rows(torch.arange(count)), self.source_b[:count])
 
 
 def stress_pairs(
-    pairs: TokenPairs,
-    prompts: Prompts,
-    reference_bt: Tensor,
-    context: int,
-    *,
-    language: str = "python",
-    seed: int = 0,
+    pairs: TokenPairs, prompts: Prompts, reference_bt: Tensor, context: int, *, language: str = "python", seed: int = 0
 ) -> dict[str, Stress]:
     """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
     examples = pairs.examples
@@ -75,10 +64,10 @@ def stress_pairs(
         resolved = resolve(task, prompts, context=context, splits=("test",)).splits["test"]
         if len(resolved):
             found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
-    while sum(map(len, found.values())) > wanted:  # from the kinds that have most
-        most = max(map(len, found.values()))
-        found = {kind: some.first(min(len(some), most - 1)) for kind, some in found.items()}
-    return found
+    sizes = {kind: len(some) for kind, some in found.items()}
+    while sum(sizes.values()) > wanted:  # from the kinds that have most
+        sizes = {kind: min(size, max(sizes.values()) - 1) for kind, size in sizes.items()}
+    return {kind: Stress(found[kind].pairs.rows(torch.arange(n)), found[kind].source_b[:n]) for kind, n in sizes.items()}
 
 
 def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
@@ -93,9 +82,8 @@ def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Exampl
 
 
 def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) -> Mapping[str, Rule]:
-    names = [_names(example, examples) for example in examples]
-    place = {id(example): index for index, example in enumerate(examples)}
-    pool = sorted({name for some in names for name in some})
+    names = {example: _names(example, examples) for example in examples}
+    pool = sorted({name for some in names.values() for name in some})
 
     def distractor(example: Example, generator: random.Random) -> Example | None:
         other = generator.choice(examples)
@@ -108,14 +96,15 @@ def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) ->
         return _before(example, f"{generator.choice(stretches)}\n") if stretches else None
 
     def rename(example: Example, generator: random.Random) -> Example | None:
-        own = names[place[id(example)]]
-        others = [name for name in pool if not _has(example, name)]
+        own, texts = names[example], (example.prompt, example.counterfactual, *example.answer, *example.wrong)
+        used = {word for text in texts for word in _WORD.findall(text)}
+        others = [name for name in pool if name not in used]
         if not own or not others:
             return None
         return _renamed(example, {generator.choice(own): generator.choice(others)})
 
     def swap(example: Example, generator: random.Random) -> Example | None:
-        own = names[place[id(example)]]
+        own = names[example]
         if len(own) < 2:
             return None
         first, second = generator.sample(own, 2)
@@ -149,10 +138,6 @@ def _renamed(example: Example, names: Mapping[str, str]) -> Example:
 
     answer, wrong = (tuple(map(change, side)) for side in (example.answer, example.wrong))
     return replace(_changed(example, change), answer=answer, wrong=wrong)
-
-
-def _has(example: Example, name: str) -> bool:
-    return any(name in _WORD.findall(text) for text in (example.prompt, example.counterfactual, *example.answer, *example.wrong))
 
 
 def _names(example: Example, examples: Sequence[Example]) -> list[str]:

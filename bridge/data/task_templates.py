@@ -11,8 +11,6 @@ and the answers after the first and after the second prompt are spellings, of wh
 is not an answer of the other. Where a branch says less than the other, a second one, further on or back, makes up for it.
 """
 
-# ruff: noqa: SIM905  (words in columns are easier to read and change than a list of quoted ones)
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -31,54 +29,54 @@ class Templates:
     texts: tuple[str, ...]
 
 
-_VARIABLES = """
-data path name value key index result text line file code date device header height width image input output layer length mask
-matrix method mode model module names node num obj order other params parent pos position prefix res size source src stack state
-target tensor time token tokens types unit values version video block chunk columns dimension example extra field final
-first initial sequence stride tag total user default end error expr group inputs kernel last outputs config batch base
-shape args
-""".split()
-_FUNCTIONS = """
-call check format forward make read run build create update load parse find write apply handle convert process compute
-copy match register send fetch save delete insert remove render merge resolve split join validate decode encode transform clean
-select filter setup reset close collect connect extract generate lookup normalize
-""".split()
-_CLASSES = """
-Base Config Model Parser Node Token Reader Writer Handler Client Server Session Request Response Context Cache Buffer Field Event
-Task Query Table Column Encoder Decoder Layer Graph Stream Manager Loader Builder Formatter Runner Test Module Block Group Table
-State Worker Store Record Schema Image Matrix Filter
-""".split()
-_WOMEN = """
-Mary Anna Laura Alice Sarah Emma Julia Susan Karen Lisa Nancy Linda Helen Rachel Rebecca Amy Jane Kate Claire Diana Alexis Martha
-Ruth Rose Grace Lucy Amanda Jessica Jennifer Michelle Nicole Maria
-""".split()
-_MEN = """
-John James David Paul Mark Peter Tom Michael Robert Daniel Kevin Brian Steven George Edward Frank Henry Jack Adam Simon Scott Eric
-Andrew Richard Thomas Charles Joseph Ryan Jason Justin Matthew Patrick
-""".split()
-_PLACES = (
-    "store park school garden station beach library museum hospital office restaurant house market church theater airport".split()
-)
-_THINGS = "book ring drink letter ball phone key gift bottle ticket picture flower kiss bag coat card".split()
-_NOUNS = """
-teacher author doctor farmer pilot student writer lawyer driver painter singer dancer player worker actor officer manager senator
-minister customer boy girl friend cat dog bird horse car truck boat tree window
-""".split()
-_EVENTS = (
-    "war trip project voyage siege strike conflict expedition campaign crisis marriage program reign drought tour trial".split()
-)
-_WORDS = """
-apple river stone cloud table green paper music silver forest winter yellow summer metal bread orange valley castle bridge mirror
-candle desert engine finger hammer island jacket kitchen ladder morning needle ocean pencil rabbit shadow temple village whisper
-sugar blanket
-""".split()
-_ROLES = "cook nurse guest neighbor leader speaker swimmer runner reader baker host judge coach tailor gardener partner".split()
+_WORDS = {
+    "variable": """
+        data path name value key index result text line file code date device header height width image input output layer length
+        mask matrix method mode model module names node num obj order other params parent pos position prefix res size source src
+        stack state target tensor time token tokens types unit values version video block chunk columns dimension example extra
+        field final first initial sequence stride tag total user default end error expr group inputs kernel last outputs config
+        batch base shape args
+    """,
+    "function": """
+        call check format forward make read run build create update load parse find write apply handle convert process compute
+        copy match register send fetch save delete insert remove render merge resolve split join validate decode encode transform
+        clean select filter setup reset close collect connect extract generate lookup normalize
+    """,
+    "class": """
+        Base Config Model Parser Node Token Reader Writer Handler Client Server Session Request Response Context Cache Buffer
+        Field Event Task Query Table Column Encoder Decoder Layer Graph Stream Manager Loader Builder Formatter Runner Test Module
+        Block Group State Worker Store Record Schema Image Matrix Filter
+    """,
+    "woman": """
+        Mary Anna Laura Alice Sarah Emma Julia Susan Karen Lisa Nancy Linda Helen Rachel Rebecca Amy Jane Kate Claire Diana Alexis
+        Martha Ruth Rose Grace Lucy Amanda Jessica Jennifer Michelle Nicole Maria
+    """,
+    "man": """
+        John James David Paul Mark Peter Tom Michael Robert Daniel Kevin Brian Steven George Edward Frank Henry Jack Adam Simon
+        Scott Eric Andrew Richard Thomas Charles Joseph Ryan Jason Justin Matthew Patrick
+    """,
+    "place": """
+        store park school garden station beach library museum hospital office restaurant house market church theater airport
+    """,
+    "thing": "book ring drink letter ball phone key gift bottle ticket picture flower kiss bag coat card",
+    "noun": """
+        teacher author doctor farmer pilot student writer lawyer driver painter singer dancer player worker actor officer manager
+        senator minister customer boy girl friend cat dog bird horse car truck boat tree window
+    """,
+    "event": "war trip project voyage siege strike conflict expedition campaign crisis marriage program reign drought tour trial",
+    "word": """
+        apple river stone cloud table green paper music silver forest winter yellow summer metal bread orange valley castle bridge
+        mirror candle desert engine finger hammer island jacket kitchen ladder morning needle ocean pencil rabbit shadow temple
+        village whisper sugar blanket
+    """,
+    "role": "cook nurse guest neighbor leader speaker swimmer runner reader baker host judge coach tailor gardener partner",
+}
 
 POOLS: Mapping[str, Sequence[str]] = {
-    "variable": _VARIABLES, "function": _FUNCTIONS, "class": list(dict.fromkeys(_CLASSES)), "woman": _WOMEN, "man": _MEN,
-    "place": _PLACES, "thing": _THINGS, "noun": _NOUNS, "event": _EVENTS, "word": _WORDS, "role": _ROLES,
-    "year": [f"{year:02}" for year in range(20, 80)], "century": ["11", "12", "13", "14", "15", "16", "17", "18"],
-}  # fmt: skip
+    **{pool: words.split() for pool, words in _WORDS.items()},
+    "year": [f"{year:02}" for year in range(20, 80)],
+    "century": [str(century) for century in range(11, 19)],
+}
 """Names by kind; no word is in two."""
 
 NAMES: Mapping[str, tuple[str, ...]] = {

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from bridge.data.task_pairs import SPLITS, Example, Split, Task, TaskError, reve
 from bridge.huggingface.prompts import PromptError, Prompts
 from bridge.models.residual import ResidualModel
 
-_MOVABLE = 8  # marks at the end of a prompt that may be left to the answer
+_MOVABLE = 8  # marks, quotes and spaces at the end of a prompt that may be left to the answer
 _LOGITS = 2**26  # at most in a batch that is scored
 
 
@@ -61,7 +62,6 @@ class TokenPairs:
     examples: tuple[Example, ...]
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.last_b)
 
     @property
@@ -84,10 +84,10 @@ class TokenPairs:
 
     def reversed(self) -> TokenPairs:
         """The pairs with prompt and counterfactual, and the two answers, exchanged."""
-        return TokenPairs(
+        return replace(
+            self,
             prompt_bt=self.counterfactual_bt,
             counterfactual_bt=self.prompt_bt,
-            last_b=self.last_b,
             answer_bk=self.wrong_bk,
             wrong_bk=self.answer_bk,
             answer_not_b=self.wrong_not_b,
@@ -175,43 +175,35 @@ class _Read:
 
 
 def resolve(
-    task: Task,
-    prompts: Prompts | PreTrainedTokenizerBase | None,
-    *,
-    context: int | None = None,
-    splits: Sequence[Split] = SPLITS,
+    task: Task, prompts: Prompts | PreTrainedTokenizerBase | None, *, context: int | None = None, splits: Sequence[Split] = SPLITS
 ) -> Resolved:
     """The pairs of a task as tokens, of at most `context` each, by split; a split is empty where nothing is left.
 
     Of a template's pairs those with names of few tokens come first, the templates in turn, until there are as many as the task
     wants. `prompts` is a dense model's, or a tokenizer. Raises TaskError where the text cannot be read.
     """
+    prompts, seen, dropped = Prompts.of(prompts), 0, Counter[str]()
+    resolved: dict[Split, TokenPairs] = {}
     try:
-        return _resolve(task, Prompts.of(prompts), context, splits)
+        prompts.check()
+        for split in splits:
+            rows = []
+            for example in _in_order(task.examples[split], prompts):
+                if len(rows) == task.wanted[split]:
+                    break
+                seen += 1
+                reason = ""
+                for variant in (example, *example.variants):
+                    reads = _resolved(variant, prompts, context)
+                    if not isinstance(reads, str):
+                        rows.append((variant, *reads))
+                        break
+                    reason = reason or reads
+                else:
+                    dropped[reason] += 1
+            resolved[split] = _tensors(rows)
     except PromptError as error:
         raise TaskError(f"task {task.name!r} cannot be read:", error.problem, error.remedy) from None
-
-
-def _resolve(task: Task, prompts: Prompts, context: int | None, splits: Sequence[Split]) -> Resolved:
-    prompts.check()
-    seen, dropped = 0, Counter[str]()
-    resolved: dict[Split, TokenPairs] = {}
-    for split in splits:
-        rows = []
-        for example in _in_order(task.examples[split], prompts):
-            if len(rows) == task.wanted[split]:
-                break
-            seen += 1
-            reason = ""
-            for variant in (example, *example.variants):
-                reads = _resolved(variant, prompts, context)
-                if not isinstance(reads, str):
-                    rows.append((variant, *reads))
-                    break
-                reason = reason or reads
-            else:
-                dropped[reason] += 1
-        resolved[split] = _tensors(rows)
     return Resolved(task.name, task.language, resolved, seen, dict(dropped))
 
 
@@ -248,8 +240,9 @@ def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[
 
 
 def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
-    movable = _movable(prompt) if answer and wrong else 0  # an answer of any other token is not distinct from a mark before it
-    heads = [prompt[: len(prompt) - n] for n in range(movable + 1)]
+    # an answer of any other token is not distinct from a mark before it
+    marks = len(prompt) - len(re.sub(r"\W+\Z", "", prompt)) if answer and wrong else 0
+    heads = [prompt[: len(prompt) - n] for n in range(min(marks, _MOVABLE) + 1)]
     encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
     sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
     for head in encoded[len(answer) + len(wrong) :]:
@@ -258,22 +251,11 @@ def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts:
             break
     else:
         return "no stable prompt"
-    start = _shared(right + left) if right and left else len(head)
+    start = len(commonprefix(right + left)) if right and left else len(head)
     firsts = [frozenset(ids[start] for ids in side if len(ids) > start) for side in (right, left)]
     if firsts[0] & firsts[1] or bool(firsts[0]) != bool(answer) or bool(firsts[1]) != bool(wrong):
         return "ambiguous"
     return _Read(tuple((right or left)[0][:start]), *firsts)
-
-
-def _movable(prompt: str) -> int:
-    """The number of marks, quotes and spaces at the end of a prompt that may be left to its answer."""
-    return min(len(prompt) - len(re.sub(r"\W+\Z", "", prompt)), _MOVABLE)
-
-
-def _shared(rows: list[list[int]]) -> int:
-    """The number of tokens that all rows begin with."""
-    low, high = min(rows), max(rows)  # any row lies between these two
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def _tensors(rows: Sequence[tuple[Example, _Read, _Read]]) -> TokenPairs:

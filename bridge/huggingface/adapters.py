@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, first_line, forward, largest, probe_tokens
+from bridge.errors import first_line, foreign_errors_as
+from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, forward, largest, probe_tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -75,15 +76,15 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     n_added = _resized(model, folder, config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT fills an adapter at random before it loads it
         warnings.simplefilter("ignore")  # what they say is checked here
-        try:
+        with foreign_errors_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
             peft_model = get_peft_model(model, config)
             report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
-        except Exception as error:
-            raise DenseModelError(who, f"does not fit model {name!r} ({_reason(error)})", remedy) from error
-    unused, unfilled = report.unexpected_keys, _unfilled(peft_model, report.missing_keys)
+    weights, missing = dict(peft_model.named_parameters(remove_duplicate=False)), report.missing_keys
+    filled = {id(weight) for key, weight in weights.items() if key not in missing}  # those that share one under another name too
+    unused, unfilled = report.unexpected_keys, [key for key in missing if id(weights.get(key)) not in filled]
     for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
         if keys:
-            raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", f"{remedy}")
+            raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", remedy)
     return merged(peft_model, who, name, n_added)
 
 
@@ -104,12 +105,12 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
     tokens_bt = probe_tokens(plain, f"model {name!r}", context_of(plain))
     with warnings.catch_warnings(), torch.no_grad(), torch.autocast(tokens_bt.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        try:
+        with foreign_errors_as(DenseModelError, problem, "", _OTHER_KIND):
             wanted_btv, wanted_vd = forward(model, tokens_bt), _embeddings(model)
             for rows, what in ((wanted_vd, "embeddings"), (wanted_btv[0, 0, :, None], "output weights")) if n_added else ():
                 if lost := int(rows[-n_added:].isnan().any(-1).sum()):
-                    problem = f"{who} has no {what} for {lost} of the {n_added} tokens that it adds"
-                    raise DenseModelError(problem, remedy="give a model that was saved with it merged")
+                    rule = f"has no {what} for {lost} of the {n_added} tokens that it adds"
+                    raise DenseModelError(who, rule, "give a model that was saved with it merged")
             for layer in model.modules():
                 if isinstance(layer, layer_types) and layer.disable_adapters:
                     if isinstance(layer, BaseTunerLayer) and layer.merged:
@@ -125,18 +126,13 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
                     model.set_submodule(path, layer.get_base_layer())
             _forget(plain)
             got_btv, got_vd = forward(plain, tokens_bt), _embeddings(plain)
-        except DenseModelError:
-            raise
-        except Exception as error:
-            raise DenseModelError(f"{problem} ({_reason(error)})", remedy=_OTHER_KIND) from error
     for wanted, got, what in ((wanted_btv, got_btv, "logits"), (wanted_vd, got_vd, "embeddings")):
         if wanted.shape != got.shape:
             raise DenseModelError(f"{problem}: with it there", f"are {what} of another shape", _OTHER_KIND)
         error, tolerance = largest(got - wanted), max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest(wanted))
         if not error <= tolerance < torch.inf:
-            raise DenseModelError(
-                f"{problem}: {what}", f"would be off by {error:.2g} (tolerance {tolerance:.2g})", f"{_OTHER_KIND}"
-            )
+            rule = f"would be off by {error:.2g} (tolerance {tolerance:.2g})"
+            raise DenseModelError(f"{problem}: {what}", rule, _OTHER_KIND)
     return plain
 
 
@@ -149,35 +145,22 @@ def _config(folder: Path, who: str) -> PeftConfig:
     """An adapter's configuration. Raises DenseModelError for one that cannot be merged into a causal language model."""
     from peft import PeftConfig
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise DenseModelError(
-            who, f"has an {CONFIG} that cannot be read ({_reason(error)})", "save it again with PEFT"
-        ) from error
+    unreadable = f"has an {CONFIG} that cannot be read"
+    with warnings.catch_warnings(), foreign_errors_as(DenseModelError, who, unreadable, "save it again with PEFT"):
+        warnings.simplefilter("ignore")
+        given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = PeftConfig.from_pretrained(str(folder))
     # PEFT leaves out settings that it does not know, such as those of later versions
     known = {*dir(config), "peft_version", "runtime_config"}
     if unknown := sorted(key for key, value in given.items() if value and key not in known):
-        raise DenseModelError(
-            who, f"has a setting that this version of PEFT does not know, {unknown[0]!r}", "install a later one"
-        )
+        rule = f"has a setting that this version of PEFT does not know, {unknown[0]!r}"
+        raise DenseModelError(who, rule, "install a later one")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise DenseModelError(who, f"is for the task {config.task_type}", "give one that was trained as a CAUSAL_LM")
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
-        raise DenseModelError(
-            who, f"is {_kind(config)}, which changes no weights and cannot be merged into them", f"{_OTHER_KIND}"
-        )
+        rule = f"is {_kind(config)}, which changes no weights and cannot be merged into them"
+        raise DenseModelError(who, rule, _OTHER_KIND)
     return config
-
-
-def _unfilled(peft_model: nn.Module, keys: list[str]) -> list[str]:
-    """The model's weights that PEFT found none for in the file, and that were not filled under another name either."""
-    weights = dict(peft_model.named_parameters(remove_duplicate=False))
-    filled = {id(weight) for key, weight in weights.items() if key not in keys}
-    return [key for key in keys if id(weights.get(key)) not in filled]
 
 
 def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
@@ -231,9 +214,3 @@ def _forget(plain: Any) -> None:
     if unembedding is not None and unembedding.weight is not embedding.weight:
         for config in (plain.config, plain.config.get_text_config()):
             config.tie_word_embeddings = False
-
-
-def _reason(error: Exception) -> str:
-    """The message of a foreign error in one line; torch names the sizes that do not fit in its second."""
-    lines = [line.strip().rstrip(". ") for line in str(error).split("\n")]
-    return next((line for line in lines if line.startswith("size mismatch")), first_line(error))

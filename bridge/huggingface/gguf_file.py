@@ -41,27 +41,25 @@ def find_gguf(name: str) -> tuple[str, str] | None:
     A name is that of the file (on the hub owner/model/file.gguf), or of a folder that has one such file and no safetensors.
     Raises DenseModelError where a folder has several, or the package that reads them is not installed.
     """
-    path = Path(name)
+    path, who = Path(name), f"model {name!r}"
     if name.endswith(".gguf") and not path.is_dir():
         parts = name.split("/")
         on_hub = not path.exists() and len(parts) > 2 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).is_dir()
         found = ("/".join(parts[:2]), "/".join(parts[2:])) if on_hub else (str(path.parent), path.name)
         if not on_hub and not path.is_file():
-            raise DenseModelError(f"model {name!r}", "is not there", "give a .gguf file, or the folder that holds one")
+            raise DenseModelError(who, "is not there", "give a .gguf file, or the folder that holds one")
     else:
         files = [] if not path.is_dir() or any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
         if not files:
             return None
         if len(files) > 1:
             names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-            raise DenseModelError(f"model {name!r}", f"holds {len(files)} GGUF files ({names})", "say which with ‹gguf›")
+            raise DenseModelError(who, f"holds {len(files)} GGUF files ({names})", "say which with ‹gguf›")
         found = name, files[0].name
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[1]):
-        raise DenseModelError(f"model {name!r}", f"is one part of several ({found[1]})", "join them with llama-gguf-split")
+        raise DenseModelError(who, f"is one part of several ({found[1]})", "join them with llama-gguf-split")
     if find_spec("gguf") is None:
-        raise DenseModelError(
-            f"model {name!r}", "is in GGUF, and the package that reads it is not here", "pip install 'bridge[gguf]'"
-        )
+        raise DenseModelError(who, "is in GGUF, and the package that reads it is not here", "pip install 'bridge[gguf]'")
     return found
 
 
@@ -118,17 +116,12 @@ def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
     has: dict[str, list[Any]] = {}
     for key, value in settings_of(config).items():
         has.setdefault(key.rpartition(".")[2], []).append(value)
-
-    def expect(setting: str, values: list[Any]) -> None:
-        value = given.get(setting)
-        numbers = [each for each in values if isinstance(each, (int, float))]
-        if not isinstance(value, (int, float)) or not value or any(isclose(value, each, rel_tol=1e-5) for each in numbers):
-            return
-        found = ", ".join(map(str, values)) or "no such setting"
-        what = f"says {architecture}{setting} {value:g}, and the model that transformers makes of it has {found}"
-        raise DenseModelError(f"{who} {what}", remedy="give the model in safetensors")
-
-    for setting, names in SETTINGS.items():
-        expect(setting, [value for name in names for value in has.get(name, ())])
-    head = has.get("head_dim") or [config.hidden_size // config.num_attention_heads]
-    expect("rope.dimension_count", [each * part for each in head if each for part in has.get("partial_rotary_factor") or [1.0]])
+    expected = {setting: [value for name in names for value in has.get(name, ())] for setting, names in SETTINGS.items()}
+    head, parts = has.get("head_dim") or [config.hidden_size // config.num_attention_heads], has.get("partial_rotary_factor")
+    expected["rope.dimension_count"] = [each * part for each in head if each for part in parts or [1.0]]
+    for setting, values in expected.items():
+        value, numbers = given.get(setting), [each for each in values if isinstance(each, (int, float))]
+        if isinstance(value, (int, float)) and value and not any(isclose(value, each, rel_tol=1e-5) for each in numbers):
+            found = ", ".join(map(str, values)) or "no such setting"
+            what = f"says {architecture}{setting} {value:g}, and the model that transformers makes of it has {found}"
+            raise DenseModelError(f"{who} {what}", remedy="give the model in safetensors")

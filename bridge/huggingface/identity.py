@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -39,22 +39,16 @@ DEFAULT = "its default"
 
 @dataclass(frozen=True)
 class Identity:
-    """A digest of the weights, the non-default configuration by dotted key, log-probabilities, and their precision."""
+    """A digest of the weights, the non-default configuration by dotted key, its precision, and log-probabilities."""
 
     weights: str
     configuration: Mapping[str, Any]
-    answers: tuple[float, ...]
     dtype: str
+    answers: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The identity as stored with a coupling; `read` is the inverse."""
-        return {
-            "fingerprint": _digest(self.weights, self.configuration),
-            "weights": self.weights,
-            "configuration": dict(self.configuration),
-            "dtype": self.dtype,
-            "answers": list(self.answers),
-        }
+        return {"fingerprint": _digest(self.weights, self.configuration), **asdict(self), "answers": list(self.answers)}
 
     @staticmethod
     def read(facts: Mapping[str, Any]) -> Identity:
@@ -64,7 +58,7 @@ class Identity:
             raise TypeError("the identity of its dense model is not texts and settings")
         if facts["fingerprint"] != _digest(weights, configuration):
             raise ValueError("the fingerprint of its dense model is not that of the weights and configuration beside it")
-        return Identity(weights, configuration, tuple(float(answer) for answer in facts["answers"]), dtype)
+        return Identity(weights, configuration, dtype, tuple(map(float, facts["answers"])))
 
     def difference(self, now: Identity) -> str | None:
         """The difference of another model in a few words: settings by key, weights, or answers; None where there is none."""
@@ -87,7 +81,7 @@ class Identity:
 
 def fingerprint_of(model: Any) -> str:
     """64 hex digits that distinguish the model, as it is now, from others with other weights or another configuration."""
-    return _digest(_weights(model), configuration_of(model))
+    return _digest(digest_weights(xxhash.xxh3_128(), model.state_dict()), configuration_of(model))
 
 
 @torch.no_grad()
@@ -102,7 +96,8 @@ def identity_of(model: Any, context: int | None) -> Identity:
     answers_bt = log_p_btv.gather(-1, tokens_bt.roll(-1, 1)[..., None])[..., 0]
     answers = answers_bt.nan_to_num(neginf=-1e4).clamp(min=-1e4).flatten().tolist()
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Identity(_weights(model), configuration_of(model), tuple(round(answer, 5) for answer in answers), dtype)
+    weights = digest_weights(xxhash.xxh3_128(), model.state_dict())
+    return Identity(weights, configuration_of(model), dtype, tuple(round(answer, 5) for answer in answers))
 
 
 def configuration_of(model: Any) -> dict[str, Any]:
@@ -146,13 +141,9 @@ def _digest(weights: str, configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([weights, configuration], sort_keys=True).encode()).hexdigest()
 
 
-def _weights(model: Any) -> str:
-    digest = xxhash.xxh3_128()
-    for name, weight in sorted(model.state_dict().items()):
+def digest_weights(digest: Any, weights: Mapping[str, Tensor]) -> str:
+    """The hex digest, by a new hash of hashlib or xxhash, of the names, shapes and fp32 values of weights."""
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(_bytes(weight.detach().to("cpu", torch.float32)))
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _bytes(x: Tensor) -> Any:
-    return x.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -33,8 +33,7 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
         what = f"{len(away)} of its {len(weights)} weights are not in memory ({away[0]}: offloaded, or never loaded)"
         raise DenseModelError(who, f"cannot be read: {what}", "load it whole, without a device_map that offloads")
     for name, value in [*weights.items(), *(model.state_dict().items() if flagged else ())]:
-        sharded = type(value).__name__ in ("FlatParameter", "DTensor") or type(value.data).__name__ == "DTensor"
-        if sharded:
+        if type(value).__name__ in ("FlatParameter", "DTensor") or type(value.data).__name__ == "DTensor":
             raise DenseModelError(who, f"cannot be read: {name} is sharded over processes", "give the whole model")
         plain = isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
         if not plain or type(value) not in PLAIN or value.is_quantized:
@@ -49,10 +48,7 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
 
 
 def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
-    """A copy of the modules that shares their weights, so that hooks, mode and requires_grad are the copy's own.
-
-    With `own_weights` it shares nothing.
-    """
+    """A copy with hooks, mode and requires_grad of its own, which shares the weights unless it is to have `own_weights`."""
     shared: dict[int, Any] = {}
     if not own_weights:
         shared |= {id(buffer): buffer for buffer in model.buffers()}

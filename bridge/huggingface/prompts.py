@@ -24,9 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bridge.errors import UserError
+from bridge.errors import UserError, first_line, foreign_errors_as
 from bridge.huggingface.gguf_file import find_gguf
-from bridge.huggingface.site_discovery import first_line
 from bridge.recipe import not_text
 
 if TYPE_CHECKING:
@@ -93,9 +92,8 @@ class Prompts:
         both = set.intersection(*starts) if starts else {0}
         prefixes = {tuple(row[: min(both)]) for row, _ in pairs} if both else set()
         if not both or len(prefixes) > 1:
-            raise PromptError(
-                f"the tokenizer of {self._who} changes a text's own tokens when it adds to them", remedy="give another one"
-            )
+            what = f"the tokenizer of {self._who} changes a text's own tokens when it adds to them"
+            raise PromptError(what, remedy="give another one")
         prefix = prefixes.pop() if prefixes else ()
         self._hold(prefix, "its tokenizer puts before every text")
         return prefix
@@ -136,24 +134,19 @@ class Prompts:
             raise PromptError("the prompt", f"is empty{but}", remedy)
         tokens = [*self._before(body), *body]
         if len(tokens) > context:
-            raise PromptError(
-                "the prompt", f"is {len(tokens)} tokens long, and the context is {context}", "give its last part only"
-            )
+            rule = f"is {len(tokens)} tokens long, and the context is {context}"
+            raise PromptError("the prompt", rule, "give its last part only")
         return tokens
 
     def chat(self, text: str) -> str:
         """A user's text as the prompt that the model answers, by its chat template. Raises PromptError where there is none."""
         tokenizer: Any = self._there()
         if not tokenizer.chat_template:
-            raise PromptError(
-                f"the tokenizer of {self._who}", "has no chat template", "leave out ‹chat›, or write the turns yourself"
-            )
+            remedy = "leave out ‹chat›, or write the turns yourself"
+            raise PromptError(f"the tokenizer of {self._who}", "has no chat template", remedy)
         turns = [{"role": "user", "content": text}]
-        try:
+        with foreign_errors_as(PromptError, f"the chat template of {self._who}", "refuses it", "leave out ‹chat›"):
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # whatever a template raises
-            why = f"refuses it ({first_line(error)})"
-            raise PromptError(f"the chat template of {self._who}", why, "leave out ‹chat›") from None
 
     # -- tokens to text -------------------------------------------------------------------------------------------------
 
@@ -184,12 +177,12 @@ class Prompts:
         else:
             self.check()
             if wrong := not_text(given):
-                raise PromptError(
-                    f"{role} {given!r}", f"holds {wrong}, which is no character of UTF-8 text", "give one token in UTF-8"
-                )
+                rule = f"holds {wrong}, which is no character of UTF-8 text"
+                raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
-            token = self._named(_unescaped(given)) if token is None else token
+            if token is None:  # the inverse of how tokens are printed: with Python escapes such as \n
+                token = self._named(_ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), given))
             if token is None:
                 raise self._unclear(given, prompt, role)
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
@@ -246,11 +239,9 @@ class Prompts:
     def _hold(self, tokens: Sequence[int], whose: str) -> None:
         """Raise PromptError for a token beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
-            raise PromptError(
-                f"{whose} {self._shown(beyond)}, and {self._who}",
-                f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone",
-                "resize the model's embeddings (resize_token_embeddings), or leave the token out",
-            )
+            rule = f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone"
+            remedy = "resize the model's embeddings (resize_token_embeddings), or leave the token out"
+            raise PromptError(f"{whose} {self._shown(beyond)}, and {self._who}", rule, remedy)
 
     def _shown(self, token: int) -> str:
         return shown(self.text(token), token)
@@ -341,8 +332,3 @@ def _has_files(name: str, revision: str | None) -> bool:
     if (folder := Path(name)).is_dir():
         return any(path.is_file() for pattern in _FILES for path in folder.glob(pattern))
     return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _HUB_FILES)
-
-
-def _unescaped(text: str) -> str:
-    """A text with Python escapes such as \\n replaced by their characters, the inverse of how tokens are printed."""
-    return _ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), text)

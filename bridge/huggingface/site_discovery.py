@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge.errors import UserError
+from bridge.errors import UserError, foreign_errors_as
 
 PROBE_ROWS, PROBE_TOKENS = 4, 8
 PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
@@ -176,13 +176,11 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
         for block in calls:
             hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(watch, with_kwargs=True))
-        try:
-            logits_btv = forward(model, tokens_bt)
-        except AttributeError as error:
-            raise DenseModelError(who, "gives no logits", "load it with its language-model head (...ForCausalLM)") from error
-        except Exception as error:
-            reason = first_line(error)
-            raise DenseModelError(who, f"does not run on tokens alone ({reason})", "give a decoder-only causal model") from error
+        with foreign_errors_as(DenseModelError, who, "does not run on tokens alone", "give a decoder-only causal model"):
+            try:
+                logits_btv = forward(model, tokens_bt)
+            except AttributeError as error:
+                raise DenseModelError(who, "gives no logits", "load it with its language-model head (...ForCausalLM)") from error
     if logits_btv.shape[:2] != tokens_bt.shape:
         raise DenseModelError(who, f"gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
 
@@ -208,18 +206,13 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
     """The blocks with their middle points, of their calls on the probe. Raises DenseModelError at the first that has no site."""
     blocks: list[Block] = []
-    site = 0
+    site, remedy = 0, "this architecture is not supported"
     for index, call in enumerate(calls):
-        try:
+        block = f"cannot be read at site {site}: block {index}"
+        with foreign_errors_as(DenseModelError, who, f"{block} does not run alone", remedy):
             output_btd, seen = call.again(call.x_btd)
-        except Exception as error:
-            problem = f"block {index} does not run alone ({first_line(error)})"
-            raise DenseModelError(
-                who, f"cannot be read at site {site}: {problem}", "this architecture is not supported"
-            ) from error
         if not call.gives(output_btd):
-            problem = f"block {index} depends on more than its arguments"
-            raise DenseModelError(who, f"cannot be read at site {site}: {problem}", "this architecture is not supported")
+            raise DenseModelError(who, f"{block} depends on more than its arguments", remedy)
         middle = _find_middle(call, seen)
         if middle is None and not _is_parallel(call, seen):
             what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
@@ -279,11 +272,6 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
     c = (difference * w).sum() / (w * w).sum()
     rounding = 4 * torch.finfo(sum_btd.dtype).eps * largest(sum_btd)
     return bool(c != 0) and largest(difference - c * w) <= 1e-3 * largest(difference) + rounding
-
-
-def first_line(error: Exception) -> str:
-    """First line of a foreign error's text."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 
 def largest(x: Tensor) -> float:

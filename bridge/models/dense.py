@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from bridge.errors import first_line
 from bridge.huggingface.adapters import TOKENIZER, adapter_folder, base_of, has_adapter, merged, with_adapter
 from bridge.huggingface.gguf_file import as_plain_model, find_gguf, loading_options
 from bridge.huggingface.identity import Identity, fingerprint_of, identity_of
@@ -39,7 +40,6 @@ from bridge.huggingface.site_discovery import (
     Block,
     DenseModelError,
     context_of,
-    first_line,
     forward,
     largest,
     probe_tokens,

@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bridge.errors import UserError
-from bridge.huggingface.site_discovery import first_line
+from bridge.errors import UserError, first_line
 
 
 class CheckpointError(UserError):

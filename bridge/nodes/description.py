@@ -190,9 +190,8 @@ def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
         matrix, kind = ("down", "mlp_out") if at.kind == "mlp_act" else ("o", "attn_out")
         weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")
         write_s = weight_ji[:, sparse.column_nodes(matrix) == index].sum(1)  # of a value that heads share, through all of them
-        return site + 1, write_s * sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_norm(
-            at.layer, kind
-        ) else write_s
+        gain = sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_norm(at.layer, kind) else 1
+        return site + 1, write_s * gain
     unit_s = torch.zeros(sparse.width, device=sparse.device, dtype=sparse.unembedding.weight.dtype)
     unit_s[index] = 1
     return site + (at.kind in WRITE_KINDS), unit_s
@@ -216,11 +215,9 @@ def _dense(coupling: CoupledModels, node: Node) -> DenseDirection | None:
     site, write_s = found
     direction_d = coupling.bridges[site].decode_change(write_s.to(coupling.bridges[site].decoder.weight)).float()
     lens_vd = _output_embedding(coupling)
-    promotes, demotes = None, None
-    if lens_vd is not None:
-        promotes, demotes = _ends(coupling.dense.prompts, lens_vd.float() @ direction_d.to(lens_vd.device))
-    read_by = coupling.dense.readers[site]
-    return DenseDirection(site, read_by, tuple(direction_d.tolist()), promotes, demotes)
+    lens_v = None if lens_vd is None else lens_vd.float() @ direction_d.to(lens_vd.device)
+    promotes, demotes = (None, None) if lens_v is None else _ends(coupling.dense.prompts, lens_v)
+    return DenseDirection(site, coupling.dense.readers[site], tuple(direction_d.tolist()), promotes, demotes)
 
 
 def _output_embedding(coupling: CoupledModels) -> Tensor | None:
@@ -308,27 +305,24 @@ def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | 
         return "never active", f"never active in {facts.n_tokens:,} tokens"
     negative = side == "low" or (side is None and sum(context.value for context in (*high, *low)) < 0)
     contexts = low if negative else high
-    parts, counts = [], []
+    shared: list[tuple[str, int]] = []  # a phrase, and how many of the contexts it is true of
     for word, offset in (("at ", 0), ("after ", -1), ("before ", 1)):
-        tokens = [_token_at(facts.tokens_bt, context, offset) for context in contexts]
+        tokens = (_token_at(facts.tokens_bt, context, offset) for context in contexts)
         known = Counter(token for token in tokens if token is not None)
         token, count = min(known.items(), key=lambda item: (-item[1], item[0]), default=(0, 0))
         if count >= 2 and 2 * count >= len(contexts):
-            parts.append(f"{word}{prompts.text(token)!r}")
-            counts.append(f"{count}/{len(contexts)}")
-        elif not offset:
-            sort = _sort_of([prompts.text(token) for token in tokens if token is not None])
-            parts, counts = ([f"at {sort}"], [f"{len(contexts)}/{len(contexts)}"]) if sort else (parts, counts)
+            shared.append((f"{word}{prompts.text(token)!r}", count))
+        elif not offset and (sort := _sort_of([prompts.text(token) for token in known])):
+            shared.append((f"at {sort}", len(contexts)))
     if len(contexts) > 1 and len({context.position for context in contexts}) == 1:
-        parts.append(f"at position {contexts[0].position}")
-        counts.append(f"{len(contexts)}/{len(contexts)}")
+        shared.append((f"at position {contexts[0].position}", len(contexts)))
     kind, promotes, demotes = _tokens(coupling, node)
     does = [repr(each.text) for each in (demotes if negative else promotes)]
     verb = {"promoted": "promotes", "embedded": "embedded by", "none": ""}[kind]
     sign = "negative " if negative else ""
-    seen = " ".join(parts) or "no common token"
+    seen = " ".join(phrase for phrase, _ in shared) or "no common token"
     label = f"{sign}{seen}{f'; {verb} {does[0]}' if does else ''}"
-    context = ", ".join(f"{part} ({count})" for part, count in zip(parts, counts, strict=True)) or "no common token"
+    context = ", ".join(f"{phrase} ({count}/{len(contexts)})" for phrase, count in shared) or "no common token"
     tail = f"; {verb} {', '.join(does[:3])}" if does else ""
     share = float(facts.active(node.location)[node.index])
     return label, f"{sign}{context}{tail}; active at {share:.1%} of {facts.n_tokens:,} tokens"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import UserError
+from bridge.errors import UserError, foreign_errors_as
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.nodes.description import NodePage, render_page
 
@@ -56,13 +56,9 @@ class Endpoint:
 
     def describe(self, page: NodePage) -> str:
         """Ask the model for one line on a node. Raises EndpointError where none comes."""
-        url = self.url.rstrip("/")
-        url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": _ASK + render_page(page, 160)}],
-            "temperature": 0,
-        }
+        url = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
+        messages = [{"role": "user", "content": _ASK + render_page(page, 160)}]
+        body = {"model": self.model, "messages": messages, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY, "").strip():
             headers["Authorization"] = f"Bearer {key}"
@@ -106,7 +102,9 @@ class Descriptions:
                 return
             nodes = stored.get("nodes")
             if stored.get("fingerprint") == fingerprint and isinstance(nodes, dict):
-                self.by_node = {name: one for name, one in nodes.items() if _is_description(one)}
+                for name, one in nodes.items():
+                    if isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("text", "model")):
+                        self.by_node[name] = one
 
     def text(self, name: str) -> str | None:
         """The description of a node, None where there is none."""
@@ -119,14 +117,6 @@ class Descriptions:
             return known["text"]
         self.by_node[page.name] = {"text": endpoint.describe(page), "model": endpoint.model}
         if self.file is not None:
-            try:
+            with foreign_errors_as(CheckpointError, f"could not write {str(self.file)!r}", "", "free space or give ‹out›"):
                 write_json(self.file, {"fingerprint": self.fingerprint, "nodes": self.by_node})
-            except OSError as error:
-                raise CheckpointError(
-                    f"could not write {str(self.file)!r} ({error})", remedy="free space or give ‹out›"
-                ) from None
         return self.by_node[page.name]["text"]
-
-
-def _is_description(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("text", "model"))

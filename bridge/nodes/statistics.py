@@ -34,6 +34,7 @@ from torch import Tensor
 
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
+from bridge.huggingface.identity import digest_weights
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
@@ -122,11 +123,12 @@ class NodeFacts:
     def save(self, folder: str | Path) -> None:
         """Write `nodes.json` and its tensors. Raises CheckpointError where that fails; nothing is half-written."""
         tensors = {f"{part}.{at}": tensor for at, parts in self.parts.items() for part, tensor in parts.items()}
-        tensors |= {"tokens": self.tokens_bt.to(torch.int32), "order": self.order_p.to(torch.int32)}
+        tokens_bt = self.tokens_bt.to(torch.int32)
+        tensors |= {"tokens": tokens_bt, "order": self.order_p.to(torch.int32)}
         facts = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "text": text_digest(self.tokens_bt),
+            "text": hashlib.sha256(f"{tuple(tokens_bt.shape)}".encode() + tokens_bt.numpy().tobytes()).hexdigest(),
             "seed": self.seed,
             "rows": len(self.tokens_bt),
             "rows_done": self.rows_done,
@@ -138,9 +140,8 @@ class NodeFacts:
     def load(folder: str | Path) -> NodeFacts:
         """The facts that `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
         tensors, facts = read_folder(folder, "nodes")
-        with refused_unless_read(
-            f"{str(Path(folder) / 'nodes.json')!r}", "file of nodes", "delete it and run `bridge nodes` again"
-        ):
+        file = repr(str(Path(folder) / "nodes.json"))
+        with refused_unless_read(file, "file of nodes", "delete it and run `bridge nodes` again"):
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
             parts = {}
@@ -173,7 +174,9 @@ def collect_nodes(
     if tokens_bt.shape[1] > sparse.context:
         raise NodeError(f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "cut them")
     tokens_bt = tokens_bt.cpu()
-    facts = _begun(sparse, tokens_bt, seed, folder) or _nothing(sparse, tokens_bt, seed)
+    facts, locations = _kept(sparse, folder), list(sparse.locations())
+    if facts is None or facts.seed != seed or list(facts.parts) != locations or not torch.equal(facts.tokens_bt, tokens_bt):
+        facts = _nothing(sparse, tokens_bt, seed)
     saved, step = time.monotonic(), max(1, _STRETCH_TOKENS // tokens_bt.shape[1])
     while not facts.complete:
         facts = _further(sparse, facts, step)
@@ -190,27 +193,13 @@ def stored_facts(coupling: CoupledModels, folder: str | Path | None = None, fing
 
     `fingerprint` is that of its sparse weights, where it is known.
     """
-    folder = coupling.path if folder is None else folder
-    if (facts := _kept(folder)) is None:
-        return None
-    fingerprint = sparse_fingerprint(coupling.sparse) if fingerprint is None else fingerprint
-    return facts if facts.complete and facts.fingerprint == fingerprint else None
+    facts = _kept(coupling.sparse, coupling.path if folder is None else folder, fingerprint)
+    return facts if facts is not None and facts.complete else None
 
 
 def sparse_fingerprint(sparse: SparseTransformer) -> str:
     """SHA-256 over the names, shapes and fp32 values of the sparse weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(sparse.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def text_digest(tokens_bt: Tensor) -> str:
-    """SHA-256 over the shape and the ids of a text."""
-    digest = hashlib.sha256(f"{tuple(tokens_bt.shape)}".encode())
-    digest.update(tokens_bt.cpu().to(torch.int32).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_weights(hashlib.sha256(), dict(sparse.named_parameters()))
 
 
 def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
@@ -252,20 +241,15 @@ def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFac
     return NodeFacts(sparse_fingerprint(sparse), seed, tokens_bt, order_p, 0, parts)
 
 
-def _begun(sparse: SparseTransformer, tokens_bt: Tensor, seed: int, folder: str | Path | None) -> NodeFacts | None:
-    """State that the same pass has left in a folder; None for that of another, or a damaged one: it can be made again."""
-    if (facts := _kept(folder)) is None:
+def _kept(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str | None = None) -> NodeFacts | None:
+    """The facts in a folder, complete or not; None where they are of other weights, or damaged: they can be made again."""
+    if folder is None or not (Path(folder) / "nodes.json").is_file():
         return None
-    same = facts.seed == seed and torch.equal(facts.tokens_bt, tokens_bt) and list(facts.parts) == list(sparse.locations())
-    return facts if same and facts.fingerprint == sparse_fingerprint(sparse) else None
-
-
-def _kept(folder: str | Path | None) -> NodeFacts | None:
-    """The facts in a folder; None where there are none, or damaged ones."""
     try:
-        return NodeFacts.load(folder) if folder is not None and (Path(folder) / "nodes.json").is_file() else None
+        facts = NodeFacts.load(folder)
     except CheckpointError:
         return None
+    return facts if facts.fingerprint == (fingerprint or sparse_fingerprint(sparse)) else None
 
 
 def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
@@ -282,17 +266,16 @@ def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFact
     def see(location: Location, x_btn: Tensor) -> Tensor:
         x_np = x_btn.detach().flatten(0, 1).float().t().contiguous()
         for first_n in range(0, len(x_np), _CHANNELS):
-            add({part: x[first_n : first_n + _CHANNELS] for part, x in parts[location].items()}, x_np[first_n:][:_CHANNELS])
+            some = slice(first_n, first_n + _CHANNELS)
+            a_np, had = x_np[some], {part: had[some] for part, had in parts[location].items()}
+            bits_np = a_np.view(torch.int32).long()
+            had["sum"].add_(a_np.double().sum(1))
+            had["square"].add_(a_np.double().square().sum(1))
+            had["active"].add_((a_np != 0).sum(1))
+            _best(had["high"], torch.where(a_np > 0, bits_np << 32 | (_LAST - place_p), -1))
+            _best(had["low"], torch.where(a_np < 0, (bits_np & _LAST) << 32 | (_LAST - place_p), -1))
+            _best(had["sample"], torch.where(a_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF), -1))
         return x_btn
-
-    def add(had: Mapping[str, Tensor], x_np: Tensor) -> None:
-        bits_np = x_np.view(torch.int32).long()
-        had["sum"].add_(x_np.double().sum(1))
-        had["square"].add_(x_np.double().square().sum(1))
-        had["active"].add_((x_np != 0).sum(1))
-        _best(had["high"], torch.where(x_np > 0, bits_np << 32 | (_LAST - place_p), -1))
-        _best(had["low"], torch.where(x_np < 0, (bits_np & _LAST) << 32 | (_LAST - place_p), -1))
-        _best(had["sample"], torch.where(x_np != 0, (_LAST - rank_p) << 32 | (bits_np & 0xFFFFFFFF), -1))
 
     sparse.run(tokens_bt, gate=see, last_only=True)
     return replace(facts, rows_done=first + len(tokens_bt), parts=parts)
