@@ -86,8 +86,6 @@ def load_blocks(
     text cannot be read, and DataError where the source does not exist or has no text, where an id is none of the dense model's,
     and where there is too little for a training and a held-out block.
     """
-    if not source.strip():
-        raise DataError(f"data {source!r}", "names no text", "give stdlib, self, a file, a folder or a hub id")
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     prompts = Prompts.of(prompts, vocabulary)
     packing = Packing.of(source, prompts, context, vocabulary, padded=source != "self")  # a sample is a block, whatever it has

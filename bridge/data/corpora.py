@@ -72,6 +72,8 @@ class Corpus:
 
 def open_corpus(source: str, seed: int = 0) -> Corpus:
     """Open the corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
+    if not source.strip():  # which is a path of this folder
+        raise DataError(f"data {source!r}", "names no text", "give stdlib, self, a file, a folder or a hub id")
     if source in ("stdlib", "stdlib+packages"):
         return Corpus([partial(_python_source, packages=source != "stdlib", seed=seed)])
     path, configuration = Path(source).expanduser(), None

@@ -20,6 +20,7 @@ from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.display.columns import columns
 from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.errors import UserError
 from bridge.evidence.sufficiency import measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
@@ -39,9 +40,9 @@ def prompt_means(coupling: CoupledModels) -> Means:
 
 
 def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tensor]:
-    """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises ValueError where it has none."""
+    """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises UserError where it has none."""
     if coupling.reference_bt is None or not coupling.reference_bt.numel():
-        raise ValueError("the coupling holds no reference text to cut prompts from; fit it again")
+        raise UserError("the coupling", "holds no reference text to cut prompts from", "fit it again")
     text_bt, generator = coupling.reference_bt, torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,10 @@ def test_the_command_runs_them_on_prompts(span_folder: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     kept = json.loads((folder / "nulls.json").read_text())["prompts"]["nulls"]
     assert [null["name"] for null in kept] == list(NULL_NAMES) and all(null["prompts"] == 2 for null in kept)
+
+
+def test_prompts_of_a_coupling_without_text_are_refused(span_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    replace(CoupledModels.from_pretrained(span_folder), reference_bt=None).save_pretrained(tmp_path / "span")
+    result = run("nulls", tmp_path / "span", "--prompts", 2)
+    assert result.exit_code == 2
+    assert result.stderr == "bridge: the coupling holds no reference text to cut prompts from; fit it again\n"
