@@ -45,9 +45,8 @@ class SharkfinAdamW:
             if part := [p for p in bridges if p.dim() == dimensions]:
                 groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
-        names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
-        names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
-        self.names = names
+        self.names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
+        self.names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
 
     def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
         """Normalise, update by rates times `caution`, clear the gradient; False (and no update) where it is not finite."""
@@ -81,17 +80,6 @@ class SharkfinAdamW:
             }
         del self.names[old]
         self.names[new] = f"sparse.values.{native.key(name)}"
-
-    def moments(self) -> native.Moments:
-        """Both moments of every matrix that is stored by its nonzeros, by the matrix's name."""
-        prefix = "sparse.values."
-        return {
-            name.removeprefix(prefix).replace("/", "."): {
-                key: value for key, value in self.adam.state.get(p, {}).items() if value.dim()
-            }
-            for p, name in self.names.items()
-            if name.startswith(prefix)
-        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of every parameter, by name."""
