@@ -9,8 +9,8 @@ Shape legend: as in `initialize`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +136,11 @@ def copy_sublayer(
     block: Any = sparse.blocks[layer]
     x_bts, wanted_btd = frame.place(residuals[site]), frame.into(residuals[site + 1] - residuals[site])
     attention, mlp = anatomy.attention.get(site), anatomy.mlp.get(site)
+    keeping_all = copy(sparse)  # the same weights, without AbsTopK
+    keeping_all.shape = sparse.shape.model_copy(update={"keep": 1.0})
 
-    def explained() -> float:
-        written_bts = sparse.sublayer(site)(x_bts) - x_bts
+    def explained(model: SparseTransformer) -> float:
+        written_bts = model.sublayer(site)(x_bts) - x_bts
         return 1 - unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_btd.flatten(0, 1))
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
@@ -147,31 +149,19 @@ def copy_sublayer(
         kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
         kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),
     ])  # fmt: skip
-    with _keeping_all(sparse):
-        if not written or not (best := explained()) > VERIFIED:
-            block.load_state_dict(before)
-            size = (sparse.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
-            quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
-            for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
-                linear.weight *= quiet  # what is random would drown what was copied
-            return None
-        for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
-            block.sinks.fill_(sink)
-            if explained() > best - UNMOVED:
-                break
-            block.sinks.fill_(NO_SINK)
-    return explained()
-
-
-@contextmanager
-def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
-    """The model without AbsTopK, for as long as it lasts."""
-    shape = sparse.shape
-    sparse.shape = shape.model_copy(update={"keep": 1.0})
-    try:
-        yield
-    finally:
-        sparse.shape = shape
+    if not written or not (best := explained(keeping_all)) > VERIFIED:
+        block.load_state_dict(before)
+        size = (keeping_all.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
+        quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+        for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
+            linear.weight *= quiet  # what is random would drown what was copied
+        return None
+    for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
+        block.sinks.fill_(sink)
+        if explained(keeping_all) > best - UNMOVED:
+            break
+        block.sinks.fill_(NO_SINK)
+    return explained(sparse)
 
 
 def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> bool:
@@ -196,13 +186,11 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
     form, own, channels = sparse.form, sparse.channels, attention.channels
     block: Any = sparse.blocks[layer]
     turns, plain = sparse.frequencies(layer), attention.gains is None and attention.cap is None
-    q, k, v, out = attention.q, attention.k, attention.v, attention.out
+    q, k, v = attention.q, attention.k, attention.v
     if (form.reads_normed, form.score_cap) != (not attention.raw, attention.cap):
         return False
-    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (
-        True,
-        attention.heads // attention.kv_heads,
-    )
+    group = attention.heads // attention.kv_heads
+    same = own == channels and sparse.heads_of_keys >= attention.kv_heads and sparse.group == group
     if not same:  # heads of its own, of which several may stand for one
         parts = math.ceil(channels / own)
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
@@ -218,14 +206,11 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
         if parts > 1:
             q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
         q_rows = k_rows = torch.arange(attention.heads * parts * own) if parts > 1 else value_rows
-        q = Affine(*(x * math.sqrt(own / channels) for x in (q.weight_oi, q.bias_o)))
+        q = q * math.sqrt(own / channels)
     for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
         _read_by(linear, rows, frame.read(part, attention.raw))
     if attention.gains is not None:
-        for kind, linear, rows, gain_o in (
-            ("q", block.q, q_rows, attention.gains[0]),
-            ("k", block.k, k_rows, attention.gains[1]),
-        ):
+        for kind, linear, rows, gain_o in zip("qk", (block.q, block.k), (q_rows, k_rows), attention.gains, strict=True):
             if kind not in block.gains:
                 return False
             share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over
@@ -237,7 +222,7 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
             block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
             block.gains[kind][rows] = gain_o * math.sqrt(share)
     block.sinks.fill_(NO_SINK)
-    return _write_by(block, "attn_out", block.o, value_rows, frame, out)
+    return _write_by(block, "attn_out", block.o, value_rows, frame, attention.out)
 
 
 def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 
 import torch
 from torch import Tensor
@@ -107,9 +107,8 @@ def attention_of(
         shape, cap, (q, k), gains = scored
         shape = shape.model_copy(update={"window": window})
         v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
-        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
         by_head, norm_eps = before_q.by_head, before_q.eps
-        return Attention(q, k, v, nothing, channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
+        return Attention(q, k, v, Written(one.affine), channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
     return None
 
 
@@ -138,29 +137,23 @@ class _Queries:
 
 def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
     rows, heads, _, channels = x_bhtc.shape
-    if (found := _along(x_bhtc[:, :, 0].flatten(1), column_bto[:, 0])) is not None:
+    first_bo = x_bhtc[:, :, 0].flatten(1)
+
+    def heads_of(value_bto: Tensor) -> Tensor:
+        return value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
+
+    if (found := _along(first_bo, column_bto[:, 0])) is not None:
         index_o, factor_o = found
-        value_bto = column_bto[..., index_o] * factor_o
-        return _Queries(
-            affine.rows(index_o, factor_o), None, True, 0.0, value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
-        )
+        return _Queries(affine.rows(index_o, factor_o), None, True, 0.0, heads_of(column_bto[..., index_o] * factor_o))
     best: tuple[float, _Queries] | None = None
-    for read in reads:
+    for read, by_head, eps in product(reads, (True, False), EPSILONS):
         if len(read.affine.bias_o) != heads * channels:
             continue
-        for by_head in (True, False):
-            for eps in EPSILONS:
-                y_bto = read.map.output_xo.unflatten(0, (rows, -1))
-                y_bto = (
-                    normal(y_bto.unflatten(-1, (heads, channels)), False, eps).flatten(-2)
-                    if by_head
-                    else normal(y_bto, False, eps)
-                )
-                first_bo = x_bhtc[:, :, 0].flatten(1)
-                gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
-                if best is None or left < best[0]:
-                    value_bhtc = (y_bto * gain_o).unflatten(-1, (heads, channels)).transpose(1, 2)
-                    best = left, _Queries(read.affine, gain_o, by_head, eps, value_bhtc)
+        y_bthc = read.map.output_xo.unflatten(0, (rows, -1)).unflatten(-1, (heads if by_head else 1, -1))
+        y_bto = normal(y_bthc, False, eps).flatten(-2)
+        gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
+        if best is None or left < best[0]:
+            best = left, _Queries(read.affine, gain_o, by_head, eps, heads_of(y_bto * gain_o))
     return best[1] if best is not None and best[0] < SAME else None
 
 
@@ -265,20 +258,20 @@ def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
 def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
     """The MLP that some maps read for, and the map that writes."""
     for one in writers:
-        neurons = one.weight_oi.shape[1]
+        neurons = one.affine.weight_oi.shape[1]
         parts = [
             (Affine(*(x.split(neurons)[part] for x in (read.affine.weight_oi, read.affine.bias_o))), y_xm, read.raw)
             for read in reads
             if len(read.affine.bias_o) % neurons == 0
             for part, y_xm in enumerate(read.map.output_xo.split(neurons, -1))
         ]
-        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
+        out = Written(one.affine)
         fits: list[tuple[float, Mlp]] = []
         for name, activation in ACTIVATIONS.items():
             for up, y_xm, raw in parts:
-                fits.append((unexplained(activation(y_xm), one.input_xi), Mlp(None, up, nothing, name, raw)))
+                fits.append((unexplained(activation(y_xm), one.input_xi), Mlp(None, up, out, name, raw)))
             for (gate, gate_xm, raw), (up, up_xm, _) in permutations(parts, 2):
-                fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, nothing, name, raw)))
+                fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, out, name, raw)))
         left, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
         if best is not None and left < SAME:
             return best, one
