@@ -114,18 +114,14 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
 
 def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
     """Make frequencies that are measured the same so: those of a module's buffer, or else of the first block that has them."""
-    known = [x.flatten().tolist() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
+    known = [x.flatten().double().cpu() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
-        mine = attention.shape.frequencies
-        same = (
-            each
-            for each in known
-            if len(each) == len(mine) and all(abs(a - b) <= 1e-5 + 1e-4 * a for a, b in zip(each, mine, strict=True))
-        )
+        mine = torch.tensor(attention.shape.frequencies, dtype=torch.float64)
+        same = (each for each in known if each.shape == mine.shape and torch.allclose(mine, each, rtol=1e-4, atol=1e-5))
         if (named := next(same, None)) is None:
-            known.append(list(mine))
+            known.append(mine)
         else:
-            shape = attention.shape.model_copy(update={"frequencies": tuple(named)})
+            shape = attention.shape.model_copy(update={"frequencies": tuple(named.tolist())})
             anatomy.attention[site] = replace(attention, shape=shape)
 
 

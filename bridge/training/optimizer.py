@@ -34,16 +34,17 @@ class SharkfinAdamW:
         rest = [p for p in coupling.sparse.parameters() if p.requires_grad and all(p is not weight for weight in sparse_weights)]
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
         self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
+        maps, biases = ([p for p in bridges if p.dim() == dimensions] for dimensions in (2, 1))
+        rate, decay = numbers.rate, numbers.weight_decay
+        kinds = (
+            (blocks, rate, "blocks", decay), (embed, rate, "embed", decay), (rest, rate, None, 0.0),
+            (maps, numbers.bridge_rate, None, 0.0), (biases, numbers.bridge_bias_rate, None, 0.0),
+        )  # fmt: skip
         groups: list[dict[str, Any]] = [
-            {"params": part, "peak": numbers.rate, "fin": fin if numbers.sharkfin else None, "weight_decay": numbers.weight_decay}
-            for part, fin in ((blocks, "blocks"), (embed, "embed"))
+            {"params": part, "peak": peak, "fin": fin if numbers.sharkfin else None, "weight_decay": decay}
+            for part, peak, fin, decay in kinds
             if part
         ]
-        if rest:
-            groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
-        for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
-            if part := [p for p in bridges if p.dim() == dimensions]:
-                groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
         self.names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
         self.names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
