@@ -105,7 +105,8 @@ def prepare_adapted(
 
 def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
     """The recipe's values by which a coupling is gone on from."""
-    values = base.recipe.model_dump(exclude={"dense", "revision", "adapter", "budget"}) | {"adapts": True}
+    values: dict[str, Any] = base.recipe.model_dump(exclude={"dense", "revision", "adapter", "budget"})
+    values["adapts"] = True
     values["sparse"]["start"] = base.path
     values["sparsity"]["anneal"] = AT_ONCE
     values["refit"]["slopes"] = 0.0  # the base's decoders were refitted, and go on from there
@@ -150,7 +151,9 @@ def _check_adapter(base: CoupledModels, adapter: str) -> None:
     """Raise DenseModelError for an adapter that says it was trained on another model."""
     config = json.loads((adapter_folder(adapter) / CONFIG).read_text(encoding="utf-8"))
     trained_on, name = config.get("base_model_name_or_path"), base.dense.name
-    if not trained_on or base.dense.live or _same_place(trained_on, name):
+    if not trained_on or base.dense.live or trained_on == name:
+        return
+    if Path(trained_on).exists() and Path(name).exists() and Path(trained_on).samefile(name):
         return
     what = f"adapter {adapter!r}"
     rule = f"was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
@@ -159,10 +162,6 @@ def _check_adapter(base: CoupledModels, adapter: str) -> None:
             raise DenseModelError(what, f"{rule}: {difference}", "give an adapter of that one")
     elif Path(trained_on).name != Path(name).name:
         raise DenseModelError(what, rule, f"give an adapter of that one (or, where they are the same, correct its {CONFIG})")
-
-
-def _same_place(one: str, other: str) -> bool:
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | None, given: Any) -> None:

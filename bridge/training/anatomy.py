@@ -44,7 +44,6 @@ from bridge.training.dense_maps import (
     multiple,
     probe,
     reading,
-    scaled,
     sites_of,
     unexplained,
     watch,
@@ -139,11 +138,14 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
     embedding_vd = F.pad(embedding_vd, (0, 0, 0, dense.vocabulary - known))
     row_1t = tokens_bt[:1, :1].expand(1, min(dense.context or tokens_bt.shape[1], 4096))
     position_td = at_entry(row_1t)[0] - embedding_vd[row_1t[0]]
-    weight_vd = F.pad(weight_ud.to(dense.device, torch.float32), (0, 0, 0, dense.vocabulary - known))
-    if weight_vd.shape == embedding_vd.shape:  # what is no token's own is the position's
-        factor, offset_d, left = scaled(weight_vd[:known], embedding_vd[:known])
-        if left < SAME and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
-            embedding_vd, position_td = factor * weight_vd, position_td + offset_d
+    if weight_ud.shape[1] == embedding_vd.shape[1]:  # what is no token's own is the position's
+        weight_ud = weight_ud.to(dense.device, torch.float32)
+        factor, _ = multiple(weight_ud - weight_ud.mean(0), embedding_vd[:known])
+        offset_d = (embedding_vd[:known] - factor * weight_ud).mean(0)
+        same = unexplained(factor * weight_ud + offset_d, embedding_vd[:known]) < SAME
+        if same and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
+            embedding_vd = F.pad(factor * weight_ud, (0, 0, 0, dense.vocabulary - known))
+            position_td = position_td + offset_d
     guess_btd = embedding_vd[tokens_bt] + position_td[: tokens_bt.shape[1]]
     if not unexplained(guess_btd.flatten(0, 1), h_xd) < SAME:
         return None, None

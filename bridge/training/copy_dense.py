@@ -191,22 +191,20 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
         return False
     group = attention.heads // attention.kv_heads
     same = own == channels and sparse.heads_of_keys >= attention.kv_heads and sparse.group == group
+    parts = math.ceil(channels / own)
     if not same:  # heads of its own, of which several may stand for one
-        parts = math.ceil(channels / own)
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
             return False
         k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
     if plain and not turns and not attention.raw:
         k = Affine(k.weight_oi, -k.weight_oi @ z_xd.mean(0))
-    if same:
-        q_rows = value_rows = torch.arange(attention.heads * own, device=z_xd.device)
-        k_rows = v_rows = torch.arange(attention.kv_heads * own, device=z_xd.device)
-    else:
-        value_rows = v_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(attention.heads)])
-        if parts > 1:
-            q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
-        q_rows = k_rows = torch.arange(attention.heads * parts * own) if parts > 1 else value_rows
-        q = q * math.sqrt(own / channels)
+    row_hc = parts * own * torch.arange(attention.heads)[:, None] + torch.arange(channels)
+    value_rows, v_rows = row_hc.flatten(), row_hc.flatten()[: len(v.bias_o)]
+    q_rows, k_rows = value_rows, v_rows
+    if parts > 1:
+        q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
+        q_rows = k_rows = torch.arange(attention.heads * parts * own)
+    q = q * math.sqrt(own / channels)
     for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
         _read_by(linear, rows, frame.read(part, attention.raw))
     if attention.gains is not None:

@@ -262,14 +262,6 @@ def multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
     return factor, unexplained(factor * x, y)
 
 
-def scaled(x_vd: Tensor, y_vd: Tensor) -> tuple[float, Tensor, float]:
-    """(c, offset_d, unexplained) of y = c x + offset."""
-    x0_vd = x_vd - x_vd.mean(0)
-    factor = ((x0_vd * y_vd).sum() / x0_vd.square().sum().clamp_min(1e-20)).item()
-    offset_d = (y_vd - factor * x_vd).mean(0)
-    return factor, offset_d, unexplained(factor * x_vd + offset_d, y_vd)
-
-
 def written(one: CalledMap, write_xd: Tensor) -> Written | None:
     """The steps from a map's output to its sublayer's write."""
     factor, left = multiple(one.output_xo, write_xd)

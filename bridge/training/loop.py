@@ -43,7 +43,7 @@ from bridge.kernels.products import worth_it
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, write_text
-from bridge.recipe import Losses, recipe_values
+from bridge.recipe import recipe_values
 from bridge.training import shards
 from bridge.training import sparse_native as native
 from bridge.training.objective import Objective, Splice, draw_splice
@@ -55,9 +55,6 @@ from bridge.training.state import CAUTION, DIVERGED, TrainingState, restore, sav
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
 WORST = 2  # the same of the model that is to be written, on one row of text
-
-
-_TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature", "splice"))
 
 
 class FitError(RunError):
@@ -153,10 +150,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
         sparse.requires_grad_(False)
         sparse.use_products()
     objective = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses)
-    if shards.asked_for(accelerator):
-        objective.in_shards = True
-        shards.shard(objective, accelerator)
-    else:
+    objective.in_shards = shards.shard(objective, accelerator)
+    if not objective.in_shards:
         objective = accelerator.prepare(objective)
     optimizer = SharkfinAdamW(coupling)
     state = TrainingState(0, 0.0, Fractions(1.0, 1.0) if run.started is None else run.started.l0)
@@ -169,9 +164,10 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
     kept = sparse.fractions(recipe.sparsity)
-    names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
-    if recipe.losses.splice == "literal" and "hybrid_both" in names:
-        names.remove("hybrid_both")  # the paper's sum has none
+    terms = recipe.losses.model_dump(exclude={"temperature", "splice"})
+    if recipe.losses.splice == "literal":
+        del terms["hybrid_both"]  # the paper's sum has none
+    names = ["total", *(name for name, weight in terms.items() if weight)]
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
 
@@ -222,8 +218,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
                 means = dict(zip(names, _over_processes(accelerator, sums / summed)))
                 speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
-                by_steps = steps * state.seconds / state.step if steps else math.inf
-                left = (1 - fraction()) * min(by_steps, 60 * budget.minutes if budget.minutes else math.inf)
+                left = (1 - fraction()) * state.seconds / max(1e-9, fraction())
                 with shards.whole_weights(sparse):
                     l0 = sparse.achieved_l0()
                 progress = Progress(state.step, steps, state.step * per_step, fraction(), means, l0, speed, left)
