@@ -101,11 +101,15 @@ def attention_of(
         before_q, before_k = (_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
         if before_q is None or before_k is None or (before_q.gain_o is None) != (before_k.gain_o is None):
             return None
-        scored = _positions(before_q, before_k, q_bhtc, k_bgtc, score_bhtt)
-        if scored is None:
+        turn = _turn(torch.cat([before_q.value_bhtc, before_k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
+        response = _response(q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2), score_bhtt)
+        if turn is None or response is None:
             return None
-        shape, cap, (q, k), gains = scored
-        shape = shape.model_copy(update={"window": window})
+        (frequencies, order_c), (scale, cap, alibi) = turn, response
+        shape = AttentionShape(frequencies=frequencies, window=window, slopes=alibi)
+        q, gain_q = before_q.ordered(order_c, scale * math.sqrt(channels))
+        k, gain_k = before_k.ordered(order_c, 1.0)
+        gains = None if gain_q is None or gain_k is None else (gain_q, gain_k)
         v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
         by_head, norm_eps = before_q.by_head, before_q.eps
         return Attention(q, k, v, Written(one.affine), channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
@@ -134,6 +138,13 @@ class _Queries:
     eps: float
     value_bhtc: Tensor
 
+    def ordered(self, order_c: Tensor, factor: float) -> tuple[Affine, Tensor | None]:
+        """Map and gain with each head's channels in an order, and times a factor."""
+        order_o = torch.arange(len(self.map.bias_o), device=order_c.device).view(-1, len(order_c))[:, order_c].flatten()
+        if self.gain_o is None:
+            return self.map.rows(order_o, factor), None
+        return self.map.rows(order_o), self.gain_o[order_o] * factor
+
 
 def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
     rows, heads, _, channels = x_bhtc.shape
@@ -155,31 +166,6 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
         if best is None or left < best[0]:
             best = left, _Queries(read.affine, gain_o, by_head, eps, heads_of(y_bto * gain_o))
     return best[1] if best is not None and best[0] < SAME else None
-
-
-def _positions(
-    q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
-) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
-    """Positions in scores of queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
-    turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
-    if turn is None:
-        return None
-    frequencies, order_c = turn
-    heads, channels = q_bhtc.shape[1], q_bhtc.shape[3]
-    product_bhtt = q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2)
-    response = _response(product_bhtt, score_bhtt)
-    if response is None:
-        return None
-    scale, cap, alibi_h = response
-    factor = scale * math.sqrt(channels)
-    made = []
-    for each, times in ((q, factor), (k, 1.0)):
-        order_o = (torch.arange(len(each.map.bias_o), device=order_c.device).view(-1, channels)[:, order_c]).flatten()
-        gain_o = None if each.gain_o is None else each.gain_o[order_o] * times
-        made.append((each.map.rows(order_o, times if gain_o is None else 1.0), gain_o))
-    gains = None if made[0][1] is None or made[1][1] is None else (made[0][1], made[1][1])
-    alibi = () if alibi_h is None else tuple(alibi_h.tolist())
-    return AttentionShape(frequencies=frequencies, slopes=alibi), cap, (made[0][0], made[1][0]), gains
 
 
 def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
@@ -211,14 +197,14 @@ def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], T
     return tuple(frequency_p.tolist()), best[2]
 
 
-def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, Tensor | None] | None:
-    """(scale, cap, slopes_h) of scores as functions of q . k and of the key's place."""
+def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, tuple[float, ...]] | None:
+    """(scale, cap, ALiBi of each head) of scores as functions of q . k and of the key's place."""
     seen_bhtt = (score_bhtt > UNSEEN).expand_as(product_bhtt)
     score_bhtt = score_bhtt.expand_as(product_bhtt).double()
     product_bhtt, place_t = product_bhtt.double(), torch.arange(score_bhtt.shape[-1], device=score_bhtt.device).double()
     scale, cap, left = capped(product_bhtt[seen_bhtt], score_bhtt[seen_bhtt])
     if left < 1e-6:
-        return scale, cap, None
+        return scale, cap, ()
 
     def within(x_bhtt: Tensor) -> Tensor:  # less its mean over the keys that each query sees
         mean = (x_bhtt * seen_bhtt).sum(-1, keepdim=True) / seen_bhtt.sum(-1, keepdim=True)
@@ -228,7 +214,7 @@ def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | 
     both = torch.linalg.lstsq(torch.stack([x, p], -1), y[..., None]).solution[..., 0]
     left = ((both[:, :1] * x + both[:, 1:] * p - y).square().sum() / y.square().sum()).item()
     alike = (both[:, 0] - both[:, 0].mean()).abs().max() <= 1e-3 * both[:, 0].abs().max()
-    return (both[:, 0].mean().item(), None, both[:, 1].float()) if left < 1e-6 and bool(alike) else None
+    return (both[:, 0].mean().item(), None, tuple(both[:, 1].float().tolist())) if left < 1e-6 and bool(alike) else None
 
 
 def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
