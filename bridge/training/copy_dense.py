@@ -239,9 +239,8 @@ def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple
 
 def _repeated(part: Affine, heads: int, channels: int) -> Affine:
     """Keys or values that several heads share, once for each."""
-    weight_hcd, bias_hc = (x.unflatten(0, (-1, channels)) for x in (part.weight_oi, part.bias_o))
-    times = heads // len(bias_hc)
-    return Affine(weight_hcd.repeat_interleave(times, 0).flatten(0, 1), bias_hc.repeat_interleave(times, 0).flatten())
+    row_hc = torch.arange(len(part.bias_o)).view(-1, channels)
+    return part.rows(row_hc.repeat_interleave(heads // len(row_hc), 0).flatten())
 
 
 def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:

@@ -169,24 +169,18 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
     now, before = coupling.recipe, other.recipe
     same_text = now.data.source == before.data.source != "self"  # streams hold out by the text itself, whatever the seed
     if same_text and (now.data.stream != before.data.stream or (not now.data.stream and now.seed != before.seed)):
-        raise RecipeError(
-            f"seed {now.seed} (data.stream {str(now.data.stream).lower()})",
-            f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them",
-            f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›",
-        )
+        what = f"seed {now.seed} (data.stream {str(now.data.stream).lower()})"
+        rule = f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them"
+        remedy = f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›"
+        raise RecipeError(what, rule, remedy)
     mine, theirs = (
-        one.recipe.sparse.model_copy(
-            update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
-        )
+        {**dict(one.recipe.sparse), "start": None, "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
         for one in (coupling, other)
     )
-    if (mine, coupling.context) != (theirs, other.context):
-        differ = [name for name in SparseShape.model_fields if getattr(mine, name) != getattr(theirs, name)] or ["data.context"]
-        raise RecipeError(
-            f"sparse.start {path!r}",
-            f"is a coupling of another shape ({', '.join(differ)})",
-            "take its numbers, or start as 'auto'",
-        )
+    differ = [name for name, value in mine.items() if value != theirs[name]]
+    if differ or coupling.context != other.context:
+        rule = f"is a coupling of another shape ({', '.join(differ) or 'data.context'})"
+        raise RecipeError(f"sparse.start {path!r}", rule, "take its numbers, or start as 'auto'")
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())
     return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())

@@ -74,11 +74,8 @@ class SharkfinAdamW:
         index_p = coupling.sparse.compact[name].pattern.index_p
         for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
             group[:] = [new if p is old else p for p in group]
-        state = self.adam.state.pop(old, {})
-        if state:
-            self.adam.state[new] = {
-                key: value if value.dim() == 0 else value.reshape(-1)[index_p].clone() for key, value in state.items()
-            }
+        for key, value in self.adam.state.pop(old, {}).items():
+            self.adam.state[new][key] = value.reshape(-1)[index_p].clone() if value.dim() else value
         del self.names[old]
         self.names[new] = f"sparse.values.{native.key(name)}"
 

@@ -30,7 +30,7 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import Fractions
-from bridge.models.store import CheckpointError, check_new, read_json
+from bridge.models.store import CheckpointError, check_folder, check_new, read_json
 from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 from bridge.training.objective import Objective, draw_splice
@@ -83,12 +83,11 @@ def prepare(
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
     """
     out = None if out is None else Path(out)
-    if resume and out is not None:
+    if out is not None and resume:
         check_resumable(out)
-    begun = out is not None and (out / "training.json").exists()
-    if out is not None and not (resume and (begun or (out / "log.jsonl").exists())):
+    elif out is not None:
         check_new(out)
-    resume = resume and begun  # a run killed before it first saved starts over
+    resume = resume and out is not None and (out / "training.json").exists()  # a run killed before it first saved starts over
     if out is not None and resume:
         saved = read_json(out / "training.json").get("recipe")
         if not isinstance(saved, dict):
@@ -114,7 +113,6 @@ def prepare(
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
-    assert recipe.data.context is not None
     _check_shares(recipe, accelerator.num_processes)
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := _memory(dense)):
         rule = f"needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}"
@@ -160,9 +158,11 @@ def check_resumable(out: Path) -> None:
     """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
     if (out / "coupling.json").exists():
         raise CheckpointError(f"the run in {str(out)!r}", "is finished", "name a new ‹out› to fit again")
-    begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
-    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+    if any((out / name).exists() for name in ("training.json", "log.jsonl")):
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"‹out› {str(out)!r}", "holds no run to resume", "name the folder of one, or a new one")
+    check_folder(out)
 
 
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
@@ -263,11 +263,9 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
 def _check_same(there: Fractions, asked: Fractions) -> None:
     """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
-        raise RecipeError(
-            "optimizer.rate 0",
-            f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}",
-            f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)",
-        )
+        rule = f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}"
+        remedy = f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+        raise RecipeError("optimizer.rate 0", rule, remedy)
 
 
 def _agrees(given: Any, saved: Any) -> bool:
