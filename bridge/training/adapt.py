@@ -120,13 +120,12 @@ def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
 def _tokens_trained(base: CoupledModels) -> int:
     """Tokens that a coupling was trained on, by its log, else by its recipe. Raises RecipeError where neither says."""
     log = folder_of(base.path or "") / "log.jsonl"
-    if log.is_file():
-        counts = [json.loads(line).get("tokens", 0) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if counts:
-            return max(counts)
-    if base.recipe.budget.tokens is None:
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    counts = [json.loads(line).get("tokens", 0) for line in lines if line.strip()]
+    tokens = max(counts, default=base.recipe.budget.tokens)
+    if tokens is None:
         raise RecipeError(f"{base.path!r}", "does not say on how many tokens it was trained", "give ‹tokens› or ‹minutes›")
-    return base.recipe.budget.tokens
+    return tokens
 
 
 def _parts_left_alone(was: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import SparseTransformer
-from bridge.models.sparse_blocks import norm_scale
 from bridge.training.anatomy import Anatomy
-from bridge.training.dense_maps import Affine, Written, unexplained
+from bridge.training.dense_maps import Affine, Written, normal, unexplained
 from bridge.training.dense_sublayers import Attention, Mlp
 
 UNMOVED = 1e-6  # share of a write that a sink may change
@@ -62,10 +61,9 @@ class Frame:
         """The dense residual, or a write to it, on the first d channels of the sparse one."""
         return self.centre(h_xd) @ self.turn_dd / self.scale
 
-    def normal(self, h_xd: Tensor, eps: float) -> Tensor:
+    def normal(self, h_xd: Tensor) -> Tensor:
         """z_xd of a dense residual."""
-        x_xs = self.place(h_xd)
-        return (x_xs * norm_scale(x_xs, eps))[..., : self.d] * self.gain @ self.turn_dd.T
+        return normal(self.place(h_xd), False, self.eps)[..., : self.d] * self.gain @ self.turn_dd.T
 
     def read(self, part: Affine, raw: bool) -> Affine:
         """A map of z (or, raw, of h) as one of what the sparse norm gives (or of x)."""
@@ -144,7 +142,7 @@ def copy_sublayer(
         return 1 - unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_btd.flatten(0, 1))
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    z_xd = frame.normal(residuals[site].flatten(0, 1), sparse.form.eps)
+    z_xd = frame.normal(residuals[site].flatten(0, 1))
     written = all([
         kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
         kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from bridge.huggingface.site_discovery import first_tensor, output_tensor
 from bridge.models.dense import DenseModel
 from bridge.models.dense_run import exclusive
+from bridge.models.sparse_blocks import norm_scale
 
 ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
 SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants
@@ -244,7 +245,7 @@ def _fit_read(
 def normal(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
     """z_xd of a residual."""
     h_xd = h_xd - h_xd.mean(-1, keepdim=True) if centred else h_xd
-    return h_xd * torch.rsqrt(h_xd.square().mean(-1, keepdim=True) + max(eps, 1e-20))
+    return h_xd * norm_scale(h_xd, max(eps, 1e-20))
 
 
 def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:

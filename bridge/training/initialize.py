@@ -136,9 +136,8 @@ def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
     dense, sparse = coupling.dense, coupling.sparse
     residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
     coupling.bridges.calibrate(residuals)
-    nothing = Started(False, False, False, (None,) * len(dense.sublayers))
     if sparse.width < dense.width:
-        return nothing
+        return Started(False, False, False, (None,) * len(dense.sublayers))
     anatomy = dissect(dense, coupling.context)
     frame = Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
     span = isinstance(dense, DenseSpan)

@@ -249,8 +249,7 @@ def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
         tokens_bt = run.blocks.batch(0, refit.rows, coupling.recipe.seed)
         refit_decoders(coupling, tokens_bt, reference_bt, refit.slopes, progress)
     coupling.sparse.use_products()
-    path = None if out is None else str(out)
-    coupling = replace(coupling, reference_bt=reference_bt, path=path)
+    coupling = replace(coupling, reference_bt=reference_bt, path=None if out is None else str(out))
     _check_sound(coupling, out)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)

@@ -146,9 +146,9 @@ class Objective(nn.Module):
         with_nmse = plain if losses.nmse_encoder else 0
         encoded: list[Tensor] = []
         entering: list[Tensor] = []
+        stop = plain
         for site in sites:
-            start = plain + sum(EMBEDDING < other < site for other in enter)
-            stop = start + enter.count(site)
+            start, stop = stop, stop + enter.count(site)
             if with_nmse or stop > start:
                 h_btd = dense.residuals[site]
                 x_bts = self.bridges[site].encode(torch.cat([h_btd[:with_nmse], h_btd[start:stop]]))
@@ -177,12 +177,11 @@ class Objective(nn.Module):
             if encoded:  # not where every row of a process's share enters
                 nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
             rows = [row for row, other in enumerate(leave) if other == site]
-            before = [row for row in rows if row < with_nmse]  # these are decoded for NMSE already
-            after = torch.tensor([row for row in rows if row >= with_nmse], dtype=torch.long, device=x_bts.device)
-            if with_nmse or len(after):
-                h_btd = self.bridges[site].decode(torch.cat([x_bts[:with_nmse], x_bts[after]]))
-                leaving_rows += [*before, *after.tolist()]
-                leaving += [h_btd[before], h_btd[with_nmse:]]
+            decoded = [*range(with_nmse), *(row for row in rows if row >= with_nmse)]
+            if decoded:
+                h_btd = self.bridges[site].decode(x_bts[decoded])
+                leaving_rows += rows
+                leaving.append(h_btd[[decoded.index(row) for row in rows]])
                 if with_nmse:
                     nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:plain]).sum())
             if losses.carried and (here := [row for row in rows if row < plain]):
