@@ -316,7 +316,7 @@ def recipe_values(
     settings: dict[str, Any] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Nested recipe values, of a file or given, with flags on top of them; a budget given as a flag replaces the earlier one.
+    """Nested recipe values, of a file or given (then in place), with flags on top; a budget as a flag replaces the earlier one.
 
     Flags are numbers of the recipe by their short names (l0, tokens, width), None where they are not given, and `data` its
     source; `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.

@@ -100,7 +100,7 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
         total.backward()
         optimizer.step(0.5, arguments.l0)
         if look:
-            native.update_mask(coupling.sparse, 0.05, optimizer.moments())
+            native.update_mask(coupling.sparse, 0.05, optimizer.adam.state)
         coupling.sparse.project(arguments.l0)
 
     return step
