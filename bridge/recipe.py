@@ -310,47 +310,25 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def recipe_values(
     *,
-    recipe: str | Path | None = None,
-    l0: float | None = None,
+    recipe: str | Path | dict[str, Any] | None = None,
     data: str | None = None,
-    tokens: int | None = None,
-    minutes: float | None = None,
-    width: int | None = None,
-    blocks: str | None = None,
     uncoupled: bool = False,
-    seed: int | None = None,
-    adapter: str | None = None,
-    revision: str | None = None,
-    dense_dtype: str | None = None,
     settings: dict[str, Any] | None = None,
+    **flags: Any,
 ) -> dict[str, Any]:
-    """Nested recipe values of a file with flags on top of it; a budget given as a flag replaces the file's.
+    """Nested recipe values, of a file or given (then in place), with flags on top; a budget as a flag replaces the earlier one.
 
-    `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
+    Flags are numbers of the recipe by their short names (l0, tokens, width), None where they are not given, and `data` its
+    source; `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
     """
-    values = read_recipe(recipe) if recipe is not None else {}
-    if tokens is not None or minutes is not None:
+    values = recipe if isinstance(recipe, dict) else read_recipe(recipe) if recipe is not None else {}
+    if any(flags.get(name) is not None for name in Budget.model_fields):
         values.pop("budget", None)
-    flags = {
-        "sparsity.l0": l0,
-        "data.source": data,
-        "budget.tokens": tokens,
-        "budget.minutes": minutes,
-        "sparse.width": width,
-        "sparse.blocks": blocks,
-        "seed": seed,
-        "adapter": adapter,
-        "revision": revision,
-        "dense_dtype": dense_dtype,
-    }
-    for name, value in {**flags, **(settings or {})}.items():
+    for name, value in {"data.source": data, **flags, **(settings or {})}.items():
         if value is not None:
             _put(values, name, value)
     if uncoupled:
-        try:
-            losses = Losses.model_validate(values.get("losses", {}))
-        except ValidationError as error:
-            raise _refusal(error, "losses") from None
+        losses = resolve({"dense": "", "losses": values.get("losses", {})}).losses
         values["losses"] = losses.uncoupled().model_dump()
     return values
 
@@ -428,10 +406,10 @@ def _full_name(name: str) -> str:
 _NOT_A_TABLE = "must be a table of numbers", "write one of them in full, for example sparse.width = 512"
 
 
-def _refusal(error: ValidationError, *within: str) -> RecipeError:
+def _refusal(error: ValidationError) -> RecipeError:
     """The first thing that is wrong with a recipe."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in (*within, *first["loc"]))
+    where = ".".join(map(str, first["loc"]))
     value, own = f"{where} = {first['input']!r}:", first.get("ctx", {}).get("error")
     match first["type"]:
         case "extra_forbidden":

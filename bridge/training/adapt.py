@@ -53,8 +53,8 @@ def adapt(
     Without tokens or minutes the budget is a twentieth of the base's tokens. Raises what `prepare_adapted` and `train` raise.
     """
     run = prepare_adapted(
-        base, adapter=adapter, model=model, tokenizer=tokenizer, data=data, tokens=tokens, minutes=minutes, settings=settings,
-        out=out, resume=resume, seed=seed, device=device, dtype=dtype,
+        base, adapter=adapter, model=model, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype,
+        data=data, tokens=tokens, minutes=minutes, settings=settings, seed=seed,
     )  # fmt: skip
     for progress in train(run):
         if on_progress is not None:
@@ -68,18 +68,17 @@ def prepare_adapted(
     adapter: str | Path | None = None,
     model: Any = None,
     tokenizer: Any = None,
-    data: str | None = None,
-    tokens: int | None = None,
-    minutes: float | None = None,
-    settings: dict[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    seed: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     progress: OnProgress | None = None,
+    **flags: Any,
 ) -> Run:
-    """The fit that `adapt` trains, ready to start. Raises UserError where the fine-tune is not one of the base's dense model."""
+    """The fit that `adapt` trains, ready to start; flags are those of `recipe_values`.
+
+    Raises UserError where the fine-tune is not one of the base's dense model.
+    """
     base = base if isinstance(base, CoupledModels) else CoupledModels.from_pretrained(base)
     if base.path is None:
         raise RecipeError("a coupling that was not saved", "cannot be gone on from", "save it (save_pretrained) and load it")
@@ -87,20 +86,17 @@ def prepare_adapted(
         raise RecipeError("which fine-tune", "is not said", "give an adapter's folder, or a fine-tuned model, one of the two")
     if not base.recipe.losses.coupled:
         raise RecipeError(f"{base.path!r}", "is uncoupled: its bridges were not trained", "give one that is coupled")
+    adapter, tuned, revision = None if adapter is None else str(adapter), model, None
     if adapter is not None:
-        _check_adapter(base, str(adapter))
-    tuned = model
-    if model is None:
-        tuned = base.dense.model if base.dense.live else base.dense.name
+        _check_adapter(base, adapter)
+        tuned, revision = base.dense.model if base.dense.live else base.dense.name, base.dense.revision
     if tokenizer is None and not isinstance(tuned, (str, Path)):
         tokenizer = base.dense.tokenizer
     _check_tokenizer(base, tuned, adapter, tokenizer)
-    flags = recipe_values(
-        data=data, tokens=tokens, minutes=minutes, seed=seed, adapter=None if adapter is None else str(adapter),
-        revision=base.dense.revision if model is None else None, settings=settings,
-    )  # fmt: skip
     begun = resume and out is not None and (Path(out) / "training.json").is_file()
-    values = flags if begun else _merged(_values_of(base, default_budget=tokens is None and minutes is None), flags)
+    default_budget = flags.get("tokens") is None and flags.get("minutes") is None
+    start = {} if begun else _values_of(base, default_budget=default_budget)
+    values = recipe_values(recipe=start, adapter=adapter, revision=revision, **flags)
     run = prepare(tuned, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, progress=progress)
     for part in _parts_left_alone(base.dense, run.coupling):
         part.requires_grad_(False)
@@ -109,28 +105,27 @@ def prepare_adapted(
 
 def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
     """The recipe's values by which a coupling is gone on from."""
-    recipe = base.recipe
-    values = {key: value for key, value in recipe.model_dump().items() if key not in ("dense", "revision", "adapter", "budget")}
-    values["sparse"] |= {"start": base.path}
-    values["sparsity"] |= {"anneal": AT_ONCE}
-    values["refit"] |= {"slopes": 0.0}  # the base's decoders were refitted, and go on from there
-    numbers = recipe.optimizer
-    rates = {"rate": numbers.rate or RATE, "bridge_rate": numbers.bridge_rate, "bridge_bias_rate": numbers.bridge_bias_rate}
-    values["optimizer"] |= {name: GENTLER * rate for name, rate in rates.items()}
-    budget = {"budget": {"tokens": max(1, tokens_trained(base) // SHARE)}} if default_budget else {}
-    return {**values, **budget, "adapts": True}
+    values: dict[str, Any] = base.recipe.model_dump(exclude={"dense", "revision", "adapter", "budget"})
+    values["adapts"] = True
+    values["sparse"]["start"] = base.path
+    values["sparsity"]["anneal"] = AT_ONCE
+    values["refit"]["slopes"] = 0.0  # the base's decoders were refitted, and go on from there
+    for name in ("rate", "bridge_rate", "bridge_bias_rate"):
+        values["optimizer"][name] = GENTLER * (values["optimizer"][name] or RATE)
+    if default_budget:
+        values["budget"] = {"tokens": max(1, _tokens_trained(base) // SHARE)}
+    return values
 
 
-def tokens_trained(base: CoupledModels) -> int:
+def _tokens_trained(base: CoupledModels) -> int:
     """Tokens that a coupling was trained on, by its log, else by its recipe. Raises RecipeError where neither says."""
     log = folder_of(base.path or "") / "log.jsonl"
-    if log.is_file():
-        counts = [json.loads(line).get("tokens", 0) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if counts:
-            return max(counts)
-    if base.recipe.budget.tokens is None:
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    counts = [json.loads(line).get("tokens", 0) for line in lines if line.strip()]
+    tokens = max(counts, default=base.recipe.budget.tokens)
+    if tokens is None:
         raise RecipeError(f"{base.path!r}", "does not say on how many tokens it was trained", "give ‹tokens› or ‹minutes›")
-    return base.recipe.budget.tokens
+    return tokens
 
 
 def _parts_left_alone(was: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:
@@ -151,17 +146,13 @@ def _same_weights(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
 
 
-def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with others on top of them."""
-    both = {key: _merged(values[key], flag) for key, flag in flags.items() if isinstance(flag, dict) and key in values}
-    return {**values, **flags, **both}
-
-
 def _check_adapter(base: CoupledModels, adapter: str) -> None:
     """Raise DenseModelError for an adapter that says it was trained on another model."""
     config = json.loads((adapter_folder(adapter) / CONFIG).read_text(encoding="utf-8"))
     trained_on, name = config.get("base_model_name_or_path"), base.dense.name
-    if not trained_on or base.dense.live or _same_place(trained_on, name):
+    if not trained_on or base.dense.live or trained_on == name:
+        return
+    if Path(trained_on).exists() and Path(name).exists() and Path(trained_on).samefile(name):
         return
     what = f"adapter {adapter!r}"
     rule = f"was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
@@ -172,29 +163,22 @@ def _check_adapter(base: CoupledModels, adapter: str) -> None:
         raise DenseModelError(what, rule, f"give an adapter of that one (or, where they are the same, correct its {CONFIG})")
 
 
-def _same_place(one: str, other: str) -> bool:
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
-
-
-def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | Path | None, given: Any) -> None:
+def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | None, given: Any) -> None:
     """Raise RecipeError where the fine-tune would read text as other tokens than the base."""
-    source, found = "the tokenizer given", given
-    if given is None and adapter is not None and (adapter_folder(str(adapter)) / TOKENIZER).is_file():
-        source = str(adapter_folder(str(adapter)))
-        found, _ = load_tokenizer(source)
-    elif given is None and isinstance(tuned, (str, Path)):
-        source = str(tuned)
-        found, _ = load_tokenizer(source)
-    own = base.dense.tokenizer
-    if own is None or (adapter is not None and found is None):
+    own, source = base.dense.tokenizer, "the tokenizer given"
+    if own is None:
         return
-    if found is None:
+    if given is None:
+        folder = None if adapter is None else adapter_folder(adapter)
+        source = str(tuned if folder is None or not (folder / TOKENIZER).is_file() else folder)
+        given, _ = load_tokenizer(source)
+    if given is None and adapter is not None:
+        return
+    if given is None:
         raise RecipeError(f"{source!r}", "has no tokenizer", f"save that of {base.dense.name!r} beside it")
-    ours, theirs = own.get_vocab(), found.get_vocab()
-    if differ := [token for token, number in ours.items() if theirs.get(token) != number]:
-        what = f"{differ[0]!r} is #{ours[differ[0]]} in one and {_number(theirs.get(differ[0]))} in the other"
-        raise RecipeError(f"{source!r}", f"has another tokenizer than {base.dense.name!r} ({what})", "fit a coupling of its own")
-
-
-def _number(token: int | None) -> str:
-    return "none" if token is None else f"#{token}"
+    theirs = given.get_vocab()
+    for token, number in own.get_vocab().items():
+        if theirs.get(token) != number:
+            there = f"#{theirs[token]}" if token in theirs else "none"
+            rule = f"has another tokenizer than {base.dense.name!r} ({token!r} is #{number} in one and {there} in the other)"
+            raise RecipeError(f"{source!r}", rule, "fit a coupling of its own")

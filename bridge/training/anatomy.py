@@ -22,18 +22,15 @@ values, c channels of a head, m neurons, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bridge.huggingface.site_discovery import first_tensor, forward
+from bridge.huggingface.site_discovery import forward
 from bridge.models.dense import DenseModel
-from bridge.models.dense_run import exclusive
 from bridge.models.span import DenseSpan
 from bridge.training.dense_maps import (
     EPSILONS,
@@ -43,12 +40,11 @@ from bridge.training.dense_maps import (
     Reading,
     Scores,
     Seen,
+    Written,
     multiple,
     probe,
     reading,
-    scaled,
     sites_of,
-    times,
     unexplained,
     watch,
     written,
@@ -106,7 +102,7 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
         outs = [None if part is None else written(part[1], write) for part, write in ((attention, write_a), (neurons, write_m))]
         if attn == mlp and attention and neurons:
             factor, left = multiple(attention[1].output_xo + neurons[1].output_xo, write_a)
-            outs = [times(part[1], factor) if left < SAME else None for part in (attention, neurons)]
+            outs = [Written(part[1].affine * factor) if left < SAME else None for part in (attention, neurons)]
         if attention and outs[0]:
             anatomy.attention[attn] = replace(attention[0], out=outs[0])
         if neurons and outs[1]:
@@ -117,54 +113,39 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
 
 def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
     """Make frequencies that are measured the same so: those of a module's buffer, or else of the first block that has them."""
-    known = [x.flatten().tolist() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
+    known = [x.flatten().double().cpu() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
-        mine = attention.shape.frequencies
-        same = (
-            each
-            for each in known
-            if len(each) == len(mine) and all(abs(a - b) <= 1e-5 + 1e-4 * a for a, b in zip(each, mine, strict=True))
-        )
+        mine = torch.tensor(attention.shape.frequencies, dtype=torch.float64)
+        same = (each for each in known if each.shape == mine.shape and torch.allclose(mine, each, rtol=1e-4, atol=1e-5))
         if (named := next(same, None)) is None:
-            known.append(list(mine))
+            known.append(mine)
         else:
-            shape = attention.shape.model_copy(update={"frequencies": tuple(named)})
+            shape = attention.shape.model_copy(update={"frequencies": tuple(named.tolist())})
             anatomy.attention[site] = replace(attention, shape=shape)
-
-
-class _Stop(Exception):
-    """Ends a run of which no more is wanted."""
-
-
-def _residual_at_entry(dense: DenseModel, tokens_bt: Tensor) -> Tensor:
-    """h_btd of tokens at site 0; what comes behind is not computed."""
-
-    def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Stop(first_tensor(args, kwargs))
-
-    with exclusive(), dense.blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True):
-        try:
-            forward(dense.model, tokens_bt)
-        except _Stop as stopped:
-            return stopped.args[0].to(dense.device, torch.float32)
-    raise AssertionError("a model ran without its first block")
 
 
 def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(embedding_vd, position_td), None where the residual at site 0 is not their sum."""
+
+    def at_entry(some_bt: Tensor) -> Tensor:
+        return dense.residuals(some_bt, 0)[0].float()
+
     table: Any = dense.model.get_input_embeddings()
     weight_ud = table.weight[: dense.vocabulary]
     known = len(weight_ud)
     every_v1 = torch.arange(known, device=dense.device)[:, None]
-    embedding_vd = torch.cat([_residual_at_entry(dense, some_v1)[:, 0] for some_v1 in every_v1.split(4096)])
+    embedding_vd = torch.cat([at_entry(some_v1)[:, 0] for some_v1 in every_v1.split(4096)])
     embedding_vd = F.pad(embedding_vd, (0, 0, 0, dense.vocabulary - known))
     row_1t = tokens_bt[:1, :1].expand(1, min(dense.context or tokens_bt.shape[1], 4096))
-    position_td = _residual_at_entry(dense, row_1t)[0] - embedding_vd[row_1t[0]]
-    weight_vd = F.pad(weight_ud.to(dense.device, torch.float32), (0, 0, 0, dense.vocabulary - known))
-    if weight_vd.shape == embedding_vd.shape:  # what is no token's own is the position's
-        factor, offset_d, left = scaled(weight_vd[:known], embedding_vd[:known])
-        if left < SAME and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
-            embedding_vd, position_td = factor * weight_vd, position_td + offset_d
+    position_td = at_entry(row_1t)[0] - embedding_vd[row_1t[0]]
+    if weight_ud.shape[1] == embedding_vd.shape[1]:  # what is no token's own is the position's
+        weight_ud = weight_ud.to(dense.device, torch.float32)
+        factor, _ = multiple(weight_ud - weight_ud.mean(0), embedding_vd[:known])
+        offset_d = (embedding_vd[:known] - factor * weight_ud).mean(0)
+        same = unexplained(factor * weight_ud + offset_d, embedding_vd[:known]) < SAME
+        if same and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
+            embedding_vd = F.pad(factor * weight_ud, (0, 0, 0, dense.vocabulary - known))
+            position_td = position_td + offset_d
     guess_btd = embedding_vd[tokens_bt] + position_td[: tokens_bt.shape[1]]
     if not unexplained(guess_btd.flatten(0, 1), h_xd) < SAME:
         return None, None
@@ -174,29 +155,22 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
 
 def _unembedding(seen: Seen, reads: Sequence[Reading]) -> tuple[Affine | None, float | None]:
     """The map of the last residual's norm whose output is the logits, perhaps times a constant and softly capped."""
-    assert seen.logits_xv is not None
     for read in reads:
         if read.map.output_xo.shape == seen.logits_xv.shape and read.site == len(seen.residuals) - 1 and not read.raw:
             scale, cap, left = capped(read.map.output_xo.double().flatten(), seen.logits_xv.double().flatten())
             if left < SAME:
-                return read.affine.rows(torch.arange(len(read.affine.bias_o), device=read.affine.bias_o.device), scale), cap
+                return read.affine * scale, cap
     return None, None
 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
     """Number of tokens that the last query of a row of `context` sees in every block; None: all."""
-    tokens_1t, seen, now = probe(dense, 1, context), dict[int, int](), [-1]
-
-    def enter(index: int, *_: Any) -> None:
-        now[0] = index
-
-    def softened(score: Tensor) -> None:
-        seen[now[0]] = int((score[..., -1, :] > UNSEEN).flatten(0, -2)[0].sum())
-
-    with exclusive(), ExitStack() as hooks:
-        for index, block in enumerate(dense.blocks):
-            hooks.enter_context(block.module.register_forward_pre_hook(partial(enter, index)))
-        with Scores(tokens_1t.shape[1], lambda *_: None, softened):
-            forward(dense.model, tokens_1t)
+    tokens_1t, seen = probe(dense, 1, context), dict[int, int]()
     length = tokens_1t.shape[1]
+
+    def softened(block: int, score: Tensor) -> None:
+        seen[block] = int((score[..., -1, :] > UNSEEN).flatten(0, -2)[0].sum())
+
+    with Scores(length, lambda *_: None, softened).of(dense):
+        forward(dense.model, tokens_1t)
     return [count if 0 < (count := seen.get(block, 0)) < length else None for block in range(len(dense.blocks))]

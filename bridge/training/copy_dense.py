@@ -9,8 +9,8 @@ Shape legend: as in `initialize`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import SparseTransformer
-from bridge.models.sparse_blocks import norm_scale
 from bridge.training.anatomy import Anatomy
-from bridge.training.dense_maps import Affine, Written, unexplained
+from bridge.training.dense_maps import Affine, Written, normal, unexplained
 from bridge.training.dense_sublayers import Attention, Mlp
 
 UNMOVED = 1e-6  # share of a write that a sink may change
@@ -62,10 +61,9 @@ class Frame:
         """The dense residual, or a write to it, on the first d channels of the sparse one."""
         return self.centre(h_xd) @ self.turn_dd / self.scale
 
-    def normal(self, h_xd: Tensor, eps: float) -> Tensor:
+    def normal(self, h_xd: Tensor) -> Tensor:
         """z_xd of a dense residual."""
-        x_xs = self.place(h_xd)
-        return (x_xs * norm_scale(x_xs, eps))[..., : self.d] * self.gain @ self.turn_dd.T
+        return normal(self.place(h_xd), False, self.eps)[..., : self.d] * self.gain @ self.turn_dd.T
 
     def read(self, part: Affine, raw: bool) -> Affine:
         """A map of z (or, raw, of h) as one of what the sparse norm gives (or of x)."""
@@ -136,42 +134,32 @@ def copy_sublayer(
     block: Any = sparse.blocks[layer]
     x_bts, wanted_btd = frame.place(residuals[site]), frame.into(residuals[site + 1] - residuals[site])
     attention, mlp = anatomy.attention.get(site), anatomy.mlp.get(site)
+    keeping_all = copy(sparse)  # the same weights, without AbsTopK
+    keeping_all.shape = sparse.shape.model_copy(update={"keep": 1.0})
 
-    def explained() -> float:
-        written_bts = sparse.sublayer(site)(x_bts) - x_bts
+    def explained(model: SparseTransformer) -> float:
+        written_bts = model.sublayer(site)(x_bts) - x_bts
         return 1 - unexplained(written_bts[..., : frame.d].flatten(0, 1), wanted_btd.flatten(0, 1))
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    z_xd = frame.normal(residuals[site].flatten(0, 1), sparse.form.eps)
+    z_xd = frame.normal(residuals[site].flatten(0, 1))
     written = all([
         kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
         kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),
     ])  # fmt: skip
-    with _keeping_all(sparse):
-        if not written or not (best := explained()) > VERIFIED:
-            block.load_state_dict(before)
-            size = (sparse.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
-            quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
-            for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
-                linear.weight *= quiet  # what is random would drown what was copied
-            return None
-        for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
-            block.sinks.fill_(sink)
-            if explained() > best - UNMOVED:
-                break
-            block.sinks.fill_(NO_SINK)
-    return explained()
-
-
-@contextmanager
-def _keeping_all(sparse: SparseTransformer) -> Iterator[None]:
-    """The model without AbsTopK, for as long as it lasts."""
-    shape = sparse.shape
-    sparse.shape = shape.model_copy(update={"keep": 1.0})
-    try:
-        yield
-    finally:
-        sparse.shape = shape
+    if not written or not (best := explained(keeping_all)) > VERIFIED:
+        block.load_state_dict(before)
+        size = (keeping_all.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
+        quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+        for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
+            linear.weight *= quiet  # what is random would drown what was copied
+        return None
+    for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
+        block.sinks.fill_(sink)
+        if explained(keeping_all) > best - UNMOVED:
+            break
+        block.sinks.fill_(NO_SINK)
+    return explained(sparse)
 
 
 def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> bool:
@@ -196,36 +184,29 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
     form, own, channels = sparse.form, sparse.channels, attention.channels
     block: Any = sparse.blocks[layer]
     turns, plain = sparse.frequencies(layer), attention.gains is None and attention.cap is None
-    q, k, v, out = attention.q, attention.k, attention.v, attention.out
+    q, k, v = attention.q, attention.k, attention.v
     if (form.reads_normed, form.score_cap) != (not attention.raw, attention.cap):
         return False
-    same = own == channels and (sparse.heads_of_keys >= attention.kv_heads, sparse.group) == (
-        True,
-        attention.heads // attention.kv_heads,
-    )
+    group = attention.heads // attention.kv_heads
+    same = own == channels and sparse.heads_of_keys >= attention.kv_heads and sparse.group == group
+    parts = math.ceil(channels / own)
     if not same:  # heads of its own, of which several may stand for one
-        parts = math.ceil(channels / own)
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
             return False
         k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
     if plain and not turns and not attention.raw:
         k = Affine(k.weight_oi, -k.weight_oi @ z_xd.mean(0))
-    if same:
-        q_rows = value_rows = torch.arange(attention.heads * own, device=z_xd.device)
-        k_rows = v_rows = torch.arange(attention.kv_heads * own, device=z_xd.device)
-    else:
-        value_rows = v_rows = torch.cat([torch.arange(channels) + parts * own * head for head in range(attention.heads)])
-        if parts > 1:
-            q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
-        q_rows = k_rows = torch.arange(attention.heads * parts * own) if parts > 1 else value_rows
-        q = Affine(*(x * math.sqrt(own / channels) for x in (q.weight_oi, q.bias_o)))
+    row_hc = parts * own * torch.arange(attention.heads)[:, None] + torch.arange(channels)
+    value_rows, v_rows = row_hc.flatten(), row_hc.flatten()[: len(v.bias_o)]
+    q_rows, k_rows = value_rows, v_rows
+    if parts > 1:
+        q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
+        q_rows = k_rows = torch.arange(attention.heads * parts * own)
+    q = q * math.sqrt(own / channels)
     for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
         _read_by(linear, rows, frame.read(part, attention.raw))
     if attention.gains is not None:
-        for kind, linear, rows, gain_o in (
-            ("q", block.q, q_rows, attention.gains[0]),
-            ("k", block.k, k_rows, attention.gains[1]),
-        ):
+        for kind, linear, rows, gain_o in zip("qk", (block.q, block.k), (q_rows, k_rows), attention.gains, strict=True):
             if kind not in block.gains:
                 return False
             share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over
@@ -237,7 +218,7 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
             block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
             block.gains[kind][rows] = gain_o * math.sqrt(share)
     block.sinks.fill_(NO_SINK)
-    return _write_by(block, "attn_out", block.o, value_rows, frame, out)
+    return _write_by(block, "attn_out", block.o, value_rows, frame, attention.out)
 
 
 def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
@@ -256,9 +237,8 @@ def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple
 
 def _repeated(part: Affine, heads: int, channels: int) -> Affine:
     """Keys or values that several heads share, once for each."""
-    weight_hcd, bias_hc = (x.unflatten(0, (-1, channels)) for x in (part.weight_oi, part.bias_o))
-    times = heads // len(bias_hc)
-    return Affine(weight_hcd.repeat_interleave(times, 0).flatten(0, 1), bias_hc.repeat_interleave(times, 0).flatten())
+    row_hc = torch.arange(len(part.bias_o)).view(-1, channels)
+    return part.rows(row_hc.repeat_interleave(heads // len(row_hc), 0).flatten())
 
 
 def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:

@@ -6,9 +6,9 @@ Shape legend: as in `anatomy`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from bridge.huggingface.site_discovery import first_tensor, output_tensor
 from bridge.models.dense import DenseModel
 from bridge.models.dense_run import exclusive
+from bridge.models.sparse_blocks import norm_scale
 
 ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
 SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants
@@ -38,6 +39,9 @@ class Affine:
         factor_o = torch.as_tensor(factor_o, device=self.bias_o.device).expand(len(index_o))
         return Affine(self.weight_oi[index_o] * factor_o[:, None], self.bias_o[index_o] * factor_o)
 
+    def __mul__(self, factor: float) -> Affine:
+        return Affine(self.weight_oi * factor, self.bias_o * factor)
+
     def __call__(self, x_xi: Tensor) -> Tensor:
         """y_xo."""
         return x_xi @ self.weight_oi.T + self.bias_o
@@ -48,7 +52,7 @@ class Written:
     """The last map of a sublayer, and the gain of the norm that its output goes through, if it does."""
 
     map: Affine
-    gain_d: Tensor | None
+    gain_d: Tensor | None = None
     eps: float = 0.0
 
 
@@ -56,8 +60,7 @@ class Written:
 class CalledMap:
     """A linear map as it was called, in which block (-1: in none)."""
 
-    weight_oi: Tensor
-    bias_o: Tensor
+    affine: Affine
     input_xi: Tensor
     output_xo: Tensor
     block: int
@@ -83,43 +86,59 @@ class Attended:
     score_bhtt: Tensor | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """Maps and attention of a run, with its residuals and logits."""
 
-    maps: list[CalledMap] = field(default_factory=list)
-    blocks: list[Attended] = field(default_factory=list)
-    residuals: list[Tensor] = field(default_factory=list)  # h_xd of every site
-    logits_xv: Tensor | None = None
+    maps: list[CalledMap]
+    blocks: list[Attended]
+    residuals: list[Tensor]  # h_xd of every site
+    logits_xv: Tensor
 
 
 class Scores(TorchFunctionMode):
-    """Hands every product of queries and keys, and the scores in the end, to `multiplied` and `softened`."""
+    """Hands every product of queries and keys in a block, and its scores in the end, to `multiplied` and `softened`."""
 
-    def __init__(self, tokens: int, multiplied: Callable[[Tensor, Tensor], None], softened: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, tokens: int, multiplied: Callable[[int, Tensor, Tensor], None], softened: Callable[[int, Tensor], None]
+    ) -> None:
         super().__init__()
         self.tokens, self.multiplied, self.softened = tokens, multiplied, softened
+        self.block = -1  # that is running; none before the first
+
+    def _enter(self, block: int, *_: Any) -> None:
+        self.block = block
+
+    @contextmanager
+    def of(self, dense: DenseModel) -> Iterator[None]:
+        """A context in which the model's runs are watched."""
+        with exclusive(), ExitStack() as hooks, self:
+            for index, block in enumerate(dense.blocks):
+                hooks.enter_context(block.module.register_forward_pre_hook(partial(self._enter, index)))
+            yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out, name, square = func(*args, **kwargs), getattr(func, "__name__", ""), (self.tokens, self.tokens)
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if self.block < 0:
+            return out
         if name == "scaled_dot_product_attention" and given[0].shape[-2] == self.tokens == given[1].shape[-2]:
             with torch._C.DisableTorchFunction():
                 q, k = given[0], given[1]
-                self.multiplied(q, k)
-                self.softened(_scored(q, k, given[3] if len(given) > 3 else None, kwargs.get("scale"), *args[5:6]))
+                self.multiplied(self.block, q, k)
+                self.softened(self.block, _scored(q, k, given[3] if len(given) > 3 else None, kwargs.get("scale")))
         elif name == "softmax" and tuple(given[0].shape[-2:]) == square:
-            self.softened(given[0])
+            self.softened(self.block, given[0])
         elif isinstance(out, Tensor) and tuple(out.shape[-2:]) == square:
             pairs = [(q, k) for q in given for k in given if q is not k and q.dim() > 2 and q.shape[-1:] == k.shape[-2:-1]]
             for q, k in pairs:
                 if q.shape[-2] == k.shape[-1] == self.tokens != q.shape[-1]:
-                    self.multiplied(q, k.transpose(-1, -2))
+                    self.multiplied(self.block, q, k.transpose(-1, -2))
         return out
 
 
-def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None, *_causal: Any) -> Tensor:
+def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Scores as scaled_dot_product_attention makes them; without a mask every later key is masked."""
     k_bhtc = k_bgtc.repeat_interleave(q_bhtc.shape[1] // k_bgtc.shape[1], 1)
     score_bhtt = q_bhtc.float() @ k_bhtc.float().transpose(-1, -2) * (scale or 1 / math.sqrt(q_bhtc.shape[-1]))
@@ -132,23 +151,18 @@ def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     """tokens_bt drawn at random."""
     length = min(tokens, dense.context or tokens)
     generator = torch.Generator().manual_seed(0)
-    rows_of_embedding: Any = dense.model.get_input_embeddings()
-    return torch.randint(min(len(rows_of_embedding.weight), dense.vocabulary), (rows, length), generator=generator).to(
-        dense.device
-    )
+    table: Any = dense.model.get_input_embeddings()
+    known = min(len(table.weight), dense.vocabulary)
+    return torch.randint(known, (rows, length), generator=generator).to(dense.device)
 
 
 def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
     """The maps, products and scores of a run on the tokens."""
-    seen, maps = Seen(blocks=[Attended() for _ in dense.blocks]), dict[nn.Module, CalledMap]()
+    blocks, maps = [Attended() for _ in dense.blocks], dict[nn.Module, CalledMap]()
     block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
-    now = [-1]
 
     def plain(x: Tensor) -> Tensor:
         return x.to(dense.device, torch.float32)
-
-    def enter(index: int, *_: Any) -> None:
-        now[0] = index
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x, y, weight, bias = first_tensor(args, kwargs), output_tensor(output), module.weight, getattr(module, "bias", None)
@@ -161,31 +175,27 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
         for weight_oi in (weight, weight.T):  # transformers' Conv1D has inputs first
             fits = weight_oi.shape == (y_xo.shape[1], x_xi.shape[1])
             if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * SAME:
-                maps[module] = CalledMap(weight_oi, bias_o, x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
+                maps[module] = CalledMap(Affine(weight_oi, bias_o), x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
                 return
 
-    def multiplied(q: Tensor, k: Tensor) -> None:
-        if now[0] < 0 or any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):
-            return  # not attention: a mask in the making
-        here = seen.blocks[now[0]]
-        here.q_bhtc, here.k_bhtc = (plain(x).reshape(len(tokens_bt), -1, *x.shape[-2:]).clone() for x in (q, k))
+    def by_row(x: Tensor) -> Tensor:
+        return plain(x).reshape(len(tokens_bt), -1, *x.shape[-2:]).clone()
 
-    def softened(score: Tensor) -> None:
-        if now[0] >= 0:
-            seen.blocks[now[0]].score_bhtt = plain(score).reshape(len(tokens_bt), -1, *score.shape[-2:]).clone()
+    def multiplied(block: int, q: Tensor, k: Tensor) -> None:
+        if not any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):  # else not attention: a mask in the making
+            blocks[block].q_bhtc, blocks[block].k_bhtc = by_row(q), by_row(k)
 
-    with exclusive(), ExitStack() as hooks:
-        for index, block in enumerate(dense.blocks):
-            hooks.enter_context(block.module.register_forward_pre_hook(partial(enter, index)))
+    def softened(block: int, score: Tensor) -> None:
+        blocks[block].score_bhtt = by_row(score)
+
+    with Scores(tokens_bt.shape[1], multiplied, softened).of(dense), ExitStack() as hooks:
         for module in dense.model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2:
                 hooks.enter_context(module.register_forward_hook(see, with_kwargs=True))
-        with Scores(tokens_bt.shape[1], multiplied, softened):
-            trace = dense.run(tokens_bt)
-    seen.maps, seen.logits_xv = list(maps.values()), trace.logits_btv.flatten(0, 1).float()
-    seen.residuals = [h_btd.flatten(0, 1).float() for h_btd in trace.residuals]
-    return seen
+        trace = dense.run(tokens_bt)
+    residuals = [h_btd.flatten(0, 1).float() for h_btd in trace.residuals]
+    return Seen(list(maps.values()), blocks, residuals, trace.logits_btv.flatten(0, 1).float())
 
 
 # --- maps that read and write
@@ -216,8 +226,8 @@ def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: 
             known.append((one.input_xi, best))
         left, site, raw, gain_d, bias_d = best
         if left < SAME:
-            affine = Affine(one.weight_oi * gain_d, one.weight_oi @ bias_d + one.bias_o)
-            found.append(Reading(one, affine, site, raw, left))
+            weight_od, bias_o = one.affine.weight_oi, one.affine.bias_o
+            found.append(Reading(one, Affine(weight_od * gain_d, weight_od @ bias_d + bias_o), site, raw, left))
     return found
 
 
@@ -235,7 +245,7 @@ def _fit_read(
 def normal(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
     """z_xd of a residual."""
     h_xd = h_xd - h_xd.mean(-1, keepdim=True) if centred else h_xd
-    return h_xd * torch.rsqrt(h_xd.square().mean(-1, keepdim=True) + max(eps, 1e-20))
+    return h_xd * norm_scale(h_xd, max(eps, 1e-20))
 
 
 def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:
@@ -253,27 +263,14 @@ def multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
     return factor, unexplained(factor * x, y)
 
 
-def scaled(x_vd: Tensor, y_vd: Tensor) -> tuple[float, Tensor, float]:
-    """(c, offset_d, unexplained) of y = c x + offset."""
-    x0_vd = x_vd - x_vd.mean(0)
-    factor = ((x0_vd * y_vd).sum() / x0_vd.square().sum().clamp_min(1e-20)).item()
-    offset_d = (y_vd - factor * x_vd).mean(0)
-    return factor, offset_d, unexplained(factor * x_vd + offset_d, y_vd)
-
-
-def times(one: CalledMap, factor: float) -> Written:
-    """A map that writes a constant times its output."""
-    return Written(Affine(one.weight_oi * factor, one.bias_o * factor), None)
-
-
 def written(one: CalledMap, write_xd: Tensor) -> Written | None:
     """The steps from a map's output to its sublayer's write."""
     factor, left = multiple(one.output_xo, write_xd)
     if left < SAME:
-        return times(one, factor)
+        return Written(one.affine * factor)
     fits = [(gain(normal(one.output_xo, False, eps), write_xd, biased=False), eps) for eps in EPSILONS]
     (gain_d, _, left), eps = min(fits, key=lambda fit: fit[0][2])
-    return Written(Affine(one.weight_oi, one.bias_o), gain_d, eps) if left < SAME else None
+    return Written(one.affine, gain_d, eps) if left < SAME else None
 
 
 def unexplained(guess_xy: Tensor, target_xy: Tensor) -> float:

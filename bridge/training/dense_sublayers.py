@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 
 import torch
 from torch import Tensor
@@ -101,15 +101,18 @@ def attention_of(
         before_q, before_k = (_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
         if before_q is None or before_k is None or (before_q.gain_o is None) != (before_k.gain_o is None):
             return None
-        scored = _positions(before_q, before_k, q_bhtc, k_bgtc, score_bhtt)
-        if scored is None:
+        turn = _turn(torch.cat([before_q.value_bhtc, before_k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
+        response = _response(q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2), score_bhtt)
+        if turn is None or response is None:
             return None
-        shape, cap, (q, k), gains = scored
-        shape = shape.model_copy(update={"window": window})
+        (frequencies, order_c), (scale, cap, alibi) = turn, response
+        shape = AttentionShape(frequencies=frequencies, window=window, slopes=alibi)
+        q, gain_q = before_q.ordered(order_c, scale * math.sqrt(channels))
+        k, gain_k = before_k.ordered(order_c, 1.0)
+        gains = None if gain_q is None or gain_k is None else (gain_q, gain_k)
         v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
-        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
         by_head, norm_eps = before_q.by_head, before_q.eps
-        return Attention(q, k, v, nothing, channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
+        return Attention(q, k, v, Written(one.affine), channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
     return None
 
 
@@ -135,58 +138,34 @@ class _Queries:
     eps: float
     value_bhtc: Tensor
 
+    def ordered(self, order_c: Tensor, factor: float) -> tuple[Affine, Tensor | None]:
+        """Map and gain with each head's channels in an order, and times a factor."""
+        order_o = torch.arange(len(self.map.bias_o), device=order_c.device).view(-1, len(order_c))[:, order_c].flatten()
+        if self.gain_o is None:
+            return self.map.rows(order_o, factor), None
+        return self.map.rows(order_o), self.gain_o[order_o] * factor
+
 
 def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
     rows, heads, _, channels = x_bhtc.shape
-    if (found := _along(x_bhtc[:, :, 0].flatten(1), column_bto[:, 0])) is not None:
+    first_bo = x_bhtc[:, :, 0].flatten(1)
+
+    def heads_of(value_bto: Tensor) -> Tensor:
+        return value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
+
+    if (found := _along(first_bo, column_bto[:, 0])) is not None:
         index_o, factor_o = found
-        value_bto = column_bto[..., index_o] * factor_o
-        return _Queries(
-            affine.rows(index_o, factor_o), None, True, 0.0, value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
-        )
+        return _Queries(affine.rows(index_o, factor_o), None, True, 0.0, heads_of(column_bto[..., index_o] * factor_o))
     best: tuple[float, _Queries] | None = None
-    for read in reads:
+    for read, by_head, eps in product(reads, (True, False), EPSILONS):
         if len(read.affine.bias_o) != heads * channels:
             continue
-        for by_head in (True, False):
-            for eps in EPSILONS:
-                y_bto = read.map.output_xo.unflatten(0, (rows, -1))
-                y_bto = (
-                    normal(y_bto.unflatten(-1, (heads, channels)), False, eps).flatten(-2)
-                    if by_head
-                    else normal(y_bto, False, eps)
-                )
-                first_bo = x_bhtc[:, :, 0].flatten(1)
-                gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
-                if best is None or left < best[0]:
-                    value_bhtc = (y_bto * gain_o).unflatten(-1, (heads, channels)).transpose(1, 2)
-                    best = left, _Queries(read.affine, gain_o, by_head, eps, value_bhtc)
+        y_bthc = read.map.output_xo.unflatten(0, (rows, -1)).unflatten(-1, (heads if by_head else 1, -1))
+        y_bto = normal(y_bthc, False, eps).flatten(-2)
+        gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
+        if best is None or left < best[0]:
+            best = left, _Queries(read.affine, gain_o, by_head, eps, heads_of(y_bto * gain_o))
     return best[1] if best is not None and best[0] < SAME else None
-
-
-def _positions(
-    q: _Queries, k: _Queries, q_bhtc: Tensor, k_bgtc: Tensor, score_bhtt: Tensor
-) -> tuple[AttentionShape, float | None, tuple[Affine, Affine], tuple[Tensor, Tensor] | None] | None:
-    """Positions in scores of queries and keys, and both with pairs as halves and such a scale that the score is q . k / root."""
-    turn = _turn(torch.cat([q.value_bhtc, k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
-    if turn is None:
-        return None
-    frequencies, order_c = turn
-    heads, channels = q_bhtc.shape[1], q_bhtc.shape[3]
-    product_bhtt = q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2)
-    response = _response(product_bhtt, score_bhtt)
-    if response is None:
-        return None
-    scale, cap, alibi_h = response
-    factor = scale * math.sqrt(channels)
-    made = []
-    for each, times in ((q, factor), (k, 1.0)):
-        order_o = (torch.arange(len(each.map.bias_o), device=order_c.device).view(-1, channels)[:, order_c]).flatten()
-        gain_o = None if each.gain_o is None else each.gain_o[order_o] * times
-        made.append((each.map.rows(order_o, times if gain_o is None else 1.0), gain_o))
-    gains = None if made[0][1] is None or made[1][1] is None else (made[0][1], made[1][1])
-    alibi = () if alibi_h is None else tuple(alibi_h.tolist())
-    return AttentionShape(frequencies=frequencies, slopes=alibi), cap, (made[0][0], made[1][0]), gains
 
 
 def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
@@ -218,14 +197,14 @@ def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], T
     return tuple(frequency_p.tolist()), best[2]
 
 
-def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, Tensor | None] | None:
-    """(scale, cap, slopes_h) of scores as functions of q . k and of the key's place."""
+def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, tuple[float, ...]] | None:
+    """(scale, cap, ALiBi of each head) of scores as functions of q . k and of the key's place."""
     seen_bhtt = (score_bhtt > UNSEEN).expand_as(product_bhtt)
     score_bhtt = score_bhtt.expand_as(product_bhtt).double()
     product_bhtt, place_t = product_bhtt.double(), torch.arange(score_bhtt.shape[-1], device=score_bhtt.device).double()
     scale, cap, left = capped(product_bhtt[seen_bhtt], score_bhtt[seen_bhtt])
     if left < 1e-6:
-        return scale, cap, None
+        return scale, cap, ()
 
     def within(x_bhtt: Tensor) -> Tensor:  # less its mean over the keys that each query sees
         mean = (x_bhtt * seen_bhtt).sum(-1, keepdim=True) / seen_bhtt.sum(-1, keepdim=True)
@@ -235,7 +214,7 @@ def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | 
     both = torch.linalg.lstsq(torch.stack([x, p], -1), y[..., None]).solution[..., 0]
     left = ((both[:, :1] * x + both[:, 1:] * p - y).square().sum() / y.square().sum()).item()
     alike = (both[:, 0] - both[:, 0].mean()).abs().max() <= 1e-3 * both[:, 0].abs().max()
-    return (both[:, 0].mean().item(), None, both[:, 1].float()) if left < 1e-6 and bool(alike) else None
+    return (both[:, 0].mean().item(), None, tuple(both[:, 1].float().tolist())) if left < 1e-6 and bool(alike) else None
 
 
 def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
@@ -265,20 +244,20 @@ def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
 def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
     """The MLP that some maps read for, and the map that writes."""
     for one in writers:
-        neurons = one.weight_oi.shape[1]
+        neurons = one.affine.weight_oi.shape[1]
         parts = [
             (Affine(*(x.split(neurons)[part] for x in (read.affine.weight_oi, read.affine.bias_o))), y_xm, read.raw)
             for read in reads
             if len(read.affine.bias_o) % neurons == 0
             for part, y_xm in enumerate(read.map.output_xo.split(neurons, -1))
         ]
-        nothing = Written(Affine(one.weight_oi, one.bias_o), None)
+        out = Written(one.affine)
         fits: list[tuple[float, Mlp]] = []
         for name, activation in ACTIVATIONS.items():
             for up, y_xm, raw in parts:
-                fits.append((unexplained(activation(y_xm), one.input_xi), Mlp(None, up, nothing, name, raw)))
+                fits.append((unexplained(activation(y_xm), one.input_xi), Mlp(None, up, out, name, raw)))
             for (gate, gate_xm, raw), (up, up_xm, _) in permutations(parts, 2):
-                fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, nothing, name, raw)))
+                fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, out, name, raw)))
         left, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
         if best is not None and left < SAME:
             return best, one

@@ -94,7 +94,7 @@ def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgr
     parts = tokens_bt.to(coupling.dense.device).split(ROWS)
     means = _means(coupling, parts, progress)
     alive = {at: torch.zeros(n, dtype=torch.bool) for at, n in coupling.sparse.locations().items() if at.kind == "mlp_act"}
-    sums = _Sums()
+    sums: Sums = defaultdict(float)
     for number, part_bt in enumerate(parts):
         _measure(coupling, part_bt, means, sums, alive)
         progress(Phase("evaluation", 0.2 + 0.8 * (number + 1) / len(parts), 1))
@@ -103,6 +103,7 @@ def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgr
 
 POSITIONS = {"": 0, "_later": 1}  # from which on a sum is taken
 Means = Mapping[tuple[str, str, int], Tensor]  # of either model's residual, by those positions and site
+Sums = defaultdict[tuple[str, int | None], float]  # over text, by name and site (None: not of a site)
 
 
 def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgress) -> Means:
@@ -113,34 +114,12 @@ def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgres
             for site, x_btd in enumerate(trace.residuals):
                 for suffix, start in POSITIONS.items():
                     mean_d = len(part_bt) / rows * x_btd[:, start:].float().mean((0, 1))
-                    at = (model, suffix, site)
-                    means[at] = means[at] + mean_d if at in means else mean_d
+                    means[model, suffix, site] = means.get((model, suffix, site), 0) + mean_d
         progress(Phase("evaluation", 0.2 * (number + 1) / len(parts), 1))
     return means
 
 
-class _Sums:
-    """Sums over text, in float64, by name and site (None: not of a site)."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, int | None], float] = defaultdict(float)
-
-    def __getitem__(self, at: tuple[str, int | None]) -> float:
-        return self._sums[at]
-
-    def add(self, name: str, site: int | None, value: Tensor) -> None:
-        """Add the sum of a tensor's entries."""
-        self._sums[name, site] += float(value.double().sum())
-
-    def compare(self, name: str, site: int | None, logits_btv: Tensor, truth_btv: Tensor, tokens_bt: Tensor) -> None:
-        """Add the losses of answers against the text, and against the dense model's answers."""
-        log_q_btv, log_p_btv = logits_btv.float().log_softmax(-1), truth_btv.float().log_softmax(-1)
-        self.add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="sum"))
-        self.add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
-        self.add(f"top1_{name}", site, logits_btv.argmax(-1) == truth_btv.argmax(-1))
-
-
-def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: _Sums, alive: dict[Location, Tensor]) -> None:
+def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums, alive: dict[Location, Tensor]) -> None:
     """Add the sums over some rows of text, and mark which neurons were active."""
     dense, bridges = coupling.dense, coupling.bridges
 
@@ -150,9 +129,17 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: _Sums
         return x_btn
 
     truth, plain = dense.run(part_bt), coupling.sparse.gated(watch).run(part_bt)
+    log_p_btv = truth.logits_btv.float().log_softmax(-1)
+
+    def add(name: str, site: int | None, value: Tensor) -> None:
+        sums[name, site] += float(value.double().sum())
 
     def compare(name: str, site: int | None, logits_btv: Tensor) -> None:
-        sums.compare(name, site, logits_btv, truth.logits_btv, part_bt)
+        """Add the losses of answers against the text, and against the dense model's answers."""
+        log_q_btv = logits_btv.float().log_softmax(-1)
+        add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), part_bt[:, 1:].flatten(), reduction="sum"))
+        add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
+        add(f"top1_{name}", site, logits_btv.argmax(-1) == truth.logits_btv.argmax(-1))
 
     compare("dense", None, truth.logits_btv)
     compare("sparse", None, plain.logits_btv)
@@ -167,11 +154,11 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: _Sums
             ("decoder", bridges[site].decode(x_bts), h_btd, "dense"),
         ):
             for suffix, start in POSITIONS.items():
-                sums.add(f"error_{name}{suffix}", site, (guess - target)[:, start:].square())
-                sums.add(f"variance_{name}{suffix}", site, (target - means[model, suffix, site])[:, start:].square())
+                add(f"error_{name}{suffix}", site, (guess - target)[:, start:].square())
+                add(f"variance_{name}{suffix}", site, (target - means[model, suffix, site])[:, start:].square())
 
 
-def _evaluation(coupling: CoupledModels, sums: _Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
+def _evaluation(coupling: CoupledModels, sums: Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
     """The evaluation computed from the sums over a text of that shape."""
     rows, tokens = shape[0], shape.numel()
     sites = range(coupling.n_sites)
@@ -185,11 +172,10 @@ def _evaluation(coupling: CoupledModels, sums: _Sums, alive: Mapping[Location, T
     def recovered(name: str, site: int) -> float:
         return (ce("mean", site) - ce(name, site)) / (ce("mean", site) - ce("dense"))
 
-    readers = coupling.dense.readers
     by_site = tuple(
         SiteEvaluation(
             site=site,
-            read_by=readers[site],
+            read_by=coupling.dense.readers[site],
             ev_encoder=explained("encoder", site),
             ev_encoder_later=explained("encoder_later", site),
             ev_decoder=explained("decoder", site),

@@ -12,11 +12,8 @@ What is centred away is read by nobody. The other channels and neurons read by s
 rotation, as a norm has no gain of its own left: the one in which embedding and unembedding have the largest fourth powers, which
 are nearly sparse there, for these two, thin as they are, lose most when the projection keeps the same fraction of every matrix.
 
-No architecture is known by name. The dense model is run once and every module that multiplies its input by its weight is
-watched: a map whose input is g z + b at a site reads there, one whose output is a sublayer's write writes there, one whose output
-is the logits unembeds. A sublayer is an attention of that many heads, or an MLP, where its copy, run on the dense residuals
-without AbsTopK, writes what the dense one writes; orders of q, k and v are tried until one does. What is not verified so (gated
-MLPs, parallel blocks, positions that the recipe has not) stays random.
+No architecture is known by name: maps are found by what goes in and comes out (`anatomy`). A sublayer whose copy, run on the
+dense residuals without AbsTopK, does not write what the dense one writes stays random.
 
 Shape legend: b batch row, t token (of all rows), d dense width, s sparse width, i inputs, o outputs, h heads, c head channels,
 m dense neurons, v vocabulary.
@@ -31,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bridge.models.bridges import CoupledModels, folder_of
+from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel
 from bridge.models.span import DenseSpan
 from bridge.models.sparse_weights import Fractions
@@ -77,15 +75,17 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     mlp = next(iter(anatomy.mlp.values()), None)
     channels = shape.head_channels or (attention.channels if attention else 16)
     width = shape.width or max(1, round(2 * dense.width / channels)) * channels
-    if not (attention and channels == attention.channels) and width % channels:
+    same_heads = attention is not None and channels == attention.channels
+    if width % channels and not same_heads:
         raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
-    form: dict[str, Any] = {"eps": _sparse_eps(anatomy, dense.width, width), "logit_cap": anatomy.logit_cap}
+    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # at which the sparse norms are the dense ones
+    form: dict[str, Any] = {"eps": eps, "logit_cap": anatomy.logit_cap}
     positions = shape.positions
     if positions == "auto":
         turning = any(each.shape.frequencies for each in anatomy.attention.values())
         positions = "learned" if anatomy.position_td is not None else "rotary" if turning else "none"
-    if attention is not None and channels == attention.channels:
+    if attention is not None and same_heads:
         form |= _heads(anatomy, attention, times, positions)
     keep = shape.keep or (0.25 if shape.start == "random" or not anatomy.mlp else max(0.25, min(1.0, dense.width / width)))
     if mlp is not None:
@@ -94,9 +94,9 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
             form["neurons"] = round(mlp.neurons * times)
     if shape.mlp != "auto":
         form["gated"] = shape.mlp == "gated"
-    outs = [part.out.gain_d is not None for part in (*anatomy.attention.values(), *anatomy.mlp.values())]
-    raw = [part.raw for part in (*anatomy.attention.values(), *anatomy.mlp.values())]
-    form |= {"writes_normed": any(outs), "reads_normed": not (raw and all(raw))}
+    parts = [*anatomy.attention.values(), *anatomy.mlp.values()]
+    form["writes_normed"] = any(part.out.gain_d is not None for part in parts)
+    form["reads_normed"] = not parts or not all(part.raw for part in parts)
     update = {
         "width": width, "head_channels": channels, "positions": positions, "mlp_ratio": shape.mlp_ratio or 4, "keep": keep,
         "block": BlockShape(**form),
@@ -106,10 +106,9 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
 
 def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> dict[str, Any]:
     """Heads, what they know of positions, and their scores, as in the dense model's blocks; as many times more as it is wider."""
-    every = [anatomy.attention.get(site, one) for site in sorted({*anatomy.attention, *anatomy.mlp}) if site in anatomy.attention]
     keys = max(one.kv_heads, int(one.kv_heads * times + 1e-9))
     heads, shapes = keys * one.heads // one.kv_heads, []
-    for each in every:
+    for each in anatomy.attention.values():
         slopes = each.shape.slopes + (0.0,) * (heads - one.heads) if each.shape.slopes else ()
         frequencies = each.shape.frequencies if positions == "rotary" else ()
         shapes.append(each.shape.model_copy(update={"slopes": slopes, "frequencies": frequencies}))
@@ -121,11 +120,6 @@ def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> di
         "attention": tuple(shapes) if shapes != [AttentionShape()] else (),
         "qk_norm": None if one.gains is None else "head" if one.by_head else "all",
     }  # fmt: skip
-
-
-def _sparse_eps(anatomy: Anatomy, d: int, s: int) -> float:
-    """The eps of the sparse norms at which they are the dense ones, the residual being divided by `_scale`."""
-    return anatomy.eps * d / (s * _scale(anatomy) ** 2)
 
 
 def _scale(anatomy: Anatomy) -> float:
@@ -142,9 +136,8 @@ def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
     dense, sparse = coupling.dense, coupling.sparse
     residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
     coupling.bridges.calibrate(residuals)
-    nothing = Started(False, False, False, (None,) * len(dense.sublayers))
     if sparse.width < dense.width:
-        return nothing
+        return Started(False, False, False, (None,) * len(dense.sublayers))
     anatomy = dissect(dense, coupling.context)
     frame = Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
     span = isinstance(dense, DenseSpan)
@@ -175,24 +168,18 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
     now, before = coupling.recipe, other.recipe
     same_text = now.data.source == before.data.source != "self"  # streams hold out by the text itself, whatever the seed
     if same_text and (now.data.stream != before.data.stream or (not now.data.stream and now.seed != before.seed)):
-        raise RecipeError(
-            f"seed {now.seed} (data.stream {str(now.data.stream).lower()})",
-            f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them",
-            f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›",
-        )
+        what = f"seed {now.seed} (data.stream {str(now.data.stream).lower()})"
+        rule = f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them"
+        remedy = f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›"
+        raise RecipeError(what, rule, remedy)
     mine, theirs = (
-        one.recipe.sparse.model_copy(
-            update={"start": "auto", "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
-        )
+        {**dict(one.recipe.sparse), "start": None, "keep": one.sparse.keep, "block": one.sparse.form, "blocks": one.blocks}
         for one in (coupling, other)
     )
-    if (mine, coupling.context) != (theirs, other.context):
-        differ = [name for name in SparseShape.model_fields if getattr(mine, name) != getattr(theirs, name)] or ["data.context"]
-        raise RecipeError(
-            f"sparse.start {path!r}",
-            f"is a coupling of another shape ({', '.join(differ)})",
-            "take its numbers, or start as 'auto'",
-        )
+    differ = [name for name, value in mine.items() if value != theirs[name]]
+    if differ or coupling.context != other.context:
+        rule = f"is a coupling of another shape ({', '.join(differ) or 'data.context'})"
+        raise RecipeError(f"sparse.start {path!r}", rule, "take its numbers, or start as 'auto'")
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())
     return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())
@@ -207,7 +194,7 @@ def gentle_rate(coupling: CoupledModels, tokens_bt: Tensor) -> float:
     beyond, half of the way (in the logarithm) to the rate at which it would be: a lower one takes longer to mend what L0 breaks.
     """
     sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
-    before_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
+    before_btv = sparse.run(tokens_bt).logits_btv
     generator, n_blocks = torch.Generator().manual_seed(0), len(sparse.blocks)
     some = sorted({index * n_blocks // TRIED for index in range(TRIED)})
     total = 0.0
@@ -217,8 +204,7 @@ def gentle_rate(coupling: CoupledModels, tokens_bt: Tensor) -> float:
         for weight in weights:
             sign = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
             weight.add_(sign.to(weight), alpha=FASTEST)
-        after_btv = sparse.run(tokens_bt).logits_btv.log_softmax(-1)
-        total += float((before_btv.exp() * (before_btv - after_btv)).sum(-1).mean()) * n_blocks / len(some)
+        total += float(kl(before_btv, sparse.run(tokens_bt).logits_btv).mean()) * n_blocks / len(some)
         for weight, was in zip(weights, kept, strict=True):
             weight.copy_(was)
     return FASTEST * min(1.0, (GENTLE / max(total, 1e-12)) ** 0.25)

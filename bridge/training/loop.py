@@ -24,8 +24,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -39,10 +39,11 @@ from torch import Tensor
 from bridge.display.progress import OnProgress, unseen
 from bridge.errors import OneLineError, RunError
 from bridge.kernels.cpu import reuse_memory
+from bridge.kernels.products import worth_it
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, write_text
-from bridge.recipe import Losses, recipe_values
+from bridge.recipe import recipe_values
 from bridge.training import shards
 from bridge.training import sparse_native as native
 from bridge.training.objective import Objective, Splice, draw_splice
@@ -54,9 +55,6 @@ from bridge.training.state import CAUTION, DIVERGED, TrainingState, restore, sav
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
 WORST = 2  # the same of the model that is to be written, on one row of text
-
-
-_TERMS = tuple(name for name in Losses.model_fields if name not in ("temperature", "splice"))
 
 
 class FitError(RunError):
@@ -138,7 +136,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     """
     coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
     recipe, sparse = coupling.recipe, coupling.sparse
-    budget, rows, processes, pieces = recipe.budget, recipe.data.rows, accelerator.num_processes, run.pieces
+    budget, rows, pieces = recipe.budget, recipe.data.rows, run.pieces
     assert rows is not None and recipe.data.context is not None
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
@@ -152,13 +150,11 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
         sparse.requires_grad_(False)
         sparse.use_products()
     objective = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses)
-    if shards.asked_for(accelerator):
-        objective.in_shards = True
-        shards.shard(objective, accelerator)
-    else:
+    objective.in_shards = shards.shard(objective, accelerator)
+    if not objective.in_shards:
         objective = accelerator.prepare(objective)
     optimizer = SharkfinAdamW(coupling)
-    state = TrainingState(0, 0.0, None, Fractions.of(1.0 if run.started is None else run.started.l0))
+    state = TrainingState(0, 0.0, Fractions(1.0, 1.0) if run.started is None else run.started.l0)
     if run.resume and out is not None:
         state = restore(out, coupling, optimizer, blocks)
     elif (recipe.losses.coupled or coupling.ends) and run.started is None:  # a start calibrates them, folds constants in
@@ -168,9 +164,10 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
     kept = sparse.fractions(recipe.sparsity)
-    names = ["total", *(name for name in _TERMS if getattr(recipe.losses, name))]
-    if recipe.losses.splice == "literal" and "hybrid_both" in names:
-        names.remove("hybrid_both")  # the paper's sum has none
+    terms = recipe.losses.model_dump(exclude={"temperature", "splice"})
+    if recipe.losses.splice == "literal":
+        del terms["hybrid_both"]  # the paper's sum has none
+    names = ["total", *(name for name, weight in terms.items() if weight)]
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
 
@@ -183,7 +180,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
         by_clock = state.seconds / (60 * budget.minutes) if budget.minutes else 0.0
         return min(1.0, max(by_steps, by_clock))
 
-    with _asked_to_stop() as stop, _Log(out, accelerator, state.step) as log:
+    with _asked_to_stop() as stop, _log(out, accelerator, state.step) as log:
         while (done := fraction()) < 1:
             if state.native is None and done >= recipe.sparsity.anneal and not frozen:
                 state.native = _choose(run, kept, per_step)
@@ -199,20 +196,18 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             losses = _accumulate(objective, accelerator, tokens_bt, splice, pieces)
             finite = optimizer.step(done, annealed(done), state.caution)
             if not finite or not bool(torch.isfinite(losses["total"])):
-                raise _failed("the loss or its gradient is not a number", state.step, out)
+                raise _failed("the loss or its gradient is not a number", f"step {state.step}", out)
             if updates_mask:
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
-                native.update_mask(sparse, dropped, optimizer.moments(), min_per_neuron=recipe.sparsity.min_per_neuron)
+                native.update_mask(sparse, dropped, optimizer.adam.state, min_per_neuron=recipe.sparsity.min_per_neuron)
 
             ce = float(losses.get("ce", 0.0))
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
-            asked = bool(stop) or stretch_over
-            if processes > 1:  # every process must see the same clock and the same wish to stop
-                shared = torch.tensor([state.seconds, float(asked), ce], dtype=torch.float64, device=accelerator.device)
-                state.seconds, wishes, ce = _over_processes(accelerator, shared)
-                asked = wishes > 0
+            # every process must see the same clock and the same wish to stop
+            shared = torch.tensor([state.seconds, bool(stop) or stretch_over, ce], dtype=sums.dtype, device=sums.device)
+            state.seconds, asked, ce = _over_processes(accelerator, shared)
             state.watch(ce, sparse.vocabulary)
             if not frozen:
                 target = annealed(fraction())  # the last step ends on the target
@@ -223,11 +218,11 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
                 means = dict(zip(names, _over_processes(accelerator, sums / summed)))
                 speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
-                left = (1 - fraction()) * _total_seconds(state, steps, budget.minutes)
+                left = (1 - fraction()) * state.seconds / max(1e-9, fraction())
                 with shards.whole_weights(sparse):
                     l0 = sparse.achieved_l0()
                 progress = Progress(state.step, steps, state.step * per_step, fraction(), means, l0, speed, left)
-                log.write(progress)
+                log(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
                 if state.caution <= CAUTION:  # lower rates have been tried
@@ -237,11 +232,8 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                     save(out if accelerator.is_main_process else None, coupling, optimizer, blocks, state)
                 last_save = state.seconds
             if asked and fraction() < 1:
-                where, remedy = (
-                    f"step {state.step}, {state.step * per_step:,} tokens",
-                    f"‹resume› ‹out› {out} goes on" if out else "",
-                )
-                raise FitStopped(f"stopped at {where}", remedy, planned=not stop)
+                remedy = f"‹resume› ‹out› {out} goes on" if out else ""
+                raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens", remedy, planned=not stop)
         shards.gather(objective)
 
 
@@ -257,8 +249,7 @@ def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
         tokens_bt = run.blocks.batch(0, refit.rows, coupling.recipe.seed)
         refit_decoders(coupling, tokens_bt, reference_bt, refit.slopes, progress)
     coupling.sparse.use_products()
-    path = None if out is None else str(out)
-    coupling = replace(coupling, reference_bt=reference_bt, path=path)
+    coupling = replace(coupling, reference_bt=reference_bt, path=None if out is None else str(out))
     _check_sound(coupling, out)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
@@ -268,41 +259,36 @@ def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
     return coupling
 
 
-class _Log:
-    """log.jsonl, and accelerate's trackers where they were asked for."""
+@contextmanager
+def _log(out: Path | None, accelerator: Accelerator, step: int) -> Iterator[Callable[[Progress], None]]:
+    """A writer to log.jsonl, and to accelerate's trackers where they were asked for."""
+    file = None
+    if out is not None and accelerator.is_main_process:
+        path = out / "log.jsonl"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # what came after the saved state is run again
+                lines = path.read_text(encoding="utf-8").splitlines()
+                write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+            file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"could not write {str(path)!r} ({error.strerror})", remedy="name another folder") from None
+    if accelerator.log_with:
+        accelerator.init_trackers("bridge")
 
-    def __init__(self, out: Path | None, accelerator: Accelerator, step: int) -> None:
-        self.accelerator = accelerator
-        self.file = None
-        if out is not None and accelerator.is_main_process:
-            path = out / "log.jsonl"
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                if path.exists():  # what came after the saved state is run again
-                    lines = path.read_text(encoding="utf-8").splitlines()
-                    write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-                self.file = path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise CheckpointError(f"could not write {str(path)!r} ({error.strerror})", remedy="name another folder") from None
-        if accelerator.log_with:
-            accelerator.init_trackers("bridge")
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def write(self, progress: Progress) -> None:
+    def write(progress: Progress) -> None:
         values = {**progress.losses, "l0": progress.l0, "tokens_per_second": progress.tokens_per_second}
-        self.accelerator.log(values, step=progress.step)
-        if self.file is not None:
-            self.file.write(json.dumps({"step": progress.step, "tokens": progress.tokens, **values}) + "\n")
-            self.file.flush()
+        accelerator.log(values, step=progress.step)
+        if file is not None:
+            file.write(json.dumps({"step": progress.step, "tokens": progress.tokens, **values}) + "\n")
+            file.flush()
 
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-        # not `end_training`, which also destroys the group of processes: what was trained still holds it, and its end would hang
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+    with file or nullcontext():
+        try:
+            yield write
+        finally:  # not `end_training`, which also destroys the group of processes: what was trained holds it, its end would hang
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def _step_of(line: str) -> float:
@@ -312,23 +298,22 @@ def _step_of(line: str) -> float:
         return math.inf  # the half line of a kill
 
 
-class _asked_to_stop:
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
     """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it."""
+    seen, earlier = list[int](), dict[int, Any]()
 
-    def __enter__(self) -> list[int]:
-        self.seen: list[int] = []
-        self.earlier: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.earlier[number] = signal.signal(number, self._note)
-        return self.seen
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(number, earlier[number])
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen.append(number)
-        signal.signal(number, self.earlier[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.earlier.items():
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
@@ -366,14 +351,10 @@ def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
         return []
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    always = recipe.sparsity.native == "always"
-    names = native.all_matrices(sparse) if always else native.faster_matrices(sparse, kept, tokens, dtype)
-    return [name for name in names if sparse.get_parameter(name).requires_grad]
-
-
-def _total_seconds(state: TrainingState, steps: int | None, minutes: float | None) -> float:
-    by_steps = steps * state.seconds / state.step if steps else math.inf
-    return min(by_steps, minutes * 60 if minutes else math.inf)
+    trained = {name: weight for name, weight in sparse.packable().items() if weight.requires_grad}
+    if recipe.sparsity.native == "always":
+        return list(trained)
+    return [name for name, weight in trained.items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
 
 
 def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float, out: Path | None) -> None:
@@ -381,7 +362,7 @@ def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float
     ce = progress.losses.get("ce", 0.0)
     if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
         what = f"the sparse model's cross-entropy is {ce:.2f} nats, worse than guessing ({uniform:.2f})"
-        raise _failed(what, progress.step, out)
+        raise _failed(what, f"step {progress.step}", out)
 
 
 @torch.no_grad()
@@ -398,8 +379,7 @@ def _check_sound(coupling: CoupledModels, out: Path | None) -> None:
         raise _failed(what, "the end", out)
 
 
-def _failed(what: str, step: int | str, out: Path | None) -> FitError:
-    at = step if isinstance(step, str) else f"step {step}"
+def _failed(what: str, at: str, out: Path | None) -> FitError:
     kept = f"; the last good state is in {out} (‹resume›)" if out is not None and (out / "training.json").exists() else ""
     remedy = "try a lower rate (optimizer.rate, optimizer.bridge_rate), or ‹dtype› float32 if it was bfloat16"
     return FitError(f"stopped at {at}:", f"{what}{kept}", remedy)

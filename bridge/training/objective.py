@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from bridge.models.bridges import Bridges
 from bridge.models.dense import DenseModel
-from bridge.models.residual import EMBEDDING, Enter
+from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import Losses
 
@@ -124,7 +124,8 @@ class Objective(nn.Module):
         """The terms that need no bridge: of text, and the dense model's answers where they are asked for."""
         logits_btv = self.sparse(tokens_bt)
         if not self.losses.kl:
-            return {"ce": _cross_entropy(logits_btv, tokens_bt).mean()}
+            loss_n = F.cross_entropy(logits_btv[:, :-1].float().flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="none")
+            return {"ce": loss_n.view(len(tokens_bt), -1).mean(-1).mean()}
         with torch.no_grad():
             target = _Target(self.dense.run(tokens_bt).logits_btv)
         kl_b, ce_b = target.losses(logits_btv, tokens_bt)
@@ -139,18 +140,15 @@ class Objective(nn.Module):
         plain = enter.count(EMBEDDING)
         tokens_bt = tokens_bt[torch.tensor(order, device=tokens_bt.device)]
 
-        with torch.no_grad():
-            dense = self.dense.run(tokens_bt)
-            target = _Target(dense.logits_btv)
-            warm = self._warm(target)
+        dense, target, warm = self._targets(tokens_bt)
 
         # Encode: what enters, and what NMSE compares.
         with_nmse = plain if losses.nmse_encoder else 0
         encoded: list[Tensor] = []
         entering: list[Tensor] = []
+        stop = plain
         for site in sites:
-            start = plain + sum(EMBEDDING < other < site for other in enter)
-            stop = start + enter.count(site)
+            start, stop = stop, stop + enter.count(site)
             if with_nmse or stop > start:
                 h_btd = dense.residuals[site]
                 x_bts = self.bridges[site].encode(torch.cat([h_btd[:with_nmse], h_btd[start:stop]]))
@@ -160,14 +158,12 @@ class Objective(nn.Module):
         x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
 
         sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
-        place_b = torch.arange(len(tokens_bt), device=tokens_bt.device)
         kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
-        terms = {
-            "ce": ce_b[:plain].sum() / n_plain,
-            "kl": kl_b[:plain].sum() / n_plain,
-            "hybrid_in": (kl_b[plain:] if warm is target else warm.divergence(sparse.logits_btv[plain:], place_b[plain:])).sum()
-            / n_in,
-        }
+        entered_b = kl_b[plain:]
+        if warm is not target:
+            place_b = torch.arange(plain, len(tokens_bt), device=tokens_bt.device)
+            entered_b = warm.divergence(sparse.logits_btv[plain:], place_b)
+        terms = {"ce": ce_b[:plain].sum() / n_plain, "kl": kl_b[:plain].sum() / n_plain, "hybrid_in": entered_b.sum() / n_in}
 
         # Decode: what leaves, what NMSE compares, and what is transported to another row that began at the embedding.
         with_nmse = plain if losses.nmse_decoder else 0
@@ -181,12 +177,11 @@ class Objective(nn.Module):
             if encoded:  # not where every row of a process's share enters
                 nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
             rows = [row for row, other in enumerate(leave) if other == site]
-            before = [row for row in rows if row < with_nmse]  # these are decoded for NMSE already
-            after = torch.tensor([row for row in rows if row >= with_nmse], dtype=torch.long, device=x_bts.device)
-            if with_nmse or len(after):
-                h_btd = self.bridges[site].decode(torch.cat([x_bts[:with_nmse], x_bts[after]]))
-                leaving_rows += [*before, *after.tolist()]
-                leaving += [h_btd[before], h_btd[with_nmse:]]
+            decoded = [*range(with_nmse), *(row for row in rows if row >= with_nmse)]
+            if decoded:
+                h_btd = self.bridges[site].decode(x_bts[decoded])
+                leaving_rows += rows
+                leaving.append(h_btd[[decoded.index(row) for row in rows]])
                 if with_nmse:
                     nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:plain]).sum())
             if losses.carried and (here := [row for row in rows if row < plain]):
@@ -212,17 +207,16 @@ class Objective(nn.Module):
                 terms["carried"] = transported_b.sum() / n_out
         return terms
 
-    def _warm(self, target: _Target) -> _Target:
-        """The target of the terms that are taken at a temperature."""
-        temperature = self.losses.temperature
-        return target if temperature == 1 else _Target(target.logits_btv, temperature)
+    @torch.no_grad()
+    def _targets(self, tokens_bt: Tensor) -> tuple[Trace, _Target, _Target]:
+        """The dense model's run, and its answers as targets: of plain terms, and of those that are taken at a temperature."""
+        dense, temperature = self.dense.run(tokens_bt), self.losses.temperature
+        target = _Target(dense.logits_btv)
+        return dense, target, target if temperature == 1 else _Target(dense.logits_btv, temperature)
 
     def _literal(self, tokens_bt: Tensor) -> dict[str, Tensor]:
         sites = range(self.dense.n_sites)
-        with torch.no_grad():
-            dense = self.dense.run(tokens_bt)
-            target = _Target(dense.logits_btv)
-            warm = self._warm(target)
+        dense, target, warm = self._targets(tokens_bt)
         sparse = self.sparse.run(tokens_bt)
         encoded = [self.bridges[site].encode(dense.residuals[site]) for site in sites]
         decoded = [self.bridges[site].decode(sparse.residuals[site]) for site in sites]
@@ -250,8 +244,7 @@ class _Target:
 
     def __init__(self, logits_btv: Tensor, temperature: float = 1.0) -> None:
         self.temperature = temperature
-        self.logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
-        logits_btv = self.logits_btv
+        self.logits_btv = logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
         self.log_sum_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
         for rows, tokens in _pieces(logits_btv):
             self.log_sum_bt[rows, tokens] = logits_btv[rows, tokens].float().logsumexp(-1)
@@ -326,12 +319,6 @@ def _pieces(logits_btv: Tensor) -> Iterator[tuple[slice, slice]]:
     for row in range(0, rows, together):
         for start in range(0, length, step):
             yield slice(row, row + together), slice(start, start + step)
-
-
-def _cross_entropy(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:
-    """Next-token cross-entropy of each row, mean over its tokens."""
-    loss_bt = F.cross_entropy(logits_btv[:, :-1].float().flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="none")
-    return loss_bt.view(tokens_bt.shape[0], -1).mean(-1)
 
 
 def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:

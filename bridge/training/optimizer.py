@@ -34,20 +34,20 @@ class SharkfinAdamW:
         rest = [p for p in coupling.sparse.parameters() if p.requires_grad and all(p is not weight for weight in sparse_weights)]
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
         self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
+        maps, biases = ([p for p in bridges if p.dim() == dimensions] for dimensions in (2, 1))
+        rate, decay = numbers.rate, numbers.weight_decay
+        kinds = (
+            (blocks, rate, "blocks", decay), (embed, rate, "embed", decay), (rest, rate, None, 0.0),
+            (maps, numbers.bridge_rate, None, 0.0), (biases, numbers.bridge_bias_rate, None, 0.0),
+        )  # fmt: skip
         groups: list[dict[str, Any]] = [
-            {"params": part, "peak": numbers.rate, "fin": fin if numbers.sharkfin else None, "weight_decay": numbers.weight_decay}
-            for part, fin in ((blocks, "blocks"), (embed, "embed"))
+            {"params": part, "peak": peak, "fin": fin if numbers.sharkfin else None, "weight_decay": decay}
+            for part, peak, fin, decay in kinds
             if part
         ]
-        if rest:
-            groups.append({"params": rest, "peak": numbers.rate, "fin": None, "weight_decay": 0.0})
-        for dimensions, peak in ((2, numbers.bridge_rate), (1, numbers.bridge_bias_rate)):
-            if part := [p for p in bridges if p.dim() == dimensions]:
-                groups.append({"params": part, "peak": peak, "fin": None, "weight_decay": 0.0})
         self.adam = torch.optim.AdamW(groups, lr=numbers.rate, betas=numbers.betas, eps=numbers.eps, fused=True)
-        names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
-        names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
-        self.names = names
+        self.names: dict[Tensor, str] = {p: f"sparse.{name}" for name, p in coupling.sparse.named_parameters()}
+        self.names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
 
     def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
         """Normalise, update by rates times `caution`, clear the gradient; False (and no update) where it is not finite."""
@@ -74,24 +74,10 @@ class SharkfinAdamW:
         index_p = coupling.sparse.compact[name].pattern.index_p
         for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
             group[:] = [new if p is old else p for p in group]
-        state = self.adam.state.pop(old, {})
-        if state:
-            self.adam.state[new] = {
-                key: value if value.dim() == 0 else value.reshape(-1)[index_p].clone() for key, value in state.items()
-            }
+        for key, value in self.adam.state.pop(old, {}).items():
+            self.adam.state[new][key] = value.reshape(-1)[index_p].clone() if value.dim() else value
         del self.names[old]
         self.names[new] = f"sparse.values.{native.key(name)}"
-
-    def moments(self) -> native.Moments:
-        """Both moments of every matrix that is stored by its nonzeros, by the matrix's name."""
-        prefix = "sparse.values."
-        return {
-            name.removeprefix(prefix).replace("/", "."): {
-                key: value for key, value in self.adam.state.get(p, {}).items() if value.dim()
-            }
-            for p, name in self.names.items()
-            if name.startswith(prefix)
-        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of every parameter, by name."""

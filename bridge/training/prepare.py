@@ -30,7 +30,7 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import Fractions
-from bridge.models.store import CheckpointError, check_new, read_json
+from bridge.models.store import CheckpointError, check_folder, check_new, read_json
 from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 from bridge.training.objective import Objective, draw_splice
@@ -83,23 +83,21 @@ def prepare(
     RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
     """
     out = None if out is None else Path(out)
-    if resume and out is not None:
+    if out is not None and resume:
         check_resumable(out)
-    begun = out is not None and (out / "training.json").exists()
-    if out is not None and not (resume and (begun or (out / "log.jsonl").exists())):
+    elif out is not None:
         check_new(out)
-    resume = resume and begun  # a run killed before it first saved starts over
+    resume = resume and out is not None and (out / "training.json").exists()  # a run killed before it first saved starts over
     if out is not None and resume:
         saved = read_json(out / "training.json").get("recipe")
         if not isinstance(saved, dict):
-            raise CheckpointError(
-                f"checkpoint file {str(out / 'training.json')!r}", "is damaged: it holds no recipe", "fit it again"
-            )
+            what = f"checkpoint file {str(out / 'training.json')!r}"
+            raise CheckpointError(what, "is damaged: it holds no recipe", "fit it again")
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
             raise RecipeError("‹resume›", f"goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
         saved.get("sparse", {}).setdefault("block", {})  # of a run that was begun before there was any
-        values = {**saved, **{key: value for key, value in values.items() if key == "budget"}}
+        values = saved | {key: values[key] for key in ("budget",) if key in values}
     live = not isinstance(model, (str, Path))
     recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
     if dtype not in ("float32", "bfloat16"):
@@ -115,14 +113,10 @@ def prepare(
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
     dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
-    assert recipe.data.context is not None
     _check_shares(recipe, accelerator.num_processes)
-    if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := psutil.virtual_memory().total):
-        raise RecipeError(
-            "this fit",
-            f"needs about {needed / 1000000000.0:,.0f} GB and the machine has {there / 1000000000.0:,.0f}",
-            "lower ‹width› or data.rows",
-        )
+    if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := _memory(dense)):
+        rule = f"needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}"
+        raise RecipeError("this fit", rule, "lower ‹width› or data.rows")
     coupling = new_coupling(dense, recipe)
     kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
     if minimum:  # what the last projection would refuse is refused now
@@ -150,10 +144,8 @@ def _text(dense: DenseModel, recipe: Recipe, progress: OnProgress | None) -> Blo
     assert data.context is not None
     if data.stream:
         return open_stream(data.source, dense.prompts, data.context, seed=seed, dense=dense.model, progress=progress)
-    most = data.most_tokens or recipe.budget.tokens
-    return load_blocks(
-        data.source, dense.prompts, data.context, max_tokens=most, seed=seed, dense=dense.model, progress=progress
-    )  # fmt: skip
+    most, model = data.most_tokens or recipe.budget.tokens, dense.model
+    return load_blocks(data.source, dense.prompts, data.context, max_tokens=most, seed=seed, dense=model, progress=progress)
 
 
 def first_rows(blocks: Blocks | Stream, recipe: Recipe) -> Tensor:
@@ -166,9 +158,11 @@ def check_resumable(out: Path) -> None:
     """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
     if (out / "coupling.json").exists():
         raise CheckpointError(f"the run in {str(out)!r}", "is finished", "name a new ‹out› to fit again")
-    begun = any((out / name).exists() for name in ("training.json", "log.jsonl"))
-    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+    if any((out / name).exists() for name in ("training.json", "log.jsonl")):
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"‹out› {str(out)!r}", "holds no run to resume", "name the folder of one, or a new one")
+    check_folder(out)
 
 
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
@@ -230,16 +224,14 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
 
 def seconds_a_step(run: Run) -> float:
     """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
-    coupling, recipe, sparse = run.coupling, run.coupling.recipe, run.coupling.sparse
+    coupling, recipe, pieces = run.coupling, run.coupling.recipe, run.pieces
     assert recipe.data.rows is not None
-    pieces = run.pieces
-    rows = pieces[0].stop - pieces[0].start
     tokens_bt = run.blocks.batch(0, recipe.data.rows, recipe.seed)[pieces[0]].to(coupling.dense.device)
     splice = None
     if recipe.losses.splice == "sampled" and recipe.losses.coupled:
-        splice = draw_splice(rows, coupling.n_sites, recipe.losses, torch.Generator().manual_seed(recipe.seed))
-    objective, trained = Objective(coupling.dense, sparse, coupling.bridges, recipe.losses), [*sparse.parameters()]
-    trained = [p for p in (*trained, *coupling.bridges.parameters()) if p.requires_grad]
+        splice = draw_splice(len(tokens_bt), coupling.n_sites, recipe.losses, torch.Generator().manual_seed(recipe.seed))
+    objective = Objective(coupling.dense, coupling.sparse, coupling.bridges, recipe.losses)
+    trained = [p for p in objective.parameters() if p.requires_grad]
     for _ in range(2):
         began = time.monotonic()
         with run.accelerator.autocast():
@@ -247,9 +239,8 @@ def seconds_a_step(run: Run) -> float:
         total.backward()
         float(total.detach())
         seconds = time.monotonic() - began
-        for parameter in trained:
-            parameter.grad = None
-    largest = max(sparse.sparse_weights().values(), key=Tensor.numel).detach()
+        objective.zero_grad()
+    largest = max(coupling.sparse.sparse_weights().values(), key=Tensor.numel).detach()
     updating = 0.0
     for _ in range(2):  # the update, in five passes, and the projection; the first one compiles
         copy, began = largest.clone(), time.monotonic()
@@ -272,11 +263,9 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
 def _check_same(there: Fractions, asked: Fractions) -> None:
     """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
-        raise RecipeError(
-            "optimizer.rate 0",
-            f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}",
-            f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)",
-        )
+        rule = f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}"
+        remedy = f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+        raise RecipeError("optimizer.rate 0", rule, remedy)
 
 
 def _agrees(given: Any, saved: Any) -> bool:
@@ -288,9 +277,8 @@ def _agrees(given: Any, saved: Any) -> bool:
 
 def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:
     if device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(
-            f"device {device!r}", "is not offered", "it is auto, cpu or cuda (accelerate launch chooses among several)"
-        )
+        offered = "it is auto, cpu or cuda (accelerate launch chooses among several)"
+        raise RecipeError(f"device {device!r}", "is not offered", offered)
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device 'cuda'", "was asked for and torch sees no GPU here", "give ‹device› cpu")
     if log_with and out is None:

@@ -62,10 +62,11 @@ def refit_decoders(
     heldout_bt = heldout_bt[:HELDOUT_ROWS].to(device)
     before = [copy.deepcopy(coupling.bridges[site].decoder) for site in refitted]
     *kl_before, kl_own = kl_out(coupling, refitted, heldout_bt)
-    together = max(1, MOST_BYTES // _Moments.size(dense.width, sparse.width))
+    d, s = dense.width, sparse.width
+    together = max(1, MOST_BYTES // (8 * (d * d + d * s + s * s)))
     for first in range(0, len(refitted), together):  # wide models in several passes over the text, some sites in each
         sites = refitted[first : first + together]
-        moments = {site: _Moments.zero(dense.width, sparse.width) for site in sites}
+        moments = {site: _Moments(d, s) for site in sites}
         generator = torch.Generator().manual_seed(0)
         done = 0
         for rows_bt in tokens_bt.to(device).split(ROWS_AT_ONCE):
@@ -134,29 +135,14 @@ def gradients(model: DenseModel | SparseTransformer, tokens_bt: Tensor, question
     return list(found), [x_btd.detach() for x_btd in trace.residuals]
 
 
-@dataclass(eq=False)
 class _Moments:
     """Sums over tokens at a site, in float64: gradients in both models, the sparse residual, and what is written to it."""
 
-    count: int
-    gradients_dd: Tensor
-    cross_ds: Tensor
-    gradient_s: Tensor
-    x_ss: Tensor
-    mean_s: Tensor
-    written_s: Tensor
-    written_mean_s: Tensor
-    effect_s: Tensor
-
-    @staticmethod
-    def size(dense: int, sparse: int) -> int:
-        """The size of the matrices in bytes."""
-        return 8 * (dense * dense + dense * sparse + sparse * sparse)
-
-    @staticmethod
-    def zero(dense: int, sparse: int) -> _Moments:
-        shapes = ((dense, dense), (dense, sparse), (sparse,), (sparse, sparse), (sparse,), (sparse,), (sparse,), (sparse,))
-        return _Moments(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    def __init__(self, d: int, s: int) -> None:
+        self.count = 0
+        shapes = ((d, d), (d, s), (s, s))
+        self.gradients_dd, self.cross_ds, self.x_ss = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        self.gradient_s, self.mean_s, self.written_s, self.written_mean_s = torch.zeros(4, s, dtype=torch.float64)
 
     def add(self, gradient_btd: Tensor, gradient_bts: Tensor, x_bts: Tensor, written_bts: Tensor) -> None:
         gradient_nd, gradient_ns, x_ns, written_ns = (
@@ -170,7 +156,6 @@ class _Moments:
         self.mean_s += x_ns.sum(0)
         self.written_s += written_ns.square().sum(0)
         self.written_mean_s += written_ns.sum(0)
-        self.effect_s += (gradient_ns * written_ns).square().sum(0)
 
     def refit(self, bridge: Bridge, weight: float) -> None:
         n = self.count  # sums are on the CPU, in float64, wherever the bridge is

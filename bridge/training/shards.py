@@ -22,20 +22,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bridge.recipe import RecipeError
 
 
-def asked_for(accelerator: Accelerator) -> bool:
-    """Whether accelerate's configuration asks several processes for shards. Raises RecipeError where these are FSDP1's."""
+def shard(objective: nn.Module, accelerator: Accelerator) -> bool:
+    """Keep of the objective's parameters this process's shard alone, in place, if accelerate's configuration asks for that.
+
+    Whether it does. Raises RecipeError where it asks for FSDP1's shards.
+    """
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # as `accelerate launch` hands it on, also on a CPU
     if not fsdp or accelerator.num_processes == 1:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         rule = "lays matrices end to end, and bridge keeps the largest weights of each"
         raise RecipeError("FSDP of version 1", rule, "set fsdp_version: 2 in accelerate's configuration")
-    return True
-
-
-def shard(objective: nn.Module, accelerator: Accelerator) -> None:
-    """Keep of the objective's parameters this process's shard alone, in place."""
     fully_shard(objective, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+    return True
 
 
 def in_shards(module: nn.Module) -> bool:

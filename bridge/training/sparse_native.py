@@ -13,25 +13,17 @@ Shape legend: p nonzeros, m x n a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, Look, Pattern, worth_it
+from bridge.kernels.products import Compact, Look, Pattern
 from bridge.kernels.top_k import project_
 from bridge.models.sparse import SparseTransformer
-from bridge.models.sparse_weights import Fractions, protected
+from bridge.models.sparse_weights import protected
 
-Moments = dict[str, dict[str, Tensor]]  # by the matrix's name, then by the optimizer's own: exp_avg, exp_avg_sq
-
-
-def faster_matrices(sparse: SparseTransformer, kept: Fractions, tokens: int, dtype: torch.dtype) -> list[str]:
-    """Names of the matrices whose sparse product is measured faster at this density; none where there is no kernel."""
-    return [name for name, weight in sparse.packable().items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
-
-
-def all_matrices(sparse: SparseTransformer) -> list[str]:
-    """Names of all matrices that can be stored by their nonzeros; none where there is no kernel."""
-    return list(sparse.packable())
+Moments = Mapping[Tensor, Mapping[str, Tensor]]  # an optimizer's state: by parameter, then exp_avg, exp_avg_sq, step
 
 
 def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
@@ -82,7 +74,7 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
         matrix = sparse.compact[name]
         assert matrix.look is not None
         gradient_mn, matrix.look = matrix.look.gradient_mn, None
-        index_p, value_p = matrix.pattern.index_p, matrix.value_p.detach()
+        index_p = matrix.pattern.index_p
         stays_p = _stays(name, matrix, share, min_per_neuron)
         n_new = int((~stays_p).sum())
         flat = gradient_mn.view(-1)
@@ -93,21 +85,15 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
             stays_p[(~stays_p).nonzero().flatten()[: n_new - len(new_p)]] = True
         index_q, order_q = torch.cat([index_p[stays_p], new_p]).sort()
         matrix.pattern = Pattern.at(index_q, matrix.pattern.shape)
-
-        def reordered(tensor_p: Tensor, stays_p: Tensor = stays_p, new_p: Tensor = new_p, order_q: Tensor = order_q) -> Tensor:
-            return torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q]
-
-        value_p.copy_(reordered(value_p))
-        for moment_p in moments.get(name, {}).values():
-            moment_p.copy_(reordered(moment_p))
+        for tensor_p in (matrix.value_p, *moments.get(matrix.value_p, {}).values()):
+            if tensor_p.dim():  # not the count of steps
+                tensor_p.copy_(torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q])
 
 
 def _stays(name: str, matrix: Compact, share: float, min_per_neuron: int) -> Tensor:
     magnitude_p = matrix.value_p.detach().abs()
-    if min_per_neuron:
-        kept_mn = protected(name, matrix.dense(), min_per_neuron)
-        if kept_mn is not None:
-            magnitude_p[kept_mn.view(-1)[matrix.pattern.index_p]] = torch.inf
+    if min_per_neuron and (kept_mn := protected(name, matrix.dense(), min_per_neuron)) is not None:
+        magnitude_p[kept_mn.view(-1)[matrix.pattern.index_p]] = torch.inf
     n_stay = len(magnitude_p) - int(share * len(magnitude_p))
     project_([magnitude_p], max(1, n_stay))
     return magnitude_p != 0

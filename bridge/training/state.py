@@ -6,7 +6,7 @@ Weights, moments, masks, the place in the text where that does not follow from t
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,17 @@ CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it ha
 DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
 
 
+@dataclass
 class TrainingState:
     """A run's step, clock, rates and sparsity: all that its next step depends on beside weights, moments and text."""
 
-    def __init__(self, step: int, seconds: float, native: list[str] | None, start_l0: Fractions) -> None:
-        self.step = step
-        self.seconds = seconds
-        self.native = native  # the matrices that are trained by their nonzeros, once that is decided
-        self.start_l0 = start_l0  # that the anneal falls from
-        self.caution = 1.0  # what the rates are multiplied by
-        self.best = math.inf  # the smallest cross-entropy of a step so far
-        self.since = 10  # steps since the rates were last halved
+    step: int
+    seconds: float
+    start_l0: Fractions  # that the anneal falls from
+    native: list[str] | None = None  # the matrices that are trained by their nonzeros, once that is decided
+    caution: float = 1.0  # what the rates are multiplied by
+    best: float = math.inf  # the smallest cross-entropy of a step so far
+    since: int = 10  # steps since the rates were last halved
 
     def watch(self, ce: float, vocabulary: int) -> None:
         """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
@@ -56,9 +56,8 @@ def save(
     tensors |= optimizer.tensors()
     if out is None:
         return
-    facts: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "recipe": coupling.recipe.model_dump()}
-    facts |= {"dense": coupling.dense.identity().to_json(), "native": state.native, "start_l0": asdict(state.start_l0)}
-    facts |= {"caution": state.caution, "since": state.since, "best": None if math.isinf(state.best) else state.best}
+    facts: dict[str, Any] = {"recipe": coupling.recipe.model_dump(), "dense": coupling.dense.identity().to_json()}
+    facts |= {**asdict(state), "best": None if math.isinf(state.best) else state.best}
     for name in native.packed(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **blocks.tensors()}, facts)
@@ -90,7 +89,5 @@ def restore(out: Path, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks
             raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
     optimizer.restore(tensors)
     blocks.restore(tensors)
-    state = TrainingState(facts["step"], facts["seconds"], facts.get("native"), Fractions(**facts["start_l0"]))
-    state.caution, state.since, best = facts.get("caution", 1.0), facts.get("since", 10), facts.get("best")
-    state.best = math.inf if best is None else best
-    return state
+    known = {field.name: facts[field.name] for field in fields(TrainingState) if facts.get(field.name) is not None}
+    return TrainingState(**{**known, "start_l0": Fractions(**facts["start_l0"])})

@@ -87,7 +87,7 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
     generator = torch.Generator().manual_seed(0)
     coupling.sparse.project(arguments.l0)
     if by_nonzeros:
-        for name in native.all_matrices(coupling.sparse):
+        for name in list(coupling.sparse.packable()):
             optimizer.exchange(name, coupling)
 
     def step(look: bool = False) -> None:
@@ -100,7 +100,7 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
         total.backward()
         optimizer.step(0.5, arguments.l0)
         if look:
-            native.update_mask(coupling.sparse, 0.05, optimizer.moments())
+            native.update_mask(coupling.sparse, 0.05, optimizer.adam.state)
         coupling.sparse.project(arguments.l0)
 
     return step
