@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -42,7 +42,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
+from bridge.server.jobs import NOTHING, FullError, Job, Jobs, Publish, UnknownJobError
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Rules, one_line, page_policy, refusal
 from bridge.steering.curves import steer
@@ -77,18 +77,18 @@ def create_app(
 ) -> FastAPI:
     """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
 
-    def compute(asked: Asked, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
-        on_progress(Phase("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it"))
-        coupling = library.load(asked.bridge)
+    def compute(job: Job, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
+        on_progress(Phase("coupling" if library.loaded(job.bridge) is not None else "coupling: loading it"))
+        coupling = library.load(job.bridge)
 
         def stage(known: Answered | Drawn) -> None:
             publish("answered" if isinstance(known, Answered) else "drawn", asdict(known))
 
         explanation = explain(
-            coupling, asked.prompt, target=asked.target, contrast=asked.contrast, counterfactual=asked.counterfactual,
+            coupling, job.prompt, target=job.target, contrast=job.contrast, counterfactual=job.counterfactual,
             progress=on_progress, stage=stage,
         )  # fmt: skip
-        return _as_listed(explanation, coupling, asked.bridge).to_json()
+        return _as_listed(explanation, coupling, job.bridge).to_json()
 
     jobs = Jobs(compute, waiting=waiting, remembered=remembered)
 
@@ -238,8 +238,8 @@ def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
 
 def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     @app.get("/api/explanations", summary="The explanations that were asked for, the latest used last")
-    def explanations() -> list[schema.JobEntry]:
-        return [schema.JobEntry.of(job) for job in jobs.all()]
+    def explanations() -> Sequence[schema.JobEntry]:
+        return jobs.all()
 
     @app.post(
         "/api/explanations", status_code=202, summary="Ask for an explanation of a prompt", responses=refusals(404, 409, 429)
@@ -253,9 +253,9 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
             for role, text in (("target", body.target), ("contrast", body.contrast)):
                 if text is not None:
                     coupling.dense.prompts.target(text, body.prompt, role)
-        job = jobs.submit(Asked(**{**body.model_dump(), "bridge": name}))
+        job = jobs.submit(body.model_copy(update={"bridge": name}))
         response.headers["Location"] = f"/api/explanations/{job.id}"
-        return schema.JobEntry.of(job)
+        return job
 
     @app.get(
         "/api/explanations/{id}", summary="Where an explanation is, and what is known of it",
@@ -263,7 +263,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )  # fmt: skip
     def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
-        entry = schema.JobEntry.of(job).model_dump_json().encode()
+        entry = job.model_dump_json(exclude={"packed"}).encode()
         known = NOTHING if brief else job.known
         return Response(entry[:-1] + b"," + known[1:], media_type="application/json")
 
@@ -273,7 +273,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
-        return schema.JobEntry.of(jobs.cancel(id))
+        return jobs.cancel(id)
 
     @app.get(
         "/api/explanations/{id}/page",
@@ -295,7 +295,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit", remedy="name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
-        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.asked.bridge), found, body)))
+        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge), found, body)))
 
 
 def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
@@ -332,10 +332,9 @@ def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering)
 
 def _page(library: Library, job: Job, found: Explanation) -> str:
     """The explanation as a self-contained page that may ask this server."""
-    bridge = job.asked.bridge
-    coupling, known = library.load_known(bridge)
+    coupling, known = library.load_known(job.bridge)
     nodes = described_nodes(coupling, found, known)
-    return render_html(page_data(found, nodes, library.labels(bridge), job=job.id))
+    return render_html(page_data(found, nodes, library.labels(job.bridge), job=job.id))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------
