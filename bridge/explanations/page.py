@@ -84,7 +84,7 @@ def render_html(data: Mapping[str, Any]) -> str:
     script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
     connect = "'self'" if data["served"] else "'none'"
     policy = (
-        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; font-src data:; img-src blob: data:; "
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; font-src data:; img-src blob: data:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     prompt = " ".join(data["explanation"]["prompt"].split())
@@ -121,5 +121,6 @@ def write_page(path: str | Path, html: str) -> None:
         raise PageError(f"could not write {str(path)!r} ({error.strerror})", remedy="free space or name another file") from None
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """The SHA-256 by which a policy names a script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

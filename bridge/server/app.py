@@ -42,7 +42,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, FullError, Job, Jobs, Publish, UnknownJobError
+from bridge.server.jobs import NOTHING, FullError, Job, Jobs, Publish
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Rules, one_line, page_policy, refusal
 from bridge.steering.curves import steer
@@ -79,7 +79,7 @@ def create_app(
 
     def compute(job: Job, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
         on_progress(Phase("coupling" if library.loaded(job.bridge) is not None else "coupling: loading it"))
-        coupling = library.load(job.bridge)
+        coupling, _ = library.load(job.bridge)
 
         def stage(known: Answered | Drawn) -> None:
             publish("answered" if isinstance(known, Answered) else "drawn", asdict(known))
@@ -120,20 +120,16 @@ def create_app(
         app.add_exception_handler(kind, handler)
     app.add_middleware(Guard, rules=rules)
     app.state.jobs = jobs
-    _reading(app, library)
+    _reading(app, library, jobs)
     _explaining(app, library, jobs)
     return app
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Refusals of those statuses as OpenAPI describes them."""
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"model": schema.Refusal, "description": _REFUSALS[status]} for status in statuses
-    }
-    if 429 in described:
-        seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
-        described[429]["headers"] = {"Retry-After": seconds}
-    return described
+    seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+    headers = {429: {"headers": {"Retry-After": seconds}}}
+    return {status: {"model": schema.Refusal, "description": _REFUSALS[status], **headers.get(status, {})} for status in statuses}
 
 
 def start_page() -> str:
@@ -148,8 +144,7 @@ def start_page() -> str:
 # -- what is there ----------------------------------------------------------------------------------------------------------
 
 
-def _reading(app: FastAPI, library: Library) -> None:
-    jobs: Jobs = app.state.jobs
+def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
     index = start_page()
     sent, policy = index.encode(), page_policy(index)
 
@@ -246,7 +241,8 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
-        if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+        if (there := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+            coupling, _ = there
             tokens_t = prompt_tokens(coupling, body.prompt)
             if body.counterfactual is not None:
                 counterfactual_tokens(prompt_tokens(coupling, body.counterfactual), tokens_t)
@@ -295,11 +291,11 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit", remedy="name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
-        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge), found, body)))
+        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge)[0], found, body)))
 
 
 def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
-    """A job and its explanation. Raises UnknownJobError or NotDoneError."""
+    """A job and its explanation. Raises NotListedError or NotDoneError."""
     job = jobs.get(id)
     if not job.readable:
         raise NotDoneError(f"explanation {id!r}", f"is {job.status}", "GET it until its status is done")
@@ -308,12 +304,9 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
 
 def _as_listed(explanation: Explanation, coupling: CoupledModels, name: str) -> Explanation:
     """The explanation with its coupling named as it is listed, and without paths of this machine."""
-    source = str(coupling.recipe.data.source)
-    made = explanation.provenance
-    made = replace(
-        made, coupling=name, dense=_without_folder(made.dense), reference=made.reference.replace(source, _without_folder(source))
-    )
-    return replace(explanation, provenance=made)
+    source, made = str(coupling.recipe.data.source), explanation.provenance
+    reference = made.reference.replace(source, _without_folder(source))
+    return replace(explanation, provenance=replace(made, coupling=name, dense=_without_folder(made.dense), reference=reference))
 
 
 def _without_folder(name: str) -> str:
@@ -332,7 +325,7 @@ def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering)
 
 def _page(library: Library, job: Job, found: Explanation) -> str:
     """The explanation as a self-contained page that may ask this server."""
-    coupling, known = library.load_known(job.bridge)
+    coupling, known = library.load(job.bridge)
     nodes = described_nodes(coupling, found, known)
     return render_html(page_data(found, nodes, library.labels(job.bridge), job=job.id))
 
@@ -343,7 +336,7 @@ def _page(library: Library, job: Job, found: Explanation) -> str:
 def _user_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, FullError):
         return refusal(429, str(error), {"Retry-After": str(error.seconds)})
-    if isinstance(error, (NotListedError, UnknownJobError)):
+    if isinstance(error, NotListedError):
         return refusal(404, str(error))
     return refusal(409 if isinstance(error, (CheckpointError, NotDoneError)) else 422, str(error))
 

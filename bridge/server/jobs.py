@@ -32,6 +32,7 @@ from pydantic import ConfigDict
 
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
+from bridge.server.library import NotListedError
 from bridge.server.schema import JobEntry, Prompted, Stage
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -42,10 +43,6 @@ FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
 MOST_SHORT = 32  # calls that queue
 LONGEST_WAIT = 600  # seconds that a client is ever asked to wait
 _log = logging.getLogger("bridge.server")
-
-
-class UnknownJobError(UserError):
-    """A job that is not there, or not there any more."""
 
 
 class FullError(UserError):
@@ -124,10 +121,10 @@ class Jobs:
             return future
 
     def get(self, id: str) -> Job:
-        """A job as it is now. Raises UnknownJobError."""
+        """A job as it is now. Raises NotListedError."""
         with self._lock:
             if id not in self._jobs:
-                raise UnknownJobError(
+                raise NotListedError(
                     f"there is no explanation {id!r}",
                     remedy=f"the last {self._most_remembered} that ended are kept, so ask for it again",
                 )
@@ -144,16 +141,15 @@ class Jobs:
 
         What one has published stays.
         """
-        job = self.get(id)
         with self._lock:
-            job = self._jobs.get(id, job)
+            job = self.get(id)
             if job.status == "queued":
                 self._waiting.remove(id)
                 self._end_job(id, status="cancelled", phase="cancelled before it began")
             elif job.status == "running":
                 self._cancelled.add(id)
                 self._set(id, stopping=True)
-            return self._seen(id) if id in self._jobs else job
+            return self._seen(id)
 
     def stop(self, seconds: float) -> bool:
         """Cancel everything and end the work; False where it is still at a phase after that many seconds."""

@@ -85,12 +85,8 @@ class Library:
         listed = self.couplings()
         return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
 
-    def load(self, name: str) -> CoupledModels:
-        """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
-        return self.load_known(name)[0]
-
-    def load_known(self, name: str) -> tuple[CoupledModels, Fingerprints]:
-        """The coupling and its fingerprints, which are computed once, when it is loaded."""
+    def load(self, name: str) -> tuple[CoupledModels, Fingerprints]:
+        """A coupling, from memory or from its folder, and its fingerprints. Raises NotListedError or CheckpointError."""
         with self._loading:
             _, folder = self.coupling(name)
             if (there := self.in_memory(folder)) is not None:
@@ -108,13 +104,12 @@ class Library:
                     self._loaded.popitem(last=False)
             return known
 
-    def loaded(self, name: str) -> CoupledModels | None:
-        """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
-        there = self.in_memory(self.coupling(name)[1])
-        return None if there is None else there[0]
+    def loaded(self, name: str) -> tuple[CoupledModels, Fingerprints] | None:
+        """The result of `load` for a coupling as it is on disk now, if it is in memory. Raises NotListedError."""
+        return self.in_memory(self.coupling(name)[1])
 
     def in_memory(self, folder: Path) -> tuple[CoupledModels, Fingerprints] | None:
-        """The result of `load_known` for a listed folder as it is on disk now, if it is in memory."""
+        """The result of `load` for a listed folder as it is on disk now, if it is in memory."""
         key = _version(folder)
         with self._lock:
             if key in self._loaded:
