@@ -128,14 +128,16 @@ def explain(
         edges = draw_edges(flow, MOST_SUMMED, on_progress)
         pruned = prune_edges(loss, flow, edges, nested.levels[opening], seed)
         on_progress(Phase("groups"))
-        groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
+        groups = group_nodes(flow, edges)
         drawn = _drawn(coupling, loss, nested, opening, flow, edges, pruned, groups)
         on_stage(drawn)
         on_progress(Phase("attention"))
-        attention = explain_attention(flow)
-        scores = replacement_and_completeness(masked, kept_f)
+        attention, left_out = explain_attention(flow)
+        replacement, completeness = replacement_and_completeness(masked, kept_f)
+        none_f = torch.zeros_like(kept_f)
+        group_masks = [none_f.index_fill(0, group.places(masked.space, none_f.device), True) for group in groups]
         evidence = gather(
-            coupling, loss, nested, circuits, opening, followed, _masks(masked, groups), patched_to, seed=seed,
+            coupling, loss, nested, circuits, opening, followed, group_masks, patched_to, seed=seed,
             progress=on_progress,
         )  # fmt: skip
     return Explanation(
@@ -150,11 +152,11 @@ def explain(
             for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
         ),
         group_edges=drawn.group_edges,
-        attention=attention.heads,
-        attention_left_out=attention.left_out,
+        attention=attention,
+        attention_left_out=left_out,
         counts=drawn.counts,
-        replacement=scores.replacement,
-        completeness=scores.completeness,
+        replacement=replacement,
+        completeness=completeness,
         backup=evidence.backup,
         config=config,
         provenance=_provenance(coupling, used_bt, seed),
@@ -268,13 +270,6 @@ def _drawn(
         sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,
     )  # fmt: skip
-
-
-def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
-    """kept_f of each group's nodes alone."""
-    none_f = torch.zeros_like(masked.is_error_f)
-    places = [[masked.space.place(node) for node in group.nodes] for group in groups]
-    return [none_f.index_fill(0, torch.tensor(place_k, device=none_f.device), True) for place_k in places]
 
 
 def _nodes(

@@ -99,14 +99,6 @@ class ExplainedHead:
     interaction: float
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The heads that matter, the largest effect first, and how many more, at a query position each, have any."""
-
-    heads: tuple[ExplainedHead, ...]
-    left_out: int
-
-
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself,
@@ -124,8 +116,8 @@ class _Layer:
 
 
 @torch.no_grad()
-def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
-    """The heads of a prompt's circuit that matter most to its answer; see the module's docstring for what each number is."""
+def explain_attention(flow: Flow, *, most: int = HEADS) -> tuple[tuple[ExplainedHead, ...], int]:
+    """The heads that matter most to the answer, the largest effect first, and how many more, at a query each, have any."""
     layers = {at.layer: _layer(flow, at.layer) for at in flow.locations("attn_out")}
     sizes = [
         (size, layer, head, query)
@@ -140,7 +132,7 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
         _explained(flow, layers[layer], layer, head, query, its) for (layer, head, query), its in zip(pairs, effects, strict=True)
     ]
     heads.sort(key=lambda each: -max(abs(each.effect), abs(each.pattern_effect), abs(each.value_effect)))
-    return Attention(tuple(heads), len(sizes) - len(pairs))
+    return tuple(heads), len(sizes) - len(pairs)
 
 
 def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:

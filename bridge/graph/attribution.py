@@ -35,6 +35,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -158,10 +159,9 @@ def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unsee
     """
     drawing = _Drawing(flow, most)
     parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
-    for found in parts:
-        for edges in found:
-            progress(Phase("edges"))
-            drawing.add(edges)
+    for edges in chain.from_iterable(parts):
+        progress(Phase("edges"))
+        drawing.add(edges)
     return drawing.edges()
 
 
@@ -219,7 +219,8 @@ class _Drawing:
 
     def __init__(self, flow: Flow, most: int | None) -> None:
         self.ends, self.most, self.least = Ends(flow), most, 0.0  # least: the effect of the weakest that can be among them
-        self.parts: list[tuple[Tensor, ...]] = [_no_edges(flow)]
+        no_end, no_weight = flow.tokens_t[:0], flow.read_v[:0]
+        self.parts: list[tuple[Tensor, ...]] = [(no_end, no_end, no_end, no_weight, no_weight)]
         self.number: dict[EdgeKind, int] = {}
         self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
 
@@ -261,11 +262,6 @@ class _Drawing:
             weights[kind] = weights.get(kind, 0) + len(torch.cat(parts).unique())
         kind_e, source_e, target_e, weight_e, effect_e = (column[order_e] for column in columns)
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, self.number, weights)
-
-
-def _no_edges(flow: Flow) -> tuple[Tensor, ...]:
-    end_0, weight_0 = flow.tokens_t[:0], flow.read_v[:0]
-    return end_0, end_0, end_0, weight_0, weight_0
 
 
 def _weight_edges(flow: Flow) -> Iterator[_Some]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.graph.attribution import Edges
 from bridge.graph.flow import Flow
-from bridge.models.circuit import COUNTED, KINDS
+from bridge.models.circuit import COUNTED, KINDS, recording_gate
 from bridge.models.sparse import Location
 
 _DENSITIES = np.array([0.25, 0.5, 0.75])  # of the other edges that supersets have
@@ -122,16 +122,11 @@ class EdgeMaskedModel:
     @torch.no_grad()
     def miss(self, kept_re: Tensor) -> Tensor:
         """miss_r of the circuit with some of its edges; what is no weight between nodes is always kept."""
-        rows = self.loss.masked.rows
-        return torch.cat([self._miss(some_re) for some_re in kept_re.split(rows)])
+        return torch.cat([self._miss(some_re) for some_re in kept_re.split(self.loss.masked.rows)])
 
     def _miss(self, kept_re: Tensor) -> Tensor:
         flow, value = self.flow, dict[Location, Tensor]()
         gate, correct = flow.masked.gates(flow.kept_f.expand(len(kept_re), -1))
-
-        def recording(at: Location, x_rtn: Tensor) -> Tensor:
-            value[at] = gate(at, x_rtn)
-            return value[at]
 
         def removing(layer: int, name: str) -> Any:
             def hook(module: Any, given: Any, y_rtm: Tensor) -> Tensor:
@@ -143,6 +138,7 @@ class EdgeMaskedModel:
             for layer, name in self.matrices:
                 module = flow.sparse.get_submodule(f"blocks.{layer}.{name}")
                 hooks.enter_context(module.register_forward_hook(removing(layer, name)))
+            recording = recording_gate(value, gate)
             trace = flow.sparse.run(flow.tokens_t.expand(len(kept_re), -1), gate=recording, correct=correct, last_only=True)
         first_r = torch.zeros(len(kept_re), dtype=torch.long, device=kept_re.device)
         return self.loss.miss(trace.logits_btv[:, -1], first_r)

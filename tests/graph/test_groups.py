@@ -61,7 +61,7 @@ def test_every_node_is_in_one_group_and_groups_keep_their_guards(kinds: tuple[st
         assert group.kind == " and ".join(sorted({kind for _, kind in parts}))
         assert len(group.nodes) <= config.largest
         if group.kind == ERROR:
-            assert len(group.nodes) == 1 and str(group) == f"error at site {group.layers[0]}, token {group.positions[0]}"
+            assert len(group.nodes) == len(group.layers) == len(group.positions) == 1
         else:
             places = [order.index(each) for each in parts]
             assert max(places) - min(places) <= 1
@@ -222,7 +222,6 @@ def test_paths_are_the_strongest_of_all() -> None:
     found = strongest_paths(edges, 8)
     assert [path.steps for path in found] == [steps for steps, _ in expected[:8]]
     assert [path.effect for path in found] == pytest.approx([effect for _, effect in expected[:8]])
-    assert all(len(path.effects) == len(path.steps) - 1 for path in found)
     assert strongest_paths([]) == ()
 
 
@@ -245,7 +244,7 @@ def test_a_name_says_which_other_tokens_would_be_read(dense: DenseModel) -> None
     flow = flow_through(flow.masked, flow.kept_f)
     edges = draw_edges(flow)
     groups = group_nodes(flow, edges)
-    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()))
+    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()), {})
     assert names[0].startswith("reads 'w2'@2 (like 'w11'), ")
     told = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()), {"L0.mlp_act[0]": "at words"})
     assert "like" not in told[0]
