@@ -140,21 +140,18 @@ def explain(
             coupling, loss, nested, circuits, opening, followed, group_masks, patched_to, seed=seed,
             progress=on_progress,
         )  # fmt: skip
+    known = vars(answered) | vars(drawn)
+    del known["sizes"]  # which the nested circuits have
+    known["groups"] = tuple(
+        replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
+        for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
+    )
     return Explanation(
-        **vars(answered),
+        **known,
         report=evidence.report,
         nested=evidence.nested,
-        opening=drawn.opening,
-        nodes=drawn.nodes,
-        edges=drawn.edges,
-        groups=tuple(
-            replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
-            for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
-        ),
-        group_edges=drawn.group_edges,
         attention=attention,
         attention_left_out=left_out,
-        counts=drawn.counts,
         replacement=replacement,
         completeness=completeness,
         backup=evidence.backup,
@@ -243,8 +240,7 @@ def _drawn(
     groups: tuple[Group, ...],
 ) -> Drawn:
     masked = loss.masked
-    all_f = torch.ones_like(flow.kept_f)
-    active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
+    active = int(((values_in(masked, torch.ones_like(flow.kept_f)) != 0) & loss.nodes_f).sum())
     nodes, labels = _nodes(coupling, loss, nested, opening, groups)
     drawn = pruned.edges
     entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
@@ -321,11 +317,8 @@ def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
 
 def _means_of(masked: MaskedModel) -> Tensor:
     """mean_f of every node, and of errors the length of theirs."""
-    means = {
-        at: (mean.norm()[None] if at.kind == ERROR else mean).expand(masked.space.n_tokens, -1)
-        for at, mean in ((at, masked.means[at]) for at in masked.space.sizes)
-    }
-    return masked.space.join(means)
+    means = {at: masked.means[at].norm()[None] if at.kind == ERROR else masked.means[at] for at in masked.space.sizes}
+    return masked.space.join({at: mean_n.expand(masked.space.n_tokens, -1) for at, mean_n in means.items()})
 
 
 def _provenance(coupling: CoupledModels, used_bt: Tensor, seed: int) -> Provenance:

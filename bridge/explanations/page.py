@@ -15,7 +15,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -30,8 +31,6 @@ from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
-
-
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
 
 
@@ -97,12 +96,12 @@ def render_html(data: Mapping[str, Any]) -> str:
         "licences": read["licences.txt"],
         "script": script,
     }
-    head, *pieces = read["index.html"].split("{{")
-    filled = [head]
-    for piece in pieces:  # each place once, and nothing that was put in is looked at again
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return filled(read["index.html"], parts.__getitem__)
+
+
+def filled(template: str, part: Callable[[str], str]) -> str:
+    """A template with a part in each {{place}}; nothing that was put in is looked at again."""
+    return re.sub(r"{{(.+?)}}", lambda place: part(place[1]), template)
 
 
 def embedded_json(data: Any) -> str:

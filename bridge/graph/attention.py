@@ -139,14 +139,11 @@ def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     """read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
     read_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
-        q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
-        pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
-        change_htc = flow.sparse.shared(flow.sparse.heads(layer, flow.change[v][None], rotate=False))[0]
-        change_thc = change_htc.transpose(0, 1)
+        its, out = _layer(flow, layer), Location(layer, "attn_out")
         for node in nodes:
             if node.location == out and node.position is not None:
-                write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])
-                added_ht = pattern_htt[:, node.position] * (change_thc * write_hc).sum(-1).T
+                write_hc = flow.weight(layer, "o")[node.index].view(its.change_thc.shape[1:])
+                added_ht = its.pattern_htt[:, node.position] * (its.change_thc * write_hc).sum(-1).T
                 read_t += added_ht.sum(0) * flow.gradient[out][node.position, node.index]
     return read_t
 

@@ -67,8 +67,7 @@ def group_names(
 
 def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapping[str, str]) -> str:
     """The label of the member with the largest effect that has one."""
-    place = {node: flow.masked.space.place(node) for node in group.nodes}
-    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(place[node], 0.0))):
+    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(flow.masked.space.place(node), 0.0))):
         value = float(flow.value[node.location][node.position, node.index])
         label = labels.get(f"{'+' if value > 0 else '-'}{node.name}", labels.get(node.name))
         if label:

@@ -36,7 +36,7 @@ from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanations.explanation import Explanation
-from bridge.explanations.page import described_nodes, page_data, render_html
+from bridge.explanations.page import described_nodes, filled, page_data, render_html
 from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
@@ -135,10 +135,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def start_page() -> str:
     """The page to ask from, in the style and the fonts of the explanations' pages."""
     page = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
-    viewer = files("bridge") / "viewer"
-    for name in ("fonts.css", "viewer.css", "licences.txt"):
-        page = page.replace(f"{{{{{name}}}}}", (viewer / name).read_text(encoding="utf-8"))
-    return page
+    return filled(page, lambda name: (files("bridge") / "viewer" / name).read_text(encoding="utf-8"))
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------------
