@@ -243,7 +243,6 @@ def _drawn(
     active = int(((values_in(masked, torch.ones_like(flow.kept_f)) != 0) & loss.nodes_f).sum())
     nodes, labels = _nodes(coupling, loss, nested, opening, groups)
     drawn = pruned.edges
-    entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
     ablated = ablate_groups(flow, groups)
     names = group_names(flow, edges, groups, ablated, coupling.dense.prompts, labels)
     return Drawn(
@@ -261,7 +260,8 @@ def _drawn(
         group_edges=group_edges(flow, edges, groups),
         counts=Counts(
             int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), drawn.count(*COUNTED), pruned.before,
-            pruned.faithfulness, drawn.distinct(*COUNTED), *entries, active,
+            pruned.faithfulness, drawn.distinct(*COUNTED), drawn.count("embedding"), drawn.count("unembedding"),
+            drawn.count("bigram"), active,
         ),
         sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,

@@ -26,7 +26,7 @@ from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation, Fingerprints, check_coupling
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
-from bridge.models.store import CheckpointError, check_target, write_text
+from bridge.models.store import check_target, write_text
 from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
@@ -111,11 +111,9 @@ def embedded_json(data: Any) -> str:
 
 
 def write_page(path: str | Path, html: str) -> None:
-    """Write a page, atomically. Raises PageError where that cannot be done."""
+    """Write a page, atomically. Raises CheckpointError for a path that is no file's, PageError where it cannot be written."""
     try:
         write_text(check_target(path, "html"), html)
-    except CheckpointError as error:
-        raise PageError(error.what, error.rule, error.remedy) from None
     except OSError as error:
         raise PageError(f"could not write {str(path)!r} ({error.strerror})", remedy="free space or name another file") from None
 

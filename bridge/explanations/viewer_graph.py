@@ -149,7 +149,6 @@ def _node(name: str, feature: int, row: int | str, position: int, kind: str, cle
 
 
 def _circuit_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    """A node or error of the circuit."""
     if node.kind == ERROR:  # a type that the viewers draw without a feature, of which there is no file
         kind, clerp = "mlp reconstruction error", f"error at site {node.layer}"
     else:  # the only type that opens the feature's panel

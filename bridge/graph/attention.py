@@ -160,16 +160,11 @@ def _layer(flow: Flow, layer: int) -> _Layer:
     v_htc, mean_htc = (sparse.shared(sparse.heads(layer, of[v][None], rotate=False))[0] for of in (value, mean))
     z_htc = pattern_htt @ v_htc
     ablated_3htc = torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
-    return _Layer(
-        q_htc=sparse.heads(layer, value[q][None], rotate=True)[0],
-        k_htc=sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0],
-        pattern_htt=pattern_htt,
-        change_thc=(v_htc - mean_htc).transpose(0, 1),
-        gradient_thc=gradient_thc,
-        z_htc=z_htc,
-        ablated_3htc=ablated_3htc,
-        first_order_3th=((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1),
-    )
+    first_order_3th = ((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1)
+    q_htc = sparse.heads(layer, value[q][None], rotate=True)[0]
+    k_htc = sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0]
+    change_thc = (v_htc - mean_htc).transpose(0, 1)
+    return _Layer(q_htc, k_htc, pattern_htt, change_thc, gradient_thc, z_htc, ablated_3htc, first_order_3th)
 
 
 def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> list[list[float]]:
@@ -209,7 +204,6 @@ def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
 
 
 def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
-    effect, pattern_effect, value_effect = effects
     weight_t = its.pattern_htt[head, query]
     channels = flow.sparse.channels
     v, first, own = Location(layer, "v"), head * channels, head // flow.sparse.group * channels
@@ -231,14 +225,6 @@ def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effec
         score = float(product_c.sum())
         others = score - sum(term.product for term in terms)
         reads.append(Read(position, float(weight_t[position]), score, terms, tuple(moved), others, float(effect_c.sum())))
-    return ExplainedHead(
-        layer=layer,
-        head=head,
-        query=query,
-        sink=max(0.0, 1 - float(weight_t.sum())),
-        reads=tuple(reads),
-        effect=effect,
-        pattern_effect=pattern_effect,
-        value_effect=value_effect,
-        interaction=effect - pattern_effect - value_effect,
-    )
+    effect, pattern_effect, value_effect = effects
+    sink, interaction = max(0.0, 1 - float(weight_t.sum())), effect - pattern_effect - value_effect
+    return ExplainedHead(layer, head, query, sink, tuple(reads), effect, pattern_effect, value_effect, interaction)

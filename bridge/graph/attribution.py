@@ -35,7 +35,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -59,13 +59,10 @@ class Ends:
     def __init__(self, flow: Flow) -> None:
         space = flow.masked.space
         wide = {EMBEDDING: flow.sparse.width, BIGRAM: flow.sparse.vocabulary, flow.answer: flow.sparse.vocabulary}
-        self.n_nodes, self.n_tokens, self.answer = space.size, space.n_tokens, flow.answer
+        self.n_nodes, self.n_tokens = space.size, space.n_tokens
         self._sizes = {**space.sizes, **wide}
-        self._first: dict[Location, int] = {}
-        self.size = 0
-        for location, n in self._sizes.items():
-            self._first[location] = self.size
-            self.size += n * space.n_tokens
+        ends = accumulate(n * space.n_tokens for n in self._sizes.values())
+        self._first = dict(zip(self._sizes, (0, *ends), strict=False))
 
     def number(self, location: Location, index_e: Tensor, position_e: Tensor) -> Tensor:
         """end_e of channels of a location at positions."""
@@ -97,9 +94,8 @@ class Ends:
         """token_e whose embedding or bigram entry an end is; -1 of nodes, errors and the answer."""
         token_e = torch.full_like(end_e, -1)
         for location in (EMBEDDING, BIGRAM):
-            place_e = end_e - self._first[location]
-            n = self._sizes[location]
-            token_e = torch.where((place_e >= 0) & (place_e < n * self.n_tokens), place_e // n, token_e)
+            position_e, _ = self.parts(location, end_e)
+            token_e = torch.where(self.within(location, end_e), position_e, token_e)
         return token_e
 
 
@@ -355,17 +351,14 @@ def _head_gradients(
 def _residual_edges(flow: Flow) -> Iterator[_Some]:
     for target in flow.locations(*READ_KINDS):
         site, kept_tn, gradient_tn = flow.sparse.site(target), flow.kept[target], flow.gradient[target]
-        for source, writes_tn in _writers(flow, site):
+        errors = [(at, flow.kept[at] & (flow.change[at] != 0)) for at in flow.locations(ERROR) if at.layer <= site]
+        for source, writes_tn in chain(_writers(flow, site), errors):
             position, index = (kept_tn & writes_tn).nonzero().unbind(1)
             added_e = flow.change[source][position, index] * flow.scale[site][position]
-            kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
-            ends = (source, index, position), (target, index, position)
+            kind: EdgeKind = "embedding" if source == EMBEDDING else "error" if source.kind == ERROR else "residual"
+            from_e = torch.zeros_like(index) if kind == "error" else index  # an error is one node
+            ends = (source, from_e, position), (target, index, position)
             yield _Some(kind, *ends, added_e, added_e * gradient_tn[position, index])
-        for source in (at for at in flow.locations(ERROR) if at.layer <= site):
-            position, index = (kept_tn & flow.kept[source] & (flow.change[source] != 0)).nonzero().unbind(1)
-            added_e = flow.change[source][position, index] * flow.scale[site][position]
-            ends = (source, torch.zeros_like(index), position), (target, index, position)
-            yield _Some("error", *ends, added_e, added_e * gradient_tn[position, index])
 
 
 def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:

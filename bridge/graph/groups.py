@@ -68,7 +68,7 @@ class Group:
     def of(nodes: Sequence[Node]) -> Group:
         """The group of some nodes."""
         positions = sorted({node.position for node in nodes if node.position is not None})
-        kinds = sorted({_part(node) for node in nodes})
+        kinds = sorted({_part(node.location) for node in nodes})
         return Group(tuple(nodes), tuple(positions), tuple(sorted({node.location.layer for node in nodes})), " and ".join(kinds))
 
     def places(self, space: NodeSpace, device: torch.device) -> Tensor:
@@ -108,17 +108,13 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
     if len(nodes) > config.clustered:
         return _labelled(nodes, bucket_k)
     similar = _Profiles(edges, place_k, bucket_k)
-    trees = []
-    for position in np.unique(position_k):
-        here_m = (position_k == position).nonzero()[0]
-        trees.append((here_m, _tree(similar.distances(here_m), sublayer_k[here_m])))
+    here = [(position_k == position).nonzero()[0] for position in np.unique(position_k)]
+    trees = [(here_m, _tree(similar.distances(here_m), sublayer_k[here_m])) for here_m in here]
     cut = _cut(trees, config)
+    clusters = [here_m[members] for here_m, tree in trees for members in _clusters(len(here_m), tree, cut, config.largest)]
     label_k = np.zeros(len(nodes), dtype=int)
-    count = 0
-    for here_m, tree in trees:
-        for members in _clusters(len(here_m), tree, cut, config.largest):
-            label_k[here_m[members]] = count
-            count += 1
+    for label, members_k in enumerate(clusters):
+        label_k[members_k] = label
     return _labelled(nodes, label_k)
 
 
@@ -160,10 +156,9 @@ def node_effects(edges: Edges) -> dict[int, float]:
 # -- parts ------------------------------------------------------------------------------------------------------------------
 
 
-def _part(node: Node) -> str:
-    """Half of a block, or other part, that a node belongs to."""
-    kind = node.location.kind
-    return ERROR if kind == ERROR else "attention" if kind in ATTENTION_KINDS else "mlp"
+def _part(at: Location) -> str:
+    """Half of a block, or other part, that a location belongs to."""
+    return ERROR if at.kind == ERROR else "attention" if at.kind in ATTENTION_KINDS else "mlp"
 
 
 def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
@@ -180,10 +175,10 @@ def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
 
 def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
     """Sublayer of every node, in the order of the computation; errors have numbers of their own, far from all."""
-    parts = [Node(at, 0) for at in flow.sparse.locations()]
-    order = {key: place for place, key in enumerate(dict.fromkeys((node.location.layer, _part(node)) for node in parts))}
+    parts = dict.fromkeys((at.layer, _part(at)) for at in flow.sparse.locations())
+    order = {key: place for place, key in enumerate(parts)}
     far = len(order) + 1
-    keys = ((node.location.layer, _part(node)) for node in nodes)
+    keys = ((node.location.layer, _part(node.location)) for node in nodes)
     return np.array([order[key] if key in order else 2 * (far + key[0]) for key in keys], dtype=int)
 
 

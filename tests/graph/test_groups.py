@@ -163,18 +163,18 @@ def test_chains_that_do_different_jobs_are_different_groups(dense: DenseModel) -
     ablated = ablate_groups(flow, groups)
     assert ablated.effect_g[0] > 0 > ablated.effect_g[1]
     tokenizer = Prompts(tiny_tokenizer())
-    names = group_names(flow, edges, groups, ablated, tokenizer)
+    names = group_names(flow, edges, groups, ablated, tokenizer, {})
     assert names[0].startswith("reads 'w2'@2, promotes 'w4'") and names[1] == "reads 'w2'@2, promotes 'w5' over 'w4'"
     labels = {"L0.mlp_act[0]": "at words; promotes 'w9'", "+L0.mlp_in[1]": "after 'w7'", "-L0.mlp_in[1]": "never"}
     told = group_names(flow, edges, groups, ablated, tokenizer, labels)
     assert told[0].startswith("at words, promotes 'w4'") and told[1] == "after 'w7', promotes 'w5' over 'w4'"
-    assert str(groups[0]) == "L0 mlp at 2"
+    assert (groups[0].layers, groups[0].kind, groups[0].positions) == ((0,), "mlp", (2,))
 
 
 def test_names_are_short_and_say_what_is_an_error_and_what_reads_nothing() -> None:
     flow, edges = drawn(density=0.1)
     groups = group_nodes(flow, edges)
-    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(None))
+    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(None), {})
     assert len(names) == len(groups) and all(0 < len(name) <= naming.LONGEST for name in names)
     fed = {edge.target for edge in group_edges(flow, edges, groups)}
     last = len(flow.tokens_t) - 1
