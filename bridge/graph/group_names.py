@@ -92,8 +92,8 @@ def _reads(
     if not into:
         there = there if own < len(flow.tokens_t) - 1 else "constant"
         read_t = read_by(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
-        read = [place for place in read_t.argsort(descending=True).tolist()[:1] if read_t[place] > 0]
-        return f"{there} (in full reads {' and '.join(_token(flow, place, prompts) for place in read)})" if read else there
+        most_read = int(read_t.argmax())
+        return f"{there} (in full reads {_token(flow, most_read, prompts)})" if read_t[most_read] > 0 else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
     most = by_position[positions[0]]
     named = [position for position in positions[:_READS] if position >= 0 and by_position[position] >= _SHARE * most]
