@@ -128,33 +128,32 @@ def explain(
         edges = draw_edges(flow, MOST_SUMMED, on_progress)
         pruned = prune_edges(loss, flow, edges, nested.levels[opening], seed)
         on_progress(Phase("groups"))
-        groups = group_nodes(flow, edges) if bool(kept_f.any()) else ()
+        groups = group_nodes(flow, edges)
         drawn = _drawn(coupling, loss, nested, opening, flow, edges, pruned, groups)
         on_stage(drawn)
         on_progress(Phase("attention"))
-        attention = explain_attention(flow)
-        scores = replacement_and_completeness(masked, kept_f)
+        attention, left_out = explain_attention(flow)
+        replacement, completeness = replacement_and_completeness(masked, kept_f)
+        none_f = torch.zeros_like(kept_f)
+        group_masks = [none_f.index_fill(0, group.places(masked.space, none_f.device), True) for group in groups]
         evidence = gather(
-            coupling, loss, nested, circuits, opening, followed, _masks(masked, groups), patched_to, seed=seed,
+            coupling, loss, nested, circuits, opening, followed, group_masks, patched_to, seed=seed,
             progress=on_progress,
         )  # fmt: skip
+    known = vars(answered) | vars(drawn)
+    del known["sizes"]  # which the nested circuits have
+    known["groups"] = tuple(
+        replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
+        for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
+    )
     return Explanation(
-        **vars(answered),
+        **known,
         report=evidence.report,
         nested=evidence.nested,
-        opening=drawn.opening,
-        nodes=drawn.nodes,
-        edges=drawn.edges,
-        groups=tuple(
-            replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
-            for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
-        ),
-        group_edges=drawn.group_edges,
-        attention=attention.heads,
-        attention_left_out=attention.left_out,
-        counts=drawn.counts,
-        replacement=scores.replacement,
-        completeness=scores.completeness,
+        attention=attention,
+        attention_left_out=left_out,
+        replacement=replacement,
+        completeness=completeness,
         backup=evidence.backup,
         config=config,
         provenance=_provenance(coupling, used_bt, seed),
@@ -241,11 +240,9 @@ def _drawn(
     groups: tuple[Group, ...],
 ) -> Drawn:
     masked = loss.masked
-    all_f = torch.ones_like(flow.kept_f)
-    active = int(((values_in(masked, all_f) != 0) & loss.nodes_f).sum())
+    active = int(((values_in(masked, torch.ones_like(flow.kept_f)) != 0) & loss.nodes_f).sum())
     nodes, labels = _nodes(coupling, loss, nested, opening, groups)
     drawn = pruned.edges
-    entries = (drawn.count("embedding"), drawn.count("unembedding"), drawn.count("bigram"))
     ablated = ablate_groups(flow, groups)
     names = group_names(flow, edges, groups, ablated, coupling.dense.prompts, labels)
     return Drawn(
@@ -263,18 +260,12 @@ def _drawn(
         group_edges=group_edges(flow, edges, groups),
         counts=Counts(
             int(flow.kept_f.sum()), int((flow.kept_f & masked.is_error_f).sum()), drawn.count(*COUNTED), pruned.before,
-            pruned.faithfulness, drawn.distinct(*COUNTED), *entries, active,
+            pruned.faithfulness, drawn.distinct(*COUNTED), drawn.count("embedding"), drawn.count("unembedding"),
+            drawn.count("bigram"), active,
         ),
         sizes=tuple(int((nested.kept(place) & loss.nodes_f).sum()) for place in range(len(nested.levels))),
         opening=opening,
     )  # fmt: skip
-
-
-def _masks(masked: MaskedModel, groups: tuple[Group, ...]) -> list[Tensor]:
-    """kept_f of each group's nodes alone."""
-    none_f = torch.zeros_like(masked.is_error_f)
-    places = [[masked.space.place(node) for node in group.nodes] for group in groups]
-    return [none_f.index_fill(0, torch.tensor(place_k, device=none_f.device), True) for place_k in places]
 
 
 def _nodes(
@@ -326,11 +317,8 @@ def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
 
 def _means_of(masked: MaskedModel) -> Tensor:
     """mean_f of every node, and of errors the length of theirs."""
-    means = {
-        at: (mean.norm()[None] if at.kind == ERROR else mean).expand(masked.space.n_tokens, -1)
-        for at, mean in ((at, masked.means[at]) for at in masked.space.sizes)
-    }
-    return masked.space.join(means)
+    means = {at: masked.means[at].norm()[None] if at.kind == ERROR else masked.means[at] for at in masked.space.sizes}
+    return masked.space.join({at: mean_n.expand(masked.space.n_tokens, -1) for at, mean_n in means.items()})
 
 
 def _provenance(coupling: CoupledModels, used_bt: Tensor, seed: int) -> Provenance:

@@ -36,9 +36,7 @@ SHOWN = 0.8  # cumulative influence up to which nodes are shown at first
 SMALLEST, LARGEST = 1 << 10, 100 << 20  # bytes that Neuronpedia takes
 LOCAL_SCAN = "./data/features"  # where the local front end looks for features, under the address that it serves DIR at
 PORT = 8041  # that `circuit-tracer start-server` serves on by default
-_SLUG = re.compile(
-    r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
-)  # the viewers' alphabet; a dot in front would hide the file, or leave DIR
+_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")  # the viewers' alphabet; a dot in front would hide the file
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,8 @@ def to_networkx(explanation: Explanation) -> nx.DiGraph:
     for node in opened(explanation):
         known = {"activation": node.activation, "mean": node.mean, "effect": node.effect}
         label = {} if node.label is None else {"label": json.dumps(node.label)}
-        group = {} if node.group is None else {"group": node.group, "group_name": json.dumps(_name(explanation, node.group))}
+        names = None if node.group is None else explanation.groups[node.group]
+        group = {} if names is None else {"group": node.group, "group_name": json.dumps(names.label or names.name)}
         graph.add_node(
             node.id, layer=node.layer, kind=node.kind, index=node.index, position=node.position, level=node.level,
             **{k: float(v) for k, v in known.items() if v is not None}, **label, **group,
@@ -143,18 +142,10 @@ def to_networkx(explanation: Explanation) -> nx.DiGraph:
     for edge in explanation.edges:
         for end in (edge.source, edge.target):
             if end not in graph:
-                graph.add_node(end, **_where(explanation, end))
+                where = place(explanation, end)
+                graph.add_node(end, **where, token=json.dumps(explanation.tokens[where["position"]].text))
         graph.add_edge(edge.source, edge.target, kind=edge.kind, weight=float(edge.weight), effect=float(edge.effect))
     return graph
-
-
-def _name(explanation: Explanation, group: int) -> str:
-    return explanation.groups[group].label or explanation.groups[group].name
-
-
-def _where(explanation: Explanation, name: str) -> dict[str, Any]:
-    found = place(explanation, name)
-    return {**found, "token": json.dumps(explanation.tokens[found["position"]].text)}
 
 
 def _write_graphml(explanation: Explanation, path: Path) -> Exported:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -25,13 +26,11 @@ from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation, Fingerprints, check_coupling
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
-from bridge.models.store import CheckpointError, check_target, write_text
+from bridge.models.store import check_target, write_text
 from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
 DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
-
-
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
 
 
@@ -84,7 +83,7 @@ def render_html(data: Mapping[str, Any]) -> str:
     script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
     connect = "'self'" if data["served"] else "'none'"
     policy = (
-        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; font-src data:; img-src blob: data:; "
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; font-src data:; img-src blob: data:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     prompt = " ".join(data["explanation"]["prompt"].split())
@@ -97,12 +96,12 @@ def render_html(data: Mapping[str, Any]) -> str:
         "licences": read["licences.txt"],
         "script": script,
     }
-    head, *pieces = read["index.html"].split("{{")
-    filled = [head]
-    for piece in pieces:  # each place once, and nothing that was put in is looked at again
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return filled(read["index.html"], parts.__getitem__)
+
+
+def filled(template: str, part: Callable[[str], str]) -> str:
+    """A template with a part in each {{place}}; nothing that was put in is looked at again."""
+    return re.sub(r"{{(.+?)}}", lambda place: part(place[1]), template)
 
 
 def embedded_json(data: Any) -> str:
@@ -112,14 +111,13 @@ def embedded_json(data: Any) -> str:
 
 
 def write_page(path: str | Path, html: str) -> None:
-    """Write a page, atomically. Raises PageError where that cannot be done."""
+    """Write a page, atomically. Raises CheckpointError for a path that is no file's, PageError where it cannot be written."""
     try:
         write_text(check_target(path, "html"), html)
-    except CheckpointError as error:
-        raise PageError(error.what, error.rule, error.remedy) from None
     except OSError as error:
         raise PageError(f"could not write {str(path)!r} ({error.strerror})", remedy="free space or name another file") from None
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """The SHA-256 by which a policy names a script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

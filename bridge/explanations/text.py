@@ -18,8 +18,7 @@ from bridge.display import html as display
 from bridge.display.columns import columns
 from bridge.evidence.measures import evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
-from bridge.explanations.parts import Answer, Answered, Explained, ExplainedEdge, ExplainedGroup, ExplainedNode
-from bridge.graph.attention import Read
+from bridge.explanations.parts import Answer, Answered, Explained, ExplainedEdge, ExplainedGroup
 from bridge.graph.paths import strongest_paths
 from bridge.models.schema import ERROR
 
@@ -38,7 +37,7 @@ _ANSWERS = 4  # likeliest tokens of a model, fewer where a line has no room
 
 def render_text(explanation: Explained, width: int = 100, *, answer: bool = True) -> str:
     """The explanation for a terminal `width` columns wide; without the answer where that has been shown already."""
-    where = explanation.provenance
+    where, report = explanation.provenance, explanation.report
     span = "" if where.blocks is None else f" of blocks {where.blocks}, before and behind which the dense model runs"
     made = (
         f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}){span}, dense "
@@ -47,10 +46,10 @@ def render_text(explanation: Explained, width: int = 100, *, answer: bool = True
     drawn = (_path(explanation, width), _groups(explanation, width), _nodes(explanation, width), _attention(explanation, width))
     parts = (
         *((render_answer(explanation, width).split("\n"),) if answer else ()),
-        _verdict(explanation, width),
+        _wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width),
         _circuits(explanation, width),
         *(drawn if explanation.counts.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
-        evidence_table(explanation.report.measures, width),
+        evidence_table(report.measures, width),
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
     )
@@ -73,7 +72,7 @@ def render_answer(answered: Answered, width: int = 100) -> str:
     agree = "agrees" if answered.agree else "answers otherwise by itself"
     sparse = [f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
-        *_wrap("prompt    ", f"{quoted(answered.prompt)}  ({len(answered.tokens)} tokens)", width),
+        *_wrap("prompt    ", f"{answered.prompt!r}  ({len(answered.tokens)} tokens)", width),
         f"dense     {_answers(answered.dense)}",
         next((line for line in sparse if len(line) <= width), sparse[-1]),
         *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
@@ -97,12 +96,7 @@ def _span(answered: Answered) -> str:
 
 
 def _answers(answers: tuple[Answer, ...], count: int = _ANSWERS) -> str:
-    return "  ".join(f"{quoted(each.token.text)} {each.probability:.1%}" for each in answers[:count])
-
-
-def _verdict(explanation: Explained, width: int) -> list[str]:
-    report = explanation.report
-    return _wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width)
+    return "  ".join(f"{each.token.text!r} {each.probability:.1%}" for each in answers[:count])
 
 
 def _circuits(explanation: Explained, width: int) -> list[str]:
@@ -156,17 +150,11 @@ def _numbers(each: NestedCircuit) -> tuple[str, ...]:
 def _path(explanation: Explained, width: int) -> list[str]:
     groups = {f"group:{group.id}": group for group in explanation.groups}
     lines: list[str] = []
-    described: set[str] = set()
     for path in strongest_paths(explanation.group_edges, PATHS):
         words = []
         for each in path.steps:
-            group = groups.get(each)
-            if group is None or each in described:
-                words.append(_end(explanation, each))
-            else:
-                count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
-                words.append(f"[{group.id}: {_what(group, group.label or group.name)} ({count})]")
-                described.add(each)
+            group = groups.pop(each, None)  # each is described once
+            words.append(_end(explanation, each) if group is None else f"[{group.id}: {_what(group, group.label or group.name)}]")
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 
@@ -175,11 +163,11 @@ def _end(explanation: Explained, end: str) -> str:
     """An end of a group edge in words."""
     kind, _, where = end.partition(":")
     if kind == "answer":
-        return quoted(explanation.answer.text)
+        return repr(explanation.answer.text)
     if kind == "group":
         return f"[{where}]"
     if kind == "input":
-        return f"{quoted(explanation.tokens[int(where)].text)} at {where}"
+        return f"{explanation.tokens[int(where)].text!r} at {where}"
     site, _, position = where.partition("@")
     return f"error at site {site}, token {position}"
 
@@ -208,27 +196,27 @@ def _groups(explanation: Explained, width: int) -> list[str]:
 def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[str]:
     effects = (group.effect, group.sparse_effect, group.dense_effect)
     numbers = "".join(f"{'-' if effect is None else f'{effect:+.2f}':>7}" for effect in effects)
-    count = f"{len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'}"
     head = f"{'':8}{f'[{group.id}]':<6}{numbers}   "
-    what = f"{_what(group, group.name)} ({count}){f': {group.label}' if group.label else ''}"
+    what = f"{_what(group, group.name)}{f': {group.label}' if group.label else ''}"
     lines = _wrap(head, what, width, " " * _GROUP)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
         joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
         joined.sort(key=lambda edge: -abs(edge.effect))
         if joined:
-            ends = ", ".join(_keep(f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}") for edge in joined[:6])
-            lines += _kept(_wrap(f"{'':{_GROUP}}{word} ", ends, width, " " * (_GROUP + 5)))
+            ends = [f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}" for edge in joined[:6]]
+            lines += _wrap_list(f"{'':{_GROUP}}{word} ", ends, width, " " * (_GROUP + 5))
     return lines
 
 
 def _what(group: ExplainedGroup, name: str) -> str:
-    """A group's name, after its block, part of the block and tokens."""
+    """A group's name, between its place in the model and the number of its nodes."""
     positions = ", ".join(map(str, group.positions))
+    count = f"({len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'})"
     if group.kind == ERROR:
-        return f"{name}, at token {positions}"
+        return f"{name}, at token {positions} {count}"
     first, last = group.layers[0], group.layers[-1]
-    return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name}"
+    return f"L{first if first == last else f'{first}-{last}'} {group.kind} at {positions}: {name} {count}"
 
 
 def _nodes(explanation: Explained, width: int) -> list[str]:
@@ -238,30 +226,26 @@ def _nodes(explanation: Explained, width: int) -> list[str]:
     for edge in explanation.edges:  # strongest first
         if abs(edge.effect) >= _LEAST:
             inputs.setdefault(edge.target, []).append(edge)
-    names = {node.id: _name(node) for node in shown}
+    names = {node.id: f"error at site {node.layer}" if node.kind == ERROR else node.name for node in shown}
     longest = max(map(len, names.values()), default=4)
     lines = [f"NODES     {len(shown):,} of {explanation.counts.nodes:,}, those of largest effect, at the tokens they are at"]
     lines.append(f"        {'node':<{longest}}  group    value     mean   effect   inputs")
     for position, token in enumerate(explanation.tokens):
         here = [node for node in explanation.nodes if node.position == position and node.id in names]
-        lines += [f"  {position:>3}  {quoted(token.text)}"] if here else []
+        lines += [f"  {position:>3}  {token.text!r}"] if here else []
         for node in here:
             value = f"{node.activation:+.2f}" if node.activation else "inactive"
-            arrows = ", ".join(_keep(_input(edge, position)) for edge in inputs.get(node.id, [])[:LISTED_EDGES])
+            arrows = [_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES]]
             group = "" if node.group is None else f"[{node.group}]"
             head = f"        {names[node.id]:<{longest}}  {group:<5}{value:>8}{node.mean:>+9.2f}{node.effect or 0:>+9.2f}   "
-            lines += _kept(_wrap(head, arrows, width)) if arrows else [head.rstrip()]
+            lines += _wrap_list(head, arrows, width) if arrows else [head.rstrip()]
             lines += textwrap.wrap(node.label, width, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
     last = len(explanation.tokens) - 1
     answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
-    lines += _kept(_wrap("        d from ", ", ".join(map(_keep, answer[:8])), width)) if answer else []
+    lines += _wrap_list("        d from ", answer[:8], width) if answer else []
     if len(opened) > len(shown):
         lines.append(f"        and {len(opened) - len(shown):,} nodes of smaller effect, which the JSON lists")
     return lines
-
-
-def _name(node: ExplainedNode) -> str:
-    return f"error at site {node.layer}" if node.kind == ERROR else node.name
 
 
 def _input(edge: ExplainedEdge, position: int) -> str:
@@ -280,7 +264,8 @@ def _attention(explanation: Explained, width: int) -> list[str]:
     ]
     for head in explanation.attention[:LISTED_HEADS]:
         numbers = f"{head.effect:>+7.2f}  {head.pattern_effect:>+7.2f}  {head.value_effect:>+7.2f}  {head.sink:>5.2f}"
-        reads = ", ".join(_read(explanation, read) for read in head.reads[:3] if read.weight >= 0.05)
+        shown = [read for read in head.reads[:3] if read.weight >= 0.05]
+        reads = ", ".join(f"{explanation.tokens[read.position].text!r}@{read.position} {read.weight:.2f}" for read in shown)
         lines.append(f"        {f'L{head.layer}.head {head.head}@{head.query}':<11}  {numbers}   {reads}".rstrip())
         for read in head.reads[:1]:
             why = ", ".join(f"q*k[{term.channel}] {term.product:+.2f}" for term in read.terms[:3])
@@ -292,10 +277,6 @@ def _attention(explanation: Explained, width: int) -> list[str]:
     return lines
 
 
-def _read(explanation: Explained, read: Read) -> str:
-    return f"{quoted(explanation.tokens[read.position].text)}@{read.position} {read.weight:.2f}"
-
-
 # -- lines --------------------------------------------------------------------------------------------------------------------
 
 
@@ -303,18 +284,10 @@ def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[st
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head) if below is None else below)
 
 
-def _keep(text: str) -> str:
-    """Mark text that is not to be divided between lines; `_kept` removes the marks."""
-    return text.replace(" ", "\u00a0")
-
-
-def _kept(lines: Sequence[str]) -> list[str]:
-    return [line.replace("\u00a0", " ") for line in lines]
-
-
-def quoted(text: str) -> str:
-    """Text as Python would write it, so that spaces, newlines and quotes can be seen."""
-    return repr(text)
+def _wrap_list(head: str, parts: Sequence[str], width: int, below: str | None = None) -> list[str]:
+    """Parts with commas between them, none of which is divided between lines."""
+    marked = ", ".join(part.replace(" ", "\u00a0") for part in parts)
+    return [line.replace("\u00a0", " ") for line in _wrap(head, marked, width, below)]
 
 
 def _cut(line: str, width: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Lock, Thread, get_ident
+from threading import Lock, get_ident
 from typing import TypeVar
 
 import torch
@@ -50,8 +51,5 @@ def _limit_threads() -> None:
 
 
 def _in_new_thread(compute: Callable[[], T]) -> T:
-    results: list[T] = []
-    thread = Thread(target=lambda: results.append(compute()))
-    thread.start()
-    thread.join()
-    return results[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compute).result()

@@ -58,7 +58,7 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     """The graph: metadata, the state of the page, nodes and links; `rows` to a block."""
     if len(explanation.tokens) < 2:
         raise ExportError("the prompt", "is a single token, of which the viewers drop every node", "export ‹to› graphml")
-    last, answer = len(explanation.tokens) - 1, rows * _blocks(explanation) + 1
+    last, answer = len(explanation.tokens) - 1, _answer_row(explanation, rows)
     asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
     logits = [f"{answer}_{token.id}_{last}" for token in asked]
     into_answer = list(zip(logits, (0.5, -0.5) if len(logits) == 2 else (1.0,), strict=True))
@@ -107,34 +107,29 @@ def opened(explanation: Explanation) -> list[ExplainedNode]:
     return [node for node in explanation.nodes if node.level <= explanation.opening]
 
 
-def _blocks(explanation: Explanation) -> int:
-    """The number of blocks of the sparse model, as far as edges into the answer or nodes show it."""
-    answers = (place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram"))
-    highest = max((node.layer for node in explanation.nodes if node.kind != ERROR), default=0)
-    return max(1 + highest, max((answer["layer"] for answer in answers), default=0))
+def _answer_row(explanation: Explanation, rows: int) -> int:
+    """The row above those of all blocks of the sparse model, as far as edges into the answer or nodes show how many there are."""
+    answers = [place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
+    above = [1 + node.layer for node in explanation.nodes if node.kind != ERROR]
+    return rows * max([1, *above, *(answer["layer"] for answer in answers)]) + 1
 
 
-def _row(node: ExplainedNode, rows: int, answer: int) -> int:
+def _row_and_index(node: ExplainedNode, rows: int, answer: int) -> tuple[int, int]:
     if node.kind == ERROR:  # before the sublayer that reads its site, where blocks have two; the last below the answer
-        return min(node.layer * rows // 2, answer - 1)
+        return min(node.layer * rows // 2, answer - 1), ERRORS + node.layer
     if node.kind not in KINDS:
         raise ExportError("the explanation", f"has a node {node.id!r} of a kind {node.kind!r} that there is not", "explain again")
-    return rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
+    row = rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
+    return row, 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
 
 
-def _index(node: ExplainedNode) -> int:
-    if node.kind == ERROR:
-        return ERRORS + node.layer
-    return 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
-
-
-def _feature(node: ExplainedNode, rows: int, answer: int) -> int:
-    row, index = _row(node, rows, answer), _index(node)
+def _feature(row: int, index: int) -> int:
     return (row + index) * (row + index + 1) // 2 + index
 
 
 def _node_id(node: ExplainedNode, rows: int, answer: int) -> str:
-    return f"{_row(node, rows, answer)}_{_index(node)}_{node.position}"
+    row, index = _row_and_index(node, rows, answer)
+    return f"{row}_{index}_{node.position}"
 
 
 def _node(name: str, feature: int, row: int | str, position: int, kind: str, clerp: str, **more: Any) -> dict[str, Any]:
@@ -154,15 +149,14 @@ def _node(name: str, feature: int, row: int | str, position: int, kind: str, cle
 
 
 def _circuit_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    """A node or error of the circuit."""
     if node.kind == ERROR:  # a type that the viewers draw without a feature, of which there is no file
         kind, clerp = "mlp reconstruction error", f"error at site {node.layer}"
     else:  # the only type that opens the feature's panel
         label = f": {node.label}" if node.label else ""
         kind, clerp = "cross layer transcoder", _plain(f"{node.name} {node.activation:+.2f}{label}")
-    name, row, feature = _node_id(node, rows, answer), _row(node, rows, answer), _feature(node, rows, answer)
+    row, index = _row_and_index(node, rows, answer)
     numbers = {"activation": abs(node.activation), "score": abs(node.effect or 0.0)}
-    return _node(name, feature, row, node.position, kind, clerp, **numbers)
+    return _node(_node_id(node, rows, answer), _feature(row, index), row, node.position, kind, clerp, **numbers)
 
 
 def _token_node(position: int, token: int, given: Mapping[str, float]) -> dict[str, Any]:
@@ -241,10 +235,10 @@ def origin(explanation: Explanation) -> dict[str, Any]:
 def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, rows: int) -> dict[int, dict[str, Any]]:
     """Every feature of the graph by number: from the channel's page, or from this prompt alone where there is none."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
-    answer = rows * _blocks(explanation) + 1
+    answer = _answer_row(explanation, rows)
     for node in opened(explanation):
         if node.kind != ERROR:
-            nodes[_feature(node, rows, answer)].append(node)
+            nodes[_feature(*_row_and_index(node, rows, answer))].append(node)
     return {
         number: _from_page(number, same[0], pages[same[0].name])
         if same[0].name in pages

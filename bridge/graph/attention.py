@@ -99,14 +99,6 @@ class ExplainedHead:
     interaction: float
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The heads that matter, the largest effect first, and how many more, at a query position each, have any."""
-
-    heads: tuple[ExplainedHead, ...]
-    left_out: int
-
-
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself,
@@ -124,8 +116,8 @@ class _Layer:
 
 
 @torch.no_grad()
-def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
-    """The heads of a prompt's circuit that matter most to its answer; see the module's docstring for what each number is."""
+def explain_attention(flow: Flow, *, most: int = HEADS) -> tuple[tuple[ExplainedHead, ...], int]:
+    """The heads that matter most to the answer, the largest effect first, and how many more, at a query each, have any."""
     layers = {at.layer: _layer(flow, at.layer) for at in flow.locations("attn_out")}
     sizes = [
         (size, layer, head, query)
@@ -140,21 +132,18 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> Attention:
         _explained(flow, layers[layer], layer, head, query, its) for (layer, head, query), its in zip(pairs, effects, strict=True)
     ]
     heads.sort(key=lambda each: -max(abs(each.effect), abs(each.pattern_effect), abs(each.value_effect)))
-    return Attention(tuple(heads), len(sizes) - len(pairs))
+    return tuple(heads), len(sizes) - len(pairs)
 
 
 def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     """read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
     read_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
-        q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
-        pattern_htt = flow.sparse.pattern(layer, flow.value[q][None], flow.value[k][None])[0]
-        change_htc = flow.sparse.shared(flow.sparse.heads(layer, flow.change[v][None], rotate=False))[0]
-        change_thc = change_htc.transpose(0, 1)
+        its, out = _layer(flow, layer), Location(layer, "attn_out")
         for node in nodes:
             if node.location == out and node.position is not None:
-                write_hc = flow.weight(layer, "o")[node.index].view(change_thc.shape[1:])
-                added_ht = pattern_htt[:, node.position] * (change_thc * write_hc).sum(-1).T
+                write_hc = flow.weight(layer, "o")[node.index].view(its.change_thc.shape[1:])
+                added_ht = its.pattern_htt[:, node.position] * (its.change_thc * write_hc).sum(-1).T
                 read_t += added_ht.sum(0) * flow.gradient[out][node.position, node.index]
     return read_t
 
@@ -171,16 +160,11 @@ def _layer(flow: Flow, layer: int) -> _Layer:
     v_htc, mean_htc = (sparse.shared(sparse.heads(layer, of[v][None], rotate=False))[0] for of in (value, mean))
     z_htc = pattern_htt @ v_htc
     ablated_3htc = torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
-    return _Layer(
-        q_htc=sparse.heads(layer, value[q][None], rotate=True)[0],
-        k_htc=sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0],
-        pattern_htt=pattern_htt,
-        change_thc=(v_htc - mean_htc).transpose(0, 1),
-        gradient_thc=gradient_thc,
-        z_htc=z_htc,
-        ablated_3htc=ablated_3htc,
-        first_order_3th=((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1),
-    )
+    first_order_3th = ((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1)
+    q_htc = sparse.heads(layer, value[q][None], rotate=True)[0]
+    k_htc = sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0]
+    change_thc = (v_htc - mean_htc).transpose(0, 1)
+    return _Layer(q_htc, k_htc, pattern_htt, change_thc, gradient_thc, z_htc, ablated_3htc, first_order_3th)
 
 
 def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> list[list[float]]:
@@ -220,7 +204,6 @@ def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
 
 
 def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
-    effect, pattern_effect, value_effect = effects
     weight_t = its.pattern_htt[head, query]
     channels = flow.sparse.channels
     v, first, own = Location(layer, "v"), head * channels, head // flow.sparse.group * channels
@@ -242,14 +225,6 @@ def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effec
         score = float(product_c.sum())
         others = score - sum(term.product for term in terms)
         reads.append(Read(position, float(weight_t[position]), score, terms, tuple(moved), others, float(effect_c.sum())))
-    return ExplainedHead(
-        layer=layer,
-        head=head,
-        query=query,
-        sink=max(0.0, 1 - float(weight_t.sum())),
-        reads=tuple(reads),
-        effect=effect,
-        pattern_effect=pattern_effect,
-        value_effect=value_effect,
-        interaction=effect - pattern_effect - value_effect,
-    )
+    effect, pattern_effect, value_effect = effects
+    sink, interaction = max(0.0, 1 - float(weight_t.sum())), effect - pattern_effect - value_effect
+    return ExplainedHead(layer, head, query, sink, tuple(reads), effect, pattern_effect, value_effect, interaction)

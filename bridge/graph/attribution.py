@@ -35,6 +35,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -58,13 +59,10 @@ class Ends:
     def __init__(self, flow: Flow) -> None:
         space = flow.masked.space
         wide = {EMBEDDING: flow.sparse.width, BIGRAM: flow.sparse.vocabulary, flow.answer: flow.sparse.vocabulary}
-        self.n_nodes, self.n_tokens, self.answer = space.size, space.n_tokens, flow.answer
+        self.n_nodes, self.n_tokens = space.size, space.n_tokens
         self._sizes = {**space.sizes, **wide}
-        self._first: dict[Location, int] = {}
-        self.size = 0
-        for location, n in self._sizes.items():
-            self._first[location] = self.size
-            self.size += n * space.n_tokens
+        ends = accumulate(n * space.n_tokens for n in self._sizes.values())
+        self._first = dict(zip(self._sizes, (0, *ends), strict=False))
 
     def number(self, location: Location, index_e: Tensor, position_e: Tensor) -> Tensor:
         """end_e of channels of a location at positions."""
@@ -96,9 +94,8 @@ class Ends:
         """token_e whose embedding or bigram entry an end is; -1 of nodes, errors and the answer."""
         token_e = torch.full_like(end_e, -1)
         for location in (EMBEDDING, BIGRAM):
-            place_e = end_e - self._first[location]
-            n = self._sizes[location]
-            token_e = torch.where((place_e >= 0) & (place_e < n * self.n_tokens), place_e // n, token_e)
+            position_e, _ = self.parts(location, end_e)
+            token_e = torch.where(self.within(location, end_e), position_e, token_e)
         return token_e
 
 
@@ -158,10 +155,9 @@ def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unsee
     """
     drawing = _Drawing(flow, most)
     parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
-    for found in parts:
-        for edges in found:
-            progress(Phase("edges"))
-            drawing.add(edges)
+    for edges in chain.from_iterable(parts):
+        progress(Phase("edges"))
+        drawing.add(edges)
     return drawing.edges()
 
 
@@ -219,7 +215,8 @@ class _Drawing:
 
     def __init__(self, flow: Flow, most: int | None) -> None:
         self.ends, self.most, self.least = Ends(flow), most, 0.0  # least: the effect of the weakest that can be among them
-        self.parts: list[tuple[Tensor, ...]] = [_no_edges(flow)]
+        no_end, no_weight = flow.tokens_t[:0], flow.read_v[:0]
+        self.parts: list[tuple[Tensor, ...]] = [(no_end, no_end, no_end, no_weight, no_weight)]
         self.number: dict[EdgeKind, int] = {}
         self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
 
@@ -261,11 +258,6 @@ class _Drawing:
             weights[kind] = weights.get(kind, 0) + len(torch.cat(parts).unique())
         kind_e, source_e, target_e, weight_e, effect_e = (column[order_e] for column in columns)
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, self.number, weights)
-
-
-def _no_edges(flow: Flow) -> tuple[Tensor, ...]:
-    end_0, weight_0 = flow.tokens_t[:0], flow.read_v[:0]
-    return end_0, end_0, end_0, weight_0, weight_0
 
 
 def _weight_edges(flow: Flow) -> Iterator[_Some]:
@@ -359,17 +351,14 @@ def _head_gradients(
 def _residual_edges(flow: Flow) -> Iterator[_Some]:
     for target in flow.locations(*READ_KINDS):
         site, kept_tn, gradient_tn = flow.sparse.site(target), flow.kept[target], flow.gradient[target]
-        for source, writes_tn in _writers(flow, site):
+        errors = [(at, flow.kept[at] & (flow.change[at] != 0)) for at in flow.locations(ERROR) if at.layer <= site]
+        for source, writes_tn in chain(_writers(flow, site), errors):
             position, index = (kept_tn & writes_tn).nonzero().unbind(1)
             added_e = flow.change[source][position, index] * flow.scale[site][position]
-            kind: EdgeKind = "embedding" if source == EMBEDDING else "residual"
-            ends = (source, index, position), (target, index, position)
+            kind: EdgeKind = "embedding" if source == EMBEDDING else "error" if source.kind == ERROR else "residual"
+            from_e = torch.zeros_like(index) if kind == "error" else index  # an error is one node
+            ends = (source, from_e, position), (target, index, position)
             yield _Some(kind, *ends, added_e, added_e * gradient_tn[position, index])
-        for source in (at for at in flow.locations(ERROR) if at.layer <= site):
-            position, index = (kept_tn & flow.kept[source] & (flow.change[source] != 0)).nonzero().unbind(1)
-            added_e = flow.change[source][position, index] * flow.scale[site][position]
-            ends = (source, torch.zeros_like(index), position), (target, index, position)
-            yield _Some("error", *ends, added_e, added_e * gradient_tn[position, index])
 
 
 def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.graph.attribution import Edges
 from bridge.graph.flow import Flow
-from bridge.models.circuit import COUNTED, KINDS
+from bridge.models.circuit import COUNTED, KINDS, recording_gate
 from bridge.models.sparse import Location
 
 _DENSITIES = np.array([0.25, 0.5, 0.75])  # of the other edges that supersets have
@@ -92,10 +93,11 @@ def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed:
 
 
 class EdgeMaskedModel:
-    """The circuit of a flow with any of its weights between nodes removed."""
+    """The circuit of a flow with any of its weights between nodes removed; removable_e marks the edges that can be."""
 
     def __init__(self, loss: CircuitLoss, flow: Flow, edges: Edges) -> None:
-        self.loss, self.flow, self._edges = loss, flow, edges
+        self.loss, self.flow = loss, flow
+        self.removable_e = torch.zeros_like(edges.kind_e, dtype=torch.bool)
         self.matrices: dict[tuple[int, str], _Matrix] = {}
         for layer in range(len(flow.sparse.blocks)):
             for name, (source, target) in flow.sparse.matrices.items():
@@ -106,49 +108,33 @@ class EdgeMaskedModel:
                 here_e = (edges.kind_e == kind) & edges.ends.within(ends[0], edges.source_e)
                 edge_e = (here_e & edges.ends.within(ends[1], edges.target_e)).nonzero().flatten()
                 if len(edge_e):
+                    self.removable_e[edge_e] = True
                     from_position_e, from_e = edges.ends.parts(ends[0], edges.source_e[edge_e])
                     position_e, to_e = edges.ends.parts(ends[1], edges.target_e[edge_e])
                     weight_e = flow.weight(layer, name)[to_e, from_e]
                     self.matrices[layer, name] = _Matrix(edge_e, weight_e, ends[0], from_position_e, from_e, position_e, to_e)
 
-    @property
-    def removable_e(self) -> Tensor:
-        """Mask of the edges that can be removed."""
-        removable_e = torch.zeros_like(self._edges.kind_e, dtype=torch.bool)
-        for matrix in self.matrices.values():
-            removable_e[matrix.edge_e] = True
-        return removable_e
-
     @torch.no_grad()
     def miss(self, kept_re: Tensor) -> Tensor:
         """miss_r of the circuit with some of its edges; what is no weight between nodes is always kept."""
-        rows = self.loss.masked.rows
-        return torch.cat([self._miss(some_re) for some_re in kept_re.split(rows)])
+        return torch.cat([self._miss(some_re) for some_re in kept_re.split(self.loss.masked.rows)])
 
     def _miss(self, kept_re: Tensor) -> Tensor:
         flow, value = self.flow, dict[Location, Tensor]()
         gate, correct = flow.masked.gates(flow.kept_f.expand(len(kept_re), -1))
-
-        def recording(at: Location, x_rtn: Tensor) -> Tensor:
-            value[at] = gate(at, x_rtn)
-            return value[at]
-
-        def removing(layer: int, name: str) -> Any:
-            def hook(module: Any, given: Any, y_rtm: Tensor) -> Tensor:
-                return y_rtm - self._removed(layer, name, value, ~kept_re, y_rtm)
-
-            return hook
-
         with ExitStack() as hooks:
             for layer, name in self.matrices:
                 module = flow.sparse.get_submodule(f"blocks.{layer}.{name}")
-                hooks.enter_context(module.register_forward_hook(removing(layer, name)))
+                hooks.enter_context(module.register_forward_hook(partial(self._without, layer, name, value, ~kept_re)))
+            recording = recording_gate(value, gate)
             trace = flow.sparse.run(flow.tokens_t.expand(len(kept_re), -1), gate=recording, correct=correct, last_only=True)
         first_r = torch.zeros(len(kept_re), dtype=torch.long, device=kept_re.device)
         return self.loss.miss(trace.logits_btv[:, -1], first_r)
 
-    def _removed(self, layer: int, name: str, value: dict[Location, Tensor], removed_re: Tensor, y_rtm: Tensor) -> Tensor:
-        """Sum that the removed edges of a matrix add to its outputs, beyond the mean."""
+    def _without(
+        self, layer: int, name: str, value: dict[Location, Tensor], removed_re: Tensor, _module: Any, _given: Any, y_rtm: Tensor
+    ) -> Tensor:
+        """A forward hook: a matrix's outputs less what its removed edges add to them, beyond the mean."""
         its, masked = self.matrices[layer, name], self.flow.masked
         change_re = value[its.source][:, its.source_position_e, its.source_index_e] - masked.means[its.source][its.source_index_e]
         added_re = removed_re[:, its.edge_e] * its.weight_e * change_re
@@ -158,4 +144,4 @@ class EdgeMaskedModel:
             added_re = added_re * pattern_rhtt[:, head_e, its.position_e, its.source_position_e]
         rows, _, wide = y_rtm.shape
         added_rf = torch.zeros(rows, y_rtm.shape[1] * wide, device=y_rtm.device)
-        return added_rf.index_add_(1, its.position_e * wide + its.index_e, added_re).view(y_rtm.shape)
+        return y_rtm - added_rf.index_add_(1, its.position_e * wide + its.index_e, added_re).view(y_rtm.shape)

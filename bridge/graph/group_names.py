@@ -40,12 +40,7 @@ _LEAST = 1e-3  # probability moved, below which it is not said where to
 
 
 def group_names(
-    flow: Flow,
-    edges: Edges,
-    groups: Sequence[Group],
-    ablated: Ablated,
-    prompts: Prompts,
-    labels: Mapping[str, str] | None = None,
+    flow: Flow, edges: Edges, groups: Sequence[Group], ablated: Ablated, prompts: Prompts, labels: Mapping[str, str]
 ) -> tuple[str, ...]:
     """A name for each group; labels are those of channels, by a node's name without position, with its sign in front if any."""
     into: dict[str, list[GroupEdge]] = {}
@@ -60,19 +55,19 @@ def group_names(
             site = group.layers[0]
             reads = f"error at site {site}" if site < flow.sparse.n_sites else "error of the logits"
         else:
-            known = _label(flow, group, strength, labels or {})
+            known = _label(flow, group, strength, labels)
             reads = known or _reads(flow, whole, group, groups, into.get(f"group:{number}", []), prompts)
         does = _promotes(flow, ablated, number, prompts)
         like = "" if known or group.kind == ERROR else _like(flow, group, prompts)
         every = (f"{reads}{also}{', ' if does else ''}{does}" for also in (like, ""))
-        names.append(next((name for name in every if len(name) <= LONGEST), None) or _shortened(f"{reads}, {does}"))
+        cut = f"{reads}, {does}"[: LONGEST - 3].rstrip()
+        names.append(next((name for name in every if len(name) <= LONGEST), f"{cut}..."))
     return tuple(names)
 
 
 def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapping[str, str]) -> str:
     """The label of the member with the largest effect that has one."""
-    place = {node: flow.masked.space.place(node) for node in group.nodes}
-    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(place[node], 0.0))):
+    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(flow.masked.space.place(node), 0.0))):
         value = float(flow.value[node.location][node.position, node.index])
         label = labels.get(f"{'+' if value > 0 else '-'}{node.name}", labels.get(node.name))
         if label:
@@ -81,12 +76,7 @@ def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapp
 
 
 def _reads(
-    flow: Flow,
-    whole: Callable[[], Flow],
-    group: Group,
-    groups: Sequence[Group],
-    into: Sequence[GroupEdge],
-    prompts: Prompts,
+    flow: Flow, whole: Callable[[], Flow], group: Group, groups: Sequence[Group], into: Sequence[GroupEdge], prompts: Prompts
 ) -> str:
     """Name of the positions that flow into a group; where none does, into its attention in the flow through all nodes."""
     own = group.positions[-1]
@@ -100,10 +90,10 @@ def _reads(
         by_position[position] = by_position.get(position, 0.0) + abs(edge.effect)
     there = f"at {_token(flow, own, prompts)}"
     if not into:
-        there = there if group.positions[-1] < len(flow.tokens_t) - 1 else "constant"
+        there = there if own < len(flow.tokens_t) - 1 else "constant"
         read_t = read_by(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
-        read = [place for place in read_t.argsort(descending=True).tolist()[:1] if read_t[place] > 0]
-        return f"{there} (in full reads {' and '.join(_token(flow, place, prompts) for place in read)})" if read else there
+        most_read = int(read_t.argmax())
+        return f"{there} (in full reads {_token(flow, most_read, prompts)})" if read_t[most_read] > 0 else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
     most = by_position[positions[0]]
     named = [position for position in positions[:_READS] if position >= 0 and by_position[position] >= _SHARE * most]
@@ -154,7 +144,3 @@ def _text(prompts: Prompts, token: int) -> str:
         return f"{lines!r}+{len(text) - len(lines)} spaces" if lines else f"{len(text)} spaces"
     text = repr(text)
     return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 4]}...{text[-1]}"
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3].rstrip()}..."

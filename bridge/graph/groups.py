@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bridge.graph.attribution import Edges
 from bridge.graph.flow import Flow
-from bridge.models.circuit import Node
+from bridge.models.circuit import Node, NodeSpace
 from bridge.models.schema import ATTENTION_KINDS, ERROR
 from bridge.models.sparse import Location
 
@@ -64,18 +64,16 @@ class Group:
     layers: tuple[int, ...]
     kind: str
 
-    def __str__(self) -> str:
-        if self.kind == ERROR:
-            return f"error at site {self.layers[0]}, token {self.positions[0]}"
-        layers = "-".join(map(str, dict.fromkeys((self.layers[0], self.layers[-1]))))
-        return f"L{layers} {self.kind} at {self.positions[-1]}"
-
     @staticmethod
     def of(nodes: Sequence[Node]) -> Group:
         """The group of some nodes."""
         positions = sorted({node.position for node in nodes if node.position is not None})
-        kinds = sorted({_part(node) for node in nodes})
+        kinds = sorted({_part(node.location) for node in nodes})
         return Group(tuple(nodes), tuple(positions), tuple(sorted({node.location.layer for node in nodes})), " and ".join(kinds))
+
+    def places(self, space: NodeSpace, device: torch.device) -> Tensor:
+        """place_k of its nodes in the row of all."""
+        return torch.tensor([space.place(node) for node in self.nodes], device=device)
 
 
 @dataclass(frozen=True)
@@ -106,21 +104,17 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
     if not nodes:
         return ()
     sublayer_k, position_k = _sublayers(flow, nodes), np.array([node.position for node in nodes], dtype=int)
+    bucket_k = np.unique(np.stack([position_k, sublayer_k]), axis=1, return_inverse=True)[1].reshape(-1)
     if len(nodes) > config.clustered:
-        label_k = np.unique(np.stack([position_k, sublayer_k]), axis=1, return_inverse=True)[1].reshape(-1)
-        return _labelled(nodes, label_k)
-    similar = _Profiles(edges, place_k, sublayer_k, position_k)
-    trees = []
-    for position in np.unique(position_k):
-        here_m = (position_k == position).nonzero()[0]
-        trees.append((here_m, _tree(similar.distances(here_m), sublayer_k[here_m])))
+        return _labelled(nodes, bucket_k)
+    similar = _Profiles(edges, place_k, bucket_k)
+    here = [(position_k == position).nonzero()[0] for position in np.unique(position_k)]
+    trees = [(here_m, _tree(similar.distances(here_m), sublayer_k[here_m])) for here_m in here]
     cut = _cut(trees, config)
+    clusters = [here_m[members] for here_m, tree in trees for members in _clusters(len(here_m), tree, cut, config.largest)]
     label_k = np.zeros(len(nodes), dtype=int)
-    count = 0
-    for here_m, tree in trees:
-        for members in _clusters(len(here_m), tree, cut, config.largest):
-            label_k[here_m[members]] = count
-            count += 1
+    for label, members_k in enumerate(clusters):
+        label_k[members_k] = label
     return _labelled(nodes, label_k)
 
 
@@ -129,8 +123,8 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
     names = {}
     for number, group in enumerate(groups):
         for node in group.nodes:
-            error = group.kind == ERROR
-            names[flow.masked.space.place(node)] = error_name(node) if error else f"group:{number}"
+            error = f"error:{node.location.layer}@{node.position}"
+            names[flow.masked.space.place(node)] = error if group.kind == ERROR else f"group:{number}"
     token_e = edges.ends.inputs(edges.source_e).tolist()
     found: dict[tuple[str, str], list[float]] = {}
     for source, target, token, effect in zip(
@@ -146,16 +140,10 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 @torch.no_grad()
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
     """The answer when all of a group is ablated from the circuit, by intervention, for each group."""
-    place = flow.masked.space.place
-    sets = [torch.tensor([place(node) for node in group.nodes], device=flow.kept_f.device) for group in groups]
+    sets = [group.places(flow.masked.space, flow.kept_f.device) for group in groups]
     logits_gv = flow.masked.logits_without_sets(flow.kept_f, sets)
     d_g = flow.masked.question.difference(logits_gv, torch.zeros(len(groups), dtype=torch.long, device=logits_gv.device))
     return Ablated(tuple((flow.difference - d_g).tolist()), logits_gv)
-
-
-def error_name(node: Node) -> str:
-    """An error as the end of a group's edge."""
-    return f"error:{node.location.layer}@{node.position}"
 
 
 def node_effects(edges: Edges) -> dict[int, float]:
@@ -168,10 +156,9 @@ def node_effects(edges: Edges) -> dict[int, float]:
 # -- parts ------------------------------------------------------------------------------------------------------------------
 
 
-def _part(node: Node) -> str:
-    """Half of a block, or other part, that a node belongs to."""
-    kind = node.location.kind
-    return ERROR if kind == ERROR else "attention" if kind in ATTENTION_KINDS else "mlp"
+def _part(at: Location) -> str:
+    """Half of a block, or other part, that a location belongs to."""
+    return ERROR if at.kind == ERROR else "attention" if at.kind in ATTENTION_KINDS else "mlp"
 
 
 def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
@@ -188,10 +175,10 @@ def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
 
 def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
     """Sublayer of every node, in the order of the computation; errors have numbers of their own, far from all."""
-    parts = [Node(at, 0) for at in flow.sparse.locations()]
-    order = {key: place for place, key in enumerate(dict.fromkeys((node.location.layer, _part(node)) for node in parts))}
+    parts = dict.fromkeys((at.layer, _part(at)) for at in flow.sparse.locations())
+    order = {key: place for place, key in enumerate(parts)}
     far = len(order) + 1
-    keys = ((node.location.layer, _part(node)) for node in nodes)
+    keys = ((node.location.layer, _part(node.location)) for node in nodes)
     return np.array([order[key] if key in order else 2 * (far + key[0]) for key in keys], dtype=int)
 
 
@@ -203,17 +190,18 @@ def _labelled(nodes: Sequence[Node], label_k: Array) -> tuple[Group, ...]:
 
 
 class _Profiles:
-    """The four profiles of every node (see the module's docstring), as rows of unit length, or 0."""
+    """The four profiles of every node (see the module's docstring), as rows of unit length, or 0; bucket_k numbers the sublayers
+    at positions that there are.
+    """
 
-    def __init__(self, edges: Edges, place_k: Tensor, sublayer_k: Array, position_k: Array) -> None:
+    def __init__(self, edges: Edges, place_k: Tensor, bucket_k: Array) -> None:
         count = len(place_k)
         sorted_k, order_k = place_k.sort()
         source_e, target_e = edges.source_e.cpu(), edges.target_e.cpu()
         from_e, to_e = (_index(sorted_k, order_k, end_e) for end_e in (source_e, target_e))
         token_e, effect_e = edges.ends.inputs(source_e).numpy(), edges.effect_e.double().cpu().numpy()
-        bucket_k = np.unique(np.stack([position_k, sublayer_k]), axis=1, return_inverse=True)[1].reshape(-1)
         inner_e = (from_e >= 0) & (to_e >= 0) & (bucket_k[from_e] == bucket_k[to_e])
-        buckets, tokens = int(bucket_k.max(initial=-1)) + 1, edges.ends.n_tokens
+        buckets, tokens = int(bucket_k.max()) + 1, edges.ends.n_tokens
         wide = buckets + tokens + 1  # sublayers at positions, tokens, the answer
         outside_from_e = np.where(from_e >= 0, bucket_k[from_e], buckets + np.maximum(token_e, 0))
         outside_to_e = np.where(to_e >= 0, bucket_k[to_e], wide - 1)
@@ -244,8 +232,6 @@ class _Profiles:
 
 def _index(sorted_k: Tensor, order_k: Tensor, end_e: Tensor) -> Array:
     """Place k of the node that an end is; -1 where it is none of them."""
-    if not len(sorted_k):
-        return np.full(len(end_e), -1)
     at_e = torch.searchsorted(sorted_k, end_e).clamp(max=len(sorted_k) - 1)
     return torch.where(sorted_k[at_e] == end_e, order_k[at_e], -1).numpy()
 

@@ -19,18 +19,10 @@ _MOST_STEPS = 20_000  # of the search
 
 @dataclass(frozen=True)
 class Path:
-    """A way to the answer: its steps, named as the ends of `GroupEdge`s are, and an effect at every step but the last.
-
-    effects[i] is what of the answer, in terms of d, is followed back to steps[i]; effect is effects[0].
-    """
+    """A way to the answer: its steps, named as the ends of `GroupEdge`s are, and its effect, followed back to where it begins."""
 
     steps: tuple[str, ...]
-    effects: tuple[float, ...]
-
-    @property
-    def effect(self) -> float:
-        """The part of the answer that is followed back to where the path begins."""
-        return self.effects[0]
+    effect: float
 
 
 def strongest_paths(edges: Sequence[GroupEdge], most: int = 5) -> tuple[Path, ...]:
@@ -39,19 +31,19 @@ def strongest_paths(edges: Sequence[GroupEdge], most: int = 5) -> tuple[Path, ..
     for edge in edges:
         into.setdefault(edge.target, []).append(edge)
     total = {target: sum(abs(edge.effect) for edge in its) for target, its in into.items()}
-    # (magnitude, number in the search, so that equal ones keep an order, steps, effects)
-    waiting: list[tuple[float, int, tuple[str, ...], tuple[float, ...]]] = [(0.0, 0, ("answer",), ())]
+    # (magnitude, number in the search, so that equal ones keep an order, steps, effect)
+    waiting: list[tuple[float, int, tuple[str, ...], float]] = [(0.0, 0, ("answer",), 1.0)]
     found, count = [], 0
     while waiting and len(found) < most and count < _MOST_STEPS:
-        _, _, steps, effects = heapq.heappop(waiting)
+        _, _, steps, so_far = heapq.heappop(waiting)
         if steps[0] not in into:
             if len(steps) > 1:
-                found.append(Path(steps, effects))
+                found.append(Path(steps, so_far))
             continue
         for edge in into[steps[0]]:
             if edge.source in steps or not edge.effect:
                 continue
-            effect = edge.effect if not effects else effects[0] * edge.effect / total[edge.target]
+            effect = edge.effect if len(steps) == 1 else so_far * edge.effect / total[edge.target]
             count += 1
-            heapq.heappush(waiting, (-abs(effect), count, (edge.source, *steps), (effect, *effects)))
+            heapq.heappush(waiting, (-abs(effect), count, (edge.source, *steps), effect))
     return tuple(found)

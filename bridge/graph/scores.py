@@ -17,38 +17,25 @@ Shape legend: f all nodes and errors in one row, u node of the graph, e edge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, diags
 from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
-from bridge.graph.attribution import Edges, draw_edges
+from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
 
 EDGES = 500_000
 _LONGEST = 1000  # edges of a path; there is no cycle
 
 
-@dataclass(frozen=True)
-class GraphScores:
-    """Shares of the answer that flow through nodes rather than errors: along whole paths, and of every node's inputs."""
+def replacement_and_completeness(masked: MaskedModel, kept_f: Tensor) -> tuple[float, float]:
+    """Shares of the answer that flow through nodes rather than errors: along whole paths, and of every node's inputs.
 
-    replacement: float
-    completeness: float
-
-
-def replacement_and_completeness(masked: MaskedModel, kept_f: Tensor) -> GraphScores:
-    """The two scores of a circuit (see the module's docstring); both 1 where no errors are followed."""
-    with_errors_f = kept_f | masked.is_error_f
-    edges = draw_edges(flow_through(masked, with_errors_f, torch.ones_like(kept_f)), EDGES)
-    return graph_scores(edges, masked.is_error_f)
-
-
-def graph_scores(edges: Edges, is_error_f: Tensor) -> GraphScores:
-    """The scores of a graph that is drawn."""
+    See the module's docstring; both are 1 where no errors are followed.
+    """
+    edges = draw_edges(flow_through(masked, kept_f | masked.is_error_f, torch.ones_like(kept_f)), EDGES)
     ends, count = edges.ends, edges.ends.n_nodes
     token_e = ends.inputs(edges.source_e)
     source_e = torch.where(token_e >= 0, count + token_e, edges.source_e).cpu()
@@ -63,7 +50,7 @@ def graph_scores(edges: Edges, is_error_f: Tensor) -> GraphScores:
     shares = csr_matrix(diags(1 / np.maximum(total_u, 1e-10)) @ magnitudes)
     is_answer_u = (used_u == count + ends.n_tokens).numpy()
     is_token_u = ((used_u >= count) & (used_u < count + ends.n_tokens)).numpy()
-    is_error_u = (is_error_f.cpu()[used_u.clamp(max=count - 1)] & (used_u < count)).numpy()
+    is_error_u = (masked.is_error_f.cpu()[used_u.clamp(max=count - 1)] & (used_u < count)).numpy()
     influence_u, now_u = np.zeros(size), is_answer_u.astype(float)
     for _ in range(_LONGEST):
         now_u = shares.T @ now_u
@@ -72,7 +59,7 @@ def graph_scores(edges: Edges, is_error_f: Tensor) -> GraphScores:
         influence_u += now_u
     tokens, errors = float(influence_u[is_token_u].sum()), float(influence_u[is_error_u].sum())
     if tokens + errors == 0:
-        return GraphScores(0.0, 0.0)
+        return 0.0, 0.0
     from_nodes_u = 1 - shares @ is_error_u.astype(float)
     reach_u = influence_u + is_answer_u
-    return GraphScores(tokens / (tokens + errors), float((from_nodes_u * reach_u).sum() / reach_u.sum()))
+    return tokens / (tokens + errors), float((from_nodes_u * reach_u).sum() / reach_u.sum())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -36,13 +36,13 @@ from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanations.explanation import Explanation
-from bridge.explanations.page import described_nodes, page_data, render_html
+from bridge.explanations.page import described_nodes, filled, page_data, render_html
 from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, Asked, FullError, Job, Jobs, Publish, UnknownJobError
+from bridge.server.jobs import NOTHING, FullError, Job, Jobs, Publish
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Rules, one_line, page_policy, refusal
 from bridge.steering.curves import steer
@@ -77,18 +77,18 @@ def create_app(
 ) -> FastAPI:
     """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
 
-    def compute(asked: Asked, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
-        on_progress(Phase("coupling" if library.loaded(asked.bridge) is not None else "coupling: loading it"))
-        coupling = library.load(asked.bridge)
+    def compute(job: Job, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
+        on_progress(Phase("coupling" if library.loaded(job.bridge) is not None else "coupling: loading it"))
+        coupling, _ = library.load(job.bridge)
 
         def stage(known: Answered | Drawn) -> None:
             publish("answered" if isinstance(known, Answered) else "drawn", asdict(known))
 
         explanation = explain(
-            coupling, asked.prompt, target=asked.target, contrast=asked.contrast, counterfactual=asked.counterfactual,
+            coupling, job.prompt, target=job.target, contrast=job.contrast, counterfactual=job.counterfactual,
             progress=on_progress, stage=stage,
         )  # fmt: skip
-        return _as_listed(explanation, coupling, asked.bridge).to_json()
+        return _as_listed(explanation, coupling, job.bridge).to_json()
 
     jobs = Jobs(compute, waiting=waiting, remembered=remembered)
 
@@ -120,36 +120,28 @@ def create_app(
         app.add_exception_handler(kind, handler)
     app.add_middleware(Guard, rules=rules)
     app.state.jobs = jobs
-    _reading(app, library)
+    _reading(app, library, jobs)
     _explaining(app, library, jobs)
     return app
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Refusals of those statuses as OpenAPI describes them."""
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"model": schema.Refusal, "description": _REFUSALS[status]} for status in statuses
-    }
-    if 429 in described:
-        seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
-        described[429]["headers"] = {"Retry-After": seconds}
-    return described
+    seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+    headers = {429: {"headers": {"Retry-After": seconds}}}
+    return {status: {"model": schema.Refusal, "description": _REFUSALS[status], **headers.get(status, {})} for status in statuses}
 
 
 def start_page() -> str:
     """The page to ask from, in the style and the fonts of the explanations' pages."""
     page = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
-    viewer = files("bridge") / "viewer"
-    for name in ("fonts.css", "viewer.css", "licences.txt"):
-        page = page.replace(f"{{{{{name}}}}}", (viewer / name).read_text(encoding="utf-8"))
-    return page
+    return filled(page, lambda name: (files("bridge") / "viewer" / name).read_text(encoding="utf-8"))
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------------
 
 
-def _reading(app: FastAPI, library: Library) -> None:
-    jobs: Jobs = app.state.jobs
+def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
     index = start_page()
     sent, policy = index.encode(), page_policy(index)
 
@@ -238,24 +230,25 @@ def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
 
 def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     @app.get("/api/explanations", summary="The explanations that were asked for, the latest used last")
-    def explanations() -> list[schema.JobEntry]:
-        return [schema.JobEntry.of(job) for job in jobs.all()]
+    def explanations() -> Sequence[schema.JobEntry]:
+        return jobs.all()
 
     @app.post(
         "/api/explanations", status_code=202, summary="Ask for an explanation of a prompt", responses=refusals(404, 409, 429)
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
-        if (coupling := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+        if (there := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+            coupling, _ = there
             tokens_t = prompt_tokens(coupling, body.prompt)
             if body.counterfactual is not None:
                 counterfactual_tokens(prompt_tokens(coupling, body.counterfactual), tokens_t)
             for role, text in (("target", body.target), ("contrast", body.contrast)):
                 if text is not None:
                     coupling.dense.prompts.target(text, body.prompt, role)
-        job = jobs.submit(Asked(**{**body.model_dump(), "bridge": name}))
+        job = jobs.submit(body.model_copy(update={"bridge": name}))
         response.headers["Location"] = f"/api/explanations/{job.id}"
-        return schema.JobEntry.of(job)
+        return job
 
     @app.get(
         "/api/explanations/{id}", summary="Where an explanation is, and what is known of it",
@@ -263,7 +256,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )  # fmt: skip
     def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
-        entry = schema.JobEntry.of(job).model_dump_json().encode()
+        entry = job.model_dump_json(exclude={"packed"}).encode()
         known = NOTHING if brief else job.known
         return Response(entry[:-1] + b"," + known[1:], media_type="application/json")
 
@@ -273,7 +266,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
-        return schema.JobEntry.of(jobs.cancel(id))
+        return jobs.cancel(id)
 
     @app.get(
         "/api/explanations/{id}/page",
@@ -295,11 +288,11 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit", remedy="name one of its nodes by id, as in L1.mlp_act[37]@5"
             )
-        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.asked.bridge), found, body)))
+        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge)[0], found, body)))
 
 
 def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
-    """A job and its explanation. Raises UnknownJobError or NotDoneError."""
+    """A job and its explanation. Raises NotListedError or NotDoneError."""
     job = jobs.get(id)
     if not job.readable:
         raise NotDoneError(f"explanation {id!r}", f"is {job.status}", "GET it until its status is done")
@@ -308,12 +301,9 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
 
 def _as_listed(explanation: Explanation, coupling: CoupledModels, name: str) -> Explanation:
     """The explanation with its coupling named as it is listed, and without paths of this machine."""
-    source = str(coupling.recipe.data.source)
-    made = explanation.provenance
-    made = replace(
-        made, coupling=name, dense=_without_folder(made.dense), reference=made.reference.replace(source, _without_folder(source))
-    )
-    return replace(explanation, provenance=made)
+    source, made = str(coupling.recipe.data.source), explanation.provenance
+    reference = made.reference.replace(source, _without_folder(source))
+    return replace(explanation, provenance=replace(made, coupling=name, dense=_without_folder(made.dense), reference=reference))
 
 
 def _without_folder(name: str) -> str:
@@ -332,10 +322,9 @@ def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering)
 
 def _page(library: Library, job: Job, found: Explanation) -> str:
     """The explanation as a self-contained page that may ask this server."""
-    bridge = job.asked.bridge
-    coupling, known = library.load_known(bridge)
+    coupling, known = library.load(job.bridge)
     nodes = described_nodes(coupling, found, known)
-    return render_html(page_data(found, nodes, library.labels(bridge), job=job.id))
+    return render_html(page_data(found, nodes, library.labels(job.bridge), job=job.id))
 
 
 # -- what was wrong ---------------------------------------------------------------------------------------------------------
@@ -344,7 +333,7 @@ def _page(library: Library, job: Job, found: Explanation) -> str:
 def _user_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, FullError):
         return refusal(429, str(error), {"Retry-After": str(error.seconds)})
-    if isinstance(error, (NotListedError, UnknownJobError)):
+    if isinstance(error, NotListedError):
         return refusal(404, str(error))
     return refusal(409 if isinstance(error, (CheckpointError, NotDoneError)) else 422, str(error))
 

@@ -25,15 +25,16 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Any, get_args
+
+from pydantic import ConfigDict
 
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
+from bridge.server.library import NotListedError
+from bridge.server.schema import JobEntry, Prompted, Stage
 
-Status = Literal["queued", "running", "done", "failed", "cancelled"]
-Stage = Literal["answered", "drawn", "explanation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
 NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # what is known at first
@@ -42,10 +43,6 @@ FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
 MOST_SHORT = 32  # calls that queue
 LONGEST_WAIT = 600  # seconds that a client is ever asked to wait
 _log = logging.getLogger("bridge.server")
-
-
-class UnknownJobError(UserError):
-    """A job that is not there, or not there any more."""
 
 
 class FullError(UserError):
@@ -60,56 +57,19 @@ class CancelledError(Exception):
     """Raised inside a job that is to stop."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request for an explanation: the coupling as it is listed, the prompt, and target and contrast.
+class Job(JobEntry):
+    """The state of an explanation, and packed its known values as compressed JSON.
 
-    Without a target it is the dense model's answer, without a contrast against every other token.
+    That has a value for each stage, null for those that are not reached, and for those before the last.
     """
 
-    bridge: str
-    prompt: str
-    target: str | None = None
-    contrast: str | None = None
-    counterfactual: str | None = None
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-@dataclass(frozen=True)
-class Job:
-    """The state of an explanation: phase, error if it failed, packed the known values as compressed JSON.
-
-    That has a value for each stage, null for those that are not reached, and for those before the last; `stage` is the last.
-    place is its place in the queue, from 1; stopping, that it was cancelled and the phase it is at has not ended; verdict is the
-    explanation's.
-    """
-
-    id: str
-    asked: Asked
-    status: Status = "queued"
-    phase: str = "waiting"
-    error: str | None = None
+    model_config = ConfigDict(frozen=True)
     packed: bytes | None = None
-    stage: Stage | None = None
-    verdict: str | None = None
-    place: int | None = None
-    stopping: bool = False
-    asked_at: datetime = field(default_factory=_now)
-    began_at: datetime | None = None
-    ended_at: datetime | None = None
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.status in ("done", "failed", "cancelled")
-
-    @property
-    def readable(self) -> bool:
-        """Whether the explanation itself is there."""
-        return self.stage == "explanation"
 
     @property
     def known(self) -> bytes:
@@ -120,16 +80,12 @@ class Job:
 class Jobs:
     """A bounded queue of explanations, the thread that works on them, and the results.
 
-    compute turns a request into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs
+    compute turns a job into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs
     queue, and `remembered` jobs that are over are kept.
     """
 
     def __init__(
-        self,
-        compute: Callable[[Asked, OnProgress, Publish], Mapping[str, Any]],
-        *,
-        waiting: int = 8,
-        remembered: int = 32,
+        self, compute: Callable[[Job, OnProgress, Publish], Mapping[str, Any]], *, waiting: int, remembered: int
     ) -> None:
         self._compute, self._most_waiting, self._most_remembered = compute, waiting, remembered
         self._lock, self._worker = threading.RLock(), ThreadPoolExecutor(1, "bridge-worker")
@@ -142,11 +98,14 @@ class Jobs:
 
     # -- for requests: any thread, no waiting -------------------------------------------------------------------------------
 
-    def submit(self, asked: Asked) -> Job:
-        """Queue an explanation. Raises FullError where the queue is full."""
+    def submit(self, asked: Prompted) -> Job:
+        """Queue an explanation by a coupling as it is listed. Raises FullError where the queue is full."""
         with self._lock:
             self._take(len(self._waiting), self._most_waiting, "explanations wait already")
-            job = Job(secrets.token_urlsafe(9), asked)
+            job = Job(
+                id=secrets.token_urlsafe(9), **asked.model_dump(), status="queued", phase="waiting", place=None, stopping=False,
+                stage=None, verdict=None, asked_at=datetime.now(UTC), began_at=None, ended_at=None, readable=False,
+            )  # fmt: skip
             self._jobs[job.id] = job
             self._waiting.append(job.id)
             self._worker.submit(self._run_job, job.id)
@@ -162,10 +121,10 @@ class Jobs:
             return future
 
     def get(self, id: str) -> Job:
-        """A job as it is now. Raises UnknownJobError."""
+        """A job as it is now. Raises NotListedError."""
         with self._lock:
             if id not in self._jobs:
-                raise UnknownJobError(
+                raise NotListedError(
                     f"there is no explanation {id!r}",
                     remedy=f"the last {self._most_remembered} that ended are kept, so ask for it again",
                 )
@@ -182,16 +141,15 @@ class Jobs:
 
         What one has published stays.
         """
-        job = self.get(id)
         with self._lock:
-            job = self._jobs.get(id, job)
+            job = self.get(id)
             if job.status == "queued":
                 self._waiting.remove(id)
                 self._end_job(id, status="cancelled", phase="cancelled before it began")
             elif job.status == "running":
                 self._cancelled.add(id)
                 self._set(id, stopping=True)
-            return self._seen(id) if id in self._jobs else job
+            return self._seen(id)
 
     def stop(self, seconds: float) -> bool:
         """Cancel everything and end the work; False where it is still at a phase after that many seconds."""
@@ -217,13 +175,13 @@ class Jobs:
     def _seen(self, id: str) -> Job:
         """A job as it is now, with its place in the queue."""
         job = self._jobs[id]
-        return replace(job, place=self._waiting.index(id) + 1) if job.status == "queued" else job
+        return job.model_copy(update={"place": self._waiting.index(id) + 1}) if job.status == "queued" else job
 
     def _set(self, id: str, **values: Any) -> None:
-        self._jobs[id] = replace(self._jobs[id], **values)
+        self._jobs[id] = self._jobs[id].model_copy(update=values)
 
     def _end_job(self, id: str, **values: Any) -> None:
-        self._set(id, **values, stopping=False, ended_at=_now())
+        self._set(id, **values, stopping=False, ended_at=datetime.now(UTC))
         self._jobs.move_to_end(id)
         self._cancelled.discard(id)
         over = [each for each, job in self._jobs.items() if job.over]
@@ -238,17 +196,18 @@ class Jobs:
             if id not in self._waiting:
                 return  # cancelled
             self._waiting.remove(id)
-            self._set(id, status="running", phase="starting", began_at=_now())
-            asked = self._jobs[id].asked
+            self._set(id, status="running", phase="starting", began_at=datetime.now(UTC))
+            job = self._jobs[id]
         started = time.monotonic()
-        ending = self._ending(id, asked)
+        ending = self._ending(job)
         with self._lock:
             if ending["status"] == "done":
                 self._seconds = time.monotonic() - started
             self._end_job(id, **ending)
 
-    def _ending(self, id: str, asked: Asked) -> dict[str, Any]:
+    def _ending(self, job: Job) -> dict[str, Any]:
         """Run a job and return its final values."""
+        id = job.id
 
         def on_progress(phase: Phase) -> None:
             self._stop_if_cancelled(id)
@@ -264,7 +223,7 @@ class Jobs:
                 self._set(id, **known)
 
         try:
-            known = _known("explanation", self._compute(asked, on_progress, publish))
+            known = _known("explanation", self._compute(job, on_progress, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -297,6 +256,8 @@ class Jobs:
 
 
 def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a job for a stage: compressed, with the stage and the verdict, which lists show."""
+    """The values of a job for a stage: compressed, with what lists show."""
     packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
-    return {"packed": packed, "stage": stage, "verdict": values["report"]["verdict"] if stage == "explanation" else None}
+    readable = stage == "explanation"
+    verdict = values["report"]["verdict"] if readable else None
+    return {"packed": packed, "stage": stage, "readable": readable, "verdict": verdict}

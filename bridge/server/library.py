@@ -26,7 +26,7 @@ from bridge.explanations.explanation import Fingerprints
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location, SparseTransformer
 from bridge.models.store import CheckpointError, read_json, write_json
-from bridge.nodes.statistics import NodeError, parse_node
+from bridge.nodes.statistics import parse_node
 from bridge.recipe import resolve
 
 DEPTH = 3  # of folders below a root
@@ -39,15 +39,11 @@ _NODE = re.compile(r"(L\d{1,6}\.)?\w{1,32}\[\d{1,9}\]")
 
 
 class LibraryError(UserError):
-    """Something that cannot be served."""
+    """Something that cannot be served, or a label that cannot be kept."""
 
 
 class NotListedError(LibraryError):
     """A name that is not in the list."""
-
-
-class LabelError(LibraryError):
-    """A label that cannot be kept."""
 
 
 class Library:
@@ -85,12 +81,8 @@ class Library:
         listed = self.couplings()
         return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
 
-    def load(self, name: str) -> CoupledModels:
-        """A coupling, from memory or from its folder. Raises NotListedError or CheckpointError."""
-        return self.load_known(name)[0]
-
-    def load_known(self, name: str) -> tuple[CoupledModels, Fingerprints]:
-        """The coupling and its fingerprints, which are computed once, when it is loaded."""
+    def load(self, name: str) -> tuple[CoupledModels, Fingerprints]:
+        """A coupling, from memory or from its folder, and its fingerprints. Raises NotListedError or CheckpointError."""
         with self._loading:
             _, folder = self.coupling(name)
             if (there := self.in_memory(folder)) is not None:
@@ -108,13 +100,12 @@ class Library:
                     self._loaded.popitem(last=False)
             return known
 
-    def loaded(self, name: str) -> CoupledModels | None:
-        """A coupling as it is on disk now, if it is in memory. Raises NotListedError."""
-        there = self.in_memory(self.coupling(name)[1])
-        return None if there is None else there[0]
+    def loaded(self, name: str) -> tuple[CoupledModels, Fingerprints] | None:
+        """The result of `load` for a coupling as it is on disk now, if it is in memory. Raises NotListedError."""
+        return self.in_memory(self.coupling(name)[1])
 
     def in_memory(self, folder: Path) -> tuple[CoupledModels, Fingerprints] | None:
-        """The result of `load_known` for a listed folder as it is on disk now, if it is in memory."""
+        """The result of `load` for a listed folder as it is on disk now, if it is in memory."""
         key = _version(folder)
         with self._lock:
             if key in self._loaded:
@@ -145,7 +136,7 @@ class Library:
     def relabel(self, name: str | None, given: Mapping[str, str], *, others: bool) -> dict[str, str]:
         """Set the labels given, drop those whose text is empty, keep all `others` or none; the labels there are then.
 
-        Raises LabelError, NotListedError, or CheckpointError where the file cannot be read or written.
+        Raises LibraryError, NodeError, or CheckpointError where the file cannot be read or written.
         """
         _, folder = self.coupling(name)
         _check_few(given)
@@ -245,7 +236,7 @@ def _labels(folder: Path) -> dict[str, str]:
 
 def _check_few(labels: Mapping[str, str]) -> None:
     if len(labels) > MOST_LABELS:
-        raise LabelError("that", f"would be {len(labels):,} labels, and {MOST_LABELS:,} are kept", "drop some")
+        raise LibraryError("that", f"would be {len(labels):,} labels, and {MOST_LABELS:,} are kept", "drop some")
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
@@ -258,17 +249,16 @@ def _sizes(folder: Path) -> Mapping[Location, int]:
 
 def _node_name(name: str, sizes: Mapping[Location, int]) -> str:
     if not _NODE.fullmatch(name):
-        raise LabelError(f"{name[:80]!r}", "names no node", "write layer, kind and channel as in L1.mlp_act[37]")
-    try:
-        return parse_node(name, sizes).name if name.startswith("L") else name  # the embedding's channels are of no layer
-    except NodeError as error:
-        raise LabelError(error.what, error.rule, error.remedy) from None
+        raise LibraryError(f"{name[:80]!r}", "names no node", "write layer, kind and channel as in L1.mlp_act[37]")
+    return parse_node(name, sizes).name if name.startswith("L") else name  # the embedding's channels are of no layer
 
 
 def _label(node: str, text: str) -> str:
     line = " ".join(text.split())
     if len(line) > LONGEST_LABEL:
-        raise LabelError(f"the label of {node}", f"is {len(line):,} characters long, and {LONGEST_LABEL} are kept", "shorten it")
+        raise LibraryError(
+            f"the label of {node}", f"is {len(line):,} characters long, and {LONGEST_LABEL} are kept", "shorten it"
+        )
     if odd := next((character for character in line if unicodedata.category(character) in ("Cc", "Cs")), None):
-        raise LabelError(f"the label of {node}", f"holds {odd!r}, which is no character to be shown", "leave it out")
+        raise LibraryError(f"the label of {node}", f"holds {odd!r}, which is no character to be shown", "leave it out")
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -101,19 +102,16 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that listens at an address; connections wait. Raises AddressError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind, protocol)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
         raise AddressError(
             f"‹host› {host!r}", f"is no address of this machine ({error})", "give 127.0.0.1, or one that is"
         ) from None
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(BACKLOG)
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
-        bound.close()
+        why = os.strerror(error.errno or 0)
         raise AddressError(
-            f"‹port› {port} on {host}", f"cannot be had ({error.strerror})", "give another, or 0 for any that is free"
+            f"‹port› {port} on {host}", f"cannot be had ({why})", "give another, or 0 for any that is free"
         ) from None
-    return bound

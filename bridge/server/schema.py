@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from bridge.evidence.measures import Report
 from bridge.explanations.explanation import Explanation
 from bridge.explanations.parts import Answer, Answered, Drawn
-from bridge.server.jobs import Job, Stage, Status
 from bridge.studies.result import TaskFacts
 
 LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
 Text = Annotated[str, Field(max_length=200)]
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+Stage = Literal["answered", "drawn", "explanation"]
 
 
 class Asking(BaseModel):
@@ -138,11 +139,6 @@ class JobEntry(BaseModel):
     began_at: datetime | None = Field(description="When work on it began; null before.")
     ended_at: datetime | None = Field(description="When it was done, failed or cancelled; null before.")
     readable: bool = Field(description="Whether the explanation is there.")
-
-    @staticmethod
-    def of(job: Job) -> JobEntry:
-        """The job as it is sent."""
-        return JobEntry(**{name: getattr(job.asked if hasattr(job.asked, name) else job, name) for name in JobEntry.model_fields})
 
 
 class ExplanationJob(JobEntry):

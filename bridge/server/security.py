@@ -14,8 +14,6 @@ answer forbids framing, sniffing and whatever its own Content-Security-Policy do
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import ipaddress
 import logging
@@ -26,11 +24,13 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge.errors import UserError
+from bridge.explanations.page import digest
 
 COOKIE = "bridge_token"
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,}"
@@ -44,7 +44,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-NONE = "'none'"
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _SCRIPT = re.compile(r"<script(?![^>]*json)[^>]*>(.*?)</script>", re.DOTALL)  # of a page of ours; JSON is data
 _log = logging.getLogger("bridge.server")
@@ -52,14 +51,6 @@ _log = logging.getLogger("bridge.server")
 
 class AddressError(UserError):
     """An address or token that cannot be used to serve."""
-
-
-class Refused(Exception):
-    """A refusal of a request: status, one line, further headers."""
-
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers or {}
 
 
 @dataclass(frozen=True)
@@ -127,34 +118,31 @@ class Guard:
             await send(message)
 
         try:
-            try:
-                self._check(scope)
-                receive = await self._whole_body(scope, receive)
-                await self.app(scope, receive, answer)
-            except Refused:
+            self._check(scope)
+            receive = await self._whole_body(scope, receive)
+            await self.app(scope, receive, answer)
+        except HTTPException as refused:
+            await refusal(refused.status_code, refused.detail, refused.headers)(scope, receive, answer)
+        except Exception:
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            if started:
                 raise
-            except Exception:
-                _log.exception("%s %s failed", scope["method"], scope["path"])
-                if started:
-                    raise
-                raise Refused(500, "this failed inside bridge; the server's own output says where") from None
-        except Refused as refused:
-            await refusal(refused.status, refused.detail, refused.headers)(scope, receive, answer)
+            await refusal(500, "this failed inside bridge; the server's own output says where")(scope, receive, answer)
 
     def _check(self, scope: Scope) -> None:
-        """Raise Refused for a request that the rules do not let through."""
+        """Raise HTTPException for a request that the rules do not let through."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         host = hosts[0].lower() if len(hosts) == 1 else ""
         if self.rules.hosts is not None and host not in self.rules.hosts:
             known = ", ".join(sorted(self.rules.hosts))
-            raise Refused(421, f"Host {host!r} is not served here; ask for one of {known}")
+            raise HTTPException(421, f"Host {host!r} is not served here; ask for one of {known}")
         self._check_token(scope, headers)
         if scope["method"] in SAFE:
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if (origin is not None and _authority(origin) != host) or site not in ("same-origin", "none"):
-            raise Refused(
+            raise HTTPException(
                 403, f"Origin {origin!r} is another site's, which may change nothing here; ask from this server's own page"
             )
 
@@ -173,19 +161,19 @@ class Guard:
             # the path as it came, less what would make it another site's: // and backslashes at its start
             path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/\\")
             cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Lax"
-            raise Refused(
+            raise HTTPException(
                 303, "the token is kept in a cookie", {"Location": f"{path}?{rest}" if rest else path, "Set-Cookie": cookie}
             )
-        raise Refused(
+        raise HTTPException(
             401,
             "the server's token is missing or wrong; send it as 'Authorization: Bearer TOKEN', or open /?token=TOKEN once",
             {"WWW-Authenticate": "Bearer"},
         )
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
-        """A receive that gives the body at once, after it has come. Raises Refused for one that is too large or too slow."""
+        """A receive that gives the body at once, after it has come. Raises HTTPException for a large or slow one."""
         most = self.rules.most_bytes
-        too_large = Refused(413, f"the body is larger than the {most:,} bytes that are read; send less")
+        too_large = HTTPException(413, f"the body is larger than the {most:,} bytes that are read; send less")
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length[:20]) > most:
             raise too_large
@@ -197,9 +185,9 @@ class Guard:
                     if len(body) > most:
                         raise too_large
         except ClientDisconnect:
-            raise Refused(400, "the body ended early; send it whole") from None
+            raise HTTPException(400, "the body ended early; send it whole") from None
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {BODY_SECONDS:g} seconds; send it faster") from None
+            raise HTTPException(408, f"the body did not come within {BODY_SECONDS:g} seconds; send it faster") from None
         pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
@@ -211,9 +199,9 @@ class Guard:
 def page_policy(html: str) -> str:
     """The Content-Security-Policy of a self-contained page: its own inline scripts by their hashes, nothing from elsewhere."""
     scripts = _SCRIPT.findall(html.replace("\r\n", "\n"))
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    hashes = " ".join(f"'{digest(text)}'" for text in scripts) or "'none'"
     return (
-        f"default-src 'none'; script-src {hashes or NONE}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 

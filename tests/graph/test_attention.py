@@ -12,7 +12,7 @@ from support.circuits_attribution_cases import Frozen, edges_of, masked_model, s
 from torch import Tensor
 
 from bridge.graph import attention as module
-from bridge.graph.attention import Attention, ExplainedHead, explain_attention, read_by
+from bridge.graph.attention import ExplainedHead, explain_attention, read_by
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
@@ -64,7 +64,7 @@ def test_scores_and_weights_are_the_literal_ones(shape: dict) -> None:
     sparse = model(**shape)
     flow = random_flow(sparse)
     values = nodes_of(flow)
-    heads = explain_attention(flow, most=1000).heads
+    heads, _ = explain_attention(flow, most=1000)
     assert {head.layer for head in heads} == {0, 1} and len(heads) > 8
     for head in heads:
         q_tn, k_tn = values[Location(head.layer, "q")], values[Location(head.layer, "k")]
@@ -122,7 +122,7 @@ def test_the_effect_of_a_head_is_what_an_intervention_finds(kinds: tuple[str, ..
     sparse = model(kinds)
     flow = random_flow(sparse)
     whole = without(flow, ExplainedHead(0, 0, 0, 0, (), 0, 0, 0, 0), "")
-    heads = explain_attention(flow).heads
+    heads, _ = explain_attention(flow)
     assert len(heads) == module.HEADS and len({head.layer for head in heads}) == 2
     for head in heads:
         for kinds_deleted, effect in (("qkv", head.effect), ("qk", head.pattern_effect), ("v", head.value_effect)):
@@ -138,7 +138,7 @@ def test_what_is_moved_is_the_sum_of_value_edges() -> None:
     flow = random_flow(sparse)
     edges = [edge for edge in edges_of(flow.masked, flow.kept_f).strongest if edge.kind == "value"]
     assert edges
-    heads = explain_attention(flow, most=1000).heads
+    heads, _ = explain_attention(flow, most=1000)
     told: dict[tuple[str, int | None], float] = {
         (term.node, head.query): term.effect for head in heads for read in head.reads for term in read.moved
     }
@@ -181,23 +181,23 @@ def test_what_nodes_read_from_a_position_is_moved_by_every_query_head(kv_heads: 
 def test_only_the_heads_that_matter_most_are_told() -> None:
     sparse = model()
     flow = random_flow(sparse)
-    every, some = explain_attention(flow, most=1000), explain_attention(flow, most=3)
-    assert every.left_out == 0 and len(some.heads) == 3 and some.left_out == len(every.heads) - 3
-    assert all(len(head.reads) <= module.READS for head in some.heads)
-    assert all(len(read.terms) <= module.TERMS and len(read.moved) <= module.TERMS for h in some.heads for read in h.reads)
-    told = [read for head in some.heads for read in head.reads]
+    (every, none_left), (some, left_out) = explain_attention(flow, most=1000), explain_attention(flow, most=3)
+    assert none_left == 0 and len(some) == 3 and left_out == len(every) - 3
+    assert all(len(head.reads) <= module.READS for head in some)
+    assert all(len(read.terms) <= module.TERMS and len(read.moved) <= module.TERMS for h in some for read in h.reads)
+    told = [read for head in some for read in head.reads]
     assert all(read.score == pytest.approx(read.others + sum(term.product for term in read.terms)) for read in told)
 
 
 def test_an_empty_circuit_has_no_heads() -> None:
     sparse = model()
-    assert explain_attention(random_flow(sparse, density=-1)) == Attention((), 0)
+    assert explain_attention(random_flow(sparse, density=-1)) == ((), 0)
 
 
 def test_rows_in_batches_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = random_flow(model())
-    whole = explain_attention(flow)
+    whole, _ = explain_attention(flow)
     monkeypatch.setattr("bridge.circuits.masked_model._ROW_TOKENS", 24)
     assert flow.masked.rows == 4
-    for head, same in zip(whole.heads, explain_attention(flow).heads, strict=True):
+    for head, same in zip(whole, explain_attention(flow)[0], strict=True):
         assert same.effect == pytest.approx(head.effect, abs=1e-12) and same.query == head.query

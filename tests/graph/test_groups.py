@@ -61,7 +61,7 @@ def test_every_node_is_in_one_group_and_groups_keep_their_guards(kinds: tuple[st
         assert group.kind == " and ".join(sorted({kind for _, kind in parts}))
         assert len(group.nodes) <= config.largest
         if group.kind == ERROR:
-            assert len(group.nodes) == 1 and str(group) == f"error at site {group.layers[0]}, token {group.positions[0]}"
+            assert len(group.nodes) == len(group.layers) == len(group.positions) == 1
         else:
             places = [order.index(each) for each in parts]
             assert max(places) - min(places) <= 1
@@ -163,18 +163,18 @@ def test_chains_that_do_different_jobs_are_different_groups(dense: DenseModel) -
     ablated = ablate_groups(flow, groups)
     assert ablated.effect_g[0] > 0 > ablated.effect_g[1]
     tokenizer = Prompts(tiny_tokenizer())
-    names = group_names(flow, edges, groups, ablated, tokenizer)
+    names = group_names(flow, edges, groups, ablated, tokenizer, {})
     assert names[0].startswith("reads 'w2'@2, promotes 'w4'") and names[1] == "reads 'w2'@2, promotes 'w5' over 'w4'"
     labels = {"L0.mlp_act[0]": "at words; promotes 'w9'", "+L0.mlp_in[1]": "after 'w7'", "-L0.mlp_in[1]": "never"}
     told = group_names(flow, edges, groups, ablated, tokenizer, labels)
     assert told[0].startswith("at words, promotes 'w4'") and told[1] == "after 'w7', promotes 'w5' over 'w4'"
-    assert str(groups[0]) == "L0 mlp at 2"
+    assert (groups[0].layers, groups[0].kind, groups[0].positions) == ((0,), "mlp", (2,))
 
 
 def test_names_are_short_and_say_what_is_an_error_and_what_reads_nothing() -> None:
     flow, edges = drawn(density=0.1)
     groups = group_nodes(flow, edges)
-    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(None))
+    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(None), {})
     assert len(names) == len(groups) and all(0 < len(name) <= naming.LONGEST for name in names)
     fed = {edge.target for edge in group_edges(flow, edges, groups)}
     last = len(flow.tokens_t) - 1
@@ -222,7 +222,6 @@ def test_paths_are_the_strongest_of_all() -> None:
     found = strongest_paths(edges, 8)
     assert [path.steps for path in found] == [steps for steps, _ in expected[:8]]
     assert [path.effect for path in found] == pytest.approx([effect for _, effect in expected[:8]])
-    assert all(len(path.effects) == len(path.steps) - 1 for path in found)
     assert strongest_paths([]) == ()
 
 
@@ -245,7 +244,7 @@ def test_a_name_says_which_other_tokens_would_be_read(dense: DenseModel) -> None
     flow = flow_through(flow.masked, flow.kept_f)
     edges = draw_edges(flow)
     groups = group_nodes(flow, edges)
-    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()))
+    names = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()), {})
     assert names[0].startswith("reads 'w2'@2 (like 'w11'), ")
     told = group_names(flow, edges, groups, ablate_groups(flow, groups), Prompts(tiny_tokenizer()), {"L0.mlp_act[0]": "at words"})
     assert "like" not in told[0]

@@ -219,7 +219,7 @@ def test_heads_move_what_a_loop_by_hand_moves(form: dict[str, Any]) -> None:
     masked = masked_model(sparse)
     kept_f = some_kept(masked, 0.8)
     flow, (gate, correct) = flow_through(masked, kept_f), masked.gates(kept_f[None])
-    heads = explain_attention(flow, most=6).heads
+    heads, _ = explain_attention(flow, most=6)
     assert heads
     group = sparse.heads_of_queries // sparse.heads_of_keys
 
