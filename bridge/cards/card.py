@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bridge.cards.evidence import TESTS, TaskEvidenceConfig, holds
+from bridge.cards.evidence import TESTS, CardConfig, holds
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
@@ -79,7 +79,7 @@ def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
     """Table of the number of tasks on which each null passes each test; no task may pass all."""
     rows = [["NULLS", "all tests", "tasks", "solved", *TESTS]]
     for null in nulls:
-        solved = sum((task.accuracy or 0) >= TaskEvidenceConfig.solved for task in null.tasks)
+        solved = sum((task.accuracy or 0) >= CardConfig.solved for task in null.tasks)
         verdict = "PASSES: the method fails" if null.passed else "fails, as it must"
         rows.append([f"  {null.name}", verdict, f"{len(null.tasks)}", f"{solved}", *(_passing(null, test) for test in TESTS)])
     lines = columns(rows, width)

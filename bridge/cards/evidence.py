@@ -55,7 +55,7 @@ UNTOUCHED = frozenset({("bridges", "prediction")})  # a test that does not use w
 
 
 @dataclass(frozen=True)
-class TaskEvidenceConfig(EvidenceConfig):
+class CardConfig(EvidenceConfig):
     """Bounds of the evidence on a task's circuit beyond a prompt's, and how much is drawn."""
 
     nodes: int = 100
@@ -110,10 +110,10 @@ def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> 
 
 def rules() -> str:
     """Digest of the rules by which circuits are searched and judged."""
-    return rules_of(TaskEvidenceConfig(), RULES, VERSION)
+    return rules_of(CardConfig(), RULES, VERSION)
 
 
-def held_out(task: Resolved, count: int = TaskEvidenceConfig.pairs) -> TokenPairs:
+def held_out(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
     """At most so many pairs of a task's test split, every second one the other way round, by length.
 
     Raises CardError where there are none.
@@ -141,7 +141,7 @@ def gather_task(
 
     progress may raise to end the work. Raises CardError where the task has no held-out pairs, or the coupling no text.
     """
-    config, generator = TaskEvidenceConfig(), torch.Generator().manual_seed(seed + 3_000_017)
+    config, generator = CardConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
         raise CardError("the coupling", "holds no reference text, which a card's baseline is taken from", "fit it again")
     chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
@@ -182,9 +182,7 @@ def with_nulls(report: Report, coupling: CoupledModels) -> Report:
     return Report(measures, report.rules)
 
 
-def _solved(
-    coupling: CoupledModels, config: TaskEvidenceConfig, transporter: Transporter, pairs: TokenPairs
-) -> tuple[Measure, ...]:
+def _solved(coupling: CoupledModels, config: CardConfig, transporter: Transporter, pairs: TokenPairs) -> tuple[Measure, ...]:
     chance, least = Control("chance", 1, 0.5, 0.5, "it"), Criterion(">=", config.solved)
     accuracy = {"dense": score(coupling.dense, pairs).accuracy, "sparse": score(coupling.sparse, pairs).accuracy}
     return (

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, null_task, rules
+from bridge.cards.evidence import NULLS, CardConfig, gather_task, held_out, null_task, rules
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import NoCircuitError
 from bridge.data.task_tokens import Resolved, TokenPairs, score
@@ -67,7 +67,7 @@ class Nulls:
                 if known is None or known.prompts != resolved.digest:
                     known = self._judged(name, made, resolved, progress)
                 found.append(known)
-                unsolved = name == "uncoupled" and all((one.accuracy or 0) < TaskEvidenceConfig.solved for one in found)
+                unsolved = name == "uncoupled" and all((one.accuracy or 0) < CardConfig.solved for one in found)
                 done[name] = TaskNull(name, WHAT[name], tuple(found), WEAK if unsolved else "")
                 keep_nulls(self.coupling, "tasks", tuple(done.values()), rules(), **self._facts)
             yield done[name]
@@ -118,7 +118,7 @@ def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved]) -> tuple[Re
         if not len(task.splits["test"]):
             continue
         pairs = held_out(task).to(coupling.dense.device)
-        if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= TaskEvidenceConfig.solved:
+        if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= CardConfig.solved:
             solved.append(task)
     if not solved:
         raise CardError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.cards.card import Card, render_card, render_cards, render_nulls
-from bridge.cards.evidence import NULLS, TaskEvidenceConfig, gather_task, held_out, rules, with_nulls
+from bridge.cards.evidence import NULLS, CardConfig, gather_task, held_out, rules, with_nulls
 from bridge.cards.nulls import Nulls, solved_tasks
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
@@ -77,7 +77,7 @@ def task_card(
     """
     started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
     report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
-    pairs, asked = len(held_out(task)), TaskEvidenceConfig.pairs
+    pairs, asked = len(held_out(task)), CardConfig.pairs
     return Card(
         task=task.task,
         pairs=pairs,

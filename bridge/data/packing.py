@@ -44,7 +44,7 @@ class Part:
     stream: array[int] = field(default_factory=lambda: array("i"))
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Token ids; whether a document begins with them, and ends; whether they were given as ids, not read from text."""
 
     ids: list[Any]
@@ -86,7 +86,7 @@ class Packing:
         """Tokens of a row that are text."""
         return self.context - len(self.prefix)
 
-    def put(self, run: Run, part: Part) -> int:
+    def put(self, run: TokenRun, part: Part) -> int:
         """Add a run to a part, and return its number of tokens. Raises DataError where they are no whole numbers."""
         ids = _without_padding(run.ids, self.pad, self.end, self.prefix) if run.given else run.ids
         if not ids:
@@ -129,21 +129,21 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
     return torch.frombuffer(tokens, dtype=torch.int32)[: n * width].clone().view(n, width)
 
 
-def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[Run]:
+def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
     """Runs of token ids, of texts TEXTS at a time and of long ones in parts; empty documents are left out."""
     waiting: list[tuple[str, bool, bool]] = []
 
-    def flush() -> Iterator[Run]:
+    def flush() -> Iterator[TokenRun]:
         if waiting:
             rows = prompts.bodies([text for text, _, _ in waiting])
-            yield from [Run(row, begins, ends) for row, (_, begins, ends) in zip(rows, waiting, strict=True)]
+            yield from [TokenRun(row, begins, ends) for row, (_, begins, ends) in zip(rows, waiting, strict=True)]
             waiting.clear()
 
     for kind, value in pieces:
         if kind == "tokens":
             yield from flush()
             if value:
-                yield Run(value, True, True, given=True)
+                yield TokenRun(value, True, True, given=True)
             continue
         if prompts.tokenizer is None:
             raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")

@@ -46,7 +46,7 @@ from bridge.evidence.controls import matched
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.explanations.build import prompt_tokens, question_of, token_of, top_answers
 from bridge.finetunes.grafts import KINDS, Grafts
-from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, Effect, PromptDiff, Transplant
+from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, PromptDiff, ShiftedEffect, Transplant
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
@@ -213,7 +213,7 @@ def _masked(coupling: CoupledModels, question: Question, followed: Followed, bas
 
 def _listed(
     grafts: Grafts, masked: Sequence[MaskedModel], effect_f: Tensor, changed_f: Tensor, known: PromptDiff, config: DiffConfig
-) -> tuple[tuple[ChangedNode, ...], tuple[Effect, ...]]:
+) -> tuple[tuple[ChangedNode, ...], tuple[ShiftedEffect, ...]]:
     """The changed nodes, the largest shares first; and the other nodes whose effects differ most."""
     before_f, after_f = (
         integrated_gradients(
@@ -232,7 +232,7 @@ def _listed(
         nodes.append(ChangedNode(*_where(node, known), status, *numbers, float(before_f[place]), float(after_f[place])))
     other_f = (after_f - before_f).abs() * ~changed_f[: len(after_f)]
     effects = [
-        Effect(*_where(masked[0].space.node(place), known), float(before_f[place]), float(after_f[place]))
+        ShiftedEffect(*_where(masked[0].space.node(place), known), float(before_f[place]), float(after_f[place]))
         for place in other_f.topk(min(config.most_effects, len(other_f))).indices.tolist()
         if other_f[place] > 0
     ]

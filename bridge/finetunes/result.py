@@ -52,7 +52,7 @@ class ChangedEdge:
 
 
 @dataclass(frozen=True)
-class Effect:
+class ShiftedEffect:
     """A node that was not changed itself, and its effect on d, from its mean, in either model, in nats."""
 
     id: str
@@ -99,7 +99,7 @@ class PromptDiff:
     changed: int = 0
     nodes: tuple[ChangedNode, ...] = ()
     edges: tuple[ChangedEdge, ...] = ()
-    effects: tuple[Effect, ...] = ()
+    effects: tuple[ShiftedEffect, ...] = ()
     transplant: Transplant | None = None
 
     @property

@@ -22,8 +22,8 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Trace
 from bridge.models.store import as_json
 from bridge.steering.interventions import (
-    ChangedNode,
     Intervention,
+    SteeredNode,
     Steerer,
     SteerError,
     every_node,
@@ -88,7 +88,7 @@ class Steering:
     target: Token
     contrast: Token
     n_changed: int
-    changed: tuple[ChangedNode, ...]
+    changed: tuple[SteeredNode, ...]
     sites: tuple[int, ...]
     norms: tuple[float, ...]
     at_once: bool

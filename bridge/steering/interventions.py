@@ -78,7 +78,7 @@ class Intervention:
 
 
 @dataclass(frozen=True)
-class ChangedNode:
+class SteeredNode:
     """A changed node: where it is, its value on the prompt, and its new value."""
 
     node: str
@@ -213,7 +213,7 @@ class Steerer:
         """The sites at which something is added to the dense residual."""
         return tuple(site + 1 for site in self.touched) if self.site is None else (self.site,)
 
-    def changed(self) -> tuple[int, tuple[ChangedNode, ...]]:
+    def changed(self) -> tuple[int, tuple[SteeredNode, ...]]:
         """The number of nodes clamped at another value than they have on the prompt, and those that change most."""
         values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
@@ -221,7 +221,7 @@ class Steerer:
             after_tn = clamp.clamped(before_tn[None], before_tn[None])[0]
             for position, index in (before_tn != after_tn).nonzero().tolist():
                 where = Node(location, index).name, position
-                found.append(ChangedNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
+                found.append(SteeredNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
         most = sorted(found, key=lambda each: -abs(each.after - each.before))[:MOST_LISTED]
         return len(found), tuple(most)
 

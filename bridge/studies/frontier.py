@@ -37,7 +37,7 @@ class TaskSize:
 
 
 @dataclass(frozen=True)
-class Point:
+class CouplingPoint:
     """One coupling, its capability (nats per token; recovered is a mean over sites), and its circuits.
 
     l0 is the share of the `weights` that stays, nonzeros their number; loaded is where one that was not fitted came from.
@@ -110,7 +110,7 @@ class Failure:
 class Frontier:
     """A sweep: its points, the failed ones, the missing ones, the dense model, and how circuits were searched."""
 
-    points: tuple[Point, ...]
+    points: tuple[CouplingPoint, ...]
     failures: tuple[Failure, ...]
     missing: tuple[str, ...]
     dense: DensePoint | None
@@ -214,7 +214,7 @@ def _dense_ces(frontier: Frontier) -> list[float]:
 def frontier_figure(frontier: Frontier) -> Any:
     """Edges against cross-entropy, and against CE recovered (from right to left), as a figure of matplotlib."""
     widths = sorted({point.width for point in frontier.points})
-    panels: tuple[tuple[str, Callable[[Point], float], list[float]], ...] = (
+    panels: tuple[tuple[str, Callable[[CouplingPoint], float], list[float]], ...] = (
         ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier)),
         ("CE recovered, mean over sites and directions", lambda p: p.recovered, [1.0]),
     )
@@ -253,7 +253,7 @@ def frontier_figure(frontier: Frontier) -> Any:
     return draw(2, (8.6, 4.4), paint)
 
 
-def _label(point: Point) -> str:
+def _label(point: CouplingPoint) -> str:
     name = "" if point.loaded is None else f" {point.name}"
     solved = "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
     return f"{_share(point.l0)}{name}{solved}"

@@ -25,7 +25,7 @@ from bridge.display.progress import OnProgress, unseen
 from bridge.models.dense import load_dense
 from bridge.models.store import check_new
 from bridge.recipe import recipe_values, resolve
-from bridge.studies.frontier import DensePoint, Failure, Frontier, Point
+from bridge.studies.frontier import CouplingPoint, DensePoint, Failure, Frontier
 from bridge.studies.search import Explains, search_config
 from bridge.studies.suite import folder_name
 from bridge.studies.sweep_steps import DENSE_FOLDER, LOST, OnText, Planned, Search, Steps, SweepError
@@ -133,7 +133,7 @@ def sweep(
         of_model = load_dense(model, adapter=adapter, revision=revision, tokenizer=tokenizer, device=device)
     options = {"tokenizer": tokenizer, "device": device, "dtype": dtype}
     run = Steps(model, of_model, out, names, search, options, on_step_end, progress)
-    done: list[Point] = []
+    done: list[CouplingPoint] = []
     failures: list[Failure] = []
     dense_point: DensePoint | None = None
 

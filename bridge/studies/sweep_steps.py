@@ -20,7 +20,7 @@ from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
 from bridge.recipe import Recipe, known_names, resolve
-from bridge.studies.frontier import DensePoint, Point, TaskSize
+from bridge.studies.frontier import CouplingPoint, DensePoint, TaskSize
 from bridge.studies.result import Size, TaskResult
 from bridge.studies.search import Explains, Subjects, search_dense, whole_size
 from bridge.studies.suite import folder_name, resolved, run_suite
@@ -82,7 +82,7 @@ class Steps:
         """Pass on what is under way."""
         within(self.on_progress, self.at)(phase)
 
-    def measure(self, point: Planned) -> Point:
+    def measure(self, point: Planned) -> CouplingPoint:
         """Measure a point, from its first missing step to its last."""
         folder = self.out / point.name
         if point.values is not None and point.recipe is not None:
@@ -91,7 +91,7 @@ class Steps:
         facts = self._facts(where, folder, point)
         evaluation = self._evaluated(where, folder)
         tasks = self._searched(where, folder / "circuits")
-        return Point(
+        return CouplingPoint(
             name=point.name,
             loaded=point.load,
             width=facts["width"],
@@ -196,7 +196,7 @@ class Steps:
         write_json(end, {"tasks": list(self.tasks)})
         return tuple(found)
 
-    def measure_dense(self, point: Planned, measured: Point, *, pruned: bool) -> DensePoint:
+    def measure_dense(self, point: Planned, measured: CouplingPoint, *, pruned: bool) -> DensePoint:
         """Measure the dense model's own circuits, on the means of the point's text; a failure is reported."""
         where = self.out / point.name if point.load is None else folder_of(point.load)
         assert self.dense is not None, "a point has been measured"

@@ -38,7 +38,7 @@ from bridge.training.dense_maps import (
     UNSEEN,
     Affine,
     Reading,
-    Scores,
+    ScoreWatcher,
     Seen,
     Written,
     multiple,
@@ -171,6 +171,6 @@ def _windows(dense: DenseModel, context: int) -> list[int | None]:
     def softened(block: int, score: Tensor) -> None:
         seen[block] = int((score[..., -1, :] > UNSEEN).flatten(0, -2)[0].sum())
 
-    with Scores(length, lambda *_: None, softened).of(dense):
+    with ScoreWatcher(length, lambda *_: None, softened).of(dense):
         forward(dense.model, tokens_1t)
     return [count if 0 < (count := seen.get(block, 0)) < length else None for block in range(len(dense.blocks))]

@@ -96,7 +96,7 @@ class Seen:
     logits_xv: Tensor
 
 
-class Scores(TorchFunctionMode):
+class ScoreWatcher(TorchFunctionMode):
     """Hands every product of queries and keys in a block, and its scores in the end, to `multiplied` and `softened`."""
 
     def __init__(
@@ -188,7 +188,7 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
     def softened(block: int, score: Tensor) -> None:
         blocks[block].score_bhtt = by_row(score)
 
-    with Scores(tokens_bt.shape[1], multiplied, softened).of(dense), ExitStack() as hooks:
+    with ScoreWatcher(tokens_bt.shape[1], multiplied, softened).of(dense), ExitStack() as hooks:
         for module in dense.model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2:

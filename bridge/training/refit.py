@@ -71,7 +71,7 @@ def refit_decoders(
         done = 0
         for rows_bt in tokens_bt.to(device).split(ROWS_AT_ONCE):
             with torch.no_grad():
-                question = Question.drawn(dense.run(rows_bt).logits_btv, generator)
+                question = AnswerContrast.drawn(dense.run(rows_bt).logits_btv, generator)
             gradient_h, _ = gradients(dense, rows_bt, question)
             gradient_x, x = gradients(sparse, rows_bt, question)
             for site, sums in moments.items():
@@ -102,20 +102,20 @@ def kl_out(coupling: CoupledModels, sites: Sequence[int], tokens_bt: Tensor) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class AnswerContrast:
     """A random sum over tokens, with signs, of differences between two of the dense model's likeliest answers."""
 
     answers_btk: Tensor
     sign_bt: Tensor
 
     @staticmethod
-    def drawn(logits_btv: Tensor, generator: torch.Generator) -> Question:
+    def drawn(logits_btv: Tensor, generator: torch.Generator) -> AnswerContrast:
         """A question for every row; the first answer at a token is the likeliest, the other is drawn from the next."""
         best_btk = logits_btv.topk(min(ANSWERS, logits_btv.shape[-1])).indices
         shape = (*best_btk.shape[:2], 1)
         other_bt1 = torch.randint(1, best_btk.shape[-1], shape, generator=generator).to(best_btk.device)
         sign_bt = (torch.randint(2, shape[:2], generator=generator) * 2 - 1).to(best_btk.device)
-        return Question(torch.cat([best_btk[..., :1], best_btk.gather(-1, other_bt1)], -1), sign_bt)
+        return AnswerContrast(torch.cat([best_btk[..., :1], best_btk.gather(-1, other_bt1)], -1), sign_bt)
 
     def difference(self, logits_btv: Tensor) -> Tensor:
         """The sum over tokens and rows, a scalar; gradients of rows do not mix."""
@@ -123,7 +123,9 @@ class Question:
         return (self.sign_bt * (answer_bt - other_bt)).sum()
 
 
-def gradients(model: DenseModel | SparseTransformer, tokens_bt: Tensor, question: Question) -> tuple[list[Tensor], list[Tensor]]:
+def gradients(
+    model: DenseModel | SparseTransformer, tokens_bt: Tensor, question: AnswerContrast
+) -> tuple[list[Tensor], list[Tensor]]:
     """The gradient of the question's difference by the residual at every site of a model, and those residuals."""
     with torch.no_grad():
         first_btd = model.run(tokens_bt).residuals[0]

@@ -26,7 +26,7 @@ from bridge.models.store import CheckpointError
 from bridge.recipe import RecipeError
 from bridge.studies import search as task_circuit
 from bridge.studies import suite, sweep_steps
-from bridge.studies.frontier import DensePoint, Failure, Frontier, Point, TaskSize, frontier_figure, render_frontier
+from bridge.studies.frontier import CouplingPoint, DensePoint, Failure, Frontier, TaskSize, frontier_figure, render_frontier
 from bridge.studies.result import Size
 from bridge.studies.sweep import plan
 from bridge.studies.sweep_steps import SweepError
@@ -71,8 +71,10 @@ def sizes(*edges: int, failed: int = 0) -> tuple[TaskSize, ...]:
     return done + tuple(TaskSize(f"f{place}", Size(5_000, 40_000), "unsolved") for place in range(failed))
 
 
-def point(name: str, width: int, l0: float, ce: float, tasks: tuple[TaskSize, ...], **parts: Any) -> Point:
-    return Point(name, parts.pop("loaded", None), width, l0, 100, 1600, ce, parts.pop("ce_dense", 2.5), 0.5, 0.7, 0.8, tasks)
+def point(name: str, width: int, l0: float, ce: float, tasks: tuple[TaskSize, ...], **parts: Any) -> CouplingPoint:
+    return CouplingPoint(
+        name, parts.pop("loaded", None), width, l0, 100, 1600, ce, parts.pop("ce_dense", 2.5), 0.5, 0.7, 0.8, tasks
+    )
 
 
 def example() -> Frontier:

@@ -30,7 +30,7 @@ from bridge.training import loop as training
 from bridge.training.loop import FitError, FitStopped, Progress, finish, train
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.prepare import PROCESS_BYTES, memory_needed, prepare
-from bridge.training.refit import Question, gradients
+from bridge.training.refit import AnswerContrast, gradients
 
 ROWS, STEPS = 4, 10
 TOKENS = ROWS * CONTEXT * STEPS
@@ -184,7 +184,7 @@ def test_a_fit_ends_with_decoders_refitted(dense_folder: Path, text_file: Path) 
     for name, one in without.sparse.named_parameters():
         assert torch.equal(one, with_it.sparse.get_parameter(name)), name
     assert with_it.reference_bt is not None
-    asked = Question.drawn(with_it.dense.run(with_it.reference_bt).logits_btv, torch.Generator().manual_seed(0))
+    asked = AnswerContrast.drawn(with_it.dense.run(with_it.reference_bt).logits_btv, torch.Generator().manual_seed(0))
     gradient_h, _ = gradients(with_it.dense, with_it.reference_bt, asked)
     gradient_x, _ = gradients(with_it.sparse, with_it.reference_bt, asked)
 

@@ -14,13 +14,13 @@ from support.models import CONTEXT, VOCABULARY
 
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
-from bridge.training.refit import FLOOR, KEEP, RIDGE, Question, gradients, refit_decoders
+from bridge.training.refit import FLOOR, KEEP, RIDGE, AnswerContrast, gradients, refit_decoders
 
 TOKENS_BT = torch.randint(0, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(11))
 
 
-def question(coupling: CoupledModels, tokens_bt: torch.Tensor) -> Question:
-    return Question.drawn(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
+def question(coupling: CoupledModels, tokens_bt: torch.Tensor) -> AnswerContrast:
+    return AnswerContrast.drawn(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
 
 
 def refitted(coupling: CoupledModels, weight: float, worst: float = math.inf) -> CoupledModels:
@@ -69,7 +69,9 @@ def test_a_question_asks_between_the_likeliest_answers(coupling: CoupledModels) 
 def literal(coupling: CoupledModels, site: int, weight: float, start_ds: torch.Tensor, w_ds: torch.Tensor) -> torch.Tensor:
     """The objective at a site for a linear part w_ds, from lists of tokens."""
     generator = torch.Generator().manual_seed(0)
-    parts = [(tokens_bt, Question.drawn(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)]
+    parts = [
+        (tokens_bt, AnswerContrast.drawn(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)
+    ]
     dense = [gradients(coupling.dense, *part) for part in parts]
     sparse = [gradients(coupling.sparse, *part) for part in parts]
     g_nd = torch.cat([some[site] for some, _ in dense]).flatten(0, 1).double()
