@@ -63,11 +63,12 @@ test-gpu: $(READY)
 # replaced only when all is done.
 NEW := runs/checkpoints
 COUPLINGS := python-bridge-32 python-bridge-4
+FITS := python-bridge-32.toml:python-bridge-32 python-bridge-4.toml:first/python-bridge-4 python-bridge-4-closer.toml:python-bridge-4
 checkpoints: $(READY)
 	until [ -f $(NEW)/python-dense/config.json ]; do \
 	  $(BIN)/python recipes/python_dense.py --out $(NEW)/python-dense --minutes $(DENSE_MINUTES) --stretch 9 || exit 1; done
-	for fit in $(COUPLINGS); do until [ -f $(NEW)/$$fit/coupling.json ]; do \
-	  $(BIN)/bridge fit $(NEW)/python-dense --recipe recipes/$$fit.toml --out $(NEW)/$$fit --resume --stretch 9 || exit 1; done; done
+	for fit in $(FITS); do recipe=recipes/$${fit%%:*} out=$(NEW)/$${fit#*:}; until [ -f $$out/coupling.json ]; do \
+	  $(BIN)/bridge fit $(NEW)/python-dense --recipe $$recipe --out $$out --resume --stretch 9 || exit 1; done; done
 	for fit in $(COUPLINGS); do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
 	for ships in python-dense $(COUPLINGS); do rm -rf checkpoints/$$ships && mv $(NEW)/$$ships checkpoints; done
 
