@@ -15,8 +15,8 @@ same x. Which weights are nonzero is decided by the projection (`sparse_weights`
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
 
-Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. `sparse.gated(gate)` is the same
-weights seen through a gate; recording, mean ablation, masks and steering are gates, and the identity gate is the model itself.
+Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`: recording, mean ablation, masks
+and steering are gates, and the identity gate is the model itself.
 
 Shape legend: b batch row, t token, s residual width, n nodes of a location, h heads, c channels of a head, v vocabulary.
 """
@@ -223,10 +223,6 @@ class SparseTransformer(Heads, SparseWeights):
             tokens_bt = torch.cat([tokens_bt, next_b1], 1)
         return tokens_bt
 
-    def gated(self, gate: Gate) -> Gated:
-        """These weights seen through `gate`, again a residual model."""
-        return Gated(self, gate)
-
     def column_nodes(self, name: str) -> Tensor:
         """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
         source = self.matrices[name][0]
@@ -348,30 +344,3 @@ class SparseTransformer(Heads, SparseWeights):
 
     def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
         return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
-
-
-@dataclass(frozen=True)
-class Gated:
-    """A sparse model seen through a gate: a residual model with the same weights."""
-
-    model: SparseTransformer
-    gate: Gate
-
-    @property
-    def n_sites(self) -> int:
-        """Number of sites: sublayers + 1."""
-        return self.model.n_sites
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream."""
-        return self.model.width
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of logits."""
-        return self.model.vocabulary
-
-    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
-        """Run a batch with every node through the gate."""
-        return self.model.run(tokens_bt, enter, self.gate)

@@ -149,7 +149,7 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: _Sums
             alive[location] |= (x_btn != 0).any(0).any(0).cpu()
         return x_btn
 
-    truth, plain = dense.run(part_bt), coupling.sparse.gated(watch).run(part_bt)
+    truth, plain = dense.run(part_bt), coupling.sparse.run(part_bt, gate=watch)
 
     def compare(name: str, site: int | None, logits_btv: Tensor) -> None:
         sums.compare(name, site, logits_btv, truth.logits_btv, part_bt)
