@@ -135,7 +135,8 @@ class CoupledModels:
         if isinstance(self.sparse, SparseSpan):
             if not isinstance(self.dense, DenseSpan):
                 raise ValueError("the sparse model is a span's, and the dense model is a whole one; take the span (`dense_of`)")
-            object.__setattr__(self, "sparse", self.sparse.join(self.dense, self.bridges))
+            first, last = self.bridges[0], self.bridges[self.n_sites - 1]
+            object.__setattr__(self, "sparse", self.sparse.join(self.dense, first.encode, last.decode))
 
     @property
     def n_sites(self) -> int:

@@ -57,17 +57,21 @@ class ResidualModel(Protocol):
     @property
     def n_sites(self) -> int:
         """Number of sites: sublayers + 1."""
+        ...
 
     @property
     def width(self) -> int:
         """Width d of the residual stream."""
+        ...
 
     @property
     def vocabulary(self) -> int:
         """Number of logits v, padding included."""
+        ...
 
     def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
         """Run a batch; see `run` for the contract."""
+        ...
 
 
 def run(

@@ -179,7 +179,7 @@ class SparseTransformer(Heads, SparseWeights):
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
-        unembed = self._unembed_last if last_only else self._unembed
+        unembed = partial(self._unembed, last_only=last_only)
         if correct is None:
             return run(self.embed, sublayers, unembed, tokens_bt, enter)
 
@@ -197,9 +197,8 @@ class SparseTransformer(Heads, SparseWeights):
 
     def sublayer(self, site: int, gate: Gate = identity_gate, *, last_only: bool = False) -> Callable[[Tensor], Tensor]:
         """The sublayer that reads `site`: x_bts -> x_bts with what it writes added; with last_only, x_b1s of the last token."""
-        halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
         layer, part = next((layer, part) for layer, other, part in self._parts() if other == site)
-        return partial(halves[part], layer, gate, last_only)
+        return partial(self._sublayer, layer, part, gate, last_only)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv of a plain run."""
@@ -309,19 +308,17 @@ class SparseTransformer(Heads, SparseWeights):
     def _read(self, x_bts: Tensor) -> Tensor:
         return norm(x_bts, self.form.eps) if self.form.reads_normed else x_bts
 
-    def _attention(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        write_bts = self._attention_write(layer, gate, last_only, x_bts)
-        return (x_bts[:, -1:] if last_only else x_bts) + write_bts
+    def _sublayer(self, layer: int, part: str, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
+        here_bts = after_bts = x_bts[:, -1:] if last_only else x_bts
+        if part != "mlp":
+            after_bts = after_bts + self._attention_write(layer, gate, last_only, x_bts)
+        if part != "attn":
+            after_bts = after_bts + self._mlp_write(layer, gate, here_bts)
+        return after_bts
 
-    def _mlp(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        x_bts = x_bts[:, -1:] if last_only else x_bts
-        return x_bts + self._mlp_write(layer, gate, x_bts)
-
-    def _parallel(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        x_bts, write_bts = x_bts[:, -1:] if last_only else x_bts, self._attention_write(layer, gate, last_only, x_bts)
-        return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
-
-    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
+    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor, *, last_only: bool) -> Tensor:
+        if last_only:
+            x_bts, tokens_bt = x_bts[:, -1:], tokens_bt[:, -1:]
         logits_btv, entry_btv = self.capped(self.uncapped(x_bts)), self.bigram_entries(tokens_bt)
         return logits_btv if entry_btv is None else logits_btv + entry_btv
 
@@ -341,6 +338,3 @@ class SparseTransformer(Heads, SparseWeights):
         """Logits through the soft cap, where there is one."""
         cap = self.form.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
-
-    def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
