@@ -1,4 +1,4 @@
-"""AbsTopK and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
+"""AbsTopK, gates and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
 
 A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32
 entries to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection.
@@ -7,7 +7,7 @@ What ties in the upper half (a few entries) is decided by the lower half, and wh
 Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
 the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
 
-Shape legend: n rows, w width, t tokens, l lanes.
+Shape legend: b batch row, t token, n channels, l lane.
 """
 
 from __future__ import annotations
@@ -126,6 +126,24 @@ def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     values, out, derivatives = numbers(x, y, derivative)
     in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
     return y, derivative
+
+
+def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
+    """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
+    b, t, n = x_btn.shape
+    if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
+        inside = mask_btn.reshape(b * t, n).t()
+        lines, length = n, b * t
+    else:
+        inside = mask_btn.transpose(1, 2)
+        lines, length = b * n, t
+    mask = inside.contiguous().view(-1)
+    kept = torch.empty_strided(x_btn.shape, x_btn.stride())
+    values, out = numbers(x_btn, kept)
+    others = else_n.detach().contiguous().numpy()
+    words = mask.numpy()
+    in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
+    return kept, mask.as_strided(x_btn.shape, x_btn.stride())
 
 
 def as_words(*tensors: Tensor) -> tuple[Any, ...]:
@@ -263,6 +281,15 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
         done += LANES
     for i in range(done, stop):
         kept[i] = x[i] if mask[i] else 0
+
+
+@compiled
+def _choose(x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int) -> None:
+    for line in range(start, stop):
+        otherwise, here = other[line % other.shape[0]], slice(line * length, (line + 1) * length)
+        x_line, mask_line, kept_line = x[here], mask[here], kept[here]
+        for i in range(length):
+            kept_line[i] = x_line[i] if mask_line[i] else otherwise
 
 
 @compiled
