@@ -27,14 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.kernels.cpu import in_parallel
-from bridge.kernels.lanes import (
-    add_scaled,
-    compiled,
-    exponentials,
-    weighted_sum_16,
-    weighted_sum_32,
-    weighted_sum_64,
-)
+from bridge.kernels.lanes import add_scaled, compiled, exponentials, weighted_sum_16, weighted_sum_32, weighted_sum_64
 
 NEVER = -1e30  # the logit of a sink that takes nothing
 SHORT, MANY = 64, 8  # tokens of a short row; rows that are many
@@ -73,9 +66,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
         q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
         z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
-        sink_h = sink_h.detach().to(
-            torch.float32, copy=True
-        )  # memory that numpy has seen cannot be freed, as gathered weights are
+        # a copy, since memory that numpy has seen cannot be freed, as gathered weights are
+        sink_h = sink_h.detach().to(torch.float32, copy=True)
         tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt)
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
         where = channels, *_every_query(q_bnt)
