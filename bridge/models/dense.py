@@ -36,7 +36,6 @@ from bridge.huggingface.prompts import Prompts, load_tokenizer
 from bridge.huggingface.site_discovery import (
     PARITY_FP32,
     PROBE_ROWS,
-    Block,
     DenseModelError,
     context_of,
     first_line,
@@ -98,8 +97,8 @@ class DenseModel:
             self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
             rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
             self.prompts = Prompts(tokenizer, min(rows, self.vocabulary), name=name, damage=damage)
-            self._blocks = wire(who, calls)
-            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
+            self.blocks = wire(who, calls)
+            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self.blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
             self._hands_on = False
             self.parity = _check_parity(self, who, tokens_bt, logits_btv)
@@ -114,11 +113,6 @@ class DenseModel:
     def readers(self) -> tuple[str, ...]:
         """Kind of sublayer that reads at each site; behind the last of them, the unembedding."""
         return (*self.sublayers, "unembed")
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks, as they were wired."""
-        return self._blocks
 
     @property
     def device(self) -> torch.device:
@@ -206,24 +200,22 @@ class DenseModel:
         """The hooks of one run, on the model for as long as it lasts."""
         site = 0
         with ExitStack() as hooks:
-            for block in self._blocks:
-                behind = site + (1 if block.middle is None else 2)
+            for block in self.blocks:
+                middle, behind = site + 1, site + (1 if block.middle is None else 2)
                 if behind <= run.first:
                     hooks.enter_context(run.handing_on(block))
-                    site = behind
-                    continue
-                before = partial(run.before_block, site, block.middle is not None)
-                hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
-                site += 1
-                if block.middle is not None:
-                    if run.anyone_enters(site):
-                        after = partial(run.after_writer, site, block.middle.sums)
-                        hooks.enter_context(block.middle.writer.register_forward_hook(after))
-                    reads = partial(run.before_reader, site)
-                    hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
-                    site += 1
+                else:
+                    before = partial(run.before_block, site, block.middle is not None)
+                    hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
+                    if block.middle is not None:
+                        if run.anyone_enters(middle):
+                            after = partial(run.after_writer, middle, block.middle.sums)
+                            hooks.enter_context(block.middle.writer.register_forward_hook(after))
+                        reads = partial(run.before_reader, middle)
+                        hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
+                site = behind
             last = partial(run.after_last, site)
-            hooks.enter_context(self._blocks[-1].module.register_forward_hook(last))
+            hooks.enter_context(self.blocks[-1].module.register_forward_hook(last))
             under_way.append(run)
             hooks.callback(under_way.pop)
             yield
@@ -254,7 +246,8 @@ def load_dense(
             rule = "cannot stay on a disk: its weights are looked at as a whole"
             raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
         loaded, unused = _from_pretrained(name, revision, dtype, device_map)
-        found = _tokenizer(name, revision)  # or why there is none
+        with _quiet():
+            found = load_tokenizer(name, revision)  # or why there is none
         check_weights(loaded, f"model {name!r}", spread=device_map is not None)
     else:
         model = unwrapped(model)
@@ -272,7 +265,8 @@ def load_dense(
     if adapter is not None:
         folder = adapter_folder(str(adapter))
         if (folder / TOKENIZER).is_file():
-            found = _tokenizer(str(folder), None)
+            with _quiet():
+                found = load_tokenizer(str(folder))
         loaded = with_adapter(loaded, folder, str(adapter), name)
     if (named or device is not None) and (device_map is None or not named):
         loaded.to(device or "cpu")
@@ -337,11 +331,6 @@ def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
         return None
     remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
     return DenseModelError(who, f"has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such)", remedy)
-
-
-def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase | None, str]:
-    with _quiet():
-        return load_tokenizer(name, revision)
 
 
 def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:

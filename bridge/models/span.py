@@ -43,7 +43,7 @@ class DenseSpan(DenseModel):
         sizes = [1 if block.middle is None else 2 for block in whole.blocks]
         self.offset = sum(sizes[:first])
         sites = slice(self.offset, self.offset + sum(sizes[first:last]))
-        self._blocks, self.sublayers = whole.blocks[first:last], whole.sublayers[sites]
+        self.blocks, self.sublayers = whole.blocks[first:last], whole.sublayers[sites]
         self.parity = Parity(whole.parity.errors[sites.start : sites.stop + 1], whole.parity.tolerance)
         self._remembered: dict[bytes, list[Tensor]] = {}  # the residual of a row at site 0, and at the model's last site
         self._state: tuple[Any, ...] = ()
@@ -56,7 +56,7 @@ class DenseSpan(DenseModel):
     @property
     def slice(self) -> str:
         """The blocks, as first:last."""
-        return f"{self.first_block}:{self.first_block + len(self._blocks)}"
+        return f"{self.first_block}:{self.first_block + len(self.blocks)}"
 
     def prefix(self, tokens_bt: Tensor) -> Tensor:
         """x_btd at site 0."""
@@ -121,7 +121,7 @@ def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
 
 @dataclass(frozen=True)
 class _Ends:
-    """What a sparse span begins and ends with: a dense span, x_bts of a residual at its first site and h_btd at its last one.
+    """Beginning and end of a sparse span: a dense span, x_bts of its residual at the first site, and h_btd at the last one.
 
     No part of its weights, and shared by its copies.
     """

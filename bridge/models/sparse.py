@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from bridge.kernels.products import Compact, sparse_embedding, tokens_inside
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.residual import Enter, Trace, run
-from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, matrices, mlp_kinds
+from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, KEY_KINDS, MATRICES, matrices, mlp_kinds
 from bridge.models.sparse_blocks import ACTIVATIONS, Block, Heads, Linear, norm, norm_scale
 from bridge.models.sparse_weights import SparseWeights
 from bridge.recipe import BlockShape, SparseShape
@@ -128,12 +128,9 @@ class SparseTransformer(Heads, SparseWeights):
 
     def locations(self) -> dict[Location, int]:
         """Every node location in the order of the computation, with its number of nodes."""
-        sizes: dict[Location, int] = {}
-        for layer, _, part in self._parts():
-            kinds = (ATTENTION_KINDS if part != "mlp" else ()) + (mlp_kinds(self.form.gated) if part != "attn" else ())
-            for kind in kinds:
-                sizes[Location(layer, kind)] = self._size(kind)
-        return sizes
+        kinds = {"attn": ATTENTION_KINDS, "mlp": mlp_kinds(self.form.gated)}
+        kinds["parallel"] = kinds["attn"] + kinds["mlp"]
+        return {Location(layer, kind): self._size(kind) for layer, _, part in self._parts() for kind in kinds[part]}
 
     def _size(self, kind: str) -> int:
         if kind in HEAD_KINDS:
@@ -173,8 +170,7 @@ class SparseTransformer(Heads, SparseWeights):
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
         sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
-        if narrow:
-            last_only = True
+        last_only = last_only or narrow
         if narrow and self.narrow_from < self.n_sites:
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
@@ -253,24 +249,24 @@ class SparseTransformer(Heads, SparseWeights):
         linear.matrix = self._matrix(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
+    def _mapped(self, layer: int, name: str, x_btn: Tensor) -> Tensor:
+        return self._map(f"blocks.{layer}.{name}", getattr(self._block(layer), name), x_btn)
+
+    def _written(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
+        """Nodes that a matrix writes: through a norm with a gain, where their kind has one."""
+        kind, y_btn = MATRICES[name][1], self._mapped(layer, name, x_btn)
+        y_btn = y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+        return self._node(layer, kind, gate, y_btn)
+
     def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        block = self._block(layer)
         r_bts = self._node(layer, "attn_in", gate, self._read(x_bts))
-        reads = (("q", block.q, r_bts[:, -1:] if last_only else r_bts), ("k", block.k, r_bts), ("v", block.v, r_bts))
-        q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, self.after(layer, kind, self._map(f"blocks.{layer}.{kind}", linear, read_bts)))
-            for kind, linear, read_bts in reads
-        )
+        q_btn = self._written(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
+        k_btn, v_btn = (self._written(layer, name, gate, r_bts) for name in KEY_KINDS)
         return self.attended(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
 
     def attended(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
         """attn_out nodes of what the heads moved."""
-        write_bts = self._map(f"blocks.{layer}.o", self._block(layer).o, z_btn)
-        return self._node(layer, "attn_out", gate, self.after(layer, "attn_out", write_bts))
-
-    def after(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
-        """Output of a linear map on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
-        return y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+        return self._written(layer, "o", gate, z_btn)
 
     def has_norm(self, layer: int, kind: str) -> bool:
         """Whether what linear maps give goes through a norm with a gain on its way to nodes of a kind."""
@@ -285,16 +281,13 @@ class SparseTransformer(Heads, SparseWeights):
         return norm_scale(y_btn, self.form.eps) * gain_n
 
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
-        block = self._block(layer)
         r_bts = self._node(layer, "mlp_in", gate, self._read(x_bts))
-        up_btn = self._map(f"blocks.{layer}.up", block.up, r_bts)
-        if block.gate is None:
-            a_btn = self.activation(up_btn)
+        up_btn = self._mapped(layer, "up", r_bts)
+        if self.form.gated:
+            a_btn = self._node(layer, GATE, gate, self.activation(self._mapped(layer, "gate", r_bts))) * up_btn
         else:
-            a_btn = self._node(layer, GATE, gate, self.activation(self._map(f"blocks.{layer}.gate", block.gate, r_bts))) * up_btn
-        a_btn = self._node(layer, "mlp_act", gate, a_btn)
-        write_bts = self._map(f"blocks.{layer}.down", block.down, a_btn)
-        return self._node(layer, "mlp_out", gate, self.after(layer, "mlp_out", write_bts))
+            a_btn = self.activation(up_btn)
+        return self._written(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
 
     def activation(self, x_btn: Tensor) -> Tensor:
         """The MLP's nonlinearity."""

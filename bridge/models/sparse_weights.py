@@ -136,9 +136,8 @@ class SparseWeights(nn.Module):
         """Number of weights, zero or not, of the matrices that are made sparse."""
         return sum(count for _, count in self._sizes().values())
 
-    def n_kept(self, kept: float | Fractions) -> int:
+    def n_kept(self, fractions: Fractions) -> int:
         """Number of those weights that stay at these fractions."""
-        fractions = Fractions.of(kept)
         return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
