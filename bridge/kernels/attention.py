@@ -70,7 +70,8 @@ class _Attention(torch.autograd.Function):
         sink_h = sink_h.detach().to(torch.float32, copy=True)
         tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt)
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
-        where = channels, *_every_query(q_bnt)
+        rows, n, tokens = q_bnt.shape  # every token is a query, and rows lie one behind the other
+        where = channels, np.zeros(rows, np.int64), np.full(rows, tokens), n * tokens, tokens, n * tokens, tokens
         in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
         ctx.save_for_backward(*tensors, l_ht)
         ctx.where, ctx.length = where, q_btn.shape[1]
@@ -88,12 +89,6 @@ class _Attention(torch.autograd.Function):
         in_parallel(lambda start, stop: backward(*arrays, *ctx.where, start, stop), dsink_bh.numel(), work)
         d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
         return (*d_btn, dsink_bh.sum(0), None)
-
-
-def _every_query(x_bnt: Tensor) -> tuple[np.ndarray, np.ndarray, int, int, int, int]:
-    """First and after of the queries, and strides, where all tokens are queries and rows lie one behind the other."""
-    b, n, t = x_bnt.shape
-    return np.zeros(b, np.int64), np.full(b, t), n * t, t, n * t, t
 
 
 @compiled

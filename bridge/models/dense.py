@@ -135,15 +135,13 @@ class DenseModel:
         Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens, and none
         at the sites before a block that every row enters behind. With last_only the logits are those of the last position (b1v).
         """
-        run = self._start(tokens_bt, enter)
-        with exclusive(), self._hooked(run):
+        with self._under_way(tokens_bt, enter) as run:
             logits_btv = forward(self.model, tokens_bt, last_only=last_only)
         return Trace(self.leaves(logits_btv), self._leave(run.trace(self.n_sites)))
 
     def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
         """x_btd at every site up to `until`, as `run` gives them; what comes behind that is not run."""
-        run = self._start(tokens_bt, enter, until)
-        with exclusive(), self._hooked(run), suppress(Reached):
+        with self._under_way(tokens_bt, enter, until) as run, suppress(Reached):
             forward(self.model, tokens_bt)
         return self._leave(run.trace(until + 1))
 
@@ -159,18 +157,6 @@ class DenseModel:
     def _leave(self, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Residuals as they leave; one that a gradient goes through stays as it is, since it may be asked for its gradient."""
         return tuple(x_btd if x_btd.requires_grad else self.leaves(x_btd) for x_btd in residuals)
-
-    def _start(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Run:
-        """A run of a batch, once that is checked."""
-        if self.context is not None and tokens_bt.shape[1] > self.context:
-            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
-        if enter is not None:
-            check_sites(enter, self.n_sites)
-            wanted = (*tokens_bt.shape, self.width)
-            if tuple(enter.x_btd.shape) != wanted or len(enter.site_b) != wanted[0]:
-                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
-                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
-        return Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on)
 
     def fingerprint(self) -> str:
         """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
@@ -196,10 +182,18 @@ class DenseModel:
         return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
-    def _hooked(self, run: Run) -> Iterator[None]:
-        """The hooks of one run, on the model for as long as it lasts."""
-        site = 0
-        with ExitStack() as hooks:
+    def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[Run]:
+        """A run of a batch, once that is checked, with its hooks on the model for as long as it lasts."""
+        if self.context is not None and tokens_bt.shape[1] > self.context:
+            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
+        if enter is not None:
+            check_sites(enter, self.n_sites)
+            wanted = (*tokens_bt.shape, self.width)
+            if tuple(enter.x_btd.shape) != wanted:
+                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
+                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
+        run, site = Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
+        with exclusive(), ExitStack() as hooks:
             for block in self.blocks:
                 middle, behind = site + 1, site + (1 if block.middle is None else 2)
                 if behind <= run.first:
@@ -218,7 +212,7 @@ class DenseModel:
             hooks.enter_context(self.blocks[-1].module.register_forward_hook(last))
             under_way.append(run)
             hooks.callback(under_way.pop)
-            yield
+            yield run
 
 
 def load_dense(
