@@ -87,7 +87,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
         stored = x.permute(2, 0, 1).view(1, x.shape[2], -1) if end_to_end else x.transpose(1, 2).contiguous()
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
-        args, (_, width, tokens) = as_words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
+        args, (_, width, tokens) = _flat(stored, kept, mask, words=True), stored.shape
         wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
 
         def some(start: int, stop: int) -> None:
@@ -99,7 +99,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return kept.transpose(1, 2), mask.transpose(1, 2)
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
-    args, width = as_words(*(tensor.view(-1) for tensor in (x, kept, mask))), x.shape[-1]
+    args, width = _flat(x, kept, mask, words=True), x.shape[-1]
     kernel = _top_k_rows32 if x.dtype == torch.float32 else _top_k_rows16
     in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
     return kept, mask
@@ -110,20 +110,15 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
-    words, out, mask_words = as_words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
+    words, out, mask_words = _flat(x, kept, mask, words=True)
     in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
     return kept
-
-
-def numbers(*tensors: Tensor) -> tuple[Any, ...]:
-    """The stored values of tensors without gaps, in storage order."""
-    return tuple(tensor.detach().as_strided((tensor.numel(),), (1,)).numpy() for tensor in tensors)
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
     y, derivative = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
-    values, out, derivatives = numbers(x, y, derivative)
+    values, out, derivatives = _flat(x, y, derivative)
     in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
     return y, derivative
 
@@ -139,17 +134,18 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Ten
         lines, length = b * n, t
     mask = inside.contiguous().view(-1)
     kept = torch.empty_strided(x_btn.shape, x_btn.stride())
-    values, out = numbers(x_btn, kept)
+    values, out = _flat(x_btn, kept)
     others = else_n.detach().contiguous().numpy()
     words = mask.numpy()
     in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
     return kept, mask.as_strided(x_btn.shape, x_btn.stride())
 
 
-def as_words(*tensors: Tensor) -> tuple[Any, ...]:
-    """Numpy views as integers of the same size."""
-    types = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.bool: torch.bool}
-    return tuple(tensor.detach().view(types[tensor.dtype]).numpy() for tensor in tensors)
+def _flat(*tensors: Tensor, words: bool = False) -> tuple[Any, ...]:
+    """The values of tensors without gaps, in storage order; floats as they are, or as words of the same size."""
+    types = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if words else {}
+    flat = (tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors)
+    return tuple(each.view(types.get(each.dtype, each.dtype)).numpy() for each in flat)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------

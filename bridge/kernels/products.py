@@ -214,7 +214,9 @@ class _SparseLinear(torch.autograd.Function):
             dx_btn = _logical(_multiplied(start, index, ctx.matrix.by_column_p, no_bias, dy_bmt), *dy_btm.shape[:2])
         if ctx.needs_input_grad[1]:
             dvalue_p = torch.zeros_like(value_p)
-            _inner(pattern, x_bnt, dy_bmt, dvalue_p)
+            arrays = [*pattern.by_row[:2], *(tensor.numpy() for tensor in (x_bnt, dy_bmt, dvalue_p))]
+            work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
+            in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
         if ctx.needs_input_grad[2]:
             dbias_m = dy_bmt.sum((0, 2))
         if ctx.matrix.gradient_mn is not None:
@@ -230,8 +232,7 @@ class _SparseEmbedding(torch.autograd.Function):
         b, t = tokens_bt.shape
         n = pattern.shape[1]
         x_bnt = torch.zeros(n, b, t).transpose(0, 1) if _end_to_end(b, t) else torch.zeros(b, n, t)
-        start_v1, column_p = pattern.start_m1.numpy(), pattern.column_p.numpy()
-        _look_up(start_v1, column_p, value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
+        _look_up(*pattern.by_row[:2], value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
         ctx.save_for_backward(tokens_bt, value_p)
         ctx.matrix, ctx.pattern = matrix, pattern
         return x_bnt.transpose(1, 2)
@@ -242,7 +243,7 @@ class _SparseEmbedding(torch.autograd.Function):
         pattern = ctx.pattern
         dvalue_p = torch.zeros_like(value_p)
         dx_bnt = dx_btn.detach().float().transpose(1, 2)
-        _look_back(pattern.start_m1.numpy(), pattern.column_p.numpy(), dvalue_p.numpy(), tokens_bt.numpy(), dx_bnt.numpy())
+        _look_back(*pattern.by_row[:2], dvalue_p.numpy(), tokens_bt.numpy(), dx_bnt.numpy())
         if ctx.matrix.gradient_mn is not None:
             ctx.matrix.gradient_mn.index_add_(0, tokens_bt.flatten(), dx_btn.detach().float().flatten(0, 1))
         return None, dvalue_p, None
@@ -259,12 +260,6 @@ def _multiplied(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias_m: T
     else:
         in_parallel(lambda first, last: multiply_lines(*arrays, 0, blocks, first, last), lines, work)
     return y_bmt
-
-
-def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) -> None:
-    arrays = [tensor.numpy() for tensor in (pattern.start_m1, pattern.column_p, x_bnt, dy_bmt, dvalue_p)]
-    work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
-    in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
 
 
 @compiled

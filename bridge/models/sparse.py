@@ -237,7 +237,7 @@ class SparseTransformer(Heads, SparseWeights):
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """x_bts of the tokens, with their positions."""
-        matrix = self._matrix("embedding", self.embedding)
+        matrix = self.by_nonzeros("embedding", self.embedding)
         x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
@@ -246,7 +246,7 @@ class SparseTransformer(Heads, SparseWeights):
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
     def _map(self, name: str, linear: Linear, x_btn: Tensor) -> Tensor:
-        linear.matrix = self._matrix(f"{name}.weight", linear.weight)
+        linear.matrix = self.by_nonzeros(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
     def _mapped(self, layer: int, name: str, x_btn: Tensor) -> Tensor:

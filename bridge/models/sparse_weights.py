@@ -51,12 +51,8 @@ class SparseWeights(nn.Module):
         """Device of the weights."""
         return self.unembedding.bias.device
 
-    def by_nonzeros(self, name: str) -> Compact | None:
-        """The matrix of that name by its nonzeros; None where it is used as it is."""
-        return self._matrix(name, self.get_parameter(name))
-
-    def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
-        """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
+    def by_nonzeros(self, name: str, weight: Tensor | None) -> Compact | None:
+        """The matrix by its nonzeros, None where it is used as it is; a dense weight that was changed since is packed again."""
         matrix = self.compact.get(name)
         if matrix is None or weight is None:
             return matrix
