@@ -84,19 +84,18 @@ def tokens_contiguous(x: Tensor) -> bool:
 def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16, laid out as x is."""
     if tokens_contiguous(x):
+        b, t, n = x.shape
         end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
-        stored = x.permute(2, 0, 1).view(1, x.shape[2], -1) if end_to_end else x.transpose(1, 2).contiguous()
+        stored = x.permute(2, 0, 1) if end_to_end else x.transpose(1, 2).contiguous()
+        rows, tokens, back = (1, b * t, (1, 2, 0)) if end_to_end else (b, t, (0, 2, 1))
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
-        args, (_, width, tokens) = _flat(stored, kept, mask, words=True), stored.shape
-        wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
+        args, wide = _flat(stored, kept, mask, words=True), x.dtype == torch.float32
 
         def some(start: int, stop: int) -> None:
-            top_k_lanes(*args, width, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
+            top_k_lanes(*args, n, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
 
-        in_parallel(some, tiles, x.numel())
-        if end_to_end:
-            return (kept.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0), mask.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0))
-        return kept.transpose(1, 2), mask.transpose(1, 2)
+        in_parallel(some, rows * -(-tokens // LANES), x.numel())
+        return kept.permute(back), mask.permute(back)
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     args, width = _flat(x, kept, mask, words=True), x.shape[-1]
