@@ -24,13 +24,13 @@ def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
     """
     bits = weight.detach().view(-1).view(torch.int32).numpy()
     threshold, room = _threshold(bits, k, hint)
+    limit = np.array([threshold], np.int32).view(np.float32)[0]
     if room < 0:
         flat = weight.detach().view(-1).numpy()
-        limit = np.array([threshold], np.int32).view(np.float32)[0]
         in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
     else:
         _zero_below_ties(bits, threshold, room)
-    return float(np.array([threshold], np.int32).view(np.float32)[0])
+    return float(limit)
 
 
 def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:

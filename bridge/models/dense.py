@@ -281,17 +281,16 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM
 
     who, folder = f"model {name!r}", Path(name)
+    is_adapter = DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
     where, file = find_gguf(name) or (name, None)
-    if file is not None:
-        pass
-    elif folder.is_dir():
+    if file is None and folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
+            raise is_adapter
         if not (folder / "config.json").is_file():
             raise DenseModelError(who, "has no config.json", "give a folder that save_pretrained wrote")
         if not any(folder.glob("*.safetensors")):
             raise DenseModelError(who, "has no *.safetensors", "other weight files can run code: convert with save_pretrained")
-    elif folder.is_file():
+    elif file is None and folder.is_file():
         raise DenseModelError(who, "is a file", "give the folder in Hugging Face format, with config.json and *.safetensors")
     with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
         try:
@@ -305,7 +304,7 @@ def _from_pretrained(
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
             raise _why_not_loaded(name, who, error) from error
         if has_adapter(model):  # a hub id
-            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
+            raise is_adapter
         unused = _unused_weights(who, info)
         return model if file is None else as_plain_model(model, who, where, file, revision), unused
 
