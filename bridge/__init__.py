@@ -1,6 +1,6 @@
 """bridge: circuits of a weight-sparse transformer as explanations of a dense one."""
 
-# ruff: noqa: F401  (the names are public: _HOME lists them)
+# ruff: noqa: F401  (the names are public: _NAMES lists them)
 
 from __future__ import annotations
 
@@ -35,45 +35,34 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public API: where each name lives. Resolved on first use, so that importing a light module of the package stays light.
-_HOME = {
-    "Card": "cards.card",
-    "Coupling": "api",
-    "DenseModel": "models.dense",
-    "Diff": "finetunes.result",
-    "Evaluation": "training.evaluate",
-    "Explanation": "explanations.explanation",
-    "Exported": "explanations.export",
-    "Frontier": "studies.frontier",
-    "Intervention": "steering.interventions",
-    "NodeFacts": "nodes.statistics",
-    "NodePage": "nodes.description",
-    "Progress": "training.loop",
-    "Recipe": "recipe",
-    "Report": "evidence.measures",
-    "SearchConfig": "circuits.loss",
-    "Steering": "steering.curves",
-    "Subjects": "studies.search",
-    "TaskResult": "studies.result",
-    "UserError": "errors",
-    "adapt": "api",
-    "collect_nodes": "nodes.statistics",
-    "describe_node": "nodes.description",
-    "diff": "finetunes.diff",
-    "evaluate": "training.evaluate",
-    "explain": "explanations.build",
-    "export": "explanations.export",
-    "fit": "api",
-    "load": "api",
-    "load_dense": "models.dense",
-    "node_pages": "explanations.export",
-    "search_task": "studies.search",
-    "steer": "steering.curves",
-    "sweep": "studies.sweep",
-    "to_networkx": "explanations.export",
+# The public API: the names of each module. Resolved on first use, so that importing a light module of the package stays light.
+_NAMES = {
+    "api": ("Coupling", "adapt", "fit", "load"),
+    "cards.card": ("Card",),
+    "circuits.loss": ("SearchConfig",),
+    "errors": ("UserError",),
+    "evidence.measures": ("Report",),
+    "explanations.build": ("explain",),
+    "explanations.explanation": ("Explanation",),
+    "explanations.export": ("Exported", "export", "node_pages", "to_networkx"),
+    "finetunes.diff": ("diff",),
+    "finetunes.result": ("Diff",),
+    "models.dense": ("DenseModel", "load_dense"),
+    "nodes.description": ("NodePage", "describe_node"),
+    "nodes.statistics": ("NodeFacts", "collect_nodes"),
+    "recipe": ("Recipe",),
+    "steering.curves": ("Steering", "steer"),
+    "steering.interventions": ("Intervention",),
+    "studies.frontier": ("Frontier",),
+    "studies.result": ("TaskResult",),
+    "studies.search": ("Subjects", "search_task"),
+    "studies.sweep": ("sweep",),
+    "training.evaluate": ("Evaluation", "evaluate"),
+    "training.loop": ("Progress",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

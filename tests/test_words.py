@@ -29,7 +29,6 @@ PHRASES = {  # in docstrings and other text -> the term
 }  # fmt: skip
 ALLOWED = {  # names that stay, by file
     "kernels/attention.py": {"work"},  # in kernels work is multiplications, and a node is held where a mask has it
-    "kernels/gates.py": {"slopes"},
     "kernels/lanes.py": {"held"},
     "kernels/products.py": {"worth", "work"},  # `worth_it`: whether a kernel pays
     "evidence/carry.py": {"carry"},  # the module's name

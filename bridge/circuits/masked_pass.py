@@ -195,7 +195,7 @@ class MaskedPass:
         """A matrix by its name."""
         if name not in self.matrices:
             weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
-            compact = self.sparse.by_nonzeros(f"{name}.weight")
+            compact = self.sparse.by_nonzeros(f"{name}.weight", weight_mn)
             self.matrices[name] = Matrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
         return self.matrices[name]
 

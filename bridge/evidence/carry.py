@@ -32,7 +32,7 @@ from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
-from bridge.models.transport import Change
+from bridge.models.transport import decoded
 
 _LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
@@ -174,7 +174,7 @@ class Transporter:
             some = slice(first, first + _ROWS)
             site_r = torch.tensor(site_k[some])
             change_rts = torch.stack([pad(x_ts, (0, 0, length - len(x_ts), 0)) for x_ts in change_k[some]])
-            lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, Change(site_r, change_rts).decoded(self.coupling)))
+            lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, decoded(self.coupling, site_r, change_rts)))
         return torch.cat(lost)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.residual import Trace
 from bridge.models.sparse import Gate, Location, identity_gate
-from bridge.models.transport import Change
+from bridge.models.transport import decoded
 
 LEAST_EFFECT = 0.2  # nats; shares of less mean nothing
 ROTATIONS, QUANTILE, OTHER_PAIRS = 100, 0.99, 20
@@ -190,7 +190,7 @@ def _share_of(transporter: Transporter, effect_b: Tensor, row_k: Tensor, site_k:
 def _decoded(transporter: Transporter, changes: Changes, row_k: Tensor, site_k: Tensor) -> Tensor:
     """change_ktd of the dense residual of items."""
     rows = zip(row_k.tolist(), site_k.tolist(), strict=True)
-    return Change(site_k, torch.stack([changes[site][row] for row, site in rows])).decoded(transporter.coupling)
+    return decoded(transporter.coupling, site_k, torch.stack([changes[site][row] for row, site in rows]))
 
 
 def rotations(

@@ -52,7 +52,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
-from bridge.models.transport import Change
+from bridge.models.transport import decoded
 from bridge.steering.interventions import run_patched
 
 
@@ -312,8 +312,7 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
             own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
             own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # of none exactly nothing
             if bool(own_rts.any()):
-                site_r = torch.full((len(some_rf),), site + 1)
-                changes[site + 1] = Change(site_r, own_rts).decoded(base)
+                changes[site + 1] = decoded(base, torch.full((len(some_rf),), site + 1), own_rts)
         tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
         plain = followed.dense.logits_btv[:, -1].expand(len(some_rf), -1)
         logits_rv = run_patched(base, tokens_rt, followed.dense, changes).logits_btv[:, -1] if changes else plain

@@ -27,14 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.kernels.cpu import in_parallel
-from bridge.kernels.lanes import (
-    add_scaled,
-    compiled,
-    exponentials,
-    weighted_sum_16,
-    weighted_sum_32,
-    weighted_sum_64,
-)
+from bridge.kernels.lanes import add_scaled, compiled, exponentials, weighted_sum_16, weighted_sum_32, weighted_sum_64
 
 NEVER = -1e30  # the logit of a sink that takes nothing
 SHORT, MANY = 64, 8  # tokens of a short row; rows that are many
@@ -73,12 +66,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
         q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
         z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
-        sink_h = sink_h.detach().to(
-            torch.float32, copy=True
-        )  # memory that numpy has seen cannot be freed, as gathered weights are
+        # a copy, since memory that numpy has seen cannot be freed, as gathered weights are
+        sink_h = sink_h.detach().to(torch.float32, copy=True)
         tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt)
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
-        where = channels, *_every_query(q_bnt)
+        rows, n, tokens = q_bnt.shape  # every token is a query, and rows lie one behind the other
+        where = channels, np.zeros(rows, np.int64), np.full(rows, tokens), n * tokens, tokens, n * tokens, tokens
         in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
         ctx.save_for_backward(*tensors, l_ht)
         ctx.where, ctx.length = where, q_btn.shape[1]
@@ -96,12 +89,6 @@ class _Attention(torch.autograd.Function):
         in_parallel(lambda start, stop: backward(*arrays, *ctx.where, start, stop), dsink_bh.numel(), work)
         d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
         return (*d_btn, dsink_bh.sum(0), None)
-
-
-def _every_query(x_bnt: Tensor) -> tuple[np.ndarray, np.ndarray, int, int, int, int]:
-    """First and after of the queries, and strides, where all tokens are queries and rows lie one behind the other."""
-    b, n, t = x_bnt.shape
-    return np.zeros(b, np.int64), np.full(b, t), n * t, t, n * t, t
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""AbsTopK and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
+"""AbsTopK, gates and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
 
 A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32
 entries to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection.
@@ -7,7 +7,7 @@ What ties in the upper half (a few entries) is decided by the lower half, and wh
 Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
 the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
 
-Shape legend: n rows, w width, t tokens, l lanes.
+Shape legend: b batch row, t token, n channels, l lane.
 """
 
 from __future__ import annotations
@@ -84,22 +84,21 @@ def tokens_contiguous(x: Tensor) -> bool:
 def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16, laid out as x is."""
     if tokens_contiguous(x):
+        b, t, n = x.shape
         end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
-        stored = x.permute(2, 0, 1).view(1, x.shape[2], -1) if end_to_end else x.transpose(1, 2).contiguous()
+        stored = x.permute(2, 0, 1) if end_to_end else x.transpose(1, 2).contiguous()
+        rows, tokens, back = (1, b * t, (1, 2, 0)) if end_to_end else (b, t, (0, 2, 1))
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
-        args, (_, width, tokens) = as_words(*(tensor.view(-1) for tensor in (stored, kept, mask))), stored.shape
-        wide, tiles = x.dtype == torch.float32, stored.shape[0] * -(-tokens // LANES)
+        args, wide = _flat(stored, kept, mask, words=True), x.dtype == torch.float32
 
         def some(start: int, stop: int) -> None:
-            top_k_lanes(*args, width, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
+            top_k_lanes(*args, n, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
 
-        in_parallel(some, tiles, x.numel())
-        if end_to_end:
-            return (kept.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0), mask.view(x.shape[2], *x.shape[:2]).permute(1, 2, 0))
-        return kept.transpose(1, 2), mask.transpose(1, 2)
+        in_parallel(some, rows * -(-tokens // LANES), x.numel())
+        return kept.permute(back), mask.permute(back)
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
-    args, width = as_words(*(tensor.view(-1) for tensor in (x, kept, mask))), x.shape[-1]
+    args, width = _flat(x, kept, mask, words=True), x.shape[-1]
     kernel = _top_k_rows32 if x.dtype == torch.float32 else _top_k_rows16
     in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
     return kept, mask
@@ -110,28 +109,42 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
-    words, out, mask_words = as_words(*(t.as_strided((mask.numel(),), (1,)) for t in (x, kept, mask)))
+    words, out, mask_words = _flat(x, kept, mask, words=True)
     in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
     return kept
-
-
-def numbers(*tensors: Tensor) -> tuple[Any, ...]:
-    """The stored values of tensors without gaps, in storage order."""
-    return tuple(tensor.detach().as_strided((tensor.numel(),), (1,)).numpy() for tensor in tensors)
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
     y, derivative = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
-    values, out, derivatives = numbers(x, y, derivative)
+    values, out, derivatives = _flat(x, y, derivative)
     in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
     return y, derivative
 
 
-def as_words(*tensors: Tensor) -> tuple[Any, ...]:
-    """Numpy views as integers of the same size."""
-    types = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.bool: torch.bool}
-    return tuple(tensor.detach().view(types[tensor.dtype]).numpy() for tensor in tensors)
+def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
+    """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
+    b, t, n = x_btn.shape
+    if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
+        inside = mask_btn.reshape(b * t, n).t()
+        lines, length = n, b * t
+    else:
+        inside = mask_btn.transpose(1, 2)
+        lines, length = b * n, t
+    mask = inside.contiguous().view(-1)
+    kept = torch.empty_strided(x_btn.shape, x_btn.stride())
+    values, out = _flat(x_btn, kept)
+    others = else_n.detach().contiguous().numpy()
+    words = mask.numpy()
+    in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
+    return kept, mask.as_strided(x_btn.shape, x_btn.stride())
+
+
+def _flat(*tensors: Tensor, words: bool = False) -> tuple[Any, ...]:
+    """The values of tensors without gaps, in storage order; floats as they are, or as words of the same size."""
+    types = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if words else {}
+    flat = (tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors)
+    return tuple(each.view(types.get(each.dtype, each.dtype)).numpy() for each in flat)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
@@ -263,6 +276,15 @@ def _keep_where(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, start: int, s
         done += LANES
     for i in range(done, stop):
         kept[i] = x[i] if mask[i] else 0
+
+
+@compiled
+def _choose(x: np.ndarray, mask: np.ndarray, other: np.ndarray, kept: np.ndarray, length: int, start: int, stop: int) -> None:
+    for line in range(start, stop):
+        otherwise, here = other[line % other.shape[0]], slice(line * length, (line + 1) * length)
+        x_line, mask_line, kept_line = x[here], mask[here], kept[here]
+        for i in range(length):
+            kept_line[i] = x_line[i] if mask_line[i] else otherwise
 
 
 @compiled

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,14 +68,9 @@ def project_(weights: Sequence[Tensor], k: int) -> None:
     torch._foreach_copy_([weight.view(-1) for weight in weights], list(flat_mw))  # pyright: ignore[reportPrivateImportUsage]
 
 
+@cache
 def _kernels() -> dict[str, Any]:
-    global _compiled
-    if _compiled is None:
-        _compiled = {"rows": triton.jit(_rows), "histogram": triton.jit(_histogram)}
-    return _compiled
-
-
-_compiled: dict[str, Any] | None = None
+    return {"rows": triton.jit(_rows), "histogram": triton.jit(_histogram)}
 
 
 def _rows(x, kept, mask, width, k, BLOCK: tl.constexpr):  # type: ignore

@@ -7,17 +7,18 @@ are C-contiguous, offsets count elements, and no bounds are checked: only the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic as _intrinsic
+from numba.extending import intrinsic
 
 compiled: Any = numba.njit(nogil=True, cache=True)
-intrinsic: Any = _intrinsic  # what it makes is called without the first parameter, which a type checker cannot know
 LANES = 32  # half words of a vector: 64 bytes
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats a sparse product accumulates in registers
@@ -25,6 +26,7 @@ TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats a sparse product accu
 _I1, _I8, _I16, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _V16, _V32, _VF = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, 16)
 _W32 = ir.VectorType(_I32, 16)
+_NONE, _INT, _FLOAT, _ARRAY = types.void, types.int64, types.float32, None  # what a kernel gives and takes
 
 
 def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
@@ -59,19 +61,35 @@ def _loop(builder: Any, start: Any, stop: Any) -> Any:
     return cgutils.for_range_slice(builder, start, stop, ir.Constant(_I64, 1), intp=_I64)
 
 
-def _emit(result: Any, kinds: tuple[Any, ...], body: Callable[[Any, list[Any]], Any]) -> tuple[Any, Any]:
-    """Signature and code generator: arrays among the arguments reach `body` as pointers to their data."""
-    signature = result(*kinds)
+@contextmanager
+def _blocks(builder: Any, count: Any, size: int) -> Iterator[Any]:
+    """A loop over `count` blocks of so many elements: the offset of each."""
+    with _loop(builder, ir.Constant(_I64, 0), count) as (i, _):
+        yield builder.mul(i, ir.Constant(_I64, size))
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values = [
-            context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
-            for kind, value in zip(signature.args, arguments, strict=True)
-        ]
-        returned = body(builder, values)
-        return context.get_dummy_value() if returned is None else returned
 
-    return signature, generate
+def _kernel(result: Any, *kinds: Any) -> Any:
+    """Make a function of what emits its instructions, which gets an array as a pointer to its data.
+
+    What is made is called without the builder, which a type checker cannot know.
+    """
+
+    def made(emit: Callable[..., Any]) -> Any:
+        @wraps(emit)
+        def typed(typing: Any, *given: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                values = (
+                    context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+                    for kind, value in zip(signature.args, arguments, strict=True)
+                )
+                returned = emit(builder, *values)
+                return context.get_dummy_value() if returned is None else returned
+
+            return result(*(its if kind is _ARRAY else kind for kind, its in zip(kinds, given, strict=True))), generate
+
+        return intrinsic(typed)
+
+    return made
 
 
 def _magnitude(builder: Any, pattern: Any) -> Any:
@@ -82,163 +100,115 @@ def _magnitude(builder: Any, pattern: Any) -> Any:
     return builder.select(builder.icmp_signed("<", magnitude, infinite), magnitude, infinite)
 
 
-@intrinsic
-def upper_halves(typing: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> Any:
+def _words(bits: Any) -> Any:
+    """The vector of 32 bit patterns of floats: words of float32, half words of bfloat16."""
+    return _V16 if bits.type.pointee == _I16 else _V32
+
+
+@_kernel(_NONE, _ARRAY, _INT, _ARRAY, _INT, _INT)
+def upper_halves(builder: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> None:
     """out[...] = upper halves of the magnitudes of float bit patterns (all there is of a bfloat16): their order, coarsely."""
-    vector = _V16 if bits.dtype == types.int16 else _V32
-
-    def body(builder: Any, values: list[Any]) -> None:
-        source, target = builder.gep(values[0], [values[1]]), builder.gep(values[2], [values[3]])
-        with _loop(builder, ir.Constant(_I64, 0), values[4]) as (i, _):
-            offset = [builder.mul(i, ir.Constant(_I64, LANES))]
-            half = _magnitude(builder, _load(builder, builder.gep(source, offset), vector))
-            if vector is _V32:
-                half = builder.trunc(builder.lshr(half, _constant(_V32, 16)), _V16)
-            _store(builder, half, builder.gep(target, offset))
-
-    return _emit(types.void, (bits, types.int64, out, types.int64, types.int64), body)
+    vector, source, target = _words(bits), builder.gep(bits, [at]), builder.gep(out, [out_at])
+    with _blocks(builder, vectors, LANES) as offset:
+        half = _magnitude(builder, _load(builder, builder.gep(source, [offset]), vector))
+        if vector is _V32:
+            half = builder.trunc(builder.lshr(half, _constant(_V32, 16)), _V16)
+        _store(builder, half, builder.gep(target, [offset]))
 
 
-@intrinsic
-def count_row(typing: Any, half: Any, at: Any, vectors: Any, threshold: Any) -> Any:
+def _counted(builder: Any, half: Any, at: Any, vectors: Any, limit: Any) -> Any:
+    """How many of some vectors of half words have in each lane at least the limit's."""
+    source, total = builder.gep(half, [at]), cgutils.alloca_once_value(builder, _constant(_V16, 0))
+    with _blocks(builder, vectors, LANES) as offset:
+        value = _load(builder, builder.gep(source, [offset]), _V16)
+        hit = builder.sext(builder.icmp_signed(">=", value, limit), _V16)
+        builder.store(builder.sub(builder.load(total), hit), total)
+    return builder.load(total)
+
+
+@_kernel(_INT, _ARRAY, _INT, _INT, _INT)
+def count_row(builder: Any, half: Any, at: Any, vectors: Any, threshold: Any) -> Any:
     """The number of `vectors` * LANES half words that are at least the threshold (fewer than 2**15 vectors)."""
-
-    def body(builder: Any, values: list[Any]) -> Any:
-        source = builder.gep(values[0], [values[1]])
-        limit = _splat(builder, builder.trunc(values[3], _I16), _V16)
-        total = cgutils.alloca_once_value(builder, _constant(_V16, 0))
-        builder.store(_constant(_V16, 0), total)
-        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
-            value = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, LANES))]), _V16)
-            hit = builder.sext(builder.icmp_signed(">=", value, limit), _V16)
-            builder.store(builder.sub(builder.load(total), hit), total)
-        wide = builder.sext(builder.load(total), _V32)
-        return builder.sext(_call(builder, "llvm.vector.reduce.add.v32i32", _I32, [wide]), _I64)
-
-    return _emit(types.int64, (half, types.int64, types.int64, types.int64), body)
+    limit = _splat(builder, builder.trunc(threshold, _I16), _V16)
+    wide = builder.sext(_counted(builder, half, at, vectors, limit), _V32)
+    return builder.sext(_call(builder, "llvm.vector.reduce.add.v32i32", _I32, [wide]), _I64)
 
 
-@intrinsic
-def count_lanes(typing: Any, half: Any, at: Any, rows: Any, threshold: Any, count: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY)
+def count_lanes(builder: Any, half: Any, at: Any, rows: Any, threshold: Any, count: Any) -> None:
     """count[l] = how many of `rows` vectors have in lane l at least threshold[l] (fewer than 2**15 rows)."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        source = builder.gep(values[0], [values[1]])
-        limit = _load(builder, values[3], _V16)
-        total = cgutils.alloca_once_value(builder, _constant(_V16, 0))
-        builder.store(_constant(_V16, 0), total)
-        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
-            value = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, LANES))]), _V16)
-            hit = builder.sext(builder.icmp_signed(">=", value, limit), _V16)
-            builder.store(builder.sub(builder.load(total), hit), total)
-        _store(builder, builder.load(total), values[4])
-
-    return _emit(types.void, (half, types.int64, types.int64, threshold, count), body)
+    _store(builder, _counted(builder, half, at, rows, _load(builder, threshold, _V16)), count)
 
 
-@intrinsic
-def equal_lanes(typing: Any, half: Any, at: Any, wanted: Any) -> Any:
+@_kernel(_INT, _ARRAY, _INT, _ARRAY)
+def equal_lanes(builder: Any, half: Any, at: Any, wanted: Any) -> Any:
     """Bit l is set where the vector at `at` equals wanted in lane l."""
-
-    def body(builder: Any, values: list[Any]) -> Any:
-        value = _load(builder, builder.gep(values[0], [values[1]]), _V16)
-        equal = builder.icmp_signed("==", value, _load(builder, values[2], _V16))
-        return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), _I64)
-
-    return _emit(types.int64, (half, types.int64, wanted), body)
+    value = _load(builder, builder.gep(half, [at]), _V16)
+    equal = builder.icmp_signed("==", value, _load(builder, wanted, _V16))
+    return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), _I64)
 
 
-@intrinsic
-def lowest_bit(typing: Any, bits: Any) -> Any:
+@_kernel(_INT, _INT)
+def lowest_bit(builder: Any, bits: Any) -> Any:
     """The index of the lowest bit that is set."""
-
-    def body(builder: Any, values: list[Any]) -> Any:
-        return _call(builder, "llvm.cttz.i64", _I64, [values[0], ir.Constant(_I1, 1)])
-
-    return _emit(types.int64, (types.int64,), body)
+    return _call(builder, "llvm.cttz.i64", _I64, [bits, ir.Constant(_I1, 1)])
 
 
-@intrinsic
-def count_words(typing: Any, bits: Any, at: Any, vectors: Any, low: Any, high: Any, counts: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _INT, _INT, _INT, _ARRAY)
+def count_words(builder: Any, bits: Any, at: Any, vectors: Any, low: Any, high: Any, counts: Any) -> None:
     """counts[0], counts[1] = how many magnitudes of `vectors` * 16 float32 bit patterns are at least low, at least high."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        source = builder.gep(values[0], [values[1]])
-        limits = [_splat(builder, builder.trunc(value, _I32), _W32) for value in values[3:5]]
-        totals = [cgutils.alloca_once_value(builder, _constant(_W32, 0)) for _ in limits]
-        for total in totals:
-            builder.store(_constant(_W32, 0), total)
-        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
-            word = _load(builder, builder.gep(source, [builder.mul(i, ir.Constant(_I64, 16))]), _W32)
-            word = builder.and_(word, _constant(_W32, 0x7FFFFFFF))
-            for limit, total in zip(limits, totals, strict=True):
-                hit = builder.sext(builder.icmp_signed(">=", word, limit), _W32)
-                builder.store(builder.sub(builder.load(total), hit), total)
-        for step, total in enumerate(totals):
-            summed = builder.sext(_call(builder, "llvm.vector.reduce.add.v16i32", _I32, [builder.load(total)]), _I64)
-            builder.store(summed, builder.gep(values[5], [ir.Constant(_I64, step)]))
-
-    return _emit(types.void, (bits, types.int64, types.int64, types.int64, types.int64, counts), body)
+    source = builder.gep(bits, [at])
+    limits = [_splat(builder, builder.trunc(value, _I32), _W32) for value in (low, high)]
+    totals = [cgutils.alloca_once_value(builder, _constant(_W32, 0)) for _ in limits]
+    with _blocks(builder, vectors, 16) as offset:
+        word = _load(builder, builder.gep(source, [offset]), _W32)
+        word = builder.and_(word, _constant(_W32, 0x7FFFFFFF))
+        for limit, total in zip(limits, totals, strict=True):
+            hit = builder.sext(builder.icmp_signed(">=", word, limit), _W32)
+            builder.store(builder.sub(builder.load(total), hit), total)
+    for step, total in enumerate(totals):
+        summed = builder.sext(_call(builder, "llvm.vector.reduce.add.v16i32", _I32, [builder.load(total)]), _I64)
+        builder.store(summed, builder.gep(counts, [ir.Constant(_I64, step)]))
 
 
-@intrinsic
-def write_kept(typing: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _ARRAY, _ARRAY, _ARRAY)
+def write_kept(builder: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: Any) -> None:
     """Kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
     least limits[l] (bits), else 0; and the mask.
     """
-    vector = _V16 if bits.dtype == types.int16 else _V32
-
-    def body(builder: Any, values: list[Any]) -> None:
-        bits, at, limits, kept, mask = values
-        offset = [at]
-        word = _load(builder, builder.gep(bits, offset), vector)
-        keep = builder.icmp_signed(">=", _magnitude(builder, word), _load(builder, limits, vector))
-        _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, offset))
-        _store(builder, builder.zext(keep, ir.VectorType(_I8, LANES)), builder.gep(mask, offset))
-
-    return _emit(types.void, (bits, types.int64, limits, kept, mask), body)
+    vector = _words(bits)
+    word = _load(builder, builder.gep(bits, [at]), vector)
+    keep = builder.icmp_signed(">=", _magnitude(builder, word), _load(builder, limits, vector))
+    _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, [at]))
+    _store(builder, builder.zext(keep, ir.VectorType(_I8, LANES)), builder.gep(mask, [at]))
 
 
-@intrinsic
-def keep_words(typing: Any, bits: Any, at: Any, mask: Any, kept: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _ARRAY, _ARRAY)
+def keep_words(builder: Any, bits: Any, at: Any, mask: Any, kept: Any) -> None:
     """Kept = 32 words (or half words) where the mask holds, else 0."""
-    vector = _V16 if bits.dtype == types.int16 else _V32
-
-    def body(builder: Any, values: list[Any]) -> None:
-        bits, at, mask, kept = values
-        inside = _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
-        keep = builder.icmp_unsigned("!=", inside, _constant(ir.VectorType(_I8, LANES), 0))
-        word = _load(builder, builder.gep(bits, [at]), vector)
-        _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, [at]))
-
-    return _emit(types.void, (bits, types.int64, mask, kept), body)
+    vector, inside = _words(bits), _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
+    keep = builder.icmp_unsigned("!=", inside, _constant(inside.type, 0))
+    word = _load(builder, builder.gep(bits, [at]), vector)
+    _store(builder, builder.select(keep, word, _constant(vector, 0)), builder.gep(kept, [at]))
 
 
 def _weighted_sum(tokens: int) -> Any:
     """y[t] = bias + sum over nonzeros p of value[p] * x[index[p], t] for `tokens` tokens, which stay in registers."""
 
-    @intrinsic
+    @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _INT, _FLOAT, _ARRAY, _INT)
     def weighted_sum(
-        typing: Any, x: Any, x_at: Any, stride: Any, index: Any, value: Any, start: Any, stop: Any, bias: Any, y: Any, y_at: Any
-    ) -> Any:
-        def body(builder: Any, values: list[Any]) -> None:
-            x, x_at, stride, index, value, start, stop, bias, y, y_at = values
-            x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
-            first = _splat(builder, bias, _VF)
-            sums = [cgutils.alloca_once_value(builder, _constant(_VF, 0.0)) for _ in range(tokens // 16)]
-            for each in sums:
-                builder.store(first, each)
-            with _loop(builder, start, stop) as (p, _):
-                row = builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
-                weight = _splat(builder, builder.load(builder.gep(value, [p])), _VF)
-                for step, each in enumerate(sums):
-                    terms = [weight, _load(builder, row, _VF, step), builder.load(each)]
-                    builder.store(_call(builder, "llvm.fma.v16f32", _VF, terms), each)
+        builder: Any, x: Any, x_at: Any, stride: Any, index: Any, value: Any, start: Any, stop: Any, bias: Any, y: Any, y_at: Any
+    ) -> None:
+        x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
+        first = _splat(builder, bias, _VF)
+        sums = [cgutils.alloca_once_value(builder, first) for _ in range(tokens // 16)]
+        with _loop(builder, start, stop) as (p, _):
+            row = _row(builder, x, index, p, stride)
+            weight = _splat(builder, builder.load(builder.gep(value, [p])), _VF)
             for step, each in enumerate(sums):
-                _store(builder, builder.load(each), y, step)
-
-        i64 = types.int64
-        return _emit(types.void, (x, i64, i64, index, value, i64, i64, types.float32, y, i64), body)
+                builder.store(_fma(builder, weight, _load(builder, row, _VF, step), builder.load(each)), each)
+        for step, each in enumerate(sums):
+            _store(builder, builder.load(each), y, step)
 
     return weighted_sum
 
@@ -246,33 +216,38 @@ def _weighted_sum(tokens: int) -> Any:
 def _inner_products(tokens: int) -> Any:
     """out[p] += sum over `tokens` tokens of x[index[p], t] * y[t], y staying in registers."""
 
-    @intrinsic
+    @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _INT, _INT, _ARRAY, _INT, _ARRAY)
     def inner_products(
-        typing: Any, x: Any, x_at: Any, stride: Any, index: Any, start: Any, stop: Any, y: Any, y_at: Any, out: Any
-    ) -> Any:
-        def body(builder: Any, values: list[Any]) -> None:
-            x, x_at, stride, index, start, stop, y, y_at, out = values
-            x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
-            fixed = [_load(builder, y, _VF, step) for step in range(tokens // 16)]
-            with _loop(builder, start, stop) as (p, _):
-                row = builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
-                sums: list[Any] = [None, None]
-                for step, each in enumerate(fixed):
-                    other, so_far = _load(builder, row, _VF, step), sums[step % 2]
-                    if so_far is None:
-                        sums[step % 2] = builder.fmul(each, other)
-                    else:
-                        sums[step % 2] = _call(builder, "llvm.fma.v16f32", _VF, [each, other, so_far])
-                both = sums[0] if sums[1] is None else builder.fadd(sums[0], sums[1])
-                zero = ir.Constant(_F32, 0.0)
-                total = _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, both], fastmath=("reassoc",))
-                at = builder.gep(out, [p])
-                builder.store(builder.fadd(builder.load(at), total), at)
-
-        i64 = types.int64
-        return _emit(types.void, (x, i64, i64, index, i64, i64, y, i64, out), body)
+        builder: Any, x: Any, x_at: Any, stride: Any, index: Any, start: Any, stop: Any, y: Any, y_at: Any, out: Any
+    ) -> None:
+        x, y = builder.gep(x, [x_at]), builder.gep(y, [y_at])
+        fixed = [_load(builder, y, _VF, step) for step in range(tokens // 16)]
+        with _loop(builder, start, stop) as (p, _):
+            row = _row(builder, x, index, p, stride)
+            sums: list[Any] = [None, None]
+            for step, each in enumerate(fixed):
+                other, so_far = _load(builder, row, _VF, step), sums[step % 2]
+                sums[step % 2] = builder.fmul(each, other) if so_far is None else _fma(builder, each, other, so_far)
+            both = sums[0] if sums[1] is None else builder.fadd(sums[0], sums[1])
+            at = builder.gep(out, [p])
+            builder.store(builder.fadd(builder.load(at), _total(builder, both)), at)
 
     return inner_products
+
+
+def _row(builder: Any, x: Any, index: Any, p: Any, stride: Any) -> Any:
+    """Pointer to x[index[p]]."""
+    return builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "llvm.fma.v16f32", _VF, [a, b, c])
+
+
+def _total(builder: Any, vector: Any) -> Any:
+    """The sum of a vector of floats, in any order."""
+    arguments = [ir.Constant(_F32, 0.0), vector]
+    return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, arguments, fastmath=("reassoc",))
 
 
 _EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -295,92 +270,63 @@ def _exponential(builder: Any, x: Any) -> Any:
     return builder.select(tiny, _constant(_VF, 0.0), builder.fmul(power, builder.bitcast(exponent, _VF)))
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "llvm.fma.v16f32", _VF, [a, b, c])
-
-
-@intrinsic
-def exponentials(typing: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any:
+@_kernel(_FLOAT, _ARRAY, _INT, _INT, _FLOAT)
+def exponentials(builder: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any:
     """X = exp(x - shift) for `vectors` * 16 floats, in place; returns their sum."""
-
-    def body(builder: Any, values: list[Any]) -> Any:
-        x, shift = builder.gep(values[0], [values[1]]), _splat(builder, values[3], _VF)
-        total = cgutils.alloca_once_value(builder, _constant(_VF, 0.0))
-        builder.store(_constant(_VF, 0.0), total)
-        with _loop(builder, ir.Constant(_I64, 0), values[2]) as (i, _):
-            at = builder.gep(x, [builder.mul(i, ir.Constant(_I64, 16))])
-            power = _exponential(builder, builder.fsub(_load(builder, at, _VF), shift))
-            _store(builder, power, at)
-            builder.store(builder.fadd(builder.load(total), power), total)
-        zero = ir.Constant(_F32, 0.0)
-        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, builder.load(total)], fastmath=("reassoc",))
-
-    return _emit(types.float32, (x, types.int64, types.int64, types.float32), body)
+    x, shift = builder.gep(x, [at]), _splat(builder, shift, _VF)
+    total = cgutils.alloca_once_value(builder, _constant(_VF, 0.0))
+    with _blocks(builder, vectors, 16) as offset:
+        at = builder.gep(x, [offset])
+        power = _exponential(builder, builder.fsub(_load(builder, at, _VF), shift))
+        _store(builder, power, at)
+        builder.store(builder.fadd(builder.load(total), power), total)
+    return _total(builder, builder.load(total))
 
 
-@intrinsic
-def gelus(typing: Any, x: Any, at: Any, vectors: Any, y: Any, derivative: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY)
+def gelus(builder: Any, x: Any, at: Any, vectors: Any, y: Any, derivative: Any) -> None:
     """Y = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + .044715 x^3), which is x (1 + tanh u) / 2; and derivative = dy / dx."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        x, at, vectors, y, derivative = values
-        one, root = _constant(_VF, 1.0), 0.7978845608028654
-        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
-            offset = [builder.add(at, builder.mul(i, ir.Constant(_I64, 16)))]
-            value = _load(builder, builder.gep(x, offset), _VF)
-            square = builder.fmul(value, value)
-            inner = _fma(builder, square, _constant(_VF, 2 * root * 0.044715), _constant(_VF, 2 * root))
-            power = _exponential(builder, builder.fneg(builder.fmul(value, inner)))
-            share = builder.fdiv(one, builder.fadd(one, power))
-            steep = _fma(builder, square, _constant(_VF, 6 * root * 0.044715), _constant(_VF, 2 * root))
-            rise = builder.fmul(builder.fmul(share, builder.fsub(one, share)), builder.fmul(value, steep))
-            _store(builder, builder.fmul(value, share), builder.gep(y, offset))
-            _store(builder, builder.fadd(share, rise), builder.gep(derivative, offset))
-
-    return _emit(types.void, (x, types.int64, types.int64, y, derivative), body)
+    one, root = _constant(_VF, 1.0), 0.7978845608028654
+    with _blocks(builder, vectors, 16) as step:
+        offset = [builder.add(at, step)]
+        value = _load(builder, builder.gep(x, offset), _VF)
+        square = builder.fmul(value, value)
+        inner = _fma(builder, square, _constant(_VF, 2 * root * 0.044715), _constant(_VF, 2 * root))
+        power = _exponential(builder, builder.fneg(builder.fmul(value, inner)))
+        share = builder.fdiv(one, builder.fadd(one, power))
+        steep = _fma(builder, square, _constant(_VF, 6 * root * 0.044715), _constant(_VF, 2 * root))
+        rise = builder.fmul(builder.fmul(share, builder.fsub(one, share)), builder.fmul(value, steep))
+        _store(builder, builder.fmul(value, share), builder.gep(y, offset))
+        _store(builder, builder.fadd(share, rise), builder.gep(derivative, offset))
 
 
-@intrinsic
-def add_scaled(typing: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _INT, _FLOAT, _ARRAY, _INT)
+def add_scaled(builder: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any) -> None:
     """Y += scale * x for `vectors` * 16 floats."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        y, y_at, scale, x, vectors = values
-        y, scale = builder.gep(y, [y_at]), _splat(builder, scale, _VF)
-        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
-            offset = [builder.mul(i, ir.Constant(_I64, 16))]
-            at = builder.gep(y, offset)
-            terms = [scale, _load(builder, builder.gep(x, offset), _VF), _load(builder, at, _VF)]
-            _store(builder, _call(builder, "llvm.fma.v16f32", _VF, terms), at)
-
-    return _emit(types.void, (y, types.int64, types.float32, x, types.int64), body)
+    y, scale = builder.gep(y, [y_at]), _splat(builder, scale, _VF)
+    with _blocks(builder, vectors, 16) as offset:
+        at, other = builder.gep(y, [offset]), _load(builder, builder.gep(x, [offset]), _VF)
+        _store(builder, _fma(builder, scale, other, _load(builder, at, _VF)), at)
 
 
-@intrinsic
+@_kernel(_NONE, _ARRAY, _INT, _ARRAY, _ARRAY, _INT, _FLOAT, _INT, _ARRAY, _ARRAY)
 def mix_lanes(
-    typing: Any, change: Any, at: Any, held: Any, share: Any, share_at: Any, mean: Any, vectors: Any, through: Any, y: Any
-) -> Any:
+    builder: Any, change: Any, at: Any, held: Any, share: Any, share_at: Any, mean: Any, vectors: Any, through: Any, y: Any
+) -> None:
     """Of `vectors` * 16 values a: y = a where the share is 1, else mean + share (a - mean); change, in whose place a is, = a -
     mean; through = the share where held, else 0.
     """
-
-    def body(builder: Any, values: list[Any]) -> None:
-        change, at, held, share, share_at, mean, vectors, through, y = values
-        middle, bytes16 = _splat(builder, mean, _VF), ir.VectorType(_I8, 16)
-        with _loop(builder, ir.Constant(_I64, 0), vectors) as (i, _):
-            step = builder.mul(i, ir.Constant(_I64, 16))
-            offset = [builder.add(at, step)]
-            value, part = _load(builder, builder.gep(change, offset), _VF), builder.gep(share, [builder.add(share_at, step)])
-            part, difference = _load(builder, part, _VF), builder.fsub(value, middle)
-            whole = builder.fcmp_ordered("==", part, _constant(_VF, 1.0))
-            keep = builder.icmp_unsigned("!=", _load(builder, builder.gep(held, offset), bytes16), _constant(bytes16, 0))
-            mixed = builder.select(whole, value, _fma(builder, part, difference, middle))
-            _store(builder, difference, builder.gep(change, offset))
-            _store(builder, mixed, builder.gep(y, offset))
-            _store(builder, builder.select(keep, part, _constant(_VF, 0.0)), builder.gep(through, offset))
-
-    i64 = types.int64
-    return _emit(types.void, (change, i64, held, share, i64, types.float32, i64, through, y), body)
+    middle, bytes16 = _splat(builder, mean, _VF), ir.VectorType(_I8, 16)
+    with _blocks(builder, vectors, 16) as step:
+        offset = [builder.add(at, step)]
+        value, part = _load(builder, builder.gep(change, offset), _VF), builder.gep(share, [builder.add(share_at, step)])
+        part, difference = _load(builder, part, _VF), builder.fsub(value, middle)
+        whole = builder.fcmp_ordered("==", part, _constant(_VF, 1.0))
+        keep = builder.icmp_unsigned("!=", _load(builder, builder.gep(held, offset), bytes16), _constant(bytes16, 0))
+        mixed = builder.select(whole, value, _fma(builder, part, difference, middle))
+        _store(builder, difference, builder.gep(change, offset))
+        _store(builder, mixed, builder.gep(y, offset))
+        _store(builder, builder.select(keep, part, _constant(_VF, 0.0)), builder.gep(through, offset))
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -398,44 +344,32 @@ def _of_lane(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) ->
     return builder.gep(x, [builder.add(begin, place)])
 
 
-@intrinsic
-def transpose_masks(typing: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> Any:
+@_kernel(_NONE, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _INT)
+def transpose_masks(builder: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> None:
     """Shares of 16 channels in 16 lanes: share[c * lanes + lane + l] = mask[at[lane + l] + place + c], of bytes or floats."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        mask, at, lane, place, share, lanes = values
-        vector, rows = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16), []
-        for step in range(16):
-            rows.append(_load(builder, _of_lane(builder, mask, at, lane, step, place), vector))
-        for channel, row in enumerate(_transposed(builder, rows)):
-            value = row if vector.element == _F32 else builder.uitofp(row, _VF)
-            to = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), lane)
-            _store(builder, value, builder.gep(share, [to]))
-
-    return _emit(types.void, (mask, at, types.int64, types.int64, share, types.int64), body)
+    vector = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16)
+    rows = [_load(builder, _of_lane(builder, mask, at, lane, step, place), vector) for step in range(16)]
+    for channel, row in enumerate(_transposed(builder, rows)):
+        value = row if vector.element == _F32 else builder.uitofp(row, _VF)
+        to = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), lane)
+        _store(builder, value, builder.gep(share, [to]))
 
 
-@intrinsic
+@_kernel(_NONE, _ARRAY, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _INT, _INT, _ARRAY)
 def back_masks(
-    typing: Any, dy: Any, change: Any, through: Any, begin: Any, lanes: Any, at: Any, lane: Any, place: Any, to: Any
-) -> Any:
+    builder: Any, dy: Any, change: Any, through: Any, begin: Any, lanes: Any, at: Any, lane: Any, place: Any, to: Any
+) -> None:
     """The way back, of 16 channels from `begin` on: to[at[lane + l] + place + c] += dy change, in turn, and dy *= through."""
-
-    def body(builder: Any, values: list[Any]) -> None:
-        dy, change, through, begin, lanes, at, lane, place, to = values
-        rows = []
-        for channel in range(16):
-            offset = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), builder.add(begin, lane))
-            above, *others = (builder.gep(x, [offset]) for x in (dy, change, through))
-            value, difference, share = (_load(builder, x, _VF) for x in (above, *others))
-            rows.append(builder.fmul(value, difference))
-            _store(builder, builder.fmul(value, share), above)
-        for step, row in enumerate(_transposed(builder, rows)):
-            total = _of_lane(builder, to, at, lane, step, place)
-            _store(builder, builder.fadd(_load(builder, total, _VF), row), total)
-
-    i64 = types.int64
-    return _emit(types.void, (dy, change, through, i64, i64, at, i64, i64, to), body)
+    rows = []
+    for channel in range(16):
+        offset = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), builder.add(begin, lane))
+        above, *others = (builder.gep(x, [offset]) for x in (dy, change, through))
+        value, difference, share = (_load(builder, x, _VF) for x in (above, *others))
+        rows.append(builder.fmul(value, difference))
+        _store(builder, builder.fmul(value, share), above)
+    for step, row in enumerate(_transposed(builder, rows)):
+        total = _of_lane(builder, to, at, lane, step, place)
+        _store(builder, builder.fadd(_load(builder, total, _VF), row), total)
 
 
 weighted_sum_64 = _weighted_sum(64)

@@ -90,23 +90,17 @@ class Pattern:
         return row_p * self.shape[1] + self.column_p
 
 
-class Look:
-    """Collects the dense gradient of one matrix during a backward pass, by which an updated mask grows."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.gradient_mn = torch.zeros(shape)
-
-
 @dataclass
 class Compact:
-    """A matrix stored as the pattern and values of its nonzeros; `look`, where set, collects the dense gradient.
+    """A matrix stored as the pattern and values of its nonzeros.
 
-    source tells which dense weight it was packed from, and in which state.
+    gradient_mn, where set, collects the dense gradient of a backward pass, by which an updated mask grows; source tells which
+    dense weight it was packed from, and in which state.
     """
 
     pattern: Pattern
     value_p: Tensor
-    look: Look | None = None
+    gradient_mn: Tensor | None = None
     source: tuple[int, int] = (0, -1)
     _gathered: tuple[tuple[int, int], Tensor] | None = None
 
@@ -142,7 +136,7 @@ def source_of(weight_mn: Tensor) -> tuple[int, int]:
 def tokens_inside(x_btn: Tensor) -> Tensor:
     """Activations in float32, stored with their tokens innermost; differentiable."""
     b, t, n = x_btn.shape
-    if b > 1 and t < SHORT:  # as a transposed matrix, for which torch has a blocked copy
+    if _end_to_end(b, t):  # as a transposed matrix, for which torch has a blocked copy
         return x_btn.float().reshape(b * t, n).t().contiguous().view(n, b, t).permute(1, 2, 0)
     return x_btn.float().transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -182,65 +176,52 @@ def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) ->
     return min(times[0]) < 0.9 * min(times[1])
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Activations as the kernels see them: rows of blocks of n x length, contiguous."""
-
-    x_bnt: Tensor
-    end_to_end: bool
-
-    def logical(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        """The view whose logical shape is b t n."""
-        b, t, _ = shape
-        if not self.end_to_end:
-            return self.x_bnt.transpose(1, 2)
-        return self.x_bnt.view(-1, b, t).permute(1, 2, 0)
-
-    def empty(self, width: int) -> _Stored:
-        """An uninitialised tensor for as many tokens of another width."""
-        return _Stored(torch.empty(self.x_bnt.shape[0], width, self.x_bnt.shape[2]), self.end_to_end)
+def _end_to_end(rows: int, tokens: int) -> bool:
+    """Whether rows are laid end to end."""
+    return rows > 1 and tokens < SHORT
 
 
-def _stored(x_btn: Tensor) -> _Stored:
+def _stored(x_btn: Tensor) -> Tensor:
+    """Activations as the kernels see them: x_bnt, contiguous; rows laid end to end are one."""
     b, t, n = x_btn.shape
     inside_btn = tokens_inside(x_btn.detach())
-    if b > 1 and t < SHORT:
-        return _Stored(inside_btn.permute(2, 0, 1).reshape(1, n, b * t), True)
-    return _Stored(inside_btn.transpose(1, 2), False)
+    return inside_btn.permute(2, 0, 1).reshape(1, n, b * t) if _end_to_end(b, t) else inside_btn.transpose(1, 2)
+
+
+def _logical(x_bnt: Tensor, rows: int, tokens: int) -> Tensor:
+    """The view of what is so stored whose shape is b t n."""
+    return x_bnt.view(-1, rows, tokens).permute(1, 2, 0) if _end_to_end(rows, tokens) else x_bnt.transpose(1, 2)
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_btn: Tensor, value_p: Tensor, bias_m: Tensor | None, matrix: Compact) -> Tensor:
         pattern = matrix.pattern
-        x = _stored(x_btn)
-        y = x.empty(pattern.shape[0])
+        x_bnt = _stored(x_btn)
         start, index, no_bias = pattern.by_row
-        _multiply(start, index, value_p.detach(), no_bias if bias_m is None else bias_m.detach(), x.x_bnt, y.x_bnt)
-        ctx.save_for_backward(x.x_bnt, value_p)
-        ctx.matrix, ctx.pattern, ctx.end_to_end = matrix, pattern, x.end_to_end
-        return y.logical(x_btn.shape)
+        y_bmt = _multiplied(start, index, value_p.detach(), no_bias if bias_m is None else bias_m.detach(), x_bnt)
+        ctx.save_for_backward(x_bnt, value_p)
+        ctx.matrix, ctx.pattern = matrix, pattern
+        return _logical(y_bmt, *x_btn.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, dy_btm: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_bnt, value_p = ctx.saved_tensors
-        pattern, shape = ctx.pattern, dy_btm.shape
-        x, dy = _Stored(x_bnt, ctx.end_to_end), _stored(dy_btm)
+        pattern, dy_bmt = ctx.pattern, _stored(dy_btm)
         dx_btn = dvalue_p = dbias_m = None
         if ctx.needs_input_grad[0]:
-            dx = x.empty(pattern.shape[1])
             start, index, no_bias = pattern.by_column
-            _multiply(start, index, ctx.matrix.by_column_p, no_bias, dy.x_bnt, dx.x_bnt)
-            dx_btn = dx.logical(shape)
+            dx_btn = _logical(_multiplied(start, index, ctx.matrix.by_column_p, no_bias, dy_bmt), *dy_btm.shape[:2])
         if ctx.needs_input_grad[1]:
             dvalue_p = torch.zeros_like(value_p)
-            _inner(pattern, x_bnt, dy.x_bnt, dvalue_p)
+            arrays = [*pattern.by_row[:2], *(tensor.numpy() for tensor in (x_bnt, dy_bmt, dvalue_p))]
+            work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
+            in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
         if ctx.needs_input_grad[2]:
-            dbias_m = dy.x_bnt.sum((0, 2))
-        look = ctx.matrix.look
-        if look is not None:
-            dy_mt, x_nt = (inside.permute(1, 0, 2).flatten(1) for inside in (dy.x_bnt, x_bnt))
-            look.gradient_mn.addmm_(dy_mt, x_nt.T)
+            dbias_m = dy_bmt.sum((0, 2))
+        if ctx.matrix.gradient_mn is not None:
+            dy_mt, x_nt = (inside.permute(1, 0, 2).flatten(1) for inside in (dy_bmt, x_bnt))
+            ctx.matrix.gradient_mn.addmm_(dy_mt, x_nt.T)
         return dx_btn, dvalue_p, dbias_m, None
 
 
@@ -249,10 +230,9 @@ class _SparseEmbedding(torch.autograd.Function):
     def forward(ctx: Any, tokens_bt: Tensor, value_p: Tensor, matrix: Compact) -> Tensor:
         pattern = matrix.pattern
         b, t = tokens_bt.shape
-        short = b > 1 and t < SHORT
-        x_bnt = torch.zeros(pattern.shape[1], b, t).transpose(0, 1) if short else torch.zeros(b, pattern.shape[1], t)
-        start_v1, column_p = pattern.start_m1.numpy(), pattern.column_p.numpy()
-        _look_up(start_v1, column_p, value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
+        n = pattern.shape[1]
+        x_bnt = torch.zeros(n, b, t).transpose(0, 1) if _end_to_end(b, t) else torch.zeros(b, n, t)
+        _look_up(*pattern.by_row[:2], value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
         ctx.save_for_backward(tokens_bt, value_p)
         ctx.matrix, ctx.pattern = matrix, pattern
         return x_bnt.transpose(1, 2)
@@ -263,26 +243,23 @@ class _SparseEmbedding(torch.autograd.Function):
         pattern = ctx.pattern
         dvalue_p = torch.zeros_like(value_p)
         dx_bnt = dx_btn.detach().float().transpose(1, 2)
-        _look_back(pattern.start_m1.numpy(), pattern.column_p.numpy(), dvalue_p.numpy(), tokens_bt.numpy(), dx_bnt.numpy())
-        if ctx.matrix.look is not None:
-            ctx.matrix.look.gradient_mn.index_add_(0, tokens_bt.flatten(), dx_btn.detach().float().flatten(0, 1))
+        _look_back(*pattern.by_row[:2], dvalue_p.numpy(), tokens_bt.numpy(), dx_bnt.numpy())
+        if ctx.matrix.gradient_mn is not None:
+            ctx.matrix.gradient_mn.index_add_(0, tokens_bt.flatten(), dx_btn.detach().float().flatten(0, 1))
         return None, dvalue_p, None
 
 
-def _multiply(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias: Tensor, x_bnt: Tensor, y_bmt: Tensor) -> None:
-    arrays = start, index, *(tensor.numpy() for tensor in (value_p, bias, x_bnt, y_bmt))
+def _multiplied(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias_m: Tensor, x_bnt: Tensor) -> Tensor:
+    """y_bmt = W x_bnt + bias."""
+    y_bmt = torch.empty(x_bnt.shape[0], len(bias_m), x_bnt.shape[2])
+    arrays = start, index, *(tensor.numpy() for tensor in (value_p, bias_m, x_bnt, y_bmt))
     blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
     work = len(index) * x_bnt.shape[0] * x_bnt.shape[2] // 16
     if blocks >= torch.get_num_threads():
         in_parallel(lambda first, last: multiply_lines(*arrays, first, last, 0, lines), blocks, work)
     else:
         in_parallel(lambda first, last: multiply_lines(*arrays, 0, blocks, first, last), lines, work)
-
-
-def _inner(pattern: Pattern, x_bnt: Tensor, dy_bmt: Tensor, dvalue_p: Tensor) -> None:
-    arrays = [tensor.numpy() for tensor in (pattern.start_m1, pattern.column_p, x_bnt, dy_bmt, dvalue_p)]
-    work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
-    in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
+    return y_bmt
 
 
 @compiled

@@ -24,13 +24,13 @@ def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
     """
     bits = weight.detach().view(-1).view(torch.int32).numpy()
     threshold, room = _threshold(bits, k, hint)
+    limit = np.array([threshold], np.int32).view(np.float32)[0]
     if room < 0:
         flat = weight.detach().view(-1).numpy()
-        limit = np.array([threshold], np.int32).view(np.float32)[0]
         in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
     else:
         _zero_below_ties(bits, threshold, room)
-    return float(np.array([threshold], np.int32).view(np.float32)[0])
+    return float(limit)
 
 
 def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
@@ -55,21 +55,18 @@ def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
 
 def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | None:
     """`_threshold` where it lies in [low, high), else None."""
-    parts = max(1, min(torch.get_num_threads(), len(bits) // 65536))
-    edges = [len(bits) * i // parts for i in range(parts + 1)]
-    inside = [np.empty(stop - start, np.int32) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-    counts = np.zeros((parts, 2), np.int64)
+    parts: list[tuple[np.ndarray, int]] = []  # magnitudes in the bracket, and how many are above it
 
-    def count(start: int, stop: int) -> None:
-        for part in range(start, stop):
-            _collect(bits[edges[part] : edges[part + 1]], low, high, inside[part], counts[part])
+    def collect(start: int, stop: int) -> None:
+        inside, counts = np.empty(stop - start, np.int32), np.zeros(2, np.int64)
+        _collect(bits[start:stop], low, high, inside, counts)
+        parts.append((inside[: counts[0] - counts[1]], int(counts[1])))
 
-    in_parallel(count, parts, len(bits))
-    above = int(counts[:, 1].sum())
-    within = int(counts[:, 0].sum()) - above
+    in_parallel(collect, len(bits), len(bits))
+    above, within = sum(over for _, over in parts), sum(len(inside) for inside, _ in parts)
     if not above < k <= above + within:
         return None
-    found = np.concatenate([each[: c[0] - c[1]] for each, c in zip(inside, counts, strict=True)])
+    found = np.concatenate([inside for inside, _ in parts])
     rank = within - (k - above)
     threshold = int(np.partition(found, rank)[rank])
     larger, equal = int((found > threshold).sum()), int((found == threshold).sum())

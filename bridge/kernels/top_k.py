@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels import cpu, cuda, gates, projection
+from bridge.kernels import cpu, cuda, projection
 
 _FAST = (torch.float32, torch.bfloat16)
 TOGETHER = 1 << 26  # entries that are projected in one go on a GPU: fewer calls, and at most a gigabyte beside them
@@ -119,7 +119,7 @@ class _Normed(torch.autograd.Function):
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-        kept_btn, mask_btn = gates.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
+        kept_btn, mask_btn = cpu.choose(mask.expand(x_btn.shape), x_btn, else_n.float())
         ctx.save_for_backward(mask_btn)
         return kept_btn
 

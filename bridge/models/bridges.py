@@ -135,7 +135,8 @@ class CoupledModels:
         if isinstance(self.sparse, SparseSpan):
             if not isinstance(self.dense, DenseSpan):
                 raise ValueError("the sparse model is a span's, and the dense model is a whole one; take the span (`dense_of`)")
-            object.__setattr__(self, "sparse", self.sparse.join(self.dense, self.bridges))
+            first, last = self.bridges[0], self.bridges[self.n_sites - 1]
+            object.__setattr__(self, "sparse", self.sparse.join(self.dense, first.encode, last.decode))
 
     @property
     def n_sites(self) -> int:
@@ -278,15 +279,7 @@ class CoupledModels:
         sparse = sparse.to(dense.device).requires_grad_(False).eval()
         sparse.use_products()
         bridges.requires_grad_(False).eval()
-        reference_bt = tensors.get("reference_bt")
-        return CoupledModels(
-            dense,
-            sparse,
-            bridges.to(dense.device),
-            recipe,
-            None if reference_bt is None else reference_bt.long(),
-            str(path),
-        )
+        return CoupledModels(dense, sparse, bridges.to(dense.device), recipe, _reference(tensors), str(path))
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the coupling as a model repository on the Hugging Face hub; returns its address."""
@@ -368,8 +361,11 @@ def folder_of(path: str | Path) -> Path:
 
 def reference_text(path: str | Path) -> Tensor | None:
     """reference_bt of the coupling in a folder or on the hub. Raises CheckpointError where there is none."""
-    reference_bt = read_folder(folder_of(path), "coupling")[0].get("reference_bt")
-    return None if reference_bt is None else reference_bt.long()
+    return _reference(read_folder(folder_of(path), "coupling")[0])
+
+
+def _reference(tensors: dict[str, Tensor]) -> Tensor | None:
+    return tensors["reference_bt"].long() if "reference_bt" in tensors else None
 
 
 def _beside(path: str | Path | None, name: str | None) -> str | None:

@@ -151,11 +151,6 @@ class Circuit:
             for index in kept_tn.any(0).nonzero().flatten().tolist()
         )
 
-    @property
-    def gate(self) -> Gate:
-        """The gate that makes the sparse model this circuit alone."""
-        return ablation_gate(self.kept, self.means)
-
 
 def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tensor]) -> Gate:
     """A gate under which nodes outside the masks have their corpus mean; kept_tn, or kept_rtn with a mask for every row.
@@ -166,15 +161,10 @@ def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tens
     check_means(kept, means)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        return choose(_mask_for(kept[location], x_btn), x_btn, means[location])
+        here = kept[location][..., -x_btn.shape[1] :, :]  # of a narrow run the last position alone
+        return choose(here if here.dim() == 2 else here[: len(x_btn)], x_btn, means[location])
 
     return gate
-
-
-def _mask_for(kept: Tensor, x_btn: Tensor) -> Tensor:
-    """The rows and positions of kept_tn or kept_rtn that a sublayer computes: of a narrow run the last position alone."""
-    kept = kept[..., -x_btn.shape[1] :, :]
-    return kept if kept.dim() == 2 else kept[: len(x_btn)]
 
 
 def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:

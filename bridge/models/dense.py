@@ -37,7 +37,6 @@ from bridge.huggingface.prompts import Prompts, load_tokenizer
 from bridge.huggingface.site_discovery import (
     PARITY_FP32,
     PROBE_ROWS,
-    Block,
     DenseModelError,
     context_of,
     forward,
@@ -98,8 +97,8 @@ class DenseModel:
             self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
             rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
             self.prompts = Prompts(tokenizer, min(rows, self.vocabulary), name=name, damage=damage)
-            self._blocks = wire(who, calls)
-            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self._blocks)
+            self.blocks = wire(who, calls)
+            kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self.blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
             self._hands_on = False
             self.parity = _check_parity(self, who, tokens_bt, logits_btv)
@@ -114,11 +113,6 @@ class DenseModel:
     def readers(self) -> tuple[str, ...]:
         """Kind of sublayer that reads at each site; behind the last of them, the unembedding."""
         return (*self.sublayers, "unembed")
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks, as they were wired."""
-        return self._blocks
 
     @property
     def device(self) -> torch.device:
@@ -141,15 +135,13 @@ class DenseModel:
         Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens, and none
         at the sites before a block that every row enters behind. With last_only the logits are those of the last position (b1v).
         """
-        run = self._start(tokens_bt, enter)
-        with exclusive(), self._hooked(run):
+        with self._under_way(tokens_bt, enter) as run:
             logits_btv = forward(self.model, tokens_bt, last_only=last_only)
         return Trace(self.leaves(logits_btv), self._leave(run.trace(self.n_sites)))
 
     def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
         """x_btd at every site up to `until`, as `run` gives them; what comes behind that is not run."""
-        run = self._start(tokens_bt, enter, until)
-        with exclusive(), self._hooked(run), suppress(Reached):
+        with self._under_way(tokens_bt, enter, until) as run, suppress(Reached):
             forward(self.model, tokens_bt)
         return self._leave(run.trace(until + 1))
 
@@ -165,18 +157,6 @@ class DenseModel:
     def _leave(self, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Residuals as they leave; one that a gradient goes through stays as it is, since it may be asked for its gradient."""
         return tuple(x_btd if x_btd.requires_grad else self.leaves(x_btd) for x_btd in residuals)
-
-    def _start(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Run:
-        """A run of a batch, once that is checked."""
-        if self.context is not None and tokens_bt.shape[1] > self.context:
-            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
-        if enter is not None:
-            check_sites(enter, self.n_sites)
-            wanted = (*tokens_bt.shape, self.width)
-            if tuple(enter.x_btd.shape) != wanted or len(enter.site_b) != wanted[0]:
-                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
-                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
-        return Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on)
 
     def fingerprint(self) -> str:
         """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
@@ -202,31 +182,37 @@ class DenseModel:
         return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
-    def _hooked(self, run: Run) -> Iterator[None]:
-        """The hooks of one run, on the model for as long as it lasts."""
-        site = 0
-        with ExitStack() as hooks:
-            for block in self._blocks:
-                behind = site + (1 if block.middle is None else 2)
+    def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[Run]:
+        """A run of a batch, once that is checked, with its hooks on the model for as long as it lasts."""
+        if self.context is not None and tokens_bt.shape[1] > self.context:
+            raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
+        if enter is not None:
+            check_sites(enter, self.n_sites)
+            wanted = (*tokens_bt.shape, self.width)
+            if tuple(enter.x_btd.shape) != wanted:
+                given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
+                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
+        run, site = Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
+        with exclusive(), ExitStack() as hooks:
+            for block in self.blocks:
+                middle, behind = site + 1, site + (1 if block.middle is None else 2)
                 if behind <= run.first:
                     hooks.enter_context(run.handing_on(block))
-                    site = behind
-                    continue
-                before = partial(run.before_block, site, block.middle is not None)
-                hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
-                site += 1
-                if block.middle is not None:
-                    if run.anyone_enters(site):
-                        after = partial(run.after_writer, site, block.middle.sums)
-                        hooks.enter_context(block.middle.writer.register_forward_hook(after))
-                    reads = partial(run.before_reader, site)
-                    hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
-                    site += 1
+                else:
+                    before = partial(run.before_block, site, block.middle is not None)
+                    hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
+                    if block.middle is not None:
+                        if run.anyone_enters(middle):
+                            after = partial(run.after_writer, middle, block.middle.sums)
+                            hooks.enter_context(block.middle.writer.register_forward_hook(after))
+                        reads = partial(run.before_reader, middle)
+                        hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
+                site = behind
             last = partial(run.after_last, site)
-            hooks.enter_context(self._blocks[-1].module.register_forward_hook(last))
+            hooks.enter_context(self.blocks[-1].module.register_forward_hook(last))
             under_way.append(run)
             hooks.callback(under_way.pop)
-            yield
+            yield run
 
 
 def load_dense(
@@ -254,7 +240,8 @@ def load_dense(
             rule = "cannot stay on a disk: its weights are looked at as a whole"
             raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
         loaded, unused = _from_pretrained(name, revision, dtype, device_map)
-        found = _tokenizer(name, revision)  # or why there is none
+        with _quiet():
+            found = load_tokenizer(name, revision)  # or why there is none
         check_weights(loaded, f"model {name!r}", spread=device_map is not None)
     else:
         model = unwrapped(model)
@@ -272,7 +259,8 @@ def load_dense(
     if adapter is not None:
         folder = adapter_folder(str(adapter))
         if (folder / TOKENIZER).is_file():
-            found = _tokenizer(str(folder), None)
+            with _quiet():
+                found = load_tokenizer(str(folder))
         loaded = with_adapter(loaded, folder, str(adapter), name)
     if (named or device is not None) and (device_map is None or not named):
         loaded.to(device or "cpu")
@@ -293,17 +281,16 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM
 
     who, folder = f"model {name!r}", Path(name)
+    is_adapter = DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
     where, file = find_gguf(name) or (name, None)
-    if file is not None:
-        pass
-    elif folder.is_dir():
+    if file is None and folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
+            raise is_adapter
         if not (folder / "config.json").is_file():
             raise DenseModelError(who, "has no config.json", "give a folder that save_pretrained wrote")
         if not any(folder.glob("*.safetensors")):
             raise DenseModelError(who, "has no *.safetensors", "other weight files can run code: convert with save_pretrained")
-    elif folder.is_file():
+    elif file is None and folder.is_file():
         raise DenseModelError(who, "is a file", "give the folder in Hugging Face format, with config.json and *.safetensors")
     with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
         try:
@@ -317,7 +304,7 @@ def _from_pretrained(
         except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
             raise _why_not_loaded(name, who, error) from error
         if has_adapter(model):  # a hub id
-            raise DenseModelError(who, "is an adapter", "give the model that it was trained on, and this as the adapter")
+            raise is_adapter
         unused = _unused_weights(who, info)
         return model if file is None else as_plain_model(model, who, where, file, revision), unused
 
@@ -337,11 +324,6 @@ def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
         return None
     remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
     return DenseModelError(who, f"has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such)", remedy)
-
-
-def _tokenizer(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase | None, str]:
-    with _quiet():
-        return load_tokenizer(name, revision)
 
 
 def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:

@@ -50,8 +50,8 @@ class Run:
 
     def trace(self, n_sites: int) -> tuple[Tensor, ...]:
         """The residuals at the first sites; none of any row where the run did not come by."""
-        given = ((site, self.residuals.get(site, self._none_btd)) for site in range(n_sites))
-        return tuple(x_btd for _, x_btd in given if x_btd is not None)
+        given = (self.residuals.get(site, self._none_btd) for site in range(n_sites))
+        return tuple(x_btd for x_btd in given if x_btd is not None)
 
     def saw(self, site: int, x_btd: Tensor) -> None:
         """Keep the residual at a site, and end the run where that is all that was asked for."""

@@ -44,29 +44,11 @@ class Enter:
 class Trace:
     """The result of a run: logits_btv of every row, and the residual at every site of the rows that were there.
 
-    residuals[site] holds the rows that had entered by that site, the first ones of `order_b` (of the batch's own order where
-    order_b is None). Where rows enter at sites out of order, read it through `at`; where none does, it is what it says.
+    residuals[site] holds the rows that had entered by that site, in the order in which they enter (sorted by site, stably).
     """
 
     logits_btv: Tensor
     residuals: tuple[Tensor, ...]
-    order_b: Tensor | None = None
-
-    def at(self, site: int, rows_b: Tensor | None = None) -> Tensor:
-        """x_btd at a site for the given rows (default: every row). Raises IndexError for a row that enters after the site."""
-        x_btd = self.residuals[site]
-        complete = x_btd.shape[0] == self.logits_btv.shape[0]
-        if rows_b is None:
-            position_b = None if self.order_b is None else torch.argsort(self.order_b)
-        else:
-            position_b = rows_b if self.order_b is None else torch.argsort(self.order_b)[rows_b]
-        if not complete and (position_b is None or (len(position_b) and int(position_b.max()) >= x_btd.shape[0])):
-            raise IndexError(f"a row has no residual at site {site}: it enters the model at a later one")
-        return x_btd if position_b is None else x_btd[position_b]
-
-    def rows(self, part: slice) -> Trace:
-        """The trace of some rows of a run in which no row entered."""
-        return Trace(self.logits_btv[part], tuple(x_btd[part] for x_btd in self.residuals))
 
 
 class ResidualModel(Protocol):
@@ -131,7 +113,7 @@ def run(
         if site < len(sublayers) and now:
             x_btd = sublayers[site](x_btd)
     logits_btv = unembed(x_btd, tokens_bt)
-    return Trace(logits_btv if order_b is None else logits_btv[torch.argsort(order_b)], tuple(residuals), order_b)
+    return Trace(logits_btv if order_b is None else logits_btv[torch.argsort(order_b)], tuple(residuals))
 
 
 def _join(x_btd: Tensor, given_btd: Tensor) -> Tensor:

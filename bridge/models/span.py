@@ -16,10 +16,10 @@ Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class DenseSpan(DenseModel):
         sizes = [1 if block.middle is None else 2 for block in whole.blocks]
         self.offset = sum(sizes[:first])
         sites = slice(self.offset, self.offset + sum(sizes[first:last]))
-        self._blocks, self.sublayers = whole.blocks[first:last], whole.sublayers[sites]
+        self.blocks, self.sublayers = whole.blocks[first:last], whole.sublayers[sites]
         self.parity = Parity(whole.parity.errors[sites.start : sites.stop + 1], whole.parity.tolerance)
         self._remembered: dict[bytes, list[Tensor]] = {}  # the residual of a row at site 0, and at the model's last site
         self._state: tuple[Any, ...] = ()
@@ -56,7 +56,7 @@ class DenseSpan(DenseModel):
     @property
     def slice(self) -> str:
         """The blocks, as first:last."""
-        return f"{self.first_block}:{self.first_block + len(self._blocks)}"
+        return f"{self.first_block}:{self.first_block + len(self.blocks)}"
 
     def prefix(self, tokens_bt: Tensor) -> Tensor:
         """x_btd at site 0."""
@@ -90,26 +90,23 @@ class DenseSpan(DenseModel):
     def _known(self, tokens_bt: Tensor) -> list[list[Tensor]]:
         """Residuals remembered of each row, that at site 0 at the least."""
         with exclusive():
-            return self._looked_up(tokens_bt)
-
-    def _looked_up(self, tokens_bt: Tensor) -> list[list[Tensor]]:
-        device = self.device.type
-        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = (products, *(source_of(weight) for weight in self.model.parameters()))
-        if state != self._state:  # the weights are another model's now, or their products are
-            self._state = state
-            self._remembered.clear()
-        keys = [row.tobytes() for row in tokens_bt.detach().cpu().long().contiguous().numpy()]
-        known = {key: self._remembered[key] for key in keys if key in self._remembered}
-        if missing := {key: row for row, key in enumerate(keys) if key not in known}:
-            row_b = torch.tensor(list(missing.values()), device=tokens_bt.device)
-            found_btd = self.whole.residuals(tokens_bt[row_b], self.offset)[self.offset]
-            known |= {key: [x_td.clone()] for key, x_td in zip(missing, found_btd, strict=True)}
-            self._remembered |= {key: known[key] for key in missing}
-            a_row = 2 * found_btd[0].numel() * found_btd.element_size()
-            while len(self._remembered) > max(len(keys), REMEMBERED // a_row):
-                del self._remembered[next(iter(self._remembered))]
-        return [known[key] for key in keys]
+            device = self.device.type
+            products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            state = (products, *(source_of(weight) for weight in self.model.parameters()))
+            if state != self._state:  # the weights are another model's now, or their products are
+                self._state = state
+                self._remembered.clear()
+            keys = [row.tobytes() for row in tokens_bt.detach().cpu().long().contiguous().numpy()]
+            known = {key: self._remembered[key] for key in keys if key in self._remembered}
+            if missing := {key: row for row, key in enumerate(keys) if key not in known}:
+                row_b = torch.tensor(list(missing.values()), device=tokens_bt.device)
+                found_btd = self.whole.residuals(tokens_bt[row_b], self.offset)[self.offset]
+                known |= {key: [x_td.clone()] for key, x_td in zip(missing, found_btd, strict=True)}
+                self._remembered |= {key: known[key] for key in missing}
+                a_row = 2 * found_btd[0].numel() * found_btd.element_size()
+                while len(self._remembered) > max(len(keys), REMEMBERED // a_row):
+                    del self._remembered[next(iter(self._remembered))]
+            return [known[key] for key in keys]
 
 
 def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
@@ -122,30 +119,16 @@ def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
     return dense if same else DenseSpan(whole, first, last)
 
 
-class Maps(Protocol):
-    """A bridge, as far as a span's ends need one."""
-
-    def encode(self, h_btd: Tensor) -> Tensor:
-        """x_bts of a dense residual."""
-        ...
-
-    def decode(self, x_bts: Tensor) -> Tensor:
-        """h_btd of a sparse residual."""
-        ...
-
-
-class MapsAtSites(Protocol):
-    """A bridge at every site."""
-
-    def __getitem__(self, site: int) -> Maps: ...
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Ends:
-    """The dense span and bridges that a sparse span begins and ends with; no part of its weights, and shared by its copies."""
+    """Beginning and end of a sparse span: a dense span, x_bts of its residual at the first site, and h_btd at the last one.
+
+    No part of its weights, and shared by its copies.
+    """
 
     dense: DenseSpan
-    bridges: MapsAtSites
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Ends:
         return self
@@ -158,19 +141,16 @@ class SparseSpan(SparseTransformer):
 
     _ends: _Ends | None = None
 
-    def join(self, dense: DenseSpan, bridges: MapsAtSites) -> SparseSpan:
-        """The model, begun and ended by a dense span and bridges; a copy that shares its weights if it has others already."""
-        if self._ends is None:
-            self._ends = _Ends(dense, bridges)
-        if (self._ends.dense, self._ends.bridges) == (dense, bridges):
-            return self
-        other = copy(self)
-        other._ends = _Ends(dense, bridges)
-        return other
+    def join(self, dense: DenseSpan, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> SparseSpan:
+        """The model, begun and ended by a dense span and its bridges; a copy that shares its weights if it has others already."""
+        ends = _Ends(dense, encode, decode)
+        joined = self if self._ends in (None, ends) else copy(self)
+        joined._ends = ends
+        return joined
 
     @property
     def ends(self) -> _Ends:
-        """The dense span and the bridges. Raises ValueError before there are any."""
+        """The dense span and the maps. Raises ValueError before there are any."""
         if self._ends is None:
             raise ValueError("a span's sparse model runs within a coupling, which gives it its dense model and bridges")
         return self._ends
@@ -182,20 +162,13 @@ class SparseSpan(SparseTransformer):
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """x_bts: what the encoder makes of the dense residual at site 0."""
-        x_bts = self.ends.bridges[0].encode(self.ends.dense.prefix(tokens_bt).float())
+        x_bts = self.ends.encode(self.ends.dense.prefix(tokens_bt).float())
         return tokens_inside(x_bts) if self.compact else x_bts
 
     def read_scale(self, site: int, x_bts: Tensor) -> Tensor:
         """scale_bt1 of a sublayer's norm; 1 where the dense model reads what is decoded."""
         return torch.ones_like(x_bts[..., :1]) if site == self.n_sites - 1 else super().read_scale(site, x_bts)
 
-    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        return self._rest(x_bts, tokens_bt, last_only=False)
-
-    def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        return self._rest(x_bts, tokens_bt, last_only=True)
-
-    def _rest(self, x_bts: Tensor, tokens_bt: Tensor, *, last_only: bool) -> Tensor:
-        last = self.n_sites - 1
-        h_btd = self.ends.bridges[last].decode(x_bts.contiguous())
-        return self.ends.dense.run(tokens_bt, Enter.at(last, h_btd), last_only=last_only).logits_btv
+    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor, *, last_only: bool) -> Tensor:
+        h_btd = self.ends.decode(x_bts.contiguous())
+        return self.ends.dense.run(tokens_bt, Enter.at(self.n_sites - 1, h_btd), last_only=last_only).logits_btv

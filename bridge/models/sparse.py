@@ -15,8 +15,8 @@ same x. Which weights are nonzero is decided by the projection (`sparse_weights`
 A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
 
-Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. `sparse.gated(gate)` is the same
-weights seen through a gate; recording, mean ablation, masks and steering are gates, and the identity gate is the model itself.
+Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`: recording, mean ablation, masks
+and steering are gates, and the identity gate is the model itself.
 
 Shape legend: b batch row, t token, s residual width, n nodes of a location, h heads, c channels of a head, v vocabulary.
 """
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from bridge.kernels.products import Compact, sparse_embedding, tokens_inside
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.residual import Enter, Trace, run
-from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, matrices, mlp_kinds
+from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, KEY_KINDS, MATRICES, matrices, mlp_kinds
 from bridge.models.sparse_blocks import ACTIVATIONS, Block, Heads, Linear, norm, norm_scale
 from bridge.models.sparse_weights import SparseWeights
 from bridge.recipe import BlockShape, SparseShape
@@ -128,12 +128,9 @@ class SparseTransformer(Heads, SparseWeights):
 
     def locations(self) -> dict[Location, int]:
         """Every node location in the order of the computation, with its number of nodes."""
-        sizes: dict[Location, int] = {}
-        for layer, _, part in self._parts():
-            kinds = (ATTENTION_KINDS if part != "mlp" else ()) + (mlp_kinds(self.form.gated) if part != "attn" else ())
-            for kind in kinds:
-                sizes[Location(layer, kind)] = self._size(kind)
-        return sizes
+        kinds = {"attn": ATTENTION_KINDS, "mlp": mlp_kinds(self.form.gated)}
+        kinds["parallel"] = kinds["attn"] + kinds["mlp"]
+        return {Location(layer, kind): self._size(kind) for layer, _, part in self._parts() for kind in kinds[part]}
 
     def _size(self, kind: str) -> int:
         if kind in HEAD_KINDS:
@@ -173,13 +170,12 @@ class SparseTransformer(Heads, SparseWeights):
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
         sublayers = [self.sublayer(site, gate) for site in range(len(self.sublayer_kinds))]
-        if narrow:
-            last_only = True
+        last_only = last_only or narrow
         if narrow and self.narrow_from < self.n_sites:
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
             enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
-        unembed = self._unembed_last if last_only else self._unembed
+        unembed = partial(self._unembed, last_only=last_only)
         if correct is None:
             return run(self.embed, sublayers, unembed, tokens_bt, enter)
 
@@ -197,9 +193,8 @@ class SparseTransformer(Heads, SparseWeights):
 
     def sublayer(self, site: int, gate: Gate = identity_gate, *, last_only: bool = False) -> Callable[[Tensor], Tensor]:
         """The sublayer that reads `site`: x_bts -> x_bts with what it writes added; with last_only, x_b1s of the last token."""
-        halves = {"attn": self._attention, "mlp": self._mlp, "parallel": self._parallel}
         layer, part = next((layer, part) for layer, other, part in self._parts() if other == site)
-        return partial(halves[part], layer, gate, last_only)
+        return partial(self._sublayer, layer, part, gate, last_only)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv of a plain run."""
@@ -223,10 +218,6 @@ class SparseTransformer(Heads, SparseWeights):
             tokens_bt = torch.cat([tokens_bt, next_b1], 1)
         return tokens_bt
 
-    def gated(self, gate: Gate) -> Gated:
-        """These weights seen through `gate`, again a residual model."""
-        return Gated(self, gate)
-
     def column_nodes(self, name: str) -> Tensor:
         """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
         source = self.matrices[name][0]
@@ -246,7 +237,7 @@ class SparseTransformer(Heads, SparseWeights):
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """x_bts of the tokens, with their positions."""
-        matrix = self._matrix("embedding", self.embedding)
+        matrix = self.by_nonzeros("embedding", self.embedding)
         x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
@@ -255,27 +246,27 @@ class SparseTransformer(Heads, SparseWeights):
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
     def _map(self, name: str, linear: Linear, x_btn: Tensor) -> Tensor:
-        linear.matrix = self._matrix(f"{name}.weight", linear.weight)
+        linear.matrix = self.by_nonzeros(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
+    def _mapped(self, layer: int, name: str, x_btn: Tensor) -> Tensor:
+        return self._map(f"blocks.{layer}.{name}", getattr(self._block(layer), name), x_btn)
+
+    def _written(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
+        """Nodes that a matrix writes: through a norm with a gain, where their kind has one."""
+        kind, y_btn = MATRICES[name][1], self._mapped(layer, name, x_btn)
+        y_btn = y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+        return self._node(layer, kind, gate, y_btn)
+
     def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        block = self._block(layer)
         r_bts = self._node(layer, "attn_in", gate, self._read(x_bts))
-        reads = (("q", block.q, r_bts[:, -1:] if last_only else r_bts), ("k", block.k, r_bts), ("v", block.v, r_bts))
-        q_btn, k_btn, v_btn = (
-            self._node(layer, kind, gate, self.after(layer, kind, self._map(f"blocks.{layer}.{kind}", linear, read_bts)))
-            for kind, linear, read_bts in reads
-        )
+        q_btn = self._written(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
+        k_btn, v_btn = (self._written(layer, name, gate, r_bts) for name in KEY_KINDS)
         return self.attended(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
 
     def attended(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
         """attn_out nodes of what the heads moved."""
-        write_bts = self._map(f"blocks.{layer}.o", self._block(layer).o, z_btn)
-        return self._node(layer, "attn_out", gate, self.after(layer, "attn_out", write_bts))
-
-    def after(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
-        """Output of a linear map on its way to nodes of a kind: through a norm with a gain, where the kind has one."""
-        return y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+        return self._written(layer, "o", gate, z_btn)
 
     def has_norm(self, layer: int, kind: str) -> bool:
         """Whether what linear maps give goes through a norm with a gain on its way to nodes of a kind."""
@@ -290,16 +281,13 @@ class SparseTransformer(Heads, SparseWeights):
         return norm_scale(y_btn, self.form.eps) * gain_n
 
     def _mlp_write(self, layer: int, gate: Gate, x_bts: Tensor) -> Tensor:
-        block = self._block(layer)
         r_bts = self._node(layer, "mlp_in", gate, self._read(x_bts))
-        up_btn = self._map(f"blocks.{layer}.up", block.up, r_bts)
-        if block.gate is None:
-            a_btn = self.activation(up_btn)
+        up_btn = self._mapped(layer, "up", r_bts)
+        if self.form.gated:
+            a_btn = self._node(layer, GATE, gate, self.activation(self._mapped(layer, "gate", r_bts))) * up_btn
         else:
-            a_btn = self._node(layer, GATE, gate, self.activation(self._map(f"blocks.{layer}.gate", block.gate, r_bts))) * up_btn
-        a_btn = self._node(layer, "mlp_act", gate, a_btn)
-        write_bts = self._map(f"blocks.{layer}.down", block.down, a_btn)
-        return self._node(layer, "mlp_out", gate, self.after(layer, "mlp_out", write_bts))
+            a_btn = self.activation(up_btn)
+        return self._written(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
 
     def activation(self, x_btn: Tensor) -> Tensor:
         """The MLP's nonlinearity."""
@@ -313,19 +301,17 @@ class SparseTransformer(Heads, SparseWeights):
     def _read(self, x_bts: Tensor) -> Tensor:
         return norm(x_bts, self.form.eps) if self.form.reads_normed else x_bts
 
-    def _attention(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        write_bts = self._attention_write(layer, gate, last_only, x_bts)
-        return (x_bts[:, -1:] if last_only else x_bts) + write_bts
+    def _sublayer(self, layer: int, part: str, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
+        here_bts = after_bts = x_bts[:, -1:] if last_only else x_bts
+        if part != "mlp":
+            after_bts = after_bts + self._attention_write(layer, gate, last_only, x_bts)
+        if part != "attn":
+            after_bts = after_bts + self._mlp_write(layer, gate, here_bts)
+        return after_bts
 
-    def _mlp(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        x_bts = x_bts[:, -1:] if last_only else x_bts
-        return x_bts + self._mlp_write(layer, gate, x_bts)
-
-    def _parallel(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
-        x_bts, write_bts = x_bts[:, -1:] if last_only else x_bts, self._attention_write(layer, gate, last_only, x_bts)
-        return x_bts + write_bts + self._mlp_write(layer, gate, x_bts)
-
-    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
+    def _unembed(self, x_bts: Tensor, tokens_bt: Tensor, *, last_only: bool) -> Tensor:
+        if last_only:
+            x_bts, tokens_bt = x_bts[:, -1:], tokens_bt[:, -1:]
         logits_btv, entry_btv = self.capped(self.uncapped(x_bts)), self.bigram_entries(tokens_bt)
         return logits_btv if entry_btv is None else logits_btv + entry_btv
 
@@ -345,33 +331,3 @@ class SparseTransformer(Heads, SparseWeights):
         """Logits through the soft cap, where there is one."""
         cap = self.form.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
-
-    def _unembed_last(self, x_bts: Tensor, tokens_bt: Tensor) -> Tensor:
-        return self._unembed(x_bts[:, -1:], tokens_bt[:, -1:])
-
-
-@dataclass(frozen=True)
-class Gated:
-    """A sparse model seen through a gate: a residual model with the same weights."""
-
-    model: SparseTransformer
-    gate: Gate
-
-    @property
-    def n_sites(self) -> int:
-        """Number of sites: sublayers + 1."""
-        return self.model.n_sites
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream."""
-        return self.model.width
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of logits."""
-        return self.model.vocabulary
-
-    def run(self, tokens_bt: Tensor, enter: Enter | None = None) -> Trace:
-        """Run a batch with every node through the gate."""
-        return self.model.run(tokens_bt, enter, self.gate)

@@ -51,12 +51,8 @@ class SparseWeights(nn.Module):
         """Device of the weights."""
         return self.unembedding.bias.device
 
-    def by_nonzeros(self, name: str) -> Compact | None:
-        """The matrix of that name by its nonzeros; None where it is used as it is."""
-        return self._matrix(name, self.get_parameter(name))
-
-    def _matrix(self, name: str, weight: Tensor | None) -> Compact | None:
-        """The matrix by its nonzeros, if it is to be used so; a dense weight that was changed since is packed again."""
+    def by_nonzeros(self, name: str, weight: Tensor | None) -> Compact | None:
+        """The matrix by its nonzeros, None where it is used as it is; a dense weight that was changed since is packed again."""
         matrix = self.compact.get(name)
         if matrix is None or weight is None:
             return matrix
@@ -136,9 +132,8 @@ class SparseWeights(nn.Module):
         """Number of weights, zero or not, of the matrices that are made sparse."""
         return sum(count for _, count in self._sizes().values())
 
-    def n_kept(self, kept: float | Fractions) -> int:
+    def n_kept(self, fractions: Fractions) -> int:
         """Number of those weights that stay at these fractions."""
-        fractions = Fractions.of(kept)
         return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
 
     def _sizes(self) -> dict[str, tuple[int, int]]:

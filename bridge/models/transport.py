@@ -14,8 +14,6 @@ Shape legend: b row, t token, s sparse width, d dense width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,26 +21,15 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """The change of the sparse residual stream at a site of every row: site_b, change_bts."""
+def change_between(plain: Trace, changed: Trace, site_b: Tensor) -> Tensor:
+    """change_bts from one sparse run to another, without entries, at a site of every row; one row of `plain` serves all."""
+    return _at(changed, site_b) - _at(plain, site_b)
 
-    site_b: Tensor
-    change_bts: Tensor
 
-    @staticmethod
-    def between(plain: Trace, changed: Trace, site_b: Tensor) -> Change:
-        """The change from one sparse run to another of as many rows, without entries; one row of `plain` serves all."""
-        change = [
-            changed.residuals[site][row] - plain.residuals[site][min(row, len(plain.residuals[site]) - 1)]
-            for row, site in enumerate(site_b.tolist())
-        ]
-        return Change(site_b, torch.stack(change))
-
-    def decoded(self, coupling: CoupledModels) -> Tensor:
-        """change_btd of the dense residual at those sites."""
-        rows = zip(self.site_b.tolist(), self.change_bts, strict=True)
-        return torch.stack([coupling.bridges[site].decode_change(change_ts) for site, change_ts in rows])
+def decoded(coupling: CoupledModels, site_b: Tensor, change_bts: Tensor) -> Tensor:
+    """change_btd of the dense residual by that of the sparse one, at a site of every row."""
+    rows = zip(site_b.tolist(), change_bts, strict=True)
+    return torch.stack([coupling.bridges[site].decode_change(change_ts) for site, change_ts in rows])
 
 
 def run_changed(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, site_b: Tensor, change_btd: Tensor) -> Trace:
@@ -50,8 +37,10 @@ def run_changed(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, site_b
 
     `plain` is the dense model's own run of the tokens.
     """
-    entering = [
-        plain.residuals[site][min(row, len(plain.residuals[site]) - 1)] + change_td
-        for row, (site, change_td) in enumerate(zip(site_b.tolist(), change_btd, strict=True))
-    ]
-    return coupling.dense.run(tokens_bt, Enter(site_b, torch.stack(entering)))
+    return coupling.dense.run(tokens_bt, Enter(site_b, _at(plain, site_b) + change_btd))
+
+
+def _at(trace: Trace, site_b: Tensor) -> Tensor:
+    """The residual of every row at its site; of a run of one row always that row's."""
+    places = ((trace.residuals[site], row) for row, site in enumerate(site_b.tolist()))
+    return torch.stack([x_btd[min(row, len(x_btd) - 1)] for x_btd, row in places])

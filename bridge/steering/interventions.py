@@ -42,7 +42,7 @@ from bridge.models.circuit import Node, recording_gate
 from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Gate, Location
-from bridge.models.transport import Change, run_changed
+from bridge.models.transport import change_between, decoded, run_changed
 from bridge.nodes.statistics import parse_node, sparse_fingerprint
 from bridge.studies.result import TaskResult
 
@@ -234,11 +234,11 @@ class Steerer:
         changed = sparse.run(tokens_bt, gate=self._gate(values), last_only=True)
         if self.site is not None:
             site_b = torch.full((len(tokens_bt),), self.site)
-            return {self.site: Change.between(plain, changed, site_b).decoded(self.coupling)}
+            return {self.site: decoded(self.coupling, site_b, change_between(plain, changed, site_b))}
         found = {}
         for site in self.touched:
             own_bts = changed.residuals[site + 1] - sparse.sublayer(site)(changed.residuals[site])
-            found[site + 1] = Change(torch.full((len(tokens_bt),), site + 1), own_bts).decoded(self.coupling)
+            found[site + 1] = decoded(self.coupling, torch.full((len(tokens_bt),), site + 1), own_bts)
         return found
 
     @torch.no_grad()

@@ -128,7 +128,7 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums,
             alive[location] |= (x_btn != 0).any(0).any(0).cpu()
         return x_btn
 
-    truth, plain = dense.run(part_bt), coupling.sparse.gated(watch).run(part_bt)
+    truth, plain = dense.run(part_bt), coupling.sparse.run(part_bt, gate=watch)
     log_p_btv = truth.logits_btv.float().log_softmax(-1)
 
     def add(name: str, site: int | None, value: Tensor) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, Look, Pattern
+from bridge.kernels.products import Compact, Pattern
 from bridge.kernels.top_k import project_
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import protected
@@ -61,7 +61,7 @@ def key(name: str) -> str:
 def look(sparse: SparseTransformer) -> None:
     """Have the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
     for name in packed(sparse):
-        sparse.compact[name].look = Look(sparse.compact[name].pattern.shape)
+        sparse.compact[name].gradient_mn = torch.zeros(sparse.compact[name].pattern.shape)
 
 
 @torch.no_grad()
@@ -72,8 +72,8 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
     """
     for name in packed(sparse):
         matrix = sparse.compact[name]
-        assert matrix.look is not None
-        gradient_mn, matrix.look = matrix.look.gradient_mn, None
+        assert matrix.gradient_mn is not None
+        gradient_mn, matrix.gradient_mn = matrix.gradient_mn, None
         index_p = matrix.pattern.index_p
         stays_p = _stays(name, matrix, share, min_per_neuron)
         n_new = int((~stays_p).sum())

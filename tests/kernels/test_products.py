@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels.products import Compact, Look, Pattern, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.products import Compact, Pattern, sparse_embedding, sparse_linear, tokens_inside, worth_it
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -39,7 +39,7 @@ def test_a_sparse_product_is_the_dense_one(b, t, n, m, density, biased, inside, 
     bias_m = torch.randn(m, generator=generator).requires_grad_() if biased else None
     matrix = Compact.of(weight_mn)
     matrix.value_p.requires_grad_()
-    matrix.look = Look((m, n))
+    matrix.gradient_mn = torch.zeros(m, n)
     x_btn = (tokens_inside(x_btn) if inside else x_btn).requires_grad_()
     biases = [] if bias_m is None else [bias_m]
     found = sparse_linear(x_btn, matrix, bias_m)
@@ -50,7 +50,7 @@ def test_a_sparse_product_is_the_dense_one(b, t, n, m, density, biased, inside, 
     assert close(dx, rx)
     assert close(dvalue_p, rweight_mn.reshape(-1)[matrix.pattern.index_p]) if len(dvalue_p) else True
     assert all(close(a, r) for a, r in zip(dbias, rbias, strict=True))
-    assert close(matrix.look.gradient_mn, rweight_mn), "what is looked at is the dense gradient"
+    assert close(matrix.gradient_mn, rweight_mn), "what is looked at is the dense gradient"
 
 
 @quick
@@ -61,12 +61,12 @@ def test_a_sparse_table_is_looked_up_as_a_dense_one(b: int, t: int, n: int, seed
     given_btn = torch.randn(b, t, n, generator=torch.Generator().manual_seed(seed + 1))
     matrix = Compact.of(weight_vn)
     matrix.value_p.requires_grad_()
-    matrix.look = Look((12, n))
+    matrix.gradient_mn = torch.zeros(12, n)
     found, expected = sparse_embedding(tokens_bt, matrix), F.embedding(tokens_bt, weight_vn)
     assert torch.equal(found, expected)
     (dvalue_p,) = torch.autograd.grad(found, matrix.value_p, given_btn)
     (rweight_vn,) = torch.autograd.grad(expected, weight_vn, given_btn)
-    assert close(matrix.look.gradient_mn, rweight_vn)
+    assert close(matrix.gradient_mn, rweight_vn)
     assert not len(dvalue_p) or close(dvalue_p, rweight_vn.reshape(-1)[matrix.pattern.index_p])
 
 

@@ -127,7 +127,7 @@ def test_keeping_every_node_is_the_model_itself_and_keeping_none_uses_the_means(
     assert torch.equal(sparse.run(tokens_1t, gate=ablation_gate(everything, circuit.means)).logits_btv, sparse(tokens_1t))
     torch.testing.assert_close(sparse(tokens_1t), literal(sparse, tokens_1t)[1])
     values: dict[Location, Tensor] = {}
-    sparse.run(tokens_1t, gate=recording_gate(values, circuit.gate))
+    sparse.run(tokens_1t, gate=recording_gate(values, ablation_gate(circuit.kept, circuit.means)))
     for location, value_1tn in values.items():
         outside = ~circuit.kept[location]
         assert torch.equal(value_1tn[0][outside], circuit.means[location].expand_as(outside)[outside])
@@ -175,7 +175,7 @@ def test_masked_copies_are_the_gated_model():
     masked = MaskedModel(sparse, question(), circuit.means)
     tokens_1t = circuit.tokens_t[None]
     kept_f = masked.space.join(circuit.kept)
-    expected_v = sparse.run(tokens_1t, gate=circuit.gate).logits_btv[0, -1]
+    expected_v = sparse.run(tokens_1t, gate=ablation_gate(circuit.kept, circuit.means)).logits_btv[0, -1]
     torch.testing.assert_close(masked.logits(kept_f[None])[0], expected_v)
     torch.testing.assert_close(masked.run(kept_f[None].double()).logits_btv[0, -1], expected_v)
     torch.testing.assert_close(masked.logits(torch.ones_like(kept_f)[None])[0], sparse(tokens_1t)[0, -1])
@@ -275,7 +275,7 @@ def test_the_circuit_of_a_task_is_at_every_position():
     circuit = Circuit("quotes", kept, means)
     assert circuit.nodes[0] == Node(Location(0, "attn_in"), 0) and {node.position for node in circuit.nodes} == {None}
     at_every_position = {at: kept_1n.expand(6, -1) for at, kept_1n in kept.items()}
-    same, tokens_1t = ablation_gate(at_every_position, means), prompt(6)[None]
-    assert torch.equal(sparse.run(tokens_1t, gate=circuit.gate).logits_btv, sparse.run(tokens_1t, gate=same).logits_btv)
+    gate, same, tokens_1t = ablation_gate(kept, circuit.means), ablation_gate(at_every_position, means), prompt(6)[None]
+    assert torch.equal(sparse.run(tokens_1t, gate=gate).logits_btv, sparse.run(tokens_1t, gate=same).logits_btv)
     with pytest.raises(ValueError, match="not bool of shape"):
         Circuit("quotes", at_every_position, means)

@@ -46,10 +46,10 @@ def test_family_resumes_exactly_at_every_site(family: str) -> None:
     # residuals of one text, resumed while the model is fed another: nothing but the residual may reach the logits
     other_bt = some_tokens(seed=2)
     for site in range(dense.n_sites):
-        resumed = dense.run(other_bt, Enter.at(site, plain.at(site)))
+        resumed = dense.run(other_bt, Enter.at(site, plain.residuals[site]))
         torch.testing.assert_close(resumed.logits_btv, wanted_btv, rtol=0, atol=1e-4)
         for later in range(site, dense.n_sites):
-            torch.testing.assert_close(resumed.at(later), plain.at(later), rtol=0, atol=1e-4)
+            torch.testing.assert_close(resumed.residuals[later], plain.residuals[later], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -61,15 +61,15 @@ def test_family_runs_rows_that_enter_at_different_sites(family: str) -> None:
     sites = [sites[i] for i in order]
     source, host = dense.run(some_tokens(len(sites), seed=3)), some_tokens(len(sites), seed=4)
     own = dense.run(host)
-    x_btd = torch.stack([source.at(max(site, 0))[row] for row, site in enumerate(sites)])
+    x_btd = torch.stack([source.residuals[max(site, 0)][row] for row, site in enumerate(sites)])
     mixed = dense.run(host, Enter(torch.tensor(sites), x_btd))
-    assert mixed.order_b is None
+    assert all(len(x_btd) == len(sites) for x_btd in mixed.residuals)
     for row, site in enumerate(sites):
         wanted = own if site == EMBEDDING else source
         torch.testing.assert_close(mixed.logits_btv[row], wanted.logits_btv[row], rtol=0, atol=1e-4)
         for at in range(dense.n_sites):  # until it enters, a row is the host's
             wanted = source if EMBEDDING < site <= at else own
-            torch.testing.assert_close(mixed.at(at)[row], wanted.at(at)[row], rtol=0, atol=1e-4)
+            torch.testing.assert_close(mixed.residuals[at][row], wanted.residuals[at][row], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -79,9 +79,9 @@ def test_attention_mixes_tokens_and_the_mlp_does_not(family: str) -> None:
     dense, tokens_bt = load_dense(tiny(family)), some_tokens()
     plain = dense.run(tokens_bt)
     for site, kind in enumerate(dense.sublayers):
-        x_btd = plain.at(site).clone()
-        x_btd[:, 0] = plain.at(site)[:, 5]
-        change_btd = dense.run(tokens_bt, Enter.at(site, x_btd)).at(site + 1) - plain.at(site + 1)
+        x_btd = plain.residuals[site].clone()
+        x_btd[:, 0] = plain.residuals[site][:, 5]
+        change_btd = dense.run(tokens_bt, Enter.at(site, x_btd)).residuals[site + 1] - plain.residuals[site + 1]
         moved = change_btd[:, 1:].abs().max()
         assert moved > 1e-3 if kind == "attn" else moved < 1e-5
 
@@ -118,17 +118,15 @@ def test_gpt2_is_the_loop() -> None:
     ours, theirs = dense.run(tokens_bt), run(*loop, tokens_bt=tokens_bt)
     torch.testing.assert_close(ours.logits_btv, theirs.logits_btv, rtol=0, atol=1e-5)
     for site in range(dense.n_sites):
-        torch.testing.assert_close(ours.at(site), theirs.at(site), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.residuals[site], theirs.residuals[site], rtol=0, atol=1e-5)
 
     enter = Enter(torch.tensor([3, EMBEDDING, 0, 6, 1, 3, 2, 5]), torch.randn(8, 10, WIDTH))
     ours, theirs = dense.run(tokens_bt, enter), run(*loop, tokens_bt=tokens_bt, enter=enter)
     torch.testing.assert_close(ours.logits_btv, theirs.logits_btv, rtol=0, atol=1e-5)
     for row, first in enumerate(enter.site_b.tolist()):
         for site in range(max(first, 0), dense.n_sites):
-            rows = torch.tensor([row])
-            assert theirs.order_b is not None
-            entered = theirs.order_b[: theirs.residuals[site].shape[0]].tolist()
-            torch.testing.assert_close(ours.at(site, rows)[0], theirs.residuals[site][entered.index(row)], rtol=0, atol=1e-5)
+            place = enter.site_b.argsort(stable=True).tolist().index(row)
+            torch.testing.assert_close(ours.residuals[site][row], theirs.residuals[site][place], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -140,10 +138,10 @@ def test_gpt_neox_parallel_is_the_loop() -> None:
     plain = dense.run(tokens_bt)
     mask = torch.full((1, 1, 10, 10), -torch.inf).triu(1)
     for site, block in enumerate(body.layers):
-        torch.testing.assert_close(plain.at(site), x_btd, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain.residuals[site], x_btd, rtol=0, atol=1e-5)
         attended = block.attention(block.input_layernorm(x_btd), attention_mask=mask, position_embeddings=positions)[0]
         x_btd = x_btd + attended + block.mlp(block.post_attention_layernorm(x_btd))
-    torch.testing.assert_close(plain.at(LAYERS), x_btd, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain.residuals[LAYERS], x_btd, rtol=0, atol=1e-5)
 
 
 def test_gradients_flow_through_what_enters() -> None:
@@ -194,7 +192,7 @@ def test_runs_under_autocast(family: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = dense.run(tokens_bt)
         sites_b = torch.arange(7) % dense.n_sites
-        x_btd = torch.stack([plain.at(site)[row] for row, site in enumerate(sites_b.tolist())])
+        x_btd = torch.stack([plain.residuals[site][row] for row, site in enumerate(sites_b.tolist())])
         resumed = dense.run(some_tokens(7, seed=9), Enter(sites_b, x_btd.bfloat16().float()))
         loaded_inside = load_dense(tiny(family))
     scale = plain.logits_btv.abs().max().item()
@@ -210,7 +208,7 @@ def test_half_precision_is_wired_alike_and_resumes_to_its_tolerance(family: str)
     assert dense.parity.tolerance > 1e-4 and dense.parity.largest <= dense.parity.tolerance
     tokens_bt = some_tokens()
     plain = dense.run(tokens_bt)
-    resumed = dense.run(tokens_bt, Enter.at(1, plain.at(1).float()))
+    resumed = dense.run(tokens_bt, Enter.at(1, plain.residuals[1].float()))
     torch.testing.assert_close(resumed.logits_btv, plain.logits_btv, rtol=0, atol=dense.parity.tolerance)
 
 

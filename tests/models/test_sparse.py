@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bridge.models.residual import EMBEDDING, Enter
-from bridge.models.sparse import Gated, Location, SparseTransformer, identity_gate
+from bridge.models.sparse import Location, SparseTransformer, identity_gate
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.recipe import RecipeError, SparseShape, Sparsity
 
@@ -195,7 +195,7 @@ def test_rows_entering_anywhere_are_the_rows_of_plain_runs(kinds: tuple[str, ...
     tokens_bt = some_tokens(rows=len(sites))
     other_bt = tokens_bt.roll(1, 0)
     plain, other = model.run(tokens_bt), model.run(other_bt)
-    x_btd = torch.stack([other.at(max(site, 0))[row] for row, site in enumerate(sites)])
+    x_btd = torch.stack([other.residuals[max(site, 0)][row] for row, site in enumerate(sites)])
     mixed = model.run(tokens_bt, Enter(torch.tensor(sites), x_btd))
     torch.testing.assert_close(mixed.logits_btv[0], plain.logits_btv[0])
     torch.testing.assert_close(mixed.logits_btv[1:], other.logits_btv[1:])
@@ -272,7 +272,7 @@ def recorded(model: SparseTransformer, tokens_bt: Tensor) -> tuple[dict[Location
         record[location] = x_btn
         return x_btn
 
-    model.gated(gate).run(tokens_bt)
+    model.run(tokens_bt, gate=gate)
     return (record,)
 
 
@@ -284,19 +284,15 @@ all_kinds = pytest.mark.parametrize(
 @all_kinds
 def test_the_identity_gate_is_the_model_exactly(kinds: tuple[str, ...]) -> None:
     model, tokens_bt = build(kinds), some_tokens()
-    plain, gated = model.run(tokens_bt), model.gated(identity_gate).run(tokens_bt)
+    plain, gated = model.run(tokens_bt), model.run(tokens_bt, gate=identity_gate)
     assert torch.equal(plain.logits_btv, gated.logits_btv)
     assert all(torch.equal(a, b) for a, b in zip(plain.residuals, gated.residuals, strict=True))
 
 
-def test_a_gated_model_is_again_a_residual_model() -> None:
-    model = build()
-    gated = model.gated(identity_gate)
-    assert isinstance(gated, Gated)
-    for each in (model, gated):
-        assert (each.n_sites, each.width, each.vocabulary) == (5, WIDTH, VOCABULARY)
-    tokens_bt = some_tokens()
-    entered = gated.run(tokens_bt, Enter.at(2, model.run(tokens_bt).at(2)))
+def test_a_gated_run_takes_rows_that_enter() -> None:
+    model, tokens_bt = build(), some_tokens()
+    assert (model.n_sites, model.width, model.vocabulary) == (5, WIDTH, VOCABULARY)
+    entered = model.run(tokens_bt, Enter.at(2, model.run(tokens_bt).residuals[2]), identity_gate)
     torch.testing.assert_close(entered.logits_btv, model(tokens_bt))
 
 
@@ -369,12 +365,12 @@ def test_a_gate_changes_what_is_downstream_and_nothing_else(kinds: tuple[str, ..
             changed_btn[:, gated_at] *= -1.5
             return changed_btn
 
-        trace = model.gated(gate).run(tokens_bt)
+        trace = model.run(tokens_bt, gate=gate)
         for other, x_btn in after.items():
             changed = not torch.equal(x_btn, before[other])
             assert changed == downstream(model, location, other), f"{location} on {other}"
         for site in range(model.n_sites):
-            assert torch.equal(trace.at(site), plain.at(site)) == (site <= model.site(location))
+            assert torch.equal(trace.residuals[site], plain.residuals[site]) == (site <= model.site(location))
         change_bt = (trace.logits_btv - plain.logits_btv).abs().amax(-1)
         assert change_bt[:, :gated_at].max() < 1e-12
         assert change_bt[:, gated_at:].max() > 1e-6
@@ -383,7 +379,7 @@ def test_a_gate_changes_what_is_downstream_and_nothing_else(kinds: tuple[str, ..
 def test_gradients_pass_through_gates() -> None:
     model, tokens_bt = build(), some_tokens()
     masks = {location: torch.ones(size, dtype=torch.float64, requires_grad=True) for location, size in model.locations().items()}
-    model.gated(lambda location, x_btn: x_btn * masks[location]).run(tokens_bt).logits_btv.square().sum().backward()
+    model.run(tokens_bt, gate=lambda location, x_btn: x_btn * masks[location]).logits_btv.square().sum().backward()
     assert all(mask.grad is not None and mask.grad.any() for mask in masks.values())
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bridge.models.bridges import CoupledModels
+from bridge.models.residual import Trace
 from bridge.models.sparse import Location
-from bridge.models.transport import Change, run_changed
+from bridge.models.transport import change_between, decoded, run_changed
 
 TOKENS_BT = torch.tensor([[3, 5, 7, 9, 2], [4, 8, 6, 11, 30]])
 
@@ -22,7 +23,8 @@ def _pushed(coupling: CoupledModels) -> tuple:
 @torch.no_grad()
 def test_a_change_is_the_decoders_difference(coupling: CoupledModels) -> None:
     plain, changed = _pushed(coupling)
-    change_btd = Change.between(plain, changed, torch.tensor([2, 3])).decoded(coupling)
+    site_b = torch.tensor([2, 3])
+    change_btd = decoded(coupling, site_b, change_between(plain, changed, site_b))
     for row, site in enumerate((2, 3)):
         decode = coupling.bridges[site].decode
         expected_td = decode(changed.residuals[site][row]) - decode(plain.residuals[site][row])
@@ -33,7 +35,7 @@ def test_a_change_is_the_decoders_difference(coupling: CoupledModels) -> None:
 @torch.no_grad()
 def test_before_the_changed_node_nothing_changes(coupling: CoupledModels) -> None:
     plain, changed = _pushed(coupling)
-    assert not Change.between(plain, changed, torch.tensor([1, 0])).change_bts.any()
+    assert not change_between(plain, changed, torch.tensor([1, 0])).any()
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def test_the_dense_model_goes_on_from_the_sum(coupling: CoupledModels) -> None:
     change_btd = torch.randn(2, 5, dense.width, generator=torch.Generator().manual_seed(0))
     trace = run_changed(coupling, TOKENS_BT, plain, site_b, change_btd)
     for row, site in enumerate(site_b.tolist()):
-        alone = run_changed(coupling, TOKENS_BT[row : row + 1], plain.rows(slice(row, row + 1)), site_b[[row]], change_btd[[row]])
+        plain_1 = Trace(plain.logits_btv[[row]], tuple(x_btd[[row]] for x_btd in plain.residuals))
+        alone = run_changed(coupling, TOKENS_BT[[row]], plain_1, site_b[[row]], change_btd[[row]])
         torch.testing.assert_close(trace.logits_btv[row], alone.logits_btv[0], rtol=1e-4, atol=1e-5)
         assert (trace.logits_btv[row] - plain.logits_btv[row]).abs().max() > 1e-2, site
     unchanged = run_changed(coupling, TOKENS_BT, plain, site_b, torch.zeros_like(change_btd))

@@ -10,6 +10,7 @@ from support.models import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, u
 
 from bridge.circuits.task_search import NoCircuitError, SearchError, measured_prompts
 from bridge.data.task_tokens import Resolved, TokenPairs
+from bridge.models.circuit import ablation_gate
 from bridge.models.dense import DenseModel
 from bridge.models.sparse import Location
 from bridge.studies import search
@@ -92,7 +93,7 @@ def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseMo
     for edge in (edge for edge in edges if edge.target.location.kind == "mlp_out"):
         d: list[float] = []
         for more in (-1e-3, 1e-3):
-            kept = result.circuit.gate
+            kept = ablation_gate(result.circuit.kept, result.circuit.means)
             change: list[torch.Tensor] = []
 
             def gate(at: Location, x_btn: torch.Tensor, edge=edge, more=more, kept=kept, change=change) -> torch.Tensor:

@@ -140,7 +140,7 @@ def test_dead_neurons_and_nonzeros_are_counted(sparsified: CoupledModels, result
             active[location] = x_btn.flatten(0, 1)
         return x_btn
 
-    sparsified.sparse.gated(watch).run(TOKENS_BT)
+    sparsified.sparse.run(TOKENS_BT, gate=watch)
     dead = sum(not any(bool(v != 0) for v in x_xn[:, neuron]) for x_xn in active.values() for neuron in range(x_xn.shape[1]))
     assert result.dead_neurons == dead >= 2
     assert result.neurons == 2 * 4 * 32

@@ -94,9 +94,9 @@ def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: CoupledMod
     native.pack(sparse, name)
     native.look(sparse)
     matrix = sparse.compact[name]
-    assert matrix.look is not None
+    assert matrix.gradient_mn is not None
     gradient_mn = torch.randn(weight_mn.shape, generator=torch.Generator().manual_seed(0))
-    matrix.look.gradient_mn.copy_(gradient_mn)
+    matrix.gradient_mn.copy_(gradient_mn)
     moment_p = matrix.value_p.detach() * 3
     native.update_mask(sparse, 0.25, {matrix.value_p: {"exp_avg": moment_p}})
 
@@ -121,8 +121,8 @@ def test_what_min_per_neuron_protects_is_not_dropped(coupling: CoupledModels) ->
     for _ in range(5):
         native.look(sparse)
         matrix = sparse.compact[name]
-        assert matrix.look is not None
-        matrix.look.gradient_mn.normal_()
+        assert matrix.gradient_mn is not None
+        matrix.gradient_mn.normal_()
         native.update_mask(sparse, 0.5, {}, min_per_neuron=2)
         assert int(matrix.pattern.start_m1.diff().min()) >= 2
 
