@@ -144,6 +144,8 @@ class Masked(ABC):
             return through[location]
 
         def correct(location: Location, x_rts: Tensor) -> Tensor:
+            if self.errors is None:
+                return x_rts
             change[location] = self._excess(location, row_r, x_rts)
             through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
             return x_rts + through[location]
@@ -243,7 +245,9 @@ class MaskedModel(Masked):
         row_r = self._prompts(kept_rf, row_r)
         if narrow and self._compiled is not None:
             return self._compiled.run(kept_rf, row_r, enter)
-        return self._run(row_r, enter, *self.gates(kept_rf, row_r), last_only=narrow, narrow=narrow)
+        gate, correct = self.gates(kept_rf, row_r)
+        tokens_rt = self.question.prompt_bt[row_r]
+        return self.sparse.run(tokens_rt, enter, gate, correct=correct, last_only=narrow, narrow=narrow)
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
@@ -281,17 +285,10 @@ class MaskedModel(Masked):
                 logits_kv[some_k] = self.run(kept_rf, None, Enter(site_r, x_rts), narrow=True).logits_btv[:, -1]
         return logits_kv
 
-    # -- parts ----------------------------------------------------------------------------------------------------------
-
-    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, *, last_only: bool, narrow: bool) -> Trace:
-        tokens_rt = self.question.prompt_bt[row_r]
-        used = correct if self.errors is not None else None
-        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=last_only, narrow=narrow)
-
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        trace = self._run(row_r, None, gate, correct, last_only=True, narrow=self._narrow)
-        used = correct if self.errors is not None else None
-        return last_logits(self.sparse, self.question.prompt_bt[row_r], self.question.last_b[row_r], trace, used)
+        tokens_rt = self.question.prompt_bt[row_r]
+        trace = self.sparse.run(tokens_rt, gate=gate, correct=correct, last_only=True, narrow=self._narrow)
+        return last_logits(self.sparse, tokens_rt, self.question.last_b[row_r], trace, correct)
 
 
 def last_logits(

@@ -30,7 +30,6 @@ def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor | None = None
     row_b = torch.arange(len(masked.question)) if row_b is None else row_b
     values: dict[Location, Tensor] = {}
     _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
-    correct = None if masked.errors is None else correct
     masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
     return values
 
