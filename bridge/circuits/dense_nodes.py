@@ -292,12 +292,6 @@ class MaskedDense(Masked):
         super().__init__(question, subject.space.sizes, subject.means, by_position=by_position)
         self.subject = subject
 
-    def only(self, row: int) -> MaskedDense:
-        """These nodes on one of the prompts."""
-        if len(self.question) == 1:
-            return self
-        return MaskedDense(self.subject, self.question.rows(torch.tensor([row], device=self.device)))
-
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         logits_rtv = self.subject.run(self.question.prompt_bt[row_r], gate)
         return logits_rtv[torch.arange(len(row_r), device=self.device), self.question.last_b[row_r]].float()
