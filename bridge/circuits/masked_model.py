@@ -19,7 +19,7 @@ position, channel by channel), k some of them by their place, s sparse width, v 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -64,10 +64,6 @@ class Masked(ABC):
         self.question, self.means, self.errors = question, means, errors
         self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
         check_means(sizes, means)
-
-    @abstractmethod
-    def only(self, row: int) -> Masked:
-        """These nodes on one of the prompts."""
 
     @abstractmethod
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
@@ -218,8 +214,6 @@ class MaskedModel(Masked):
 
     def only(self, row: int) -> MaskedModel:
         """These nodes on one of the prompts."""
-        if len(self.question) == 1:
-            return self
         question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
         errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
@@ -250,40 +244,36 @@ class MaskedModel(Masked):
         return self.sparse.run(tokens_rt, enter, gate, correct=correct, last_only=narrow, narrow=narrow)
 
     @torch.no_grad()
-    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less one node, for each of node_k: each run from the node's sublayer on."""
-
-        def less(kept_rf: Tensor, some_k: Tensor) -> None:
-            kept_rf[torch.arange(len(some_k)), node_k[some_k]] = False
-
-        return self._logits_less(kept_f, less, self.site_f[node_k.cpu()])
-
-    @torch.no_grad()
-    def logits_without_sets(self, kept_f: Tensor, sets: Sequence[Tensor]) -> Tensor:
-        """logits_kv of the one prompt under a mask less all of some nodes, for each of the sets."""
-
-        def less(kept_rf: Tensor, some_k: Tensor) -> None:
-            for row, k in enumerate(some_k.tolist()):
-                kept_rf[row, sets[k]] = False
-
-        sites = [int(self.site_f[node_s.cpu()].min()) for node_s in sets]
-        return self._logits_less(kept_f, less, torch.tensor(sites, dtype=torch.long))
-
-    def _logits_less(self, kept_f: Tensor, less: Callable[[Tensor, Tensor], None], site_k: Tensor) -> Tensor:
-        """logits_kv of a mask from which `less` takes nodes whose sublayers read site_k or later ones."""
+    def logits_without(self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less a node, or all of some nodes, for each of the sets."""
         whole = self.run(kept_f[None], narrow=True)
-        logits_kv = whole.logits_btv[:, -1].repeat(len(site_k), 1)
-        late_k = site_k >= self.sparse.narrow_from  # there the stream is that of the last position alone
-        for part_k in (~late_k, late_k):
-            place_k = part_k.nonzero().flatten()
-            place_k = place_k[torch.argsort(site_k[place_k], stable=True)]
-            for some_k in place_k.split(self.rows) if len(place_k) else ():
-                kept_rf = kept_f.repeat(len(some_k), 1)
-                less(kept_rf, some_k)
-                site_r = site_k[some_k]
-                x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_r.tolist()])
-                logits_kv[some_k] = self.run(kept_rf, None, Enter(site_r, x_rts), narrow=True).logits_btv[:, -1]
+        logits_kv = whole.logits_btv[:, -1].repeat(len(sets), 1)
+        for some_k, trace in self.runs_without(kept_f, sets, whole):
+            logits_kv[some_k] = trace.logits_btv[:, -1]
         return logits_kv
+
+    def runs_without(
+        self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor, whole: Trace, *, beside: bool = False
+    ) -> Iterator[tuple[Tensor, Trace]]:
+        """(some_k, trace) of narrow runs without the sets some_k, each from the sublayer of its first node on, batch by batch.
+
+        whole is the mask's own run; with `beside` it is done again as the first row of each batch.
+        """
+        site_k = torch.tensor([int(self.site_f[node_s.cpu()].min()) if node_s.numel() else 0 for node_s in sets])
+        for some_k in self.batches(site_k, self.sparse.narrow_from):
+            of_r = torch.cat([some_k[:1], some_k]) if beside else some_k
+            kept_rf = kept_f.repeat(len(of_r), 1)
+            for row, k in enumerate(some_k.tolist(), int(beside)):
+                kept_rf[row, sets[k]] = False
+            x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_k[of_r].tolist()])
+            yield some_k, self.run(kept_rf, None, Enter(site_k[of_r], x_rts), narrow=True)
+
+    def batches(self, site_k: Tensor, late: int) -> Iterator[Tensor]:
+        """Places of rows that enter at site_k, in the order of their sites; those from `late` on, of one token, apart."""
+        for part_k in (site_k < late, site_k >= late):
+            place_k = part_k.nonzero().flatten()
+            if len(place_k):
+                yield from place_k[torch.argsort(site_k[place_k], stable=True)].split(self.rows)
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         tokens_rt = self.question.prompt_bt[row_r]

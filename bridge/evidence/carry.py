@@ -20,7 +20,7 @@ Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,13 +38,7 @@ _LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
 
 
-@dataclass(frozen=True, eq=False)
-class Transported:
-    """Shares of the span lost under some masks, prompt by prompt: in the sparse model itself, and by site in either model."""
-
-    lost_cb: Tensor
-    dense_cjb: Tensor
-    sparse_cjb: Tensor | None
+Lost = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +87,15 @@ class Transporter:
     def _reference_d_b(self) -> Tensor:
         return self._sparse_d(self.reference, torch.arange(self.prompts))
 
-    def deleted(self, circuit_cf: Tensor) -> Tensor:
-        """The reference's masks with each of some circuits deleted."""
-        return self.reference_f & ~circuit_cf
-
     @torch.no_grad()
-    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], *, sparse: bool = False) -> Transported:
-        """Losses under some masks, the change of each transported at equally many sites; where asked, in both models.
+    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
+        """lost_cb of the span under some masks, and lost_mcjb by the change of each transported at equally many sites.
 
-        Changes are transported batch by batch, and not kept: of many nodes on many prompts they would not fit.
+        m are the losses asked for, `dense_lost` and `sparse_lost`. Changes are transported batch by batch, and not kept: of many
+        nodes on many prompts they would not fit.
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
-        lost_cb, dense_cjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], shape))
-        sparse_cjb = torch.zeros_like(dense_cjb) if sparse else None
+        lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
         for place_c, row_p in self._batches(len(kept_cf)):
             changes, lost_cb[place_c[:, None], row_p] = self._changes(kept_cf[place_c], row_p)
             places = [
@@ -113,15 +103,14 @@ class Transporter:
             ]
             row_k, site_k = [int(row_p[p]) for _, _, p in places], [site for _, site, _ in places]
             change_k = [changes[site][c, p] for c, site, p in places]
-            for into, lost in ((dense_cjb, self.dense_lost), (sparse_cjb, self.sparse_lost)):
-                if into is not None:
-                    found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
-                    into[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
-        return Transported(lost_cb, dense_cjb, sparse_cjb)
+            for lost_cjb, lost in zip(lost_mcjb, losses, strict=True):
+                found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
+                lost_cjb[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
+        return lost_cb, lost_mcjb
 
     @torch.no_grad()
-    def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Transported:
-        """Losses when all of some nodes are deleted, for each of the sets, its change transported at one site.
+    def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Tensor:
+        """lost_2kb in the sparse and the dense model without all of some nodes, for each of the sets, transported at one site.
 
         Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
         """
@@ -129,27 +118,17 @@ class Transporter:
             deleted_kf = torch.zeros(len(sets), len(self.reference_f), dtype=torch.bool, device=self.reference_f.device)
             for k, node_n in enumerate(sets):
                 deleted_kf[k, node_n] = True
-            return self.transport(self.deleted(deleted_kf), [[site] for site in site_k])
+            lost_kb, lost_1k1b = self.transport(self.reference_f & ~deleted_kf, [[site] for site in site_k], [self.dense_lost])
+            return torch.stack([lost_kb, lost_1k1b[0, :, 0]])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
-        site_f, late = self.masked.site_f, self.masked.sparse.narrow_from
-        begin_k = [int(site_f[node_n.cpu()].min()) if len(node_n) else 0 for node_n in sets]
-        for part in (range(-1, late), range(late, self.coupling.n_sites)):
-            order = sorted((k for k, begin in enumerate(begin_k) if begin in part), key=begin_k.__getitem__)
-            for first in range(0, len(order), self.masked.rows):
-                some = order[first : first + self.masked.rows]
-                # the reference is in the same batch, so that nothing is left of what does not change
-                kept_rf, begin_r = self.reference_f.repeat(1 + len(some), 1), [begin_k[k] for k in (some[0], *some)]
-                for row, k in enumerate(some, 1):
-                    kept_rf[row, sets[k]] = False
-                x_rts = torch.cat([self.reference.residuals[max(0, site)] for site in begin_r])
-                trace = self.masked.run(kept_rf, None, Enter(torch.tensor(begin_r), x_rts), narrow=True)
-                d_r = self._sparse_d(trace, torch.zeros(len(kept_rf), dtype=torch.long))
-                for row, k in enumerate(some, 1):
-                    x_rts = trace.residuals[site_k[k]]
-                    changes[k] = x_rts[row] - x_rts[0]
-                    lost_k[k] = (d_r[0] - d_r[row]) / self._span
-        dense_k = self.dense_lost([0] * len(sets), site_k, changes)
-        return Transported(lost_k[:, None], dense_k[:, None, None], None)
+        # the reference is in the same batch, so that nothing is left of what does not change
+        for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, beside=True):
+            d_r = self._sparse_d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
+            lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
+            for row, k in enumerate(some_k.tolist(), 1):
+                x_rts = trace.residuals[site_k[k]]
+                changes[k] = x_rts[row] - x_rts[0]
+        return torch.stack([lost_k, self.dense_lost([0] * len(sets), site_k, changes)])[..., None]
 
     def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of masks and prompts, with the reference, of a sensible size."""
@@ -199,15 +178,13 @@ class Transporter:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
         lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
-        for part in (range(late), range(late, self.coupling.n_sites)):
-            place_k = torch.tensor(sorted((k for k, site in enumerate(site_k) if site in part), key=lambda k: site_k[k]))
-            for some_k in place_k.split(self.masked.rows) if len(place_k) else ():
-                places = some_k.tolist()
-                row_r, site_r = (torch.tensor([of_k[k] for k in places]) for of_k in (row_k, site_k))
-                x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
-                kept_rf = self.reference_f.expand(len(places), -1)
-                trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
-                lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
+        for some_k in self.masked.batches(torch.tensor(site_k), late):
+            places = some_k.tolist()
+            row_r, site_r = (torch.tensor([of_k[k] for k in places]) for of_k in (row_k, site_k))
+            x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
+            kept_rf = self.reference_f.expand(len(places), -1)
+            trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
+            lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
         return lost_k
 
     @property

@@ -65,8 +65,7 @@ def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) 
         return ()
     masked = transporter.masked
     site_p = (masked.site_f[node_p.cpu()] + 1).tolist()
-    losses = transporter.transport_deleted(list(node_p[:, None]), site_p)
-    both_pb2 = torch.stack([losses.lost_cb, losses.dense_cjb[:, 0]], -1).double()
+    both_pb2 = transporter.transport_deleted(list(node_p[:, None]), site_p).permute(1, 2, 0).double()
     return tuple(
         Effect(
             _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
