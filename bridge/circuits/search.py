@@ -117,14 +117,10 @@ class _Search:
             level = levels[place]
             core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:
-                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level, self.config.attempts), score_f, level)
+                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level), score_f, level)
             elif place == opening + 1:
                 kept_f, within = self._added(core_f, level)
-                kept_f = (
-                    self._deleted(core_f, kept_f, level)
-                    if within
-                    else self._by_descent(core_f, score_f, level, self.config.attempts)
-                )
+                kept_f = self._deleted(core_f, kept_f, level) if within else self._by_descent(core_f, score_f, level)
             else:
                 kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
@@ -146,7 +142,7 @@ class _Search:
         extra = int((more_f & ~core_f).sum())
         if not extra:
             return kept_f
-        other_f = self._by_descent(more_f, score_f, level, self.config.attempts)
+        other_f = self._by_descent(more_f, score_f, level)
         return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
 
     def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
@@ -178,10 +174,10 @@ class _Search:
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
-    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, attempts: int) -> Tensor:
+    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
         descent, within, kept_f = _Descent(score_f, _SIZE_WEIGHT), False, core_f
-        for attempt in range(attempts):
+        for attempt in range(self.config.attempts):
             descent = self._descended(core_f, score_f, level, attempt, descent)
             kept_f, within = self._added(core_f | (descent.tau_f > 0), level)
             if within:
