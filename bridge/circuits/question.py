@@ -49,8 +49,6 @@ class Question:
     @staticmethod
     def of_prompt(tokens_t: Tensor, answer: int, against: int | None = None) -> Question:
         """Why one token follows a prompt: against one other, or against all others where `against` is None."""
-        if tokens_t.dim() != 1 or not len(tokens_t):
-            raise ValueError(f"a prompt is a row of at least one token, not a tensor of shape {tuple(tokens_t.shape)}")
         device, every = tokens_t.device, against is None
         answer_bk = torch.tensor([[answer]], device=device)
         against_bk = torch.tensor([[answer if against is None else against]], device=device)
