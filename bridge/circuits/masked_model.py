@@ -298,7 +298,7 @@ def last_logits(
 
 
 def integrated_gradients(
-    masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
+    masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int = 4, kept_f: Tensor | None = None
 ) -> Tensor:
     """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
 

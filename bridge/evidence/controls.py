@@ -76,15 +76,14 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
 
 
 def another_prompt(
-    coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator, alphas: int = 4
+    coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator
 ) -> Tensor:
     """other_cf: as many nodes as a circuit has, those that matter most to other prompts of as many tokens, at their positions.
 
     The other prompts are cut from the coupling's reference text, and asked why the dense model's own answer follows. None where
     the text has no prompt so long.
     """
-    count, text_bt = int((kept_f & ~masked.is_error_f).sum()), coupling.reference_bt
-    length = masked.n_tokens
+    count, text_bt, length = int((kept_f & ~masked.is_error_f).sum()), coupling.reference_bt, masked.n_tokens
     if text_bt is None or text_bt.shape[1] < length or not count:
         return kept_f.new_zeros(0, len(kept_f))
     other_cf = kept_f.new_zeros(draws, len(kept_f))
@@ -96,7 +95,7 @@ def another_prompt(
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
         score_f = integrated_gradients(
-            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f, alphas
+            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f
         )
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf
