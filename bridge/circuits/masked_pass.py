@@ -259,13 +259,14 @@ class _Tile:
             self._error(site + 1, x, lanes)
         if trace:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
-        y = self._normed(x)
+        y, normed_back = self._norm(x)
+        self._way(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
         unembedding = of.matrix("unembedding")
         logits = unembedding.times(y, room)
         self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
             logits[:, :rows] += of.bigram_bv[prompt_r].T
-        self._error(sparse.n_sites, logits, self.answers, of_logits=True)
+        self._error(sparse.n_sites, logits, self.answers)
         self.logits_rv = torch.from_numpy(logits[:, :rows].T.copy())
 
     def backward(self, gradient_rv: Array, dmask: _Every | _Some) -> None:
@@ -312,8 +313,7 @@ class _Tile:
                 dx = wide
             else:
                 dr += dr_q
-            normed_back(r_back(dr, dmask), dx)
-            return dx
+            return normed_back(r_back(dr, dmask), dx)
 
         self._way(back)
         return self._sum(into, write)
@@ -332,30 +332,18 @@ class _Tile:
         def back(dx: Array, dmask: _Every | _Some) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
             da *= gradient
-            normed_back(r_back(up.back(da, self.brief), dmask), dx)
-            return dx
+            return normed_back(r_back(up.back(da, self.brief), dmask), dx)
 
         self._way(back)
         return self._sum(x, write)
 
-    def _normed(self, x: Array) -> Array:
-        """The normed residual that the unembedding reads."""
-        y, normed_back = self._norm(x)
-
-        def back(dy: Array, _: _Every | _Some) -> Array:
-            dx = np.zeros_like(dy)
-            normed_back(dy, dx)
-            return dx
-
-        self._way(back)
-        return y
-
-    def _error(self, site: int, x: Array, lanes: Lanes, *, of_logits: bool = False) -> None:
+    def _error(self, site: int, x: Array, lanes: Lanes) -> None:
         """Sum of the kept errors of a site, added to the stream, or to the logits."""
         of, at = self.of, Location(site, ERROR)
         if at not in of.excess:
             return
-        what = of.excess[at], lanes.prompt_l, np.zeros_like(lanes.token_l) if of_logits else lanes.token_l
+        token_l = lanes.token_l if site < of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits have one row a prompt
+        what = of.excess[at], lanes.prompt_l, token_l
         masked.add_error(x, self.mask, lanes.places(1), of.first[at], of.means[at], *what)
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
@@ -367,10 +355,7 @@ class _Tile:
     # -- parts ----------------------------------------------------------------------------------------------------------
 
     def _nodes(self, at: Location, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
-        """The nodes of a location under their masks, and what turns dy into dpre; `change` has what they are before AbsTopK.
-
-        They last for the sublayer alone, if not asked to last longer.
-        """
+        """The nodes, for the sublayer alone if not lasting, and what turns dy into dpre; `change` is as before AbsTopK."""
         of, n = self.of, len(change)
         through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
         kept = max(1, round(of.sparse.keep * n))
@@ -383,11 +368,16 @@ class _Tile:
 
         return y, back
 
-    def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], None]]:
+    def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
         """RMSNorm, and what adds to dx by dy."""
         y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
         masked.norm(x, scale, y, self.of.sparse.form.eps)
-        return y, lambda dy, dx: masked.norm_back(dy, x, scale, dx)
+
+        def back(dy: Array, dx: Array) -> Array:
+            masked.norm_back(dy, x, scale, dx)
+            return dx
+
+        return y, back
 
     def _attend(
         self, layer: int, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes
