@@ -21,7 +21,6 @@ Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -37,43 +36,21 @@ from bridge.models.transport import Change
 _LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
 
-
 Lost = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
 
 
-@dataclass(frozen=True, eq=False)
 class Transporter:
-    """Both models on a question's prompts: the coupling, the loss on its sparse model, the dense run, the reference's mask."""
+    """Both models on a question's prompts: the coupling, the loss on its sparse model, and the dense run.
 
-    coupling: CoupledModels
-    loss: CircuitLoss
-    dense: Trace
-    reference_f: Tensor
+    The reference keeps every node, and of the errors those of a circuit.
+    """
 
-    @staticmethod
-    def of(coupling: CoupledModels, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Transporter:
-        """The transporter whose reference keeps every node, and of the errors those of a circuit."""
-        return Transporter(coupling, loss, dense, loss.nodes_f | circuit_f)
-
-    @property
-    def masked(self) -> MaskedModel:
-        """The sparse model with its masks."""
-        return self.loss.masked
-
-    @property
-    def sites(self) -> range:
-        """Every site."""
-        return range(self.coupling.n_sites)
-
-    @property
-    def prompts(self) -> int:
-        """Number of prompts."""
-        return len(self.loss.model_b)
-
-    @cached_property
-    def narrow(self) -> bool:
-        """Whether residuals behind the last attention are those of the last position alone."""
-        return self.masked.question.whole_rows
+    def __init__(self, coupling: CoupledModels, loss: CircuitLoss[MaskedModel], dense: Trace, circuit_f: Tensor) -> None:
+        self.coupling, self.loss, self.masked, self.dense = coupling, loss, loss.masked, dense
+        self.reference_f = loss.nodes_f | circuit_f
+        self.sites, self.prompts = range(coupling.n_sites), len(loss.model_b)
+        self.narrow = self.masked.question.whole_rows  # behind the last attention residuals are of the last position alone
+        self._span = loss.span if abs(loss.span) >= 1e-6 else 1e-6
 
     @cached_property
     def reference(self) -> Trace:
@@ -97,7 +74,12 @@ class Transporter:
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
         lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
         for place_c, row_p in self._batches(len(kept_cf)):
-            changes, lost_cb[place_c[:, None], row_p] = self._changes(kept_cf[place_c], row_p)
+            # the reference is in the same batch, so that nothing is left of what does not change
+            trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
+            residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
+            changes = [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals]
+            d_cp = self._sparse_d(trace, row_p.repeat(1 + len(place_c))).view(-1, len(row_p))
+            lost_cb[place_c[:, None], row_p] = (d_cp[:1] - d_cp[1:]) / self._span
             places = [
                 (c, site, p) for c, place in enumerate(place_c.tolist()) for site in sites[place] for p in range(len(row_p))
             ]
@@ -136,14 +118,6 @@ class Transporter:
         for row_p in torch.arange(self.prompts).split(some):
             for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):
                 yield place_c, row_p
-
-    def _changes(self, kept_cf: Tensor, row_p: Tensor) -> tuple[list[Tensor], Tensor]:
-        """change_cpts at every site under some masks, and lost_cp, what the sparse model itself loses of the span."""
-        # the reference is in the same batch, so that nothing is left of what does not change
-        trace = self._run(torch.cat([self.reference_f[None], kept_cf]), row_p)
-        residuals = [x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals]
-        d_cp = self._sparse_d(trace, row_p.repeat(1 + len(kept_cf))).view(-1, len(row_p))
-        return [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals], (d_cp[:1] - d_cp[1:]) / self._span
 
     @torch.no_grad()
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
@@ -186,10 +160,6 @@ class Transporter:
             trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
             lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
         return lost_k
-
-    @property
-    def _span(self) -> float:
-        return self.loss.span if abs(self.loss.span) >= 1e-6 else 1e-6
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
         """Every mask on every one of some prompts."""

@@ -102,7 +102,7 @@ def case(dense: DenseModel) -> Case:
 
 @pytest.fixture(scope="module")
 def transporter(case: Case) -> Transporter:
-    return Transporter.of(case.coupling, case.loss, case.followed.dense, case.kept_f)
+    return Transporter(case.coupling, case.loss, case.followed.dense, case.kept_f)
 
 
 def assert_close(value: float, expected: float) -> None:
