@@ -98,14 +98,10 @@ class CircuitLoss(Generic[M]):
         self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
         self.nothing_b = masked.difference(nothing_bf)
         self.model, self.nothing = float(self.model_b.mean()), float(self.nothing_b.mean())
+        self.span = self.model - self.nothing  # in nats; what a circuit has to account for
         self.nodes_f = ~masked.is_error_f
         superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
         self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
-
-    @property
-    def span(self) -> float:
-        """D of the model less that of everything at its mean, in nats; what a circuit has to account for."""
-        return self.model - self.nothing
 
     def seeded(self, seed: int) -> CircuitLoss[M]:
         """Copy with the supersets, and the config, of another seed."""

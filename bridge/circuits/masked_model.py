@@ -62,22 +62,13 @@ class Masked(ABC):
         if by_position and len(question) != 1:
             raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
         self.question, self.means, self.errors = question, means, errors
-        self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
+        self.device, self.n_tokens = question.last_b.device, question.prompt_bt.shape[1]  # tokens of a prompt, padding included
+        self.space = NodeSpace(sizes, self.n_tokens if by_position else 1)
         check_means(sizes, means)
 
     @abstractmethod
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         """logits_rv after some of the prompts, every node through a gate and the stream through a correction."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the prompts."""
-        return self.question.last_b.device
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a prompt, padding included."""
-        return self.question.prompt_bt.shape[1]
 
     @property
     def rows(self) -> int:

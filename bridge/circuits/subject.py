@@ -60,22 +60,12 @@ class Subject(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
 class SparseSubject:
-    """The weight-sparse model."""
+    """The weight-sparse model, and the means of its nodes."""
 
-    sparse: SparseTransformer
-    means: Mapping[Location, Tensor]
-
-    @property
-    def space(self) -> NodeSpace:
-        """Every node in one row."""
-        return NodeSpace(self.sparse.locations(), 1)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.sparse.device
+    def __init__(self, sparse: SparseTransformer, means: Mapping[Location, Tensor]) -> None:
+        self.sparse, self.means, self.device = sparse, means, sparse.device
+        self.space = NodeSpace(sparse.locations(), 1)
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
