@@ -92,7 +92,7 @@ class CircuitLoss(Generic[M]):
 
     def __init__(self, masked: M, model_bv: Tensor, config: SearchConfig) -> None:
         """model_bv are the logits, after each prompt, of what is to be explained: the dense model's where errors are followed."""
-        self.masked, self.config, self.model_bv = masked, config, model_bv
+        self.masked, self.config, self.model_bv, self._in_turn = masked, config, model_bv, masked.question.in_turn
         count = len(masked.question)
         nothing_bf = torch.zeros(count, masked.space.size, dtype=torch.bool, device=model_bv.device)
         self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
@@ -112,7 +112,7 @@ class CircuitLoss(Generic[M]):
     def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:
         """(kept_rf, row_r): every mask on every prompt, mask by mask."""
         count = len(self.model_b)
-        return kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf, self._rows(len(kept_cf) * count, None)
+        return kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf, self._in_turn(len(kept_cf) * count)
 
     def logits(self, kept_cf: Tensor) -> Tensor:
         """logits_rv of every mask on every prompt, mask by mask."""
@@ -130,18 +130,18 @@ class CircuitLoss(Generic[M]):
 
     def miss(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """miss_r, in terms of the span of all prompts."""
-        row_r = self._rows(len(logits_rv), row_r)
+        row_r = self._in_turn(len(logits_rv), row_r)
         return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / max(abs(self.span), 1e-6)
 
     def left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """left_r, the share of the span that is still there."""
-        row_r = self._rows(len(logits_rv), row_r)
+        row_r = self._in_turn(len(logits_rv), row_r)
         difference_r = self.masked.question.difference(logits_rv, row_r)
         return (difference_r - self.nothing_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
 
     def kl(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """kl_r from the model's next-token distribution, in nats."""
-        return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._rows(len(logits_rv), row_r)], logits_rv)
+        return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._in_turn(len(logits_rv), row_r)], logits_rv)
 
     def off_rows(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
         """off_r of single masked copies, in multiples of what the level allows alone."""
@@ -185,7 +185,7 @@ class CircuitLoss(Generic[M]):
         inside_uf = torch.cat([torch.zeros_like(self.superset_uf[:1]), self.superset_uf])
         logits_rv, count, off, terms = self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), len(self.model_b), [], []
         for each_rv in logits_rv.split(len(inside_uf) * count):
-            squared_r = self.squared(each_rv, self._rows(len(each_rv), None), level)
+            squared_r = self.squared(each_rv, self._in_turn(len(each_rv)), level)
             terms.append(float(squared_r[:count].mean() + squared_r[count:].mean() / self.superset_bound(level)))
             off.append(max(float(self.off(each_rv[:count], level)), self.off_in_supersets(each_rv[count:], level)))
         return off, terms
@@ -198,15 +198,14 @@ class CircuitLoss(Generic[M]):
         """Whether a circuit is within all that a level asks of it."""
         return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
 
-    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor | None = None) -> Tensor:
+    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
         """Terms that a descent minimises: squared misses of a circuit (the first rows), of its supersets, and of its complement.
 
-        A row for each of the prompts row_p, by default of all. In multiples of what the level allows; the complement, the last
-        rows beyond `config.supersets`, where it is left with more than `config.left` of the span.
+        A row for each of the prompts row_p. In multiples of what the level allows; the complement, the last rows beyond
+        `config.supersets`, where it is left with more than `config.left` of the span.
         """
-        config, count = self.config, len(self.model_b) if row_p is None else len(row_p)
-        row_r = self._rows(len(logits_rv), None if row_p is None else row_p.repeat(len(logits_rv) // count))
-        inside = min(len(logits_rv), (1 + config.supersets) * count)
+        count, row_r = len(row_p), row_p.repeat(len(logits_rv) // len(row_p))
+        inside = (1 + self.config.supersets) * count
         off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
         off_r = torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level)])
         left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
@@ -237,10 +236,6 @@ class CircuitLoss(Generic[M]):
 
     def _by_circuit(self, x_r: Tensor) -> Tensor:
         return x_r.view(-1, len(self.model_b))
-
-    def _rows(self, rows: int, row_r: Tensor | None) -> Tensor:
-        count = len(self.model_b)
-        return torch.arange(rows, device=self.model_b.device) % count if row_r is None else row_r
 
 
 _ONE_OF_SEVERAL = 2.0  # times the mean miss allowed, is what the miss on a single prompt of several is held to

@@ -83,7 +83,7 @@ class Masked(ABC):
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
         """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
-        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+        parts, row_r = self.space.split(kept_rf), self.question.in_turn(len(kept_rf), row_r)
 
         def gate(location: Location, x_rtn: Tensor) -> Tensor:
             return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
@@ -98,7 +98,7 @@ class Masked(ABC):
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
@@ -107,7 +107,7 @@ class Masked(ABC):
     @torch.no_grad()
     def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """d_r of the question under any number of masks."""
-        return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
+        return self.question.difference(self.logits(kept_rf, row_r), row_r)
 
     def gradient(
         self,
@@ -117,7 +117,7 @@ class Masked(ABC):
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.gradient(kept_rf, loss, row_r, node_k)
         parts = self.space.split(kept_rf)
@@ -151,13 +151,6 @@ class Masked(ABC):
             else:
                 into[location][:, -entry_rtn.shape[1] :] = entry_rtn
         return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
-
-    def _prompts(self, kept_rf: Tensor, row_r: Tensor | None) -> Tensor:
-        if row_r is not None:
-            return row_r
-        if len(self.question) == 1:
-            return torch.zeros(len(kept_rf), dtype=torch.long, device=self.device)
-        return torch.arange(len(self.question), device=self.device)
 
     def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
         """Nodes under their masks: of a narrow run the last position alone."""
@@ -222,12 +215,12 @@ class MaskedModel(Masked):
     # -- runs -----------------------------------------------------------------------------------------------------------
 
     def run(self, kept_rf: Tensor, row_r: Tensor | None = None, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
-        """A masked copy for every mask, of the prompts row_r (by default of the one prompt, or row by row).
+        """A masked copy for every mask, of the prompts row_r, by default of every prompt in turn.
 
         With narrow the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if narrow and self._compiled is not None:
             return self._compiled.run(kept_rf, row_r, enter)
         gate, correct = self.gates(kept_rf, row_r)

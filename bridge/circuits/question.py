@@ -92,11 +92,15 @@ class Question:
         few["prompt_bt"] = few["prompt_bt"][:, : int(few["last_b"].max()) + 1]
         return replace(self, **few)
 
+    def in_turn(self, rows: int, row_r: Tensor | None = None) -> Tensor:
+        """row_r; where it is None, every prompt in turn, over and over."""
+        return torch.arange(rows, device=self.last_b.device) % len(self) if row_r is None else row_r
+
     def difference(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """d_r in nats of the logits after the prompts of row_r; by default row by row, or all rows after the one prompt."""
+        """d_r in nats of the logits after the prompts of row_r, by default every prompt in turn."""
         sides = (self.answer_bk, self.answer_not_b), (self.against_bk, self.against_not_b)
         logits_rv = logits_rv if logits_rv.dtype == torch.float64 else logits_rv.float()
-        row_r = torch.arange(len(self), device=self.last_b.device) if row_r is None else row_r
+        row_r = self.in_turn(len(logits_rv), row_r)
         over, under = (log_sum(logits_rv, id_bk[row_r], not_b[row_r]) for id_bk, not_b in sides)
         return over - under
 
