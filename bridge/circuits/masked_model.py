@@ -85,13 +85,23 @@ class Masked(ABC):
         """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
         parts, row_r = self.space.split(kept_rf), self.question.in_turn(len(kept_rf), row_r)
 
+        def kept(location: Location, x_rtn: Tensor) -> Tensor:
+            """The masks of rows that have entered, at positions that are computed: of a narrow run the last one alone."""
+            kept_rtn = parts[location][: len(x_rtn)]
+            return kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
+
         def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
+            kept_rtn = kept(location, x_rtn)
+            if kept_rtn.dtype == torch.bool:
+                return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
+            kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
         def correct(location: Location, x_rts: Tensor) -> Tensor:
             if self.errors is None:
                 return x_rts
-            return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
+            excess_rts = self._excess(location, row_r, x_rts)
+            return x_rts + torch.addcmul(self.means[location], kept(location, x_rts).float(), excess_rts)
 
         return gate, correct
 
@@ -120,26 +130,23 @@ class Masked(ABC):
         row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.gradient(kept_rf, loss, row_r, node_k)
-        parts = self.space.split(kept_rf)
-        through: dict[Location, Tensor] = {}
-        change: dict[Location, Tensor] = {}
+        gate, correct = self.gates(kept_rf, row_r)
+        through, change = dict[Location, Tensor](), dict[Location, Tensor]()
 
-        def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            y_rtn = self._masked(location, parts[location], x_rtn)
-            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
-            through[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
-            return through[location]
+        def probed(location: Location, y: Tensor, change_rtn: Tensor) -> Tensor:
+            change[location], through[location] = change_rtn, y if y.requires_grad else y.requires_grad_()
+            return y
 
-        def correct(location: Location, x_rts: Tensor) -> Tensor:
+        def probed_gate(location: Location, x_rtn: Tensor) -> Tensor:
+            return probed(location, gate(location, x_rtn), x_rtn.detach() - self.means[location].to(x_rtn.dtype))
+
+        def probed_correct(location: Location, x_rts: Tensor) -> Tensor:
             if self.errors is None:
                 return x_rts
-            change[location] = self._excess(location, row_r, x_rts)
-            through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
-            return x_rts + through[location]
+            return probed(location, correct(location, x_rts), self._excess(location, row_r, x_rts))
 
         with torch.enable_grad():
-            logits_rv = self._last_logits(row_r, gate, correct)
-            loss_r = loss(logits_rv)
+            loss_r = loss(self._last_logits(row_r, probed_gate, probed_correct))
             gradients = torch.autograd.grad(loss_r.sum(), list(through.values()))
         gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
         into = self.space.split(gradient_rf)
@@ -152,24 +159,11 @@ class Masked(ABC):
                 into[location][:, -entry_rtn.shape[1] :] = entry_rtn
         return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
 
-    def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
-        """Nodes under their masks: of a narrow run the last position alone."""
-        kept_rtn = kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
-        if kept_rtn.dtype == torch.bool:
-            return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
-        kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
-        return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
-
     def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
         """Difference of an error of each row from its mean."""
         assert self.errors is not None
         excess_bts = self.errors[location] - self.means[location]
-        return excess_bts[:, -x_rts.shape[1] :][row_r]
-
-    def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """Sum added to the stream for an error under its masks."""
-        kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
-        return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+        return excess_bts[:, -x_rts.shape[1] :][row_r[: len(x_rts)]]
 
 
 class MaskedModel(Masked):
