@@ -60,10 +60,6 @@ class Transporter:
         residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
         return Trace(torch.cat([run.logits_btv for run in runs]), residuals)
 
-    @cached_property
-    def _reference_d_b(self) -> Tensor:
-        return self._sparse_d(self.reference, torch.arange(self.prompts))
-
     @torch.no_grad()
     def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
         """lost_cb of the span under some masks, and lost_mcjb by the change of each transported at equally many sites.
@@ -78,7 +74,7 @@ class Transporter:
             trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
             residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
             changes = [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals]
-            d_cp = self._sparse_d(trace, row_p.repeat(1 + len(place_c))).view(-1, len(row_p))
+            d_cp = self._d(trace, row_p.repeat(1 + len(place_c))).view(-1, len(row_p))
             lost_cb[place_c[:, None], row_p] = (d_cp[:1] - d_cp[1:]) / self._span
             places = [
                 (c, site, p) for c, place in enumerate(place_c.tolist()) for site in sites[place] for p in range(len(row_p))
@@ -97,15 +93,13 @@ class Transporter:
         Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
         """
         if not self.narrow or self.prompts > 1:
-            deleted_kf = torch.zeros(len(sets), len(self.reference_f), dtype=torch.bool, device=self.reference_f.device)
-            for k, node_n in enumerate(sets):
-                deleted_kf[k, node_n] = True
-            lost_kb, lost_1k1b = self.transport(self.reference_f & ~deleted_kf, [[site] for site in site_k], [self.dense_lost])
+            kept_kf = torch.stack([self.reference_f.index_fill(0, node_n, False) for node_n in sets])
+            lost_kb, lost_1k1b = self.transport(kept_kf, [[site] for site in site_k], [self.dense_lost])
             return torch.stack([lost_kb, lost_1k1b[0, :, 0]])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
         # the reference is in the same batch, so that nothing is left of what does not change
         for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, beside=True):
-            d_r = self._sparse_d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
+            d_r = self._d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
             lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
             for row, k in enumerate(some_k.tolist(), 1):
                 x_rts = trace.residuals[site_k[k]]
@@ -143,14 +137,16 @@ class Transporter:
             enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
             last_only = bool((last_r == length - 1).all())
             trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter, last_only=last_only)
-            # from the end, where the last position is in both cases
-            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, last_r - length)) / self._span
+            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, length)) / self._span
         return lost_k
 
     @torch.no_grad()
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
-        lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
+        lost_k, d_b = (
+            torch.zeros(len(site_k), device=self.reference_f.device),
+            self._d(self.reference, torch.arange(self.prompts)),
+        )
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
         for some_k in self.masked.batches(torch.tensor(site_k), late):
             places = some_k.tolist()
@@ -158,17 +154,15 @@ class Transporter:
             x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
             kept_rf = self.reference_f.expand(len(places), -1)
             trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
-            lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
+            lost_k[some_k] = (d_b[row_r] - self._d(trace, row_r)) / self._span
         return lost_k
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
         """Every mask on every one of some prompts."""
         return self.masked.run(kept_cf.repeat_interleave(len(row_p), 0), row_p.repeat(len(kept_cf)), narrow=self.narrow)
 
-    def _sparse_d(self, trace: Trace, row_r: Tensor) -> Tensor:
-        last_b = self.masked.question.last_b
-        return self._d(trace, row_r, torch.full_like(last_b[row_r], -1) if self.narrow else last_b[row_r])
-
-    def _d(self, trace: Trace, row_r: Tensor, last_r: Tensor) -> Tensor:
-        logits_rv = trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r]
-        return self.masked.question.difference(logits_rv, row_r)
+    def _d(self, trace: Trace, row_r: Tensor, length: int | None = None) -> Tensor:
+        """d_r of runs of so many tokens, by default those of the prompts, or of which the last position alone has logits."""
+        question = self.masked.question
+        last_r = question.last_b[row_r] - (length or self.masked.n_tokens)  # from the end, where the last one is in both cases
+        return question.difference(trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r], row_r)

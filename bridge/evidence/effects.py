@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.masked_model import MaskedModel
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import active_nodes, some
 from bridge.evidence.measures import Control, Criterion, Measure, Point
@@ -64,21 +63,17 @@ def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) 
     if not len(node_p):
         return ()
     masked = transporter.masked
+    by_position = masked.space.n_tokens == masked.n_tokens
     site_p = (masked.site_f[node_p.cpu()] + 1).tolist()
     both_pb2 = transporter.transport_deleted(list(node_p[:, None]), site_p).permute(1, 2, 0).double()
     return tuple(
         Effect(
-            _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
+            str(node) if by_position else node.name, bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
             by_prompt=tuple(map(tuple, both_b2.tolist())) if len(both_b2) > 1 else (),
         )
         for place, site, both_b2 in zip(node_p.tolist(), site_p, both_pb2, strict=True)
+        for node in [masked.space.node(place)]
     )  # fmt: skip
-
-
-def _name(masked: MaskedModel, place: int) -> str:
-    """A node's name, with its position where nodes are of one."""
-    node = masked.space.node(place)
-    return str(node) if masked.space.n_tokens == masked.n_tokens else node.name
 
 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> Measure:
