@@ -78,8 +78,7 @@ class Masked(ABC):
     @cached_property
     def is_error_f(self) -> Tensor:
         """Mask of the places of a row that are errors."""
-        parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
-        return self.space.join(parts).to(self.device)
+        return self.space.by_location(at.kind == ERROR for at in self.space.sizes).to(self.device)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
         """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
@@ -200,11 +199,7 @@ class MaskedModel(Masked):
     @cached_property
     def site_f(self) -> Tensor:
         """The site that a node's sublayer reads, on the CPU; of an error the site before its own, which it is added behind."""
-        sites = {
-            at: torch.full((self.space.n_tokens, n), at.layer - 1 if at.kind == ERROR else self.sparse.site(at))
-            for at, n in self.space.sizes.items()
-        }
-        return self.space.join(sites)
+        return self.space.by_location(at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes)
 
     # -- runs -----------------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,8 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
     pool_f = active_nodes(masked) & ~kept_f
     matched_cf = torch.zeros(draws, len(kept_f), dtype=torch.bool, device=kept_f.device)
     # in order of (place, a random number): of each place's pool the first ones are taken
-    group_f = _places(masked)
+    sizes = torch.tensor([n for n in masked.space.sizes.values() for _ in range(masked.space.n_tokens)])
+    group_f = torch.arange(len(sizes)).repeat_interleave(sizes).to(kept_f.device)  # location and position of every node
     wanted_g = torch.bincount(group_f[kept_f & ~masked.is_error_f], minlength=int(group_f.max()) + 1)
     pool_k = (pool_f & (wanted_g > 0)[group_f]).nonzero().flatten()
     group_k = group_f[pool_k]
@@ -99,15 +100,6 @@ def another_prompt(
         )
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf
-
-
-def _places(masked: MaskedModel) -> Tensor:
-    """Location and position of every node, as a number that grows along the row."""
-    parts, first = {}, 0
-    for at, n in masked.space.sizes.items():
-        parts[at] = torch.arange(first, first + masked.space.n_tokens)[:, None].expand(-1, n)
-        first += masked.space.n_tokens
-    return masked.space.join(parts).to(masked.is_error_f.device)
 
 
 def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:

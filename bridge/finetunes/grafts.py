@@ -99,11 +99,8 @@ class Grafts:
     @cached_property
     def kind_f(self) -> Tensor:
         """Kind of each change, by its place in KINDS."""
-        parts = {
-            at: torch.full((self.space.n_tokens, n), KINDS.index(_kind(at, self.sparse.n_sites)), device=self.sparse.device)
-            for at, n in self.space.sizes.items()
-        }
-        return self.space.join(parts)
+        kinds = (KINDS.index(_kind(at, self.sparse.n_sites)) for at in self.space.sizes)
+        return self.space.by_location(kinds).to(self.sparse.device)
 
     @property
     def nodes_f(self) -> Tensor:
