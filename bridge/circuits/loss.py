@@ -20,7 +20,7 @@ Shape legend: c circuit, u superset, r masked copy of a prompt, b prompt, f all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -32,6 +32,7 @@ from bridge.circuits.masked_model import Masked
 from bridge.models.circuit import kl
 
 M = TypeVar("M", bound=Masked)
+Quantity = Callable[[Tensor, Tensor], Tensor]  # (logits_rv, row_r) -> x_r of masked copies of the prompts row_r
 
 
 @dataclass(frozen=True)
@@ -109,24 +110,24 @@ class CircuitLoss(Generic[M]):
 
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 
-    def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept_rf, row_r): every mask on every prompt, mask by mask."""
-        count = len(self.model_b)
-        return kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf, self._in_turn(len(kept_cf) * count)
-
     def logits(self, kept_cf: Tensor) -> Tensor:
         """logits_rv of every mask on every prompt, mask by mask."""
-        return self.masked.logits(*self.every(kept_cf))
-
-    def gradient(self, kept_cf: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """gradient_cf of loss(logits_rv, row_r), the mean over the prompts, with respect to every entry of the masks."""
         count = len(self.model_b)
+        return self.masked.logits(kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf)
+
+    def gradient(self, kept_cf: Tensor, loss: Quantity) -> Tensor:
+        """gradient_cf of loss(logits_rv, row_r), the mean over the prompts, with respect to every entry of the masks."""
         gradient_cf = torch.zeros(kept_cf.shape, device=kept_cf.device)
+        for mask_r, one_rf, _ in self.gradients(kept_cf, loss):
+            gradient_cf.index_add_(0, mask_r, one_rf)
+        return gradient_cf / len(self.model_b)
+
+    def gradients(self, kept_cf: Tensor, loss: Quantity, node_k: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(mask_r, gradient_rf, loss_r) in batches, of every mask on every prompt, mask by mask; mask_r says which mask."""
+        count = len(self.model_b)
         for place_r in torch.arange(len(kept_cf) * count, device=kept_cf.device).split(self.masked.rows):
-            row_r = place_r % count
-            one_rf, _ = self.masked.gradient(kept_cf[place_r // count], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r)
-            gradient_cf.index_add_(0, place_r // count, one_rf)
-        return gradient_cf / count
+            mask_r, row_r = place_r // count, place_r % count
+            yield mask_r, *self.masked.gradient(kept_cf[mask_r], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r, node_k)
 
     def miss(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """miss_r, in terms of the span of all prompts."""
