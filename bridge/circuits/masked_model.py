@@ -166,10 +166,9 @@ class Masked(ABC):
 
 
 class MaskedModel(Masked):
-    """The sparse model on a question's prompts, with masks over its nodes and errors.
+    """The sparse model on a question's prompts, with masks over its nodes, and where they are given its errors.
 
-    means maps every location, and the place of every error where `errors` are given, to its mean; errors are those of the
-    question's prompts (`error_nodes.follow`). Raises ValueError where a mean is missing.
+    errors are those of the question's prompts (`error_nodes.follow`), and means have theirs as well.
     """
 
     def __init__(

@@ -113,17 +113,18 @@ def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: 
         return pool_f.new_zeros(0, space.size)
     if int(pool_f.sum()) < wanted:
         return pool_f[None]
-    drawn, like, pool = [], space.split(kept_f), space.split(pool_f)
+    drawn = []
     for _ in range(draws):
-        parts = {}
-        for location, like_tn in like.items():
-            place_k = pool[location].flatten().nonzero().flatten()
-            picked_k = some(place_k, int(like_tn.sum()), generator)
-            parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
-        gone_f = space.join(parts)
+        gone_f = torch.zeros_like(pool_f).index_fill_(0, some_like(space, kept_f, pool_f, generator), True)
         lacking = wanted - int(gone_f.sum())
         drawn.append(gone_f.index_fill(0, some((pool_f & ~gone_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
+
+
+def some_like(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
+    """node_k of a pool at random: at each location as many as a mask has there, or as there are."""
+    like, places = space.split(like_f), space.split(torch.where(pool_f, torch.arange(len(pool_f), device=pool_f.device), -1))
+    return torch.cat([some(place_tn[place_tn >= 0], int(like[at].sum()), generator) for at, place_tn in places.items()])
 
 
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
