@@ -186,9 +186,8 @@ class MaskedPass:
         if key not in self.known_lanes:
             self.known_lanes = self.known_lanes if len(self.known_lanes) < _KNOWN else {}
             token_rt, last_r1 = np.tile(np.arange(self.n_tokens), (len(prompt_r), 1)), self.last_b[prompt_r][:, None]
-            masks = self.space.size, self.space.n_tokens > 1
-            wide, answers = (Lanes(prompt_r, each_rt, self.n_tokens, *masks) for each_rt in (token_rt, last_r1))
-            self.known_lanes[key] = wide, answers
+            shape = self.n_tokens, self.space.size, self.space.n_tokens > 1
+            self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
         return self.known_lanes[key]
 
     def matrix(self, name: str) -> Matrix:
@@ -233,8 +232,8 @@ class _Tile:
         self.of, self.mask, self.room, self.brief, self.keep, self.ways = of, mask, room, of.brief, keep, list[Back]()
         room.used = 0
         self.wide, self.answers = of.lanes(prompt_r)
-        rows, tokens = len(prompt_r), of.n_tokens
-        self.last_r = np.arange(rows) * tokens + self.answers.token_l  # the lanes of the answers among the wide ones
+        rows = len(prompt_r)
+        self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # the lanes of the answers among the wide ones
         most = max(of.space.sizes.values()) * self.wide.padded
         if of.active.size < most:
             of.active = np.zeros(most, np.bool_)

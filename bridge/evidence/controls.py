@@ -25,9 +25,8 @@ from bridge.models.sparse import Location
 
 
 @torch.no_grad()
-def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor | None = None) -> dict[Location, Tensor]:
-    """value_btn of every node on some of the prompts (by default all), no node ablated and the errors under their masks."""
-    row_b = torch.arange(len(masked.question)) if row_b is None else row_b
+def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor) -> dict[Location, Tensor]:
+    """value_btn of every node on some of the prompts, no node ablated and the errors under their masks."""
     values: dict[Location, Tensor] = {}
     _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
     masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
