@@ -20,8 +20,9 @@ Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -69,7 +70,9 @@ class Transporter:
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
         lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
-        for place_c, row_p in self._batches(len(kept_cf)):
+        prompts = min(self.prompts, max(1, self.masked.rows // _COPIES))
+        masks = max(1, self.masked.rows // prompts - 1)
+        for row_p, place_c in product(torch.arange(self.prompts).split(prompts), torch.arange(len(kept_cf)).split(masks)):
             # the reference is in the same batch, so that nothing is left of what does not change
             trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
             residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
@@ -106,13 +109,6 @@ class Transporter:
                 changes[k] = x_rts[row] - x_rts[0]
         return torch.stack([lost_k, self.dense_lost([0] * len(sets), site_k, changes)])[..., None]
 
-    def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of masks and prompts, with the reference, of a sensible size."""
-        some = min(self.prompts, max(1, self.masked.rows // _COPIES))
-        for row_p in torch.arange(self.prompts).split(some):
-            for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):
-                yield place_c, row_p
-
     @torch.no_grad()
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the dense model, by a change_ts transported at a site on a prompt, for each k."""
@@ -143,10 +139,8 @@ class Transporter:
     @torch.no_grad()
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
-        lost_k, d_b = (
-            torch.zeros(len(site_k), device=self.reference_f.device),
-            self._d(self.reference, torch.arange(self.prompts)),
-        )
+        lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
+        d_b = self._d(self.reference, torch.arange(self.prompts))
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
         for some_k in self.masked.batches(torch.tensor(site_k), late):
             places = some_k.tolist()
