@@ -91,7 +91,7 @@ class TaskCircuit:
         followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
         masked = self.masked(coupling, pairs, followed.errors)
         loss = CircuitLoss(masked, followed.dense_bv, SearchConfig())
-        return Transporter.of(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
+        return Transporter(coupling, loss, followed.dense, self.kept_f(masked.space, coupling.dense.device))
 
 
 def followed_rows(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:

@@ -12,12 +12,10 @@ their place, s those of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from bridge.circuits.loss import CircuitLoss, Level
+from bridge.circuits.loss import CircuitLoss, Level, Quantity
 
 _ONE_BY_ONE, _PARTS = 1000, 25  # while there are more nodes than so many, that part of those beyond goes at a step
 
@@ -46,14 +44,7 @@ def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_
     return node_k[torch.cat(order)] if order else node_k
 
 
-def _linear(
-    loss: CircuitLoss, kept_cf: Tensor, node_k: Tensor, quantity: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _linear(loss: CircuitLoss, kept_cf: Tensor, node_k: Tensor, quantity: Quantity) -> tuple[Tensor, Tensor]:
     """(quantity_r, gradient_rk) of every mask on every prompt, with respect to the masks of node_k."""
-    kept_rf, row_r = loss.every(kept_cf)
-    parts = []
-    for place_r in torch.arange(len(kept_rf), device=kept_rf.device).split(loss.masked.rows):
-        some_r = row_r[place_r]
-        parts.append(loss.masked.gradient(kept_rf[place_r], lambda x_rv, some_r=some_r: quantity(x_rv, some_r), some_r, node_k))
-    gradients, quantities = zip(*parts, strict=True)
+    _, gradients, quantities = zip(*loss.gradients(kept_cf, quantity, node_k), strict=True)
     return torch.cat(quantities), torch.cat(gradients)

@@ -30,9 +30,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +50,14 @@ from bridge.models.sparse import Gate, Location
 _MEAN_ROWS = 8  # of corpus at a time
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """Inputs and outputs of linear maps on the probe, and the order in which they were called."""
+class _Seen(NamedTuple):
+    """Inputs and outputs of linear maps on the probe, in the order in which they were called."""
 
-    taken: Mapping[str, Tensor]
-    given: Mapping[str, Tensor]
+    taken: dict[str, Tensor]
+    given: dict[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class _Sublayer:
+class _Sublayer(NamedTuple):
     """The linear maps of a sublayer by module path, first ones and last one."""
 
     layer: int
@@ -73,7 +70,8 @@ class DenseSubject:
     """A dense model, or a span of one, with its nodes found. Raises DenseModelError where its linear maps cannot be."""
 
     def __init__(self, dense: DenseModel, corpus_bt: Tensor) -> None:
-        self.dense, self._whole = dense, dense_of(dense, None)  # a span answers from what it remembers, past any gate
+        self.dense, self.device = dense, dense.device
+        self._whole = dense_of(dense, None)  # a span answers from what it remembers, past any gate
         if not corpus_bt.numel():
             raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
         self._linear = {path: module for path, module in dense.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -85,17 +83,8 @@ class DenseSubject:
             self._probe_bt = probe_tokens(dense.model, f"model {dense.name!r}", dense.context)
             for sublayer in self._sublayers():
                 (self._wire_attention if sublayer.attention else self._wire_mlp)(sublayer)
+            self.space = NodeSpace(self._sizes, 1)
             self.means: Mapping[Location, Tensor] = self._means(corpus_bt)
-
-    @property
-    def space(self) -> NodeSpace:
-        """Every node in one row."""
-        return NodeSpace(self._sizes, 1)
-
-    @property
-    def device(self) -> torch.device:
-        """Device that the model takes its tokens on."""
-        return self.dense.device
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix between nodes."""
@@ -107,8 +96,7 @@ class DenseSubject:
 
         def gated(location: Location, x: Tensor) -> Tensor:
             if location not in done:
-                x_btn = x.reshape(*tokens_bt.shape, x.shape[-1])
-                done[location] = gate(location, x_btn)
+                done[location] = gate(location, x.reshape(*tokens_bt.shape, x.shape[-1]))
             return done[location].reshape(x.shape)
 
         def before(location: Location, _module: nn.Module, args: tuple) -> tuple:
@@ -146,17 +134,13 @@ class DenseSubject:
 
     def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
         """Inputs and outputs of the linear maps on the probe, the output of one of them changed."""
-        taken: dict[str, Tensor] = {}
-        given: dict[str, Tensor] = {}
-        twice: set[str] = set()
+        seen, twice, shape = _Seen({}, {}), set[str](), (*self._probe_bt.shape, -1)
 
         def watch(path: str, _module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            twice.update({path} & taken.keys())
-            shape = (*self._probe_bt.shape, -1)
-            same_tokens = args[0].numel() // args[0].shape[-1] == self._probe_bt.numel()
-            if not same_tokens:
+            twice.update({path} & seen.taken.keys())
+            if args[0].numel() // args[0].shape[-1] != self._probe_bt.numel():  # other tokens
                 return None
-            taken[path], given[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
+            seen.taken[path], seen.given[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
             if path == changed and change is not None:
                 return change(output.reshape(shape)).reshape(output.shape)
             return None
@@ -165,10 +149,9 @@ class DenseSubject:
             for path, module in self._linear.items():
                 hooks.enter_context(module.register_forward_hook(partial(watch, path)))
             forward(self.dense.model, self._probe_bt)
-        return _Seen(
-            {path: x for path, x in taken.items() if path not in twice},
-            {path: x for path, x in given.items() if path not in twice},
-        )
+        for path in twice:
+            del seen.taken[path], seen.given[path]
+        return seen
 
     def _sublayers(self) -> list[_Sublayer]:
         seen = self._watch()
@@ -240,24 +223,21 @@ class DenseSubject:
         off_i, channel_i = off_ij.min(1)
         if not bool((off_i <= 1e-4 * taken[:, 0].abs().max()).all()):
             raise self._refuse(layer, f"what {sublayer.last.rsplit('.', 1)[-1]} takes in is not the values that were attended to")
-        offset = 0
-        owners: list[tuple[Location, int]] = []
+        start, owners = 0, list[tuple[Location, int, int]]()
         for path in sublayer.first:
             self._before[path] = read
-            rows = seen.given[path].shape[-1]
-            channels = self._after[path] = self._location(Location(layer, path.rsplit(".", 1)[-1]), rows)
-            owners.append((channels, offset))
+            end = start + seen.given[path].shape[-1]
+            channels = self._after[path] = self._location(Location(layer, path.rsplit(".", 1)[-1]), end - start)
+            owners.append((channels, start, end))
             self._add(path, read, channels)
-            offset += rows
+            start = end
         write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.given[sublayer.last].shape[-1])
         weight_ji = _weight(self._linear[sublayer.last])
-        bounds = [start for _, start in owners[1:]] + [offset]
-        for (channels, start), end in zip(owners, bounds, strict=True):
+        target_j = torch.arange(len(weight_ji), device=weight_ji.device)
+        for channels, start, end in owners:
             here_i = ((channel_i >= start) & (channel_i < end)).nonzero().flatten()
             if len(here_i):
-                part_ji = weight_ji[:, here_i]
-                target_j = torch.arange(len(weight_ji), device=weight_ji.device)
-                self._matrices.append(Matrix(channels, write, part_ji, channel_i[here_i] - start, target_j))
+                self._matrices.append(Matrix(channels, write, weight_ji[:, here_i], channel_i[here_i] - start, target_j))
 
     def _wire_mlp(self, sublayer: _Sublayer) -> None:
         seen, layer = self._watch(), sublayer.layer
@@ -291,12 +271,6 @@ class MaskedDense(Masked):
     def __init__(self, subject: DenseSubject, question: Question, *, by_position: bool = False) -> None:
         super().__init__(question, subject.space.sizes, subject.means, by_position=by_position)
         self.subject = subject
-
-    def only(self, row: int) -> MaskedDense:
-        """These nodes on one of the prompts."""
-        if len(self.question) == 1:
-            return self
-        return MaskedDense(self.subject, self.question.rows(torch.tensor([row], device=self.device)))
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         logits_rtv = self.subject.run(self.question.prompt_bt[row_r], gate)

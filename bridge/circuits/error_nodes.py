@@ -11,24 +11,34 @@ the dense logits; with the errors at their means it speaks for itself.
 
 Attribution graphs have the same nodes (Ameisen et al. 2025, circuit-tracer). See also method, section 6.
 
+Means are taken once over a coupling's reference text, not at every start: `means.json` in its folder names the tensors, by
+location, and the digest of all that they follow from: both models, bridges, settings and text. Means of anything else are never
+taken for these, and are written over. A folder that cannot be written to, or a coupling that is in none, keeps nothing; files
+that cannot be read count as none.
+
 Shape legend: b prompt (row), t token, s sparse width, d dense width, v vocabulary, e site, the logits being the last.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bridge.circuits.kept_means import digest_of, keep_means, read_means
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.residual import Enter, Trace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
+from bridge.models.store import CheckpointError, read_folder, write_folder
 
+MEANS = "means"  # the file
 REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
 _ROWS = 8  # of the reference corpus at a time
 
@@ -80,14 +90,33 @@ def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, 
     """The means of every node and every error over some text, kept with the coupling, and in its folder."""
 
     def compute() -> dict[Location, Tensor]:
-        digest = digest_of(coupling, used_bt)
-        if (kept := read_means(coupling, digest)) is not None:
-            return kept
-        means = {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
-        keep_means(coupling, digest, means)
+        return {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
+
+    def kept() -> dict[Location, Tensor]:
+        if coupling.path is None or not (Path(coupling.path) / "coupling.json").is_file():
+            return compute()
+        digest = _digest(coupling, used_bt)
+        with suppress(CheckpointError):
+            tensors, facts = read_folder(coupling.path, MEANS)
+            if facts.get("of") == digest:
+                places = [(name, *name.split(".")) for name in tensors]
+                return {Location(int(layer), kind): tensors[name].to(coupling.sparse.device) for name, layer, kind in places}
+        means = compute()
+        with suppress(CheckpointError):
+            write_folder(coupling.path, MEANS, {str(at): mean for at, mean in means.items()}, {"of": digest})
         return means
 
-    return coupling.once("means of nodes and errors", used_bt, compute)
+    return coupling.once("means of nodes and errors", used_bt, kept)
+
+
+def _digest(coupling: CoupledModels, tokens_bt: Tensor) -> str:
+    """SHA-256 of all that the means over a text follow from."""
+    digest = hashlib.sha256(json.dumps([1, coupling.dense.fingerprint(), coupling.recipe.model_dump()], default=str).encode())
+    tensors = {**coupling.sparse.state_dict(), **coupling.bridges.state_dict(prefix="bridges."), "text": tokens_bt}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _errors(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:

@@ -20,7 +20,7 @@ Shape legend: c circuit, u superset, r masked copy of a prompt, b prompt, f all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -32,6 +32,7 @@ from bridge.circuits.masked_model import Masked
 from bridge.models.circuit import kl
 
 M = TypeVar("M", bound=Masked)
+Quantity = Callable[[Tensor, Tensor], Tensor]  # (logits_rv, row_r) -> x_r of masked copies of the prompts row_r
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,16 @@ class CircuitLoss(Generic[M]):
 
     def __init__(self, masked: M, model_bv: Tensor, config: SearchConfig) -> None:
         """model_bv are the logits, after each prompt, of what is to be explained: the dense model's where errors are followed."""
-        self.masked, self.config, self.model_bv = masked, config, model_bv
+        self.masked, self.config, self.model_bv, self._in_turn = masked, config, model_bv, masked.question.in_turn
         count = len(masked.question)
         nothing_bf = torch.zeros(count, masked.space.size, dtype=torch.bool, device=model_bv.device)
         self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
         self.nothing_b = masked.difference(nothing_bf)
         self.model, self.nothing = float(self.model_b.mean()), float(self.nothing_b.mean())
+        self.span = self.model - self.nothing  # in nats; what a circuit has to account for
         self.nodes_f = ~masked.is_error_f
         superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
         self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
-
-    @property
-    def span(self) -> float:
-        """D of the model less that of everything at its mean, in nats; what a circuit has to account for."""
-        return self.model - self.nothing
 
     def seeded(self, seed: int) -> CircuitLoss[M]:
         """Copy with the supersets, and the config, of another seed."""
@@ -113,39 +110,39 @@ class CircuitLoss(Generic[M]):
 
     # -- rows: masked copies of prompts row_r, by default of every prompt in turn ---------------------------------------
 
-    def every(self, kept_cf: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept_rf, row_r): every mask on every prompt, mask by mask."""
-        count = len(self.model_b)
-        return kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf, self._rows(len(kept_cf) * count, None)
-
     def logits(self, kept_cf: Tensor) -> Tensor:
         """logits_rv of every mask on every prompt, mask by mask."""
-        return self.masked.logits(*self.every(kept_cf))
-
-    def gradient(self, kept_cf: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """gradient_cf of loss(logits_rv, row_r), the mean over the prompts, with respect to every entry of the masks."""
         count = len(self.model_b)
+        return self.masked.logits(kept_cf.repeat_interleave(count, 0) if count > 1 else kept_cf)
+
+    def gradient(self, kept_cf: Tensor, loss: Quantity) -> Tensor:
+        """gradient_cf of loss(logits_rv, row_r), the mean over the prompts, with respect to every entry of the masks."""
         gradient_cf = torch.zeros(kept_cf.shape, device=kept_cf.device)
+        for mask_r, one_rf, _ in self.gradients(kept_cf, loss):
+            gradient_cf.index_add_(0, mask_r, one_rf)
+        return gradient_cf / len(self.model_b)
+
+    def gradients(self, kept_cf: Tensor, loss: Quantity, node_k: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(mask_r, gradient_rf, loss_r) in batches, of every mask on every prompt, mask by mask; mask_r says which mask."""
+        count = len(self.model_b)
         for place_r in torch.arange(len(kept_cf) * count, device=kept_cf.device).split(self.masked.rows):
-            row_r = place_r % count
-            one_rf, _ = self.masked.gradient(kept_cf[place_r // count], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r)
-            gradient_cf.index_add_(0, place_r // count, one_rf)
-        return gradient_cf / count
+            mask_r, row_r = place_r // count, place_r % count
+            yield mask_r, *self.masked.gradient(kept_cf[mask_r], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r, node_k)
 
     def miss(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """miss_r, in terms of the span of all prompts."""
-        row_r = self._rows(len(logits_rv), row_r)
+        row_r = self._in_turn(len(logits_rv), row_r)
         return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / max(abs(self.span), 1e-6)
 
     def left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """left_r, the share of the span that is still there."""
-        row_r = self._rows(len(logits_rv), row_r)
+        row_r = self._in_turn(len(logits_rv), row_r)
         difference_r = self.masked.question.difference(logits_rv, row_r)
         return (difference_r - self.nothing_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
 
     def kl(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """kl_r from the model's next-token distribution, in nats."""
-        return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._rows(len(logits_rv), row_r)], logits_rv)
+        return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._in_turn(len(logits_rv), row_r)], logits_rv)
 
     def off_rows(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
         """off_r of single masked copies, in multiples of what the level allows alone."""
@@ -189,7 +186,7 @@ class CircuitLoss(Generic[M]):
         inside_uf = torch.cat([torch.zeros_like(self.superset_uf[:1]), self.superset_uf])
         logits_rv, count, off, terms = self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), len(self.model_b), [], []
         for each_rv in logits_rv.split(len(inside_uf) * count):
-            squared_r = self.squared(each_rv, self._rows(len(each_rv), None), level)
+            squared_r = self.squared(each_rv, self._in_turn(len(each_rv)), level)
             terms.append(float(squared_r[:count].mean() + squared_r[count:].mean() / self.superset_bound(level)))
             off.append(max(float(self.off(each_rv[:count], level)), self.off_in_supersets(each_rv[count:], level)))
         return off, terms
@@ -202,15 +199,14 @@ class CircuitLoss(Generic[M]):
         """Whether a circuit is within all that a level asks of it."""
         return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
 
-    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor | None = None) -> Tensor:
+    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
         """Terms that a descent minimises: squared misses of a circuit (the first rows), of its supersets, and of its complement.
 
-        A row for each of the prompts row_p, by default of all. In multiples of what the level allows; the complement, the last
-        rows beyond `config.supersets`, where it is left with more than `config.left` of the span.
+        A row for each of the prompts row_p. In multiples of what the level allows; the complement, the last rows beyond
+        `config.supersets`, where it is left with more than `config.left` of the span.
         """
-        config, count = self.config, len(self.model_b) if row_p is None else len(row_p)
-        row_r = self._rows(len(logits_rv), None if row_p is None else row_p.repeat(len(logits_rv) // count))
-        inside = min(len(logits_rv), (1 + config.supersets) * count)
+        count, row_r = len(row_p), row_p.repeat(len(logits_rv) // len(row_p))
+        inside = (1 + self.config.supersets) * count
         off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
         off_r = torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level)])
         left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
@@ -241,10 +237,6 @@ class CircuitLoss(Generic[M]):
 
     def _by_circuit(self, x_r: Tensor) -> Tensor:
         return x_r.view(-1, len(self.model_b))
-
-    def _rows(self, rows: int, row_r: Tensor | None) -> Tensor:
-        count = len(self.model_b)
-        return torch.arange(rows, device=self.model_b.device) % count if row_r is None else row_r
 
 
 _ONE_OF_SEVERAL = 2.0  # times the mean miss allowed, is what the miss on a single prompt of several is held to

@@ -19,7 +19,7 @@ position, channel by channel), k some of them by their place, s sparse width, v 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -62,26 +62,13 @@ class Masked(ABC):
         if by_position and len(question) != 1:
             raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
         self.question, self.means, self.errors = question, means, errors
-        self.space = NodeSpace(sizes, question.prompt_bt.shape[1] if by_position else 1)
+        self.device, self.n_tokens = question.last_b.device, question.prompt_bt.shape[1]  # tokens of a prompt, padding included
+        self.space = NodeSpace(sizes, self.n_tokens if by_position else 1)
         check_means(sizes, means)
-
-    @abstractmethod
-    def only(self, row: int) -> Masked:
-        """These nodes on one of the prompts."""
 
     @abstractmethod
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         """logits_rv after some of the prompts, every node through a gate and the stream through a correction."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the prompts."""
-        return self.question.last_b.device
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a prompt, padding included."""
-        return self.question.prompt_bt.shape[1]
 
     @property
     def rows(self) -> int:
@@ -91,27 +78,36 @@ class Masked(ABC):
     @cached_property
     def is_error_f(self) -> Tensor:
         """Mask of the places of a row that are errors."""
-        parts = {at: torch.full((self.space.n_tokens, n), at.kind == ERROR) for at, n in self.space.sizes.items()}
-        return self.space.join(parts).to(self.device)
+        return self.space.by_location(at.kind == ERROR for at in self.space.sizes).to(self.device)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
         """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
-        parts, row_r = self.space.split(kept_rf), self._prompts(kept_rf, row_r)
+        parts, row_r = self.space.split(kept_rf), self.question.in_turn(len(kept_rf), row_r)
+
+        def kept(location: Location, x_rtn: Tensor) -> Tensor:
+            """The masks of rows that have entered, at positions that are computed: of a narrow run the last one alone."""
+            kept_rtn = parts[location][: len(x_rtn)]
+            return kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
 
         def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            return self._masked(location, parts[location][: len(x_rtn)], x_rtn)
+            kept_rtn = kept(location, x_rtn)
+            if kept_rtn.dtype == torch.bool:
+                return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
+            kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+            return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
         def correct(location: Location, x_rts: Tensor) -> Tensor:
             if self.errors is None:
                 return x_rts
-            return x_rts + self._error(location, parts[location][: len(x_rts)], row_r[: len(x_rts)], x_rts)
+            excess_rts = self._excess(location, row_r, x_rts)
+            return x_rts + torch.addcmul(self.means[location], kept(location, x_rts).float(), excess_rts)
 
         return gate, correct
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """logits_rv after the prompts, of any number of masks."""
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.logits(kept_rf, row_r)
         rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
@@ -120,7 +116,7 @@ class Masked(ABC):
     @torch.no_grad()
     def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """d_r of the question under any number of masks."""
-        return self.question.difference(self.logits(kept_rf, row_r), self._prompts(kept_rf, row_r))
+        return self.question.difference(self.logits(kept_rf, row_r), row_r)
 
     def gradient(
         self,
@@ -130,27 +126,26 @@ class Masked(ABC):
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.gradient(kept_rf, loss, row_r, node_k)
-        parts = self.space.split(kept_rf)
-        through: dict[Location, Tensor] = {}
-        change: dict[Location, Tensor] = {}
+        gate, correct = self.gates(kept_rf, row_r)
+        through, change = dict[Location, Tensor](), dict[Location, Tensor]()
 
-        def gate(location: Location, x_rtn: Tensor) -> Tensor:
-            y_rtn = self._masked(location, parts[location], x_rtn)
-            change[location] = x_rtn.detach() - self.means[location].to(x_rtn.dtype)
-            through[location] = y_rtn if y_rtn.requires_grad else y_rtn.requires_grad_()
-            return through[location]
+        def probed(location: Location, y: Tensor, change_rtn: Tensor) -> Tensor:
+            change[location], through[location] = change_rtn, y if y.requires_grad else y.requires_grad_()
+            return y
 
-        def correct(location: Location, x_rts: Tensor) -> Tensor:
-            change[location] = self._excess(location, row_r, x_rts)
-            through[location] = self._error(location, parts[location], row_r, x_rts).requires_grad_()
-            return x_rts + through[location]
+        def probed_gate(location: Location, x_rtn: Tensor) -> Tensor:
+            return probed(location, gate(location, x_rtn), x_rtn.detach() - self.means[location].to(x_rtn.dtype))
+
+        def probed_correct(location: Location, x_rts: Tensor) -> Tensor:
+            if self.errors is None:
+                return x_rts
+            return probed(location, correct(location, x_rts), self._excess(location, row_r, x_rts))
 
         with torch.enable_grad():
-            logits_rv = self._last_logits(row_r, gate, correct)
-            loss_r = loss(logits_rv)
+            loss_r = loss(self._last_logits(row_r, probed_gate, probed_correct))
             gradients = torch.autograd.grad(loss_r.sum(), list(through.values()))
         gradient_rf = torch.zeros(kept_rf.shape, device=loss_r.device)
         into = self.space.split(gradient_rf)
@@ -163,38 +158,17 @@ class Masked(ABC):
                 into[location][:, -entry_rtn.shape[1] :] = entry_rtn
         return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
 
-    def _prompts(self, kept_rf: Tensor, row_r: Tensor | None) -> Tensor:
-        if row_r is not None:
-            return row_r
-        if len(self.question) == 1:
-            return torch.zeros(len(kept_rf), dtype=torch.long, device=self.device)
-        return torch.arange(len(self.question), device=self.device)
-
-    def _masked(self, location: Location, kept_rtn: Tensor, x_rtn: Tensor) -> Tensor:
-        """Nodes under their masks: of a narrow run the last position alone."""
-        kept_rtn = kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
-        if kept_rtn.dtype == torch.bool:
-            return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
-        kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
-        return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
-
     def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
         """Difference of an error of each row from its mean."""
         assert self.errors is not None
         excess_bts = self.errors[location] - self.means[location]
-        return excess_bts[:, -x_rts.shape[1] :][row_r]
-
-    def _error(self, location: Location, kept_rt1: Tensor, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """Sum added to the stream for an error under its masks."""
-        kept_rt1 = kept_rt1 if kept_rt1.shape[1] == 1 else kept_rt1[:, -x_rts.shape[1] :]
-        return torch.addcmul(self.means[location], kept_rt1.float(), self._excess(location, row_r, x_rts))
+        return excess_bts[:, -x_rts.shape[1] :][row_r[: len(x_rts)]]
 
 
 class MaskedModel(Masked):
-    """The sparse model on a question's prompts, with masks over its nodes and errors.
+    """The sparse model on a question's prompts, with masks over its nodes, and where they are given its errors.
 
-    means maps every location, and the place of every error where `errors` are given, to its mean; errors are those of the
-    question's prompts (`error_nodes.follow`). Raises ValueError where a mean is missing.
+    errors are those of the question's prompts (`error_nodes.follow`), and means have theirs as well.
     """
 
     def __init__(
@@ -216,8 +190,6 @@ class MaskedModel(Masked):
 
     def only(self, row: int) -> MaskedModel:
         """These nodes on one of the prompts."""
-        if len(self.question) == 1:
-            return self
         question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
         errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
@@ -226,72 +198,59 @@ class MaskedModel(Masked):
     @cached_property
     def site_f(self) -> Tensor:
         """The site that a node's sublayer reads, on the CPU; of an error the site before its own, which it is added behind."""
-        sites = {
-            at: torch.full((self.space.n_tokens, n), at.layer - 1 if at.kind == ERROR else self.sparse.site(at))
-            for at, n in self.space.sizes.items()
-        }
-        return self.space.join(sites)
+        return self.space.by_location(at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes)
 
     # -- runs -----------------------------------------------------------------------------------------------------------
 
     def run(self, kept_rf: Tensor, row_r: Tensor | None = None, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
-        """A masked copy for every mask, of the prompts row_r (by default of the one prompt, or row by row).
+        """A masked copy for every mask, of the prompts row_r, by default of every prompt in turn.
 
         With narrow the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
-        row_r = self._prompts(kept_rf, row_r)
+        row_r = self.question.in_turn(len(kept_rf), row_r)
         if narrow and self._compiled is not None:
             return self._compiled.run(kept_rf, row_r, enter)
-        return self._run(row_r, enter, *self.gates(kept_rf, row_r), last_only=narrow, narrow=narrow)
+        gate, correct = self.gates(kept_rf, row_r)
+        tokens_rt = self.question.prompt_bt[row_r]
+        return self.sparse.run(tokens_rt, enter, gate, correct=correct, last_only=narrow, narrow=narrow)
 
     @torch.no_grad()
-    def logits_without(self, kept_f: Tensor, node_k: Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less one node, for each of node_k: each run from the node's sublayer on."""
-
-        def less(kept_rf: Tensor, some_k: Tensor) -> None:
-            kept_rf[torch.arange(len(some_k)), node_k[some_k]] = False
-
-        return self._logits_less(kept_f, less, self.site_f[node_k.cpu()])
-
-    @torch.no_grad()
-    def logits_without_sets(self, kept_f: Tensor, sets: Sequence[Tensor]) -> Tensor:
-        """logits_kv of the one prompt under a mask less all of some nodes, for each of the sets."""
-
-        def less(kept_rf: Tensor, some_k: Tensor) -> None:
-            for row, k in enumerate(some_k.tolist()):
-                kept_rf[row, sets[k]] = False
-
-        sites = [int(self.site_f[node_s.cpu()].min()) for node_s in sets]
-        return self._logits_less(kept_f, less, torch.tensor(sites, dtype=torch.long))
-
-    def _logits_less(self, kept_f: Tensor, less: Callable[[Tensor, Tensor], None], site_k: Tensor) -> Tensor:
-        """logits_kv of a mask from which `less` takes nodes whose sublayers read site_k or later ones."""
+    def logits_without(self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor) -> Tensor:
+        """logits_kv of the one prompt under a mask less a node, or all of some nodes, for each of the sets."""
         whole = self.run(kept_f[None], narrow=True)
-        logits_kv = whole.logits_btv[:, -1].repeat(len(site_k), 1)
-        late_k = site_k >= self.sparse.narrow_from  # there the stream is that of the last position alone
-        for part_k in (~late_k, late_k):
-            place_k = part_k.nonzero().flatten()
-            place_k = place_k[torch.argsort(site_k[place_k], stable=True)]
-            for some_k in place_k.split(self.rows) if len(place_k) else ():
-                kept_rf = kept_f.repeat(len(some_k), 1)
-                less(kept_rf, some_k)
-                site_r = site_k[some_k]
-                x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_r.tolist()])
-                logits_kv[some_k] = self.run(kept_rf, None, Enter(site_r, x_rts), narrow=True).logits_btv[:, -1]
+        logits_kv = whole.logits_btv[:, -1].repeat(len(sets), 1)
+        for some_k, trace in self.runs_without(kept_f, sets, whole):
+            logits_kv[some_k] = trace.logits_btv[:, -1]
         return logits_kv
 
-    # -- parts ----------------------------------------------------------------------------------------------------------
+    def runs_without(
+        self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor, whole: Trace, *, beside: bool = False
+    ) -> Iterator[tuple[Tensor, Trace]]:
+        """(some_k, trace) of narrow runs without the sets some_k, each from the sublayer of its first node on, batch by batch.
 
-    def _run(self, row_r: Tensor, enter: Enter | None, gate: Gate, correct: Gate, *, last_only: bool, narrow: bool) -> Trace:
-        tokens_rt = self.question.prompt_bt[row_r]
-        used = correct if self.errors is not None else None
-        return self.sparse.run(tokens_rt, enter, gate, correct=used, last_only=last_only, narrow=narrow)
+        whole is the mask's own run; with `beside` it is done again as the first row of each batch.
+        """
+        site_k = torch.tensor([int(self.site_f[node_s.cpu()].min()) if node_s.numel() else 0 for node_s in sets])
+        for some_k in self.batches(site_k, self.sparse.narrow_from):
+            of_r = torch.cat([some_k[:1], some_k]) if beside else some_k
+            kept_rf = kept_f.repeat(len(of_r), 1)
+            for row, k in enumerate(some_k.tolist(), int(beside)):
+                kept_rf[row, sets[k]] = False
+            x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_k[of_r].tolist()])
+            yield some_k, self.run(kept_rf, None, Enter(site_k[of_r], x_rts), narrow=True)
+
+    def batches(self, site_k: Tensor, late: int) -> Iterator[Tensor]:
+        """Places of rows that enter at site_k, in the order of their sites; those from `late` on, of one token, apart."""
+        for part_k in (site_k < late, site_k >= late):
+            place_k = part_k.nonzero().flatten()
+            if len(place_k):
+                yield from place_k[torch.argsort(site_k[place_k], stable=True)].split(self.rows)
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        trace = self._run(row_r, None, gate, correct, last_only=True, narrow=self._narrow)
-        used = correct if self.errors is not None else None
-        return last_logits(self.sparse, self.question.prompt_bt[row_r], self.question.last_b[row_r], trace, used)
+        tokens_rt = self.question.prompt_bt[row_r]
+        trace = self.sparse.run(tokens_rt, gate=gate, correct=correct, last_only=True, narrow=self._narrow)
+        return last_logits(self.sparse, tokens_rt, self.question.last_b[row_r], trace, correct)
 
 
 def last_logits(
@@ -311,7 +270,7 @@ def last_logits(
 
 
 def integrated_gradients(
-    masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int, kept_f: Tensor | None = None
+    masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int = 4, kept_f: Tensor | None = None
 ) -> Tensor:
     """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
 

@@ -186,9 +186,8 @@ class MaskedPass:
         if key not in self.known_lanes:
             self.known_lanes = self.known_lanes if len(self.known_lanes) < _KNOWN else {}
             token_rt, last_r1 = np.tile(np.arange(self.n_tokens), (len(prompt_r), 1)), self.last_b[prompt_r][:, None]
-            masks = self.space.size, self.space.n_tokens > 1
-            wide, answers = (Lanes(prompt_r, each_rt, self.n_tokens, *masks) for each_rt in (token_rt, last_r1))
-            self.known_lanes[key] = wide, answers
+            shape = self.n_tokens, self.space.size, self.space.n_tokens > 1
+            self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
         return self.known_lanes[key]
 
     def matrix(self, name: str) -> Matrix:
@@ -233,8 +232,8 @@ class _Tile:
         self.of, self.mask, self.room, self.brief, self.keep, self.ways = of, mask, room, of.brief, keep, list[Back]()
         room.used = 0
         self.wide, self.answers = of.lanes(prompt_r)
-        rows, tokens = len(prompt_r), of.n_tokens
-        self.last_r = np.arange(rows) * tokens + self.answers.token_l  # the lanes of the answers among the wide ones
+        rows = len(prompt_r)
+        self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # the lanes of the answers among the wide ones
         most = max(of.space.sizes.values()) * self.wide.padded
         if of.active.size < most:
             of.active = np.zeros(most, np.bool_)
@@ -259,13 +258,14 @@ class _Tile:
             self._error(site + 1, x, lanes)
         if trace:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
-        y = self._normed(x)
+        y, normed_back = self._norm(x)
+        self._way(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
         unembedding = of.matrix("unembedding")
         logits = unembedding.times(y, room)
         self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
             logits[:, :rows] += of.bigram_bv[prompt_r].T
-        self._error(sparse.n_sites, logits, self.answers, of_logits=True)
+        self._error(sparse.n_sites, logits, self.answers)
         self.logits_rv = torch.from_numpy(logits[:, :rows].T.copy())
 
     def backward(self, gradient_rv: Array, dmask: _Every | _Some) -> None:
@@ -312,8 +312,7 @@ class _Tile:
                 dx = wide
             else:
                 dr += dr_q
-            normed_back(r_back(dr, dmask), dx)
-            return dx
+            return normed_back(r_back(dr, dmask), dx)
 
         self._way(back)
         return self._sum(into, write)
@@ -332,30 +331,18 @@ class _Tile:
         def back(dx: Array, dmask: _Every | _Some) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
             da *= gradient
-            normed_back(r_back(up.back(da, self.brief), dmask), dx)
-            return dx
+            return normed_back(r_back(up.back(da, self.brief), dmask), dx)
 
         self._way(back)
         return self._sum(x, write)
 
-    def _normed(self, x: Array) -> Array:
-        """The normed residual that the unembedding reads."""
-        y, normed_back = self._norm(x)
-
-        def back(dy: Array, _: _Every | _Some) -> Array:
-            dx = np.zeros_like(dy)
-            normed_back(dy, dx)
-            return dx
-
-        self._way(back)
-        return y
-
-    def _error(self, site: int, x: Array, lanes: Lanes, *, of_logits: bool = False) -> None:
+    def _error(self, site: int, x: Array, lanes: Lanes) -> None:
         """Sum of the kept errors of a site, added to the stream, or to the logits."""
         of, at = self.of, Location(site, ERROR)
         if at not in of.excess:
             return
-        what = of.excess[at], lanes.prompt_l, np.zeros_like(lanes.token_l) if of_logits else lanes.token_l
+        token_l = lanes.token_l if site < of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits have one row a prompt
+        what = of.excess[at], lanes.prompt_l, token_l
         masked.add_error(x, self.mask, lanes.places(1), of.first[at], of.means[at], *what)
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
@@ -367,10 +354,7 @@ class _Tile:
     # -- parts ----------------------------------------------------------------------------------------------------------
 
     def _nodes(self, at: Location, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
-        """The nodes of a location under their masks, and what turns dy into dpre; `change` has what they are before AbsTopK.
-
-        They last for the sublayer alone, if not asked to last longer.
-        """
+        """The nodes, for the sublayer alone if not lasting, and what turns dy into dpre; `change` is as before AbsTopK."""
         of, n = self.of, len(change)
         through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
         kept = max(1, round(of.sparse.keep * n))
@@ -383,11 +367,16 @@ class _Tile:
 
         return y, back
 
-    def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], None]]:
+    def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
         """RMSNorm, and what adds to dx by dy."""
         y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
         masked.norm(x, scale, y, self.of.sparse.form.eps)
-        return y, lambda dy, dx: masked.norm_back(dy, x, scale, dx)
+
+        def back(dy: Array, dx: Array) -> Array:
+            masked.norm_back(dy, x, scale, dx)
+            return dx
+
+        return y, back
 
     def _attend(
         self, layer: int, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes

@@ -14,8 +14,6 @@ from torch import Tensor
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import integrated_gradients
 
-_ALPHAS = 4  # values of the mask
-
 
 def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     """node_k: the fewest other nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
@@ -31,7 +29,7 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
     if left(none_k, [0])[0] <= allowed:
         return none_k
-    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f, _ALPHAS)
+    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f)
     pool_k = whole_f.nonzero().flatten()
     order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
     low, high = 0, len(order_k)  # of low more is left, high is taken to do

@@ -49,8 +49,6 @@ class Question:
     @staticmethod
     def of_prompt(tokens_t: Tensor, answer: int, against: int | None = None) -> Question:
         """Why one token follows a prompt: against one other, or against all others where `against` is None."""
-        if tokens_t.dim() != 1 or not len(tokens_t):
-            raise ValueError(f"a prompt is a row of at least one token, not a tensor of shape {tuple(tokens_t.shape)}")
         device, every = tokens_t.device, against is None
         answer_bk = torch.tensor([[answer]], device=device)
         against_bk = torch.tensor([[answer if against is None else against]], device=device)
@@ -94,11 +92,15 @@ class Question:
         few["prompt_bt"] = few["prompt_bt"][:, : int(few["last_b"].max()) + 1]
         return replace(self, **few)
 
+    def in_turn(self, rows: int, row_r: Tensor | None = None) -> Tensor:
+        """row_r; where it is None, every prompt in turn, over and over."""
+        return torch.arange(rows, device=self.last_b.device) % len(self) if row_r is None else row_r
+
     def difference(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """d_r in nats of the logits after the prompts of row_r; by default row by row, or all rows after the one prompt."""
+        """d_r in nats of the logits after the prompts of row_r, by default every prompt in turn."""
         sides = (self.answer_bk, self.answer_not_b), (self.against_bk, self.against_not_b)
         logits_rv = logits_rv if logits_rv.dtype == torch.float64 else logits_rv.float()
-        row_r = torch.arange(len(self), device=self.last_b.device) if row_r is None else row_r
+        row_r = self.in_turn(len(logits_rv), row_r)
         over, under = (log_sum(logits_rv, id_bk[row_r], not_b[row_r]) for id_bk, not_b in sides)
         return over - under
 

@@ -90,14 +90,6 @@ def find_nested(
     return _Search(loss, train or loss, progress, loss.config.nested() if levels is None else tuple(levels)).run(opened_f)
 
 
-@dataclass(frozen=True, eq=False)
-class _Descent:
-    """A descent's end: tau_f, -inf of what is no candidate, and lambda."""
-
-    tau_f: Tensor
-    size_weight: float
-
-
 class _Search:
     def __init__(self, loss: CircuitLoss, train: CircuitLoss, progress: OnProgress, levels: tuple[Level, ...]) -> None:
         self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
@@ -117,14 +109,10 @@ class _Search:
             level = levels[place]
             core_f = kept_f | self._errors(kept_f, level, self.config.room)
             if place == opening:
-                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level, self.config.attempts), score_f, level)
+                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level), score_f, level)
             elif place == opening + 1:
                 kept_f, within = self._added(core_f, level)
-                kept_f = (
-                    self._deleted(core_f, kept_f, level)
-                    if within
-                    else self._by_descent(core_f, score_f, level, self.config.attempts)
-                )
+                kept_f = self._deleted(core_f, kept_f, level) if within else self._by_descent(core_f, score_f, level)
             else:
                 kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
@@ -146,7 +134,7 @@ class _Search:
         extra = int((more_f & ~core_f).sum())
         if not extra:
             return kept_f
-        other_f = self._by_descent(more_f, score_f, level, self.config.attempts)
+        other_f = self._by_descent(more_f, score_f, level)
         return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
 
     def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
@@ -158,8 +146,8 @@ class _Search:
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
         gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.off_rows(x_rv, level, row_r))
         order_k = _falling(torch.where(all_f, 0, gradient_rf.sum(0)))
-        sizes = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
-        sizes = [size for size in sizes if size <= len(order_k)]
+        powers = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
+        sizes = [size for size in powers if size <= len(order_k)]
         if not sizes:
             return none_f
         off_c = self._off(torch.stack([all_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
@@ -178,46 +166,46 @@ class _Search:
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
-    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level, attempts: int) -> Tensor:
+    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """The core and few nodes more, within the level's bounds; all nodes at most."""
-        descent, within, kept_f = _Descent(score_f, _SIZE_WEIGHT), False, core_f
-        for attempt in range(attempts):
-            descent = self._descended(core_f, score_f, level, attempt, descent)
-            kept_f, within = self._added(core_f | (descent.tau_f > 0), level)
+        tau_f, size_weight, within, kept_f = score_f, _SIZE_WEIGHT, False, core_f
+        for attempt in range(self.config.attempts):
+            tau_f, size_weight = self._descended(core_f, score_f, level, attempt, tau_f, size_weight)
+            kept_f, within = self._added(core_f | (tau_f > 0), level)
             if within:
                 break
         if within:
-            tau_f = torch.where(descent.tau_f > 0, descent.tau_f, _TAU[1] + 1)  # what was added is wanted most
+            tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
             kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         else:
             kept_f = self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
         return self._necessary(core_f, self._deleted(core_f, kept_f, level), level)
 
-    def _descended(self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, before: _Descent) -> _Descent:
-        """A descent begun with the nodes that about do, best ranked first.
+    def _descended(
+        self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, tau_f: Tensor, size_weight: float
+    ) -> tuple[Tensor, float]:
+        """tau_f, -inf of what is no candidate, and lambda, at the end of a descent begun with the best nodes that about do.
 
-        A later attempt begins with more of them; on several prompts, of which others are held out, it goes on from the one before
-        and makes the terms smaller.
+        A later attempt begins with more of them; on several prompts, of which others are held out, it goes on from the tau_f and
+        lambda of the one before and makes the terms smaller.
         """
         count, steps = self.config.supersets, self.config.steps
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
-        goes_on = several and attempt > 0
         met = _MET_SEVERAL * _STRICTER**attempt if several else _MET
-        if goes_on:
-            tau_k, size_weight, steps = before.tau_f[node_k], before.size_weight, steps // 2
+        if several and attempt > 0:
+            tau_k, steps = tau_f[node_k], steps // 2
         else:
             start = min(4**attempt * self._start(core_f, node_k, level), len(node_k))
             rank_k = torch.arange(len(node_k), device=node_k.device)
             tau_k, size_weight = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU), _SIZE_WEIGHT
-        mean_k, square_k = torch.zeros_like(tau_k), torch.zeros_like(tau_k)
-        prompts = min(self.config.prompts, len(self.train.model_b))
+        mean_k, square_k, off = torch.zeros_like(tau_k), torch.zeros_like(tau_k), 0.0
+        prompts, zero_1 = min(self.config.prompts, len(self.train.model_b)), torch.zeros(1, dtype=torch.long)
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
-        off = 0.0
         for step in range(steps):
             kept_k = tau_k > 0
-            row_p = self._drawn(prompts)
+            row_p = torch.randperm(len(self.train.model_b), generator=self.generator)[:prompts] if several else zero_1
             # densities of a step's supersets are spread, one in each of as many parts of 0 to 1
             density_up = (np.arange(count)[:, None] + self.draws.random((count, prompts))) / count
             superset_upf = random_sets(self.draws, density_up.reshape(-1), len(core_f)).to(tau_k.device)
@@ -249,12 +237,7 @@ class _Search:
             tau_k = (tau_k - rate * mean_k / (1 - _BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU)
         self.progress(Phase(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes"))
         tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
-        return _Descent(tau_f.index_copy_(0, node_k, tau_k), size_weight)
-
-    def _drawn(self, prompts: int) -> Tensor:
-        """The prompts of a step: the one, or some drawn at random."""
-        count = len(self.train.model_b)
-        return torch.randperm(count, generator=self.generator)[:prompts] if count > 1 else torch.zeros(1, dtype=torch.long)
+        return tau_f.index_copy_(0, node_k, tau_k), size_weight
 
     def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
         """Number of nodes, best ranked first, that get the answer about right."""

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from bridge.circuits.masked_model import last_logits
 from bridge.data.task_tokens import TokenPairs
-from bridge.models.circuit import NodeSpace, ablation_gate, corpus_means, recording_gate
-from bridge.models.residual import Trace
+from bridge.models.circuit import NodeSpace, ablation_gate, recording_gate
 from bridge.models.sparse import Gate, Location, SparseTransformer, identity_gate
 
 
@@ -61,34 +60,16 @@ class Subject(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
 class SparseSubject:
-    """The weight-sparse model."""
+    """The weight-sparse model, and the means of its nodes."""
 
-    sparse: SparseTransformer
-    means: Mapping[Location, Tensor]
-
-    @staticmethod
-    def over(sparse: SparseTransformer, corpus_bt: Tensor) -> SparseSubject:
-        """The model with its means over a corpus. Raises ValueError for a corpus without tokens."""
-        return SparseSubject(sparse, corpus_means(sparse, corpus_bt))
-
-    @property
-    def space(self) -> NodeSpace:
-        """Every node in one row."""
-        return NodeSpace(self.sparse.locations(), 1)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.sparse.device
+    def __init__(self, sparse: SparseTransformer, means: Mapping[Location, Tensor]) -> None:
+        self.sparse, self.means, self.device = sparse, means, sparse.device
+        self.space = NodeSpace(sparse.locations(), 1)
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
         """logits_bv after the prompts, every node through the gate."""
-        return self.last_logits(pairs, self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True))
-
-    def last_logits(self, pairs: TokenPairs, trace: Trace) -> Tensor:
-        """logits_bv after the prompts, of a run of them that was asked for those of the last position alone."""
+        trace = self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True)
         return last_logits(self.sparse, pairs.prompt_bt, pairs.last_b, trace)
 
     def matrices(self) -> tuple[Matrix, ...]:
@@ -109,17 +90,11 @@ def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
     return ablation_gate(subject.space.split(kept_f), subject.means)
 
 
-def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_gate) -> dict[Location, Tensor]:
-    """value_btn of every node on some prompts, under a gate."""
-    values: dict[Location, Tensor] = {}
-    with torch.no_grad():
-        subject.logits(pairs, recording_gate(values, gate))
-    return values
-
-
+@torch.no_grad()
 def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
     """Nodes_f that some prompt switches on, at any of its tokens."""
-    values = recorded(subject, pairs)
+    values: dict[Location, Tensor] = {}
+    subject.logits(pairs, recording_gate(values))
     on = {at: ((values[at] != 0) & pairs.there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
     return subject.space.join(on)
 

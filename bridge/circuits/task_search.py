@@ -55,25 +55,15 @@ class TaskLosses:
     validation: CircuitLoss
     test: CircuitLoss
 
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """The levels of a task's circuits: those of the answer, not of the full distribution."""
-        return self.validation.config.nested()[:-1]
-
-    @property
-    def opening(self) -> Level:
-        """The level that is found first."""
-        return self.levels[self.validation.config.opening]
-
     def opened(self, progress: OnProgress = unseen, seed: int | None = None) -> Nested:
         """The circuit at the opening level alone, by a seed of its own where one is given."""
         seed = self.validation.config.seed if seed is None else seed
         train, validation = (one.seeded(seed) for one in (self.train, self.validation))
-        return find_nested(validation, progress, train, (self.opening,))
+        return find_nested(validation, progress, train, (Level(validation.config.opens_at),))
 
     def nested(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> Nested:
-        """The nested circuits, around the opening one where that has been found."""
-        return find_nested(self.validation, progress, self.train, self.levels, opened_f)
+        """The nested circuits, around the opening one where that has been found; none of the full distribution."""
+        return find_nested(self.validation, progress, self.train, self.validation.config.nested()[:-1], opened_f)
 
 
 def task_loss(

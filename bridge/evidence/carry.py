@@ -20,9 +20,9 @@ Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -37,49 +37,21 @@ from bridge.models.transport import decoded
 _LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
 _COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
 
-
-@dataclass(frozen=True, eq=False)
-class Transported:
-    """Shares of the span lost under some masks, prompt by prompt: in the sparse model itself, and by site in either model."""
-
-    lost_cb: Tensor
-    dense_cjb: Tensor
-    sparse_cjb: Tensor | None
+Lost = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
 
 
-@dataclass(frozen=True, eq=False)
 class Transporter:
-    """Both models on a question's prompts: the coupling, the loss on its sparse model, the dense run, the reference's mask."""
+    """Both models on a question's prompts: the coupling, the loss on its sparse model, and the dense run.
 
-    coupling: CoupledModels
-    loss: CircuitLoss
-    dense: Trace
-    reference_f: Tensor
+    The reference keeps every node, and of the errors those of a circuit.
+    """
 
-    @staticmethod
-    def of(coupling: CoupledModels, loss: CircuitLoss, dense: Trace, circuit_f: Tensor) -> Transporter:
-        """The transporter whose reference keeps every node, and of the errors those of a circuit."""
-        return Transporter(coupling, loss, dense, loss.nodes_f | circuit_f)
-
-    @property
-    def masked(self) -> MaskedModel:
-        """The sparse model with its masks."""
-        return self.loss.masked
-
-    @property
-    def sites(self) -> range:
-        """Every site."""
-        return range(self.coupling.n_sites)
-
-    @property
-    def prompts(self) -> int:
-        """Number of prompts."""
-        return len(self.loss.model_b)
-
-    @cached_property
-    def narrow(self) -> bool:
-        """Whether residuals behind the last attention are those of the last position alone."""
-        return self.masked.question.whole_rows
+    def __init__(self, coupling: CoupledModels, loss: CircuitLoss[MaskedModel], dense: Trace, circuit_f: Tensor) -> None:
+        self.coupling, self.loss, self.masked, self.dense = coupling, loss, loss.masked, dense
+        self.reference_f = loss.nodes_f | circuit_f
+        self.sites, self.prompts = range(coupling.n_sites), len(loss.model_b)
+        self.narrow = self.masked.question.whole_rows  # behind the last attention residuals are of the last position alone
+        self._span = loss.span if abs(loss.span) >= 1e-6 else 1e-6
 
     @cached_property
     def reference(self) -> Trace:
@@ -89,82 +61,53 @@ class Transporter:
         residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
         return Trace(torch.cat([run.logits_btv for run in runs]), residuals)
 
-    @cached_property
-    def _reference_d_b(self) -> Tensor:
-        return self._sparse_d(self.reference, torch.arange(self.prompts))
-
-    def deleted(self, circuit_cf: Tensor) -> Tensor:
-        """The reference's masks with each of some circuits deleted."""
-        return self.reference_f & ~circuit_cf
-
     @torch.no_grad()
-    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], *, sparse: bool = False) -> Transported:
-        """Losses under some masks, the change of each transported at equally many sites; where asked, in both models.
+    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
+        """lost_cb of the span under some masks, and lost_mcjb by the change of each transported at equally many sites.
 
-        Changes are transported batch by batch, and not kept: of many nodes on many prompts they would not fit.
+        m are the losses asked for, `dense_lost` and `sparse_lost`. Changes are transported batch by batch, and not kept: of many
+        nodes on many prompts they would not fit.
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
-        lost_cb, dense_cjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], shape))
-        sparse_cjb = torch.zeros_like(dense_cjb) if sparse else None
-        for place_c, row_p in self._batches(len(kept_cf)):
-            changes, lost_cb[place_c[:, None], row_p] = self._changes(kept_cf[place_c], row_p)
+        lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
+        prompts = min(self.prompts, max(1, self.masked.rows // _COPIES))
+        masks = max(1, self.masked.rows // prompts - 1)
+        for row_p, place_c in product(torch.arange(self.prompts).split(prompts), torch.arange(len(kept_cf)).split(masks)):
+            # the reference is in the same batch, so that nothing is left of what does not change
+            trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
+            residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
+            changes = [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals]
+            d_cp = self._d(trace, row_p.repeat(1 + len(place_c))).view(-1, len(row_p))
+            lost_cb[place_c[:, None], row_p] = (d_cp[:1] - d_cp[1:]) / self._span
             places = [
                 (c, site, p) for c, place in enumerate(place_c.tolist()) for site in sites[place] for p in range(len(row_p))
             ]
             row_k, site_k = [int(row_p[p]) for _, _, p in places], [site for _, site, _ in places]
             change_k = [changes[site][c, p] for c, site, p in places]
-            for into, lost in ((dense_cjb, self.dense_lost), (sparse_cjb, self.sparse_lost)):
-                if into is not None:
-                    found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
-                    into[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
-        return Transported(lost_cb, dense_cjb, sparse_cjb)
+            for lost_cjb, lost in zip(lost_mcjb, losses, strict=True):
+                found_cjp = lost(row_k, site_k, change_k).view(len(place_c), shape[1], len(row_p))
+                lost_cjb[place_c[:, None, None], torch.arange(shape[1])[:, None], row_p] = found_cjp
+        return lost_cb, lost_mcjb
 
     @torch.no_grad()
-    def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Transported:
-        """Losses when all of some nodes are deleted, for each of the sets, its change transported at one site.
+    def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Tensor:
+        """lost_2kb in the sparse and the dense model without all of some nodes, for each of the sets, transported at one site.
 
         Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
         """
         if not self.narrow or self.prompts > 1:
-            deleted_kf = torch.zeros(len(sets), len(self.reference_f), dtype=torch.bool, device=self.reference_f.device)
-            for k, node_n in enumerate(sets):
-                deleted_kf[k, node_n] = True
-            return self.transport(self.deleted(deleted_kf), [[site] for site in site_k])
+            kept_kf = torch.stack([self.reference_f.index_fill(0, node_n, False) for node_n in sets])
+            lost_kb, lost_1k1b = self.transport(kept_kf, [[site] for site in site_k], [self.dense_lost])
+            return torch.stack([lost_kb, lost_1k1b[0, :, 0]])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
-        site_f, late = self.masked.site_f, self.masked.sparse.narrow_from
-        begin_k = [int(site_f[node_n.cpu()].min()) if len(node_n) else 0 for node_n in sets]
-        for part in (range(-1, late), range(late, self.coupling.n_sites)):
-            order = sorted((k for k, begin in enumerate(begin_k) if begin in part), key=begin_k.__getitem__)
-            for first in range(0, len(order), self.masked.rows):
-                some = order[first : first + self.masked.rows]
-                # the reference is in the same batch, so that nothing is left of what does not change
-                kept_rf, begin_r = self.reference_f.repeat(1 + len(some), 1), [begin_k[k] for k in (some[0], *some)]
-                for row, k in enumerate(some, 1):
-                    kept_rf[row, sets[k]] = False
-                x_rts = torch.cat([self.reference.residuals[max(0, site)] for site in begin_r])
-                trace = self.masked.run(kept_rf, None, Enter(torch.tensor(begin_r), x_rts), narrow=True)
-                d_r = self._sparse_d(trace, torch.zeros(len(kept_rf), dtype=torch.long))
-                for row, k in enumerate(some, 1):
-                    x_rts = trace.residuals[site_k[k]]
-                    changes[k] = x_rts[row] - x_rts[0]
-                    lost_k[k] = (d_r[0] - d_r[row]) / self._span
-        dense_k = self.dense_lost([0] * len(sets), site_k, changes)
-        return Transported(lost_k[:, None], dense_k[:, None, None], None)
-
-    def _batches(self, masks: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of masks and prompts, with the reference, of a sensible size."""
-        some = min(self.prompts, max(1, self.masked.rows // _COPIES))
-        for row_p in torch.arange(self.prompts).split(some):
-            for place_c in torch.arange(masks).split(max(1, self.masked.rows // some - 1)):
-                yield place_c, row_p
-
-    def _changes(self, kept_cf: Tensor, row_p: Tensor) -> tuple[list[Tensor], Tensor]:
-        """change_cpts at every site under some masks, and lost_cp, what the sparse model itself loses of the span."""
         # the reference is in the same batch, so that nothing is left of what does not change
-        trace = self._run(torch.cat([self.reference_f[None], kept_cf]), row_p)
-        residuals = [x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals]
-        d_cp = self._sparse_d(trace, row_p.repeat(1 + len(kept_cf))).view(-1, len(row_p))
-        return [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals], (d_cp[:1] - d_cp[1:]) / self._span
+        for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, beside=True):
+            d_r = self._d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
+            lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
+            for row, k in enumerate(some_k.tolist(), 1):
+                x_rts = trace.residuals[site_k[k]]
+                changes[k] = x_rts[row] - x_rts[0]
+        return torch.stack([lost_k, self.dense_lost([0] * len(sets), site_k, changes)])[..., None]
 
     @torch.no_grad()
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
@@ -190,38 +133,30 @@ class Transporter:
             enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
             last_only = bool((last_r == length - 1).all())
             trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter, last_only=last_only)
-            # from the end, where the last position is in both cases
-            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, last_r - length)) / self._span
+            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, length)) / self._span
         return lost_k
 
     @torch.no_grad()
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
         lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
+        d_b = self._d(self.reference, torch.arange(self.prompts))
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
-        for part in (range(late), range(late, self.coupling.n_sites)):
-            place_k = torch.tensor(sorted((k for k, site in enumerate(site_k) if site in part), key=lambda k: site_k[k]))
-            for some_k in place_k.split(self.masked.rows) if len(place_k) else ():
-                places = some_k.tolist()
-                row_r, site_r = (torch.tensor([of_k[k] for k in places]) for of_k in (row_k, site_k))
-                x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
-                kept_rf = self.reference_f.expand(len(places), -1)
-                trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
-                lost_k[some_k] = (self._reference_d_b[row_r] - self._sparse_d(trace, row_r)) / self._span
+        for some_k in self.masked.batches(torch.tensor(site_k), late):
+            places = some_k.tolist()
+            row_r, site_r = (torch.tensor([of_k[k] for k in places]) for of_k in (row_k, site_k))
+            x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
+            kept_rf = self.reference_f.expand(len(places), -1)
+            trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
+            lost_k[some_k] = (d_b[row_r] - self._d(trace, row_r)) / self._span
         return lost_k
-
-    @property
-    def _span(self) -> float:
-        return self.loss.span if abs(self.loss.span) >= 1e-6 else 1e-6
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
         """Every mask on every one of some prompts."""
         return self.masked.run(kept_cf.repeat_interleave(len(row_p), 0), row_p.repeat(len(kept_cf)), narrow=self.narrow)
 
-    def _sparse_d(self, trace: Trace, row_r: Tensor) -> Tensor:
-        last_b = self.masked.question.last_b
-        return self._d(trace, row_r, torch.full_like(last_b[row_r], -1) if self.narrow else last_b[row_r])
-
-    def _d(self, trace: Trace, row_r: Tensor, last_r: Tensor) -> Tensor:
-        logits_rv = trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r]
-        return self.masked.question.difference(logits_rv, row_r)
+    def _d(self, trace: Trace, row_r: Tensor, length: int | None = None) -> Tensor:
+        """d_r of runs of so many tokens, by default those of the prompts, or of which the last position alone has logits."""
+        question = self.masked.question
+        last_r = question.last_b[row_r] - (length or self.masked.n_tokens)  # from the end, where the last one is in both cases
+        return question.difference(trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r], row_r)

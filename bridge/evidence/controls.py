@@ -25,12 +25,10 @@ from bridge.models.sparse import Location
 
 
 @torch.no_grad()
-def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor | None = None) -> dict[Location, Tensor]:
-    """value_btn of every node on some of the prompts (by default all), no node ablated and the errors under their masks."""
-    row_b = torch.arange(len(masked.question)) if row_b is None else row_b
+def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor) -> dict[Location, Tensor]:
+    """value_btn of every node on some of the prompts, no node ablated and the errors under their masks."""
     values: dict[Location, Tensor] = {}
     _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
-    correct = None if masked.errors is None else correct
     masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
     return values
 
@@ -62,7 +60,8 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
     pool_f = active_nodes(masked) & ~kept_f
     matched_cf = torch.zeros(draws, len(kept_f), dtype=torch.bool, device=kept_f.device)
     # in order of (place, a random number): of each place's pool the first ones are taken
-    group_f = _places(masked)
+    sizes = torch.tensor([n for n in masked.space.sizes.values() for _ in range(masked.space.n_tokens)])
+    group_f = torch.arange(len(sizes)).repeat_interleave(sizes).to(kept_f.device)  # location and position of every node
     wanted_g = torch.bincount(group_f[kept_f & ~masked.is_error_f], minlength=int(group_f.max()) + 1)
     pool_k = (pool_f & (wanted_g > 0)[group_f]).nonzero().flatten()
     group_k = group_f[pool_k]
@@ -77,15 +76,14 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
 
 
 def another_prompt(
-    coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator, alphas: int = 4
+    coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator
 ) -> Tensor:
     """other_cf: as many nodes as a circuit has, those that matter most to other prompts of as many tokens, at their positions.
 
     The other prompts are cut from the coupling's reference text, and asked why the dense model's own answer follows. None where
     the text has no prompt so long.
     """
-    count, text_bt = int((kept_f & ~masked.is_error_f).sum()), coupling.reference_bt
-    length = masked.n_tokens
+    count, text_bt, length = int((kept_f & ~masked.is_error_f).sum()), coupling.reference_bt, masked.n_tokens
     if text_bt is None or text_bt.shape[1] < length or not count:
         return kept_f.new_zeros(0, len(kept_f))
     other_cf = kept_f.new_zeros(draws, len(kept_f))
@@ -97,19 +95,10 @@ def another_prompt(
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
         score_f = integrated_gradients(
-            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f, alphas
+            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f
         )
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf
-
-
-def _places(masked: MaskedModel) -> Tensor:
-    """Location and position of every node, as a number that grows along the row."""
-    parts, first = {}, 0
-    for at, n in masked.space.sizes.items():
-        parts[at] = torch.arange(first, first + masked.space.n_tokens)[:, None].expand(-1, n)
-        first += masked.space.n_tokens
-    return masked.space.join(parts).to(masked.is_error_f.device)
 
 
 def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:
@@ -123,17 +112,18 @@ def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: 
         return pool_f.new_zeros(0, space.size)
     if int(pool_f.sum()) < wanted:
         return pool_f[None]
-    drawn, like, pool = [], space.split(kept_f), space.split(pool_f)
+    drawn = []
     for _ in range(draws):
-        parts = {}
-        for location, like_tn in like.items():
-            place_k = pool[location].flatten().nonzero().flatten()
-            picked_k = some(place_k, int(like_tn.sum()), generator)
-            parts[location] = torch.zeros_like(like_tn).flatten().index_fill_(0, picked_k, True).view_as(like_tn)
-        gone_f = space.join(parts)
+        gone_f = torch.zeros_like(pool_f).index_fill_(0, some_like(space, kept_f, pool_f, generator), True)
         lacking = wanted - int(gone_f.sum())
         drawn.append(gone_f.index_fill(0, some((pool_f & ~gone_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
+
+
+def some_like(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
+    """node_k of a pool at random: at each location as many as a mask has there, or as there are."""
+    like, places = space.split(like_f), space.split(torch.where(pool_f, torch.arange(len(pool_f), device=pool_f.device), -1))
+    return torch.cat([some(place_tn[place_tn >= 0], int(like[at].sum()), generator) for at, place_tn in places.items()])
 
 
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:

@@ -87,9 +87,10 @@ class Deletion:
 
 def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]:
     """The deletion of some circuits."""
-    losses = transporter.transport(transporter.deleted(circuit_cf), [list(transporter.sites)] * len(circuit_cf), sparse=True)
-    assert losses.sparse_cjb is not None
-    parts = (x.double().cpu().numpy() for x in (losses.lost_cb, losses.dense_cjb, losses.sparse_cjb))
+    sites = [transporter.sites] * len(circuit_cf)
+    models = transporter.dense_lost, transporter.sparse_lost
+    lost_cb, lost_2cjb = transporter.transport(transporter.reference_f & ~circuit_cf, sites, models)
+    parts = (x.double().cpu().numpy() for x in (lost_cb, *lost_2cjb))
     return tuple(Deletion(lost_b, dense_jb, sparse_jb) for lost_b, dense_jb, sparse_jb in zip(*parts, strict=True))
 
 
@@ -108,8 +109,7 @@ def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[G
     last = transporter.coupling.n_sites - 1
     sets = [group_f.nonzero().flatten() for group_f in groups]
     site_g = [min(int(transporter.masked.site_f[node_n.cpu()].max()) + 1, last) if len(node_n) else last for node_n in sets]
-    losses = transporter.transport_deleted(sets, site_g)
-    nats_2g = torch.stack([losses.lost_cb, losses.dense_cjb[:, 0]]).mean(2) * transporter.loss.span
+    nats_2g = transporter.transport_deleted(sets, site_g).mean(2) * transporter.loss.span
     return tuple(GroupLoss(*pair) for pair in nats_2g.T.tolist())
 
 

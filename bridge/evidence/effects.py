@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.masked_model import MaskedModel
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import active_nodes, some
+from bridge.evidence.controls import active_nodes, some, some_like
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
 LEAST_NODES = 10  # nodes, below which ranks say nothing
@@ -52,11 +51,8 @@ def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, gener
     """node_p: at most half of them the circuit's, and as many active ones outside, of the same locations as far as there are."""
     masked = transporter.masked
     inside_p = some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
-    inside = masked.space.split(torch.zeros_like(circuit_f).index_fill(0, inside_p, True))
-    outside_f = active_nodes(masked) & ~circuit_f
-    places = masked.space.split(torch.where(outside_f, torch.arange(len(outside_f), device=outside_f.device), -1))
-    outside = [some(place_tn[place_tn >= 0], int(inside[at].sum()), generator) for at, place_tn in places.items()]
-    return torch.cat([inside_p, *outside])
+    inside_f = torch.zeros_like(circuit_f).index_fill(0, inside_p, True)
+    return torch.cat([inside_p, some_like(masked.space, inside_f, active_nodes(masked) & ~circuit_f, generator)])
 
 
 def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
@@ -64,22 +60,17 @@ def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) 
     if not len(node_p):
         return ()
     masked = transporter.masked
+    by_position = masked.space.n_tokens == masked.n_tokens
     site_p = (masked.site_f[node_p.cpu()] + 1).tolist()
-    losses = transporter.transport_deleted(list(node_p[:, None]), site_p)
-    both_pb2 = torch.stack([losses.lost_cb, losses.dense_cjb[:, 0]], -1).double()
+    both_pb2 = transporter.transport_deleted(list(node_p[:, None]), site_p).permute(1, 2, 0).double()
     return tuple(
         Effect(
-            _name(masked, place), bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
+            str(node) if by_position else node.name, bool(circuit_f[place]), site, *both_b2.mean(0).tolist(),
             by_prompt=tuple(map(tuple, both_b2.tolist())) if len(both_b2) > 1 else (),
         )
         for place, site, both_b2 in zip(node_p.tolist(), site_p, both_pb2, strict=True)
+        for node in [masked.space.node(place)]
     )  # fmt: skip
-
-
-def _name(masked: MaskedModel, place: int) -> str:
-    """A node's name, with its position where nodes are of one."""
-    node = masked.space.node(place)
-    return str(node) if masked.space.n_tokens == masked.n_tokens else node.name
 
 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> Measure:
@@ -137,10 +128,7 @@ def _repeats(dense_pb: np.ndarray) -> float | None:
 
 
 def mean_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, from 1; tied values share their mean rank.
-
-    As `scipy.stats.rankdata`, which takes .4 s to import.
-    """
+    """Ranks along the last axis, from 1, tied values sharing theirs: as `scipy.stats.rankdata`, which takes .4 s to import."""
     values = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))
     ordered = values.sort(-1).values
     below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)

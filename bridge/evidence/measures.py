@@ -152,45 +152,34 @@ class Report:
 
     def _judged(self) -> tuple[Verdict, tuple[str, ...]]:
         verdict: Verdict = "undecided"
-        reasons_so_far: tuple[str, ...] = ()
+        reasons: tuple[str, ...] = ()
         for rule in self.rules:
             needed = [self[key] for key in rule.needs]
-            failed = [
-                f"{m.name} is {m.value:.3g}, not {m.criterion}." for m in needed if m.passed is False and m.value is not None
-            ]
-            unknown = [f"{m.name} could not be judged ({m.note or 'no control'})." for m in needed if m.passed is None]
+            failed = [f"{_capital(m.name)} is {m.value:.3g}, not {m.criterion}." for m in needed if m.passed is False]
+            unknown = [f"{_capital(m.name)} could not be judged ({m.note or 'no control'})." for m in needed if m.passed is None]
             if failed and rule.refuted is not None:
-                return rule.refuted, tuple(map(_sentence, failed))
+                return rule.refuted, tuple(failed)
             if failed or unknown:
-                return verdict, (*reasons_so_far, *map(_sentence, failed + unknown))
-            verdict, reasons_so_far = rule.verdict, (rule.says,)
-        return verdict, reasons_so_far
+                return verdict, (*reasons, *failed, *unknown)
+            verdict, reasons = rule.verdict, (rule.says,)
+        return verdict, reasons
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-EVIDENCE = ("EVIDENCE", "here", "met", "asked", "control")
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: bool = False) -> list[str]:
     """Measures as a table for a terminal, with the notes on each below it; with places, values by site or span too."""
-    rows: list[tuple[str, ...]] = [EVIDENCE]
+    rows: list[tuple[str, ...]] = [("EVIDENCE", "here", "met", "asked", "control")]
     for measure in measures:
-        name, *cells = evidence_row(measure)
-        rows.append((f"  {name}", *cells))
+        value = "-" if measure.value is None else f"{measure.value:.3f}"
+        met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
+        asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
+        rows.append((f"  {measure.name}", value, met, asked, "" if measure.control is None else measure.control.text()))
         rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
         rows += [(f"    {line}",) for line in _by_place(measure)] if places else []
     return columns(rows, width)
-
-
-def evidence_row(measure: Measure) -> tuple[str, str, str, str, str]:
-    """A measure's cells under EVIDENCE."""
-    value = "-" if measure.value is None else f"{measure.value:.3f}"
-    met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
-    asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
-    return measure.name, value, met, asked, "" if measure.control is None else measure.control.text()
 
 
 def _beside(measure: Measure) -> str:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ from bridge.evidence.bootstrap import interval
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
-from bridge.models.residual import Trace
-from bridge.models.sparse import Gate, Location, identity_gate
+from bridge.models.sparse import Gate, Location
 from bridge.models.transport import decoded
 
 LEAST_EFFECT = 0.2  # nats; shares of less mean nothing
@@ -83,12 +83,8 @@ def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf
         kept_pf = transporter.reference_f.expand(len(row_p), -1)
         own, other = masked.gates(kept_pf, row_p)[1], there.gates(kept_pf, row_p)[1]
         values = node_values(there, transporter.reference_f, row_p)
-
-        def run(gate: Gate, correct: Gate, row_p: Tensor = row_p) -> Trace:
-            used = None if masked.errors is None else correct
-            return masked.sparse.run(question.prompt_bt[row_p], gate=gate, correct=used, last_only=True)
-
-        plain = run(identity_gate, own).residuals
+        run = partial(masked.sparse.run, question.prompt_bt[row_p], last_only=True)
+        plain = run(correct=own)
         for into, circuit_f in zip(found, circuit_cf, strict=True):
             parts = masked.space.split(circuit_f)
 
@@ -96,9 +92,10 @@ def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf
                 return torch.where(parts[at], values[at], x_ptn)
 
             def correct(at: Location, x_pts: Tensor, parts: dict = parts, own: Gate = own, other: Gate = other) -> Tensor:
-                return torch.where(parts[at][-x_pts.shape[1] :], other(at, x_pts), own(at, x_pts))
+                return torch.where(parts[at][-x_pts.shape[1] :], other(at, x_pts), own(at, x_pts)) if at in parts else x_pts
 
-            into.append([after - before for after, before in zip(run(gate, correct).residuals, plain, strict=True)])
+            changed = run(gate=gate, correct=correct)
+            into.append([after - before for after, before in zip(changed.residuals, plain.residuals, strict=True)])
     return [[torch.cat(parts) for parts in zip(*rows, strict=True)] for rows in found]
 
 

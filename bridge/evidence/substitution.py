@@ -48,9 +48,8 @@ def substituted(transporter: Transporter, span: tuple[int, int], kept_f: Tensor)
     for row_p in torch.arange(transporter.prompts).split(masked.rows):
         gate, correct = masked.gates(kept_f.expand(len(row_p), -1), row_p)
         enter = Enter.at(first, bridges[first].encode(dense[first][row_p]))
-        prompt_pt, used = masked.question.prompt_bt[row_p], None if masked.errors is None else correct
-        x_pts = masked.sparse.run(prompt_pt, enter, gate, correct=used, last_only=True).residuals[after]
-        change_ptd = bridges[after].decode(x_pts) - dense[after][row_p]
+        trace = masked.sparse.run(masked.question.prompt_bt[row_p], enter, gate, correct=correct, last_only=True)
+        change_ptd = bridges[after].decode(trace.residuals[after]) - dense[after][row_p]
         lost_p = transporter.lost_by(row_p, torch.full_like(row_p, after), change_ptd)
         found.append(transporter.loss.model_b[row_p] - lost_p * transporter.loss.span)
     return torch.cat(found).double().cpu().numpy()

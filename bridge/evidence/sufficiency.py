@@ -75,10 +75,9 @@ class Backup:
 
 def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
     """Every nested circuit measured, but for the adversary; of the two largest few supersets are drawn."""
-    large = len(nested.levels) - _LARGE
     measured = []
     for place, level in enumerate(nested.levels):
-        draws = _DRAWS if place < large or place == loss.config.opening else _DRAWS_LARGE
+        draws = _DRAWS if place < len(nested.levels) - _LARGE or place == loss.config.opening else _DRAWS_LARGE
         superset_uf = superset_draws(loss, draws, seed + place)
         within = nested.off[place] <= 1
         measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, None, within))

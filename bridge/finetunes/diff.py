@@ -293,7 +293,7 @@ def _transplant(
     rows = [own_f * changed_f, own_f * grafts.nodes_f, *(own_f * other_f for other_f in matched_cf), *displaced]
     added_rf = torch.stack(rows)
     share_r = transplanted(base, grafts, followed, added_rf) / change
-    transporter = Transporter.of(base, CircuitLoss(masked, followed.dense_bv, SearchConfig()), followed.dense, masked.is_error_f)
+    transporter = Transporter(base, CircuitLoss(masked, followed.dense_bv, SearchConfig()), followed.dense, masked.is_error_f)
     by_site = at_sites(transporter, grafts, torch.stack(rows[:2])) / change
     shares, draws = share_r.tolist(), config.draws
     return Transplant(

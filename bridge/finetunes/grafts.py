@@ -102,11 +102,8 @@ class Grafts:
     @cached_property
     def kind_f(self) -> Tensor:
         """Kind of each change, by its place in KINDS."""
-        parts = {
-            at: torch.full((self.space.n_tokens, n), KINDS.index("node" if at in self.own else at.kind)).to(self.sparse.device)
-            for at, n in self.space.sizes.items()
-        }
-        return self.space.join(parts)
+        kinds = (KINDS.index("node" if at in self.own else at.kind) for at in self.space.sizes)
+        return self.space.by_location(kinds).to(self.sparse.device)
 
     @property
     def nodes_f(self) -> Tensor:

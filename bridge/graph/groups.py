@@ -141,7 +141,7 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
     """The answer when all of a group is ablated from the circuit, by intervention, for each group."""
     sets = [group.places(flow.masked.space, flow.kept_f.device) for group in groups]
-    logits_gv = flow.masked.logits_without_sets(flow.kept_f, sets)
+    logits_gv = flow.masked.logits_without(flow.kept_f, sets)
     d_g = flow.masked.question.difference(logits_gv, torch.zeros(len(groups), dtype=torch.long, device=logits_gv.device))
     return Ablated(tuple((flow.difference - d_g).tolist()), logits_gv)
 

@@ -95,6 +95,10 @@ class NodeSpace:
         """x_rf of x_rtn per location."""
         return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
 
+    def by_location(self, values: Iterable[int]) -> Tensor:
+        """x_f that has one value at every location, given in their order."""
+        return torch.tensor(list(values)).repeat_interleave(torch.tensor([self.n_tokens * n for n in self.sizes.values()]))
+
     def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
         """(location, which of node_k are there, their places t * n + index) for the locations of some nodes."""
         start = 0

@@ -151,7 +151,7 @@ def gather(
     other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
     sufficient = _sufficient(config, loss, circuit, matched_cf, other_cf)
     progress(Phase("evidence: deletion, in both models"))
-    transporter = Transporter.of(coupling, loss, followed.dense, kept_f)
+    transporter = Transporter(coupling, loss, followed.dense, kept_f)
     deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
     group_losses = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)

@@ -223,7 +223,7 @@ def by_sparse(coupling: CoupledModels, tokens_t: Tensor) -> Line:
     means = reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
-        return delete(Transporter.of(coupling, loss, followed.dense, kept_f), kept_f[None])[0].best
+        return delete(Transporter(coupling, loss, followed.dense, kept_f), kept_f[None])[0].best
 
     def edges(loss: CircuitLoss, kept_f: Tensor) -> tuple[int, int]:
         flow = flow_through(loss.masked, kept_f)

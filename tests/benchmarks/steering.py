@@ -30,7 +30,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.sparse import Location
 from bridge.models.store import write_text
-from bridge.models.transport import Change
+from bridge.models.transport import change_between, decoded
 from bridge.steering.curves import Spread, logits_at, random_like
 from bridge.steering.figure import Panel, figure_of
 from bridge.steering.interventions import Intervention, Steerer, circuit_interventions, every_node
@@ -159,7 +159,8 @@ def main() -> None:
         def whole_at(site: int) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
             def changes(tokens_t: Tensor, other_t: Tensor) -> dict[int, Tensor]:
                 plain, other = coupling.sparse.run(tokens_t[None]), coupling.sparse.run(other_t[None])
-                return {site: Change.between(plain, other, torch.tensor([site])).decoded(coupling)}
+                site_b = torch.tensor([site])
+                return {site: decoded(coupling, site_b, change_between(plain, other, site_b))}
 
             return changes
 

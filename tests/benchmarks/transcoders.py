@@ -149,9 +149,5 @@ class MaskedTranscoded(Masked):
         super().__init__(question, model.sizes, model.means, errors, by_position=True)
         self.model = model
 
-    def only(self, row: int) -> MaskedTranscoded:
-        """The prompt is one."""
-        return self
-
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         return self.model.run(self.question.prompt_bt[row_r], gate, correct)[:, -1].float()

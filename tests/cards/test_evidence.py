@@ -89,7 +89,7 @@ def test_nodes_are_active_that_are_so_for_any_prompt(dense: DenseModel) -> None:
     coupling.sparse.project(0.1)
     transporter, _, pairs = case_of(coupling)
     active = transporter.masked.space.split(active_nodes(transporter.masked))
-    values = node_values(transporter.masked, torch.ones_like(transporter.reference_f))
+    values = node_values(transporter.masked, torch.ones_like(transporter.reference_f), torch.arange(transporter.prompts))
     for at, active_1n in active.items():
         expected_n = torch.zeros_like(active_1n[0])
         for row in range(len(pairs)):

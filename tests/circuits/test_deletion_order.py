@@ -24,9 +24,6 @@ class LinearModel(Masked):
         super().__init__(question, {AT: NODES}, {AT: torch.zeros(NODES)})
         self.weight_bfv = torch.randn(len(question), NODES, VOCABULARY, generator=generator)
 
-    def only(self, row: int) -> Masked:
-        return self
-
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         kept_rtf = gate(AT, torch.ones(len(row_r), self.n_tokens, NODES))
         return torch.einsum("rf,rfv->rv", kept_rtf[:, -1], self.weight_bfv[row_r])

@@ -132,7 +132,7 @@ def test_masks_over_a_dense_models_nodes_are_literal_interventions(kind: str) ->
 
     # gradients against a small step
     mask_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(2))
-    one = masked.only(1)
+    one = MaskedDense(subject, masked.question.rows(torch.tensor([1])))
     gradient_1f, _ = one.gradient(mask_f[None], one.question.difference)
     node_k = gradient_1f[0].abs().topk(5).indices
     for node in node_k.tolist():

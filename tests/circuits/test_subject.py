@@ -6,9 +6,20 @@ import pytest
 import torch
 from support.circuits_subject_cases import corpus, switched_on_f
 from support.models import planted_pairs
+from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, edge_count, in_order, masked_gate, recorded, switched_on
-from bridge.models.circuit import ablation_gate
+from bridge.circuits.subject import SparseSubject, edge_count, in_order, masked_gate, switched_on
+from bridge.data.task_tokens import TokenPairs
+from bridge.models.circuit import ablation_gate, recording_gate
+from bridge.models.sparse import Gate, Location, identity_gate
+
+
+@torch.no_grad()
+def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_gate) -> dict[Location, Tensor]:
+    """value_btn of every node on some prompts, under a gate."""
+    values: dict[Location, Tensor] = {}
+    subject.logits(pairs, recording_gate(values, gate))
+    return values
 
 
 def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubject) -> None:

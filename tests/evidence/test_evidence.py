@@ -102,7 +102,7 @@ def case(dense: DenseModel) -> Case:
 
 @pytest.fixture(scope="module")
 def transporter(case: Case) -> Transporter:
-    return Transporter.of(case.coupling, case.loss, case.followed.dense, case.kept_f)
+    return Transporter(case.coupling, case.loss, case.followed.dense, case.kept_f)
 
 
 def assert_close(value: float, expected: float) -> None:
@@ -161,7 +161,7 @@ def test_a_group_is_deleted_in_nats_behind_its_last_node(case: Case, transporter
 def test_matched_nodes_are_active_others_of_the_same_places(case: Case) -> None:
     masked, space = case.masked, case.masked.space
     active_f = active_nodes(masked)
-    values = node_values(masked, torch.ones_like(case.kept_f))
+    values = node_values(masked, torch.ones_like(case.kept_f), torch.arange(1))
     for at, active_tn in space.split(active_f).items():
         expected_tn = torch.zeros_like(active_tn) if at.kind == ERROR else values[at][0] != 0
         assert torch.equal(active_tn, expected_tn)

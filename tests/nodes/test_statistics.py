@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from support.circuits_subject_cases import subject_over
 from support.explanation_cases import agreeing
 from support.models import CONTEXT, VOCABULARY, untrained
 from support.studies_result_cases import planted_result
 from torch import Tensor
 from typer.testing import CliRunner
 
-from bridge.circuits.subject import SparseSubject
 from bridge.cli.main import app
 from bridge.display.progress import Phase
 from bridge.explanations.build import explain
@@ -402,7 +402,7 @@ def test_the_command_collects_once_and_prints_pages(saved: Path, tmp_path: Path,
     assert "\ndescribed 'A line.'\n" in asked and asked == run("--node", "1.mlp_act[37]")
     coupling = CoupledModels.from_pretrained(saved)
     assert coupling.reference_bt is not None
-    planted_result(SparseSubject.over(coupling.sparse, coupling.reference_bt), "planted").save(tmp_path / "planted")
+    planted_result(subject_over(coupling.sparse, coupling.reference_bt), "planted").save(tmp_path / "planted")
     assert run("--circuit", tmp_path / "planted").count("\nwhat      ") == 6
     labels = node_labels(coupling, [Node(Location(1, "attn_in"), 7, 4), Node(Location(1, "attn_in"), 7, 5)])
     name = "L1.attn_in[7]"
@@ -421,7 +421,7 @@ def test_circuits_and_explanations_say_what_their_nodes_do(dense: DenseModel, te
     strongest = max(channels, key=lambda node: abs(node.effect or 0))
     assert all(node.label for node in channels) and f"\n            {strongest.label}"[:90] in str(told)
     assert Explanation.from_json(told.to_json()) == told
-    result = planted_result(SparseSubject.over(coupling.sparse, text_bt), "planted")
+    result = planted_result(subject_over(coupling.sparse, text_bt), "planted")
     labels = node_labels(replace(coupling, path=str(tmp_path)), result.circuit.nodes)
     name = result.circuit.nodes[0].name
     text = render_text(result, labels=labels)

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from support.circuits_subject_cases import subject_over
 from support.models import CONTEXT
 from support.server_cases import (
     HOSTILE,
@@ -39,7 +40,6 @@ from support.span_cases import BLOCKS, span_folder  # noqa: F401
 from support.studies_result_cases import planted_result
 from typer.testing import CliRunner
 
-from bridge.circuits.subject import SparseSubject
 from bridge.cli.main import app as commands
 from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
@@ -514,7 +514,7 @@ def circuits(dense: DenseModel, tmp_path: Path) -> Path:
 
     folder, outside = tmp_path / "circuits", tmp_path / "outside"
     corpus_bt = torch.randint(2, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
-    result = planted_result(SparseSubject.over(planted_sparse(dense), corpus_bt), "planted")
+    result = planted_result(subject_over(planted_sparse(dense), corpus_bt), "planted")
     for name in ("suite/planted", "odd", "nan"):
         result.save(folder / name)
     result.save(outside)

@@ -8,11 +8,11 @@ import xml.etree.ElementTree as ET
 import pytest
 import scipy.stats
 import torch
-from support.circuits_subject_cases import switched_on_f
+from support.circuits_subject_cases import subject_over, switched_on_f
 from support.models import VOCABULARY, planted_pairs, planted_sparse
 from support.studies_result_cases import planted_result
 
-from bridge.circuits.subject import SparseSubject, masked_gate
+from bridge.circuits.subject import masked_gate
 from bridge.evidence.controls import random_deletions
 from bridge.models.dense import DenseModel
 from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
@@ -42,7 +42,7 @@ def test_means_count_failed_tasks_at_full_size() -> None:
 
 def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     corpus_bt = torch.randint(2, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
-    subject = SparseSubject.over(planted_sparse(dense), corpus_bt)
+    subject = subject_over(planted_sparse(dense), corpus_bt)
     one, other = planted_result(subject, "one <&>"), planted_result(subject, "other", neurons=(0,))
     prompts = {"one <&>": planted_pairs(6).both(), "other": planted_pairs(6, seed=1)}
     comparison = compare(subject, [one, other], prompts)

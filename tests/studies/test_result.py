@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.circuits_subject_cases import subject_over
 from support.models import VOCABULARY, planted_sparse
 from support.studies_result_cases import planted_result
 
-from bridge.circuits.subject import SparseSubject
 from bridge.models.dense import DenseModel
 from bridge.models.store import CheckpointError
 from bridge.studies.result import Size, TaskResult, render_text, save_failure
@@ -19,7 +19,7 @@ from bridge.studies.result import Size, TaskResult, render_text, save_failure
 @pytest.fixture
 def result(dense: DenseModel) -> TaskResult:
     corpus_bt = torch.randint(2, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
-    return planted_result(SparseSubject.over(planted_sparse(dense), corpus_bt), "planted")
+    return planted_result(subject_over(planted_sparse(dense), corpus_bt), "planted")
 
 
 def test_a_result_comes_back_exactly(result: TaskResult, tmp_path: Path) -> None:

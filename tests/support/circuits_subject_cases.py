@@ -9,12 +9,18 @@ from torch import Tensor
 
 from bridge.circuits.subject import SparseSubject
 from bridge.data.task_tokens import TokenPairs
+from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel
-from bridge.models.sparse import Location
+from bridge.models.sparse import Location, SparseTransformer
 
 
 def corpus() -> Tensor:
     return torch.randint(2, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(5))
+
+
+def subject_over(sparse: SparseTransformer, corpus_bt: Tensor) -> SparseSubject:
+    """The model with its means over a corpus."""
+    return SparseSubject(sparse, corpus_means(sparse, corpus_bt))
 
 
 def switched_on_f(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
@@ -34,4 +40,4 @@ def switched_on_f(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
 def subject(dense: DenseModel) -> SparseSubject:
     sparse = untrained(dense).sparse.requires_grad_(False)
     sparse.project(0.3)
-    return SparseSubject.over(sparse, corpus())
+    return subject_over(sparse, corpus())

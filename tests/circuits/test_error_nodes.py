@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits import error_nodes
-from bridge.circuits.error_nodes import reference_means, reference_rows
-from bridge.circuits.kept_means import NAME, digest_of, read_means
+from bridge.circuits.error_nodes import MEANS, reference_means, reference_rows
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 
@@ -22,7 +21,7 @@ Means = dict[Location, Tensor]
 
 @pytest.fixture
 def folder(coupling_folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(coupling_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns(f"{NAME}*"))
+    shutil.copytree(coupling_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns(f"{MEANS}*"))
     return tmp_path / "tiny"
 
 
@@ -39,7 +38,7 @@ def same(one: Means, other: Means) -> bool:
 
 def test_what_was_kept_is_read_instead_of_taken_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, means = means_of(folder)
-    assert [file.suffix for file in sorted(folder.iterdir()) if NAME in file.name] == [".safetensors", ".json"]
+    assert [file.suffix for file in sorted(folder.iterdir()) if MEANS in file.name] == [".safetensors", ".json"]
     monkeypatch.setattr(error_nodes, "corpus_means", lambda *_: pytest.fail("taken again"))
     assert same(means_of(folder)[1], means)
 
@@ -59,7 +58,7 @@ def test_other_text_weights_or_bridges_have_means_of_their_own(folder: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
-@pytest.mark.parametrize("pattern", [f"{NAME}-*.safetensors", f"{NAME}.json"])
+@pytest.mark.parametrize("pattern", [f"{MEANS}-*.safetensors", f"{MEANS}.json"])
 def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes | None, pattern: str) -> None:
     _, means = means_of(folder)
     (file,) = folder.glob(pattern)
@@ -71,18 +70,19 @@ def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes 
 @pytest.mark.parametrize("path", [None, "no/such/folder"])
 def test_a_coupling_in_no_folder_keeps_nothing(folder: Path, path: str | None) -> None:
     _, means = means_of(folder, path)
-    assert not [*folder.glob(f"*{NAME}*")] and means
+    assert not [*folder.glob(f"*{MEANS}*")] and means
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_to_is_left_alone(folder: Path) -> None:
     folder.chmod(0o555)
     _, means = means_of(folder)
-    assert not [*folder.glob(f"*{NAME}*")] and means
+    assert not [*folder.glob(f"*{MEANS}*")] and means
 
 
 @pytest.mark.parametrize("name", ["python-bridge-32", "python-bridge-4"])
-def test_what_ships_has_its_means(name: str) -> None:
+def test_what_ships_has_its_means(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_nodes, "corpus_means", lambda *_: pytest.fail("taken again"))
     coupling = CoupledModels.from_pretrained(Path(__file__).parents[2] / "checkpoints" / name)
     assert coupling.reference_bt is not None
-    assert read_means(coupling, digest_of(coupling, reference_rows(coupling, coupling.reference_bt))) is not None
+    assert reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
