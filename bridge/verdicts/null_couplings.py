@@ -34,6 +34,7 @@ from bridge.training.refit import refit_decoders
 NullName = Literal["uncoupled", "bridges", "weights"]
 NULL_NAMES: tuple[NullName, ...] = get_args(NullName)
 MINUTES = 20.0
+ANNEAL = 0.3  # of the fit, at least: it begins with every weight
 RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
 L0 = 1 / 16  # the least: from a random start, a model as sparse as some couplings learns no task in hours
 MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
@@ -88,6 +89,7 @@ def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, 
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {f"{part}.{key}": value for part, some in values.items() for key, value in some.items()}
         settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
+        settings["sparsity.anneal"] = max(ANNEAL, recipe.sparsity.anneal)  # a coupling may go on from one that has its L0
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}
         if coupling.sparse.fractions(recipe.sparsity).blocks < L0:
