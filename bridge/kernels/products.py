@@ -9,8 +9,8 @@ on whole vectors of tokens, and the sums of 128 tokens stay in registers while a
 128 floats is what the caches hold during that. Where rows are short they are laid end to end (storage n b t), so that the vectors
 are full.
 
-Only the CPU has these kernels. Elsewhere, and above the density at which they stop paying (`worth_it` measures it), products are
-dense.
+Only the CPU has these kernels. Elsewhere, and above the density at which they stop paying, products are dense: by a rule where a
+model answers (`pays`), so that an explanation repeats itself, and as measured here where one trains (`worth_it`).
 
 Shape legend: b batch row, t token, n inputs, m outputs, p nonzeros, v vocabulary.
 """
@@ -40,6 +40,7 @@ from bridge.kernels.lanes import (
 )
 
 SHORT = 64  # tokens; shorter rows are laid end to end
+SMALLEST, DENSEST = 1 << 14, 0.4  # weights, and share of nonzeros, for which they pay: at .375 they take 3/4 of dense ones' time
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +152,15 @@ def sparse_embedding(tokens_bt: Tensor, matrix: Compact) -> Tensor:
     return _SparseEmbedding.apply(tokens_bt, matrix.value_p, matrix)  # type: ignore[no-any-return]
 
 
+def pays(weight_mn: Tensor) -> bool:
+    """Whether a product without gradients runs through the kernels: by a rule, so that a model answers alike in every process."""
+    return weight_mn.numel() >= SMALLEST and int(weight_mn.count_nonzero()) <= DENSEST * weight_mn.numel()
+
+
 @cache
 def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) -> bool:
     """Whether a sparse product of these sizes, forward and backward, is measured faster here than a dense one in dtype."""
-    if m * n < 1 << 14:
+    if m * n < SMALLEST:
         return False
     rows, length = max(1, tokens // 128), min(tokens, 128)
     generator = torch.Generator().manual_seed(0)

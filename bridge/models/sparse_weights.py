@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, source_of, worth_it
+from bridge.kernels.products import Compact, pays, source_of
 from bridge.kernels.top_k import project_, top_k_mask
 from bridge.models.schema import MATRICES, output_side
 from bridge.models.sparse_blocks import Linear
@@ -144,14 +144,13 @@ class SparseWeights(nn.Module):
             sizes[name] = (value.detach(), self.compact[name].pattern.count)
         return {name: (int(weight.count_nonzero()), count) for name, (weight, count) in sizes.items()}
 
-    def use_products(self, tokens: int = 256, dtype: torch.dtype = torch.float32) -> None:
-        """Run a frozen model through sparse products wherever they are measured faster for this many tokens; CPU only."""
+    def use_products(self) -> None:
+        """Run a frozen model through sparse products wherever they pay; CPU only."""
         if self.values:
             return
         self.compact.clear()
         for name, weight in self.packable().items():
-            density = int(weight.count_nonzero()) / weight.numel()
-            if worth_it(*weight.shape, round(density, 3), tokens, dtype):
+            if pays(weight):
                 self.compact[name] = Compact.of(weight)
 
 

@@ -190,7 +190,7 @@ def frozen(coupling: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> CoupledM
     """A sparse coupling that would use sparse products for every matrix."""
     coupling.sparse.project(FRACTION)
     coupling.sparse.requires_grad_(False)
-    monkeypatch.setattr("bridge.models.sparse_weights.worth_it", lambda *_: True)
+    monkeypatch.setattr("bridge.models.sparse_weights.pays", lambda *_: True)
     return coupling
 
 
@@ -206,6 +206,18 @@ def test_a_frozen_model_is_the_same_through_sparse_products(frozen: CoupledModel
     assert len(frozen.sparse.compact) == 14  # all but the positions
     for found, expected in zip(seen[1], seen[0], strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share, products", [(0.3, 14), (0.5, 0)])
+def test_what_runs_through_sparse_products_is_not_measured(
+    coupling: CoupledModels, monkeypatch: pytest.MonkeyPatch, share: float, products: int
+) -> None:
+    """Otherwise answers near the density where both take as long would differ from process to process, and circuits with them."""
+    monkeypatch.setattr("bridge.kernels.products.SMALLEST", 1)
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("it was measured"))
+    coupling.sparse.project(share)
+    coupling.sparse.requires_grad_(False).use_products()
+    assert len(coupling.sparse.compact) == products
 
 
 def test_a_weight_that_was_changed_is_seen(frozen: CoupledModels) -> None:
