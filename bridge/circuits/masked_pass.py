@@ -27,7 +27,7 @@ from torch import Tensor
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.lanes import LANES
-from bridge.kernels.masked import Lanes, Matrix, Room
+from bridge.kernels.masked import Lanes, Room, StoredMatrix
 from bridge.kernels.products import Compact
 from bridge.models.circuit import NodeSpace
 from bridge.models.residual import EMBEDDING, Enter, Trace
@@ -121,7 +121,7 @@ class MaskedPass:
         starts = np.cumsum([0, *(space.n_tokens * n for n in space.sizes.values())]).tolist()
         self.first = dict(zip(space.sizes, starts, strict=False))
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
-        self.matrices: dict[str, Matrix] = {}
+        self.matrices: dict[str, StoredMatrix] = {}
         self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
         self.near = {at: np.zeros(LANES, np.int16) for at in space.sizes}  # the thresholds of AbsTopK where a tile ended
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
@@ -190,12 +190,12 @@ class MaskedPass:
             self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
         return self.known_lanes[key]
 
-    def matrix(self, name: str) -> Matrix:
+    def matrix(self, name: str) -> StoredMatrix:
         """A matrix by its name."""
         if name not in self.matrices:
             weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
             compact = self.sparse.by_nonzeros(f"{name}.weight", weight_mn)
-            self.matrices[name] = Matrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
+            self.matrices[name] = StoredMatrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
         return self.matrices[name]
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:

@@ -47,7 +47,7 @@ class Middle:
 
 
 @dataclass(frozen=True)
-class Block:
+class DenseBlock:
     """A block and the point between its sublayers, None where they are parallel; things it returns, None: the residual itself."""
 
     module: nn.Module
@@ -203,9 +203,9 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 # --- 2: the point between the sublayers of a block
 
 
-def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
+def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
     """The blocks with their middle points, of their calls on the probe. Raises DenseModelError at the first that has no site."""
-    blocks: list[Block] = []
+    blocks: list[DenseBlock] = []
     site, remedy = 0, "this architecture is not supported"
     for index, call in enumerate(calls):
         block = f"cannot be read at site {site}: block {index}"
@@ -217,7 +217,7 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[Block, ...]:
         if middle is None and not _is_parallel(call, seen):
             what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
             raise DenseModelError(who, f"cannot be read at site {site + 1}: {what}")
-        blocks.append(Block(call.block, middle, call.returns))
+        blocks.append(DenseBlock(call.block, middle, call.returns))
         site += 1 if middle is None else 2
     return tuple(blocks)
 

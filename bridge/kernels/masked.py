@@ -196,19 +196,19 @@ class Room:
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class StoredMatrix:
     """A matrix and its bias to the kernels: by rows, and by columns for the way back."""
 
     by_row: tuple[np.ndarray, ...]
     by_column: tuple[np.ndarray, ...]
 
     @staticmethod
-    def of(matrix: Compact, bias_m: Tensor) -> Matrix:
+    def of(matrix: Compact, bias_m: Tensor) -> StoredMatrix:
         """A frozen matrix of nonzeros, with its bias."""
         start, index, _ = matrix.pattern.by_row
         start_back, index_back, none = matrix.pattern.by_column
         values, back = matrix.value_p.numpy(), matrix.by_column_p.numpy()
-        return Matrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
+        return StoredMatrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
 
     def times(self, x: np.ndarray, room: Room) -> np.ndarray:
         """W x + b."""

@@ -45,7 +45,7 @@ from bridge.huggingface.site_discovery import (
     watch_blocks,
     wire,
 )
-from bridge.models.dense_run import Reached, Run, exclusive, under_way
+from bridge.models.dense_run import DenseRun, Reached, exclusive, under_way
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class DenseModel:
     def leaves(self, x: Tensor) -> Tensor:
         """A tensor as it leaves the model, on the device of the tokens; in float32 where weights are of half the precision.
 
-        What enters is cast where it enters (`Run.place`), and back again is what it was. So nothing outside of a dense model
+        What enters is cast where it enters (`DenseRun.place`), and back again is what it was. So nothing outside of a dense model
         knows of its precision, nor that it may be spread over devices.
         """
         half = self.dtype.itemsize < torch.float32.itemsize
@@ -182,7 +182,7 @@ class DenseModel:
         return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
-    def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[Run]:
+    def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[DenseRun]:
         """A run of a batch, once that is checked, with its hooks on the model for as long as it lasts."""
         if self.context is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
@@ -192,7 +192,7 @@ class DenseModel:
             if tuple(enter.x_btd.shape) != wanted:
                 given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
                 raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
-        run, site = Run(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
+        run, site = DenseRun(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
         with exclusive(), ExitStack() as hooks:
             for block in self.blocks:
                 middle, behind = site + 1, site + (1 if block.middle is None else 2)

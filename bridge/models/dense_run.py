@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge.huggingface.site_discovery import Block, first_tensor, output_tensor, with_first_tensor, with_output_tensor
+from bridge.huggingface.site_discovery import DenseBlock, first_tensor, output_tensor, with_first_tensor, with_output_tensor
 from bridge.models.residual import EMBEDDING, Enter
 
 # Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
 _ONE_AT_A_TIME = threading.RLock()
-under_way: list[Run] = []
+under_way: list[DenseRun] = []
 
 
 def exclusive() -> AbstractContextManager[Any]:
@@ -30,7 +30,7 @@ class Reached(Exception):
     """The site behind which nothing was asked for."""
 
 
-class Run:
+class DenseRun:
     """One run under way: the rows that enter, sorted by site so that those of a site are one slice, and the residuals seen."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Run:
             raise Reached
 
     @contextmanager
-    def handing_on(self, block: Block) -> Iterator[None]:
+    def handing_on(self, block: DenseBlock) -> Iterator[None]:
         """The block does nothing in this run, for as long as it lasts."""
         module, mine = block.module, vars(block.module).get("forward")
         usual = module.forward
