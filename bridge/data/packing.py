@@ -132,12 +132,15 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
 def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
     """Runs of token ids, of texts TEXTS at a time and of long ones in parts; empty documents are left out."""
     waiting: list[tuple[str, bool, bool]] = []
+    characters = 0
 
     def flush() -> Iterator[TokenRun]:
+        nonlocal characters
         if waiting:
             rows = prompts.bodies([text for text, _, _ in waiting])
             yield from [TokenRun(row, begins, ends) for row, (_, begins, ends) in zip(rows, waiting, strict=True)]
             waiting.clear()
+        characters = 0
 
     for kind, value in pieces:
         if kind == "tokens":
@@ -150,7 +153,8 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
         text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
         for index, (part, ends) in enumerate(_parts(text) if text.strip() else ()):
             waiting.append((part, index == 0, ends))
-            if len(waiting) == TEXTS or sum(len(text) for text, _, _ in waiting) >= PART_CHARACTERS:
+            characters += len(part)
+            if len(waiting) == TEXTS or characters >= PART_CHARACTERS:
                 yield from flush()
     yield from flush()
 

@@ -61,6 +61,10 @@ class Transporter:
         residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
         return Trace(torch.cat([run.logits_btv for run in runs]), residuals)
 
+    @cached_property
+    def _reference_d_b(self) -> Tensor:
+        return self._d(self.reference, torch.arange(self.prompts))
+
     @torch.no_grad()
     def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
         """lost_cb of the span under some masks, and lost_mcjb by the change of each transported at equally many sites.
@@ -140,7 +144,6 @@ class Transporter:
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
         lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
-        d_b = self._d(self.reference, torch.arange(self.prompts))
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
         for some_k in self.masked.batches(torch.tensor(site_k), late):
             places = some_k.tolist()
@@ -148,7 +151,7 @@ class Transporter:
             x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
             kept_rf = self.reference_f.expand(len(places), -1)
             trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
-            lost_k[some_k] = (d_b[row_r] - self._d(trace, row_r)) / self._span
+            lost_k[some_k] = (self._reference_d_b[row_r] - self._d(trace, row_r)) / self._span
         return lost_k
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
