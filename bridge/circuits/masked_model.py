@@ -209,7 +209,7 @@ class MaskedModel(Masked):
         come in the order of their sites, since a sublayer sees only those that have entered.
         """
         row_r = self.question.in_turn(len(kept_rf), row_r)
-        if narrow and self._compiled is not None:
+        if narrow and self._compiled is not None and (enter is None or self._compiled.silent(enter.x_btd)):
             return self._compiled.run(kept_rf, row_r, enter)
         gate, correct = self.gates(kept_rf, row_r)
         tokens_rt = self.question.prompt_bt[row_r]

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.circuits.live_nodes import live_model
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.lanes import LANES
-from bridge.kernels.masked import Lanes, Room, StoredMatrix
-from bridge.kernels.products import Compact
+from bridge.kernels.masked import Lanes, Room
 from bridge.models.circuit import NodeSpace
 from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import ERROR, Location, SparseTransformer
@@ -60,11 +60,10 @@ class _Every:
 
     def __init__(self, of: MaskedPass, gradient_rf: Array) -> None:
         self.of, self.flat = of, gradient_rf.reshape(-1)
-        self.flat[:] = 0
 
     def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Take the gradients of the nodes of a location, and turn dy into dpre."""
-        masked.nodes_back(dy, change, through, lanes.places(len(dy)), self.of.first[at], self.flat)
+        masked.nodes_back(dy, change, through, self.of.places(at, lanes), self.of.first[at], self.of.channels[at], self.flat)
 
     def error(self, at: Location, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Take those of the errors of a site."""
@@ -77,9 +76,7 @@ class _Some:
     def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
         self.gradient_rk = gradient_rk
         if of.asked is not node_k:
-            parts = of.space.places(node_k)
-            of.asked_parts = {at: (here_k.numpy(), *divmod(place_k.numpy(), of.space.sizes[at])) for at, here_k, place_k in parts}
-            of.asked = node_k
+            of.asked, of.asked_parts = node_k, dict(of.live_parts(node_k))
         self.parts = of.asked_parts
 
     def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
@@ -115,13 +112,17 @@ class MaskedPass:
     ) -> None:
         self.sparse, self.space, self.n_tokens = sparse, space, question.prompt_bt.shape[1]
         self.last_b = question.last_b.numpy()
-        self.embedded_bts = sparse.embed(question.prompt_bt).numpy()
-        self.means = {at: means[at].float().contiguous().numpy() for at in space.sizes}
-        self.excess = {at: (x_bts - means[at]).contiguous().numpy() for at, x_bts in (errors or {}).items()}
+        self.live = live = live_model(sparse, {at: means[at] for at in space.sizes}, errors)
+        stream_s = live.stream_s
+        self.embedded_bts = sparse.embed(question.prompt_bt)[..., stream_s].numpy()
+        of_errors = {at: stream_s if at.layer < sparse.n_sites else slice(None) for at in space.sizes if at.kind == ERROR}
+        self.channels = {at: nodes.channel_n.numpy() for at, nodes in live.nodes.items()}
+        read = of_errors | {at: nodes.channel_n for at, nodes in live.nodes.items()}
+        self.means = {at: means[at].float()[..., channel_n].contiguous().numpy() for at, channel_n in read.items()}
+        self.excess = {at: (x_bts - means[at])[..., read[at]].contiguous().numpy() for at, x_bts in (errors or {}).items()}
         starts = np.cumsum([0, *(space.n_tokens * n for n in space.sizes.values())]).tolist()
         self.first = dict(zip(space.sizes, starts, strict=False))
         self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
-        self.matrices: dict[str, StoredMatrix] = {}
         self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
         self.near = {at: np.zeros(LANES, np.int16) for at in space.sizes}  # the thresholds of AbsTopK where a tile ended
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
@@ -170,7 +171,7 @@ class MaskedPass:
         with torch.enable_grad():
             loss_r = loss(logits_rv.requires_grad_())
             (gradient_rv,) = torch.autograd.grad(loss_r.sum(), logits_rv)
-        gradient_rf = torch.empty(len(kept_rf), kept_rf.shape[1] if node_k is None else len(node_k))
+        gradient_rf = torch.zeros(len(kept_rf), kept_rf.shape[1] if node_k is None else len(node_k))
         first = 0
         for place, part in enumerate(parts):
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
@@ -190,13 +191,22 @@ class MaskedPass:
             self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
         return self.known_lanes[key]
 
-    def matrix(self, name: str) -> StoredMatrix:
-        """A matrix by its name."""
-        if name not in self.matrices:
-            weight_mn, bias_m = (self.sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
-            compact = self.sparse.by_nonzeros(f"{name}.weight", weight_mn)
-            self.matrices[name] = StoredMatrix.of(Compact.of(weight_mn) if compact is None else compact, bias_m)
-        return self.matrices[name]
+    def places(self, at: Location, lanes: Lanes) -> Array:
+        """The place of each lane's token in flat masks, less that of a location's first node."""
+        return lanes.places(self.space.sizes[at])
+
+    def live_parts(self, node_k: Tensor) -> Iterator[tuple[Location, tuple[Array, Array, Array]]]:
+        """Locations of entries, with the places k of the live ones, their tokens, and their places among the live nodes."""
+        for at, here_k, place_k in self.space.places(node_k):
+            token_k, channel_k = (part_k.numpy() for part_k in (place_k // self.space.sizes[at], place_k % self.space.sizes[at]))
+            if at in self.live.nodes:
+                channel_k = self.live.nodes[at].place_c.numpy()[channel_k]
+            live_k = channel_k >= 0
+            yield at, (here_k.numpy()[live_k], token_k[live_k], channel_k[live_k])
+
+    def silent(self, x_rts: Tensor) -> bool:
+        """Whether a stream is 0 in every channel that is not computed."""
+        return x_rts.count_nonzero() == x_rts[..., self.live.stream_s].count_nonzero()
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
         """Masks in a row and prompts of as many copies as are computed at a time."""
@@ -234,18 +244,18 @@ class _Tile:
         self.wide, self.answers = of.lanes(prompt_r)
         rows = len(prompt_r)
         self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # the lanes of the answers among the wide ones
-        most = max(of.space.sizes.values()) * self.wide.padded
+        most = max(len(nodes.channel_n) + len(nodes.rival_m) for nodes in of.live.nodes.values()) * self.wide.padded
         if of.active.size < most:
             of.active = np.zeros(most, np.bool_)
         sparse, self.residuals = of.sparse, dict[int, Tensor]()
         lanes = self.wide if begin < sparse.narrow_from else self.answers
-        x = np.zeros((sparse.width, lanes.padded), np.float32)
+        x = np.zeros((len(of.live.stream_s), lanes.padded), np.float32)
         if begin == EMBEDDING:
             x[:, : len(lanes.row_l)] = of.embedded_bts[lanes.prompt_l, lanes.token_l].T
             self._error(0, x, lanes)
         else:
             assert x_rts is not None
-            x[:, : len(lanes.row_l)] = x_rts.flatten(0, 1).T.numpy()
+            x[:, : len(lanes.row_l)] = x_rts.flatten(0, 1)[:, of.live.stream_s].T.numpy()
         for site in range(max(begin, 0), len(sparse.sublayer_kinds)):
             if trace:
                 self.residuals[site] = self._stream(x, lanes)
@@ -260,7 +270,7 @@ class _Tile:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
         y, normed_back = self._norm(x)
         self._way(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
-        unembedding = of.matrix("unembedding")
+        unembedding = of.live.matrices["unembedding"]
         logits = unembedding.times(y, room)
         self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
@@ -289,7 +299,7 @@ class _Tile:
         of, room, narrow = self.of, self.room, to is not lanes
         y, normed_back = self._norm(x)
         r, r_back = self._nodes(Location(layer, "attn_in"), y, lanes)
-        matrices = {kind: of.matrix(f"blocks.{layer}.{kind}") for kind in ("q", "k", "v", "o")}
+        matrices = {kind: of.live.matrices[f"blocks.{layer}.{kind}"] for kind in ("q", "k", "v", "o")}
         r_q = self._answers(r) if narrow else r
         parts = {
             kind: self._nodes(Location(layer, kind), matrices[kind].times(read, room), at, lasting=True)
@@ -319,7 +329,7 @@ class _Tile:
 
     def _mlp(self, layer: int, x: Array, lanes: Lanes) -> Array:
         of, room = self.of, self.room
-        up, down = (of.matrix(f"blocks.{layer}.{name}") for name in ("up", "down"))
+        up, down = (of.live.matrices[f"blocks.{layer}.{name}"] for name in ("up", "down"))
         y, normed_back = self._norm(x)
         r, r_back = self._nodes(Location(layer, "mlp_in"), y, lanes)
         before = up.times(r, room)
@@ -330,7 +340,7 @@ class _Tile:
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
-            da *= gradient
+            da *= gradient[: len(da)]
             return normed_back(r_back(up.back(da, self.brief), dmask), dx)
 
         self._way(back)
@@ -355,11 +365,10 @@ class _Tile:
 
     def _nodes(self, at: Location, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
         """The nodes, for the sublayer alone if not lasting, and what turns dy into dpre; `change` is as before AbsTopK."""
-        of, n = self.of, len(change)
-        through, y = self.room.take(*change.shape), (self.room if lasting else self.brief).take(*change.shape)
-        kept = max(1, round(of.sparse.keep * n))
-        places = lanes.places(n)
-        masked.nodes(change, kept, self.mask, places, of.first[at], of.means[at], of.active, through, y, of.near[at])
+        of, shape = self.of, (len(self.of.channels[at]), change.shape[1])
+        through, y = self.room.take(*shape), (self.room if lasting else self.brief).take(*shape)
+        where, kept = (self.mask, of.places(at, lanes), of.first[at], of.channels[at]), of.live.nodes[at].kept
+        masked.nodes(change, kept, *where, of.means[at], of.active, through, y, of.near[at])
 
         def back(dy: Array, dmask: _Every | _Some) -> Array:
             dmask.nodes(at, lanes, dy, change, through)
@@ -370,10 +379,11 @@ class _Tile:
     def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
         """RMSNorm, and what adds to dx by dy."""
         y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
-        masked.norm(x, scale, y, self.of.sparse.form.eps)
+        width, eps = self.of.sparse.width, self.of.sparse.form.eps
+        masked.norm(x, scale, y, width, eps)
 
         def back(dy: Array, dx: Array) -> Array:
-            masked.norm_back(dy, x, scale, dx)
+            masked.norm_back(dy, x, scale, width, dx)
             return dx
 
         return y, back
@@ -384,7 +394,7 @@ class _Tile:
         """Outputs of the heads for every lane of `to`, and their backward pass."""
         of, room, rows = self.of, self.room, len(self.last_r)
         channels, narrow = of.sparse.channels, to is not lanes
-        sink = of.sparse.sinks(layer).numpy()
+        sink = of.sparse.sinks(layer)[of.live.heads[layer]].numpy()
         z, heads = room.take(*q.shape), rows * len(sink)
         z[:, len(to.row_l) :] = 0
         log_sum = np.empty((heads, 1 if narrow else of.n_tokens), np.float32)
@@ -405,7 +415,8 @@ class _Tile:
 
     def _stream(self, x: Array, lanes: Lanes) -> Tensor:
         """x_rts of the lanes."""
-        x_ls = torch.from_numpy(x[:, : len(lanes.row_l)]).T.contiguous()
+        x_ls = torch.zeros(len(lanes.row_l), self.of.sparse.width)
+        x_ls[:, self.of.live.stream_s] = torch.from_numpy(x[:, : len(lanes.row_l)]).T
         return x_ls.unflatten(0, (len(self.last_r), -1))
 
     def _sum(self, x: Array, write: Array) -> Array:

@@ -2,7 +2,7 @@
 
 Activations are lanes: n x l, a channel's tokens of all rows one behind the other, padded to whole vectors. What is padded holds
 finite numbers that nobody reads. mask_rf are the masks of the rows, at_l the place of each lane's token in them, less that of the
-location: node j of lane l has the mask at at_l[l] + first + j of the flat masks, first being where its location begins.
+location: node j of lane l has the mask at at_l[l] + first + channel_n[j] of the flat masks, first being where its location begins.
 
     a = AbsTopK(pre)        change = a - mean        y = mean + mask * change        through = d y / d pre
     dmask = dy * change     dpre = dy * through
@@ -26,49 +26,51 @@ _CHANNELS = 16  # whose masks are transposed at a time
 
 @compiled
 def nodes(
-    change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, active: np.ndarray,
-    through: np.ndarray, y: np.ndarray, near: np.ndarray,
+    change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, mean: np.ndarray,
+    active: np.ndarray, through: np.ndarray, y: np.ndarray, near: np.ndarray,
 ) -> None:  # fmt: skip
     """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. active is scratch.
 
-    near says about where AbsTopK's thresholds are (`top_k_lanes`).
+    What change has behind them are rivals, for AbsTopK alone. near says about where its thresholds are (`top_k_lanes`).
     """
-    n, lanes = change.shape
-    if kept < n:
+    n, (rows, lanes) = len(mean), change.shape
+    if kept < rows:
         words = change.reshape(-1).view(np.int32)
-        top_k_lanes(words, words, active, n, lanes, kept, True, 0, (lanes + LANES - 1) // LANES, near)
+        top_k_lanes(words, words, active, rows, lanes, kept, True, 0, (lanes + LANES - 1) // LANES, near)
     else:
         active[: n * lanes] = True
     share = np.zeros((_CHANNELS, lanes), np.float32)
     changes, throughs, ys, shares = change.reshape(-1), through.reshape(-1), y.reshape(-1), share.reshape(-1)
     for block in range(0, n, _CHANNELS):
         width = min(_CHANNELS, n - block)
-        transposed = len(at) // 16 * 16 if width == _CHANNELS else 0
+        together = width == _CHANNELS and channel[block + width - 1] - channel[block] == width - 1
+        transposed = len(at) // 16 * 16 if together else 0
         for i in range(0, transposed, 16):  # in blocks, since the masks lie the other way round
-            transpose_masks(mask, at, i, first + block, shares, lanes)
+            transpose_masks(mask, at, i, first + channel[block], shares, lanes)
         for i in range(transposed, len(at)):
-            place = at[i] + first + block
             for c in range(width):
-                share[c, i] = mask[place + c]
+                share[c, i] = mask[at[i] + first + channel[block + c]]
         for c in range(width):
             place = (block + c) * lanes
             mix_lanes(changes, place, active, shares, c * lanes, mean[block + c], lanes // 16, throughs, ys)
 
 
 @compiled
-def nodes_back(dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, dmask: np.ndarray) -> None:
+def nodes_back(
+    dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, dmask: np.ndarray
+) -> None:
     """Adds to dmask, and turns dy into dpre."""
     n, lanes = dy.shape
     dys, changes, throughs = dy.reshape(-1), change.reshape(-1), through.reshape(-1)
     for block in range(0, n, _CHANNELS):
         width = min(_CHANNELS, n - block)
-        transposed = len(at) // 16 * 16 if width == _CHANNELS else 0
+        together = width == _CHANNELS and channel[block + width - 1] - channel[block] == width - 1
+        transposed = len(at) // 16 * 16 if together else 0
         for i in range(0, transposed, 16):
-            back_masks(dys, changes, throughs, block * lanes, lanes, at, i, first + block, dmask)
+            back_masks(dys, changes, throughs, block * lanes, lanes, at, i, first + channel[block], dmask)
         for i in range(transposed, len(at)):
-            place = at[i] + first + block
             for c in range(width):
-                dmask[place + c] += dy[block + c, i] * change[block + c, i]
+                dmask[at[i] + first + channel[block + c]] += dy[block + c, i] * change[block + c, i]
                 dy[block + c, i] *= through[block + c, i]
 
 
@@ -99,22 +101,22 @@ def gelu(x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
 
 
 @compiled
-def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray, eps: float) -> None:
-    """RMSNorm without a gain: y = x scale."""
+def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray, width: int, eps: float) -> None:
+    """RMSNorm without a gain: y = x scale; width counts the channels that are always 0 as well."""
     n, lanes = x.shape
     scale[:] = 0
     for j in range(n):
         for i in range(lanes):
             scale[i] += x[j, i] * x[j, i]
     for i in range(lanes):
-        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(n) + np.float32(eps))
+        scale[i] = np.float32(1) / np.sqrt(scale[i] / np.float32(width) + np.float32(eps))
     for j in range(n):
         for i in range(lanes):
             y[j, i] = x[j, i] * scale[i]
 
 
 @compiled
-def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> None:
+def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, width: int, dx: np.ndarray) -> None:
     """Adds to dx the gradient through RMSNorm: scale (dy - y mean(y dy)) with y = x scale."""
     n, lanes = x.shape
     mean = np.zeros(lanes, np.float32)
@@ -122,7 +124,7 @@ def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, dx: np.ndarray) 
         for i in range(lanes):
             mean[i] += x[j, i] * dy[j, i]
     for i in range(lanes):
-        mean[i] *= scale[i] * scale[i] / np.float32(n)
+        mean[i] *= scale[i] * scale[i] / np.float32(width)
     for j in range(n):
         for i in range(lanes):
             dx[j, i] += scale[i] * (dy[j, i] - mean[i] * x[j, i])
@@ -203,12 +205,12 @@ class StoredMatrix:
     by_column: tuple[np.ndarray, ...]
 
     @staticmethod
-    def of(matrix: Compact, bias_m: Tensor) -> StoredMatrix:
-        """A frozen matrix of nonzeros, with its bias."""
+    def of(matrix: Compact, bias_m: Tensor, back: Compact) -> StoredMatrix:
+        """A frozen matrix of nonzeros, with its bias; the way back goes through its first rows, `back`."""
         start, index, _ = matrix.pattern.by_row
-        start_back, index_back, none = matrix.pattern.by_column
-        values, back = matrix.value_p.numpy(), matrix.by_column_p.numpy()
-        return StoredMatrix((start, index, values, bias_m.numpy()), (start_back, index_back, back, none.numpy()))
+        start_back, index_back, none = back.pattern.by_column
+        by_column = start_back, index_back, back.by_column_p.numpy(), none.numpy()
+        return StoredMatrix((start, index, matrix.value_p.numpy(), bias_m.numpy()), by_column)
 
     def times(self, x: np.ndarray, room: Room) -> np.ndarray:
         """W x + b."""
