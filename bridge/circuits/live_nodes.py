@@ -19,12 +19,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridge.kernels.lanes import LANES
 from bridge.kernels.masked import StoredMatrix
 from bridge.kernels.products import Compact, source_of
+from bridge.models.circuit import NodeSpace
 from bridge.models.schema import ERROR, HEAD_KINDS, READ_KINDS, WRITE_KINDS
 from bridge.models.sparse import Location, SparseTransformer
 
@@ -52,7 +55,8 @@ class LiveModel:
     """The live parts of a sparse model whose stream is written, besides by its weights, at the channels also_s."""
 
     def __init__(self, sparse: SparseTransformer, also_s: Tensor) -> None:
-        weight, layers = sparse.get_parameter, {at.layer for at in sparse.locations()}
+        self.n_sites = sparse.n_sites
+        weight, layers = sparse.get_parameter, sorted({at.layer for at in sparse.locations()})
         stream_s = also_s | weight("embedding").ne(0).any(0)
         if sparse.positions is not None:
             stream_s = stream_s | sparse.positions.ne(0).any(0)
@@ -60,7 +64,8 @@ class LiveModel:
             for name in ("o", "down"):
                 path = f"blocks.{layer}.{name}"
                 stream_s = stream_s | weight(f"{path}.weight").ne(0).any(1) | weight(f"{path}.bias").ne(0)
-        self.stream_s = _not_empty(stream_s).nonzero().flatten()
+        stream_s = _not_empty(stream_s)
+        self.stream_s = stream_s.nonzero().flatten()
         self.nodes, self.heads = dict[Location, LiveNodes](), dict[int, Tensor]()
         for layer in layers:
             head_h = _not_empty(weight(f"blocks.{layer}.o.weight").ne(0).any(0).unflatten(0, (-1, sparse.channels)).any(1))
@@ -92,7 +97,7 @@ class LiveModel:
     def _matrix(
         self, sparse: SparseTransformer, name: str, read: Location | None = None, written: Location | None = None
     ) -> StoredMatrix:
-        """A matrix from the live nodes that it reads to those that it writes, and their rivals; without locations, of the logits."""
+        """A matrix from the live nodes that it reads to those that it writes, and their rivals; without locations, the last."""
         weight_mn, bias_m = (sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
         read_n, row_m, live = self.stream_s, torch.arange(len(bias_m)), len(bias_m)
         if read is not None and written is not None:
@@ -101,6 +106,61 @@ class LiveModel:
             row_m = torch.cat([nodes.channel_n, nodes.rival_m])
         part_mn = weight_mn[row_m][:, read_n]
         return StoredMatrix.of(Compact.of(part_mn), bias_m[row_m], Compact.of(part_mn[:live]))
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A location to the kernels: where its masks begin and how many a token has, its live nodes, and the errors of a site.
+
+    kept is how many AbsTopK keeps; near says about where its thresholds were last.
+    """
+
+    first: int
+    size: int
+    mean_n: np.ndarray
+    channel_n: np.ndarray
+    kept: int
+    near: np.ndarray
+    excess_bts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """What a sublayer computes with: its locations by kind, its matrices by name, the sinks of its live heads."""
+
+    at: dict[str, Place]
+    matrix: dict[str, StoredMatrix]
+    sink_h: np.ndarray
+
+
+def placed(
+    live: LiveModel, space: NodeSpace, means: Mapping[Location, Tensor], errors: Mapping[Location, Tensor] | None
+) -> dict[Location, Place]:
+    """The locations of a row of masks, in its order."""
+    at_location, first = dict[Location, Place](), 0
+    for at, size in space.sizes.items():
+        nodes = live.nodes.get(at)
+        of_site = (
+            live.stream_s if at.layer < live.n_sites else torch.arange(means[at].shape[-1])
+        )  # of an error: the last is of logits
+        channel_n = nodes.channel_n if nodes else of_site
+        mean_n = means[at].float()[..., channel_n].contiguous()
+        excess_bts = (errors[at] - means[at])[..., channel_n] if errors and at in errors else mean_n.new_zeros(0, 0, 0)
+        kept, near = nodes.kept if nodes else 0, np.zeros(LANES, np.int16)
+        arrays = mean_n.numpy(), channel_n.numpy()
+        at_location[at] = Place(first, size, *arrays, kept, near, excess_bts.contiguous().numpy())
+        first += space.n_tokens * size
+    return at_location
+
+
+def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Location, Place]) -> list[Sublayer]:
+    """A model's sublayers, by their site; an attention and an MLP share what is of their layer."""
+    made = list[Sublayer]()
+    for layer, head_h in live.heads.items():
+        at_kind = {at.kind: place for at, place in places.items() if at.layer == layer and at.kind != ERROR}
+        matrix = {name: live.matrices[f"blocks.{layer}.{name}"] for name in sparse.matrices}
+        made += [Sublayer(at_kind, matrix, sparse.sinks(layer)[head_h].numpy())] * 2
+    return made
 
 
 _known: WeakKeyDictionary[SparseTransformer, tuple[tuple[object, ...], LiveModel]] = WeakKeyDictionary()

@@ -144,11 +144,34 @@ class CircuitLoss(Generic[M]):
         """kl_r from the model's next-token distribution, in nats."""
         return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._in_turn(len(logits_rv), row_r)], logits_rv)
 
-    def off_rows(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
-        """off_r of single masked copies, in multiples of what the level allows alone."""
-        if level.faithfulness is None:
-            return self.kl(logits_rv, row_r) / self.config.kl
-        return self.miss(logits_rv, row_r).abs() / level.allowed
+    def bounded(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
+        """What a level bounds, in multiples of what it allows alone: miss_r with its sign, or kl_r."""
+        x_r = self.kl(logits_rv, row_r) if level.faithfulness is None else self.miss(logits_rv, row_r)
+        return x_r / self._allowed(level)
+
+    def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+        """The same, of several prompts in multiples of what a single one of them may miss: their mean is held to less."""
+        return self.bounded(logits_rv, level, row_r) / self._of_several(level)
+
+    def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+        """Squared misses of single masked copies, or their KL, in multiples of what the level allows alone."""
+        return self._squared(self.signed(logits_rv, row_r, level), level)
+
+    def beyond_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
+        """How far what is left of the span is beyond `config.left`, in multiples of it; below 0 within."""
+        return (self.left(logits_rv, row_r) - self.config.left) / self.config.left
+
+    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
+        """Terms that a descent minimises: squared misses of a circuit (the first rows), of its supersets, and of its complement.
+
+        A row for each of the prompts row_p. In multiples of what the level allows; the complement, the last rows beyond
+        `config.supersets`, where it is left with more than `config.left` of the span.
+        """
+        count, row_r = len(row_p), row_p.repeat(len(logits_rv) // len(row_p))
+        inside = (1 + self.config.supersets) * count
+        off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
+        left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
+        return torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level), left_r.square()])
 
     # -- circuits: every mask on every prompt, mask by mask ---------------------------------------------------------------
 
@@ -162,21 +185,7 @@ class CircuitLoss(Generic[M]):
 
     def off(self, logits_rv: Tensor, level: Level) -> Tensor:
         """off_c of circuits alone, in multiples of what the level allows."""
-        if level.faithfulness is None:
-            return self._by_circuit(self.kl(logits_rv)).mean(1) / self.config.kl
-        miss_cb = self._by_circuit(self.miss(logits_rv))
-        rms_c = miss_cb.square().mean(1).sqrt() / self.config.superset_rms  # of one prompt less than its miss
-        return torch.maximum(miss_cb.mean(1).abs(), rms_c) / level.allowed
-
-    def off_in_supersets(self, logits_uv: Tensor, level: Level) -> float:
-        """Distance like `off` of one circuit's supersets, by the bound that is missed most."""
-        if level.faithfulness is None:
-            return float(self.kl(logits_uv).mean()) / (2 * self.config.kl)
-        off_u, config = self.off(logits_uv, level), self.config
-        rms = float(self.off_rows(logits_uv, level).square().mean().sqrt())  # over prompts as well
-        return max(
-            float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
-        )
+        return self._off(self._by_circuit(self.bounded(logits_rv, level)), level)
 
     def measured(self, kept_cf: Tensor, level: Level) -> tuple[list[float], list[float]]:
         """(off, terms) of circuits: how far each is off by what it misses most, within the level where at most 1; its terms.
@@ -184,11 +193,11 @@ class CircuitLoss(Generic[M]):
         These are what a descent makes small, over the fixed supersets and without the complement.
         """
         inside_uf = torch.cat([torch.zeros_like(self.superset_uf[:1]), self.superset_uf])
-        logits_rv, count, off, terms = self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), len(self.model_b), [], []
-        for each_rv in logits_rv.split(len(inside_uf) * count):
-            squared_r = self.squared(each_rv, self._in_turn(len(each_rv)), level)
-            terms.append(float(squared_r[:count].mean() + squared_r[count:].mean() / self.superset_bound(level)))
-            off.append(max(float(self.off(each_rv[:count], level)), self.off_in_supersets(each_rv[count:], level)))
+        x_r, off, terms = self.bounded(self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), level), [], []
+        for x_ub in x_r.view(len(kept_cf), len(inside_uf), -1):
+            squared_ub = self._squared(x_ub / self._of_several(level), level)
+            terms.append(float(squared_ub[0].mean() + squared_ub[1:].mean() / self.superset_bound(level)))
+            off.append(max(float(self._off(x_ub[:1], level)), self._off_in_supersets(x_ub[1:], level)))
         return off, terms
 
     def worst(self, kept_f: Tensor, level: Level) -> float:
@@ -199,41 +208,35 @@ class CircuitLoss(Generic[M]):
         """Whether a circuit is within all that a level asks of it."""
         return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
 
-    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
-        """Terms that a descent minimises: squared misses of a circuit (the first rows), of its supersets, and of its complement.
-
-        A row for each of the prompts row_p. In multiples of what the level allows; the complement, the last rows beyond
-        `config.supersets`, where it is left with more than `config.left` of the span.
-        """
-        count, row_r = len(row_p), row_p.repeat(len(logits_rv) // len(row_p))
-        inside = (1 + self.config.supersets) * count
-        off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
-        off_r = torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level)])
-        left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
-        return torch.cat([off_r, left_r.square()])
-
-    def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Squared misses of single masked copies, or their KL, in multiples of what the level allows alone."""
-        off_r = self.signed(logits_rv, row_r, level)
-        return off_r if level.faithfulness is None else off_r.square()
-
-    def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Misses of single masked copies with their sign, or their KL, in multiples of what the level allows alone.
-
-        Of several prompts the mean is held to that, and a single one may be further off.
-        """
-        if level.faithfulness is None:
-            return self.off_rows(logits_rv, level, row_r)
-        several = len(self.model_b) > 1
-        return self.miss(logits_rv, row_r) / (level.allowed * (_ONE_OF_SEVERAL if several else 1))
-
-    def beyond_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
-        """How far what is left of the span is beyond `config.left`, in multiples of it; below 0 within."""
-        return (self.left(logits_rv, row_r) - self.config.left) / self.config.left
-
     def superset_bound(self, level: Level) -> float:
         """Bound of `squared` in supersets."""
         return 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
+
+    def _allowed(self, level: Level) -> float:
+        return self.config.kl if level.faithfulness is None else level.allowed
+
+    def _of_several(self, level: Level) -> float:
+        return _ONE_OF_SEVERAL if len(self.model_b) > 1 and level.faithfulness is not None else 1
+
+    @staticmethod
+    def _squared(x_r: Tensor, level: Level) -> Tensor:
+        return x_r if level.faithfulness is None else x_r.square()
+
+    def _off(self, x_cb: Tensor, level: Level) -> Tensor:
+        """off_c by what the level bounds on every prompt; rms of one prompt is less than its miss."""
+        if level.faithfulness is None:
+            return x_cb.mean(1)
+        return torch.maximum(x_cb.mean(1).abs(), x_cb.square().mean(1).sqrt() / self.config.superset_rms)
+
+    def _off_in_supersets(self, x_ub: Tensor, level: Level) -> float:
+        """Distance like `_off` of one circuit's supersets, by the bound that is missed most."""
+        if level.faithfulness is None:
+            return float(x_ub.mean()) / 2
+        off_u, config = self._off(x_ub, level), self.config
+        rms = float(x_ub.square().mean().sqrt())  # over prompts as well
+        return max(
+            float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
+        )
 
     def _by_circuit(self, x_r: Tensor) -> Tensor:
         return x_r.view(-1, len(self.model_b))

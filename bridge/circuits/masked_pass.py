@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.live_nodes import live_model
+from bridge.circuits.live_nodes import Place, Sublayer, live_model, placed, sublayers
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
-from bridge.kernels.lanes import LANES
 from bridge.kernels.masked import Lanes, Room
 from bridge.models.circuit import NodeSpace
 from bridge.models.residual import EMBEDDING, Enter, Trace
@@ -58,16 +57,16 @@ def serves(sparse: SparseTransformer) -> bool:
 class _Every:
     """Where the gradients of all entries of a tile's masks go."""
 
-    def __init__(self, of: MaskedPass, gradient_rf: Array) -> None:
-        self.of, self.flat = of, gradient_rf.reshape(-1)
+    def __init__(self, gradient_rf: Array) -> None:
+        self.flat = gradient_rf.reshape(-1)
 
-    def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+    def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Take the gradients of the nodes of a location, and turn dy into dpre."""
-        masked.nodes_back(dy, change, through, self.of.places(at, lanes), self.of.first[at], self.of.channels[at], self.flat)
+        masked.nodes_back(dy, change, through, lanes.places(at.size), at.first, at.channel_n, self.flat)
 
-    def error(self, at: Location, lanes: Lanes, dx: Array, *what: Array) -> None:
+    def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Take those of the errors of a site."""
-        masked.add_error_back(dx, lanes.places(1), self.of.first[at], *what, self.flat)
+        masked.add_error_back(dx, lanes.places(1), at.first, *what, self.flat)
 
 
 class _Some:
@@ -79,19 +78,19 @@ class _Some:
             of.asked, of.asked_parts = node_k, dict(of.live_parts(node_k))
         self.parts = of.asked_parts
 
-    def nodes(self, at: Location, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+    def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Take the gradients of the nodes of a location, and turn dy into dpre."""
-        if at in self.parts:
-            here_k, token_k, channel_k = self.parts[at]
+        if at.first in self.parts:
+            here_k, token_k, channel_k = self.parts[at.first]
             gradient_kr = np.empty((len(here_k), len(self.gradient_rk)), np.float32)
             masked.some_nodes(dy, change, channel_k, token_k, not lanes.by_position, lanes.lane_rt, gradient_kr)
             self.gradient_rk[:, here_k] = gradient_kr.T
         dy *= through
 
-    def error(self, at: Location, lanes: Lanes, dx: Array, *what: Array) -> None:
+    def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Take those of the errors of a site."""
-        if at in self.parts:
-            here_k, token_k, _ = self.parts[at]
+        if at.first in self.parts:
+            here_k, token_k, _ = self.parts[at.first]
             rows, tokens = lanes.lane_rt.shape if lanes.by_position else (len(lanes.lane_rt), 1)
             gradient_rt = np.zeros((rows, tokens), np.float32)
             place_l = lanes.row_l * tokens + (lanes.token_l if lanes.by_position else 0)
@@ -113,21 +112,14 @@ class MaskedPass:
         self.sparse, self.space, self.n_tokens = sparse, space, question.prompt_bt.shape[1]
         self.last_b = question.last_b.numpy()
         self.live = live = live_model(sparse, {at: means[at] for at in space.sizes}, errors)
-        stream_s = live.stream_s
-        self.embedded_bts = sparse.embed(question.prompt_bt)[..., stream_s].numpy()
-        of_errors = {at: stream_s if at.layer < sparse.n_sites else slice(None) for at in space.sizes if at.kind == ERROR}
-        self.channels = {at: nodes.channel_n.numpy() for at, nodes in live.nodes.items()}
-        read = of_errors | {at: nodes.channel_n for at, nodes in live.nodes.items()}
-        self.means = {at: means[at].float()[..., channel_n].contiguous().numpy() for at, channel_n in read.items()}
-        self.excess = {at: (x_bts - means[at])[..., read[at]].contiguous().numpy() for at, x_bts in (errors or {}).items()}
-        starts = np.cumsum([0, *(space.n_tokens * n for n in space.sizes.values())]).tolist()
-        self.first = dict(zip(space.sizes, starts, strict=False))
-        self.layers = {sparse.site(at): at.layer for at in sparse.locations()}
+        self.embedded_bts = sparse.embed(question.prompt_bt)[..., live.stream_s].numpy()
+        self.at = placed(live, space, means, errors)
+        self.sublayers = sublayers(sparse, live, self.at)
         self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
-        self.near = {at: np.zeros(LANES, np.int16) for at in space.sizes}  # the thresholds of AbsTopK where a tile ended
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
         self.asked: Tensor | None = None  # what gradients were asked for last, and where they are: a descent asks often
-        self.asked_parts: dict[Location, tuple[Array, Array, Array]] = {}
+        self.asked_parts: dict[int, tuple[Array, Array, Array]] = {}
+        self.most = max(len(nodes.channel_n) + len(nodes.rival_m) for nodes in live.nodes.values())
         self.active = np.zeros(0, np.bool_)
         answer_token_bv = sparse.bigram_entries(question.prompt_bt.gather(1, question.last_b[:, None]))
         self.bigram_bv = None if answer_token_bv is None else answer_token_bv[:, 0].numpy()
@@ -177,7 +169,7 @@ class MaskedPass:
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
             some = slice(first, first := first + len(part[1]))
             into = gradient_rf[some].numpy()
-            dmask = _Every(self, into) if node_k is None else _Some(self, node_k, into)
+            dmask = _Every(into) if node_k is None else _Some(self, node_k, into)
             tile.backward(gradient_rv[some].numpy(), dmask)
         return gradient_rf, loss_r.detach()
 
@@ -191,22 +183,18 @@ class MaskedPass:
             self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
         return self.known_lanes[key]
 
-    def places(self, at: Location, lanes: Lanes) -> Array:
-        """The place of each lane's token in flat masks, less that of a location's first node."""
-        return lanes.places(self.space.sizes[at])
-
-    def live_parts(self, node_k: Tensor) -> Iterator[tuple[Location, tuple[Array, Array, Array]]]:
-        """Locations of entries, with the places k of the live ones, their tokens, and their places among the live nodes."""
+    def live_parts(self, node_k: Tensor) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
+        """Locations of entries, by their first one: the places k of the live ones, their tokens, and their places among those."""
         for at, here_k, place_k in self.space.places(node_k):
             token_k, channel_k = (part_k.numpy() for part_k in (place_k // self.space.sizes[at], place_k % self.space.sizes[at]))
             if at in self.live.nodes:
                 channel_k = self.live.nodes[at].place_c.numpy()[channel_k]
             live_k = channel_k >= 0
-            yield at, (here_k.numpy()[live_k], token_k[live_k], channel_k[live_k])
+            yield self.at[at].first, (here_k.numpy()[live_k], token_k[live_k], channel_k[live_k])
 
     def silent(self, x_rts: Tensor) -> bool:
         """Whether a stream is 0 in every channel that is not computed."""
-        return x_rts.count_nonzero() == x_rts[..., self.live.stream_s].count_nonzero()
+        return bool(x_rts.count_nonzero() == x_rts[..., self.live.stream_s].count_nonzero())
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
         """Masks in a row and prompts of as many copies as are computed at a time."""
@@ -244,9 +232,8 @@ class _Tile:
         self.wide, self.answers = of.lanes(prompt_r)
         rows = len(prompt_r)
         self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # the lanes of the answers among the wide ones
-        most = max(len(nodes.channel_n) + len(nodes.rival_m) for nodes in of.live.nodes.values()) * self.wide.padded
-        if of.active.size < most:
-            of.active = np.zeros(most, np.bool_)
+        if of.active.size < of.most * self.wide.padded:
+            of.active = np.zeros(of.most * self.wide.padded, np.bool_)
         sparse, self.residuals = of.sparse, dict[int, Tensor]()
         lanes = self.wide if begin < sparse.narrow_from else self.answers
         x = np.zeros((len(of.live.stream_s), lanes.padded), np.float32)
@@ -262,9 +249,9 @@ class _Tile:
             room.used, self.brief.used = room.used if keep else 0, 0
             if sparse.sublayer_kinds[site] == "attn":
                 to = self.answers if site + 1 == sparse.narrow_from else lanes
-                x, lanes = self._attention(of.layers[site], x, lanes, to), to
+                x, lanes = self._attention(of.sublayers[site], x, lanes, to), to
             else:
-                x = self._mlp(of.layers[site], x, lanes)
+                x = self._mlp(of.sublayers[site], x, lanes)
             self._error(site + 1, x, lanes)
         if trace:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
@@ -294,20 +281,19 @@ class _Tile:
 
     # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
 
-    def _attention(self, layer: int, x: Array, lanes: Lanes, to: Lanes) -> Array:
+    def _attention(self, sublayer: Sublayer, x: Array, lanes: Lanes, to: Lanes) -> Array:
         """Queries are those of the lanes `to`."""
-        of, room, narrow = self.of, self.room, to is not lanes
+        places, matrices, room, narrow = sublayer.at, sublayer.matrix, self.room, to is not lanes
         y, normed_back = self._norm(x)
-        r, r_back = self._nodes(Location(layer, "attn_in"), y, lanes)
-        matrices = {kind: of.live.matrices[f"blocks.{layer}.{kind}"] for kind in ("q", "k", "v", "o")}
+        r, r_back = self._nodes(places["attn_in"], y, lanes)
         r_q = self._answers(r) if narrow else r
         parts = {
-            kind: self._nodes(Location(layer, kind), matrices[kind].times(read, room), at, lasting=True)
+            kind: self._nodes(places[kind], matrices[kind].times(read, room), at, lasting=True)
             for kind, read, at in (("q", r_q, to), ("k", r, lanes), ("v", r, lanes))
         }
         q, k, v = (parts[kind][0] for kind in parts)
-        z, attend_back = self._attend(layer, q, k, v, lanes, to)
-        write, write_back = self._nodes(Location(layer, "attn_out"), matrices["o"].times(z, room), to)
+        z, attend_back = self._attend(sublayer.sink_h, q, k, v, lanes, to)
+        write, write_back = self._nodes(places["attn_out"], matrices["o"].times(z, room), to)
         into = self._answers(x) if narrow else x
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
@@ -327,16 +313,15 @@ class _Tile:
         self._way(back)
         return self._sum(into, write)
 
-    def _mlp(self, layer: int, x: Array, lanes: Lanes) -> Array:
-        of, room = self.of, self.room
-        up, down = (of.live.matrices[f"blocks.{layer}.{name}"] for name in ("up", "down"))
+    def _mlp(self, sublayer: Sublayer, x: Array, lanes: Lanes) -> Array:
+        places, up, down, room = sublayer.at, sublayer.matrix["up"], sublayer.matrix["down"], self.room
         y, normed_back = self._norm(x)
-        r, r_back = self._nodes(Location(layer, "mlp_in"), y, lanes)
+        r, r_back = self._nodes(places["mlp_in"], y, lanes)
         before = up.times(r, room)
         gradient = room.take(*before.shape)
         masked.gelu(before, before, gradient)
-        a, a_back = self._nodes(Location(layer, "mlp_act"), before, lanes)
-        write, write_back = self._nodes(Location(layer, "mlp_out"), down.times(a, room), lanes)
+        a, a_back = self._nodes(places["mlp_act"], before, lanes)
+        write, write_back = self._nodes(places["mlp_out"], down.times(a, room), lanes)
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
@@ -348,12 +333,12 @@ class _Tile:
 
     def _error(self, site: int, x: Array, lanes: Lanes) -> None:
         """Sum of the kept errors of a site, added to the stream, or to the logits."""
-        of, at = self.of, Location(site, ERROR)
-        if at not in of.excess:
+        at = self.of.at.get(Location(site, ERROR))
+        if at is None:
             return
-        token_l = lanes.token_l if site < of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits have one row a prompt
-        what = of.excess[at], lanes.prompt_l, token_l
-        masked.add_error(x, self.mask, lanes.places(1), of.first[at], of.means[at], *what)
+        token_l = lanes.token_l if site < self.of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits: one row a prompt
+        what = at.excess_bts, lanes.prompt_l, token_l
+        masked.add_error(x, self.mask, lanes.places(1), at.first, at.mean_n, *what)
 
         def back(dx: Array, dmask: _Every | _Some) -> Array:
             dmask.error(at, lanes, dx, *what)
@@ -363,12 +348,12 @@ class _Tile:
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _nodes(self, at: Location, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
+    def _nodes(self, at: Place, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
         """The nodes, for the sublayer alone if not lasting, and what turns dy into dpre; `change` is as before AbsTopK."""
-        of, shape = self.of, (len(self.of.channels[at]), change.shape[1])
+        shape = len(at.channel_n), change.shape[1]
         through, y = self.room.take(*shape), (self.room if lasting else self.brief).take(*shape)
-        where, kept = (self.mask, of.places(at, lanes), of.first[at], of.channels[at]), of.live.nodes[at].kept
-        masked.nodes(change, kept, *where, of.means[at], of.active, through, y, of.near[at])
+        where, kept = (self.mask, lanes.places(at.size), at.first, at.channel_n), at.kept
+        masked.nodes(change, kept, *where, at.mean_n, self.of.active, through, y, at.near)
 
         def back(dy: Array, dmask: _Every | _Some) -> Array:
             dmask.nodes(at, lanes, dy, change, through)
@@ -389,18 +374,17 @@ class _Tile:
         return y, back
 
     def _attend(
-        self, layer: int, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes
+        self, sink_h: Array, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
         """Outputs of the heads for every lane of `to`, and their backward pass."""
         of, room, rows = self.of, self.room, len(self.last_r)
         channels, narrow = of.sparse.channels, to is not lanes
-        sink = of.sparse.sinks(layer)[of.live.heads[layer]].numpy()
-        z, heads = room.take(*q.shape), rows * len(sink)
+        z, heads = room.take(*q.shape), rows * len(sink_h)
         z[:, len(to.row_l) :] = 0
         log_sum = np.empty((heads, 1 if narrow else of.n_tokens), np.float32)
         first, after = (to.token_l, to.token_l + 1) if narrow else (np.zeros(rows, np.int64), np.full(rows, of.n_tokens))
         strides = 1 if narrow else of.n_tokens, q.shape[1], of.n_tokens, k.shape[1]
-        arrays = q.reshape(-1), k.reshape(-1), v.reshape(-1), sink, z.reshape(-1), log_sum
+        arrays = q.reshape(-1), k.reshape(-1), v.reshape(-1), sink_h, z.reshape(-1), log_sum
         attention.forward(*arrays, channels, first, after, *strides, 0, heads)
 
         def back(dz: Array) -> tuple[Array, Array, Array]:

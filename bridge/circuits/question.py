@@ -109,7 +109,7 @@ def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
     """Log of the summed exponentials of the logits listed, or of all others where not_r; one row of ids serves all rows."""
     there_rk = id_rk >= 0
     picked_rk = logits_rv.gather(-1, id_rk.clamp(min=0).expand(len(logits_rv), -1)).masked_fill(~there_rk, -torch.inf)
-    listed_r = picked_rk.logsumexp(-1)
+    listed_r = picked_rk.logsumexp(-1) if id_rk.shape[1] > 1 else picked_rk[:, 0]
     if not bool(not_r.any()):
         return listed_r
     place_rk = torch.where(there_rk, id_rk, id_rk[:, :1]).expand(len(logits_rv), -1)

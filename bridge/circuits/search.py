@@ -144,7 +144,7 @@ class _Search:
             return none_f
         alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
-        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.off_rows(x_rv, level, row_r))
+        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.bounded(x_rv, level, row_r).abs())
         order_k = _falling(torch.where(all_f, 0, gradient_rf.sum(0)))
         powers = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
         sizes = [size for size in powers if size <= len(order_k)]

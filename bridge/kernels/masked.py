@@ -2,7 +2,7 @@
 
 Activations are lanes: n x l, a channel's tokens of all rows one behind the other, padded to whole vectors. What is padded holds
 finite numbers that nobody reads. mask_rf are the masks of the rows, at_l the place of each lane's token in them, less that of the
-location: node j of lane l has the mask at at_l[l] + first + channel_n[j] of the flat masks, first being where its location begins.
+location: node j of lane l has the mask at at_l[l] + first + channel_n[j] of the flat masks, first being where the location's are.
 
     a = AbsTopK(pre)        change = a - mean        y = mean + mask * change        through = d y / d pre
     dmask = dy * change     dpre = dy * through
@@ -188,13 +188,13 @@ class Room:
         self.used = 0
 
     def take(self, n: int, lanes: int) -> np.ndarray:
-        """N x lanes floats, of any value, and room for a vector more behind them, to which attention reads on."""
+        """N x lanes floats, of any finite value, and room for a vector more behind them, to which attention reads on."""
         if self.used == len(self.parts):
-            self.parts.append(np.zeros((0, 0), np.float32))
+            self.parts.append(np.zeros(0, np.float32))
         self.used += 1
-        if self.parts[self.used - 1].shape != (n, lanes):
-            self.parts[self.used - 1] = np.zeros(n * lanes + LANES, np.float32)[: n * lanes].reshape(n, lanes)
-        return self.parts[self.used - 1]
+        if self.parts[self.used - 1].size < n * lanes + LANES:
+            self.parts[self.used - 1] = np.zeros(n * lanes + LANES, np.float32)
+        return self.parts[self.used - 1][: n * lanes].reshape(n, lanes)
 
 
 @dataclass(frozen=True, eq=False)
