@@ -34,7 +34,7 @@ from bridge.models.sparse import ERROR, Location, SparseTransformer
 from bridge.recipe import AttentionShape
 
 _TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
-_TILES = 4  # that are kept for the way back; of more, each is computed again
+_TILES = 8  # that are kept for the way back; of more, each is computed again
 _KNOWN = 64  # tiles whose lanes are remembered
 _DENSEST = 0.6  # share of the weights above which dense products take less time: at .5, of 128 x 128, they take twice as long
 

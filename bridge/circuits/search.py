@@ -249,14 +249,14 @@ class _Search:
     def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
         """The circuit with the nodes added by whose gradient it comes nearest to the level's bounds; and whether it is within."""
         absent_uf = ~self.loss.superset_uf
+        bound_f = self.loss.superset_bound(level) * absent_uf.sum(0).clamp(min=1)
         (off,), (terms,) = self.loss.measured(kept_f[None], level)
         for _ in range(self.config.rounds):
             if off <= 1:
                 break
             rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
             gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
-            in_supersets_f = (gradient_rf[1:] * absent_uf).sum(0) / absent_uf.sum(0).clamp(min=1)
-            in_supersets_f /= self.loss.superset_bound(level)
+            in_supersets_f = gradient_rf[1:].mul_(absent_uf).sum(0).div_(bound_f)
             order_k = _falling(torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, 0), max(_ADDED))
             sizes = [size for size in _ADDED if size <= len(order_k)]
             if not sizes:
