@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from support.models import CONTEXT, VOCABULARY, planted_pairs, untrained
@@ -12,20 +15,25 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.masked_pass import serves
 from bridge.circuits.question import Question
 from bridge.kernels.products import Compact
+from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
+from bridge.models.sparse import Location
 
 WIDTHS = {"width": 64, "positions": "learned"}
 SHAPES = [WIDTHS, {**WIDTHS, "sinks": False, "bigram": "none"}, {**WIDTHS, "keep": 1.0, "bigram": "full"}]
 
 
-def masked_models(dense: DenseModel, shape: dict, *, several: bool) -> tuple[MaskedModel, MaskedModel]:
+def masked_models(
+    dense: DenseModel, shape: dict, *, several: bool, alter: Callable[[CoupledModels], None] = lambda _: None
+) -> tuple[MaskedModel, MaskedModel]:
     """One and the same masked model, through the pass and through the gates."""
     coupling = untrained(dense, sparse=shape)
     sparse = coupling.sparse
     sparse.project(0.15)
     sparse.requires_grad_(False)
+    alter(coupling)
     corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
     pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
     question = pairs if several else prompt
@@ -51,10 +59,7 @@ def assert_same(made: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(made, wanted, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("several", [False, True])
-def test_logits_and_gradients_are_those_of_the_gates(dense: DenseModel, shape: dict, several: bool) -> None:
-    compiled, gates = masked_models(dense, shape, several=several)
+def assert_same_logits_and_gradients(compiled: MaskedModel, gates: MaskedModel) -> None:
     row_r = torch.arange(70) % len(compiled.question)  # more than a tile, and more tiles than are kept for the way back
     for mask_rf in masks(compiled, len(row_r)):
         assert_same(compiled.logits(mask_rf, row_r), gates.logits(mask_rf, row_r))
@@ -71,6 +76,63 @@ def test_logits_and_gradients_are_those_of_the_gates(dense: DenseModel, shape: d
             node_k = torch.arange(0, compiled.space.size, 7)
             some_rk, _ = compiled.gradient(mask_rf[:rows], loss, row_r[:rows], node_k)
             assert torch.equal(some_rk, made[0][:, node_k])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("several", [False, True])
+def test_logits_and_gradients_are_those_of_the_gates(dense: DenseModel, shape: dict, several: bool) -> None:
+    assert_same_logits_and_gradients(*masked_models(dense, shape, several=several))
+
+
+@torch.no_grad()
+def left_idle(coupling: CoupledModels, *, encoded: bool) -> None:
+    """Take their weights from channels, neurons and heads here and there, not their biases where nothing reads them.
+
+    With `encoded` the bridges write on the channels all the same, and so do errors.
+    """
+    sparse, generator = coupling.sparse, torch.Generator().manual_seed(8)
+    channel_s = torch.arange(sparse.width) % 3 == 1
+    sparse.embedding[:, channel_s] = 0
+    sparse.positions[:, channel_s] = 0
+    for layer, block in enumerate(sparse.blocks):
+        for write in (block.o, block.down):
+            write.weight[channel_s], write.bias[channel_s] = 0, 0
+        neuron_n = torch.rand(sparse.neurons, generator=generator) < 0.7
+        head_c = torch.arange(sparse.width) // sparse.channels == layer
+        block.down.weight[:, neuron_n], block.o.weight[:, head_c] = 0, 0
+        for unread_c, reads in ((neuron_n, [block.up]), (head_c, [block.q, block.k, block.v])):
+            constant_c = unread_c & (torch.rand(len(unread_c), generator=generator) < 0.8)
+            for read in reads:  # some are still written, most are constant, few of those large
+                read.weight[constant_c] = 0
+                read.bias[constant_c] = torch.randn(int(constant_c.sum()), generator=generator) ** 3
+    for bridge in coupling.bridges.at_site:
+        bridge.encoder.weight[channel_s] *= encoded
+        bridge.encoder.bias[channel_s] *= encoded
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_is_left_out_does_not_matter(dense: DenseModel, shape: dict, several: bool, encoded: bool) -> None:
+    compiled, gates = masked_models(dense, shape, several=several, alter=partial(left_idle, encoded=encoded))
+    assert compiled._compiled is not None
+    live = compiled._compiled.live
+    width = compiled.sparse.width
+    assert len(live.stream_s) == (width if encoded else width - width // 3)
+    assert all(len(live.nodes[Location(layer, "mlp_act")].channel_n) < 0.4 * 4 * width for layer in (0, 1))
+    assert all(len(live.nodes[Location(layer, "q")].channel_n) == width - compiled.sparse.channels for layer in (0, 1))
+    assert_same_logits_and_gradients(compiled, gates)
+
+
+def test_rows_that_enter_on_channels_left_out_are_computed_all_the_same(dense: DenseModel) -> None:
+    compiled, gates = masked_models(dense, WIDTHS, several=False, alter=partial(left_idle, encoded=False))
+    mask_rf = masks(compiled, 4)[0]
+    wanted = gates.run(mask_rf, narrow=True)
+    for moved in (0.0, 0.3):
+        enter = Enter.at(1, wanted.residuals[1] + moved)
+        made, other = (model.run(mask_rf, None, enter, narrow=True) for model in (compiled, gates))
+        assert_same(made.logits_btv, other.logits_btv)
+        assert_same(made.residuals[-1], other.residuals[-1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
