@@ -126,7 +126,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """What a sublayer computes with: its locations by kind, its matrices by name, the sinks of its live heads."""
+    """A sublayer to the kernels: its locations by kind, its matrices by name, the sinks of its live heads."""
 
     at: dict[str, Place]
     matrix: dict[str, StoredMatrix]

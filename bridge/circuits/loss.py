@@ -145,12 +145,12 @@ class CircuitLoss(Generic[M]):
         return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._in_turn(len(logits_rv), row_r)], logits_rv)
 
     def bounded(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
-        """What a level bounds, in multiples of what it allows alone: miss_r with its sign, or kl_r."""
+        """Signed miss_r, or kl_r where a level bounds that, in multiples of what it allows alone."""
         x_r = self.kl(logits_rv, row_r) if level.faithfulness is None else self.miss(logits_rv, row_r)
         return x_r / self._allowed(level)
 
     def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """The same, of several prompts in multiples of what a single one of them may miss: their mean is held to less."""
+        """`bounded`, but of several prompts in multiples of what a single one may miss: it is their mean that is held to less."""
         return self.bounded(logits_rv, level, row_r) / self._of_several(level)
 
     def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
