@@ -31,13 +31,29 @@ _HOW: Mapping[Kind, str] = {
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The verdict on a prompt's explanation.
+
+    by_deletion is that without asking for single nodes' effects; ratio is of dense to sparse loss by the circuit's deletion.
+    """
+
+    verdict: str
+    by_deletion: str
+    ratio: float | None
+
+
+@dataclass(frozen=True)
 class PromptNull:
-    """A null on some prompts: how many explanations there are of each verdict, and the median of what judges them."""
+    """A null on some prompts: how many explanations there are of each verdict, and the median of what judges them.
+
+    by_deletion is how many would be "representational" if single nodes' effects were not asked for that.
+    """
 
     name: str
     prompts: int
     verdicts: Mapping[str, int]
     ratio: float | None
+    by_deletion: int
 
     @property
     def strong(self) -> int:
@@ -45,10 +61,12 @@ class PromptNull:
         return sum(self.verdicts.get(verdict, 0) for verdict in STRONG)
 
     @staticmethod
-    def of(name: str, verdicts: list[str], ratios: list[float | None]) -> PromptNull:
+    def of(name: str, judged: Sequence[Judged]) -> PromptNull:
         """The null of the verdicts of some prompts."""
-        known = sorted(ratio for ratio in ratios if ratio is not None)
-        return PromptNull(name, len(verdicts), dict(Counter(verdicts)), known[len(known) // 2] if known else None)
+        known = sorted(each.ratio for each in judged if each.ratio is not None)
+        ratio = known[len(known) // 2] if known else None
+        by_deletion = sum(each.by_deletion in STRONG for each in judged)
+        return PromptNull(name, len(judged), dict(Counter(each.verdict for each in judged)), ratio, by_deletion)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 For each null (`null_couplings`) and each prompt the dense model's own answer is asked about, the null's sparse model is made to
 follow it, circuits are searched and judged by the same bounds; what is kept is how many explanations of each verdict there are.
-None may earn "representational" or better. A prompt without enough of a span counts as no explanation.
+None may earn "representational" or better. Where some would by the deletion of their circuits alone, that is not enough of the
+coupling's either, and single nodes' effects are asked for. A prompt without enough of a span counts as no explanation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from bridge.evidence.sufficiency import measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
-from bridge.verdicts.null_table import PromptNull, keep_nulls, rules_of
+from bridge.verdicts.null_table import Judged, PromptNull, keep_nulls, rules_of
 from bridge.verdicts.prompt import EvidenceConfig, gather, opening_of
 
 LENGTHS = 8, 24  # tokens of a prompt
@@ -58,19 +60,20 @@ def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tens
 
 def judged(
     coupling: CoupledModels, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
-) -> tuple[str, float | None]:
-    """The verdict on one prompt's explanation, and the ratio of dense to sparse loss by the circuit's deletion."""
+) -> Judged:
+    """The verdict on one prompt's explanation."""
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
     loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
     if abs(loss.span) < search.least_span:
-        return "no explanation", None
+        return Judged("no explanation", "no explanation", None)
     nested = find_nested(loss)
     circuits = measure_nested(loss, nested, seed)
     opening = opening_of(circuits, search.opening, config)
     report = gather(coupling, loss, nested, circuits, opening, followed, config=config, seed=seed).report
-    return report.verdict, report["dense_ratio"].value
+    by_deletion = replace(report, rules=config.rules(counterfactual=False, by_deletion=True)).verdict
+    return Judged(report.verdict, by_deletion, report["dense_ratio"].value)
 
 
 def run_prompt_nulls(
@@ -95,14 +98,11 @@ def run_prompt_nulls(
         progress(Phase(f"{name}: the coupling"))
         null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
         means = prompt_means(null)
-        verdicts: list[str] = []
-        ratios: list[float | None] = []
+        found: list[Judged] = []
         for place, tokens_t in enumerate(prompts):
-            verdict, ratio = judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed)
-            progress(Phase(f"{name}, prompts", place + 1, len(prompts), verdict))
-            verdicts.append(verdict)
-            ratios.append(ratio)
-        nulls.append(PromptNull.of(name, verdicts, ratios))
+            found.append(judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed))
+            progress(Phase(f"{name}, prompts", place + 1, len(prompts), found[-1].verdict))
+        nulls.append(PromptNull.of(name, found))
     if coupling.path is not None:
         keep_nulls(coupling, "prompts", nulls, rules_of(search, config))
     return tuple(nulls)
@@ -110,9 +110,11 @@ def run_prompt_nulls(
 
 def render_prompt_nulls(nulls: Sequence[PromptNull]) -> str:
     """The nulls as a table: how many explanations earn each verdict, and the median of what judges them."""
-    rows: list[tuple[str, ...]] = [("null", "prompts", "representational or better", "verdicts", "dense over sparse loss")]
+    rows: list[tuple[str, ...]] = [
+        ("null", "prompts", "representational or better", "by deletion alone", "verdicts", "dense over sparse loss")
+    ]
     for null in nulls:
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(null.verdicts.items()))
         ratio = "-" if null.ratio is None else f"{null.ratio:.2f}"
-        rows.append((null.name, str(null.prompts), str(null.strong), verdicts, ratio))
+        rows.append((null.name, *map(str, (null.prompts, null.strong, null.by_deletion)), verdicts, ratio))
     return "\n".join(columns(rows, 120))

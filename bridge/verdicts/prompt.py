@@ -63,9 +63,13 @@ class EvidenceConfig:
     other_prompts: int = 2
     nodes: int = 60  # of the effect profile
 
-    def rules(self, counterfactual: bool) -> tuple[Rule, ...]:
-        """The table, weakest verdict first."""
+    def rules(self, *, counterfactual: bool, by_deletion: bool) -> tuple[Rule, ...]:
+        """The table, weakest verdict first.
+
+        With by_deletion the circuit's deletion is enough for "representational", else single nodes' effects are asked as well.
+        """
         patching = ("patching",) if counterfactual else ()
+        deleted = "Its deletion, transported into the dense model, takes there what it takes in the sparse one"
         return (
             Rule(
                 "undecided",
@@ -81,8 +85,8 @@ class EvidenceConfig:
             ),
             Rule(
                 "representational",
-                ("dense_ratio", "dense_matched"),
-                "Its deletion, transported into the dense model, takes there what it takes in the sparse one.",
+                ("dense_ratio", "dense_matched", *(() if by_deletion else ("profile",))),
+                f"{deleted}." if by_deletion else f"{deleted}, and single nodes' effects rank there as they do here.",
             ),
             Rule(
                 "mechanistic support",
@@ -166,7 +170,9 @@ def gather(
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
     of_nulls = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
-    report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), config.rules(counterfactual is not None))
+    by_deletion = nulls is not None and not any(null.by_deletion for null in nulls)
+    rules = config.rules(counterfactual=counterfactual is not None, by_deletion=by_deletion)
+    report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), rules)
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
 

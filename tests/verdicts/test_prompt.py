@@ -22,7 +22,7 @@ from bridge.evidence.sufficiency import NestedCircuit, measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.verdicts import nulls as nulls_module
 from bridge.verdicts.null_couplings import NULL_NAMES, NullError, null_coupling
-from bridge.verdicts.null_table import FILE, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
+from bridge.verdicts.null_table import FILE, Judged, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
 from bridge.verdicts.nulls import judged, prompt_means, run_prompt_nulls
 from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather, opening_of
 from tests.conftest import VOCABULARY
@@ -119,7 +119,7 @@ def report_of(template: Report, **values: float | None) -> Report:
     measures = tuple(
         replace(measure, value=values.get(measure.key, measure.value), control=control) for measure in template.measures
     )
-    return Report(measures, template.rules)
+    return Report(measures, CONFIG.rules(counterfactual=True, by_deletion=True))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,8 @@ def report_of(template: Report, **values: float | None) -> Report:
 def test_the_table_gives_every_verdict(template: Report, values: dict[str, float | None], verdict: str) -> None:
     report = report_of(template, **values)
     assert report.verdict == verdict
+    with_effects = replace(report, rules=CONFIG.rules(counterfactual=True, by_deletion=False)).verdict
+    assert with_effects == ("behavioural" if "profile" in values else verdict)
     assert report.reasons and all(reason[0].isupper() for reason in report.reasons)
 
 
@@ -157,10 +159,16 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
     coupling = replace(loaded, path=str(folder))
     rules = rules_of(SEARCH, CONFIG)
     assert stored_prompt_nulls(coupling, rules)[0] is None
-    nulls = (PromptNull.of("bridges", ["refuted", "representational", "refuted"], [None, 0.4, 0.2]),)
+    found = [
+        ("refuted", "refuted", None),
+        ("representational", "representational", 0.4),
+        ("behavioural", "representational", 0.2),
+    ]
+    nulls = (PromptNull.of("bridges", [Judged(*each) for each in found]),)
     keep_nulls(coupling, "prompts", nulls, rules)
     assert stored_prompt_nulls(coupling, rules) == (nulls, "")
-    assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 2, "representational": 1}
+    assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 1, "representational": 1, "behavioural": 1}
+    assert nulls[0].by_deletion == 2 and nulls[0].ratio == 0.4
     kept = json.loads((folder / FILE).read_text())
     assert set(kept) == {"prompts", "tasks"} and kept["tasks"] == {"nulls": []}
     assert "other bounds" in stored_prompt_nulls(coupling, rules_of(SEARCH, replace(CONFIG, ratio=0.9)))[1]
@@ -176,7 +184,7 @@ def test_nulls_are_judged_alike(
     shutil.copytree(coupling_folder, folder)
     coupling = replace(loaded, path=str(folder))
     seen = []
-    monkeypatch.setattr(nulls_module, "judged", lambda null, *_: seen.append(null) or ("refuted", 0.1))
+    monkeypatch.setattr(nulls_module, "judged", lambda null, *_: seen.append(null) or Judged("refuted", "refuted", 0.1))
     found = run_prompt_nulls(coupling, [prompt(1), prompt(2)], None, names=("bridges", "weights"), search=SEARCH, config=CONFIG)
     assert [(null.name, null.prompts, null.strong, null.ratio) for null in found] == [
         ("bridges", 2, 0, 0.1), ("weights", 2, 0, 0.1),
@@ -193,9 +201,26 @@ def test_nulls_are_judged_alike(
 
 
 def test_one_prompt_is_judged_by_search_and_evidence(loaded: CoupledModels) -> None:
-    verdict, _ = judged(loaded, prompt(1), prompt_means(loaded), SEARCH, CONFIG)
-    assert verdict in ("no explanation", "refuted", "behavioural", "representational", "undecided")
-    assert judged(loaded, prompt(1), prompt_means(loaded), replace(SEARCH, least_span=1e6), CONFIG) == ("no explanation", None)
+    found = judged(loaded, prompt(1), prompt_means(loaded), SEARCH, CONFIG)
+    assert found.verdict in ("no explanation", "refuted", "behavioural", "representational", "undecided")
+    assert found.by_deletion in (found.verdict, "representational")
+    nothing = judged(loaded, prompt(1), prompt_means(loaded), replace(SEARCH, least_span=1e6), CONFIG)
+    assert nothing == Judged("no explanation", "no explanation", None)
+
+
+@pytest.mark.parametrize(("by_deletion", "asked"), [(None, True), (0, False), (1, True)])
+def test_effects_are_asked_where_a_null_passes_by_deletion_alone(
+    loaded: CoupledModels, coupling_folder: Path, tmp_path: Path, by_deletion: int | None, asked: bool
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(coupling_folder, folder)
+    coupling = replace(loaded, path=str(folder))
+    if by_deletion is not None:
+        null = PromptNull("uncoupled", 2, {"behavioural": 2}, 0.3, by_deletion)
+        keep_nulls(coupling, "prompts", (null,), rules_of(SEARCH, CONFIG))
+    rules = {rule.verdict: rule for rule in gathered(coupling, counterfactual=False)[0].report.rules}
+    assert ("profile" in rules["representational"].needs) == asked
+    assert ("effects" in rules["representational"].says) == asked
 
 
 def test_a_null_says_what_it_lacks(loaded: CoupledModels) -> None:
