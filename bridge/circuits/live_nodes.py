@@ -140,10 +140,10 @@ def placed(
     at_location, first = dict[Location, Place](), 0
     for at, size in space.sizes.items():
         nodes = live.nodes.get(at)
-        of_site = (
-            live.stream_s if at.layer < live.n_sites else torch.arange(means[at].shape[-1])
-        )  # of an error: the last is of logits
-        channel_n = nodes.channel_n if nodes else of_site
+        if nodes is not None:
+            channel_n = nodes.channel_n
+        else:  # errors: of the stream, or of the logits
+            channel_n = live.stream_s if at.layer < live.n_sites else torch.arange(means[at].shape[-1])
         mean_n = means[at].float()[..., channel_n].contiguous()
         excess_bts = (errors[at] - means[at])[..., channel_n] if errors and at in errors else mean_n.new_zeros(0, 0, 0)
         kept, near = nodes.kept if nodes else 0, np.zeros(LANES, np.int16)
