@@ -91,23 +91,25 @@ def left_idle(coupling: CoupledModels, *, encoded: bool) -> None:
     With `encoded` the bridges write on the channels all the same, and so do errors.
     """
     sparse, generator = coupling.sparse, torch.Generator().manual_seed(8)
+    weight = sparse.get_parameter
     channel_s = torch.arange(sparse.width) % 3 == 1
-    sparse.embedding[:, channel_s] = 0
-    sparse.positions[:, channel_s] = 0
-    for layer, block in enumerate(sparse.blocks):
-        for write in (block.o, block.down):
-            write.weight[channel_s], write.bias[channel_s] = 0, 0
+    for name in ("embedding", "positions"):
+        weight(name)[:, channel_s] = 0
+    for layer in range(len(sparse.blocks)):
+        block = f"blocks.{layer}"
+        for write in ("o", "down"):
+            weight(f"{block}.{write}.weight")[channel_s], weight(f"{block}.{write}.bias")[channel_s] = 0, 0
         neuron_n = torch.rand(sparse.neurons, generator=generator) < 0.7
         head_c = torch.arange(sparse.width) // sparse.channels == layer
-        block.down.weight[:, neuron_n], block.o.weight[:, head_c] = 0, 0
-        for unread_c, reads in ((neuron_n, [block.up]), (head_c, [block.q, block.k, block.v])):
+        weight(f"{block}.down.weight")[:, neuron_n], weight(f"{block}.o.weight")[:, head_c] = 0, 0
+        for unread_c, reads in ((neuron_n, ("up",)), (head_c, ("q", "k", "v"))):
             constant_c = unread_c & (torch.rand(len(unread_c), generator=generator) < 0.8)
             for read in reads:  # some are still written, most are constant, few of those large
-                read.weight[constant_c] = 0
-                read.bias[constant_c] = torch.randn(int(constant_c.sum()), generator=generator) ** 3
-    for bridge in coupling.bridges.at_site:
-        bridge.encoder.weight[channel_s] *= encoded
-        bridge.encoder.bias[channel_s] *= encoded
+                weight(f"{block}.{read}.weight")[constant_c] = 0
+                weight(f"{block}.{read}.bias")[constant_c] = torch.randn(int(constant_c.sum()), generator=generator) ** 3
+    for site in range(len(coupling.bridges)):
+        for part in ("weight", "bias"):
+            coupling.bridges[site].encoder.get_parameter(part)[channel_s] *= encoded
 
 
 @pytest.mark.parametrize("shape", SHAPES)
