@@ -162,7 +162,7 @@ def _stored(
             return None, f"the nulls kept were judged by other bounds; {_HOW[kind]}"
         return reader.validate_python(kept.get("nulls")), ""
     except (CheckpointError, ValidationError):
-        return None, f"{FILE} cannot be read; remove it, and {_HOW[kind]}"
+        return None, f"{FILE} cannot be read, or is of an earlier version; remove it, and {_HOW[kind]}"
 
 
 def rules_of(*configs: SearchConfig | Any) -> str:
