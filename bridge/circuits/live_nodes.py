@@ -45,10 +45,13 @@ class LiveNodes:
     place_c: Tensor
 
     @staticmethod
-    def of(live_c: Tensor, rival_m: Tensor, keep: float) -> LiveNodes:
-        """The nodes of a location of which live_c are live."""
-        place_c = torch.where(live_c, live_c.cumsum(0) - 1, -1)
-        return LiveNodes(live_c.nonzero().flatten(), rival_m, max(1, round(keep * len(live_c))), place_c)
+    def of(live_c: Tensor, keep: float, varies_c: Tensor, size_c: Tensor) -> LiveNodes:
+        """The nodes of a location of which live_c are live; of the others those vary, or are constant and so large."""
+        kept, place_c = max(1, round(keep * len(live_c))), torch.where(live_c, live_c.cumsum(0) - 1, -1)
+        constant_c = torch.where(live_c | varies_c, 0, size_c)
+        largest = constant_c.topk(min(kept, int(constant_c.count_nonzero()))).indices
+        rival_c = (~live_c & varies_c).index_fill(0, largest, True) & (kept < len(live_c))
+        return LiveNodes(live_c.nonzero().flatten(), rival_c.nonzero().flatten(), kept, place_c)
 
 
 class LiveModel:
@@ -67,45 +70,33 @@ class LiveModel:
         stream_s = _not_empty(stream_s)
         self.stream_s = stream_s.nonzero().flatten()
         self.nodes, self.heads = dict[Location, LiveNodes](), dict[int, Tensor]()
+        self.matrices = dict[int, dict[str, StoredMatrix]]()
+        never_s = torch.zeros_like(stream_s)
         for layer in layers:
             head_h = _not_empty(weight(f"blocks.{layer}.o.weight").ne(0).any(0).unflatten(0, (-1, sparse.channels)).any(1))
             self.heads[layer] = head_h.nonzero().flatten()
             head_c = head_h.repeat_interleave(sparse.channels)
             neuron_c = _not_empty(weight(f"blocks.{layer}.down.weight").ne(0).any(0))
             for kind in READ_KINDS + WRITE_KINDS:
-                self.nodes[Location(layer, kind)] = LiveNodes.of(stream_s, torch.zeros(0, dtype=torch.long), sparse.keep)
+                self.nodes[Location(layer, kind)] = LiveNodes.of(stream_s, sparse.keep, never_s, never_s)
             for kind, name, live_c in (*((kind, kind, head_c) for kind in HEAD_KINDS), ("mlp_act", "up", neuron_c)):
-                self.nodes[Location(layer, kind)] = LiveNodes.of(live_c, self._rivals(sparse, layer, name, live_c), sparse.keep)
-        blocks = {f"blocks.{layer}.{name}": (layer, *ends) for layer in layers for name, ends in sparse.matrices.items()}
-        self.matrices = {
-            name: self._matrix(sparse, name, Location(at, a), Location(at, b)) for name, (at, a, b) in blocks.items()
-        }
-        self.matrices["unembedding"] = self._matrix(sparse, "unembedding")
+                weight_mn, bias_m = weight(f"blocks.{layer}.{name}.weight"), weight(f"blocks.{layer}.{name}.bias")
+                size_c = (F.gelu(bias_m, approximate="tanh") if name == "up" else bias_m).abs()
+                self.nodes[Location(layer, kind)] = LiveNodes.of(live_c, sparse.keep, weight_mn.ne(0).any(1), size_c)
+            self.matrices[layer] = {}
+            for name, (read, written) in sparse.matrices.items():
+                nodes, read_n = self.nodes[Location(layer, written)], self.nodes[Location(layer, read)].channel_n
+                row_m = torch.cat([nodes.channel_n, nodes.rival_m])
+                self.matrices[layer][name] = _stored(sparse, f"blocks.{layer}.{name}", read_n, row_m, len(nodes.channel_n))
+        every_v = torch.arange(sparse.vocabulary)
+        self.unembedding = _stored(sparse, "unembedding", self.stream_s, every_v, len(every_v))
 
-    @staticmethod
-    def _rivals(sparse: SparseTransformer, layer: int, name: str, live_c: Tensor) -> Tensor:
-        """The nodes that a matrix writes that are not live and can have a place in AbsTopK."""
-        weight_mn, bias_m = (sparse.get_parameter(f"blocks.{layer}.{name}.{part}") for part in ("weight", "bias"))
-        size_c = (F.gelu(bias_m, approximate="tanh") if name == "up" else bias_m).abs()
-        varies_c, kept = weight_mn.ne(0).any(1), max(1, round(sparse.keep * len(live_c)))
-        if kept == len(live_c):
-            return torch.zeros(0, dtype=torch.long)
-        constant_c = ~live_c & ~varies_c & (size_c > 0)
-        largest = torch.where(constant_c, size_c, 0).topk(min(kept, int(constant_c.sum()))).indices
-        return (~live_c & varies_c).index_fill(0, largest, True).nonzero().flatten()
 
-    def _matrix(
-        self, sparse: SparseTransformer, name: str, read: Location | None = None, written: Location | None = None
-    ) -> StoredMatrix:
-        """A matrix from the live nodes that it reads to those that it writes, and their rivals; without locations, the last."""
-        weight_mn, bias_m = (sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
-        read_n, row_m, live = self.stream_s, torch.arange(len(bias_m)), len(bias_m)
-        if read is not None and written is not None:
-            nodes = self.nodes[written]
-            read_n, live = self.nodes[read].channel_n, len(nodes.channel_n)
-            row_m = torch.cat([nodes.channel_n, nodes.rival_m])
-        part_mn = weight_mn[row_m][:, read_n]
-        return StoredMatrix.of(Compact.of(part_mn), bias_m[row_m], Compact.of(part_mn[:live]))
+def _stored(sparse: SparseTransformer, name: str, read_n: Tensor, row_m: Tensor, live: int) -> StoredMatrix:
+    """A matrix from the nodes read_n to the nodes row_m, of which so many, the first, are live and have a way back."""
+    weight_mn, bias_m = (sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
+    part_mn = weight_mn[row_m][:, read_n]
+    return StoredMatrix.of(Compact.of(part_mn), bias_m[row_m], Compact.of(part_mn[:live]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +149,7 @@ def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Locati
     made = list[Sublayer]()
     for layer, head_h in live.heads.items():
         at_kind = {at.kind: place for at, place in places.items() if at.layer == layer and at.kind != ERROR}
-        matrix = {name: live.matrices[f"blocks.{layer}.{name}"] for name in sparse.matrices}
-        made += [Sublayer(at_kind, matrix, sparse.sinks(layer)[head_h].numpy())] * 2
+        made += [Sublayer(at_kind, live.matrices[layer], sparse.sinks(layer)[head_h].numpy())] * 2
     return made
 
 
@@ -171,12 +161,9 @@ def live_model(
 ) -> LiveModel:
     """The live parts of a model whose nodes, or errors, are at their means or their values; kept for the next question."""
     also_s = torch.zeros(sparse.width, dtype=torch.bool)
-    for at, mean_n in means.items():
+    for at, x in (*means.items(), *(errors or {}).items()):
         if at.kind in READ_KINDS + WRITE_KINDS or (at.kind == ERROR and at.layer < sparse.n_sites):
-            also_s |= mean_n.reshape(-1, sparse.width).ne(0).any(0)
-    for at, error_bts in (errors or {}).items():
-        if at.layer < sparse.n_sites:
-            also_s |= error_bts.flatten(0, -2).ne(0).any(0)
+            also_s |= x.reshape(-1, sparse.width).ne(0).any(0)
     state = (*map(source_of, sparse.parameters()), also_s.numpy().tobytes())
     if _known.get(sparse, (None, None))[0] != state:
         _known[sparse] = state, LiveModel(sparse, also_s)

@@ -146,8 +146,9 @@ class CircuitLoss(Generic[M]):
 
     def bounded(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
         """Signed miss_r, or kl_r where a level bounds that, in multiples of what it allows alone."""
-        x_r = self.kl(logits_rv, row_r) if level.faithfulness is None else self.miss(logits_rv, row_r)
-        return x_r / self._allowed(level)
+        if level.faithfulness is None:
+            return self.kl(logits_rv, row_r) / self.config.kl
+        return self.miss(logits_rv, row_r) / level.allowed
 
     def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
         """`bounded`, but of several prompts in multiples of what a single one may miss: it is their mean that is held to less."""
@@ -211,9 +212,6 @@ class CircuitLoss(Generic[M]):
     def superset_bound(self, level: Level) -> float:
         """Bound of `squared` in supersets."""
         return 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
-
-    def _allowed(self, level: Level) -> float:
-        return self.config.kl if level.faithfulness is None else level.allowed
 
     def _of_several(self, level: Level) -> float:
         return _ONE_OF_SEVERAL if len(self.model_b) > 1 and level.faithfulness is not None else 1

@@ -186,7 +186,7 @@ class MaskedPass:
     def live_parts(self, node_k: Tensor) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
         """Locations of entries, by their first one: the places k of the live ones, their tokens, and their places among those."""
         for at, here_k, place_k in self.space.places(node_k):
-            token_k, channel_k = (part_k.numpy() for part_k in (place_k // self.space.sizes[at], place_k % self.space.sizes[at]))
+            token_k, channel_k = divmod(place_k.numpy(), self.space.sizes[at])
             if at in self.live.nodes:
                 channel_k = self.live.nodes[at].place_c.numpy()[channel_k]
             live_k = channel_k >= 0
@@ -257,7 +257,7 @@ class _Tile:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
         y, normed_back = self._norm(x)
         self._way(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
-        unembedding = of.live.matrices["unembedding"]
+        unembedding = of.live.unembedding
         logits = unembedding.times(y, room)
         self._way(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
