@@ -170,7 +170,7 @@ def gather(
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
     nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
     of_nulls = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
-    by_deletion = nulls is not None and not any(null.by_deletion for null in nulls)
+    by_deletion = bool(nulls) and not any(null.by_deletion for null in nulls)
     rules = config.rules(counterfactual=counterfactual is not None, by_deletion=by_deletion)
     report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), rules)
     backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
