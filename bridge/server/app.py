@@ -1,15 +1,15 @@
-"""The service: routes from requests to the library and the jobs; nothing is computed here.
+"""The HTTP service: its routes pass requests on to the library and the jobs; nothing is computed here.
 
-    GET  /                                  a page to ask from
+    GET  /                                  the start page, from which prompts are sent
     GET  /api/health /api/couplings /api/tasks /api/circuits
-    POST /api/explanations                  202 and an id; GET it until its status is done, DELETE it to cancel
+    POST /api/explanations                  answers 202 with an id; GET the id until its status is done, DELETE it to cancel
     GET  /api/explanations/{id}/page        the explanation as a page
-    POST /api/explanations/{id}/steer       the dense model with a node of the circuit changed
-    GET, PUT, PATCH /api/labels             what people call nodes
-    GET  /openapi.json                      all of it described
+    POST /api/explanations/{id}/steer       run the dense model with a node of the circuit changed
+    GET, PUT, PATCH /api/labels             the labels that people give to nodes
+    GET  /openapi.json                      the description of all routes
 
-Refusals are `{"detail": one line}`: 404 what is not there, 409 what is damaged or not done yet, 422 what breaks a rule, 429 what
-there is no room for, with Retry-After; those of `security` besides.
+A refusal is `{"detail": one line}`: 404 if something does not exist, 409 if it is damaged or not done yet, 422 if a value breaks
+a rule, 429 with Retry-After if a queue is full. `security` adds refusals of its own.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ _ALWAYS = (400, 401, 403, 408, 413, 421, 422)
 
 
 class NotDoneError(UserError):
-    """An explanation that is not there yet, or never will be."""
+    """An explanation that is not done yet, or that failed or was cancelled."""
 
 
 def create_app(
     library: Library, rules: Rules, *, explain: Callable[..., Explanation] = explain, waiting: int = 8, remembered: int = 32
 ) -> FastAPI:
-    """The service over a library, behind the rules: at most `waiting` explanations queue, and `remembered` are kept when over."""
+    """The service over a library, behind the access rules; at most `waiting` jobs queue and `remembered` ended jobs are kept."""
 
     def compute(job: Job, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
         on_progress(Phase("coupling" if library.loaded(job.bridge) is not None else "coupling: loading it"))
@@ -107,7 +107,7 @@ def create_app(
             "the value, the rule and the remedy."
         ),
         version=version("bridge"),
-        docs_url=None,  # its scripts come from a CDN
+        docs_url=None,  # FastAPI's page of docs loads scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
@@ -126,19 +126,19 @@ def create_app(
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Refusals of those statuses as OpenAPI describes them."""
+    """The OpenAPI descriptions of the refusals with these statuses."""
     seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
     headers = {429: {"headers": {"Retry-After": seconds}}}
     return {status: {"model": schema.Refusal, "description": _REFUSALS[status], **headers.get(status, {})} for status in statuses}
 
 
 def start_page() -> str:
-    """The page to ask from, in the style and the fonts of the explanations' pages."""
+    """The start page, in the style and the fonts of the explanations' pages."""
     page = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
     return filled(page, lambda name: (files("bridge") / "viewer" / name).read_text(encoding="utf-8"))
 
 
-# -- what is there ----------------------------------------------------------------------------------------------------------
+# -- couplings, tasks, circuits, labels -------------------------------------------------------------------------------------
 
 
 def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
@@ -238,7 +238,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
-        if (there := library.loaded(name)) is not None:  # otherwise the job says so, once it has loaded it
+        if (there := library.loaded(name)) is not None:  # otherwise the job checks the prompt, after loading the coupling
             coupling, _ = there
             tokens_t = prompt_tokens(coupling, body.prompt)
             if body.counterfactual is not None:
@@ -300,19 +300,19 @@ def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
 
 
 def _as_listed(explanation: Explanation, coupling: CoupledModels, name: str) -> Explanation:
-    """The explanation with its coupling named as it is listed, and without paths of this machine."""
+    """The explanation with its coupling's listed name, and with absolute paths of this machine cut to their last part."""
     source, made = str(coupling.recipe.data.source), explanation.provenance
     reference = made.reference.replace(source, _without_folder(source))
     return replace(explanation, provenance=replace(made, coupling=name, dense=_without_folder(made.dense), reference=reference))
 
 
 def _without_folder(name: str) -> str:
-    """The last parts of the absolute paths in a name, or in several joined by +; any other, such as a hub id, as it is."""
+    """The name, or several joined by +, with absolute paths cut to their last part; others, such as a hub id, are unchanged."""
     return "+".join(Path(part).name if Path(part).is_absolute() else part for part in name.split("+"))
 
 
 def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering) -> schema.Steered:
-    """The dense model with the node set, at the strength asked for."""
+    """The dense model's answer with the requested node set to its value, at the requested strength."""
     curve = steer(
         coupling, found.prompt, [f"{body.node}={body.value!r}"], strengths=(body.strength,), draws=1,
         target=found.answer.id, contrast=None if found.contrast is None else found.contrast.id,
@@ -321,13 +321,13 @@ def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering)
 
 
 def _page(library: Library, job: Job, found: Explanation) -> str:
-    """The explanation as a self-contained page that may ask this server."""
+    """The explanation as a self-contained page that can send requests to this server."""
     coupling, known = library.load(job.bridge)
     nodes = described_nodes(coupling, found, known)
     return render_html(page_data(found, nodes, library.labels(job.bridge), job=job.id))
 
 
-# -- what was wrong ---------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------------
 
 
 def _user_error(_: Request, error: Exception) -> JSONResponse:

@@ -1,16 +1,16 @@
-"""Explanations in one worker thread, one after another, with short calls between their phases and a bounded store of results.
+"""Run explanations in one worker thread, one after another, with short calls between their phases and a bounded store of results.
 
-    submit    a place in a bounded queue -> Job, queued
-    worker    an executor of one thread runs all models: dense models run under hooks, so two runs at once would only wait for
-              one another, and memory is that of one. PyTorch and the kernels release the interpreter: requests go on being
-              answered
-    phases    a job reports its phase by `on_progress`; there it stops if it was cancelled, and there short calls, such as
-              steering, are run, so that no request waits for a whole explanation
-    stages    a job may `publish` values before it is done: the question and answers, then the circuit. They stay if it is
-              cancelled or fails after that
-    results   JSON, compressed; of the jobs that ended the least recently used are forgotten
+    submit    puts a job into a bounded queue and returns it
+    worker    an executor of one thread runs all models. Dense models run under hooks, so two runs at once would only wait for
+              each other; one run at a time also needs the memory of one. PyTorch and the kernels release the interpreter lock,
+              so requests are answered while a job runs
+    phases    a job reports each phase by `on_progress`. At that point it stops if it was cancelled, and short calls, such as
+              steering, are run, so no request waits for a whole explanation
+    stages    a job may `publish` values before it is done: first the question and answers, then the circuit. Published values
+              are kept if the job is cancelled or fails later
+    results   are compressed JSON; of the jobs that have ended, the least recently used are forgotten
 
-A Job is a frozen snapshot: what a request reads does not change under it.
+A Job is a frozen snapshot: it does not change while a request reads it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from bridge.server.schema import JobEntry, Prompted, Stage
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
-NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # what is known at first
+NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # the known values of a new job: null for every stage
 
-FIRST_GUESS = 30.0  # seconds a job takes, before one was seen
-MOST_SHORT = 32  # calls that queue
-LONGEST_WAIT = 600  # seconds that a client is ever asked to wait
+FIRST_GUESS = 30.0  # seconds that a job is assumed to take until one is done
+MOST_SHORT = 32  # short calls in the queue, at most
+LONGEST_WAIT = 600  # seconds, the longest wait that a client is asked for
 _log = logging.getLogger("bridge.server")
 
 
 class FullError(UserError):
-    """No room in the queue; `seconds` is when to come again."""
+    """A queue is full, or the server is stopping; `seconds` is the time after which to try again."""
 
     def __init__(self, what: str, seconds: int, remedy: str) -> None:
         super().__init__(what, remedy=remedy)
@@ -54,13 +54,13 @@ class FullError(UserError):
 
 
 class CancelledError(Exception):
-    """Raised inside a job that is to stop."""
+    """Raised inside a job that has to stop."""
 
 
 class Job(JobEntry):
-    """The state of an explanation, and packed its known values as compressed JSON.
+    """The state of an explanation; `packed` is its known values as compressed JSON.
 
-    That has a value for each stage, null for those that are not reached, and for those before the last.
+    The JSON has a key for each stage. Only the last stage reached has a value, all others are null.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,20 +68,20 @@ class Job(JobEntry):
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether the job has ended."""
         return self.status in ("done", "failed", "cancelled")
 
     @property
     def known(self) -> bytes:
-        """The known values as JSON, an object with a value for each stage."""
+        """The known values as JSON: an object with a key for each stage."""
         return NOTHING if self.packed is None else zlib.decompress(self.packed)
 
 
 class Jobs:
     """A bounded queue of explanations, the thread that works on them, and the results.
 
-    compute turns a job into JSON values, reports progress, and may publish some before it returns. At most `waiting` jobs
-    queue, and `remembered` jobs that are over are kept.
+    `compute` returns the explanation of a job as JSON values; before that it reports progress and may publish stages. At most
+    `waiting` jobs queue, and at most `remembered` ended jobs are kept.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Jobs:
         self._waiting: list[str] = []
         self._short: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._cancelled: set[str] = set()
-        self._end: Future[bool] | None = None  # of the worker, once the server stops
+        self._end: Future[bool] | None = None  # set by `stop`; done when the worker is
         self._seconds = FIRST_GUESS
 
-    # -- for requests: any thread, no waiting -------------------------------------------------------------------------------
+    # -- called by requests from any thread, without waiting ----------------------------------------------------------------
 
     def submit(self, asked: Prompted) -> Job:
-        """Queue an explanation by a coupling as it is listed. Raises FullError where the queue is full."""
+        """Queue an explanation; `asked.bridge` is a coupling's listed name. Raises FullError if the queue is full."""
         with self._lock:
             self._take(len(self._waiting), self._most_waiting, "explanations wait already")
             job = Job(
@@ -112,7 +112,7 @@ class Jobs:
             return self._seen(job.id)
 
     def soon(self, call: Callable[[], Any]) -> Future[Any]:
-        """Queue a short call on models between two phases of the running job. Raises FullError where too many wait."""
+        """Queue a short call on models, run between two phases of the running job. Raises FullError if too many calls wait."""
         with self._lock:
             self._take(len(self._short), MOST_SHORT, "requests wait for the models already")
             future: Future[Any] = Future()
@@ -121,7 +121,7 @@ class Jobs:
             return future
 
     def get(self, id: str) -> Job:
-        """A job as it is now. Raises NotListedError."""
+        """The current state of a job. Raises NotListedError if there is no job of that id."""
         with self._lock:
             if id not in self._jobs:
                 raise NotListedError(
@@ -132,14 +132,14 @@ class Jobs:
             return self._seen(id)
 
     def all(self) -> tuple[Job, ...]:
-        """Every job that is remembered, the least recently used first."""
+        """All remembered jobs, the least recently used first."""
         with self._lock:
             return tuple(map(self._seen, self._jobs))
 
     def cancel(self, id: str) -> Job:
-        """Cancel a job: at once if it waits, at its next phase if it runs; one that is over stays what it is.
+        """Cancel a job: at once if it is queued, at its next phase if it runs. A job that has ended stays as it is.
 
-        What one has published stays.
+        Published values are kept.
         """
         with self._lock:
             job = self.get(id)
@@ -152,13 +152,13 @@ class Jobs:
             return self._seen(id)
 
     def stop(self, seconds: float) -> bool:
-        """Cancel everything and end the work; False where it is still at a phase after that many seconds."""
+        """Cancel all jobs and wait for the worker; False if a phase is still running after `seconds`."""
         with self._lock:
             for id in tuple(self._waiting):
                 self.cancel(id)
             while self._short:
                 self._short.popleft()[1].cancel()
-            self._end = self._end or self._worker.submit(bool)  # behind all that is left
+            self._end = self._end or self._worker.submit(bool)  # runs after everything still queued
         try:
             self._end.result(seconds)
         except TimeoutError:
@@ -173,7 +173,7 @@ class Jobs:
             raise FullError(f"{there} {what}, and {most} may", seconds, f"come again in {seconds} seconds, or cancel some")
 
     def _seen(self, id: str) -> Job:
-        """A job as it is now, with its place in the queue."""
+        """The current state of a job, with its place in the queue."""
         job = self._jobs[id]
         return job.model_copy(update={"place": self._waiting.index(id) + 1}) if job.status == "queued" else job
 
@@ -194,7 +194,7 @@ class Jobs:
         self._do_short()
         with self._lock:
             if id not in self._waiting:
-                return  # cancelled
+                return  # cancelled while it was queued
             self._waiting.remove(id)
             self._set(id, status="running", phase="starting", began_at=datetime.now(UTC))
             job = self._jobs[id]
@@ -251,12 +251,12 @@ class Jobs:
                 continue
             try:
                 future.set_result(call())
-            except BaseException as error:  # handed to who waits for it
+            except BaseException as error:  # passed on to the caller that waits for it
                 future.set_exception(error)
 
 
 def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a job for a stage: compressed, with what lists show."""
+    """The fields of a Job that reached a stage: its values, compressed, and the fields that lists of jobs show."""
     packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
     readable = stage == "explanation"
     verdict = values["report"]["verdict"] if readable else None

@@ -1,10 +1,10 @@
-"""The couplings and circuits on disk under their roots, the tasks, and the labels that people give to nodes.
+"""The couplings and circuits on disk under their root folders, and the labels that people give to nodes.
 
-A request names a coupling or circuit as it is listed, and the name is looked up in that list: no path is ever made from a
-request. What a symbolic link leads to outside of its root is not listed. Names begin with the root's own.
+A request names a coupling or circuit by its listed name, which is looked up in the list: no path is ever built from a request.
+A file that a symbolic link leads to outside its root is not listed. Every name begins with the name of its root.
 
-Of the couplings in memory the least recently used one makes room. Labels are `labels.json` in the coupling's folder, a text by
-node, replaced atomically.
+If too many couplings are in memory, the least recently used one is dropped. Labels are kept in `labels.json` in the coupling's
+folder, one text for each labelled node; the file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.nodes.statistics import parse_node
 from bridge.recipe import resolve
 
-DEPTH = 3  # of folders below a root
+DEPTH = 3  # levels of folders below a root that are searched
 MOST_LISTED = 500
-LOADED = 2  # couplings in memory
+LOADED = 2  # couplings in memory, at most
 MOST_LABELS, LONGEST_LABEL = 5000, 300
 LABELS = "labels.json"
 _QUOTED_FOLDERS = re.compile(r"""(?<!\w)(['"])[^'"\n]*[/\\](?=[^'"/\\\n]+\1(?!\w))""")
@@ -39,7 +39,7 @@ _NODE = re.compile(r"(L\d{1,6}\.)?\w{1,32}\[\d{1,9}\]")
 
 
 class LibraryError(UserError):
-    """Something that cannot be served, or a label that cannot be kept."""
+    """A folder that cannot be served, or a label that cannot be kept."""
 
 
 class NotListedError(LibraryError):
@@ -49,8 +49,8 @@ class NotListedError(LibraryError):
 class Library:
     """The couplings under some folders, the circuits under another, and those loaded into memory.
 
-    dense is where the couplings' dense model is, if not where it was. Raises LibraryError for folders that are none, that hold no
-    coupling, or of which two have the same name.
+    `dense` is where the couplings' dense model is, if it has moved. Raises LibraryError if a root is not a folder, if two roots
+    of couplings have the same name, or if they hold no coupling.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Library:
             raise LibraryError("two folders of couplings", f"are called {twice[0]!r}", "rename one, or serve them one at a time")
         self.dense, self.device = dense, device
         self._loaded: OrderedDict[tuple[Path, int], tuple[CoupledModels, Fingerprints]] = OrderedDict()
-        self._lock = threading.Lock()  # of what is loaded
-        self._loading, self._writing = threading.Lock(), threading.Lock()  # one coupling at a time, one set of labels
+        self._lock = threading.Lock()  # guards `_loaded`
+        self._loading, self._writing = threading.Lock(), threading.Lock()  # one load, one write of labels at a time
         if not self.couplings():
             raise LibraryError(
                 f"there is no coupling in {', '.join(map(str, couplings))}", remedy="name a folder that `bridge fit` wrote"
@@ -77,12 +77,12 @@ class Library:
         return {name: folder for root in self._roots for name, folder in _found(root, "coupling.json")}
 
     def coupling(self, name: str | None) -> tuple[str, Path]:
-        """The name and folder of a coupling, the first one's for None. Raises NotListedError."""
+        """The name and folder of a coupling; None means the first one. Raises NotListedError."""
         listed = self.couplings()
         return _pick(name if name is not None else next(iter(listed), ""), listed, "coupling", "/api/couplings")
 
     def load(self, name: str) -> tuple[CoupledModels, Fingerprints]:
-        """A coupling, from memory or from its folder, and its fingerprints. Raises NotListedError or CheckpointError."""
+        """A coupling and its fingerprints, from memory or from its folder. Raises NotListedError or CheckpointError."""
         with self._loading:
             _, folder = self.coupling(name)
             if (there := self.in_memory(folder)) is not None:
@@ -101,11 +101,11 @@ class Library:
             return known
 
     def loaded(self, name: str) -> tuple[CoupledModels, Fingerprints] | None:
-        """The result of `load` for a coupling as it is on disk now, if it is in memory. Raises NotListedError."""
+        """The result of `load` if the coupling's current version on disk is in memory, otherwise None. Raises NotListedError."""
         return self.in_memory(self.coupling(name)[1])
 
     def in_memory(self, folder: Path) -> tuple[CoupledModels, Fingerprints] | None:
-        """The result of `load` for a listed folder as it is on disk now, if it is in memory."""
+        """The result of `load` if the current version of a listed folder is in memory, otherwise None."""
         key = _version(folder)
         with self._lock:
             if key in self._loaded:
@@ -114,7 +114,7 @@ class Library:
 
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
-        """The facts in a coupling's own JSON, those of a `CouplingEntry`. Raises CheckpointError."""
+        """The facts of a `CouplingEntry`, read from a coupling's coupling.json. Raises CheckpointError."""
         facts = _read(folder / "coupling.json")
         try:
             recipe, dense = resolve(facts["recipe"]), facts["dense"]
@@ -130,13 +130,13 @@ class Library:
     # -- labels -------------------------------------------------------------------------------------------------------------
 
     def labels(self, name: str | None) -> dict[str, str]:
-        """The labels of a coupling's nodes. Raises NotListedError, or CheckpointError where the file holds anything else."""
+        """The labels of a coupling's nodes. Raises NotListedError, or CheckpointError if the file does not hold labels."""
         return _labels(self.coupling(name)[1])
 
     def relabel(self, name: str | None, given: Mapping[str, str], *, others: bool) -> dict[str, str]:
-        """Set the labels given, drop those whose text is empty, keep all `others` or none; the labels there are then.
+        """Set the given labels, drop those with an empty text, keep all other labels if `others`, and return the result.
 
-        Raises LibraryError, NodeError, or CheckpointError where the file cannot be read or written.
+        Raises NotListedError, LibraryError, NodeError, or CheckpointError if the file cannot be read or written.
         """
         _, folder = self.coupling(name)
         _check_few(given)
@@ -156,7 +156,7 @@ class Library:
     # -- circuits -----------------------------------------------------------------------------------------------------------
 
     def circuits(self) -> dict[str, Path]:
-        """The folders of circuits by name; none where no folder of circuits is served."""
+        """The folders of circuits by name; empty if no folder of circuits is served."""
         return {} if self._circuits is None else dict(_found(self._circuits, "circuit.json"))
 
     def circuit(self, name: str) -> tuple[str, Path]:
@@ -165,7 +165,7 @@ class Library:
 
 
 def finite_json(path: Path) -> dict[str, Any]:
-    """A JSON object that can be sent. Raises CheckpointError for one that holds NaN, infinities or no characters."""
+    """A JSON object that can be sent. Raises CheckpointError if it holds NaN, infinities or invalid characters."""
     values = _read(path)
     try:
         json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
@@ -182,7 +182,7 @@ def _root(path: Path, option: str) -> Path:
 
 
 def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
-    """Name and folder of everything that holds such a file, a root itself included, without looking below a match."""
+    """Names and folders that hold such a file, the root itself included; folders below a match are not searched."""
     count = 0
     for at, below, files in os.walk(root):
         folder = Path(at)
@@ -210,7 +210,7 @@ def _version(folder: Path) -> tuple[Path, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # what people wrote cannot be fitted again
+    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # labels by people cannot be fitted again
     try:
         return read_json(path, **remedy)
     except CheckpointError as error:
@@ -218,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_folders(text: str) -> str:
-    """A message with only the last part of every path that it quotes: clients do not learn folders."""
+    """A message with every quoted path cut to its last part, so clients do not learn folders."""
     return _QUOTED_FOLDERS.sub(r"\1", text)
 
 
@@ -240,7 +240,7 @@ def _check_few(labels: Mapping[str, str]) -> None:
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
-    """The node locations of a coupling, from the shape in its JSON."""
+    """The node locations of a coupling and their sizes, from the shape in its JSON."""
     facts = _read(folder / "coupling.json")
     with torch.device("meta"):
         shape = resolve(facts["recipe"]).sparse
@@ -250,7 +250,7 @@ def _sizes(folder: Path) -> Mapping[Location, int]:
 def _node_name(name: str, sizes: Mapping[Location, int]) -> str:
     if not _NODE.fullmatch(name):
         raise LibraryError(f"{name[:80]!r}", "names no node", "write layer, kind and channel as in L1.mlp_act[37]")
-    return parse_node(name, sizes).name if name.startswith("L") else name  # the embedding's channels are of no layer
+    return parse_node(name, sizes).name if name.startswith("L") else name  # channels of the embedding have no layer
 
 
 def _label(node: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""A running server at an address: the socket is bound first, so that what is printed is what is served."""
+"""Run the server at an address. The socket is bound first, so the printed address is the one that is served."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def serve(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Serve until interrupted, and return whether all jobs had stopped then.
+    """Serve until interrupted, and return whether all jobs had stopped by then.
 
-    `progress` takes the lines that a user needs; dense is where the couplings' dense model is, if not where it was. Port 0 is any
-    that is free. Raises AddressError for an address that cannot be bound, and LibraryError or CheckpointError
-    for folders that cannot be served.
+    `progress` takes the lines to print; `dense` is where the couplings' dense model is, if it has moved. Port 0 means any free
+    port. Raises AddressError if the address cannot be bound, LibraryError or CheckpointError if the folders cannot be served.
     """
     everyone = not is_loopback(host)
     if everyone and token is None:
@@ -49,7 +48,7 @@ def serve(
         app = create_app(library, Rules.for_address(host, port, token))
         name, _ = library.coupling(None)
         progress(f"loading {name}")
-        library.load(name)  # what is wrong with it is better said now
+        library.load(name)  # reports a damaged coupling before the first request
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         progress(f"serving {', '.join(library.couplings())} at http://{shown}:{port}/{f'?token={token}' if token else ''}")
         if everyone:
@@ -61,9 +60,9 @@ def serve(
 
 
 class _Punctual(H11Protocol):
-    """HTTP/1.1 that ends a connection where a request's head is not whole HEAD_SECONDS after the opening or its first bytes.
+    """HTTP/1.1 that closes a connection if a request's head is incomplete HEAD_SECONDS after the opening or its first bytes.
 
-    uvicorn itself waits without end for a head, and for the rest of a body that has been answered already.
+    uvicorn itself waits forever for a head, and for the rest of a body after the request was answered.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -81,7 +80,7 @@ class _Punctual(H11Protocol):
         self._watch()
 
     def _watch(self) -> None:
-        """Run the timer while no request is answered, without restarting it at every byte."""
+        """Run the timer while no request is being answered; more bytes do not restart it."""
         waits = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
         if waits and self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -91,7 +90,7 @@ class _Punctual(H11Protocol):
 
 
 def server_of(app: ASGIApp) -> uvicorn.Server:
-    """The server of an application, with all bounds on who connects."""
+    """The uvicorn server of an application, with all limits on connections."""
     config = uvicorn.Config(
         app, http=_Punctual, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
         limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
@@ -100,7 +99,7 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; connections wait. Raises AddressError."""
+    """A socket that listens at an address; connections queue until they are accepted. Raises AddressError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:

@@ -1,6 +1,6 @@
-"""Requests and responses as pydantic models; the OpenAPI description is made of them.
+"""Requests and responses as pydantic models, from which the OpenAPI description is generated.
 
-An explanation's own schema is that of `explanation.Explanation`, so that it cannot drift from it.
+The schema of an explanation is `explanation.Explanation` itself, so the two cannot drift apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bridge.explanations.explanation import Explanation
 from bridge.explanations.parts import Answer, Answered, Drawn
 from bridge.studies.result import TaskFacts
 
-LONGEST_PROMPT = 20_000  # characters; how many tokens a prompt may have is the coupling's context
+LONGEST_PROMPT = 20_000  # characters; the number of tokens is limited by the coupling's context
 Text = Annotated[str, Field(max_length=200)]
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 Stage = Literal["answered", "drawn", "explanation"]
@@ -44,7 +44,7 @@ class Health(BaseModel):
 
 
 class CouplingEntry(BaseModel):
-    """A coupling that prompts can be explained with; for one that cannot be read, only the error."""
+    """A coupling that can explain prompts; if it cannot be read, the error in place of its facts."""
 
     name: str
     default: bool = Field(description="Whether it is used where none is named.")
@@ -68,7 +68,7 @@ class TaskEntry(BaseModel):
 
 
 class TaskPair(BaseModel):
-    """A contrast pair: two prompts, and the answers to the first; the spellings of each answer are alternatives."""
+    """A contrast pair: two prompts, and the right and the wrong answer to the first, each as a list of alternative spellings."""
 
     prompt: str
     counterfactual: str
@@ -83,7 +83,7 @@ class TaskDetail(TaskEntry):
 
 
 class CircuitEntry(BaseModel):
-    """A task's circuit in a line; the error for a task without one, or one that cannot be read."""
+    """A summary of a task's circuit; `error` is set if the task has none, or if the circuit cannot be read."""
 
     name: str
     task: str | None = None
@@ -142,7 +142,7 @@ class JobEntry(BaseModel):
 
 
 class ExplanationJob(JobEntry):
-    """A requested explanation and its known values: those of the last stage that was reached, the others null."""
+    """A requested explanation and its known values; only the last stage that was reached has a value, the others are null."""
 
     answered: Answered | None = Field(None, description="The question, both models' answers, and the span, at once.")
     drawn: Drawn | None = Field(None, description="The opening circuit, before the evidence on it.")

@@ -1,14 +1,14 @@
 """Access rules, checked before any route: host, token, origin and size of a request, and headers of every response.
 
-    Host      on loopback, only the names of this machine with the port that is served: a page of another site whose name was
-              made to lead here (DNS rebinding) sends its own name
-    token     required where more than this machine can ask: `Authorization: Bearer`, or a cookie that opening the address with
-              `?token=` once sets; compared in constant time
-    Origin    what changes anything must not come from a page of another site (CSRF)
-    body      at most so many bytes, within so many seconds, read before the route runs
+    Host      on loopback, it must be a name of this machine with the served port: a page of another site whose name was made
+              to resolve to this machine (DNS rebinding) sends its own name
+    token     required if other machines can connect, or if one is set: `Authorization: Bearer`, or a cookie, which is set by
+              opening the address once with `?token=`; compared in constant time
+    Origin    a request that can change anything must not come from a page of another site (CSRF)
+    body      at most `most_bytes` bytes, received within BODY_SECONDS, and read before the route runs
 
-Every refusal is JSON, `{"detail": one line}`. An exception that nobody expected is one too, and its traceback is logged. Every
-answer forbids framing, sniffing and whatever its own Content-Security-Policy does not name.
+Every refusal is JSON, `{"detail": one line}`. An unexpected exception is answered in the same form, and its traceback is logged.
+Every answer forbids framing, content sniffing, and all sources that its own Content-Security-Policy does not name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_SCRIPT = re.compile(r"<script(?![^>]*json)[^>]*>(.*?)</script>", re.DOTALL)  # of a page of ours; JSON is data
+_SCRIPT = re.compile(r"<script(?![^>]*json)[^>]*>(.*?)</script>", re.DOTALL)  # in our own pages; scripts of type JSON are data
 _log = logging.getLogger("bridge.server")
 
 
@@ -55,9 +55,9 @@ class AddressError(UserError):
 
 @dataclass(frozen=True)
 class Rules:
-    """The access rules. hosts are the accepted values of the Host header, None for any; token None for none required.
+    """The access rules: `hosts` are the accepted values of the Host header (None: any), `token` is required (None: no token is).
 
-    Raises AddressError where any host is answered and no token asked.
+    Raises AddressError if any host is accepted without a token, or if the token is malformed.
     """
 
     hosts: frozenset[str] | None
@@ -85,7 +85,7 @@ class Rules:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -130,7 +130,7 @@ class Guard:
             await refusal(500, "this failed inside bridge; the server's own output says where")(scope, receive, answer)
 
     def _check(self, scope: Scope) -> None:
-        """Raise HTTPException for a request that the rules do not let through."""
+        """Raise HTTPException if a request breaks a rule."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         host = hosts[0].lower() if len(hosts) == 1 else ""
@@ -158,7 +158,7 @@ class Guard:
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["method"] == "GET" and any(key == "token" and _same(value, token) for key, value in query):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
-            # the path as it came, less what would make it another site's: // and backslashes at its start
+            # the path as received, without leading slashes and backslashes, which could redirect to another site
             path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/\\")
             cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Lax"
             raise HTTPException(
@@ -171,7 +171,7 @@ class Guard:
         )
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
-        """A receive that gives the body at once, after it has come. Raises HTTPException for a large or slow one."""
+        """Read the whole body, and return a `receive` that replays it. Raises HTTPException if it is too large or too slow."""
         most = self.rules.most_bytes
         too_large = HTTPException(413, f"the body is larger than the {most:,} bytes that are read; send less")
         length = Headers(scope=scope).get("content-length", "0")
@@ -197,7 +197,7 @@ class Guard:
 
 
 def page_policy(html: str) -> str:
-    """The Content-Security-Policy of a self-contained page: its own inline scripts by their hashes, nothing from elsewhere."""
+    """The Content-Security-Policy of a self-contained page: its own inline scripts by hash, and nothing from elsewhere."""
     scripts = _SCRIPT.findall(html.replace("\r\n", "\n"))
     hashes = " ".join(f"'{digest(text)}'" for text in scripts) or "'none'"
     return (
@@ -207,12 +207,12 @@ def page_policy(html: str) -> str:
 
 
 def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The answer to a request that is refused."""
+    """The JSON answer to a refused request."""
     return JSONResponse({"detail": one_line(detail)}, status, dict(headers or {}))
 
 
 def one_line(text: str) -> str:
-    """A text as one line that can be sent: invalid characters are escaped."""
+    """A text as one line that can be sent, with invalid characters escaped."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
@@ -225,7 +225,7 @@ def _authority(origin: str) -> str | None:
 
 
 def _cookies(line: str) -> list[str]:
-    """The tokens in a Cookie header. Other cookies of this host may look as they like; SimpleCookie would find nothing then."""
+    """The tokens in a Cookie header. SimpleCookie is not used: it finds nothing if another cookie of the host is malformed."""
     parts = (part.partition("=") for part in line.split(";"))
     return [value.strip(' \t"') for name, _, value in parts if name.strip() == COOKIE]
 
