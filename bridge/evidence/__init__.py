@@ -1,1 +1,1 @@
-"""Measures of a circuit, in the sparse and in the dense model, beside controls that could win; and the verdict."""
+"""Measures of a circuit in the sparse and in the dense model, compared with controls that could win, and the verdict."""

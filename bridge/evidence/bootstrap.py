@@ -1,6 +1,6 @@
-"""95% bootstrap intervals: a statistic of independent measurements, resampled with replacement.
+"""95% bootstrap intervals of a statistic of independent measurements, which are resampled with replacement.
 
-Shape legend: b measurement, s source (what measurements were made from), k draw.
+Shape legend: b measurement, s source that measurements come from, k draw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int) -> Interval | None:
-    """The 95% interval of statistic(pick_kb) -> value_k over draws of `count` things; None where there are too few."""
+    """Return the 95% interval of statistic(pick_kb) -> value_k over draws of `count` measurements; None if they are too few."""
     if count < 2:
         return None
     pick_kb = np.random.default_rng(seed).integers(count, size=(BOOTSTRAPS, count))
@@ -29,15 +29,15 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: in
 
 
 class Draws:
-    """Bootstrap draws of the sources of some measurements: measurements from one source are drawn together."""
+    """Bootstrap draws over the sources of measurements: all measurements of one source are drawn together."""
 
     def __init__(self, source_b: np.ndarray | Sequence[str], seed: int) -> None:
-        """`source_b` names the source of each measurement."""
+        """Take the name of the source of each measurement."""
         found, self.source_b = np.unique(np.asarray(source_b), return_inverse=True)
         self.sources, self.seed = len(found), seed
 
     def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval | None:
-        """The 95% interval of statistic(weight_kb) -> value_k, weight_kb being how often a measurement was drawn."""
+        """Return the 95% interval of statistic(weight_kb) -> value_k; weight_kb counts how often a measurement was drawn."""
 
         def of_picks(pick_ks: np.ndarray) -> np.ndarray:
             drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])

@@ -1,21 +1,21 @@
-"""A change of the sparse model transported into the dense one at every site, and the loss of the answer by it in both.
+"""Transport of a change from the sparse model into the dense model at every site, and the loss of d that it causes in both.
 
-With R the reference (every node kept, errors at their means but those of the circuit) and R' a run of the sparse model in which
-something was changed, at each site j
+R is the reference run: every node is kept, and errors are at their means, except the circuit's errors. R' is a run of the sparse
+model in which something was changed. At each site j:
 
-    change     x_j(R') - x_j(R)                    of the sparse residual, at every position
+    change     x_j(R') - x_j(R)                    change of the sparse residual, at every position
     dense      h_j + lin g_j(change)               entering the dense model at j: d falls by `dense_lost`
-    sparse     x_j(R) + change                     entering the sparse model at j, with R kept from there on: `sparse_lost`
+    sparse     x_j(R) + change                     entering the sparse model at j, with R's masks from there on: `sparse_lost`
 
-The two differ only in the model that computes on from site j, so that the first is to be read beside the second: late sites lose
-little in either, since there the answer has been read already, or much in either, since there it is all that is read.
+The two losses differ only in the model that runs from site j on, so the dense loss is compared with the sparse loss. At late
+sites both are small if the answer has been read before the site, or both are large if the answer is all that is read after it.
 
-Of a question with several prompts (a task) all of this is done on each of them; losses are shares of the one span, so that the
-share of all is the mean. Behind the last attention only the last position can change the answer; so only its residual is kept
-there, where all prompts end at the last position.
+If a question has several prompts (a task), each prompt is measured. Losses are shares of the same span (that of all prompts), so
+the total share is their mean. After the last attention only the last position can change the answer. Therefore, if all prompts
+end at the last position, only the last position's residual is kept there.
 
 Shape legend: r masked copy of a prompt, b prompt, p some of the prompts, c circuit or mask, k transported change, j site, t token
-(one behind the last attention), s sparse width, d dense width, f all nodes in one row, v vocabulary.
+(only one after the last attention), s sparse width, d dense width, f all nodes in one row, v vocabulary.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 from bridge.models.transport import decoded
 
-_LOGITS, _ROWS = 2**23, 256  # of dense runs at a time
-_COPIES = 8  # masked copies of a prompt in a batch, at least: one of them is the reference
+_LOGITS, _ROWS = 2**23, 256  # maxima for one batch of dense runs
+_COPIES = 8  # minimum number of masked copies of a prompt in a batch; one of them is the reference
 
 Lost = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
 
 
 class Transporter:
-    """Both models on a question's prompts: the coupling, the loss on its sparse model, and the dense run.
+    """The dense and the sparse model on a question's prompts, with the reference run that changes are measured against.
 
-    The reference keeps every node, and of the errors those of a circuit.
+    The reference run keeps every node, and the errors that belong to the circuit.
     """
 
     def __init__(self, coupling: CoupledModels, loss: CircuitLoss[MaskedModel], dense: Trace, circuit_f: Tensor) -> None:
         self.coupling, self.loss, self.masked, self.dense = coupling, loss, loss.masked, dense
         self.reference_f = loss.nodes_f | circuit_f
         self.sites, self.prompts = range(coupling.n_sites), len(loss.model_b)
-        self.narrow = self.masked.question.whole_rows  # behind the last attention residuals are of the last position alone
+        self.narrow = self.masked.question.whole_rows  # after the last attention, residuals have only the last position
         self._span = loss.span if abs(loss.span) >= 1e-6 else 1e-6
 
     @cached_property
     def reference(self) -> Trace:
-        """The reference run of every prompt."""
+        """Reference run of every prompt."""
         with torch.no_grad():
             runs = [self._run(self.reference_f[None], row_p) for row_p in torch.arange(self.prompts).split(self.masked.rows)]
         residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
@@ -67,17 +67,17 @@ class Transporter:
 
     @torch.no_grad()
     def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
-        """lost_cb of the span under some masks, and lost_mcjb by the change of each transported at equally many sites.
+        """Return lost_cb, the share of the span lost under each mask, and lost_mcjb, the share lost by its transported change.
 
-        m are the losses asked for, `dense_lost` and `sparse_lost`. Changes are transported batch by batch, and not kept: of many
-        nodes on many prompts they would not fit.
+        m indexes `losses` (`dense_lost`, `sparse_lost`), and every mask has the same number of sites. Changes are transported
+        batch by batch and then dropped, because the changes of many nodes on many prompts would not fit into memory.
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
         lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
         prompts = min(self.prompts, max(1, self.masked.rows // _COPIES))
         masks = max(1, self.masked.rows // prompts - 1)
         for row_p, place_c in product(torch.arange(self.prompts).split(prompts), torch.arange(len(kept_cf)).split(masks)):
-            # the reference is in the same batch, so that nothing is left of what does not change
+            # the reference runs in the same batch, so rounding cancels for everything that does not change
             trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
             residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
             changes = [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals]
@@ -95,16 +95,16 @@ class Transporter:
 
     @torch.no_grad()
     def transport_deleted(self, sets: Sequence[Tensor], site_k: Sequence[int]) -> Tensor:
-        """lost_2kb in the sparse and the dense model without all of some nodes, for each of the sets, transported at one site.
+        """Return lost_2kb in the sparse and the dense model with each set of nodes ablated, transported at the set's site.
 
-        Of one prompt the sparse model is run from the sublayer of the set's first node on, so the site lies behind that.
+        With one prompt, the sparse model runs only from the sublayer of the set's first node on. The site must be after it.
         """
         if not self.narrow or self.prompts > 1:
             kept_kf = torch.stack([self.reference_f.index_fill(0, node_n, False) for node_n in sets])
             lost_kb, lost_1k1b = self.transport(kept_kf, [[site] for site in site_k], [self.dense_lost])
             return torch.stack([lost_kb, lost_1k1b[0, :, 0]])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
-        # the reference is in the same batch, so that nothing is left of what does not change
+        # the reference runs in the same batch, so rounding cancels for everything that does not change
         for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, beside=True):
             d_r = self._d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
             lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
@@ -115,7 +115,7 @@ class Transporter:
 
     @torch.no_grad()
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
-        """lost_k of the span in the dense model, by a change_ts transported at a site on a prompt, for each k."""
+        """Return lost_k, the share of the span that the dense model loses by each change_ts of the sparse residual."""
         lost, length = [torch.zeros(0, device=self.reference_f.device)], self.masked.n_tokens
         for first in range(0, len(site_k), _ROWS):
             some = slice(first, first + _ROWS)
@@ -126,10 +126,10 @@ class Transporter:
 
     @torch.no_grad()
     def lost_by(self, row_k: Tensor, site_k: Tensor, change_ktd: Tensor) -> Tensor:
-        """lost_k of the span in the dense model, by a change_td of its own residual at a site on a prompt, for each k."""
+        """Return lost_k, the share of the span that the dense model loses by each change_td of its own residual at a site."""
         question, lost_k = self.masked.question, torch.zeros(len(row_k), device=self.reference_f.device)
         rows = max(1, min(_ROWS, _LOGITS // (self.masked.n_tokens * self.coupling.dense.vocabulary)))
-        for some_k in site_k.argsort(stable=True).split(rows) if len(row_k) else ():  # what all enter behind is not run
+        for some_k in site_k.argsort(stable=True).split(rows) if len(row_k) else ():  # sublayers before all entries are skipped
             row_r, site_r = row_k[some_k], site_k[some_k]
             last_r = question.last_b[row_r]
             length = int(last_r.max()) + 1
@@ -142,7 +142,7 @@ class Transporter:
 
     @torch.no_grad()
     def sparse_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
-        """lost_k of the span in the sparse model, whose residual at a site is changed by change_ts, for each k."""
+        """Return lost_k, the share of the span that the sparse model loses by each change_ts of its residual at a site."""
         lost_k = torch.zeros(len(site_k), device=self.reference_f.device)
         late = self.masked.sparse.narrow_from if self.narrow else self.coupling.n_sites
         for some_k in self.masked.batches(torch.tensor(site_k), late):
@@ -155,11 +155,11 @@ class Transporter:
         return lost_k
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
-        """Every mask on every one of some prompts."""
+        """Run every mask on every prompt of row_p."""
         return self.masked.run(kept_cf.repeat_interleave(len(row_p), 0), row_p.repeat(len(kept_cf)), narrow=self.narrow)
 
     def _d(self, trace: Trace, row_r: Tensor, length: int | None = None) -> Tensor:
-        """d_r of runs of so many tokens, by default those of the prompts, or of which the last position alone has logits."""
+        """Return d_r of runs of `length` tokens (default: n_tokens), or of runs with logits of the last position only."""
         question = self.masked.question
-        last_r = question.last_b[row_r] - (length or self.masked.n_tokens)  # from the end, where the last one is in both cases
+        last_r = question.last_b[row_r] - (length or self.masked.n_tokens)  # negative index: valid with either number of logits
         return question.difference(trace.logits_btv[torch.arange(len(row_r), device=last_r.device), last_r], row_r)

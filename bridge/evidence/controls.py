@@ -1,11 +1,11 @@
-"""Controls that could win: circuits of as many nodes as one has, of which there is every reason to expect as much.
+"""Controls that could win: circuits with as many nodes as the given one, which could be expected to do as well.
 
-    matched          for every node another active one of the same location at the same position (of a task, whose nodes are at
-                     every position, of the same location); drawn several times
-    another prompt   as many nodes as the circuit has at all, the most important ones, by integrated gradients, of other prompts:
-                     texts of as many tokens from the coupling's reference corpus
+    matched          for each node of the circuit, another active node of the same location and position (in a task a node covers
+                     all positions, so only the location is matched); drawn several times
+    another prompt   the nodes that matter most to another prompt, by integrated gradients, as many as the circuit has; the other
+                     prompts are texts with the same number of tokens from the coupling's reference corpus
 
-A random circuit out of all nodes is no such control: 60 of 40,000 do nothing, whatever the others are.
+A random circuit drawn from all nodes is not such a control: 60 of 40,000 nodes do nothing, whichever nodes they are.
 
 Shape legend: c circuit, r masked copy of a prompt, b prompt, t token, n nodes of a location, f all nodes in one row.
 """
@@ -26,7 +26,7 @@ from bridge.models.sparse import Location
 
 @torch.no_grad()
 def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor) -> dict[Location, Tensor]:
-    """value_btn of every node on some of the prompts, no node ablated and the errors under their masks."""
+    """Return value_btn of every node on the prompts row_b, with no node ablated; of kept_f, only the errors' masks apply."""
     values: dict[Location, Tensor] = {}
     _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
     masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
@@ -34,9 +34,9 @@ def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor) -> dict[Loca
 
 
 def active_nodes(masked: MaskedModel) -> Tensor:
-    """active_f: the nodes that are not 0 in the model's own run of a prompt, every error kept; no error among them.
+    """Return active_f: nodes that are not 0 in a run that keeps every node and every error. Errors are not included.
 
-    Of several prompts a node is active that is so at any token of any of them.
+    If a node covers all positions and prompts (a task), it is active if it is not 0 at any token of any prompt.
     """
     question, space, every_f = masked.question, masked.space, torch.ones_like(masked.is_error_f)
     there_bt1 = (torch.arange(masked.n_tokens, device=every_f.device) <= question.last_b[:, None])[..., None]
@@ -53,15 +53,15 @@ def active_nodes(masked: MaskedModel) -> Tensor:
 
 
 def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """matched_cf: for every node of a circuit another active one of its location and position, at random; errors have none.
+    """Return matched_cf: for each node of a circuit, a random other active node of its location and position; none for errors.
 
-    Where a place has too few others, as many as there are.
+    If a location and position has too few other active nodes, all of them are taken.
     """
     pool_f = active_nodes(masked) & ~kept_f
     matched_cf = torch.zeros(draws, len(kept_f), dtype=torch.bool, device=kept_f.device)
-    # in order of (place, a random number): of each place's pool the first ones are taken
+    # the pool is sorted by (group, random number), and the first nodes of each group are taken
     sizes = torch.tensor([n for n in masked.space.sizes.values() for _ in range(masked.space.n_tokens)])
-    group_f = torch.arange(len(sizes)).repeat_interleave(sizes).to(kept_f.device)  # location and position of every node
+    group_f = torch.arange(len(sizes)).repeat_interleave(sizes).to(kept_f.device)  # group of each node: its location and position
     wanted_g = torch.bincount(group_f[kept_f & ~masked.is_error_f], minlength=int(group_f.max()) + 1)
     pool_k = (pool_f & (wanted_g > 0)[group_f]).nonzero().flatten()
     group_k = group_f[pool_k]
@@ -70,7 +70,7 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
     for matched_f in matched_cf:
         draw_k = torch.rand(len(pool_k), generator=generator, dtype=torch.float64).to(kept_f.device)
         order_k = (group_k + draw_k).argsort()
-        rank_k = torch.arange(len(pool_k), device=kept_f.device) - first_g[group_k]  # the pool is in the order of its places
+        rank_k = torch.arange(len(pool_k), device=kept_f.device) - first_g[group_k]  # the pool is sorted by group
         matched_f[pool_k[order_k[rank_k < wanted_g[group_k]]]] = True
     return matched_cf
 
@@ -78,10 +78,10 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
 def another_prompt(
     coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator
 ) -> Tensor:
-    """other_cf: as many nodes as a circuit has, those that matter most to other prompts of as many tokens, at their positions.
+    """Return other_cf: for each other prompt of the same length, the nodes that matter most to it, as many as the circuit has.
 
-    The other prompts are cut from the coupling's reference text, and asked why the dense model's own answer follows. None where
-    the text has no prompt so long.
+    The other prompts are cut from the coupling's reference text, and the question is why the dense model's own answer follows.
+    other_cf has no rows if the text's blocks are shorter than the prompt.
     """
     count, text_bt, length = int((kept_f & ~masked.is_error_f).sum()), coupling.reference_bt, masked.n_tokens
     if text_bt is None or text_bt.shape[1] < length or not count:
@@ -102,10 +102,10 @@ def another_prompt(
 
 
 def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: torch.Generator, draws: int = 10) -> Tensor:
-    """gone_cf, beside the deletion of a circuit: as many of the nodes outside it that are on, at each location as many as it has.
+    """Return gone_cf, random control deletions: active nodes outside the circuit, as many at each location as the circuit has.
 
-    What a location lacks is drawn from all others. Where there are fewer in all, all of them are the one deletion; none where
-    there is nothing to delete.
+    If a location has too few, the missing number is drawn from all other locations. If there are too few in total, all of them
+    form the only deletion. gone_cf has no rows if there is nothing to delete.
     """
     pool_f, wanted = on_f & ~kept_f, int(kept_f.sum())
     if not wanted or not pool_f.any():
@@ -121,11 +121,11 @@ def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: 
 
 
 def some_like(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
-    """node_k of a pool at random: at each location as many as a mask has there, or as there are."""
+    """Return node_k, drawn at random from a pool: at each location as many as like_f has there, or all if the pool has fewer."""
     like, places = space.split(like_f), space.split(torch.where(pool_f, torch.arange(len(pool_f), device=pool_f.device), -1))
     return torch.cat([some(place_tn[place_tn >= 0], int(like[at].sum()), generator) for at, place_tn in places.items()])
 
 
 def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Some of the places at random: as many as are wanted, or as there are."""
+    """Return `wanted` of the indices at random, or all if there are fewer."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

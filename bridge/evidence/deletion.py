@@ -1,22 +1,22 @@
-"""A circuit deleted, and the deletion transported into the dense model at every site, beside controls that could win.
+"""Deletion of a circuit, transported into the dense model at every site, compared with controls that could win.
 
-With R the reference (every node, errors at their means but the circuit's), C a circuit, and shares of the span throughout:
+R is the reference run (every node kept, errors at their means except the circuit's), C is a circuit, and all losses are shares of
+the span:
 
     sparse loss        d(R) - d(R less C), in the sparse model itself
-    at site j          `transport`: the change of the residual there enters the dense model (dense) and the sparse one, all of
-                       R kept from there on (sparse)
-    ratio              dense / sparse at j, at its least over the sites *behind the circuit's nodes*: those at which the same
-                       change makes at least a third of the sparse model's own loss. Before most of the circuit nothing has
-                       changed, and a ratio of next to nothing means nothing
-    best               the dense loss at the site where it is largest
+    at site j          the change of the residual at j enters the dense model (dense), and enters the sparse model, with all of R
+                       kept from there on (sparse); see `transport`
+    ratio              minimum of dense / sparse over the sites *behind the circuit's nodes*. These are the sites where the change
+                       causes at least a given share (a third by default) of the sparse loss. At earlier sites, before most of the
+                       circuit, almost nothing has changed, and a ratio of two such losses means nothing
+    best               largest dense loss over all sites
 
-An uncoupled sparse model can lose much in the dense one at late sites, where the answer is decoded from anything; at the early
-and middle ones it does not. So the ratio is judged at its least.
+The deletion in an uncoupled sparse model can cost the dense model much at late sites, where the answer can be decoded from
+anything, but not at early and middle sites. Therefore the minimum of the ratio is judged.
 
-Beside it: every node deleted, the ceiling of what the bridges can transport; nodes matched in location and position; the
-circuits of other prompts.
-
-Of several prompts (a task) shares are means over them, and intervals are bootstraps over the prompts.
+Controls: deletion of every node, which is the ceiling of what the bridges can transport; deletion of nodes matched in location
+and position; deletion of other prompts' circuits. With several prompts (a task), shares are means over the prompts, and intervals
+are bootstraps over the prompts.
 
 Shape legend: c circuit, j site, b prompt, k draw, f all nodes in one row.
 """
@@ -39,7 +39,7 @@ from bridge.models.bridges import CoupledModels
 
 @dataclass(frozen=True, eq=False)
 class Deletion:
-    """Shares of the span lost by one circuit's deletion, prompt by prompt: in the sparse model, and at every site in both."""
+    """Shares of the span lost by deleting one circuit, for each prompt: in the sparse model, and at every site in both models."""
 
     lost_b: np.ndarray
     dense_jb: np.ndarray
@@ -47,12 +47,12 @@ class Deletion:
 
     @property
     def lost(self) -> float:
-        """Loss of the sparse model itself."""
+        """Loss of the sparse model itself, the mean over the prompts."""
         return float(self.lost_b.mean())
 
     @property
     def dense_j(self) -> tuple[float, ...]:
-        """Loss of the dense model, by site."""
+        """Loss of the dense model by the change transported at each site."""
         return tuple(self.dense_jb.mean(1).tolist())
 
     @property
@@ -61,15 +61,15 @@ class Deletion:
         return tuple(self.sparse_jb.mean(1).tolist())
 
     def behind(self, share: float) -> tuple[int, ...]:
-        """The sites behind the circuit's nodes: those where the change makes a share of the sparse model's own loss."""
+        """Return the sites behind the circuit's nodes: those where the change causes at least `share` of the sparse loss."""
         return tuple(site for site, lost in enumerate(self.sparse_j) if self.lost > 0 and lost >= share * self.lost)
 
     def ratio(self, share: float) -> float | None:
-        """Dense over sparse loss at its least over those sites; None where there are none."""
+        """Return the minimum of dense over sparse loss over the sites of `behind`; None if there are none."""
         return min((self.dense_j[site] / self.sparse_j[site] for site in self.behind(share)), default=None)
 
     def ratio_interval(self, share: float, seed: int) -> Interval | None:
-        """The 95% interval of that ratio over the prompts, at the same sites; None of a single prompt."""
+        """Return the 95% bootstrap interval of `ratio` over the prompts, at the same sites; None for a single prompt."""
         if not (behind := list(self.behind(share))):
             return None
 
@@ -81,12 +81,12 @@ class Deletion:
 
     @property
     def best(self) -> float:
-        """The dense loss at the site where it is largest."""
+        """Largest dense loss over the sites."""
         return max(self.dense_j)
 
 
 def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]:
-    """The deletion of some circuits."""
+    """Delete each circuit and measure the losses."""
     sites = [transporter.sites] * len(circuit_cf)
     models = transporter.dense_lost, transporter.sparse_lost
     lost_cb, lost_2cjb = transporter.transport(transporter.reference_f & ~circuit_cf, sites, models)
@@ -96,14 +96,14 @@ def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]
 
 @dataclass(frozen=True)
 class GroupLoss:
-    """Losses of d, in nats, by a group's deletion: in the sparse model with all its nodes, and in the dense model."""
+    """Loss of d in nats by deleting a group: in the sparse model with all its nodes and, transported, in the dense model."""
 
     sparse: float
     dense: float
 
 
 def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[GroupLoss, ...]:
-    """The losses by each group's deletion, transported at the site behind the last of its nodes."""
+    """Return the losses by deleting each group; the change is transported at the site after the group's last node."""
     if not groups:
         return ()
     last = transporter.coupling.n_sites - 1
@@ -115,7 +115,7 @@ def delete_groups(transporter: Transporter, groups: Sequence[Tensor]) -> tuple[G
 
 @dataclass(frozen=True, eq=False)
 class Deletions:
-    """The deletion of a circuit, of every node, of matched nodes, and of the circuits of other prompts."""
+    """The deletions of a circuit, of every node, of matched nodes, and of other prompts' circuits."""
 
     circuit: Deletion
     every: Deletion
@@ -124,7 +124,7 @@ class Deletions:
 
     @staticmethod
     def of(transporter: Transporter, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
-        """The deletions of these masks."""
+        """Measure the deletions of these masks, and of all nodes."""
         other_cf = matched_cf[:0] if other_cf is None else other_cf
         circuit, every, *rest = delete(
             transporter, torch.cat([circuit_f[None], transporter.reference_f[None], matched_cf, other_cf])
@@ -134,7 +134,7 @@ class Deletions:
     def measures(
         self, coupling: CoupledModels, behind: float, ratio: float, best: float, matched_lost: float, seed: int
     ) -> tuple[Measure, ...]:
-        """The circuit's deletion in the dense model beside the sparse one, and the controls', held to some bounds."""
+        """Return the measures that compare dense with sparse losses, and the circuit with its controls, with the given bounds."""
         sites, kinds = self.circuit.behind(behind), coupling.dense.readers
         points = tuple(
             Point(f"site {site} ({kinds[site]})", {
@@ -165,6 +165,6 @@ class Deletions:
         )  # fmt: skip
 
     def lost(self, value: float, least: float, note: str = "") -> Measure:
-        """The span that the sparse model loses without the circuit, beside what it loses without matched nodes."""
+        """Return the share of the span that the sparse model loses without the circuit, with matched nodes as the control."""
         control = Control.of("matched", [one.lost for one in self.matched], max, "largest")
         return Measure("lost", "span lost in sparse by deletion", value, Criterion(">=", least, True), control, note=note)

@@ -1,14 +1,14 @@
-"""Effect profile: the effect of ablating one node on the answer in the sparse model and, transported, in the dense one.
+"""Effect profile: the effect on d of ablating a single node, in the sparse model and, transported, in the dense model.
 
-For nodes i, half of them inside the circuit and as many active ones outside, from the same locations where there are enough,
+For nodes i of the circuit, and as many active nodes outside it at each location (fewer if a location has fewer):
 
-    sparse_i    d(R) - d(R less i)                                            shares of the span
-    dense_i     by the change of the residual at the site after the node's sublayer, transported
+    sparse_i    d(R) - d(R less i)                                            share of the span
+    dense_i     loss of d by the change of the residual at the site after the node's sublayer, transported
 
-compared by rank, ties sharing theirs; what lies within RESOLUTION of 0 is 0, so that rounding is not ranked. The null permutes
-the nodes within a site: effects of late sites are larger in both models, which proves nothing. Errors are left out: the dense
-model has nothing that corresponds to them. Of several prompts effects are means over them; the ceiling is then how well the dense
-model's own effects over one half of the prompts rank those over the other. The interval draws nodes anew, and prompts.
+The models are compared by rank, and ties share their mean rank. Effects within RESOLUTION of 0 count as 0, so rounding is not
+ranked. The null permutes the nodes within each site, because effects at late sites are larger in both models, which proves
+nothing. Errors are excluded, because the dense model has no counterpart. With several prompts, effects are means over them, and
+the ceiling is the mean rank correlation of dense effects between halves of the prompts. Nodes and prompts are bootstrapped.
 
 Shape legend: p node of the profile, b prompt, k draw, n nodes of a location, t token, f all nodes in one row.
 """
@@ -25,18 +25,18 @@ from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import active_nodes, some, some_like
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
-LEAST_NODES = 10  # nodes, below which ranks say nothing
+LEAST_NODES = 10  # nodes; with fewer, a rank correlation means nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
-DRAWS, PERMUTATIONS = 500, 2000  # of the bootstrap, and of the null
-HALVES = 20  # of several prompts, at random, over which the dense model's effects are to repeat
-QUANTILE = 0.95  # of the permuted correlations, to be exceeded as well
+DRAWS, PERMUTATIONS = 500, 2000  # draws of the bootstrap, permutations of the null
+HALVES = 20  # random splits of the prompts into halves, to see how well the dense effects repeat
+QUANTILE = 0.95  # quantile of the permuted correlations that the value must exceed
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Loss of d by ablating one node, in shares of the span: in the sparse model and, transported at `site`, in dense.
+    """Loss of d by ablating one node, as shares of the span: in the sparse model and, transported at `site`, in the dense one.
 
-    by_prompt has both for every one of several prompts, of which sparse and dense are the means.
+    by_prompt holds (sparse, dense) for each prompt if there are several; the fields sparse and dense are the means.
     """
 
     node: str
@@ -48,7 +48,7 @@ class Effect:
 
 
 def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """node_p: at most half of them the circuit's, and as many active ones outside, of the same locations as far as there are."""
+    """Return node_p: at most count // 2 nodes of the circuit, and at each location as many active ones outside, if there are."""
     masked = transporter.masked
     inside_p = some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
     inside_f = torch.zeros_like(circuit_f).index_fill(0, inside_p, True)
@@ -56,7 +56,7 @@ def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, gener
 
 
 def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
-    """The effect on d of ablating each node alone, in both models."""
+    """Measure the effect on d of ablating each node alone, in both models."""
     if not len(node_p):
         return ()
     masked = transporter.masked
@@ -74,7 +74,7 @@ def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) 
 
 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> Measure:
-    """The rank correlation of the effects beside its null, with a bootstrap interval; its p-value under the null is noted."""
+    """Return the rank correlation of the effects with its null as control and a bootstrap interval; the note has the p-value."""
     key, name = "profile", "rank correlation of effects in dense"
     points = tuple(Point(f"{effect.node}", {"sparse": effect.sparse, "dense": effect.dense}) for effect in effects)
 
@@ -103,12 +103,12 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
 
 
 def _resolved(effect: np.ndarray) -> np.ndarray:
-    """Effects with what is within rounding at 0, so that rounding is not ranked."""
+    """Set effects within RESOLUTION of 0 to 0, so that rounding is not ranked."""
     return np.where(np.abs(effect) < RESOLUTION, 0.0, effect)
 
 
 def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """correlation_k with nodes drawn anew, and of several prompts the prompts as well."""
+    """Return correlation_k of bootstrap draws, which resample the nodes and the prompts."""
     _, nodes, prompts = effect_2pb.shape
     pick_kp = generator.integers(nodes, size=(DRAWS, nodes))
     pick_kb = generator.integers(prompts, size=(DRAWS, prompts))
@@ -117,7 +117,7 @@ def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def _repeats(dense_pb: np.ndarray) -> float | None:
-    """Mean rank correlation of the effects over half of the prompts with those over the other half; None of a single prompt."""
+    """Return the mean rank correlation of the effects between random halves of the prompts; None for a single prompt."""
     generator, found = np.random.default_rng(0), []
     for _ in range(HALVES if dense_pb.shape[1] > 1 else 0):
         order_b = generator.permutation(dense_pb.shape[1])
@@ -128,7 +128,7 @@ def _repeats(dense_pb: np.ndarray) -> float | None:
 
 
 def mean_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, from 1, tied values sharing theirs: as `scipy.stats.rankdata`, which takes .4 s to import."""
+    """Return ranks from 1 along the last axis; ties share the mean rank. As `scipy.stats.rankdata`, which imports in .4 s."""
     values = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))
     ordered = values.sort(-1).values
     below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
@@ -136,7 +136,7 @@ def mean_ranks(x: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation along the last axis, tied values sharing their mean rank; NaN where one side is constant."""
+    """Return Spearman's rank correlation along the last axis; ties share the mean rank. NaN if x or y is constant."""
     x, y = (mean_ranks(values) for values in (x, y))
     x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -144,7 +144,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def permuted_null(x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Rank correlations with the values of x permuted among the nodes of the same site."""
+    """Return rank correlations of y with x, whose values are permuted among the nodes of each site."""
     permuted = np.tile(mean_ranks(x_p), (PERMUTATIONS, 1))
     for site in np.unique(site_p):
         here = np.flatnonzero(site_p == site)

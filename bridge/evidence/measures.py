@@ -1,12 +1,11 @@
-"""A measure beside its control, what it is held to, and the verdict that follows from a table of rules.
+"""A measure with its control and its criterion, and the verdict that follows from a table of rules.
 
-    Criterion   value >= bound or <= bound, and the control on the other side; it judges, and it prints as it judges
-    Measure     a value, its interval, the control, the criterion (None: it is shown, and bounds nothing)
-    Rule        a verdict and the measures that it takes; a Report has the rules in order, weakest verdict first
+    Criterion   value >= bound or <= bound, and optionally a condition on the control; it judges, and prints as it judges
+    Measure     a value, its interval, its control, its criterion (None: the value is shown, but not judged)
+    Rule        a verdict and the measures that it needs; a Report has the rules in order, weakest verdict first
     Report      the measures of one circuit; verdict and reasons follow from them and cannot be set
 
-What could not be measured grants nothing: a measure without a value, or without the control that its criterion asks for, has not
-passed, and its note says why.
+A measure that has no value, or lacks the control that its criterion needs, has not passed; its note says why.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Verdict = Literal["no explanation", "refuted", "undecided", "behavioural", "repr
 
 @dataclass(frozen=True)
 class Control:
-    """Control of a measure: the mean of some draws, and the bar, the draw or quantile that is hardest to beat."""
+    """Control of a measure: the mean of its draws, and the bar, which is the draw or quantile that is hardest to beat."""
 
     what: str
     draws: int
@@ -34,21 +33,21 @@ class Control:
 
     @staticmethod
     def of(what: str, draws: Sequence[float], bar: Callable[[Sequence[float]], float], bar_is: str) -> Control | None:
-        """The control of some draws; None where there are none."""
+        """Return the control of some draws; None if there are none."""
         return Control(what, len(draws), sum(draws) / len(draws), bar(draws), bar_is) if len(draws) else None
 
     def text(self) -> str:
-        """Its name, its mean, and the bar where that says more."""
+        """Return the name, the mean, and the bar unless it is the mean itself."""
         bar = "" if self.bar_is in ("it", "mean") else f" ({self.bar_is} {self.bar:.3f})"
         return f"{self.what} {self.mean:.3f}{bar}"
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """Bound of a value: `op` bound, and where beyond_control is set, beyond the control's bar as well.
+    """Bound of a value: value `op` bound. With beyond_control, the value must be beyond the control's bar as well.
 
-    the control's mean must be on the other side of control_bound, where given: a circuit that does something which other nodes do
-    too shows nothing.
+    If control_bound is given, the control's mean must be on its other side: if other nodes do the same as the circuit, the value
+    shows nothing.
     """
 
     op: Op
@@ -57,7 +56,7 @@ class Criterion:
     control_bound: float | None = None
 
     def met(self, value: float, control: Control | None) -> bool | None:
-        """Whether a value meets it; None where it asks for a control and there is none."""
+        """Return whether a value meets the criterion; None if it needs a control and there is none."""
         if control is None and (self.beyond_control or self.control_bound is not None):
             return None
         up = self.op == ">="
@@ -79,7 +78,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Point:
-    """One of the values behind a measure, such as a site's, a group's or a node's: what it is of, and its numbers by name."""
+    """Details of a measure for one site, group or node: a label, and numbers by name."""
 
     label: str
     values: dict[str, float]
@@ -87,9 +86,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure. key names it in rules and in JSON, name in print; value and control are in the measure's own unit.
+    """One measure. `key` names it in rules and in JSON, `name` in print; value and control have the measure's own unit.
 
-    interval is a 95 % interval, where one can be had; ceiling what the best possible circuit reaches.
+    interval is the 95 % interval, if it can be computed; ceiling is the value that the best possible circuit reaches.
     """
 
     key: str
@@ -104,7 +103,7 @@ class Measure:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the criterion is met; None where there is none, or it could not be judged."""
+        """Whether the criterion is met; None if there is no criterion, or it could not be judged."""
         if self.value is None or self.criterion is None:
             return None
         return self.criterion.met(self.value, self.control)
@@ -112,9 +111,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Rule:
-    """A verdict, the keys of the measures that it takes beyond those of weaker verdicts, and what it says in a sentence.
+    """A verdict, the keys of the measures that it needs beyond those of weaker verdicts, and its reason in a sentence.
 
-    `refuted` tells whether a needed measure that fails refutes the circuit, rather than leaving it at the verdict before.
+    `refuted` is the verdict if a needed measure fails; if it is None, the verdict of the rule before stays.
     """
 
     verdict: Verdict
@@ -125,7 +124,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Report:
-    """All measures of a circuit, and the rules that they were judged by, weakest verdict first."""
+    """All measures of a circuit, and the rules that judge them, weakest verdict first."""
 
     measures: tuple[Measure, ...]
     rules: tuple[Rule, ...]
@@ -137,17 +136,17 @@ class Report:
             raise ValueError(f"a rule needs the measure {missing[0]!r}, which the report has not; leave none out")
 
     def __getitem__(self, key: str) -> Measure:
-        """The measure of a key. Raises KeyError where there is none."""
+        """Return the measure of a key. Raises KeyError if there is none."""
         return {measure.key: measure for measure in self.measures}[key]
 
     @property
     def verdict(self) -> Verdict:
-        """The strongest verdict of which every rule up to it holds."""
+        """Verdict of the last rule up to which all rules hold, or `refuted` of the next rule if a measure fails it."""
         return self._judged()[0]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the verdict is what it is: a sentence each."""
+        """Reasons for the verdict, a sentence each."""
         return self._judged()[1]
 
     def _judged(self) -> tuple[Verdict, tuple[str, ...]]:
@@ -170,7 +169,7 @@ def _capital(name: str) -> str:
 
 
 def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: bool = False) -> list[str]:
-    """Measures as a table for a terminal, with the notes on each below it; with places, values by site or span too."""
+    """Return the measures as a table for a terminal, each with its notes below it; `places` adds the values by site or span."""
     rows: list[tuple[str, ...]] = [("EVIDENCE", "here", "met", "asked", "control")]
     for measure in measures:
         value = "-" if measure.value is None else f"{measure.value:.3f}"
@@ -189,7 +188,7 @@ def _beside(measure: Measure) -> str:
 
 
 def _by_place(measure: Measure) -> list[str]:
-    """The values of a measure that has them by site or span, and those of all nodes: a row each, a column for every place."""
+    """Return a table of the values, one column for each site or span; [] if the points have no values of all nodes."""
     if not measure.points or "all nodes" not in measure.points[0].values:
         return []
     names = [name for name in measure.points[0].values if name != "behind"]

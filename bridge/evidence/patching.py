@@ -1,24 +1,24 @@
-"""Interchange interventions (counterfactual patching): a circuit's nodes take values of another prompt, transported into dense.
+"""Interchange interventions (counterfactual patching) on a circuit's nodes, transported into the dense model.
 
-With R the reference on a prompt and R_c that on a counterfactual of as many tokens (every node kept, errors at their means but
-those of the circuit), the sparse model is run on the prompt with
+R is the reference run on a prompt, R_c the reference run on a counterfactual with as many tokens. Both keep every node, and
+errors are at their means, except the circuit's errors. The sparse model is run on the prompt with
 
     a_i  <-  a_i(R_c)  for i in the circuit        (its errors as well)
 
-every other node computing on from what it then reads. The change of the residual at each site is transported into the dense
-model. The share is that of the counterfactual's effect, d(dense on the prompt) - d(dense on the counterfactual), in the mean
-over all sites behind the first sublayer: no site is chosen. Of several prompts (a task's pairs) both are sums over them.
-Beside it
+and every other node computes from its changed inputs. The change of the residual at each site is transported into the dense
+model. The share is the loss of d there, divided by the counterfactual's effect, d(dense on the prompt) - d(dense on the
+counterfactual). The loss is the mean over all sites after the first sublayer, so no site is chosen. With several prompts (a
+task's pairs), loss and effect are sums over the prompts. The share is compared with
 
-    all nodes     patched, the ceiling (the embedding is no node, and stays the prompt's)
-    dense         by site, the dense model's own writes, h_j(c) - h_j(p) - (h_0(c) - h_0(p))
+    all nodes     all nodes patched, the ceiling (the embedding is no node, and stays the prompt's)
+    dense         at each site, the dense model's own writes, h_j(c) - h_j(p) - (h_0(c) - h_0(p))
     matched       nodes matched in location and position
 
-and of several prompts, each of them at one site a draw,
+and, if there are several prompts, with two controls that take each prompt at one site per draw (at every site if there are few):
 
-    rotated       the circuit's change in the dense model rotated at random, in the same way at every position of every
-                  prompt: as large, and as coherent over prompts
-    other pairs   the change of another prompt of as many tokens
+    rotated       the circuit's change in the dense model after a random rotation, the same at every position of every prompt,
+                  so that the change stays as large, and as coherent over prompts
+    other pairs   the change of another prompt with as many tokens
 
 Shape legend: c circuit, b prompt, p some of the prompts, k item (a prompt at a site), t token, n nodes of a location, s sparse
 width, d dense width, j site.
@@ -43,7 +43,7 @@ from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.sparse import Gate, Location
 from bridge.models.transport import decoded
 
-LEAST_EFFECT = 0.2  # nats; shares of less mean nothing
+LEAST_EFFECT = 0.2  # nats; shares of a smaller effect mean nothing
 ROTATIONS, QUANTILE, OTHER_PAIRS = 100, 0.99, 20
 
 Changes = list[Tensor]  # change_bts of the sparse residual at every site
@@ -51,23 +51,23 @@ Changes = list[Tensor]  # change_bts of the sparse residual at every site
 
 @dataclass(frozen=True, eq=False)
 class Counterfactual:
-    """Another prompt of as many tokens for every prompt, and its dense run with the errors by which the sparse model follows."""
+    """For each prompt another one with as many tokens, its dense run, and the errors that make the sparse model follow it."""
 
     prompt_bt: Tensor
     followed: Followed
 
 
 def counterfactual_effect(transporter: Transporter, counterfactual: Counterfactual) -> Tensor:
-    """effect_b: how much d of the dense model falls from each prompt to its counterfactual, in nats."""
+    """Return effect_b, the fall of the dense model's d in nats from each prompt to its counterfactual."""
     row_b = torch.arange(transporter.prompts, device=transporter.loss.model_b.device)
     return transporter.loss.model_b - transporter.masked.question.difference(counterfactual.followed.dense_bv, row_b)
 
 
 @torch.no_grad()
 def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
-    """Changes at every site, by circuit, where its nodes take their counterfactual values.
+    """Return, for each circuit, the changes at every site when its nodes take their counterfactual values.
 
-    Raises ValueError where a counterfactual has more or fewer tokens than its prompt.
+    Raises ValueError if the counterfactuals do not have as many tokens as the prompts.
     """
     masked, question = transporter.masked, transporter.masked.question
     if counterfactual.prompt_bt.shape != question.prompt_bt.shape:
@@ -100,7 +100,7 @@ def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf
 
 
 def dense_losses(transporter: Transporter, changes: Sequence[Changes]) -> Tensor:
-    """lost_cjb: the dense model's loss of the span by each circuit's change, by the site that it enters at."""
+    """Return lost_cjb, the share of the span that the dense model loses by each circuit's change, for each site it enters at."""
     places = [(each, site, row) for each in changes for site in transporter.sites for row in range(transporter.prompts)]
     row_k, site_k = [row for _, _, row in places], [site for _, site, _ in places]
     lost_k = transporter.dense_lost(row_k, site_k, [each[site][row] for each, site, row in places])
@@ -109,7 +109,7 @@ def dense_losses(transporter: Transporter, changes: Sequence[Changes]) -> Tensor
 
 @torch.no_grad()
 def dense_writes(transporter: Transporter, counterfactual: Counterfactual) -> Tensor:
-    """lost_jb by the dense model's own change at every site, the embedding's taken off."""
+    """Return lost_jb by the dense model's own change at each site, less the change of its embedding."""
     residuals = zip(counterfactual.followed.dense.residuals, transporter.dense.residuals, strict=True)
     first_btd, *later = [there_btd - here_btd for there_btd, here_btd in residuals]
     row_b = torch.arange(transporter.prompts)
@@ -118,16 +118,16 @@ def dense_writes(transporter: Transporter, counterfactual: Counterfactual) -> Te
 
 
 def mean_share(transporter: Transporter, lost_jb: Tensor, effect_b: Tensor) -> float:
-    """The share of the counterfactual's effect in the mean over the sites behind the first sublayer."""
+    """Return the share of the counterfactual's effect, the mean over the sites after the first sublayer."""
     return float(lost_jb[1:].mean(0).sum()) * transporter.loss.span / float(effect_b.sum())
 
 
 def patching_measures(
     transporter: Transporter, counterfactual: Counterfactual, circuit_f: Tensor, matched_cf: Tensor, least: float, seed: int
 ) -> tuple[Measure, ...]:
-    """The circuit's share of the effect, of that of all nodes, beside matched ones; of several prompts, two controls more.
+    """Return the circuit's share of the effect over all nodes' share, once for each control: matched; for several prompts, all.
 
-    It is held to `least`, above every control, and where there are several prompts to three times the matched nodes' mean.
+    It must be above each control, at least `least`, and with several prompts at least three times the matched nodes' mean.
     """
     several, above = transporter.prompts > 1, Criterion(">=", 0.0, True)
     names = ["patching", *(("patching_rotated", "patching_pairs") if several else ())]
@@ -172,7 +172,7 @@ def patching_measures(
 
 
 def _items(transporter: Transporter, draw: int) -> tuple[Tensor, Tensor]:
-    """row_k and site_k for one draw of a control: every prompt at one site, at another in each draw; of few, at every site."""
+    """Return row_k, site_k of one draw: each prompt at one site, another in each draw, or if prompts are few, at every site."""
     prompts, sites = transporter.prompts, len(transporter.sites) - 1
     if prompts < sites:
         return torch.arange(prompts).repeat_interleave(sites), torch.arange(sites).repeat(prompts) + 1
@@ -185,7 +185,7 @@ def _share_of(transporter: Transporter, effect_b: Tensor, row_k: Tensor, site_k:
 
 
 def _decoded(transporter: Transporter, changes: Changes, row_k: Tensor, site_k: Tensor) -> Tensor:
-    """change_ktd of the dense residual of items."""
+    """Return change_ktd of the dense residual for each item."""
     rows = zip(row_k.tolist(), site_k.tolist(), strict=True)
     return decoded(transporter.coupling, site_k, torch.stack([changes[site][row] for row, site in rows]))
 
@@ -193,13 +193,13 @@ def _decoded(transporter: Transporter, changes: Changes, row_k: Tensor, site_k: 
 def rotations(
     transporter: Transporter, changes: Changes, effect_b: Tensor, generator: torch.Generator, draws: int = ROTATIONS
 ) -> list[float]:
-    """The share of the effect that the change has when it is rotated, a rotation for every draw."""
+    """Return the share of the effect that the rotated change has, for each draw of a random rotation."""
 
     def rotated_share(draw: int) -> float:
         row_k, site_k = _items(transporter, draw)
         change_ktd = _decoded(transporter, changes, row_k, site_k)
         frame, triangle = torch.linalg.qr(torch.randn(*[change_ktd.shape[-1]] * 2, generator=generator))
-        rotation_dd = (frame * triangle.diagonal().sign()).to(change_ktd)  # uniform: without the signs QR prefers some
+        rotation_dd = (frame * triangle.diagonal().sign()).to(change_ktd)  # uniform; without the signs QR prefers some
         return _share_of(transporter, effect_b, row_k, site_k, change_ktd @ rotation_dd)
 
     return [rotated_share(draw) for draw in range(draws)]
@@ -208,14 +208,14 @@ def rotations(
 def other_pairs(
     transporter: Transporter, changes: Changes, effect_b: Tensor, generator: torch.Generator, draws: int = OTHER_PAIRS
 ) -> list[float]:
-    """The share of the changes of other prompts of the same length, dealt out at random; none where no two are as long."""
+    """Return the share of other prompts' changes, dealt at random among equally long prompts; [] if no two are equally long."""
     found, last_b = [], transporter.masked.question.last_b.cpu()
     for draw in range(draws):
         row_k, site_k = _items(transporter, draw)
         given_b = torch.full_like(last_b, -1)
         for last in last_b.unique():
             here_k = (last_b == last).nonzero().flatten()
-            if len(here_k) > 1:  # in a circle, so that none gets its own
+            if len(here_k) > 1:  # rolled by one, so no prompt gets its own change
                 here_k = here_k[torch.randperm(len(here_k), generator=generator)]
                 given_b[here_k] = here_k.roll(1)
         dealt_k = given_b[row_k] >= 0

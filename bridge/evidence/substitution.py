@@ -1,18 +1,17 @@
-"""Substitution: dense blocks a..b give way to  encode, circuit, decode,  and the dense model's answer is kept.
+"""Substitution of dense blocks by encoder, circuit and decoder, and the share of the dense model's d that is kept.
 
-    h_b  <-  g_b(x_b),   x_a = f_a(h_a),   x_b what the circuit alone makes of it (all other nodes at their means)
+    h_b  <-  g_b(x_b),   x_a = f_a(h_a),   x_b is computed from x_a by the circuit alone (all other nodes at their means)
 
-Its errors are at their means as well: they are taken from the run of the dense blocks that are replaced.
+The circuit's errors are at their means too, because errors come from the run of the dense blocks that are replaced. K is the
+fraction of d that is kept, a ratio of means over the prompts. Faithfulness is 1 - |1 - K|. It is compared with
 
-With K the share that is kept of d, the mean over the prompts, faithfulness is 1 - |1 - K|. Beside it
+    complement   all nodes except the circuit's
+    matched      as many other active nodes of the same locations, alone and deleted
+    all nodes    the ceiling: the answer that is left after encoding and decoding
 
-    complement   all nodes but the circuit's
-    matched      other active nodes of the same locations, as many; alone, and deleted
-    all nodes    the ceiling: what the bridges' way there and back leaves
-
-Judged on the span of all blocks, where nothing but the circuit computes, with the embedding, which both share, as its only other
-input. A single block passes the stream around itself, so that its complement keeps what other blocks have found: single blocks
-are shown, not judged.
+Only the span of all blocks is judged. There nothing but the circuit computes, and the only other input of the answer is the
+embedding, which circuit and complement share. A single block passes the stream around itself, so its complement keeps the results
+of other blocks; single blocks are shown, but not judged.
 
 Shape legend: b prompt, p some of the prompts, c circuit, k draw, t token, s sparse width, d dense width, f all nodes in one row.
 """
@@ -28,12 +27,12 @@ from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.residual import Enter
 
-DELETED = 5  # matched draws, that are deleted as well
-LEAST = 0.1  # nats, on average; shares of less than that mean nothing
+DELETED = 5  # number of matched draws that are also deleted
+LEAST = 0.1  # nats, the mean over the prompts; shares of a smaller d mean nothing
 
 
 def spans(sublayers: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """(first site, site after) of all blocks together, and then of each."""
+    """Return (first site, site after) of all blocks together, then of each block if there are several."""
     starts = [site for site, kind in enumerate(sublayers) if kind != "mlp"]
     ends = [*starts[1:], len(sublayers)]
     single = tuple(zip(starts, ends, strict=True))
@@ -42,7 +41,7 @@ def spans(sublayers: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 
 @torch.no_grad()
 def substituted(transporter: Transporter, span: tuple[int, int], kept_f: Tensor) -> np.ndarray:
-    """d_b of the dense model with a span replaced by the sparse model under a mask."""
+    """Return d_b of the dense model with a span replaced by the sparse model under a mask."""
     (first, after), masked, found = span, transporter.masked, []
     bridges, dense = transporter.coupling.bridges, transporter.dense.residuals
     for row_p in torch.arange(transporter.prompts).split(masked.rows):
@@ -56,19 +55,19 @@ def substituted(transporter: Transporter, span: tuple[int, int], kept_f: Tensor)
 
 
 def kept_share(d_b: np.ndarray, dense_b: np.ndarray) -> float:
-    """The fraction of d that is kept, as a ratio of sums: a single prompt may have hardly any."""
+    """Return the fraction of d that is kept, a ratio of sums, because the d of a single prompt may be almost 0."""
     return float(d_b.sum() / dense_b.sum())
 
 
 def faithfulness(share: np.ndarray | list[float] | float) -> np.ndarray:
-    """1 - |1 - share|."""
+    """Return 1 - |1 - share|."""
     return 1 - np.abs(1 - np.asarray(share))
 
 
 def substitution_measures(
     transporter: Transporter, kept_f: Tensor, matched_cf: Tensor, least: float, of_others: float, seed: int
 ) -> tuple[Measure, ...]:
-    """Measures of what the circuit keeps (at least `least`), and matched nodes and its complement (at most `of_others`)."""
+    """Return measures of the circuit (at least `least`), and of matched nodes and its complement (at most `of_others`)."""
     kept_f = kept_f & transporter.loss.nodes_f
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
     names = "faithfulness of the circuit in place of the blocks", "fraction of d that its complement keeps there"

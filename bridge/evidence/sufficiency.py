@@ -1,19 +1,18 @@
-"""Nested circuits measured in the sparse model: alone, in random supersets, against an adversary, deleted; and their backup.
+"""Measures of nested circuits in the sparse model: alone, in random supersets, against an adversary, and deleted.
 
-With d the question's log-odds and C a circuit of nodes and errors, E its errors, everything else at its mean:
+d is the log-odds of the question, C a circuit of nodes and errors, E the errors in it, and everything else is at its mean:
 
-    supersets    F(C + U) over random sets U of nodes outside, of densities .1 to .9; not those of the search
-    adversary    the lowest F(C + k) over 20 steps k <- clamp(k + .1 sign of the gradient of miss^2), k_i in [0, 1] for every node
-                 outside, from 1/2; it bounds nothing, since such mixtures are far from anything that the model does
-    left         what remains of the span when C is deleted
-    error share  mean over both orders of what E adds: ((d(C) - d(C - E)) + (d(E) - d(nothing))) / (2 span)
-    backup       where much is left: the fewest other nodes that have to go as well, in the order of the integrated
-                 gradients of `left` over what is left
+    supersets    F(C + U) over random sets U of outside nodes, with densities .1 to .9; other sets than in the search
+    adversary    lowest F(C + k) over 20 steps k <- clamp(k + .1 sign of the gradient of miss^2), with k_i in [0, 1] for each node
+                 outside, from 1/2. It is not judged, because such mixtures are far from anything that the model does
+    left         share of the span that remains when C is deleted
+    error share  share of the span that E adds, the mean over both orders: ((d(C) - d(C - E)) + (d(E) - d(nothing))) / (2 span)
+    backup       if too much is left: the smallest number of other nodes that must be deleted too, in the order of the integrated
+                 gradients of `left` over the nodes outside C (`circuits/necessity`)
 
-Of several prompts (a task's) d is the mean over them.
+With several prompts (a task), d is the mean over them.
 
-Shape legend: c masks, r masked copy of a prompt, b prompt, u superset, f all nodes and errors in one row, k
-some of them by their place.
+Shape legend: c mask, r masked copy of a prompt, b prompt, u superset, f all nodes and errors in one row, k index into f.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from bridge.circuits.loss import CircuitLoss, random_sets
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import Nested
 
-_DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit; of the two largest, which are all but the whole model
+_DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit, and of the two largest circuits, which are almost the whole model
 _LARGE = 2
 _DENSITIES = 0.1, 0.9
-_STEPS, _STEP = 20, 0.1  # of the adversary: from 1/2 any mask can be reached in five
-_STRONGEST = 5  # nodes that a backup names
+_STEPS, _STEP = 20, 0.1  # of the adversary; five steps from 1/2 can reach any mask
+_STRONGEST = 5  # number of nodes that a backup names
 
 
 @dataclass(frozen=True)
 class NestedCircuit:
-    """One of the nested circuits, and what was measured of it; sizes count leaves, never groups.
+    """One of the nested circuits and its measures; sizes count nodes, never groups.
 
-    asked is the normalised faithfulness that the search was held to, None for the whole distribution; faithfulness what is
-    reached, two-sided, miss the distance from the model's d in nats, kl that of the next-token distribution. supersets_* are the
-    mean and lowest faithfulness, and the rms of the miss as a share of the span, of random supersets; adversary is the lowest
-    that 20 sign steps on one mask of outside nodes find. left is the share of the span that remains when the circuit is deleted,
-    error_share that which flows through its errors. within tells whether all that the search asks is met.
+    asked is the faithfulness that the search had to reach, None for the whole distribution; faithfulness is the measured value,
+    two-sided. miss is the distance from the model's d, and kl the KL from its next-token distribution, both in nats.
+    supersets_mean and _worst are faithfulness in random supersets, supersets_rms is the rms miss there as a share of the span;
+    adversary is the lowest faithfulness that 20 sign steps on a mask of outside nodes find. left is the share of the span that
+    remains when the circuit is deleted, error_share the share through its errors. within: it meets every bound of the search.
     """
 
     asked: float | None
@@ -63,9 +62,9 @@ class NestedCircuit:
 
 @dataclass(frozen=True)
 class Backup:
-    """The nodes that keep up the answer where a circuit is deleted: how many have to go as well, and the strongest of them.
+    """Nodes that preserve the answer when a circuit is deleted: how many must be deleted too, and the strongest of them.
 
-    left is the share of the span that remains without the circuit.
+    left is the share of the span that remains when only the circuit is deleted.
     """
 
     left: float
@@ -74,7 +73,7 @@ class Backup:
 
 
 def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
-    """Every nested circuit measured, but for the adversary; of the two largest few supersets are drawn."""
+    """Measure each nested circuit, without the adversary. The two largest get fewer supersets, except at the opening level."""
     measured = []
     for place, level in enumerate(nested.levels):
         draws = _DRAWS if place < len(nested.levels) - _LARGE or place == loss.config.opening else _DRAWS_LARGE
@@ -85,7 +84,7 @@ def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[Ne
 
 
 def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
-    """superset_uf: random sets of nodes, no errors, of densities between .1 and .9; other sets than the search's."""
+    """Return superset_uf, random sets of nodes without errors, with densities from .1 to .9; other sets than in the search."""
     superset_uf = random_sets(np.random.default_rng(seed + 1_000_003), np.linspace(*_DENSITIES, draws), len(loss.nodes_f))
     return superset_uf.to(loss.nodes_f.device) & loss.nodes_f
 
@@ -93,7 +92,7 @@ def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
 def measure_circuit(
     loss: CircuitLoss, kept_f: Tensor, superset_uf: Tensor, asked: float | None, adversary: float | None, within: bool
 ) -> NestedCircuit:
-    """One circuit measured, in one batch of masked copies; of several prompts d is the mean, and the rms is over them as well."""
+    """Measure one circuit in one batch. With several prompts d is the mean, and the rms runs over prompts and supersets."""
     count, error_f = len(loss.model_b), kept_f & loss.masked.is_error_f
     rows_cf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
     logits_rv = loss.logits(torch.cat([rows_cf, kept_f | superset_uf]))
@@ -119,7 +118,7 @@ def measure_circuit(
 
 
 def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
-    """lowest_c faithfulness that sign steps on one mask of the nodes outside find for each circuit."""
+    """Return lowest_c, the lowest faithfulness that sign steps on a mask of the nodes outside each circuit find."""
     outside_cf = loss.complement(kept_cf)
     mask_cf = torch.where(outside_cf, 0.5, kept_cf.float())
     lowest_c = torch.full((len(kept_cf),), torch.inf, device=kept_cf.device)
@@ -131,5 +130,5 @@ def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
 
 
 def strongest(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:
-    """The names of the first few of some nodes."""
+    """Return the names of the first nodes, at most 5."""
     return tuple(str(masked.space.node(place)) for place in node_k[:_STRONGEST].tolist())
