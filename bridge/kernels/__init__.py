@@ -1,1 +1,1 @@
-"""The inner loops of a training step, on every device: one name each."""
+"""The inner loops of a training step; each has one name on every device."""

@@ -1,16 +1,16 @@
-"""Causal attention with a sink per head, fused, on a CPU and with tokens innermost: head h, query i, keys j <= i.
+"""Causal attention with a sink per head, fused, for the CPU, with tokens innermost: head h, query i, keys j <= i.
 
     s_j = q_i . k_j / sqrt(c)        l = log(exp(sink) + sum_j exp(s_j))        p_j = exp(s_j - l)        z_i = sum_j p_j v_j
 
     D = dz_i . z_i        ds_j = p_j (dz_i . v_j - D)        dsink -= exp(sink - l) D
     dq_i = sum_j ds_j k_j / sqrt(c)        dk_j += ds_j q_i / sqrt(c)        dv_j += p_j dz_i
 
-Nothing of size t x t is stored: the backward pass makes a query's scores again from l. The keys' channels lie in rows of tokens,
-so that a query's scores are a weighted sum of rows, as in `products`; a head's are transposed once, so that its outputs are as
-well. Where rows are short and many (masked copies of a prompt) torch's own batched products take less time, and the scores are
-stored.
+No t x t matrix is stored: the backward pass recomputes a query's scores from l. Each channel of the keys is a row of tokens, so
+a query's scores are a weighted sum of rows, as in `products`. The values of a head (its keys in the backward pass) are transposed
+once, so z_i (dq_i) is a weighted sum of rows too. For many short rows (masked copies of a prompt) torch's batched products take
+less time, and the scores are stored.
 
-Queries may be those of the last positions alone.
+The queries may cover the last positions only.
 
 Shape legend: b batch row, t token, n channels of all heads, h heads, c channels of a head.
 """
@@ -29,12 +29,12 @@ from torch import Tensor
 from bridge.kernels.cpu import in_parallel
 from bridge.kernels.lanes import add_scaled, compiled, exponentials, weighted_sum_16, weighted_sum_32, weighted_sum_64
 
-NEVER = -1e30  # the logit of a sink that takes nothing
-SHORT, MANY = 64, 8  # tokens of a short row; rows that are many
+NEVER = -1e30  # the logit of a sink that takes no attention
+SHORT, MANY = 64, 8  # a row of fewer tokens is short; at least so many rows are many
 
 
 def attend(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None = None) -> Tensor:
-    """z_bqn in float32, of the last q positions, stored with tokens innermost; differentiable in q, k, v and the sinks."""
+    """Return z_bqn of the last q positions in float32, stored with tokens innermost; differentiable in q, k, v and the sinks."""
     sink_h = q_bqn.new_full((q_bqn.shape[-1] // channels,), NEVER) if sink_h is None else sink_h
     rows, tokens, _ = k_btn.shape
     if tokens < SHORT and rows >= MANY:
@@ -55,7 +55,7 @@ def _of_short_rows(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, 
 
 
 def _inside(x_btn: Tensor) -> Tensor:
-    """x_bnt, contiguous, padded to whole vectors of tokens; the padding is last, and no query sees it."""
+    """Return x_bnt, contiguous and padded at the end to whole vectors of tokens; no query attends to the padding."""
     x_bnt = x_btn.detach().float().transpose(1, 2)
     short = -x_bnt.shape[2] % 16
     return F.pad(x_bnt, (0, short)).contiguous() if short else x_bnt.contiguous()
@@ -66,11 +66,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
         q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
         z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
-        # a copy, since memory that numpy has seen cannot be freed, as gathered weights are
+        # a copy, because numpy would keep the memory of gathered weights (`training/shards`) from being freed
         sink_h = sink_h.detach().to(torch.float32, copy=True)
         tensors = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt)
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
-        rows, n, tokens = q_bnt.shape  # every token is a query, and rows lie one behind the other
+        rows, n, tokens = q_bnt.shape  # every token is a query, and rows follow one another in memory
         where = channels, np.zeros(rows, np.int64), np.full(rows, tokens), n * tokens, tokens, n * tokens, tokens
         in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
         ctx.save_for_backward(*tensors, l_ht)
@@ -95,7 +95,7 @@ class _Attention(torch.autograd.Function):
 def _sums(
     x: np.ndarray, x_at: int, stride: int, index: np.ndarray, weight: np.ndarray, rows: int, upto: int, y: np.ndarray
 ) -> None:
-    """y[j] = sum over rows of weight[i] x[i, j] for j < upto, a multiple of 16: nothing is summed across a vector."""
+    """Set y[j] = sum over i < rows of weight[i] x[index[i], j] for j < upto, a multiple of 16; no sum runs across a vector."""
     j = 0
     while j < upto:
         if j + 64 <= upto:
@@ -111,7 +111,7 @@ def _sums(
 
 @compiled
 def _by_token(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y: np.ndarray) -> int:
-    """y[j * width + c] = x[c, j] for j < upto; width, which is returned, is that of whole vectors of channels."""
+    """Set y[j * width + c] = x[c, j] for j < upto, and return width: the channels rounded up to whole vectors."""
     width = (channels + 15) // 16 * 16
     for c in range(channels):
         for j in range(upto):
@@ -138,10 +138,10 @@ def forward(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray, z: np.ndarray, log_sum: np.ndarray, channels: int,
     first: np.ndarray, after: np.ndarray, q_row: int, q_stride: int, row: int, stride: int, start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Heads start to stop of all rows; of row b the queries first[b] to after[b], in flat arrays.
+    """Compute z and log_sum for heads start to stop, counted over all rows, and for queries first[b] to after[b] of row b.
 
-    A channel's tokens lie together, stride (q_stride: queries) from the next channel's; of row b they begin at b * row. What lies
-    behind them is read up to whole vectors, and not used.
+    All arrays are flat. The tokens of a channel are contiguous; the next channel begins `stride` (of queries q_stride) later, and
+    row b begins at b * row (b * q_row). Values after a channel's tokens are read up to whole vectors, but not used.
     """
     score, index = np.empty(stride, np.float32), np.arange(max(channels, stride)).astype(np.int32)
     query, out = np.empty(channels, np.float32), np.empty(channels + 16, np.float32)
@@ -174,7 +174,7 @@ def backward(
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, dsink: np.ndarray, channels: int, first: np.ndarray, after: np.ndarray,
     q_row: int, q_stride: int, row: int, stride: int, start: int, stop: int,
 ) -> None:  # fmt: skip
-    """The gradients of what `forward` gave, by that of z: dq and dsink[head] as they are, dk and dv added to."""
+    """Compute the gradients of `forward` from that of z: dq is overwritten; dk, dv and dsink[head] are added to."""
     p, ds, index = np.empty(stride, np.float32), np.empty(stride, np.float32), np.arange(max(channels, stride)).astype(np.int32)
     query, given, out = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels + 16, np.float32)
     by_token = np.zeros(stride * (channels + 16), np.float32)

@@ -1,11 +1,11 @@
-"""AbsTopK, gates and GELU on a CPU, compiled by numba: thresholds are searched for, nothing is sorted.
+"""AbsTopK, gates and GELU on a CPU, compiled by numba: thresholds are found by search, without sorting.
 
-A float's bit pattern without its sign orders like its magnitude. AbsTopK searches the upper half of that pattern first, 32
-entries to an instruction: from the neighbour's threshold in growing steps until the k-th largest is enclosed, then by bisection.
-What ties in the upper half (a few entries) is decided by the lower half, and what ties there by position, first ones first.
+A float's bit pattern without its sign orders like its magnitude. AbsTopK first searches the upper half of that pattern, 32
+entries per instruction: it starts at the neighbour's threshold, takes growing steps until the k-th largest is enclosed, and then
+bisects. Entries that tie in the upper half (a few) are decided by the lower half; if they tie there too, the first are kept.
 
-Two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage b n t, as
-the sparse products want it), and 32 tokens are counted at a time, each in a lane of its own.
+There are two layouts. Rows: the width is contiguous, and one row is counted at a time. Lanes: the tokens are contiguous (storage
+b n t, as the sparse products need it), and 32 tokens are counted at a time, each in its own lane.
 
 Shape legend: b batch row, t token, n channels, l lane.
 """
@@ -35,13 +35,13 @@ from bridge.kernels.lanes import (
     write_kept,
 )
 
-TOP = 0x7F80  # upper half of infinity, the largest there is
+TOP = 0x7F80  # upper half of infinity, the largest magnitude
 INFINITE = 0x7F800000
-WIDEST = 32767  # counts of a lane are half words
+WIDEST = 32767  # because a lane's count is a half word
 
 
 def in_parallel(task: Callable[[int, int], None], count: int, elements: int) -> None:
-    """Run task(start, stop) over `count` items, on as many threads as torch has where there are `elements` enough for them."""
+    """Run task(start, stop) over `count` items, on at most torch's number of threads, each with at least 65,536 `elements`."""
     threads = max(1, min(torch.get_num_threads(), count, elements // 65536))
     if threads == 1:
         task(0, count)
@@ -60,9 +60,9 @@ def _threads() -> ThreadPoolExecutor:
 
 @cache
 def reuse_memory() -> bool:
-    """Have glibc keep freed memory for the next tensor, where it is glibc that allocates; True where that took effect.
+    """Make glibc, if it allocates, keep freed memory for the next tensor; return whether that took effect.
 
-    By default every tensor of some megabytes is mapped afresh, and the page faults take longer than the arithmetic.
+    By default every tensor of a few megabytes is mapped anew, and the page faults take longer than the arithmetic.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -73,19 +73,19 @@ def reuse_memory() -> bool:
 
 
 def tokens_contiguous(x: Tensor) -> bool:
-    """Whether x_btn is stored with tokens innermost, as the sparse products store it."""
+    """Return whether x_btn is stored with tokens innermost, as the sparse products store it."""
     if x.dim() != 3 or x.shape[2] <= 1:
         return False
-    if x.shape[1] == 1:  # rows of one token lie end to end
+    if x.shape[1] == 1:  # rows of one token are laid end to end
         return x.shape[0] > 1 and x.stride(0) == 1 and x.stride(2) >= x.shape[0]
     return x.stride(1) == 1 and x.stride(2) >= x.shape[1]
 
 
 def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16, laid out as x is."""
+    """Return x with all but the k largest magnitudes of the last axis zeroed, and the mask: float32 or bfloat16, x's layout."""
     if tokens_contiguous(x):
         b, t, n = x.shape
-        end_to_end = x.permute(2, 0, 1).is_contiguous()  # short rows lie one after the other
+        end_to_end = x.permute(2, 0, 1).is_contiguous()  # as short rows are laid
         stored = x.permute(2, 0, 1) if end_to_end else x.transpose(1, 2).contiguous()
         rows, tokens, back = (1, b * t, (1, 2, 0)) if end_to_end else (b, t, (0, 2, 1))
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
@@ -105,7 +105,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_where(mask: Tensor, x: Tensor) -> Tensor:
-    """X where the mask holds, else zero, laid out as the mask is: the backward pass of AbsTopK."""
+    """Return x where the mask is true and zero elsewhere, in the mask's layout: the backward pass of AbsTopK."""
     if mask.stride() != x.stride():
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
@@ -115,7 +115,7 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU (by tanh) of a float32 tensor without gaps, and its derivative, both laid out as x is."""
+    """Return GELU (tanh form) of a float32 tensor without gaps, and its derivative, both in x's layout."""
     y, derivative = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
     values, out, derivatives = _flat(x, y, derivative)
     in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
@@ -123,7 +123,7 @@ def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Tensor]:
-    """X where the mask holds, else a value per channel; and the mask, both laid out as x is: float32, without gaps."""
+    """Return x where the mask is true, else_n elsewhere, and the mask, both in x's layout; x is float32, without gaps."""
     b, t, n = x_btn.shape
     if x_btn.permute(2, 0, 1).is_contiguous():  # short rows, end to end
         inside = mask_btn.reshape(b * t, n).t()
@@ -141,7 +141,7 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Ten
 
 
 def _flat(*tensors: Tensor, words: bool = False) -> tuple[Any, ...]:
-    """The values of tensors without gaps, in storage order; floats as they are, or as words of the same size."""
+    """Return the values of tensors without gaps as flat arrays in storage order; with words, floats as integers of their size."""
     types = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if words else {}
     flat = (tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors)
     return tuple(each.view(types.get(each.dtype, each.dtype)).numpy() for each in flat)
@@ -152,9 +152,9 @@ def _flat(*tensors: Tensor, words: bool = False) -> tuple[Any, ...]:
 
 @compiled
 def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -> tuple[int, int, int]:
-    """(u, above, least): the largest u with `least` = count(>= u) at least k, and above = count(>= u + 1) below k.
+    """Return (u, above, least): the largest u for which least = count(>= u) is at least k, and above = count(>= u + 1), below k.
 
-    Where some count is k exactly the search ends there, with above = k and u + 1 for u.
+    If a count(>= p) is exactly k, the search ends there with u = p - 1, above = k and least = width.
     """
     low, at_low = 0, width
     high, at_high = TOP + 1, 0
@@ -177,7 +177,7 @@ def _search_row(half: np.ndarray, vectors: int, width: int, k: int, near: int) -
 
 @compiled
 def _decide(lower: np.ndarray, count: int, need: int) -> tuple[int, int]:
-    """The need-th largest of `count` lower halves, and how many equal to it are kept (-1: all)."""
+    """Return the need-th largest of `count` lower halves, and how many entries equal to it to keep (-1: all)."""
     low, high, at_low, at_high = 0, 1 << 16, count, 0
     while high - low > 1:
         middle = (low + high) // 2
@@ -257,7 +257,7 @@ def _top_k_rows16(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
             mask[j] = half[j - row] >= threshold
             kept[j] = x[j] if mask[j] else 0
         block = vectors if room < 0 else 0
-        while block < vectors:  # what ties at the threshold: the first `room` stay
+        while block < vectors:  # of the entries that tie at the threshold, keep the first `room`
             bits = equal_lanes(half, block * LANES, limits)
             while bits:
                 j = block * LANES + lowest_bit(bits)
@@ -305,7 +305,7 @@ def _gelu(x: np.ndarray, y: np.ndarray, derivative: np.ndarray, start: int, stop
 
 @compiled
 def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: np.ndarray, least: np.ndarray) -> None:
-    """`_search_row` for every lane: low[l], above[l], least[l]; `low` comes in with the neighbour's."""
+    """Run `_search_row` for every lane, giving u as low[l], above[l] and least[l]; on entry `low` holds the neighbour's u."""
     probe, count = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
     high = np.empty(LANES, np.int16)
     step = 8
@@ -319,7 +319,7 @@ def _search_lanes(half: np.ndarray, width: int, k: int, low: np.ndarray, above: 
         for lane in range(LANES):
             if high[lane] - low[lane] <= 1:
                 continue
-            if count[lane] == k:  # done: everything from probe on is kept
+            if count[lane] == k:  # done: every entry from probe on is kept
                 low[lane], high[lane] = probe[lane] - 1, probe[lane]
                 above[lane], least[lane] = k, width
                 continue
@@ -347,9 +347,9 @@ def top_k_lanes(
     x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int, tokens: int, k: int, wide: bool, start: int, stop: int,
     low: np.ndarray,
 ) -> None:  # fmt: skip
-    """AbsTopK of tiles start to stop, of 32 tokens each, of bit patterns stored n x tokens row by row; kept may be x.
+    """Apply AbsTopK to tiles start to stop, of 32 tokens each; bit patterns are stored n x tokens, row by row; kept may be x.
 
-    low has the upper half of each lane's threshold, afterwards that of the last tile, and before where to look for it first.
+    On entry, low holds where each lane's search begins; on return, u (`_search_row`) of each lane in the last tile.
     """
     per_row = (tokens + LANES - 1) // LANES
     half = np.zeros(width * LANES, np.int16)

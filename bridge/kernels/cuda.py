@@ -1,10 +1,10 @@
-"""AbsTopK and the magnitude projection on CUDA, in Triton; the same sets as in `cpu`, found without sorting.
+"""AbsTopK and the magnitude projection on CUDA, in Triton; they keep the same sets as `cpu`, without sorting.
 
-AbsTopK holds a row in registers and bisects the bit pattern of the threshold: 31 counts, then one cumulative sum for what ties.
-The projection finds the threshold of every matrix by three histograms of 11, 10 and 10 bits, each over what shares the digits
-found so far, all matrices of one size together, and never waits for the device.
+AbsTopK holds a row in registers and bisects the bit pattern of the threshold: 31 counts, then one cumulative sum for ties. The
+projection finds the threshold of every matrix by three histograms of 11, 10 and 10 bits; each counts the entries that share the
+digits found so far. Matrices of one size are processed together, and the host never waits for the device.
 
-Triton comes with CUDA builds of torch. Where it is missing, `serves` says so and the torch reference runs.
+Triton comes with CUDA builds of torch. If it is missing, `serves` returns False and the torch reference runs.
 
 Shape legend: n rows, w width or entries of a matrix, m matrices.
 """
@@ -26,17 +26,17 @@ with suppress(ImportError):
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 WIDEST = 1 << 15  # a row must fit in a program's registers
-DIGITS = (11, 10, 10)  # of a magnitude's 31 bits, highest first
+DIGITS = (11, 10, 10)  # bits per histogram of a magnitude's 31, highest first
 _BLOCK = 4096
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these kernels run for a tensor: it is on a CUDA device, Triton is there, and its rows are not too wide."""
+    """Return whether these kernels run for x: it is on a CUDA device, Triton is installed, and its rows are not too wide."""
     return triton is not None and x.is_cuda and x.shape[-1] <= WIDEST
 
 
 def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest magnitudes of the last axis, others zero, and the mask; float32 or bfloat16."""
+    """Return x with all but the k largest magnitudes of the last axis zeroed, and the mask; float32 or bfloat16."""
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
     width = x.shape[-1]
@@ -47,7 +47,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def project_(weights: Sequence[Tensor], k: int) -> None:
-    """Zero all but the k entries of each of several float32 tensors of one size that are largest in magnitude, in place."""
+    """Zero, in each of several float32 tensors of one size, all but the k entries largest in magnitude, in place."""
     flat_mw = torch.stack([weight.detach().view(-1) for weight in weights])
     count, size = flat_mw.shape
     prefix_m1 = torch.zeros(count, 1, dtype=torch.int32, device=flat_mw.device)
@@ -59,7 +59,7 @@ def project_(weights: Sequence[Tensor], k: int) -> None:
         _kernels()["histogram"][(-(-size // _BLOCK), count)](flat_mw, counts, prefix_m1, size, left, DIGITS=digits, BLOCK=_BLOCK)
         descending = counts.long().flip(1)
         at_least = descending.cumsum(1)  # from the top
-        place_m1 = torch.searchsorted(at_least, room_m1)  # the first bucket from the top by which room is reached
+        place_m1 = torch.searchsorted(at_least, room_m1)  # the first bucket, from the top, at which the count reaches room
         room_m1 = room_m1 - at_least.gather(1, place_m1) + descending.gather(1, place_m1)
         prefix_m1 = (prefix_m1 << digits) | ((1 << digits) - 1 - place_m1).int()
     bits_mw = flat_mw.view(torch.int32).bitwise_and(0x7FFFFFFF).clamp_(max=0x7F800000)
@@ -99,7 +99,7 @@ def _histogram(flat, counts, prefix, size, left, DIGITS: tl.constexpr, BLOCK: tl
     bits = tl.minimum(bits, 0x7F800000)
     place = bits >> left
     counted = (at < size) & ((place >> DIGITS) == tl.load(prefix + which))
-    # what is not counted goes to a second half that is never read
+    # entries that are not counted go to a second half of the histogram, which is never read
     bucket = tl.where(counted, place & ((1 << DIGITS) - 1), 1 << DIGITS)
     histogram = tl.histogram(bucket, 2 << DIGITS)
     bins = tl.arange(0, 2 << DIGITS)

@@ -1,8 +1,8 @@
 """Vector instructions for the compiled kernels: the inner loops that numba's own vectoriser does not find, written as LLVM IR.
 
-Each is a few instructions on vectors of 32 half words, 16 words or 16 floats, which LLVM maps to whatever the machine has (one
-or two AVX-512 registers, two or four of AVX2, four or eight of NEON), so that nothing needs a compiler where it is used. Arrays
-are C-contiguous, offsets count elements, and no bounds are checked: only the modules beside this one call these.
+Each function emits a few instructions on vectors of 32 half words, 16 words or 16 floats. LLVM maps them to the registers of the
+machine (one or two of AVX-512, two or four of AVX2, four or eight of NEON), so users need no compiler. Arrays are C-contiguous,
+offsets count elements, and bounds are not checked, so only the other modules of this folder call these functions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 compiled: Any = numba.njit(nogil=True, cache=True)
-LANES = 32  # half words of a vector: 64 bytes
+LANES = 32  # half words in a vector of 64 bytes
 _FEATURES = llvmlite.binding.get_host_cpu_features()
-TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats a sparse product accumulates in registers
+TOKENS = 128 if _FEATURES.get("avx512f") else 64  # floats that a sparse product accumulates in registers
 
 _I1, _I8, _I16, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _V16, _V32, _VF = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, 16)
 _W32 = ir.VectorType(_I32, 16)
-_NONE, _INT, _FLOAT, _ARRAY = types.void, types.int64, types.float32, None  # what a kernel gives and takes
+_NONE, _INT, _FLOAT, _ARRAY = types.void, types.int64, types.float32, None  # types of a kernel's result and arguments
 
 
 def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
@@ -63,15 +63,15 @@ def _loop(builder: Any, start: Any, stop: Any) -> Any:
 
 @contextmanager
 def _blocks(builder: Any, count: Any, size: int) -> Iterator[Any]:
-    """A loop over `count` blocks of so many elements: the offset of each."""
+    """Loop over `count` blocks of `size` elements, and yield the offset of each."""
     with _loop(builder, ir.Constant(_I64, 0), count) as (i, _):
         yield builder.mul(i, ir.Constant(_I64, size))
 
 
 def _kernel(result: Any, *kinds: Any) -> Any:
-    """Make a function of what emits its instructions, which gets an array as a pointer to its data.
+    """Return a decorator that makes a numba intrinsic of a function that emits its instructions, arrays given as data pointers.
 
-    What is made is called without the builder, which a type checker cannot know.
+    The intrinsic is called without the builder, which a type checker cannot know.
     """
 
     def made(emit: Callable[..., Any]) -> Any:
@@ -93,7 +93,7 @@ def _kernel(result: Any, *kinds: Any) -> Any:
 
 
 def _magnitude(builder: Any, pattern: Any) -> Any:
-    """Magnitudes of float32 (words) or bfloat16 (half words) bit patterns, NaN as infinity."""
+    """Return the magnitudes of float32 (words) or bfloat16 (half words) bit patterns, NaN as infinity."""
     vector = pattern.type
     sign, infinity = (0x7FFF, 0x7F80) if vector.element == _I16 else (0x7FFFFFFF, 0x7F800000)
     magnitude, infinite = builder.and_(pattern, _constant(vector, sign)), _constant(vector, infinity)
@@ -101,13 +101,13 @@ def _magnitude(builder: Any, pattern: Any) -> Any:
 
 
 def _words(bits: Any) -> Any:
-    """The vector of 32 bit patterns of floats: words of float32, half words of bfloat16."""
+    """Return the vector type of 32 bit patterns of floats: words for float32, half words for bfloat16."""
     return _V16 if bits.type.pointee == _I16 else _V32
 
 
 @_kernel(_NONE, _ARRAY, _INT, _ARRAY, _INT, _INT)
 def upper_halves(builder: Any, bits: Any, at: Any, out: Any, out_at: Any, vectors: Any) -> None:
-    """out[...] = upper halves of the magnitudes of float bit patterns (all there is of a bfloat16): their order, coarsely."""
+    """Write to out the upper halves of magnitudes of float bit patterns (all of a bfloat16), which order them coarsely."""
     vector, source, target = _words(bits), builder.gep(bits, [at]), builder.gep(out, [out_at])
     with _blocks(builder, vectors, LANES) as offset:
         half = _magnitude(builder, _load(builder, builder.gep(source, [offset]), vector))
@@ -117,7 +117,7 @@ def upper_halves(builder: Any, bits: Any, at: Any, out: Any, out_at: Any, vector
 
 
 def _counted(builder: Any, half: Any, at: Any, vectors: Any, limit: Any) -> Any:
-    """How many of some vectors of half words have in each lane at least the limit's."""
+    """Return, for each lane, the number of `vectors` vectors of half words whose value is at least the limit's."""
     source, total = builder.gep(half, [at]), cgutils.alloca_once_value(builder, _constant(_V16, 0))
     with _blocks(builder, vectors, LANES) as offset:
         value = _load(builder, builder.gep(source, [offset]), _V16)
@@ -128,7 +128,7 @@ def _counted(builder: Any, half: Any, at: Any, vectors: Any, limit: Any) -> Any:
 
 @_kernel(_INT, _ARRAY, _INT, _INT, _INT)
 def count_row(builder: Any, half: Any, at: Any, vectors: Any, threshold: Any) -> Any:
-    """The number of `vectors` * LANES half words that are at least the threshold (fewer than 2**15 vectors)."""
+    """Return the number of `vectors` * LANES half words that are at least the threshold (fewer than 2**15 vectors)."""
     limit = _splat(builder, builder.trunc(threshold, _I16), _V16)
     wide = builder.sext(_counted(builder, half, at, vectors, limit), _V32)
     return builder.sext(_call(builder, "llvm.vector.reduce.add.v32i32", _I32, [wide]), _I64)
@@ -136,13 +136,13 @@ def count_row(builder: Any, half: Any, at: Any, vectors: Any, threshold: Any) ->
 
 @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY)
 def count_lanes(builder: Any, half: Any, at: Any, rows: Any, threshold: Any, count: Any) -> None:
-    """count[l] = how many of `rows` vectors have in lane l at least threshold[l] (fewer than 2**15 rows)."""
+    """Set count[l] to the number of `rows` vectors whose lane l is at least threshold[l] (fewer than 2**15 rows)."""
     _store(builder, _counted(builder, half, at, rows, _load(builder, threshold, _V16)), count)
 
 
 @_kernel(_INT, _ARRAY, _INT, _ARRAY)
 def equal_lanes(builder: Any, half: Any, at: Any, wanted: Any) -> Any:
-    """Bit l is set where the vector at `at` equals wanted in lane l."""
+    """Return an integer whose bit l is set if the vector at `at` equals wanted in lane l."""
     value = _load(builder, builder.gep(half, [at]), _V16)
     equal = builder.icmp_signed("==", value, _load(builder, wanted, _V16))
     return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), _I64)
@@ -150,13 +150,13 @@ def equal_lanes(builder: Any, half: Any, at: Any, wanted: Any) -> Any:
 
 @_kernel(_INT, _INT)
 def lowest_bit(builder: Any, bits: Any) -> Any:
-    """The index of the lowest bit that is set."""
+    """Return the index of the lowest bit that is set."""
     return _call(builder, "llvm.cttz.i64", _I64, [bits, ir.Constant(_I1, 1)])
 
 
 @_kernel(_NONE, _ARRAY, _INT, _INT, _INT, _INT, _ARRAY)
 def count_words(builder: Any, bits: Any, at: Any, vectors: Any, low: Any, high: Any, counts: Any) -> None:
-    """counts[0], counts[1] = how many magnitudes of `vectors` * 16 float32 bit patterns are at least low, at least high."""
+    """Set counts[0], counts[1] to how many of `vectors` * 16 float32 magnitudes (bits) are at least low, and at least high."""
     source = builder.gep(bits, [at])
     limits = [_splat(builder, builder.trunc(value, _I32), _W32) for value in (low, high)]
     totals = [cgutils.alloca_once_value(builder, _constant(_W32, 0)) for _ in limits]
@@ -173,8 +173,8 @@ def count_words(builder: Any, bits: Any, at: Any, vectors: Any, low: Any, high: 
 
 @_kernel(_NONE, _ARRAY, _INT, _ARRAY, _ARRAY, _ARRAY)
 def write_kept(builder: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: Any) -> None:
-    """Kept = 32 float bit patterns (words: float32, half words: bfloat16) where their magnitude, NaN counting as infinite, is at
-    least limits[l] (bits), else 0; and the mask.
+    """Write to kept 32 float bit patterns (words: float32, half words: bfloat16), or 0 where the magnitude (of NaN infinite) is
+    below limits[l] (bits), and write the mask of those kept.
     """
     vector = _words(bits)
     word = _load(builder, builder.gep(bits, [at]), vector)
@@ -185,7 +185,7 @@ def write_kept(builder: Any, bits: Any, at: Any, limits: Any, kept: Any, mask: A
 
 @_kernel(_NONE, _ARRAY, _INT, _ARRAY, _ARRAY)
 def keep_words(builder: Any, bits: Any, at: Any, mask: Any, kept: Any) -> None:
-    """Kept = 32 words (or half words) where the mask holds, else 0."""
+    """Write to kept 32 words (or half words) where the mask is true, and 0 elsewhere."""
     vector, inside = _words(bits), _load(builder, builder.gep(mask, [at]), ir.VectorType(_I8, LANES))
     keep = builder.icmp_unsigned("!=", inside, _constant(inside.type, 0))
     word = _load(builder, builder.gep(bits, [at]), vector)
@@ -193,7 +193,7 @@ def keep_words(builder: Any, bits: Any, at: Any, mask: Any, kept: Any) -> None:
 
 
 def _weighted_sum(tokens: int) -> Any:
-    """y[t] = bias + sum over nonzeros p of value[p] * x[index[p], t] for `tokens` tokens, which stay in registers."""
+    """Make a kernel: y[t] = bias + sum over nonzeros p of value[p] * x[index[p], t], with the `tokens` sums kept in registers."""
 
     @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _INT, _FLOAT, _ARRAY, _INT)
     def weighted_sum(
@@ -214,7 +214,7 @@ def _weighted_sum(tokens: int) -> Any:
 
 
 def _inner_products(tokens: int) -> Any:
-    """out[p] += sum over `tokens` tokens of x[index[p], t] * y[t], y staying in registers."""
+    """Make a kernel: out[p] += sum over `tokens` tokens of x[index[p], t] * y[t], with y kept in registers."""
 
     @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _INT, _INT, _ARRAY, _INT, _ARRAY)
     def inner_products(
@@ -236,7 +236,7 @@ def _inner_products(tokens: int) -> Any:
 
 
 def _row(builder: Any, x: Any, index: Any, p: Any, stride: Any) -> Any:
-    """Pointer to x[index[p]]."""
+    """Return a pointer to x[index[p]]."""
     return builder.gep(x, [builder.mul(builder.sext(builder.load(builder.gep(index, [p])), _I64), stride)])
 
 
@@ -245,7 +245,7 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _total(builder: Any, vector: Any) -> Any:
-    """The sum of a vector of floats, in any order."""
+    """Return the sum of a vector of floats, added in any order."""
     arguments = [ir.Constant(_F32, 0.0), vector]
     return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, arguments, fastmath=("reassoc",))
 
@@ -254,7 +254,7 @@ _EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e
 
 
 def _exponential(builder: Any, x: Any) -> Any:
-    """Exp of a vector of floats to within 2 units of the last place; 0 below -87, exp(88) above 88."""
+    """Return exp of a vector of floats to within 2 units in the last place; 0 below -87, exp(88) above 88."""
     lowest, highest = _constant(_VF, -87.0), _constant(_VF, 88.0)
     tiny = builder.fcmp_ordered("<", x, lowest)
     x = builder.select(tiny, lowest, x)
@@ -272,7 +272,7 @@ def _exponential(builder: Any, x: Any) -> Any:
 
 @_kernel(_FLOAT, _ARRAY, _INT, _INT, _FLOAT)
 def exponentials(builder: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any:
-    """X = exp(x - shift) for `vectors` * 16 floats, in place; returns their sum."""
+    """Set x = exp(x - shift) for `vectors` * 16 floats, in place, and return their sum."""
     x, shift = builder.gep(x, [at]), _splat(builder, shift, _VF)
     total = cgutils.alloca_once_value(builder, _constant(_VF, 0.0))
     with _blocks(builder, vectors, 16) as offset:
@@ -285,7 +285,7 @@ def exponentials(builder: Any, x: Any, at: Any, vectors: Any, shift: Any) -> Any
 
 @_kernel(_NONE, _ARRAY, _INT, _INT, _ARRAY, _ARRAY)
 def gelus(builder: Any, x: Any, at: Any, vectors: Any, y: Any, derivative: Any) -> None:
-    """Y = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + .044715 x^3), which is x (1 + tanh u) / 2; and derivative = dy / dx."""
+    """Set y = x / (1 + exp(-2 u)) = x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + .044715 x^3), and derivative = dy / dx."""
     one, root = _constant(_VF, 1.0), 0.7978845608028654
     with _blocks(builder, vectors, 16) as step:
         offset = [builder.add(at, step)]
@@ -302,7 +302,7 @@ def gelus(builder: Any, x: Any, at: Any, vectors: Any, y: Any, derivative: Any) 
 
 @_kernel(_NONE, _ARRAY, _INT, _FLOAT, _ARRAY, _INT)
 def add_scaled(builder: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any) -> None:
-    """Y += scale * x for `vectors` * 16 floats."""
+    """Add scale * x to y for `vectors` * 16 floats."""
     y, scale = builder.gep(y, [y_at]), _splat(builder, scale, _VF)
     with _blocks(builder, vectors, 16) as offset:
         at, other = builder.gep(y, [offset]), _load(builder, builder.gep(x, [offset]), _VF)
@@ -313,8 +313,8 @@ def add_scaled(builder: Any, y: Any, y_at: Any, scale: Any, x: Any, vectors: Any
 def mix_lanes(
     builder: Any, change: Any, at: Any, held: Any, share: Any, share_at: Any, mean: Any, vectors: Any, through: Any, y: Any
 ) -> None:
-    """Of `vectors` * 16 values a: y = a where the share is 1, else mean + share (a - mean); change, in whose place a is, = a -
-    mean; through = the share where held, else 0.
+    """For `vectors` * 16 values a, given in change, set y = a if the share is 1, otherwise mean + share (a - mean); change =
+    a - mean; through = the share if held is true, otherwise 0.
     """
     middle, bytes16 = _splat(builder, mean, _VF), ir.VectorType(_I8, 16)
     with _blocks(builder, vectors, 16) as step:
@@ -330,7 +330,7 @@ def mix_lanes(
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """The 16 vectors of 16 whose element i of vector j is element j of vector i: four times, every two are interleaved."""
+    """Return the transpose of 16 vectors of 16 elements: four times, vectors i and i + 8 are interleaved."""
     places = [place for i in range(8) for place in (i, 16 + i)], [place for i in range(8, 16) for place in (i, 16 + i)]
     for _ in range(4):
         pairs = [(rows[i], rows[i + 8]) for i in range(8)]
@@ -339,14 +339,14 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 def _of_lane(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) -> Any:
-    """Pointer to x[at[lane + step] + place]."""
+    """Return a pointer to x[at[lane + step] + place]."""
     begin = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
     return builder.gep(x, [builder.add(begin, place)])
 
 
 @_kernel(_NONE, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _INT)
 def transpose_masks(builder: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> None:
-    """Shares of 16 channels in 16 lanes: share[c * lanes + lane + l] = mask[at[lane + l] + place + c], of bytes or floats."""
+    """Set share[c * lanes + lane + l] = mask[at[lane + l] + place + c], 16 channels c by 16 lanes l; mask: bytes or floats."""
     vector = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16)
     rows = [_load(builder, _of_lane(builder, mask, at, lane, step, place), vector) for step in range(16)]
     for channel, row in enumerate(_transposed(builder, rows)):
@@ -359,7 +359,7 @@ def transpose_masks(builder: Any, mask: Any, at: Any, lane: Any, place: Any, sha
 def back_masks(
     builder: Any, dy: Any, change: Any, through: Any, begin: Any, lanes: Any, at: Any, lane: Any, place: Any, to: Any
 ) -> None:
-    """The way back, of 16 channels from `begin` on: to[at[lane + l] + place + c] += dy change, in turn, and dy *= through."""
+    """Backward pass of 16 channels from `begin` on: to[at[lane + l] + place + c] += dy change, lane by lane; dy *= through."""
     rows = []
     for channel in range(16):
         offset = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), builder.add(begin, lane))

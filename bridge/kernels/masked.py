@@ -1,8 +1,8 @@
-"""A frozen sparse model's nodes under masks, compiled for a CPU: what `circuits/masked_pass` is made of.
+"""A frozen sparse model's nodes under masks, compiled for a CPU: the kernels of `circuits/masked_pass`.
 
-Activations are lanes: n x l, a channel's tokens of all rows one behind the other, padded to whole vectors. What is padded holds
-finite numbers that nobody reads. mask_rf are the masks of the rows, at_l the place of each lane's token in them, less that of the
-location: node j of lane l has the mask at at_l[l] + first + channel_n[j] of the flat masks, first being where the location's are.
+Activations are lanes (n x l): a channel's tokens of all rows follow one another, padded to whole vectors. The padding holds
+finite numbers that are never read. mask_rf holds the masks of the rows; at_l is the index of each lane's token in the flat masks,
+without the location's offset `first`: the mask of node j in lane l is at index at_l[l] + first + channel_n[j].
 
     a = AbsTopK(pre)        change = a - mean        y = mean + mask * change        through = d y / d pre
     dmask = dy * change     dpre = dy * through
@@ -21,7 +21,7 @@ from bridge.kernels.cpu import top_k_lanes
 from bridge.kernels.lanes import LANES, back_masks, compiled, gelus, mix_lanes, transpose_masks
 from bridge.kernels.products import Compact, multiply_lines
 
-_CHANNELS = 16  # whose masks are transposed at a time
+_CHANNELS = 16  # channels whose masks are transposed at a time
 
 
 @compiled
@@ -29,9 +29,9 @@ def nodes(
     change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, mean: np.ndarray,
     active: np.ndarray, through: np.ndarray, y: np.ndarray, near: np.ndarray,
 ) -> None:  # fmt: skip
-    """The change, through and y of nodes; change is what they are before AbsTopK, which keeps so many. active is scratch.
+    """Compute change, through and y of nodes; on entry change holds pre, of which AbsTopK keeps `kept`. active is scratch.
 
-    What change has behind them are rivals, for AbsTopK alone. near says about where its thresholds are (`top_k_lanes`).
+    Rows of change after the nodes' are rivals, used by AbsTopK only. near holds guesses of its thresholds (`top_k_lanes`).
     """
     n, (rows, lanes) = len(mean), change.shape
     if kept < rows:
@@ -45,7 +45,7 @@ def nodes(
         width = min(_CHANNELS, n - block)
         together = width == _CHANNELS and channel[block + width - 1] - channel[block] == width - 1
         transposed = len(at) // 16 * 16 if together else 0
-        for i in range(0, transposed, 16):  # in blocks, since the masks lie the other way round
+        for i in range(0, transposed, 16):  # in blocks, because the masks are stored transposed
             transpose_masks(mask, at, i, first + channel[block], shares, lanes)
         for i in range(transposed, len(at)):
             for c in range(width):
@@ -59,7 +59,7 @@ def nodes(
 def nodes_back(
     dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, dmask: np.ndarray
 ) -> None:
-    """Adds to dmask, and turns dy into dpre."""
+    """Add to dmask, and replace dy by dpre in place."""
     n, lanes = dy.shape
     dys, changes, throughs = dy.reshape(-1), change.reshape(-1), through.reshape(-1)
     for block in range(0, n, _CHANNELS):
@@ -79,7 +79,7 @@ def some_nodes(
     dy: np.ndarray, change: np.ndarray, channel: np.ndarray, token: np.ndarray, everywhere: bool, lane_rt: np.ndarray,
     dmask_kr: np.ndarray,
 ) -> None:  # fmt: skip
-    """Dmask of some nodes, each at its token, or at every one; lane_rt is -1 where a token has no lane."""
+    """Compute dmask of some nodes, each at its token, or over all tokens (everywhere); lane_rt is -1 for a token without lane."""
     rows, tokens = lane_rt.shape
     for k in range(len(channel)):
         j, begin, end = channel[k], token[k], token[k] + 1
@@ -96,13 +96,13 @@ def some_nodes(
 
 @compiled
 def gelu(x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-    """GELU and its derivative; of n x l with whole vectors of lanes."""
+    """Write GELU of x to y, and its derivative to gradient; x is n x l with whole vectors of lanes."""
     gelus(x.reshape(-1), 0, x.size // 16, y.reshape(-1), gradient.reshape(-1))
 
 
 @compiled
 def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray, width: int, eps: float) -> None:
-    """RMSNorm without a gain: y = x scale; width counts the channels that are always 0 as well."""
+    """Apply RMSNorm without a gain: y = x scale; width also counts the channels that are always 0."""
     n, lanes = x.shape
     scale[:] = 0
     for j in range(n):
@@ -117,7 +117,7 @@ def norm(x: np.ndarray, scale: np.ndarray, y: np.ndarray, width: int, eps: float
 
 @compiled
 def norm_back(dy: np.ndarray, x: np.ndarray, scale: np.ndarray, width: int, dx: np.ndarray) -> None:
-    """Adds to dx the gradient through RMSNorm: scale (dy - y mean(y dy)) with y = x scale."""
+    """Add to dx the gradient through RMSNorm: scale (dy - y mean(y dy)) with y = x scale."""
     n, lanes = x.shape
     mean = np.zeros(lanes, np.float32)
     for j in range(n):
@@ -135,13 +135,13 @@ def add_error(
     x: np.ndarray, mask: np.ndarray, at: np.ndarray, first: int, mean: np.ndarray, excess: np.ndarray, prompt: np.ndarray,
     token: np.ndarray,
 ) -> None:  # fmt: skip
-    """Adds mean + mask * excess_bts[prompt, token] to each lane of the stream, or of the logits."""
+    """Add mean + mask * excess_bts[prompt, token] to each lane of the residual stream, or of the logits."""
     for j in range(len(mean)):
         for i in range(x.shape[1]):
             x[j, i] += mean[j]
     for i in range(len(at)):
         share = mask[at[i] + first] * np.float32(1)
-        if share != 0:  # of few tokens
+        if share != 0:  # true for few tokens
             row = excess[prompt[i], token[i]]
             for j in range(len(mean)):
                 x[j, i] += share * row[j]
@@ -151,7 +151,7 @@ def add_error(
 def add_error_back(
     dx: np.ndarray, at: np.ndarray, first: int, excess: np.ndarray, prompt: np.ndarray, token: np.ndarray, dmask: np.ndarray
 ) -> None:
-    """Adds to the gradient of the errors' masks."""
+    """Add to dmask the gradient of the errors' masks."""
     for i in range(len(at)):
         row, total = excess[prompt[i], token[i]], np.float32(0)
         for j in range(len(row)):
@@ -160,9 +160,9 @@ def add_error_back(
 
 
 class Lanes:
-    """Rows, prompts and tokens of the lanes of some masked copies, row by row; padded counts those that fill vectors.
+    """Rows, prompts and tokens of the lanes of some masked copies, row by row; padded is the number of lanes in whole vectors.
 
-    lane_rt is the lane of each token, -1 where it has none. A row has `size` masks, by position where tokens have their own.
+    lane_rt is the lane of each token, -1 if it has none. A row has `size` masks; with by_position, tokens have their own.
     """
 
     def __init__(self, prompt_r: np.ndarray, token_rt: np.ndarray, tokens: int, size: int, by_position: bool) -> None:
@@ -174,21 +174,21 @@ class Lanes:
         self.size, self.by_position, self.known = size, by_position, dict[int, np.ndarray]()
 
     def places(self, n: int) -> np.ndarray:
-        """The place of each lane's token in flat masks, less that of a location of n nodes."""
+        """Return the index of each lane's token in the flat masks of a location with n nodes, without the location's offset."""
         if n not in self.known:
             self.known[n] = self.row_l * self.size + (self.token_l * n if self.by_position else 0)
         return self.known[n]
 
 
 class Room:
-    """Memory for the arrays of a tile, handed out in the same order every time."""
+    """Memory for the arrays of a tile, handed out in the same order for every tile."""
 
     def __init__(self) -> None:
         self.parts: list[np.ndarray] = []
         self.used = 0
 
     def take(self, n: int, lanes: int) -> np.ndarray:
-        """N x lanes floats, of any finite value, and room for a vector more behind them, to which attention reads on."""
+        """Return n x lanes floats of any finite value, with one more vector allocated, because attention reads beyond the end."""
         if self.used == len(self.parts):
             self.parts.append(np.zeros(0, np.float32))
         self.used += 1
@@ -199,25 +199,25 @@ class Room:
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """A matrix and its bias to the kernels: by rows, and by columns for the way back."""
+    """A matrix and its bias as the kernels need them: by rows, and by columns for the backward pass."""
 
     by_row: tuple[np.ndarray, ...]
     by_column: tuple[np.ndarray, ...]
 
     @staticmethod
     def of(matrix: Compact, bias_m: Tensor, back: Compact) -> StoredMatrix:
-        """A frozen matrix of nonzeros, with its bias; the way back goes through its first rows, `back`."""
+        """Make one from a frozen matrix of nonzeros and its bias; the backward pass uses only its first rows, given as `back`."""
         start, index, _ = matrix.pattern.by_row
         start_back, index_back, none = back.pattern.by_column
         by_column = start_back, index_back, back.by_column_p.numpy(), none.numpy()
         return StoredMatrix((start, index, matrix.value_p.numpy(), bias_m.numpy()), by_column)
 
     def times(self, x: np.ndarray, room: Room) -> np.ndarray:
-        """W x + b."""
+        """Return W x + b."""
         return self._product(self.by_row, x, room)
 
     def back(self, dy: np.ndarray, room: Room) -> np.ndarray:
-        """W' dy."""
+        """Return W' dy."""
         return self._product(self.by_column, dy, room)
 
     @staticmethod

@@ -1,16 +1,15 @@
-"""Products with matrices that are stored by their nonzeros: cost follows the weights that exist (Gao et al. 2025, appendix B).
+"""Products with matrices stored by their nonzeros: the cost follows the number of nonzeros (Gao et al. 2025, appendix B).
 
     y = W x + b          y[i, t] = b[i] + sum over p in row i of  W_p x[column_p, t]
     dx = W' dy           the same, by columns
-    dW_p                 = sum over t of  dy[row_p, t] x[column_p, t]           at the nonzeros alone
+    dW_p                 = sum over t of  dy[row_p, t] x[column_p, t]           at the nonzeros only
 
-Activations are stored with their tokens innermost (b n t; the logical shape stays b t n), so that a nonzero is one multiply-add
-on whole vectors of tokens, and the sums of 128 tokens stay in registers while a row's nonzeros go by. A batch row's block of n x
-128 floats is what the caches hold during that. Where rows are short they are laid end to end (storage n b t), so that the vectors
-are full.
+Activations are stored with their tokens innermost (b n t; the logical shape stays b t n), so a nonzero is one multiply-add on
+whole vectors of tokens. The sums of 128 tokens stay in registers during the loop over a row's nonzeros, and a batch row's block
+of n x 128 floats stays in the caches. Short rows are laid end to end (storage n b t), so that the vectors are full.
 
-Only the CPU has these kernels. Elsewhere, and above the density at which they stop paying, products are dense: by a rule where a
-model answers (`pays`), so that an explanation repeats itself, and as measured here where one trains (`worth_it`).
+Only the CPU has these kernels. On other devices, and above the density at which the kernels stop paying, products are dense. For
+inference a fixed rule decides (`pays`), so that explanations are reproducible; for training a measurement does (`worth_it`).
 
 Shape legend: b batch row, t token, n inputs, m outputs, p nonzeros, v vocabulary.
 """
@@ -39,15 +38,15 @@ from bridge.kernels.lanes import (
     weighted_sum_64,
 )
 
-SHORT = 64  # tokens; shorter rows are laid end to end
-SMALLEST, DENSEST = 1 << 14, 0.4  # weights, and share of nonzeros, for which they pay: at .375 they take 3/4 of dense ones' time
+SHORT = 64  # rows of fewer tokens are laid end to end
+SMALLEST, DENSEST = 1 << 14, 0.4  # least weights and largest share of nonzeros that pay; at .375 they take 3/4 of dense time
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """The places of the nonzeros of an m x n matrix, in the order of rows and in that of columns.
+    """The positions of the nonzeros of an m x n matrix, in row order and in column order.
 
-    start_m1 and column_p list them by rows; start_n1 and row_p by columns, order_p being each one's place in the order of rows.
+    start_m1 and column_p list them by rows, start_n1 and row_p by columns; order_p maps the column order to the row order.
     """
 
     shape: tuple[int, int]
@@ -59,7 +58,7 @@ class Pattern:
 
     @staticmethod
     def at(index_p: Tensor, shape: tuple[int, int]) -> Pattern:
-        """The pattern of flat, ascending indices into an m x n matrix."""
+        """Make the pattern of nonzeros at flat, ascending indices into an m x n matrix."""
         m, n = shape
         row_p, column_p = index_p // n, index_p % n
         start_m1, start_n1 = (
@@ -71,17 +70,17 @@ class Pattern:
 
     @cached_property
     def by_row(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """start_m1 and column_p for a kernel, and no bias_m."""
+        """start_m1 and column_p for a kernel, and a bias_m of zeros."""
         return self.start_m1.numpy(), self.column_p.numpy(), torch.zeros(self.shape[0])
 
     @cached_property
     def by_column(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """start_n1 and row_p for a kernel, and no bias_n."""
+        """start_n1 and row_p for a kernel, and a bias_n of zeros."""
         return self.start_n1.numpy(), self.row_p.numpy(), torch.zeros(self.shape[1])
 
     @property
     def count(self) -> int:
-        """Entries of the matrix, zero or not."""
+        """Number of entries of the matrix, zero or not."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -95,8 +94,8 @@ class Pattern:
 class Compact:
     """A matrix stored as the pattern and values of its nonzeros.
 
-    gradient_mn, where set, collects the dense gradient of a backward pass, by which an updated mask grows; source tells which
-    dense weight it was packed from, and in which state.
+    gradient_mn, if set, collects the dense gradient of a backward pass, which decides where an updated mask grows. source
+    identifies the dense weight that the matrix was packed from, and the weight's state then.
     """
 
     pattern: Pattern
@@ -107,14 +106,14 @@ class Compact:
 
     @staticmethod
     def of(weight_mn: Tensor) -> Compact:
-        """The nonzeros of a matrix."""
+        """Make the compact form of a dense matrix."""
         index_p = weight_mn.detach().reshape(-1).nonzero().flatten()
         shape = (weight_mn.shape[0], weight_mn.shape[1])
         return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), source=source_of(weight_mn))
 
     @property
     def by_column_p(self) -> Tensor:
-        """The values in the order of columns; gathered once where they are not trained."""
+        """The values in column order; gathered only once if they are not trained."""
         if self.value_p.requires_grad:
             return self.value_p.detach()[self.pattern.order_p]
         state = source_of(self.value_p)
@@ -123,19 +122,19 @@ class Compact:
         return self._gathered[1]
 
     def dense(self) -> Tensor:
-        """weight_mn."""
+        """Return weight_mn, the dense matrix."""
         weight_mn = torch.zeros(self.pattern.shape)
         weight_mn.view(-1)[self.pattern.index_p] = self.value_p.detach()
         return weight_mn
 
 
 def source_of(weight_mn: Tensor) -> tuple[int, int]:
-    """A key that distinguishes a weight and its state from others during its lifetime: its storage, and its version."""
+    """Return a key that distinguishes a weight and its state from others during its lifetime: its storage and its version."""
     return weight_mn.data_ptr(), weight_mn._version
 
 
 def tokens_inside(x_btn: Tensor) -> Tensor:
-    """Activations in float32, stored with their tokens innermost; differentiable."""
+    """Return activations in float32, stored with their tokens innermost; differentiable."""
     b, t, n = x_btn.shape
     if _end_to_end(b, t):  # as a transposed matrix, for which torch has a blocked copy
         return x_btn.float().reshape(b * t, n).t().contiguous().view(n, b, t).permute(1, 2, 0)
@@ -143,23 +142,23 @@ def tokens_inside(x_btn: Tensor) -> Tensor:
 
 
 def sparse_linear(x_btn: Tensor, matrix: Compact, bias_m: Tensor | None = None) -> Tensor:
-    """y_btm = x W' + b in float32, differentiable in x, the nonzeros' values and the bias."""
+    """Return y_btm = x W' + b in float32, differentiable in x, the nonzeros' values and the bias."""
     return _SparseLinear.apply(x_btn, matrix.value_p, bias_m, matrix)  # type: ignore[no-any-return]
 
 
 def sparse_embedding(tokens_bt: Tensor, matrix: Compact) -> Tensor:
-    """x_btn: the rows of a table that is stored by its nonzeros, differentiable in their values."""
+    """Return x_btn, the tokens' rows of a table that is stored by its nonzeros; differentiable in their values."""
     return _SparseEmbedding.apply(tokens_bt, matrix.value_p, matrix)  # type: ignore[no-any-return]
 
 
 def pays(weight_mn: Tensor) -> bool:
-    """Whether a product without gradients runs through the kernels: by a rule, so that a model answers alike in every process."""
+    """Return whether a product without gradients uses the kernels: a fixed rule, so a model answers alike in every process."""
     return weight_mn.numel() >= SMALLEST and int(weight_mn.count_nonzero()) <= DENSEST * weight_mn.numel()
 
 
 @cache
 def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a sparse product of these sizes, forward and backward, is measured faster here than a dense one in dtype."""
+    """Return whether a sparse product of these sizes, forward and backward, takes less than .9 of a dense one's time in dtype."""
     if m * n < SMALLEST:
         return False
     rows, length = max(1, tokens // 128), min(tokens, 128)
@@ -183,19 +182,19 @@ def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) ->
 
 
 def _end_to_end(rows: int, tokens: int) -> bool:
-    """Whether rows are laid end to end."""
+    """Return whether rows are laid end to end."""
     return rows > 1 and tokens < SHORT
 
 
 def _stored(x_btn: Tensor) -> Tensor:
-    """Activations as the kernels see them: x_bnt, contiguous; rows laid end to end are one."""
+    """Return activations in the kernels' layout: x_bnt, contiguous; rows laid end to end count as one row."""
     b, t, n = x_btn.shape
     inside_btn = tokens_inside(x_btn.detach())
     return inside_btn.permute(2, 0, 1).reshape(1, n, b * t) if _end_to_end(b, t) else inside_btn.transpose(1, 2)
 
 
 def _logical(x_bnt: Tensor, rows: int, tokens: int) -> Tensor:
-    """The view of what is so stored whose shape is b t n."""
+    """Return the view, of shape b t n, of activations in the kernels' layout."""
     return x_bnt.view(-1, rows, tokens).permute(1, 2, 0) if _end_to_end(rows, tokens) else x_bnt.transpose(1, 2)
 
 
@@ -256,7 +255,7 @@ class _SparseEmbedding(torch.autograd.Function):
 
 
 def _multiplied(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias_m: Tensor, x_bnt: Tensor) -> Tensor:
-    """y_bmt = W x_bnt + bias."""
+    """Return y_bmt = W x_bnt + bias."""
     y_bmt = torch.empty(x_bnt.shape[0], len(bias_m), x_bnt.shape[2])
     arrays = start, index, *(tensor.numpy() for tensor in (value_p, bias_m, x_bnt, y_bmt))
     blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
@@ -273,14 +272,14 @@ def multiply_lines(
     start: np.ndarray, index: np.ndarray, value: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, first_block: int,
     last_block: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Lines first to last of y_bmt = W x_bnt + bias, of the blocks first_block to last_block."""
+    """Compute lines first to last of y_bmt = W x_bnt + bias for the blocks (rows b) first_block to last_block."""
     n, tokens, m = x.shape[1], x.shape[2], y.shape[1]
     for b in range(first_block, last_block):
         t = 0
         while t < tokens:
             rest = tokens - t
             step = TOKENS if rest >= TOKENS else 64 if rest >= 64 else 32 if rest >= 32 else 16 if tokens >= 16 else 1
-            t = tokens - 16 if step == 16 and rest < 16 else t  # the last vector repeats some of the one before it
+            t = tokens - 16 if step == 16 and rest < 16 else t  # the last vector overlaps the one before it
             for i in range(first, last):
                 x_at, y_at = b * n * tokens + t, (b * m + i) * tokens + t
                 if step == TOKENS:

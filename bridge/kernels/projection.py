@@ -1,7 +1,7 @@
-"""The magnitude projection of a weight matrix on a CPU, compiled by numba: its threshold is searched for, nothing is sorted.
+"""The magnitude projection of a weight matrix on a CPU, compiled by numba: its threshold is found by search, without sorting.
 
-It wants one threshold for millions of entries: it counts, in one pass, against a bracket around the threshold of the last step
-(or of a sample), collects what lies inside, selects among those, and zeroes in a second pass.
+Millions of entries need one threshold. One pass counts entries against a bracket around the threshold of the last step (or of a
+sample) and collects those inside; the threshold is selected among these. A second pass sets the smaller entries to zero.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SAMPLE = 1 << 14
 
 
 def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
-    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude; returns the threshold.
+    """Zero all but the k entries of a contiguous float32 tensor that are largest in magnitude; return the threshold.
 
-    `hint`, a threshold that may be near (the last step's), changes the time this takes and nothing else.
+    `hint`, a threshold that may be near (such as the last step's), changes only the time this takes.
     """
     bits = weight.detach().view(-1).view(torch.int32).numpy()
     threshold, room = _threshold(bits, k, hint)
@@ -34,7 +34,7 @@ def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
 
 
 def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
-    """Bit pattern of the k-th largest magnitude, and how many entries equal to it are kept (-1: all of them)."""
+    """Return the bit pattern of the k-th largest magnitude, and how many entries equal to it to keep (-1: all of them)."""
     size = len(bits)
     brackets: list[tuple[int, int]] = []
     if hint is not None and 0 < hint < float("inf"):
@@ -54,7 +54,7 @@ def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
 
 
 def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | None:
-    """`_threshold` where it lies in [low, high), else None."""
+    """Return the result of `_threshold` if the threshold lies in [low, high), otherwise None."""
     parts: list[tuple[np.ndarray, int]] = []  # magnitudes in the bracket, and how many are above it
 
     def collect(start: int, stop: int) -> None:
@@ -76,7 +76,7 @@ def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | 
 
 @compiled
 def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: np.ndarray) -> None:
-    """Counts = how many magnitudes are at least low, at least high; inside = those between, in order."""
+    """Set counts to how many magnitudes are at least low, and at least high, and inside to those between, in order."""
     found, both = 0, np.zeros(2, np.int64)
     counts[:] = 0
     size = bits.shape[0]
@@ -109,7 +109,7 @@ def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: 
 
 @compiled
 def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
-    """Two passes over the upper and the lower half of every magnitude: no bracket needed."""
+    """Return the result of `_threshold` by two passes, over the upper and the lower halves of magnitudes, without a bracket."""
     histogram = np.zeros(1 << 16, np.int64)
     for j in range(bits.shape[0]):
         histogram[min(bits[j] & 0x7FFFFFFF, INFINITE) >> 16] += 1

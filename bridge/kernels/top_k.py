@@ -1,8 +1,8 @@
-"""AbsTopK, the magnitude projection, ablation, GELU and RMSNorm, one name each; in torch, compiled for a CPU, and for CUDA.
+"""AbsTopK, the magnitude projection, ablation, GELU and RMSNorm, one name each: in torch, compiled for a CPU, and for CUDA.
 
-The first two keep the k entries that are largest in magnitude, and of entries that tie at the threshold those that come first,
-so the set is that of a stable sort, on every device. Nothing sorts. NaN counts as infinite, so that it is kept and seen rather
-than hidden. The reference runs where there is no other version: for types that are neither float32 nor bfloat16, and elsewhere.
+AbsTopK and the projection keep the k entries that are largest in magnitude; of entries that tie at the threshold, the first are
+kept. So every device keeps the set of a stable sort, without sorting. NaN counts as infinite, so it is kept and seen, not hidden.
+The torch reference runs if there is no other version: for types other than float32 and bfloat16, and on other devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bridge.kernels import cpu, cuda, projection
 
 _FAST = (torch.float32, torch.bfloat16)
-TOGETHER = 1 << 26  # entries that are projected in one go on a GPU: fewer calls, and at most a gigabyte beside them
+TOGETHER = 1 << 26  # entries that are projected at once on a GPU: fewer calls, and at most a gigabyte of extra memory
 
 
 def abs_top_k(x: Tensor, k: int) -> Tensor:
@@ -33,7 +33,7 @@ def abs_top_k(x: Tensor, k: int) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, the MLP's nonlinearity; differentiable."""
+    """Return GELU in its tanh form, the MLP's nonlinearity; differentiable."""
     dense_storage = x.is_contiguous() or x.transpose(-1, -2).is_contiguous() or x.movedim(-1, 0).is_contiguous()
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 1 and dense_storage:
         return _Gelu.apply(x)  # type: ignore[no-any-return]
@@ -41,12 +41,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def normed(x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
-    """X scale(x), where scale(x) is one over the root mean square of the last axis (and of a constant); differentiable in x."""
+    """Return x scale(x), with scale(x) = 1 / sqrt(mean square of the last axis + a constant); differentiable in x."""
     return _Normed.apply(x, scale)  # type: ignore[no-any-return]
 
 
 def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
-    """X_btn where a mask (btn, or tn for all rows) holds, else the channel's own value of else_n; differentiable in x."""
+    """Return x_btn where a mask (btn, or tn for all rows) is true, else_n of the channel elsewhere; differentiable in x."""
     without_gaps = x_btn.permute(2, 0, 1).is_contiguous() or x_btn.transpose(1, 2).is_contiguous()
     if x_btn.device.type == "cpu" and x_btn.dtype == torch.float32 and cpu.tokens_contiguous(x_btn) and without_gaps:
         return _Choose.apply(mask, x_btn, else_n)  # type: ignore[no-any-return]
@@ -56,8 +56,8 @@ def choose(mask: Tensor, x_btn: Tensor, else_n: Tensor) -> Tensor:
 def project_(weights: Sequence[Tensor], k: int, hints: Sequence[float | None] | None = None) -> list[float | None]:
     """Zero all but the k entries of each weight that are largest in magnitude, in place and without gradient (appendix A.2).
 
-    The weights have one size and one device. Returns the thresholds where they were searched for: as the next call's `hints` they
-    save time and change nothing else.
+    The weights share one size and one device. Returns the thresholds, None for each that was not searched for; passed as `hints`
+    of the next call they save time and change nothing else.
     """
     thresholds: list[float | None] = [None] * len(weights)
     if not weights or k >= weights[0].numel():
@@ -77,7 +77,7 @@ def project_(weights: Sequence[Tensor], k: int, hints: Sequence[float | None] | 
 
 
 def top_k_mask(x: Tensor, k: int) -> Tensor:
-    """The reference: a boolean mask of the k entries largest in magnitude along the last axis, first ones first among ties."""
+    """Return the boolean mask of the k entries largest in magnitude along the last axis, the first among ties: the reference."""
     magnitude = x.detach().abs()
     magnitude = torch.where(magnitude.isnan(), torch.inf, magnitude)
     threshold = magnitude.kthvalue(x.shape[-1] - k + 1, dim=-1, keepdim=True).values
@@ -101,7 +101,7 @@ class _Gelu(torch.autograd.Function):
 
 
 class _Normed(torch.autograd.Function):
-    """y = x scale and dx = scale (dy - y mean(y dy)): half the passes that the steps one by one would take, in x's own layout."""
+    """y = x scale and dx = scale (dy - y mean(y dy)): half the passes of the separate steps, in x's own layout."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
