@@ -1,1 +1,1 @@
-"""Studies of many prompts at once: tasks and their circuits, compared."""
+"""Studies of many prompts at once: the circuits of tasks, and their comparison."""

@@ -1,14 +1,14 @@
-"""Nodes that the circuits of several tasks share, and those that each task has of its own.
+"""Nodes that the circuits of several tasks share, and the nodes that each task has of its own.
 
     backbone   B = nodes in at least half of the circuits
-    own        A \\ B of a task's circuit A
-    overlap    Jaccard index of two tasks' own nodes, less what random sets of their sizes have outside B:
+    own        A \\ B for a task's circuit A
+    overlap    Jaccard index of two tasks' own nodes, corrected for that of random sets of their sizes outside B:
                    J = |a & b| / |a | b|        chance: |a & b| = |a| |b| / (N - |B|)        (J - chance) / (1 - chance)
-    deleting   with a task's own nodes at their means, how much the loss of every task rises; the share of what deleting
-               that task's own does to it
+    deleting   rise of every task's loss with the own nodes of one task at their means; also as a share of its rise with its
+               own nodes at their means
 
-Two tasks that are both done by a model share the nodes that any text needs; with these set aside it can be seen whether the rest
-is a task's alone. With fewer than three tasks half of them is one, and there is no backbone to speak of.
+The circuits of any two tasks share the nodes that any text needs. With these set aside, one can see whether the other nodes
+serve one task alone. With fewer than three tasks, a single circuit is half of all circuits, so no backbone is computed.
 
 Shape legend: f all nodes in one row, a, b tasks.
 """
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 LEAST_TASKS = 3
-APART = 0.3  # aim: own nodes of two tasks overlap by no more
+APART = 0.3  # aim: mean overlap of two tasks' own nodes, at most
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Sizes of the backbone and of what each task has beyond it; overlap_ab of that; and rise_ab of b's loss without a's own."""
+    """Sizes of the backbone and of the tasks' own nodes, overlap_ab of own nodes, rise_ab of b's loss with a's own deleted."""
 
     tasks: tuple[str, ...]
     nodes: int
@@ -39,7 +39,7 @@ class Backbone:
 
     @property
     def mean_jaccard(self) -> float:
-        """Mean Jaccard index of two tasks' own nodes, chance included."""
+        """Mean Jaccard index of two tasks' own nodes, not corrected for chance."""
         return off_diagonal(self.jaccard) or 0.0
 
     @property
@@ -49,11 +49,11 @@ class Backbone:
 
     @property
     def apart(self) -> float | None:
-        """Mean rise of a task's loss without another's own nodes, as a share of that without its own; None where that is none."""
+        """Mean rise of a loss with another task's own nodes deleted, over that with its own deleted; None if no loss rises."""
         return off_diagonal(shares(self.rise))
 
     def text(self) -> str:
-        """The table as a person reads it."""
+        """The backbone as a text table."""
         met = "yes" if self.mean_overlap <= APART else "NO"
         width = max(map(len, self.tasks))
         lines = [f"SHARED BACKBONE: {self.nodes:,} nodes are in at least half of {len(self.tasks)} circuits"]
@@ -72,7 +72,7 @@ class Backbone:
 
 
 def find_backbone(tasks: Sequence[str], kept_af: Tensor, losses: Callable[[Tensor], Sequence[float]]) -> Backbone | None:
-    """The backbone of some tasks' circuits, where losses(gone_f) are those of every task with nodes deleted; None for too few."""
+    """The backbone of the tasks' circuits; None for too few tasks. losses(gone_f) are all tasks' losses with gone_f deleted."""
     if len(tasks) < LEAST_TASKS:
         return None
     shared_f = 2 * kept_af.sum(0) >= len(kept_af)  # in at least half of the circuits
@@ -93,7 +93,7 @@ def find_backbone(tasks: Sequence[str], kept_af: Tensor, losses: Callable[[Tenso
 
 
 def own_overlap(one_f: Tensor, other_f: Tensor, of: int) -> tuple[float, float]:
-    """(Jaccard index, the same beyond chance) of two sets of nodes, of `of` in all; 0 where both are empty."""
+    """(Jaccard index, the same corrected for chance) of two sets out of `of` nodes; 0 if both are empty."""
     sizes, both = (int(one_f.sum()), int(other_f.sum())), int((one_f & other_f).sum())
     either, by_chance = sum(sizes) - both, sizes[0] * sizes[1] / max(of, 1)
     if not either:
@@ -103,12 +103,12 @@ def own_overlap(one_f: Tensor, other_f: Tensor, of: int) -> tuple[float, float]:
 
 
 def shares(rise_ab: Sequence[Sequence[float]]) -> tuple[tuple[float | None, ...], ...]:
-    """rise_ab over rise_bb: what deleting a does to b, of what deleting b itself does; None where that does nothing."""
+    """rise_ab over rise_bb: the effect on b of deleting a, over that of deleting b; None if rise_bb is at most 1e-3."""
     own_b = [row[b] for b, row in enumerate(rise_ab)]
     return tuple(tuple(rise / own if own > 1e-3 else None for rise, own in zip(row, own_b, strict=True)) for row in rise_ab)
 
 
 def off_diagonal(x_ab: Sequence[Sequence[float | None]]) -> float | None:
-    """The mean off the diagonal, over what there is."""
+    """Mean of the entries off the diagonal that are not None; None if there are none."""
     off = [x for a, row in enumerate(x_ab) for b, x in enumerate(row) if a != b and x is not None]
     return sum(off) / len(off) if off else None

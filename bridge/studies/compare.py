@@ -1,14 +1,14 @@
-"""The circuits of several tasks beside each other: what they share beyond chance, and whether one can go without the rest.
+"""Compare the circuits of several tasks: their overlap beyond chance, and whether deleting one leaves the other tasks intact.
 
-    overlap         nodes (or edges) that two circuits share, beside what random ones of the same sizes would,
-                        expected = |A| |B| / N, and the chance of as many by luck, hypergeometric
-                    N being nodes that are in neither circuit too: a circuit's nodes are never drawn from all alike, so that some
-                    overlap beyond chance is to be had of any two tasks
-    cross-ablation  with all nodes of task A's circuit at their means, how much the two-way loss of task B rises; the share of
-                    what deleting B's own circuit does to it. Beside random deletions of as many nodes at each location as A has,
-                    outside A, of those that some task's prompt switches on
-    backbone        what at least half of the circuits share, and what each task has beyond it (`backbone`)
-    geometric mean  of the sizes over tasks, those without a circuit counted at the whole model's
+    overlap         number of nodes (or edges) that two circuits share, beside that of random sets of the same sizes,
+                        expected = |A| |B| / N, and the probability of sharing as many by chance (hypergeometric)
+                    N counts all nodes of the model, also those in neither circuit. Circuits do not use all nodes equally often,
+                    so any two tasks overlap somewhat beyond chance
+    cross-ablation  rise of task B's two-way loss with all nodes of task A's circuit at their means; also as a share of the rise
+                    with B's own circuit deleted. The control deletes random nodes outside A, as many at each location as A has,
+                    drawn from the nodes that some task's prompts switch on
+    backbone        nodes that at least half of the circuits share, and the other nodes of each task (`backbone`)
+    geometric mean  of the circuits' sizes over tasks; a task without a circuit counts at the whole model's size
 
 Shape legend: f all nodes in one row, a, b tasks.
 """
@@ -33,13 +33,13 @@ from bridge.studies.backbone import Backbone, find_backbone, off_diagonal, share
 from bridge.studies.result import Size, TaskResult
 from bridge.verdicts.task_search import expected_overlap
 
-APART = 0.1  # off-diagonal effects, of the diagonal
+APART = 0.1  # aim: off-diagonal effects as a share of the diagonal, at most
 DRAWS = 3  # random deletions per task
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Overlap of two tasks' circuits: how many things they share, how many by chance, and the chance of as many or more."""
+    """Overlap of two tasks' circuits: number of shared nodes or edges, number expected by chance, chance of as many or more."""
 
     first: str
     second: str
@@ -51,9 +51,9 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Overlaps of all pairs; and rise_ab, the rise of b's loss with a's circuit deleted, beside its random control and base_b.
+    """Overlaps of all pairs; base_b, b's loss; rise_ab, its rise with a's circuit deleted; random_ab, the control of that.
 
-    A control is None where no node outside the circuit is on.
+    A control is None if no node outside the circuit is on.
     """
 
     tasks: tuple[str, ...]
@@ -65,12 +65,12 @@ class Comparison:
 
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
-        """rise_ab over rise_bb: what deleting a does to b, of what deleting b itself does; None where that does nothing."""
+        """rise_ab over rise_bb: the effect on b of deleting a, over that of deleting b; None if rise_bb is at most 1e-3."""
         return shares(self.rise)
 
     @property
     def apart(self) -> float | None:
-        """Mean share off the diagonal."""
+        """Mean of `share` off the diagonal."""
         return off_diagonal(self.share)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class Comparison:
 
 
 def overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
-    """Overlap of two sets of the given sizes, of `of` things, beside chance."""
-    from scipy.stats import hypergeom  # .4 s to import, which no other command has to take
+    """Overlap of two sets of the given sizes out of `of` items, beside chance."""
+    from scipy.stats import hypergeom  # takes .4 s to import, which other commands do not need
 
     p = float(hypergeom.sf(shared - 1, of, sizes[0], sizes[1]))
     return Overlap(first, second, what, shared, expected_overlap(*sizes, of), p)
@@ -99,7 +99,7 @@ def compare(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> Comparison:
-    """The circuits of some tasks beside each other, on held-out prompts of each."""
+    """Compare the circuits of some tasks, on held-out prompts of each."""
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
@@ -137,13 +137,13 @@ def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tupl
 
 
 def geometric_mean(sizes: Sequence[float]) -> float:
-    """The geometric mean; an empty circuit counts as one edge."""
+    """The geometric mean; a size of 0 counts as 1."""
     return math.exp(sum(math.log(max(size, 1)) for size in sizes) / len(sizes)) if sizes else 0.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Geometric means over tasks, failed ones at full size, and how many were searched and failed."""
+    """Geometric means over tasks, failed ones at the whole model's size, and the numbers of all tasks and of failed ones."""
 
     tasks: int
     failed: int
@@ -154,7 +154,7 @@ class Sizes:
 
 
 def mean_sizes(sparse: Sequence[Size], dense: Sequence[Size], failed: int, whole: Size, dense_whole: Size | None) -> Sizes:
-    """Geometric means of the circuits' sizes with `failed` more tasks at the whole models'; dense ones where all were pruned."""
+    """Geometric means of circuit sizes, `failed` more tasks at the whole models'; dense ones are None if some are missing."""
     every = [*sparse, *[whole] * failed]
     other = [*dense, *[dense_whole] * failed] if dense_whole is not None and len(dense) == len(sparse) else []
     return Sizes(
@@ -168,7 +168,7 @@ def mean_sizes(sparse: Sequence[Size], dense: Sequence[Size], failed: int, whole
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """The tables as a person reads them."""
+    """The comparison as text tables."""
     short = [name[:14] for name in comparison.tasks]
     width = max((len(name) for name in comparison.tasks), default=0)
     lines = ["CROSS-ABLATION: rise of the column's two-way loss with the row's circuit deleted (random nodes instead)"]
@@ -189,7 +189,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def heat_map(comparison: Comparison) -> str:
-    """The cross-ablation matrix as SVG: the share of the column's own effect, with the rise written in."""
+    """The cross-ablation matrix as SVG: colour is the share of the column's own effect, and each cell states the rise."""
     names = comparison.tasks
 
     def paint(figure: Any, axes: Sequence[Any]) -> None:

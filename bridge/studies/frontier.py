@@ -1,11 +1,11 @@
-"""Capability against interpretability, over couplings of one dense model: the paper's figure 3, as values, a table and a plot.
+"""Capability against interpretability over couplings of one dense model (the paper's figure 3), as values, a table and a plot.
 
-    capability        cross-entropy of the sparse model on held-out text; beside it CE recovered, mean over sites and directions
-    interpretability  geometric mean over tasks of the circuits' edges, a task without a circuit counted at the whole model's
+    capability        cross-entropy of the sparse model on held-out text; also CE recovered, the mean over sites and directions
+    interpretability  geometric mean over tasks of the circuits' edges; a task without a circuit counts at the whole model's size
 
-A model that does no task is thus as large as its nonzeros between nodes, and the sparser the smaller: how many tasks have a
-circuit stands beside every mean. Both are better when smaller, so that in the plot good is left and down; CE recovered runs
-from right to left for that. The dense model is the last line: its own cross-entropy, its own circuits at the same level.
+The size of a model that does no task is therefore its number of nonzeros between nodes, which falls with sparsity; so the number
+of tasks with a circuit is printed beside every mean. Both axes are better when smaller, so good is left and down in the plot;
+the axis of CE recovered is reversed for this. The last line is the dense model's cross-entropy and its own circuits, same level.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bridge.studies.compare import geometric_mean
 from bridge.studies.result import Size
 
 FORMAT = 2
-SAME_TEXT = 1e-3  # nats by which the dense model's cross-entropy may differ between points that saw the same text
+SAME_TEXT = 1e-3  # nats; points whose dense cross-entropies differ by at most this count as evaluated on the same text
 
 
 @dataclass(frozen=True)
 class TaskSize:
-    """The size of a task's circuit in one model, or the whole model's size where there is no circuit, with the reason."""
+    """The size of a task's circuit in one model; if there is none, the whole model's size, and the reason in `failed`."""
 
     task: str
     size: Size
@@ -38,9 +38,9 @@ class TaskSize:
 
 @dataclass(frozen=True)
 class CouplingPoint:
-    """One coupling, its capability (nats per token; recovered is a mean over sites), and its circuits.
+    """One coupling: its capability (nats per token; recovered is a mean over sites) and the sizes of its circuits.
 
-    l0 is the share of the `weights` that stays, nonzeros their number; loaded is where one that was not fitted came from.
+    l0 is the share of the `weights` that stay, nonzeros their number; loaded is the origin of a coupling that was not fitted.
     """
 
     name: str
@@ -79,7 +79,7 @@ class CouplingPoint:
 
 @dataclass(frozen=True)
 class DensePoint:
-    """The dense model: its cross-entropy on the text of the first point, and its own circuits, or why there are none."""
+    """The dense model: its cross-entropy on the first point's text, and its own circuits, or the reason why there are none."""
 
     name: str
     fingerprint: str
@@ -94,7 +94,7 @@ class DensePoint:
 
     @property
     def edges(self) -> float | None:
-        """Geometric mean of the circuits' edges, failed tasks at full size; None where they were not searched."""
+        """Geometric mean of the circuits' edges, failed tasks at full size; None if they were not searched."""
         return geometric_mean([task.size.edges for task in self.tasks]) if self.tasks else None
 
 
@@ -108,7 +108,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A sweep: its points, the failed ones, the missing ones, the dense model, and how circuits were searched."""
+    """A sweep: its points, failed points, missing points, the dense model, and the level and number of seeds of its searches."""
 
     points: tuple[CouplingPoint, ...]
     failures: tuple[Failure, ...]
@@ -118,7 +118,7 @@ class Frontier:
     seeds: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, derived ones (tasks solved, geometric means) included."""
+        """The sweep as plain JSON values, with derived ones (tasks solved, geometric means)."""
         values = as_json(self)
         for point, its in zip(self.points, values["points"], strict=True):
             its |= {"recovered": point.recovered, "solved": point.solved, "nodes": point.nodes, "edges": point.edges}
@@ -127,7 +127,7 @@ class Frontier:
         return {"format": FORMAT, **values}
 
     def save(self, path: str | Path) -> None:
-        """Write sweep.json, sweep.txt and, with matplotlib, frontier.svg to a folder. Raises CheckpointError where that fails."""
+        """Write sweep.json, sweep.txt and, with matplotlib, frontier.svg to a folder. Raises CheckpointError if that fails."""
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class Frontier:
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
-        """The sweep that `save` wrote to a folder. Raises CheckpointError where it is missing or damaged."""
+        """The sweep that `save` wrote to a folder. Raises CheckpointError if it is missing or damaged."""
         file = Path(path) / "sweep.json"
         if not file.is_file():
             raise CheckpointError(f"{str(path)!r}", "holds no sweep.json", "name a folder that `bridge sweep` wrote")
@@ -163,7 +163,7 @@ _FRONTIER = TypeAdapter(Frontier)
 
 
 def render_frontier(frontier: Frontier) -> str:
-    """The sweep as text: a line per point, the dense model's line, the failures."""
+    """The sweep as text: a line for each point, one for the dense model, and the failures."""
     header = ("point", "width", "L0", "nonzeros", "CE", "CE recovered", "solved", "nodes", "edges", "dense edges")
     dense, rows = frontier.dense, [tuple[str, ...](header)]
     counterpart = "-" if dense is None or dense.edges is None else f"{dense.edges:,.0f}"
@@ -200,7 +200,7 @@ def render_frontier(frontier: Frontier) -> str:
 
 
 def _dense_ces(frontier: Frontier) -> list[float]:
-    """The dense model's cross-entropies on the texts of the points, one for each text, ascending."""
+    """The dense model's distinct cross-entropies on the points' texts, one for each text, ascending."""
     found: list[float] = []
     for ce in sorted(point.ce_dense for point in frontier.points):
         if not found or ce - found[-1] > SAME_TEXT:
@@ -212,7 +212,7 @@ def _dense_ces(frontier: Frontier) -> list[float]:
 
 
 def frontier_figure(frontier: Frontier) -> Any:
-    """Edges against cross-entropy, and against CE recovered (from right to left), as a figure of matplotlib."""
+    """A matplotlib figure: edges against cross-entropy, and edges against CE recovered (axis reversed)."""
     widths = sorted({point.width for point in frontier.points})
     panels: tuple[tuple[str, Callable[[CouplingPoint], float], list[float]], ...] = (
         ("cross-entropy of the sparse model, nats per token", lambda p: p.ce, _dense_ces(frontier)),
@@ -260,6 +260,6 @@ def _label(point: CouplingPoint) -> str:
 
 
 def _share(l0: float) -> str:
-    """The fraction as 1/n where it is close to one, else as a number."""
+    """The fraction as 1/n if it is within 2% of 1/n, otherwise as a number."""
     of = round(1 / l0) if l0 > 0 else 0
     return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"

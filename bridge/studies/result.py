@@ -1,7 +1,7 @@
 """Result of a search for a task's circuit: nested circuits and their measures, saved and loaded exactly.
 
 A folder holds `circuit.json` with everything a person reads, and a safetensors file with levels, means, edges and inclusion
-frequencies (`checkpoint.write_folder`). A task that could not be searched leaves a `circuit.json` alone, which says why; in means
+frequencies (`store.write_folder`). For a task without a circuit there is only a `circuit.json`, which states the reason; in means
 over tasks it counts at the model's full size.
 
 Shape legend: n nodes of a location, e edges in one row.
@@ -38,7 +38,7 @@ NULLS: dict[Null, str] = {
     "weights": "every matrix of the sparse model with its entries permuted",
     "shuffled": "the names that are right and wrong answers dealt out anew among the prompts",
 }
-LABELLED = 24  # nodes of which the text says what they do
+LABELLED = 24  # nodes, at most, whose labels the text lists
 _EDGE_KINDS = ("weight", "value")
 
 
@@ -52,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """Finding of one seed at the opening level: nodes, errors, and how far off its bounds it is on the prompts of the search."""
+    """Circuit of one seed at the opening level; off is its distance from the bounds on the search's prompts (<= 1: within)."""
 
     seed: int
     nodes: int
@@ -64,10 +64,10 @@ class SeedRun:
 class TaskFacts:
     """A task's circuits in numbers.
 
-    explains is the model whose answers are explained; levels are the nested circuits on held-out prompts, opening the place of
-    the one that everything else is about, errors the names of its error nodes; whole and dense_whole are the sizes of the
-    models, entries counts embedding, unembedding and bigram weights that it reads, which are no edges; dense is the size of the
-    dense model's own circuit at the same level, None where that was not searched.
+    explains names the model whose answers are explained. levels are the nested circuits on held-out prompts; opening is the index
+    of the circuit that all other fields are about, errors the names of its error nodes, entries its numbers of embedding,
+    unembedding and bigram weights, which are no edges. whole and dense_whole are the models' sizes, dense is the size of the
+    dense model's own circuit at the same level (None if it was not searched).
     """
 
     task: str
@@ -92,7 +92,7 @@ class TaskFacts:
 
     @property
     def opened(self) -> TaskLevel:
-        """The level that the circuit is at."""
+        """The opening level."""
         return self.levels[self.opening]
 
     @property
@@ -105,8 +105,8 @@ class TaskFacts:
 class TaskResult:
     """A task's circuit at the opening level, the evidence on it, and its numbers.
 
-    level_n is the place, among the levels, of the first circuit that has a node (their number where none has), inclusion_n the
-    share of seeds that kept it.
+    level_n is, for each node, the index of the first level whose circuit has it (the number of levels if none has it), and
+    inclusion_n the share of seeds that kept it.
     """
 
     circuit: Circuit
@@ -117,26 +117,26 @@ class TaskResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the circuit passes for an explanation, be the task done by the whole model or not; a null must not."""
+        """Whether all measures that the rules need pass, except that the model solves the task. A null must not pass."""
         needed = {key for rule in self.report.rules for key in rule.needs} - {"solved"}
         return all(self.report[key].passed is True for key in needed)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the masks and means as plain JSON values, the verdict written out."""
+        """The result without masks and means as plain JSON values, with the verdict and its reasons."""
         return {
             "format": FORMAT, "facts": as_json(self.facts), "report": as_json(self.report), "verdict": self.report.verdict,
             "reasons": list(self.report.reasons), "nodes": [str(node) for node in self.circuit.nodes],
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write the result to a folder. Raises CheckpointError where that fails; nothing is half-written."""
+        """Write the result to a folder. Raises CheckpointError if that fails; nothing is left half-written."""
         tensors = {f"inclusion.{at}": share_n for at, share_n in self.inclusion.items()}
         tensors |= {f"level.{at}": level_n for at, level_n in self.level.items()}
         write_folder(path, "circuit", tensors | _circuit_tensors(self.circuit), self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> TaskResult:
-        """The result that `save` wrote. Raises CheckpointError where it is missing, damaged, or of a task that has no circuit."""
+        """The result that `save` wrote. Raises CheckpointError if it is missing or damaged, or if the task has no circuit."""
         if (Path(path) / "circuit.json").is_file():
             facts = read_json(Path(path) / "circuit.json")
             if "failed" in facts:
@@ -177,7 +177,7 @@ _READER = TypeAdapter(_Read)
 
 
 def _circuit_tensors(circuit: Circuit) -> dict[str, Tensor]:
-    """Means, and edges by the locations they connect."""
+    """The means by location; the edges as rows of both ends and the kind, with rows of weight and effect."""
     tensors = {f"means.{at}": mean_n for at, mean_n in circuit.means.items()}
     places, edges = {location: place for place, location in enumerate(circuit.kept)}, circuit.edges or ()
     rows = [
@@ -190,7 +190,7 @@ def _circuit_tensors(circuit: Circuit) -> dict[str, Tensor]:
 
 
 def _circuit_of(task: str, kept: Mapping[Location, Tensor], tensors: Mapping[str, Tensor]) -> Circuit:
-    """The circuit of some masks that `_circuit_tensors` wrote. Raises KeyError or ValueError where something is missing."""
+    """The circuit of masks `kept` and the tensors of `_circuit_tensors`. Raises KeyError or ValueError if some are missing."""
     places = list(kept)
     edges = tuple(
         Edge(Node(places[a], i), Node(places[b], j), _EDGE_KINDS[kind], weight, effect)
@@ -202,7 +202,7 @@ def _circuit_of(task: str, kept: Mapping[Location, Tensor], tensors: Mapping[str
 
 
 def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:
-    """The tensors of a prefix by location, in the order of the computation."""
+    """The tensors whose names start with a prefix, by location, in the order of the computation."""
     found = {}
     for name, tensor in tensors.items():
         if name.startswith(f"{prefix}."):
@@ -213,7 +213,7 @@ def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, T
 
 
 def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None, search: Mapping[str, Any]) -> None:
-    """Write that a task has no circuit, why, and what search has found none."""
+    """Write the circuit.json of a task without a circuit: the reason, the models' sizes, and the settings of the search."""
     path.mkdir(parents=True, exist_ok=True)
     sizes = {"whole": asdict(full), "dense_whole": None if dense is None else asdict(dense)}
     write_json(path / "circuit.json", {"format": FORMAT, "task": task, "failed": why, "search": dict(search), **sizes})
@@ -223,7 +223,7 @@ def save_failure(path: Path, task: str, why: str, full: Size, dense: Size | None
 
 
 def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] | None = None) -> str:
-    """The result as a person reads it; labels are a few words on nodes, by name."""
+    """The result as text; labels are short descriptions of nodes, by name."""
     facts, report = result.facts, result.report
     runs = "; ".join(f"seed {run.seed}: {run.nodes:,} nodes{'' if run.off <= 1 else ', beyond the bounds'}" for run in facts.runs)
     lines = [
@@ -278,7 +278,7 @@ def _levels(facts: TaskFacts, width: int) -> list[str]:
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
-    """The nodes by location, with their inclusion where seeds differ."""
+    """The nodes by location; if there are several seeds, with the share of seeds that kept each."""
     several = len(result.facts.runs) > 1
     lines = [f"NODES{'' if not several else ' and the share of seeds that kept each'}"]
     for location, kept_1n in result.circuit.kept.items():
@@ -293,7 +293,7 @@ def _nodes(result: TaskResult, width: int) -> list[str]:
 
 
 def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list[str]:
-    """The nodes with labels whose edges have the largest effects in sum, and what is said of them."""
+    """The labelled nodes whose edges have the largest absolute effects in sum, each with its label."""
     effect: defaultdict[str, float] = defaultdict(float)
     for edge in result.circuit.edges or ():
         for end in (edge.source, edge.target):

@@ -1,19 +1,19 @@
-"""A task -> its nested circuits in the sparse model, the dense model's own at the same level, and what can be said for them.
+"""Search a task's nested circuits in the sparse model, and the dense model's own circuit at the same level, with the evidence.
 
-    gate        two-way accuracy of the sparse model on held-out prompts; what it does not do has no circuit
-    seeds       `task_search`: the circuit at the opening level for every seed, the smallest within the bounds kept; and around it
-                the nested ones
+    gate        two-way accuracy of the sparse model on held-out prompts; a task that it does not do has no circuit
+    seeds       `task_search`: the circuit at the opening level for every seed; the smallest one within the bounds is kept, and
+                the nested circuits are searched around it
     edges       every weight between kept nodes (`attribution.task_edges`), none pruned
     dense       the dense model's own circuit, of its own nodes, at the same level by the same search
-    evidence    `evidence.task_sufficiency`, on the test split
+    evidence    `verdicts.task_search`, on the test split
 
-What is explained is the dense model's answer, errors at their means where nodes alone reach it, as for prompts. The sparse
-model's own answer can be explained instead (explains="sparse"), whose circuits were larger: 2,959, 426 and 484 nodes at F .9 on
-var_if, with_as and lambda_func of python-bridge-32, where the dense model's took 242, 380 and 312 with 2, 3 and 4 errors.
+The dense model's answer is explained, with errors at their means if nodes alone reach it, as for prompts. The sparse model's
+own answer can be explained instead (explains="sparse"), but its circuits were larger: 2,959, 426 and 484 nodes at F .9 on var_if,
+with_as and lambda_func of python-bridge-32, while those of the dense model's answer took 242, 380 and 312 with 2, 3 and 4 errors.
 
-Nulls run through all of this but the gate, and must not pass (`TaskResult.passed`): `labels` replaces every answer token by one
-drawn at random, `weights` permutes the entries of every matrix of the sparse model, `shuffled` deals right and wrong answers out
-anew.
+Nulls take all these steps except the gate, and must not pass (`TaskResult.passed`): `labels` replaces every answer token by a
+random one, `weights` permutes the entries of every matrix of the sparse model, and `shuffled` gives each pair the answers of
+another pair, with right and wrong exchanged in half of the pairs.
 
 Shape legend: b pair (row), f all nodes in one row.
 """
@@ -46,25 +46,25 @@ from bridge.studies.result import Null, SeedRun, Size, TaskFacts, TaskResult
 from bridge.verdicts.null_couplings import permuted_weights
 from bridge.verdicts.task_search import SOLVED, gather_task
 
-RULES = 9  # to be raised where the same prompts come to give another circuit: kept nulls are then made again
-NOT_ASKED = "not asked for"  # why there is no circuit of the dense model's own
+RULES = 9  # raise it when a change gives another circuit on the same prompts: stored nulls are then run again
+NOT_ASKED = "not asked for"  # the reason if the dense model's own circuit was not requested
 Explains = Literal["dense", "sparse"]
 
 
 class UnsolvedError(SearchError):
-    """A task that the sparse model does not do, so that it has no circuit; in one line."""
+    """A task that the searched model does not do, so there is no circuit; in one line."""
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """The two models of a coupling with their means, made once for any number of tasks."""
+    """The two models of a coupling with their means, computed once for any number of tasks."""
 
     coupling: CoupledModels
     reference_bt: Tensor
 
     @staticmethod
     def of(coupling: CoupledModels) -> Subjects:
-        """The models over the coupling's own reference text. Raises SearchError where it has none."""
+        """The models, with means over the coupling's own reference text. Raises SearchError if it has none."""
         if coupling.reference_bt is None or not coupling.reference_bt.numel():
             raise SearchError("the coupling", "holds no reference text to take corpus means over", "fit it again")
         return Subjects(coupling, reference_rows(coupling, coupling.reference_bt))
@@ -81,14 +81,14 @@ class Subjects:
 
     @cached_property
     def dense(self) -> DenseSubject:
-        """The dense model, or the span of it that is coupled. Raises DenseModelError where its linear maps cannot be found."""
+        """The dense model, or its coupled span of blocks. Raises DenseModelError if its linear maps cannot be found."""
         return DenseSubject(self.coupling.dense, self.reference_bt)
 
 
 def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0, nested: bool = True) -> SearchConfig:
-    """The search of a task that opens at a level, with so many times the usual steps; where not nested, of that level alone.
+    """The settings of a task search that opens at `level`, with `budget` times the usual steps; only that level if not `nested`.
 
-    Raises SearchError for a level that there is none of.
+    Raises SearchError if the level is none of the nested ones.
     """
     if level not in TASK_SEARCH.levels:
         raise SearchError(
@@ -99,13 +99,13 @@ def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0, nest
 
 
 def model_facts(coupling: CoupledModels) -> dict[str, str | int]:
-    """Fingerprints of the models that are searched, and the rules of the search."""
+    """Fingerprints of the models that are searched, and the version of the search's rules."""
     dense, sparse = coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse)
     return {"dense_fingerprint": dense, "sparse_fingerprint": sparse, "rules": RULES}
 
 
 def whole_size(subject: Subject) -> Size:
-    """Nodes and edges of a whole model."""
+    """Numbers of nodes and edges of a whole model."""
     every_f = torch.ones(subject.space.size, dtype=torch.bool, device=subject.device)
     return Size(len(every_f), edge_count(subject, every_f))
 
@@ -125,11 +125,11 @@ def search_task(
     budget: float = 1.0,
     progress: OnProgress | None = None,
 ) -> TaskResult:
-    """The circuits of a task, by the steps that the module describes; without the gate, also of what the model does not do.
+    """Search the circuits of a task, by the steps in the module's docstring.
 
-    Where not nested there is the circuit at the opening level alone, in a third of the time. budget is a multiple of the usual
-    steps. Raises UnsolvedError where the sparse model does not do the task, NoCircuitError where there is nothing to explain,
-    SearchError where a split has no pairs or the level is not known.
+    If not `gated`, a task that the sparse model does not do is searched too. If not `nested`, only the circuit at the opening
+    level is searched, in a third of the time. `budget` is a multiple of the usual steps. Raises UnsolvedError if the sparse model
+    does not do the task, NoCircuitError if there is nothing to explain, SearchError if a split is empty or the level unknown.
     """
     on_progress, started = progress or unseen, time.monotonic()
     config = replace(search_config(level, budget, nested), seed=seed)
@@ -213,10 +213,10 @@ def search_dense(
     budget: float,
     progress: OnProgress,
 ) -> Size:
-    """The size of the dense model's own circuit of a task, whether or not the sparse model does it; as `search_task` finds it.
+    """The size of the dense model's own circuit of a task, as in `search_task`, whether or not the sparse model does the task.
 
-    Raises UnsolvedError where the dense model does not do the task, SearchError where it cannot be searched, DenseModelError
-    where its linear maps cannot be found.
+    Raises UnsolvedError if the dense model does not do the task, SearchError if the task cannot be searched, DenseModelError if
+    the linear maps of the dense model cannot be found.
     """
     task = with_all_splits(task)
     scores = score(subjects.coupling.dense, task.splits["test"].to(subjects.dense.device))
@@ -230,7 +230,7 @@ def search_dense(
 
 
 def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:
-    """The size of the dense model's own circuit; None, and why, where its maps cannot be found or there is nothing to explain."""
+    """The size of the dense model's own circuit, or None with the reason: its maps are not found, or the span is too small."""
     try:
         return _dense_size(subjects, task, config, on_progress), ""
     except (DenseModelError, SearchError) as error:
@@ -248,12 +248,12 @@ def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
 
 
 def _altered(task: Resolved, alter: Callable[[TokenPairs, int], TokenPairs]) -> Resolved:
-    """The task with the pairs of every split altered, each by its place."""
+    """The task with the pairs of every split altered by `alter(pairs, index of the split)`."""
     return replace(task, splits={name: alter(pairs, place) for place, (name, pairs) in enumerate(task.splits.items())})
 
 
 def _entries(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: TokenPairs) -> Mapping[str, int]:
-    """Embedding, unembedding and bigram weights that the circuit uses on some prompts."""
+    """Numbers of embedding, unembedding and bigram weights that the circuit uses on some prompts."""
     sparse = subject.sparse
     read_s = torch.zeros(sparse.width, dtype=torch.bool, device=subject.device)
     written_s = read_s.clone()
@@ -278,7 +278,7 @@ def _entries(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: T
 
 
 def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
-    """The pairs with every answer token replaced by one drawn at random, the same one everywhere."""
+    """The pairs with every answer token replaced by one random permutation of the vocabulary."""
     permuted_v = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)).to(pairs.answer_bk.device)
 
     def nonsense(ids_bk: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
 
 
 def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
-    """The pairs with the answers of other pairs, right and wrong exchanged in half of them."""
+    """The pairs with the answers of other pairs; right and wrong are exchanged in half of the pairs."""
     generator = torch.Generator().manual_seed(seed)
     from_b = torch.randperm(len(pairs), generator=generator)
     reversed_b = torch.randperm(len(pairs), generator=generator) % 2 == 0

@@ -1,7 +1,7 @@
-"""Tasks one after another: each result written as it comes, those there already skipped, all compared at the end.
+"""Search tasks one after another: write each result when it is found, skip tasks that have one, and compare all at the end.
 
-A folder per task under `out`; beside them `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A run that is killed goes
-on where it was: a task's folder is complete once its circuit.json is there. What is there must be of the same search.
+`out` gets a folder for each task, and `comparison.json`, `comparison.txt` and `cross_ablation.svg`. A killed run resumes where it
+stopped: a task's folder is complete once its circuit.json is there. A circuit that is there must come from the same search.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, model_fact
 
 
 def resolved(subjects: Subjects, name: str) -> Resolved:
-    """A task under the coupling's tokenizer. Raises TaskError."""
+    """A task resolved by the coupling's tokenizer. Raises TaskError."""
     coupling = subjects.coupling
     return resolve(load_task(name), coupling.dense.prompts, context=coupling.context)
 
 
 def folder_name(name: str) -> str:
-    """Name of a task's folder: a built-in task's name, the stem of a file's."""
+    """Name of a task's folder: the name of a built-in task, the stem of a task file."""
     return Path(name).stem
 
 
 def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: OnProgress, width: int = 100, **options: Any) -> str:
-    """One task's search: its text, the result written to `out`. A null that finds nothing has failed, as it must.
+    """Search one task, write the result to `out`, and return its text. A null that finds no circuit has failed, as it must.
 
     Raises UnsolvedError, SearchError or TaskError.
     """
@@ -58,7 +58,7 @@ def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: OnPro
 def run_suite(
     subjects: Subjects, names: Sequence[str], *, out: Path | None, progress: OnProgress, width: int = 100, **options: Any
 ) -> Generator[str, None, None]:
-    """Every task's search, a text for each as it ends, then the comparison's. Raises TaskError before any of them."""
+    """Search every task; yield a text when each ends, then the comparison's text. Raises TaskError before the first search."""
     results: list[TaskResult] = []
     tasks, failed = {name: resolved(subjects, name) for name in names}, 0
     for name, task in tasks.items():
@@ -92,7 +92,7 @@ def run_suite(
 
 
 def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts that identify a search: the models, the prompts, the rules, and all that a user may choose."""
+    """Facts that identify a search: the models, the prompts, the rules, and all settings that a user may choose."""
     return {
         **model_facts(subjects.coupling),
         "level": options.get("level", TASK_SEARCH.opens_at),
@@ -108,7 +108,7 @@ def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> di
 
 
 def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
-    """The result as that of the search asked for. Raises SearchError for another's."""
+    """The result, if it comes from the search that was asked for. Raises SearchError otherwise."""
     facts = result.facts
     there = {
         "level": facts.search.opens_at, "explains": facts.explains, "null": facts.null, "seeds": len(facts.runs),

@@ -1,14 +1,14 @@
 """Couplings of one dense model over several L0 and widths, each evaluated and searched for circuits: the points of a frontier.
 
-For every point, in its own folder below `out`, and each step skipped where its result is there:
+Every point has its own folder below `out`. Each of its steps is skipped if the result is there:
 
-    fit        `training.fit`, which goes on where it was killed; or a coupling that is there already (`load`), left there
+    fit        `training.loop`, resumed if it was killed; or an existing coupling (`load`), which stays in its own folder
     evaluate   `evaluate.evaluate` on held-out text -> eval.json
     circuits   `suite.run_suite` -> circuits/TASK/, with their overlaps and cross-ablation
 
-and once, after the first point that has come so far, the dense model's own circuits of the same tasks -> dense-model/TASK.json.
-After every point sweep.json, sweep.txt and frontier.svg are written anew (`frontier.Frontier`), with the points that the last
-call named. point.json records which weights were measured and how, so that no measure is taken for another's.
+After the first point that succeeds, the dense model's own circuits of the same tasks are searched once -> dense-model/TASK.json.
+After every point sweep.json, sweep.txt and frontier.svg are written again (`frontier.Frontier`), with the points that the latest
+call named. point.json records which weights were measured and how, so a measure is never used for other weights or settings.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from bridge.studies.suite import folder_name
 from bridge.studies.sweep_steps import DENSE_FOLDER, LOST, OnText, Planned, Search, Steps, SweepError
 
 ROWS = 256
-NOT_NAMED = "to be named"  # in the recipe of a fit, where the caller names the dense model
+NOT_NAMED = "to be named"  # the dense model in a fit's recipe if the caller names it
 
 
 def plan(
     l0: Sequence[float] = (), width: Sequence[int] = (), load: Sequence[str | Path] = (), **recipe: Any
 ) -> tuple[Planned, ...]:
-    """The points of a sweep: a fit for every width and L0 (those unsaid are the recipe's), unless there are loads alone; loads.
+    """The points of a sweep: a fit for each width and L0 (default the recipe's), unless only `load` is given; then the loads.
 
-    `recipe` is what `recipe.recipe_values` takes. Raises RecipeError or SweepError, before anything is run.
+    `recipe` takes the arguments of `recipe.recipe_values`. Raises RecipeError or SweepError, before anything is run.
     """
     for what, given in (("l0", l0), ("width", width), ("load", [str(path) for path in load])):
         if twice := sorted({value for value in given if list(given).count(value) > 1}):
@@ -99,11 +99,11 @@ def sweep(
     on_step_end: OnText | None = None,
     progress: OnProgress | None = None,
 ) -> Frontier:
-    """Fit or load couplings of a dense model and measure capability and circuits of each (paper, figure 3); resumable.
+    """Fit or load couplings of a dense model, and measure capability and circuits of each (paper, figure 3); resumable.
 
-    tokens or minutes bound each fit, budget each search; seed is that of the fits, seeds the number of searches per task; dense:
-    search the dense model's own circuits too; on_step_end takes a line as each step ends, progress what it is at. A point that
-    fails is in `failures`. Raises UserError where the sweep cannot begin, FitStopped where a fit was asked to stop.
+    tokens or minutes bound each fit, budget each search; seed is the seed of the fits, seeds the number of searches per task. If
+    `dense`, the dense model's own circuits are searched too. on_step_end takes a line when a step ends, progress every phase. A
+    point that fails is in `failures`. Raises UserError if the sweep cannot begin, FitStopped if a fit was asked to stop.
     """
     out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
     points = plan(
@@ -129,7 +129,7 @@ def sweep(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     of_model = None
-    if model is not None:  # before anything is written: a model that cannot be had is the whole sweep's failure
+    if model is not None:  # before anything is written, since the whole sweep fails if the model cannot be loaded
         of_model = load_dense(model, adapter=adapter, revision=revision, tokenizer=tokenizer, device=device)
     options = {"tokenizer": tokenizer, "device": device, "dtype": dtype}
     run = Steps(model, of_model, out, names, search, options, on_step_end, progress)
@@ -162,7 +162,7 @@ def sweep(
 
 
 def _checked(tasks: Sequence[str], search: Search) -> tuple[str, ...]:
-    """The tasks, by default those in python. Raises UserError for one that there is not, and for settings that do nothing."""
+    """The tasks, by default those in python. Raises UserError if one is unknown, or if a setting leaves nothing to do."""
     for what in ("seeds", "rows", "budget"):
         if not (value := getattr(search, what)) > 0:
             raise SweepError(f"{what} {value}", "leaves nothing to do", "give a positive number")

@@ -1,4 +1,4 @@
-"""The steps of a sweep at one point: fit, evaluation, circuits, each read from its folder where it is there (see `sweep`)."""
+"""The steps of a sweep at one point: fit, evaluation, circuits; a result that is in the folder is read (see `sweep`)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from bridge.training.prepare import prepare
 
 OnText = Callable[[str], None]
 DENSE_FOLDER = "dense-model"
-LOST = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # what loses one point, not the sweep
+LOST = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # errors that lose one point, not the sweep
 _EVALUATION = TypeAdapter(Evaluation)
 
 
 class SweepError(UserError):
-    """A sweep that cannot be run as it was described, in one line."""
+    """A sweep that cannot be run as requested, in one line."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of every circuit search of a sweep, the same for all points; a stored result must agree in them to be used."""
+    """The settings of every circuit search of a sweep, the same for all points; a stored result must have the same settings."""
 
     level: float
     explains: Explains
@@ -75,11 +75,11 @@ class Steps:
     coupling: CoupledModels | None = None
 
     def step_ended(self, text: str) -> None:
-        """Pass on that a step has ended."""
+        """Report that a step has ended."""
         self.on_step_end(f"{self.at}{text}")
 
     def progress(self, phase: Phase) -> None:
-        """Pass on what is under way."""
+        """Report the current phase."""
         within(self.on_progress, self.at)(phase)
 
     def measure(self, point: Planned) -> CouplingPoint:
@@ -107,7 +107,7 @@ class Steps:
         )
 
     def loaded(self, where: Path) -> CoupledModels:
-        """The coupling of the current point, with the sweep's dense model. Raises CheckpointError for another model's."""
+        """The coupling of the current point, with the sweep's dense model. Raises CheckpointError if it is of another model."""
         if self.coupling is None:
             self.coupling = CoupledModels.from_pretrained(where, dense=self.dense, device=self.options["device"])
             self.dense = self.coupling.dense
@@ -131,11 +131,11 @@ class Steps:
         self.step_ended(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
 
     def _facts(self, where: Path, folder: Path, point: Planned) -> dict[str, Any]:
-        """The facts in point.json: the weights that the point's measures are of, and the search's settings."""
+        """The facts in point.json, written if missing: which weights the point's measures are of, and the search's settings."""
         try:
             digest = str(read_json(where / "coupling.json")["tensors"]["sha256"])
         except (KeyError, TypeError, CheckpointError):
-            self.loaded(where)  # which says what is wrong
+            self.loaded(where)  # raises an error that says what is wrong
             raise
         file, search = folder / "point.json", asdict(self.search)
         if file.is_file():
@@ -174,7 +174,7 @@ class Steps:
         return result
 
     def _searched(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
-        """The circuits of all tasks, searched where they are missing; their comparison is written last."""
+        """The sizes of all tasks' circuits, searched if they are missing; their comparison is written last."""
         search = self.search
         files = [circuits / folder_name(name) / "circuit.json" for name in self.tasks]
         end = circuits / "complete.json"
@@ -197,7 +197,7 @@ class Steps:
         return tuple(found)
 
     def measure_dense(self, point: Planned, measured: CouplingPoint, *, pruned: bool) -> DensePoint:
-        """Measure the dense model's own circuits, on the means of the point's text; a failure is reported."""
+        """Measure the dense model's own circuits, with means over the point's text; a failure is reported, not raised."""
         where = self.out / point.name if point.load is None else folder_of(point.load)
         assert self.dense is not None, "a point has been measured"
         name, fingerprint = self.dense.name, self.dense.fingerprint()
@@ -246,14 +246,14 @@ def _recipe_of(folder: Path) -> Recipe:
     return resolve(values)
 
 
-OF_THE_DENSE_MODEL = (  # what a fit fills in where it is not said
+OF_THE_DENSE_MODEL = (  # numbers that a fit fills in if they are not set
     "sparse.width", "sparse.head_channels", "sparse.mlp_ratio", "sparse.mlp", "sparse.keep", "sparse.positions", "sparse.block",
     "data.context", "data.rows", "optimizer.rate",
 )  # fmt: skip
 
 
 def _differences(wanted: Recipe, there: Recipe) -> list[str]:
-    """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the dense model decides."""
+    """Names of the numbers in which a fitted recipe differs from the wanted one, except those that the fit filled in."""
     found = []
     for name in known_names():
         asked, its = (attrgetter(name)(recipe) for recipe in (wanted, there))
@@ -264,7 +264,7 @@ def _differences(wanted: Recipe, there: Recipe) -> list[str]:
 
 
 def _evaluation(file: Path) -> Evaluation | None:
-    """The evaluation in a file; None where it is of another version and has to be repeated."""
+    """The evaluation in a file; None if it is of another version and has to be repeated."""
     try:
         return _EVALUATION.validate_python(read_json(file))
     except ValidationError:
