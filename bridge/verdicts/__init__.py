@@ -1,1 +1,1 @@
-"""The tables of rules by which circuits are judged, and the couplings that must fail them."""
+"""Tables of rules that judge circuits, and null couplings that must fail them."""

@@ -1,14 +1,14 @@
-"""Couplings that must fail whatever a coupling passes: uncoupled, with shuffled bridges, with permuted weights.
+"""Null couplings, which must fail every test that a coupling passes: uncoupled, with shuffled bridges, with permuted weights.
 
-    uncoupled   a sparse model of the same shape from a random start, with at least 1/16 of its weights, trained on text and on
-                the dense model's answers but on nothing inside it; bridges fitted afterwards by ridge regression on the
-                coupling's reference text. That it has more weights, and answers to learn from, makes it the harder null
-    bridges     the coupling with the sparse channels of every bridge in a random order, another at every site (residual streams
-                share their channels over sites, so that only to exchange sites would change little)
-    weights     the entries of every matrix of the sparse model permuted; ridge bridges
+    uncoupled   a sparse model of the same shape from a random start, with at least 1/16 of its weights nonzero. It is trained on
+                text and on the dense model's answers, but on nothing inside the dense model; its bridges are fitted afterwards by
+                ridge regression on the coupling's reference text. Its extra weights, and learning from answers, make it harder
+    bridges     the coupling, with the sparse channels of each bridge in a random order, which differs by site (residual streams
+                share their channels over sites, so exchanging bridges between sites would change little)
+    weights     the coupling, with the entries of each matrix of the sparse model permuted; ridge bridges
 
-The maps that a span's sparse model begins and ends with, the first encoder and the last decoder, are part of it: uncoupled they
-are trained with it, otherwise they are the coupling's own, and what is fitted or shuffled are all others.
+The first encoder and the last decoder of a span are part of its sparse model. The uncoupled null trains them with the model. The
+other nulls keep the coupling's. Only the other bridge maps are fitted or shuffled.
 
 Shape legend: b row, t token, d dense width, s sparse width, n token of all rows, i and j sides of a regression.
 """
@@ -34,15 +34,15 @@ from bridge.training.refit import refit_decoders
 NullName = Literal["uncoupled", "bridges", "weights"]
 NULL_NAMES: tuple[NullName, ...] = get_args(NullName)
 MINUTES = 20.0
-ANNEAL = 0.3  # of the fit, at least: it begins with every weight
-RATE = 1e-2  # of the optimizer: the coupling's own may serve a start from the dense model, and this one's is random
-L0 = 1 / 16  # the least: from a random start, a model as sparse as some couplings learns no task in hours
-MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # of text that is read for it: more than two cores train on
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance; the best on held-out rows is taken
+ANNEAL = 0.3  # minimum fraction of the fit, because it starts with all weights
+RATE = 1e-2  # learning rate: the coupling's own may suit a start from the dense model, but this start is random
+L0 = 1 / 16  # minimum: from a random start, a model as sparse as some couplings learns no task in hours
+MOST_TOKENS, TOKENS_A_MINUTE = 20_000_000, 500_000  # text that is read: more than two cores can train on
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # penalties relative to the mean variance; the best on held-out tokens is used
 
 
 class NullError(UserError):
-    """A null that cannot be made or read, in one line that says what to change."""
+    """A null that cannot be made or read. The message is one line that says what to change."""
 
 
 def null_coupling(
@@ -54,13 +54,13 @@ def null_coupling(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> CoupledModels:
-    """The null of a name; the uncoupled one's model is found, or trained, in the folder `against`.
+    """Return the null of a name; the uncoupled model is loaded from the folder `against`, or trained there.
 
-    Raises NullError where the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
+    Raises NullError if the coupling has no reference text to fit bridges on, or the uncoupled model has no folder.
     """
     if (reference_bt := coupling.reference_bt) is None:
         raise NullError("the coupling", "has no reference text, on which a null's bridges are fitted", "fit it again")
-    coupling = replace(coupling, path=None)  # a null is in no folder: what is kept in that one is not its own
+    coupling = replace(coupling, path=None)  # the null has no folder; files in the coupling's do not describe it
     if name == "bridges":
         return replace(coupling, bridges=shuffled_bridges(coupling, seed))
     if name == "weights":
@@ -72,24 +72,24 @@ def null_coupling(
 
 
 def with_ridge_bridges(coupling: CoupledModels, reference_bt: Tensor) -> CoupledModels:
-    """The coupling with bridges by ridge regression, their decoders refitted to small changes as the coupling's own are."""
+    """Return the coupling with ridge bridges, whose decoders are refitted to small changes like the coupling's own."""
     fitted = replace(coupling, bridges=ridge_bridges(coupling, reference_bt))
-    refit_decoders(fitted, reference_bt, reference_bt, coupling.recipe.refit.slopes)  # of a null there is no other text
+    refit_decoders(fitted, reference_bt, reference_bt, coupling.recipe.refit.slopes)  # a null has no other text
     return fitted
 
 
 def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, progress: OnProgress) -> CoupledModels:
-    """A sparse model of the coupling's shape that no bridge took part in: that of a folder, or fitted there, resumably.
+    """Return a sparse model of the coupling's shape trained without bridges: loaded from a folder, or fitted there, resumably.
 
-    Raises NullError where the folder holds a model of another shape, or one that was coupled.
+    Raises NullError if the folder holds a model of another shape, or one that was coupled.
     """
     if not (folder / "coupling.json").is_file():
         progress(Phase(f"uncoupled: training without bridges for {minutes:g} minutes"))
         recipe = coupling.recipe
         values = recipe.model_dump(include={"sparse", "sparsity", "data"}, exclude_none=True)
         settings = {f"{part}.{key}": value for part, some in values.items() for key, value in some.items()}
-        settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weight of a coupling's in it
-        settings["sparsity.anneal"] = max(ANNEAL, recipe.sparsity.anneal)  # a coupling may go on from one that has its L0
+        settings |= {"sparse.start": "random", "optimizer.rate": RATE}  # no weights of a coupling
+        settings["sparsity.anneal"] = max(ANNEAL, recipe.sparsity.anneal)  # short in a coupling that started at its L0
         losses = Losses().without_bridges().model_dump(exclude={"splice"})
         settings |= {f"losses.{term}": weight for term, weight in losses.items()}
         if coupling.sparse.fractions(recipe.sparsity).blocks < L0:
@@ -117,7 +117,7 @@ def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, 
 
 @torch.no_grad()
 def ridge_bridges(coupling: CoupledModels, tokens_bt: Tensor) -> Bridges:
-    """Bridges between the two models as they are, by ridge regression on text; the last quarter of it chooses the penalty."""
+    """Fit bridges between the two fixed models by ridge regression on text; the last quarter of the text chooses the penalty."""
     sparse, dense = coupling.sparse, coupling.dense
     bridges = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
     rows = tokens_bt.to(dense.device)
@@ -138,7 +138,7 @@ def ridge_bridges(coupling: CoupledModels, tokens_bt: Tensor) -> Bridges:
 
 
 def ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
-    """weight_ji and bias_j of the ridge regression of target on source, float64, whose penalty serves held-out rows best."""
+    """Return weight_ji, bias_j of the ridge regression of target on source, float64, with the penalty best on held-out rows."""
     n = len(source_ni) * 3 // 4 if len(source_ni) >= 8 else len(source_ni)
     mean_i, mean_j = source_ni[:n].mean(0), target_nj[:n].mean(0)
     centred_ni, centred_nj = source_ni - mean_i, target_nj - mean_j
@@ -153,7 +153,7 @@ def ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def shuffled_bridges(coupling: CoupledModels, seed: int) -> Bridges:
-    """The coupling's bridges with their sparse channels in a random order, another at every site."""
+    """Return the coupling's bridges with their sparse channels in a random order, which differs by site."""
     generator = torch.Generator().manual_seed(seed)
     sparse, dense = coupling.sparse, coupling.dense
     shuffled = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
@@ -169,7 +169,7 @@ def shuffled_bridges(coupling: CoupledModels, seed: int) -> Bridges:
 
 
 def permuted_weights(sparse: SparseTransformer, seed: int) -> SparseTransformer:
-    """The model with the entries of every matrix in a random order: as many nonzeros, of the same sizes, elsewhere."""
+    """Return the model with the entries of each matrix in a random order, so the nonzeros are the same but elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(sparse)
     with torch.no_grad():

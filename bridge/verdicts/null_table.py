@@ -1,7 +1,7 @@
-"""The nulls of a coupling, of prompts and of tasks, kept with it: what each null earned where it must fail.
+"""Results of a coupling's nulls on prompts and on tasks, which are kept with the coupling.
 
-nulls.json in the coupling's folder has them under `prompts` and `tasks`, with what they depend on: the coupling, and the bounds
-of search and evidence. Others' are never taken for this one's.
+nulls.json in the coupling's folder has them under `prompts` and `tasks`, together with what they depend on: the coupling, and the
+bounds of search and evidence. Results that depend on anything else are never used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HOW: Mapping[Kind, str] = {
 class Judged:
     """The verdict on a prompt's explanation.
 
-    by_deletion is that without asking for single nodes' effects; ratio is of dense to sparse loss by the circuit's deletion.
+    by_deletion is the verdict if single nodes' effects are not needed; ratio is the measure dense_ratio of the circuit.
     """
 
     verdict: str
@@ -44,9 +44,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class PromptNull:
-    """A null on some prompts: how many explanations there are of each verdict, and the median of what judges them.
+    """A null on prompts: the number of explanations with each verdict, and the median ratio of dense to sparse loss.
 
-    by_deletion is how many would be "representational" if single nodes' effects were not asked for that.
+    by_deletion is the number that would be "representational" or better if single nodes' effects were not needed.
     """
 
     name: str
@@ -62,7 +62,7 @@ class PromptNull:
 
     @staticmethod
     def of(name: str, judged: Sequence[Judged]) -> PromptNull:
-        """The null of the verdicts of some prompts."""
+        """Summarise the verdicts on some prompts."""
         known = sorted(each.ratio for each in judged if each.ratio is not None)
         ratio = known[len(known) // 2] if known else None
         by_deletion = sum(each.by_deletion in STRONG for each in judged)
@@ -71,10 +71,10 @@ class PromptNull:
 
 @dataclass(frozen=True)
 class NullTask:
-    """A null on a task: which tests hold (None: could not be taken), each test's first value, and whether all do.
+    """A null on a task: which tests hold (None: could not be measured), each test's first value, and whether all tests hold.
 
-    accuracy is that of the null's sparse model; why says what there was instead of evidence, "" where there was some; prompts
-    tells which prompts they were.
+    accuracy is that of the null's sparse model; why says why there is no evidence, "" if there is; prompts identifies the task's
+    prompts.
     """
 
     task: str
@@ -88,9 +88,9 @@ class NullTask:
 
 @dataclass(frozen=True)
 class TaskNull:
-    """A null on some tasks; it passes where all tests hold on any of them, and must not.
+    """A null on some tasks. It passes if all tests hold on any of the tasks, and it must not pass.
 
-    note says what weakens it: that it fails is then no evidence.
+    note says why the null is weak, "" if it is not; that a weak null fails is no evidence.
     """
 
     name: str
@@ -100,7 +100,7 @@ class TaskNull:
 
     @property
     def passed(self) -> bool:
-        """Whether the method fails: what must not pass does."""
+        """Whether the null passes, which means that the method fails."""
         return self.strong > 0
 
     @property
@@ -109,7 +109,7 @@ class TaskNull:
         return sum(task.passed for task in self.tasks)
 
     def passing(self, test: str) -> int:
-        """Number of tasks on which a single test holds."""
+        """Return the number of tasks on which a test holds."""
         return sum(task.holds.get(test) is True for task in self.tasks)
 
 
@@ -117,7 +117,7 @@ _PROMPTS, _TASKS = TypeAdapter(tuple[PromptNull, ...]), TypeAdapter(tuple[TaskNu
 
 
 def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -> Measure:
-    """The share of cases in which a null's circuit is as strong as what it is beside; none where `why` says what is missing."""
+    """Return the share of cases in which a null's circuit is strong; no value if `why` says that nulls are missing."""
     name, criterion = "share of nulls' explanations as strong", Criterion("<=", 0.0)
     if why or not nulls:
         return Measure("nulls", name, None, criterion, note=why or "no null was run")
@@ -131,7 +131,7 @@ def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -
 def keep_nulls(
     coupling: CoupledModels, kind: Kind, nulls: Sequence[PromptNull | TaskNull], rules: str, **facts: str | float | int
 ) -> None:
-    """Write the nulls beside those of the other kind in nulls.json. Raises CheckpointError where the coupling is in no folder."""
+    """Write the nulls to nulls.json and keep those of the other kind. Raises CheckpointError if the coupling has no folder."""
     file = _folder(coupling) / FILE
     there: dict[str, Any] = read_json(file) if file.is_file() else {}
     mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
@@ -139,12 +139,12 @@ def keep_nulls(
 
 
 def stored_prompt_nulls(coupling: CoupledModels, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:
-    """The nulls of prompts kept with a coupling; or None, and why there are none in a few words."""
+    """Return (nulls on prompts kept with a coupling, ""), or (None, reason in a few words)."""
     return _stored(coupling, "prompts", rules, _PROMPTS)
 
 
 def stored_task_nulls(coupling: CoupledModels, rules: str, **facts: str | float | int) -> tuple[tuple[TaskNull, ...] | None, str]:
-    """The nulls of tasks kept with a coupling, by the facts given where there are any; or None, and why there are none."""
+    """Return (nulls on tasks kept with a coupling, ""), if rules and facts are the same, or (None, reason in a few words)."""
     return _stored(coupling, "tasks", rules, _TASKS, facts)
 
 
@@ -166,13 +166,13 @@ def _stored(
 
 
 def rules_of(*configs: SearchConfig | Any) -> str:
-    """Digest of some bounds, of search and evidence."""
+    """Return a digest of the bounds of search and evidence."""
     text = json.dumps([config if isinstance(config, int) else asdict(config) for config in configs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(coupling: CoupledModels) -> str:
-    """The digests of a coupling's tensors and of its dense model. Raises CheckpointError where it is in no folder."""
+    """Return digests of a coupling's tensors and of its dense model. Raises CheckpointError if the coupling has no folder."""
     facts = read_json(_folder(coupling) / "coupling.json")
     return f"{facts['tensors']['sha256'][:16]} {coupling.dense.fingerprint()[:16]}"
 

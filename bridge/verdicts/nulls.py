@@ -1,9 +1,9 @@
-"""The nulls of a coupling on prompts: the same search and the same evidence on couplings that must fail them.
+"""Nulls of a coupling on prompts: the same search and evidence, run on null couplings that must fail.
 
-For each null (`null_couplings`) and each prompt the dense model's own answer is asked about, the null's sparse model is made to
-follow it, circuits are searched and judged by the same bounds; what is kept is how many explanations of each verdict there are.
-None may earn "representational" or better. Where some would by the deletion of their circuits alone, that is not enough of the
-coupling's either, and single nodes' effects are asked for. A prompt without enough of a span counts as no explanation.
+For each null (`null_couplings`) and each prompt, the question is the dense model's own answer. Error nodes make the null's
+sparse model follow the dense model, circuits are searched and judged by the same bounds, and the number of explanations per
+verdict is kept. None may earn "representational" or better. If one would by its circuit's deletion alone, deletion is not enough
+for the coupling's circuits either: single nodes' effects must rank alike too. A span below `least_span` is no explanation.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Means = dict[Location, Tensor]
 
 
 def prompt_means(coupling: CoupledModels) -> Means:
-    """The means of every node and every error over the coupling's reference text, kept with it. It must have some."""
+    """Return the means of all nodes and errors over the coupling's reference text, which must exist; kept with the coupling."""
     assert coupling.reference_bt is not None
     return reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
 
 
 def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tensor]:
-    """Prompts tokens_t of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises UserError where it has none."""
+    """Return prompts of 8 to 24 tokens, cut by seed from the coupling's held-out text. Raises UserError if it has none."""
     if coupling.reference_bt is None or not coupling.reference_bt.numel():
         raise UserError("the coupling", "holds no reference text to cut prompts from", "fit it again")
     text_bt, generator = coupling.reference_bt, torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tens
 def judged(
     coupling: CoupledModels, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
 ) -> Judged:
-    """The verdict on one prompt's explanation."""
+    """Search and judge the circuit for one prompt."""
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
     followed = follow(coupling, tokens_t[None], last_b)
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
@@ -88,9 +88,9 @@ def run_prompt_nulls(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> tuple[PromptNull, ...]:
-    """Each null on the prompts, written to the coupling's folder where it is in one.
+    """Run each null on the prompts, and write the results to the coupling's folder if it has one.
 
-    The uncoupled model is found, or trained for some minutes, in the folder `against`. Raises NullError where it has none.
+    The uncoupled model is loaded from the folder `against`, or trained there for `minutes`. Raises NullError without a folder.
     """
     search, config = search or SearchConfig(), config or EvidenceConfig()
     nulls: list[PromptNull] = []
@@ -109,7 +109,7 @@ def run_prompt_nulls(
 
 
 def render_prompt_nulls(nulls: Sequence[PromptNull]) -> str:
-    """The nulls as a table: how many explanations earn each verdict, and the median of what judges them."""
+    """Return a table of the nulls: number of explanations with each verdict, and median ratio of dense to sparse loss."""
     rows: list[tuple[str, ...]] = [
         ("null", "prompts", "representational or better", "by deletion alone", "verdicts", "dense over sparse loss")
     ]

@@ -1,16 +1,16 @@
-"""All evidence on a prompt's circuit, and the table of rules by which it earns its verdict: the only place that has them.
+"""All evidence on a prompt's circuit, and the table of rules that gives its verdict; this module alone defines the rules.
 
     no explanation       the span is too small, or too much of it flows through errors
-    refuted              alone or in supersets the circuit is not what the search took it for, or matched nodes do as well
+    refuted              the circuit alone or in supersets is less faithful than the rules ask, or matched nodes do the same
     behavioural          none of these
-    representational     its deletion, transported into the dense model, takes there what it takes in the sparse one, at the
-                         site where it takes least of that; other nodes take little
-    mechanistic support  also: with it (and its backup, if any) ablated the answer is lost; single nodes' effects rank alike in
-                         both models; patching, where a counterfactual is given, transports; and the coupling's nulls fail
+    representational     the circuit's deletion, transported into the dense model, loses there enough of what it loses in the
+                         sparse model, even at the site where this ratio is smallest; deleting matched nodes loses little
+    mechanistic support  also: the answer is lost when the circuit (and its backup, if any) is ablated; single nodes' effects rank
+                         alike in both models; patching transports, if a counterfactual is given; and the coupling's nulls fail
 
-`gather` measures, in the order of the table; every measure stands beside its control. What each is, its module says. The
-circuit that is drawn and judged is that of the level which the search opens at; where that one does not hold in random
-supersets and the next does, and is not much larger, it is the next (`opening_of`).
+`gather` takes all measures, each with its control; their modules define them. The circuit that is drawn and judged is the one at
+the level that the search opens at. If this circuit does not hold in random supersets, and the next one does and is not much
+larger, the next one is drawn and judged (`opening_of`).
 
 Shape legend: c circuit, f all nodes in one row.
 """
@@ -42,31 +42,31 @@ from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nu
 
 @dataclass(frozen=True)
 class EvidenceConfig:
-    """Bounds of the evidence on a prompt's circuit, and how much is drawn; saved with its explanation."""
+    """Bounds of the evidence on a prompt's circuit, and numbers of draws; an explanation saves the bounds as criteria."""
 
-    most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
-    superset_mean: float = 0.8  # the search holds the rms of six supersets to 2 (1 - F); twenty others scatter about that
-    superset_worst: float = 0.4  # and the worst of the six to 3.5 (1 - F): the worst of twenty is further out
-    next_size: float = 4.0  # times the circuit that does not hold: up to there the next one is drawn instead
-    matched: float = 0.1  # of faithfulness, in the median: other active nodes of the same places are to do nothing
-    behind: float = 1 / 3  # of the sparse loss, that a change must make for its site to count: elsewhere 0 is divided by 0
-    # dense over sparse loss at its least. Shuffled bridges reach .20 where circuits are taken without errors (14 prompts),
-    # and with errors 1 of 12 goes beyond, whose error share refuses it; of python-bridge-32, 18 prompts, .30 to 1.07, median .64
+    most_error: float = 0.5  # of the span; above this, errors explain more than nodes do
+    superset_mean: float = 0.8  # the search bounds the rms miss of six supersets by 2 (1 - F); twenty others scatter about that
+    superset_worst: float = 0.4  # the search bounds the worst of six by 3.5 (1 - F); the worst of twenty is further out
+    next_size: float = 4.0  # the next circuit is drawn instead only if it is at most so many times as large
+    matched: float = 0.1  # median faithfulness; other active nodes of the same locations and positions should do nothing
+    behind: float = 1 / 3  # of the sparse loss: minimum that a change must lose for its site to count; else 0 / 0
+    # minimum of dense over sparse loss. Shuffled bridges reach .20 with circuits without errors (14 prompts); with errors 1 of 12
+    # exceeds it, and is refused for its error share. python-bridge-32 has .30 to 1.07 on 18 prompts, median .64
     ratio: float = 0.25
-    best: float = 0.6  # of the span, lost in the dense model at the best site
-    matched_lost: float = 0.1  # of the span, by deleting matched nodes, transported into dense at the same sites
-    lost: float = 0.8  # of the span, by deleting the circuit, or it and its backup
+    best: float = 0.6  # of the span, lost in the dense model at the site where it loses most
+    matched_lost: float = 0.1  # of the span, lost in dense by deleting matched nodes, at the same sites
+    lost: float = 0.8  # of the span, lost by deleting the circuit, and its backup if there is one
     correlation: float = 0.6
-    patched: float = 0.5  # of the ceiling
+    patched: float = 0.5  # of the effect of patching all nodes
     matched_draws: int = 8
-    deleted_draws: int = 3  # of matched nodes, that are deleted at every site in both models
+    deleted_draws: int = 3  # number of the matched draws that are deleted, at every site in both models
     other_prompts: int = 2
-    nodes: int = 60  # of the effect profile
+    nodes: int = 60  # of the effect profile, about half of them in the circuit
 
     def rules(self, *, counterfactual: bool, by_deletion: bool) -> tuple[Rule, ...]:
-        """The table, weakest verdict first.
+        """Return the table, weakest verdict first.
 
-        With by_deletion the circuit's deletion is enough for "representational", else single nodes' effects are asked as well.
+        With by_deletion, the circuit's deletion is enough for "representational"; otherwise single nodes' effects are needed too.
         """
         patching = ("patching",) if counterfactual else ()
         deleted = "Its deletion, transported into the dense model, takes there what it takes in the sparse one"
@@ -99,7 +99,7 @@ class EvidenceConfig:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The report on a prompt's circuit, the nested circuits measured, its backup, and what is lost without each of its groups."""
+    """Report on a prompt's circuit, the measured nested circuits, the backup, and the loss by deleting each group."""
 
     report: Report
     nested: tuple[NestedCircuit, ...]
@@ -108,10 +108,10 @@ class Evidence:
 
 
 def opening_of(circuits: Sequence[NestedCircuit], asked: int, config: EvidenceConfig | None = None) -> int:
-    """The place of the circuit to draw and judge: that which was asked for, or where it does not hold, the next if that does.
+    """Return the index of the circuit to draw and judge: `asked`, or the next one if `asked` does not hold and the next does.
 
-    To hold is to be as faithful as asked, and within the bounds of the table in random supersets. The next is at most `next_size`
-    times as large.
+    A circuit holds if it reaches the faithfulness of its level, and the table's bounds in random supersets. The next one is taken
+    only if it has at most `next_size` times as many nodes.
     """
     config, after = config or EvidenceConfig(), asked + 1
 
@@ -139,10 +139,10 @@ def gather(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> Evidence:
-    """All evidence on one of the nested circuits of a search, whose prompt was followed; groups are masks of its nodes.
+    """Gather all evidence on one of the nested circuits of a search; groups are masks of its nodes.
 
-    circuits are the nested ones, measured (`measure_nested`), opening the place of the one (`opening_of`). progress may raise to
-    end the work. Raises ValueError where the counterfactual has another length.
+    followed is the prompt's dense run with its errors, circuits the measured nested ones (`measure_nested`), opening the index of
+    the judged one (`opening_of`). progress may raise to stop. Raises ValueError if the counterfactual has another length.
     """
     config = config or EvidenceConfig()
     generator = torch.Generator().manual_seed(seed + 3_000_017)
@@ -180,7 +180,7 @@ def gather(
 def _sufficient(
     config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit, matched_cf: Tensor, other_cf: Tensor
 ) -> tuple[Measure, ...]:
-    """The span, the circuit alone and in supersets, and controls alone."""
+    """Measure the span, the circuit alone and in supersets, and the controls alone."""
     asked = circuit.asked if circuit.asked is not None else 0.9
     alone_c = (1 - loss.miss(loss.masked.logits(torch.cat([matched_cf, other_cf]))).abs()).tolist()
     of_matched, of_others = alone_c[: len(matched_cf)], alone_c[len(matched_cf) :]
@@ -201,7 +201,7 @@ def _sufficient(
 
 
 def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
-    """The span that the sparse model loses without the circuit, and where it has a backup, without that as well."""
+    """Measure the share of the span that the sparse model loses without the circuit and, if it has one, its backup."""
     alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
     note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)

@@ -1,12 +1,12 @@
-"""All evidence on a task's circuits in the sparse model, and the table of rules for its verdict there.
+"""All evidence on a task's circuits in the sparse model, and the table of rules that gives their verdict there.
 
-    no explanation   the sparse model does not do the task, or the span is too small, or too much of it flows through errors
-    refuted          on held-out prompts the opening circuit alone or in random supersets is not what the search took it for,
-                     matched nodes do as well, or the answer is there when it is ablated
-    behavioural      none of these; what the dense model does, the card says
+    no explanation   the sparse model does not do the task, the span is too small, or too much of the span flows through errors
+    refuted          on held-out prompts the opening circuit alone or in random supersets is less faithful than the rules ask, it
+                     does not keep the answers, matched nodes do the same, or the answer is still there when it is ablated
+    behavioural      none of these; the task's card judges what the dense model does
 
-Everything is measured on the test split, whose names and templates the search has not seen. Bounds there are wider than those of
-the search, which a circuit is held to on other prompts.
+Everything is measured on the test split, whose names and templates the search has not seen. The bounds are wider than those of
+the search, because the search had to meet its bounds on other prompts.
 
 Shape legend: c circuit, u superset, b prompt, f all nodes in one row.
 """
@@ -35,22 +35,22 @@ SOLVED = 0.9  # accuracy
 
 @dataclass(frozen=True)
 class TaskEvidenceConfig:
-    """Bounds of the evidence on a task's circuit, and how much is drawn; saved with its result."""
+    """Bounds of the evidence on a task's circuit, and numbers of draws; a result saves the bounds as criteria."""
 
     solved: float = SOLVED
-    most_error: float = 0.5  # of the span: beyond it errors explain more than nodes do
-    faithfulness: float = 0.8  # on held-out prompts, where the search asks .9 on its own
+    most_error: float = 0.5  # of the span; above this, errors explain more than nodes do
+    faithfulness: float = 0.8  # on held-out prompts; the search asks .9 on its own prompts
     superset_mean: float = 0.7
     superset_worst: float = 0.4
-    matched: float = 0.1  # of faithfulness, in the median
-    lost: float = 0.8  # of the span, by deleting the circuit
+    matched: float = 0.1  # median faithfulness
+    lost: float = 0.8  # of the span, lost by deleting the circuit
     stable: float = 0.6  # Jaccard overlap of two seeds' nodes
-    smaller: float = 16.0  # times fewer edges than the dense model's own circuit
+    smaller: float = 16.0  # factor: edges of the dense model's own circuit over the circuit's edges
     supersets: int = 10
     draws: int = 4  # of matched nodes
 
     def rules(self) -> tuple[Rule, ...]:
-        """The table, weakest verdict first."""
+        """Return the table, weakest verdict first."""
         return (
             Rule(
                 "undecided", ("solved", "span", "error_share"),
@@ -67,7 +67,7 @@ class TaskEvidenceConfig:
 
 @dataclass(frozen=True)
 class TaskLevel:
-    """One of a task's nested circuits on held-out prompts, its edges, and the faithfulness of nodes matched by location."""
+    """One of a task's nested circuits measured on held-out prompts, its edges, and the median faithfulness of matched nodes."""
 
     circuit: NestedCircuit
     edges: int
@@ -87,9 +87,9 @@ def gather_task(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> tuple[Report, tuple[TaskLevel, ...]]:
-    """All evidence on a task's nested circuits on some prompts, and every level measured there.
+    """Gather the evidence on a task's nested circuits on the prompts of `test`; return the report and the measured levels.
 
-    seeds_f are the opening nodes of every seed, edges those of the levels, dense_edges those of the dense model's own circuit.
+    seeds_f are the opening circuits of all seeds, edges the numbers of edges by level, dense_edges that of the dense model's own.
     """
     config, opening = TaskEvidenceConfig(), test.config.opening
     generator = torch.Generator().manual_seed(seed + 3_000_017)
@@ -137,7 +137,7 @@ def gather_task(
 def _controls(
     test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator
 ) -> tuple[list[float], list[float]]:
-    """Faithfulness of some draws of matched nodes alone, and the span lost by deleting each; none where too few are active."""
+    """Return the faithfulness of draws of matched nodes alone, and the span lost by deleting each; [] if too few are active."""
     if not 0 < int((kept_f & test.nodes_f).sum()) <= int((on_f & ~kept_f).sum()):
         return [], []
     matched_cf, count = matched(test.masked, kept_f, draws, generator), len(test.model_b)
@@ -146,13 +146,13 @@ def _controls(
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
-    """Share of prompts where the circuit alone prefers the answer."""
+    """Return the share of prompts for which the circuit alone prefers the answer."""
     row_b = torch.arange(len(test.model_b), device=kept_f.device)
     return float((test.masked.question.difference(test.logits(kept_f[None]), row_b) > 0).float().mean())
 
 
 def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor) -> Measure:
-    """Overlap of the seeds' circuits, beside what as many active nodes share by chance."""
+    """Measure the overlap of the seeds' circuits; the control is the overlap of as many random active nodes."""
     key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
     if len(seeds_f) < 2:
         return Measure(key, name, None, criterion, note="there is one seed; five would tell")
@@ -168,7 +168,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
 
 
 def expected_overlap(first: int, second: int, of: int) -> float:
-    """Number of `of` things that two random sets share on average (hypergeometric)."""
+    """Return the mean number of elements that two random subsets of `of` elements share (hypergeometric)."""
     return first * second / of if of else 0.0
 
 
