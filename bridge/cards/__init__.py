@@ -1,1 +1,1 @@
-"""Cards: how much a task's circuit explains of the dense model."""
+"""Cards: evidence on how far a task's circuit explains the dense model."""

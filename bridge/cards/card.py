@@ -1,4 +1,4 @@
-"""The card of a task's circuit: its report, with what it was made of; saved, loaded, and as text. Many cards as a table."""
+"""The card of a task's circuit: its report and provenance, as a value, as JSON and as text; many cards as a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class Card:
-    """Evidence that a task's circuit explains the dense model, on so many held-out pairs; notes give what these cannot show."""
+    """Evidence that a task's circuit explains the dense model, on a number of held-out pairs; notes state its limits."""
 
     task: str
     pairs: int
@@ -37,11 +37,11 @@ class Card:
 
     @property
     def verdict(self) -> Verdict:
-        """How far the evidence goes."""
+        """The verdict of the report."""
         return self.report.verdict
 
     def to_json(self) -> dict[str, Any]:
-        """The card as plain JSON values; verdict, reasons, and whether each measure has passed, written out."""
+        """The card as plain JSON values, with the verdict, its reasons, and whether each measure and null has passed."""
         values = as_json(self)
         for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
             written["passed"] = measure.passed
@@ -76,7 +76,7 @@ def render_card(card: Card, width: int = 110) -> str:
 
 
 def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
-    """Table of the number of tasks on which each null passes each test; no task may pass all."""
+    """Table of the number of tasks on which each null passes each test; a null must not pass all tests on any task."""
     rows = [["NULLS", "all tests", "tasks", "solved", *TESTS]]
     for null in nulls:
         solved = sum((task.accuracy or 0) >= CardConfig.solved for task in null.tasks)
@@ -91,13 +91,13 @@ def render_nulls(nulls: Sequence[TaskNull], width: int = 110) -> list[str]:
 
 
 def _passing(null: TaskNull, test: str) -> str:
-    """Number of tasks on which a test holds, and the mean of its first value."""
+    """Number of tasks on which a test holds, and the mean of the test's first measure."""
     values = [value for task in null.tasks if (value := task.values.get(test)) is not None]
     return f"{null.passing(test)} of {len(null.tasks)}" + (f" ({sum(values) / len(values):.3f})" if values else "")
 
 
 def render_cards(cards: Sequence[Card]) -> str:
-    """A line per card: each test's first value with its ceiling, and whether the test holds."""
+    """Table with a line for each card: the first measure of each test with its ceiling, and whether the test holds."""
     rows = [["task", "nodes", *TESTS, "verdict"]]
     for card in cards:
         cells = []

@@ -1,17 +1,17 @@
-"""All evidence on a task's circuit, and the table of rules by which it earns its verdict: the only place that has them.
+"""Measure all evidence on a task's circuit, and define the table of rules for its verdict, which is defined nowhere else.
 
     no explanation       one of the models does not do the task, or the span is too small
     refuted              the circuit is not sufficient in the sparse model (the search's own verdict)
-    undecided            whether it is could not be measured
-    behavioural          it is
+    undecided            the circuit's sufficiency could not be measured
+    behavioural          the circuit is sufficient
     representational     interchange interventions on it change the dense model's answer; and its deletion, transported into the
-                         dense model, takes there what it takes in the sparse one, at the site where it takes least of that
-    mechanistic support  also: when it is ablated the answer is lost; it does in place of the dense blocks, and its complement
-                         does not; single nodes' effects rank alike in both models; it predicts the dense model on prompts that
-                         were held out; the circuits of several seeds agree; and the coupling's nulls fail
+                         dense model, has enough of its effect in the sparse model, even at the site with the least of it
+    mechanistic support  also: when it is ablated the answer is lost; it keeps the answer in place of the dense blocks, and its
+                         complement does not; single nodes' effects rank alike in both models; it predicts the dense model on
+                         held-out prompts; the circuits of several seeds agree; and the coupling's nulls fail
 
-It is of at most 64 pairs of the test split, every second one the other way round, and of stress prompts made of the same pairs;
-what is the same computation as for a prompt is the same code, on all prompts. Intervals are bootstraps over pairs.
+The evidence is measured on at most 64 pairs of the test split, every second one with its members exchanged, and on stress prompts
+made from these pairs. Measures that a prompt's circuit has too use the same code. Intervals are bootstraps over pairs.
 
 Shape legend: b pair (row), c circuit, f all nodes in one row.
 """
@@ -42,7 +42,7 @@ from bridge.verdicts.null_couplings import NULL_NAMES
 from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_of, stored_task_nulls
 from bridge.verdicts.prompt import EvidenceConfig
 
-VERSION = 4  # to be raised where the same circuit comes to have other evidence: what is kept is then made again
+VERSION = 4  # raise it when a change gives other evidence on the same circuit: stored cards and nulls are then made again
 TESTS: Mapping[str, tuple[str, ...]] = {
     "patching": ("patching", "patching_rotated", "patching_pairs"),
     "deletion": ("dense_ratio", "dense_matched"),
@@ -51,25 +51,25 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "prediction": ("prediction", "prediction_margin", "signs", "mistakes"),
 }
 NULLS: tuple[str, ...] = (*NULL_NAMES, "labels")
-UNTOUCHED = frozenset({("bridges", "prediction")})  # a test that does not use what a null changes
+UNTOUCHED = frozenset({("bridges", "prediction")})  # tests that do not use what the null changes
 
 
 @dataclass(frozen=True)
 class CardConfig(EvidenceConfig):
-    """Bounds of the evidence on a task's circuit beyond a prompt's, and how much is drawn."""
+    """Bounds of the evidence on a task's circuit in addition to those for a prompt, and numbers of draws."""
 
     nodes: int = 100
-    matched_draws: int = 40  # what one keeps in place of the blocks varies by .05 to .15
+    matched_draws: int = 40  # the share that a draw keeps in place of the blocks varies by .05 to .15
     pairs: int = 64
     solved: float = 0.9  # accuracy
     least_span: float = 1.0  # nats
     substituted: float = 0.8
-    substituted_others: float = 0.3  # at most: matched nodes in the mean, and the complement
+    substituted_others: float = 0.3  # at most, for matched nodes in the mean and for the complement
     agreement: float = 0.9  # of signs
 
 
 def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
-    """The table, weakest verdict first; what was left out of the measures is not asked."""
+    """The table of rules, weakest verdict first; a measure that was left out is not required."""
     there = {measure.key for measure in measures}
     keys = {test: tuple(key for key in wanted if key in there) for test, wanted in TESTS.items()}
     return (
@@ -96,13 +96,13 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
 
 
 def holds(report: Report, test: str) -> bool | None:
-    """Whether a test holds: False where one of its measures fails, None where one could not be taken, or none is there."""
+    """Whether a test holds: False if one of its measures fails; None if one could not be taken, or if there is none."""
     passed = [measure.passed for measure in report.measures if measure.key in TESTS[test]]
     return False if False in passed else None if None in passed or not passed else True
 
 
 def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> NullTask:
-    """Summary of a null's evidence: it passes where all tests hold, whatever else is to be said of it."""
+    """Summary of a null's evidence on a task: the null passes if all tests hold, whatever its other measures are."""
     found = {test: holds(report, test) for test in TESTS}
     values = {test: next((m.value for m in report.measures if m.key in keys), None) for test, keys in TESTS.items()}
     return NullTask(task, found, values, all(each is True for each in found.values()), accuracy, prompts=prompts)
@@ -114,9 +114,9 @@ def rules() -> str:
 
 
 def held_out(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
-    """At most so many pairs of a task's test split, every second one the other way round, by length.
+    """At most `count` pairs of a task's test split, every second one with its members exchanged, sorted by length.
 
-    Raises CardError where there are none.
+    Raises CardError if there are none.
     """
     pairs = task.splits["test"]
     if not len(pairs):
@@ -137,9 +137,9 @@ def gather_task(
     seed: int = 0,
     progress: OnProgress = unseen,
 ) -> Report:
-    """All evidence on a task's circuit; `alter` changes the answers of all pairs that it is held to, for a null.
+    """Measure all evidence on a task's circuit. For a null, `alter` changes the answers of all pairs that it is tested on.
 
-    progress may raise to end the work. Raises CardError where the task has no held-out pairs, or the coupling no text.
+    `progress` may raise to stop the work. Raises CardError if the task has no held-out pairs, or the coupling no text.
     """
     config, generator = CardConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
@@ -177,7 +177,7 @@ def gather_task(
 
 
 def with_nulls(report: Report, coupling: CoupledModels) -> Report:
-    """The report with the nulls that the coupling has now."""
+    """The report with the coupling's current nulls."""
     measures = tuple(m if m.key != "nulls" else _nulls(coupling) for m in report.measures)
     return Report(measures, report.rules)
 
@@ -192,7 +192,7 @@ def _solved(coupling: CoupledModels, config: CardConfig, transporter: Transporte
 
 
 def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
-    """The search's own verdict, in two parts: whether there is something to explain, and whether the circuit does."""
+    """The search's own verdict in two parts: whether there is something to explain, and whether the circuit is sufficient."""
     found = float(circuit.sparse not in ("unsolved", "no explanation"))
     value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse), Criterion(">=", 1.0)
     note = f"the search's verdict on it is {circuit.sparse}"
@@ -217,7 +217,7 @@ def _nulls(coupling: CoupledModels) -> Measure:
 
 
 def _alone(null: TaskNull) -> str:
-    """Single tests that a null passes, which are then no evidence by themselves."""
+    """The single tests that a null passes; such a test is no evidence by itself."""
     found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNTOUCHED}
     passed = [f"{test} on {count} of {len(null.tasks)}" for test, count in found.items() if count]
     return f"{null.name} passes {', '.join(passed) or 'no test'}"

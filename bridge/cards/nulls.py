@@ -1,15 +1,15 @@
 """The nulls of a coupling on tasks: the same search and the same evidence on couplings that must fail them.
 
     uncoupled, weights   circuits are searched in the null (`null_couplings`)
-    bridges              the coupling's own circuits
-    labels               the coupling itself and its circuits, every answer token replaced by a random one, the same everywhere
+    bridges              the coupling's own circuits are tested with the null's bridges
+    labels               the coupling and its circuits are tested with random answers: one permutation of the vocabulary
 
-A null passes where all tests hold (`task.null_task`), whatever else is to be said of it: that no model does a nonsense task is no
-test's merit. A search that finds no circuit fails; one that cannot be run is an error. Where an uncoupled model does none of the
-tasks, its null is weak, and says so: it was trained too briefly.
+A null passes if all tests hold (`evidence.null_task`), whatever its other measures are: if a model does not do a nonsense task,
+that shows nothing about the tests. A null fails if the search finds no circuit; a search that cannot be run is an error. If the
+uncoupled model does none of the tasks, its null is noted as weak: the model was trained too briefly.
 
-They are written after every task: a run that is killed goes on where it was, and results of another coupling, of other prompts or
-by other rules are never taken for this one's.
+Results are written after every task, so a killed run resumes where it stopped. Results for another coupling, for other prompts
+or by other rules are never reused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bridge.studies.search import Subjects, random_labels, search_task
 from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 
-TASKS = 3  # by default: of those the coupling solves
+TASKS = 3  # default number, of the tasks that both models do
 WEAK = "the uncoupled model does none of these tasks: train it for longer, or this null shows little"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
@@ -43,7 +43,7 @@ WHAT: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Nulls:
-    """Inputs of the nulls of a coupling: tasks and their circuits, the uncoupled coupling's folder and budget, seeds."""
+    """Inputs of a coupling's nulls: tasks, their circuits, folder and minutes of the uncoupled coupling, search budget, seed."""
 
     coupling: CoupledModels
     tasks: tuple[Resolved, ...]
@@ -54,7 +54,7 @@ class Nulls:
     seed: int = 0
 
     def run(self, progress: OnProgress) -> Generator[TaskNull, None, None]:
-        """Every null as it ends; results found in the coupling's folder are taken from there."""
+        """Run every null and yield it when it is done; results stored in the coupling's folder are reused."""
         kept, _ = stored_task_nulls(self.coupling, rules(), **self._facts)
         done = {null.name: null for null in kept or ()}
         asked = {resolved.task: resolved for resolved in self.tasks}
@@ -74,20 +74,20 @@ class Nulls:
 
     @property
     def _facts(self) -> dict[str, str | float | int]:
-        """Facts that the results depend on; the uncoupled model may come to be on the way."""
+        """Facts that the results depend on; the digest of the uncoupled model is "" until it has been trained."""
         file = self.against / "coupling.json"
         against = (read_json(file).get("tensors") or {}).get("sha256", "") if file.is_file() else ""
         return {"against": against, "work": self.budget, "seed": self.seed}
 
     def _subjects(self, name: str, progress: OnProgress) -> Subjects:
-        """The coupling of a null."""
+        """The models that a null is tested on."""
         if name not in NULL_NAMES:
             return Subjects.of(self.coupling)
         options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
         return Subjects.of(null_coupling(self.coupling, name, **options, progress=progress))
 
     def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
-        """The evidence of a null on a task; where there is no circuit, why."""
+        """The evidence of a null on a task; if there is no circuit, the reason."""
         on_progress = within(progress, f"{name}, {task.task}: ")
 
         def alter(pairs: TokenPairs) -> TokenPairs:
@@ -110,7 +110,7 @@ class Nulls:
 
 
 def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved]) -> tuple[Resolved, ...]:
-    """The first tasks that both models of a coupling do. Raises CardError where there are none."""
+    """The first TASKS tasks that both models of a coupling do. Raises CardError if there are none."""
     solved: list[Resolved] = []
     for task in tasks:
         if len(solved) == TASKS:

@@ -1,23 +1,23 @@
-"""Blind prediction: what the circuit alone, in the sparse model, says of the dense model's answers on prompts not seen before.
+"""Blind prediction: the circuit alone, in the sparse model, predicts the dense model's answers on prompts not seen before.
 
-On stress prompts (`tasks.stress`) the logit difference d of the circuit alone, errors at their means, is a prediction of that of
-the dense model, as it is: nothing is fitted to the dense model, nor taken from its run. Which answer is right is not told: d is
-that of the same two answers, in the same order, for both members of a pair.
+On stress prompts (`data.task_stress`) the logit difference d of the circuit alone, with errors at their means, is compared
+directly with that of the dense model: nothing is fitted to the dense model or taken from its run. The prediction is not told
+which answer is right: for both members of a pair d compares the same two answers, in the same order.
 
     R^2          1 - sum (d_dense - d_C)^2 / sum (d_dense - mean d_dense)^2; above 0, and above a bigram's, with the intervals
-                 of itself and of the difference
-    correlation  of d_C and d_dense among prompts when d is signed so that the right answer comes first: shown, not judged; what
-                 is predicted beyond which answer is given
-    signs        share of prompts where both prefer the same answer: .9 and at least a bigram's
-    mistakes     of the prompts that the dense model gets wrong, the share that the circuit gets wrong, above a half, and above
-                 its share of mistakes where the dense model is right; left out where there are fewer than ten
+                 of R^2 itself and of the difference
+    correlation  of d_C and d_dense over prompts, with d signed so that the right answer comes first. It measures what is
+                 predicted beyond which answer is given; it is shown, not judged
+    signs        share of prompts on which both prefer the same answer; at least .9, and at least a bigram's
+    mistakes     share of the dense model's mistakes that the circuit makes too; above a half, and above the circuit's share of
+                 mistakes where the dense model is right; left out if there are fewer than ten
     ceiling      the whole sparse model in the circuit's place
-    bigram       the dense model's own mean logits over held-out text after the prompt's last token (where that text has none of
-                 it, its logits after the token alone)
+    bigram       the dense model's own mean logits over held-out text after the prompt's last token (if the text does not have
+                 that token, the dense model's logits after the token alone)
 
-Intervals are over the held-out pairs that stress prompts were made from: all that was made from one is drawn together.
+Intervals are over the held-out pairs that stress prompts were made from: all prompts made from one pair are drawn together.
 
-Shape legend: b stress pair (row; of `_differences` a prompt), v vocabulary, k draw.
+Shape legend: b stress pair (row; in `_differences` a prompt), v vocabulary, k draw (in `bigram_logits` a distinct last token).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ NAMES: Mapping[str, str] = {
     "prediction_margin": "R^2 beyond a bigram's, least of 95%",
     "signs": "sign agreement on unseen prompts",
 }
-_ORDER = np.array([1.0, -1.0])  # by which both members of a pair have d of the same two answers in the same order
+_ORDER = np.array([1.0, -1.0])  # signs that give both members of a pair d of the same two answers in the same order
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """d_b2 of both members of stress pairs, of the right answer against the wrong one, by who gives it."""
+    """d_b2 of both members of stress pairs, right answer against wrong one, from each of four sources."""
 
     dense: np.ndarray
     circuit: np.ndarray
@@ -61,9 +61,9 @@ class Predicted:
 def prediction_measures(
     coupling: CoupledModels, circuit: TaskCircuit, stress: Mapping[str, Stress], reference_bt: Tensor, agreement: float, seed: int
 ) -> tuple[Measure, ...]:
-    """The measures, each kind of stress a point of the first; mistakes are left out where there are few.
+    """The measures of prediction; each kind of stress is a point of the first one, and mistakes are left out if there are few.
 
-    reference_bt is text for the bigram baseline, agreement the share of signs that is asked.
+    reference_bt is text for the bigram baseline, agreement the required share of signs.
     """
     prompts = sum(2 * len(some) for some in stress.values())
     if prompts < LEAST_PROMPTS:
@@ -93,7 +93,7 @@ def _differences(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPair
     for row_b in order_b.split(32):
         some = both.rows(row_b)
         masked = circuit.masked(coupling, some)
-        kept_f = circuit.kept_f(masked.space, dense.device) & ~masked.is_error_f  # those of the dense run are not known
+        kept_f = circuit.kept_f(masked.space, dense.device) & ~masked.is_error_f  # errors are known only from the dense run
         logits = [some.at_last(dense.run(some.prompt_bt).logits_btv)]
         logits += [masked.logits(mask_f.expand(len(some), -1)) for mask_f in (kept_f, ~masked.is_error_f)]
         rows.append(torch.stack([some.difference(logits_bv) for logits_bv in logits]))
@@ -103,7 +103,7 @@ def _differences(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPair
 
 
 def bigram_logits(dense: DenseModel, pairs: TokenPairs, reference_bt: Tensor) -> Tensor:
-    """logits_bv: the dense model's mean logits over text after the last token of each prompt; after it alone where unseen."""
+    """logits_bv: the dense model's mean logits over text after each prompt's last token; after that token alone if unseen."""
     last_b = pairs.prompt_bt.gather(1, pairs.last_b[:, None])[:, 0]
     token_k, of_b = last_b.unique(return_inverse=True)
     alone_kv = dense.run(token_k[:, None]).logits_btv[:, 0].float()
@@ -133,7 +133,7 @@ def _same(dense: np.ndarray, other: np.ndarray) -> float:
 
 
 def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tuple[Measure, Measure]:
-    """R^2 of the circuit's prediction, and by how much it is beyond a bigram's at the lower end of that difference's interval."""
+    """R^2 of the circuit's prediction, and the lower of two interval ends: that of R^2, and that of R^2 minus a bigram's."""
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (
         x_b2 * _ORDER for x_b2 in (found.dense, found.circuit, found.whole, found.bigram)
     )
@@ -159,7 +159,7 @@ def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tupl
 
 
 def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measure:
-    """Share of the prompts on which the circuit prefers the answer that the dense model does."""
+    """Share of the prompts on which the circuit and the dense model prefer the same answer."""
     value, most, bigram = (_same(found.dense, x_b2) for x_b2 in (found.circuit, found.whole, found.bigram))
     same_b = ((found.dense > 0) == (found.circuit > 0)).mean(1)
     bounds = draws.interval(lambda weight_kb: weight_kb @ same_b / weight_kb.sum(1))
@@ -168,7 +168,7 @@ def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measur
 
 
 def predicted_mistakes(found: Predicted, draws: Draws) -> Measure:
-    """Share of the dense model's mistakes that the circuit makes as well, beside its own where the dense model is right."""
+    """Share of the dense model's mistakes that the circuit makes too, beside its mistakes where the dense model is right."""
     wrong_b2 = found.dense <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (found.circuit, found.whole))
     alarms = float(np.mean(found.circuit[~wrong_b2] <= 0))

@@ -1,7 +1,7 @@
-"""Cards for many circuits, and the nulls of a coupling: circuits found or searched, cards kept and taken again.
+"""Make cards for many circuits, and run the nulls of a coupling: circuits are loaded or searched, stored cards are reused.
 
-A card is kept as card.json beside its circuit, or alone, with a fingerprint of circuit, coupling, prompts, rules and seed; one
-that is there and fits is not made again, but shows the nulls that the coupling has now.
+A card is stored as card.json beside its circuit, or alone, with a digest of circuit, coupling, prompts and rules, and with its
+seed. A stored card for which these agree is not made again, but it shows the coupling's current nulls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bridge.verdicts.null_table import fingerprint, stored_task_nulls
 
 @dataclass(frozen=True)
 class Wanted:
-    """A card to be made: the task by name or file, its circuit or the folder of it (None: to be searched), the card's folder."""
+    """A card to be made: the task's name or file, its circuit or the circuit's folder (None: search it), the card's folder."""
 
     task: str
     circuit: Path | TaskResult | None
@@ -37,9 +37,9 @@ class Wanted:
 
 
 def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str], out: Path | None) -> tuple[Wanted, ...]:
-    """The cards asked for: of the circuits in a folder; or of a task, or several, searched where out has none.
+    """The requested cards: for the circuits in a folder, or for one or several tasks, searched unless `out` has their circuits.
 
-    Raises CardError where a folder holds no circuit.
+    Raises CardError if the folder holds no circuit, or several although `task` is given.
     """
     if circuit is not None:
         found = tuple(_in_folder(circuit))
@@ -60,7 +60,7 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Folders with circuits, and the names of their tasks."""
+    """Folders with circuits (this one, or those directly in it), and the names of their tasks."""
     candidates = [folder] if (folder / "circuit.json").is_file() else sorted(folder.glob("*/")) if folder.is_dir() else []
     for one in candidates:
         if (one / "circuit.json").is_file():
@@ -71,9 +71,9 @@ def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
 def task_card(
     coupling: CoupledModels, task: Resolved, result: TaskResult, digest: str, *, seed: int, progress: OnProgress
 ) -> Card:
-    """The card of a task's circuit, which a digest tells from others, with the nulls that the coupling has.
+    """Make the card of a task's circuit, which `digest` identifies, with the coupling's current nulls.
 
-    Raises CardError where the circuit is not of this coupling, or the task has no held-out pairs under its tokenizer.
+    Raises CardError if the circuit is not of this coupling, or if the task has no held-out pairs under its tokenizer.
     """
     started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
     report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
@@ -99,9 +99,9 @@ def run_cards(
     width: int = 110,
     progress: OnProgress,
 ) -> Generator[tuple[Card | None, str], None, None]:
-    """Every card as it is made, with its text; at the end, of several, their table. A task without a circuit is a line.
+    """Yield each card with its text, and a table at the end if there are several. A card that cannot be made is a line of text.
 
-    Of a single one, what is wrong is raised: TaskError, SearchError, CheckpointError or CardError.
+    If a single card is wanted, its error is raised instead: TaskError, SearchError, CheckpointError or CardError.
     """
     nulls, _ = stored_task_nulls(subjects.coupling, rules())
     cards: list[Card] = []
@@ -131,7 +131,7 @@ def run_cards(
 def _circuit(
     subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, budget: float, on_progress: OnProgress
 ) -> tuple[TaskResult, str]:
-    """A circuit from its folder, or searched and kept; and what tells it from others."""
+    """A circuit, loaded from its folder or searched and saved, and the digest of a stored circuit (otherwise "")."""
     found = one.circuit
     if found is None:
         found = search_task(
@@ -153,7 +153,7 @@ def _circuit(
 
 
 def _kept(out: Path | None, digest: str, seed: int) -> Card | None:
-    """The card that is in a folder, if it is of this circuit, coupling, prompts, rules and seed."""
+    """The card stored in a folder if its digest and seed are these, otherwise None."""
     if out is None or not digest or not (out / "card.json").is_file():
         return None
     try:
@@ -175,11 +175,11 @@ def run_nulls(
     width: int,
     progress: OnProgress,
 ) -> Generator[str, None, None]:
-    """The nulls on some tasks (where none is named the first few that both models do), a text as each ends.
+    """Run the nulls on some tasks (default the first few that both models do), and yield a text when each ends.
 
-    Circuits of the coupling come from a folder of them, or are searched. Raises CardError where no task is solved.
+    The coupling's circuits are loaded from a folder, or searched. Raises CardError if no task is solved.
     """
-    fingerprint(subjects.coupling)  # refused before anything is run
+    fingerprint(subjects.coupling)  # raises before anything is run
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
         raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")

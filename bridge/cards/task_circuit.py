@@ -1,6 +1,6 @@
-"""A task's circuit as the evidence takes it from the result of a search, and on pairs of prompts, in both models.
+"""A task's circuit in the form that the evidence uses: taken from a search's result, and run on pairs of prompts in both models.
 
-This is the only module of the evidence that knows what such a result looks like.
+The evidence reads a search's result through this module only.
 
 Shape legend: b prompt, t token, n nodes of a location, f all nodes in one row, v vocabulary.
 """
@@ -27,7 +27,7 @@ from bridge.models.sparse import ERROR, Location
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.studies.result import TaskResult
 
-_LOGITS = 2**24  # of dense runs at a time
+_LOGITS = 2**24  # logits of dense runs at a time, at most
 
 
 class CardError(UserError):
@@ -36,9 +36,9 @@ class CardError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class TaskCircuit:
-    """A task's circuit: kept_1n (bool) and means_n by location, errors among them where its search followed the dense model.
+    """A task's circuit: kept_1n (bool) and means_n by location, including errors if its search explained the dense model.
 
-    sparse is the verdict on it in the sparse model, seeds_agree whether the circuits of several seeds overlap (None: not known).
+    sparse is its verdict in the sparse model, seeds_agree whether the circuits of several seeds overlap (None: not known).
     """
 
     task: str
@@ -49,7 +49,7 @@ class TaskCircuit:
 
     @staticmethod
     def of(result: TaskResult, coupling: CoupledModels) -> TaskCircuit:
-        """The circuit of a result. Raises CardError where it was searched in other weights, or is a null's."""
+        """The circuit of a result. Raises CardError if it was searched in other weights, or if it is a null's."""
         facts, circuit = result.facts, result.circuit
         if facts.null is not None:
             raise CardError(f"the circuit of {facts.task}", f"is a null's ({facts.null})", "name one that was searched without")
@@ -68,16 +68,16 @@ class TaskCircuit:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes, errors left out."""
+        """Number of nodes, without errors."""
         return sum(int(kept_1n.sum()) for at, kept_1n in self.kept.items() if at.kind != ERROR)
 
     def kept_f(self, space: NodeSpace, device: torch.device) -> Tensor:
-        """The circuit as a mask; what it does not name is not kept."""
+        """The circuit as a mask; nodes that it does not name are not kept."""
         none = {at: torch.zeros(1, n, dtype=torch.bool) for at, n in space.sizes.items()}
         return space.join({at: self.kept.get(at, none_1n).cpu() for at, none_1n in none.items()}).to(device)
 
     def masked(self, coupling: CoupledModels, pairs: TokenPairs, errors: Mapping[Location, Tensor] | None = None) -> MaskedModel:
-        """The sparse model on the prompts of some pairs; errors at their means where the circuit has them and none are given."""
+        """The sparse model on the prompts of some pairs; errors, if the circuit has any, are at their means unless given."""
         device, question = coupling.dense.device, Question.of_pairs(pairs)
         means = {at: mean_n.to(device) for at, mean_n in self.means.items()}
         of_errors = [at for at in means if at.kind == ERROR]
@@ -87,7 +87,7 @@ class TaskCircuit:
         return MaskedModel(coupling.sparse, question, means, errors if of_errors else None, by_position=False)
 
     def on(self, coupling: CoupledModels, pairs: TokenPairs) -> Transporter:
-        """Both models on the prompts of some pairs; the reference keeps every node."""
+        """Both models on the prompts of some pairs; the reference run keeps every node, and the circuit's errors."""
         followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
         masked = self.masked(coupling, pairs, followed.errors)
         loss = CircuitLoss(masked, followed.dense_bv, SearchConfig())
@@ -95,7 +95,7 @@ class TaskCircuit:
 
 
 def followed_rows(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
-    """The errors on any number of prompts; of the dense logits those after each prompt alone are kept."""
+    """The errors on any number of prompts, and the dense run; only the dense logits after each prompt are kept."""
     rows = max(1, _LOGITS // (prompt_bt.shape[1] * coupling.dense.vocabulary))
     parts = [follow(coupling, *some) for some in zip(prompt_bt.split(rows), last_b.split(rows), strict=True)]
     dense_bv = torch.cat([part.dense_bv for part in parts])
