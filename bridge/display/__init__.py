@@ -1,1 +1,1 @@
-"""Tables, HTML and SVG that several rooms print."""
+"""Tables, HTML, SVG and progress, used by several folders."""

@@ -9,9 +9,9 @@ GAP, INDENT = 2, 6
 
 
 def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Lines of at most `width`; the first row is the head, and a row of one cell is a heading or a note.
+    """Return lines of at most `width`; the first row is the head, and a row of one cell is a heading or note, returned as it is.
 
-    Columns that do not fit are printed below each row, each cell behind its head.
+    Columns that do not fit are printed below each row, each cell after its head.
     """
     heads = rows[0]
     sizes = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(heads))]

@@ -1,6 +1,6 @@
 """Small pieces of HTML for notebooks: self-contained, without scripts, everything escaped, legible on light and dark pages.
 
-A result's `_repr_html_` is a `card` of lines and tables. Whatever is given as words is escaped here; parts are HTML already.
+A result's `_repr_html_` is a `card` of lines and tables. Words, titles and cells are escaped here; `parts` are HTML already.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ _EDGE = "1px solid rgba(128,128,128,.35)"
 
 
 def text(words: str) -> str:
-    """Escaped text that keeps its whitespace and breaks long lines."""
+    """Return escaped text that keeps its whitespace and breaks long lines."""
     return f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(words)}</span>'
 
 
 def token(words: str, strength: float) -> str:
-    """A token of a prompt as Python would write it, shaded by a strength from 0 to 1."""
+    """Return a token of a prompt as Python would write it, shaded by a strength from 0 to 1."""
     shade = f"rgba(42,157,92,{0.6 * min(1.0, max(0.0, strength)):.2f})"
     style = f"background:{shade};border:{_EDGE};border-radius:3px;padding:0 3px;margin:1px;display:inline-block;white-space:pre"
     return f'<code style="{style}">{html.escape(repr(words)[1:-1])}</code>'
 
 
 def verdict(words: str) -> str:
-    """A verdict in its colour: failed, open or passed."""
+    """Return a verdict in its colour: failed, open or passed."""
     colour = _BAD if words in ("refuted", "no explanation", "unsolved") else _OPEN if words == "undecided" else _GOOD
     return f'<b style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px">{html.escape(words)}</b>'
 
 
 def listing(words: str) -> str:
-    """Escaped text in lines and columns, as a terminal shows it."""
+    """Return escaped text in lines and columns, as a terminal shows it."""
     style = "display:block;white-space:pre;overflow-x:auto;font-family:monospace"
     return f'<span style="{style}">{html.escape(words)}</span>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of escaped cells."""
+    """Return a table of escaped cells."""
     at = "text-align:left;padding:1px 10px 1px 0;white-space:pre-wrap"
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -49,12 +49,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fold(title: str, *parts: str) -> str:
-    """Parts that are shown on request."""
+    """Return parts that are folded away until the reader opens them."""
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 
 def card(title: str, *parts: str) -> str:
-    """The parts under a title, in a box."""
+    """Return the parts under a title, in a box."""
     inside = "".join(f'<div style="margin:4px 0">{part}</div>' for part in parts)
     return (
         f'<div style="border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:60em"><b>{html.escape(title)}</b>{inside}</div>'

@@ -1,4 +1,4 @@
-"""Plots as SVG, drawn by matplotlib, which is loaded with the first (an extra: `pip install 'bridge[plots]'`)."""
+"""Plots as SVG, drawn by matplotlib, which is loaded for the first plot (an extra: `pip install 'bridge[plots]'`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STYLE: Any = {
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def draw(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[Any]], None]) -> Any:
-    """A figure of panels beside each other (size in inches), by `paint(figure, axes)`. Raises UserError without matplotlib."""
+    """Return a figure of panels side by side (size in inches), painted by `paint`. Raises UserError without matplotlib."""
     if not can_plot():
         raise UserError("a plot", "needs matplotlib, which is not installed", "pip install 'bridge[plots]'")
     from matplotlib import rc_context
@@ -38,7 +38,7 @@ def draw(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[
 
 
 def svg(figure: Any) -> str:
-    """A figure as the text of a self-contained SVG, the same for the same figure."""
+    """Return a figure as the text of a self-contained SVG; the same figure gives the same text."""
     from matplotlib import rc_context
 
     file = StringIO()

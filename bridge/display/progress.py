@@ -1,4 +1,4 @@
-"""Progress as a value: what a long computation is at, handed to whoever asked for it; whoever shows it words it."""
+"""Progress as a value: a long computation passes its current phase to a callback, which decides how to show it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a computation: its name, how much of it is done of how much (total 0: not known), and a detail."""
+    """A phase of a computation: its name, the amount done, the total amount (0: not known), and a detail."""
 
     name: str
     done: float = 0.0
@@ -28,5 +28,5 @@ def unseen(phase: Phase) -> None:
 
 
 def within(on_progress: OnProgress, name: str) -> OnProgress:
-    """Progress of a part of a computation, whose phases are named after it."""
+    """Return a callback for a part of a computation; it puts `name` before the names of the part's phases."""
     return lambda phase: on_progress(replace(phase, name=f"{name}{phase.name}"))
