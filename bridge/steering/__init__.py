@@ -1,1 +1,1 @@
-"""Interventions on nodes, and what they do to the dense model's answers."""
+"""Interventions on nodes, and their effects on the dense model's answers."""

@@ -1,7 +1,7 @@
-"""The dense model's answers and text under `interventions`, against their strength; the paper's figure 9.
+"""The dense model's answers and text under `interventions`, against their strength (the paper's figure 9).
 
-Beside every curve stand random directions: at each site and position of as large a norm as what is added there, one draw for
-all strengths; and two ceilings, every node on its counterfactual value, and the dense model on the counterfactual itself.
+Each curve has controls: random directions with the norm of the change at each site and position (a draw serves all strengths),
+and two ceilings: every node at its counterfactual value, and the dense model on the counterfactual itself.
 
 Shape legend: t token, d dense width, v vocabulary, r draw, k strength, 2 target and contrast.
 """
@@ -34,13 +34,13 @@ from bridge.steering.interventions import (
 STRENGTHS = tuple(place / 10 for place in range(11))
 MOST_DRAWS = 1000
 DRAWS = 20  # random directions
-TOKENS = 16  # that are generated
-_BATCH_TOKENS = 4096  # of rows that are run at once
+TOKENS = 16  # tokens to generate
+_BATCH_TOKENS = 4096  # tokens of the rows that are run at once
 
 
 @dataclass(frozen=True)
 class Steered:
-    """The dense model at a strength: its likeliest next tokens, target and contrast, and, on request, its continuation."""
+    """The dense model at a strength: its likeliest next tokens, two probabilities, and, on request, its continuation."""
 
     strength: float
     dense: tuple[Answer, ...]
@@ -60,9 +60,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Beside:
-    """The controls of a strength: random directions of equal norm, and every node on its counterfactual value.
+    """The controls at a strength: random directions of equal norm, and every node at its counterfactual value.
 
-    every_* are None without a counterfactual, and where the chosen nodes are every one.
+    every_* are None without a counterfactual, and if the chosen nodes are all nodes.
     """
 
     strength: float
@@ -77,9 +77,9 @@ class Steering:
     """The dense model's answers against the strength with which some nodes were changed.
 
     target is by default its answer on the prompt, contrast its answer on the counterfactual (without one, its second answer).
-    sites are those at which something was added, norms by how much in the mean over positions where it was, as a share of
-    the residual's norm there; `at_once`: it was one site, which was named, not each sublayer's own. counterfactual_* are the
-    dense model's probabilities on the counterfactual itself.
+    A change was added at each of `sites`; norms are its norms as a share of the residual's, averaged over the positions with a
+    change. at_once: all was added at one named site, instead of each sublayer's change at its own site. counterfactual_* are
+    the dense model's probabilities on the counterfactual itself.
     """
 
     prompt: str
@@ -100,12 +100,12 @@ class Steering:
     counterfactual_contrast: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The values as plain JSON."""
+        """Return the values as plain JSON."""
         return as_json(self)
 
 
 def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """change_rtd in random directions, at every position as long as change_td is there."""
+    """Return change_rtd in random directions, with the norm of change_td at every position."""
     drawn_rtd = torch.randn(draws, *change_td.shape, generator=generator).to(change_td.device, change_td.dtype)
     return drawn_rtd / drawn_rtd.norm(dim=-1, keepdim=True) * change_td.norm(dim=-1, keepdim=True)
 
@@ -114,7 +114,7 @@ def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Te
 def logits_at(
     coupling: CoupledModels, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
 ) -> Tensor:
-    """logits_rkv of a prompt's last position, a row for each draw of change_rtd by site, and for each strength."""
+    """Return logits_rkv at a prompt's last position, for each draw of change_rtd (given by site) and each strength."""
     draws = len(next(iter(changes.values())))
     strength_k = torch.tensor(strengths, device=tokens_t.device)
     rows = max(1, _BATCH_TOKENS // len(tokens_t))
@@ -129,7 +129,7 @@ def logits_at(
 
 
 def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
-    """0 and the strengths, ascending. Raises SteerError for one that is not between 0 and 1."""
+    """Return 0 and the strengths, ascending, without duplicates. Raises SteerError for a strength that is not from 0 to 1."""
     for strength in strengths:
         if not 0 <= strength <= 1:
             raise SteerError(
@@ -153,10 +153,10 @@ def steer(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Steering:
-    """The dense model's answers with some nodes changed, against the strength; random directions of equal norm beside.
+    """Return the dense model's answers with some nodes changed, against the strength, with random directions of equal norm.
 
     An intervention is an Intervention, or text such as "1.mlp_act[37]@4=2.5"; None sets every node to its counterfactual value.
-    Target and contrast are texts of tokens, #id, or ids. At strength 0 and at the largest one `tokens` tokens are generated.
+    Target and contrast are texts of tokens, #id, or ids. At strength 0 and at the largest, `tokens` tokens are generated.
     Raises SteerError, NodeError or PromptError.
     """
     strengths = check_strengths(strengths)
@@ -238,7 +238,7 @@ def _sides(
     target: str | int | None,
     contrast: str | int | None,
 ) -> tuple[int, int]:
-    """Ids of target and contrast: the named ones, else the dense model's answers to the prompt and to the counterfactual."""
+    """Return the ids of target and contrast: by default the dense model's answers to the prompt and to the counterfactual."""
     first = int(plain_v.argmax()) if target is None else prompts.target(target, prompt)
     if contrast is not None:
         second = prompts.target(contrast, prompt, "contrast")
@@ -259,7 +259,7 @@ def _spread(value_r: Tensor) -> Spread:
 
 
 def _share(change_td: Tensor, residual_td: Tensor) -> float:
-    """The norm of a change relative to the residual's, in the mean over the positions at which it is not zero."""
+    """Return the norm of a change relative to the residual's, averaged over the positions where the change is not zero."""
     norm_t = change_td.norm(dim=-1)
     there_t = norm_t > 0
     return float((norm_t / residual_td.norm(dim=-1))[there_t].mean()) if bool(there_t.any()) else 0.0

@@ -11,12 +11,12 @@ from bridge.display.columns import columns
 from bridge.display.plots import draw, svg
 from bridge.steering.curves import Spread, Steering
 
-_SHOWN = 6  # nodes that the text names
+_SHOWN = 6  # nodes that the table names
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One probability against strength: by the chosen nodes, by random directions, by every node, and on the counterfactual."""
+    """One probability against strength: with the chosen nodes, random directions, or every node; and on the counterfactual."""
 
     title: str
     strengths: Sequence[float]
@@ -27,7 +27,7 @@ class Panel:
 
 
 def panels_of(steering: Steering) -> tuple[Panel, Panel]:
-    """The contrast's probability, and the target's."""
+    """Return the panels of the contrast's and of the target's probability."""
 
     def panel(side: str) -> Panel:
         def of(rows: Sequence[Any], name: str) -> list[Any]:
@@ -43,7 +43,7 @@ def panels_of(steering: Steering) -> tuple[Panel, Panel]:
 
 
 def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
-    """Panels of probability against strength as a figure of matplotlib."""
+    """Return panels of probability against strength as a figure of matplotlib."""
 
     def paint(figure: Any, axes: Sequence[Any]) -> None:
         figure.suptitle(heading)
@@ -65,7 +65,7 @@ def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
 
 
 def steering_plot(steering: Steering) -> str:
-    """The plot of a Steering as SVG."""
+    """Return the plot of a Steering as SVG."""
     heading = f"Steering the dense model from {steering.target.text!r} to {steering.contrast.text!r}"
     note = f"{_changed(steering)}; band: lowest to highest of {steering.draws} random directions of equal norm."
     return svg(figure_of(heading, note, panels_of(steering)))
@@ -78,7 +78,7 @@ def _changed(steering: Steering) -> str:
 
 
 def render_steering(steering: Steering, width: int = 100) -> str:
-    """The table for a terminal `width` columns wide: a line per strength, chosen nodes, random directions, every node."""
+    """Return the table for a terminal `width` columns wide, a line per strength: chosen nodes, random directions, every node."""
     target, contrast = repr(steering.target.text), repr(steering.contrast.text)
     lines = [f"prompt          {steering.prompt!r}  ({len(steering.tokens)} tokens)"]
     if steering.counterfactual is not None:

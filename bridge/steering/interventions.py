@@ -1,25 +1,25 @@
-"""Interventions on nodes of the sparse model, and the changes that they make to the residual of the dense one.
+"""Interventions on nodes of the sparse model, and the changes that they make to the residual of the dense model.
 
-    targets    every chosen node gets a value of its own: one that is named, its value on the prompt plus an amount, or its value
-               on a counterfactual prompt of as many tokens
-    changed    the sparse model is run with all of them clamped at these values at once
+    targets    every chosen node gets its own target: a given value, its value on the prompt plus an amount, or its value on a
+               counterfactual prompt of the same number of tokens
+    changed    the sparse model is run with all chosen nodes clamped at their targets at once
     patched    the change of the sparse residual is decoded and added to the dense one, times a strength s (`models/transport`)
 
-Nodes of several sublayers can be patched in two ways. By default every sublayer i adds what clamping its own nodes changes, at
-the site after it, given all that is changed before:
+Nodes of several sublayers can be patched in two ways. By default every sublayer i adds, at the site after it, only the change
+that comes from clamping its own nodes, given all earlier changes:
 
-    h_(i+1)  <-  h_(i+1) + s (g(x'_(i+1)) - g(F_i(x'_i)))       x' the changed run, F_i the sublayer with its nodes left alone
+    h_(i+1)  <-  h_(i+1) + s (g(x'_(i+1)) - g(F_i(x'_i)))       x' the changed run, F_i the sublayer with its nodes not clamped
 
-and the dense model makes of it whatever it makes: consequences are its own. To add each sublayer's whole change instead would
-count a consequence twice, once as the dense model's and once as the sparse one's. With one site named, what the changed run
-differs by there is added at once; nodes behind that site then do nothing, and consequences before it are the sparse model's. Both
-are exact where the dense model is the sparse one, and they are the same for nodes of one sublayer and the site after it. The
-default is the stricter: at a late site the sparse model has computed the answer, and the dense one only reads it off.
+The dense model then computes all consequences itself. Adding each sublayer's whole change would count consequences twice: as
+computed by the dense model and by the sparse model. If one site is named, the whole difference of the changed run at that site is
+added there at once; nodes after the site then have no effect, and consequences before it are computed by the sparse model. Both
+ways are exact if the dense model equals the sparse model, and they agree for nodes of one sublayer with the site after it named.
+The default is stricter: at a late site the sparse model has computed the answer, and the dense model only reads it off.
 
-Steering persists over generated text: at every step both sparse runs are made anew on the whole text, so that what was changed
-at the prompt reaches later tokens through the sparse model's attention as well. Nodes without a position that are set to a value,
-or changed by an amount, are so at generated tokens too; counterfactual values exist for the prompt alone. The model is causal, so
-no step alters an earlier one's input. Generation is greedy and ends at the context.
+Steering persists over generated text: at every step both sparse runs are repeated on the whole text, so a change at the prompt
+also reaches later tokens through the sparse model's attention. A node without a position that is set to a value, or changed by an
+amount, is clamped at generated tokens too; counterfactual values exist for the prompt only. The model is causal, so no step
+alters the input of an earlier step. Generation is greedy and ends at the context length.
 
 Shape legend: b row, t token, n nodes of a location, m interventions, s sparse width, d dense width.
 """
@@ -47,7 +47,7 @@ from bridge.nodes.statistics import parse_node, sparse_fingerprint
 from bridge.studies.result import TaskResult
 
 MOST_LISTED = 1000  # nodes that a result lists
-MOST_VALUE = 1e6  # that a node may be set to, or changed by
+MOST_VALUE = 1e6  # largest value that a node may be set to, or changed by
 _INTERVENTION = re.compile(r"(?P<node>[^@=+\-\]]*\[\d+\])(@(?P<position>\d{1,6}))?((?P<how>[=+\-])(?P<amount>.+))?")
 Way = Literal["value", "amount", "counterfactual"]
 
@@ -60,7 +60,7 @@ class SteerError(UserError):
 class Intervention:
     """An intervention on a node: set it to a value, add an amount, or, with neither, set it to its counterfactual value.
 
-    A node without a position is changed at every position. Raises SteerError where both are given.
+    A node without a position is changed at every position. Raises SteerError if both are given.
     """
 
     node: Node
@@ -88,7 +88,7 @@ class SteeredNode:
 
 
 def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention:
-    """Parse an intervention: 1.mlp_act[37], perhaps @4, perhaps =2.5, +1 or -1. Raises SteerError or NodeError."""
+    """Parse an intervention: 1.mlp_act[37], optionally @4, optionally =2.5, +1 or -1. Raises SteerError or NodeError."""
     match = _INTERVENTION.fullmatch(text.strip())
     if match is None:
         raise SteerError(
@@ -111,9 +111,9 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
 
 
 def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Intervention]:
-    """Interventions that set every node of a circuit that `bridge circuit` wrote to its counterfactual value.
+    """Return interventions that set every node of a circuit that `bridge circuit` wrote to its counterfactual value.
 
-    Raises UserError where there is none, or it is of other sparse weights than the coupling's.
+    Raises UserError if there is no circuit, or if it belongs to other sparse weights than the coupling's.
     """
     result, sizes = TaskResult.load(path), coupling.sparse.locations()
     if result.facts.provenance.get("sparse_fingerprint") not in (None, sparse_fingerprint(coupling.sparse)):
@@ -128,10 +128,10 @@ def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Int
 def chosen_interventions(
     coupling: CoupledModels, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
 ) -> tuple[str, list[Intervention] | None]:
-    """A prompt (by default the explanation's) and the interventions from all sources; None where none is named.
+    """Return a prompt (by default the explanation's) and the interventions from all sources, None if no source is given.
 
-    The nodes of the circuit, and of the explanation's opening circuit, are set to their counterfactual values; nodes that are
-    named go before them. Raises UserError where a source is not there, or is of another coupling.
+    The nodes of the circuit, and of the explanation's opening circuit, are set to their counterfactual values; `nodes` take
+    precedence over both. Raises UserError if a source does not exist or belongs to another coupling, or there is no prompt.
     """
     sizes, interventions = coupling.sparse.locations(), list[Intervention]()
     if circuit is not None:
@@ -149,7 +149,7 @@ def chosen_interventions(
 
 
 def every_node(sizes: Mapping[Location, int]) -> list[Intervention]:
-    """Interventions that set every node at every position to its counterfactual value."""
+    """Return interventions that set every node at every position to its counterfactual value."""
     return [Intervention(Node(location, index)) for location, size in sizes.items() for index in range(size)]
 
 
@@ -157,7 +157,7 @@ def every_node(sizes: Mapping[Location, int]) -> list[Intervention]:
 class _Clamp:
     """The interventions at a location: where the mask is set, a node becomes keep * its value + amount.
 
-    The last of the t + 1 rows is for tokens behind the prompt.
+    The last of the t + 1 rows is for tokens after the prompt.
     """
 
     mask_tn: Tensor
@@ -165,7 +165,7 @@ class _Clamp:
     amount_tn: Tensor
 
     def clamped(self, x_btn: Tensor, plain_btn: Tensor) -> Tensor:
-        """x_btn with clamped nodes at values that follow from plain ones, at the prompt and any number of tokens behind it."""
+        """Return x_btn with clamped nodes at values computed from plain_btn, at the prompt and any number of tokens after it."""
         row_t = torch.arange(x_btn.shape[1], device=x_btn.device).clamp(max=len(self.mask_tn) - 1)
         return torch.where(self.mask_tn[row_t], self.keep_tn[row_t] * plain_btn + self.amount_tn[row_t], x_btn)
 
@@ -173,8 +173,8 @@ class _Clamp:
 class Steerer:
     """Interventions on a prompt, and the changes that they make to the dense residual of any text that begins with the prompt.
 
-    A later intervention on a node replaces an earlier one; one at a position goes before one everywhere. Raises SteerError for a
-    position or site that does not exist, a counterfactual that is missing or of another length, or no node before the site.
+    A later intervention on a node replaces an earlier one; one at a position overrides one at every position. Raises SteerError
+    if a position or site does not exist, a counterfactual is missing or of another length, or no node is chosen before the site.
     """
 
     def __init__(
@@ -210,11 +210,11 @@ class Steerer:
 
     @property
     def sites(self) -> tuple[int, ...]:
-        """The sites at which something is added to the dense residual."""
+        """The sites at which a change is added to the dense residual."""
         return tuple(site + 1 for site in self.touched) if self.site is None else (self.site,)
 
     def changed(self) -> tuple[int, tuple[SteeredNode, ...]]:
-        """The number of nodes clamped at another value than they have on the prompt, and those that change most."""
+        """Return the number of nodes clamped at another value than on the prompt, and the MOST_LISTED that change most."""
         values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
             before_tn = values[location][0]
@@ -227,7 +227,7 @@ class Steerer:
 
     @torch.no_grad()
     def changes(self, tokens_bt: Tensor) -> dict[int, Tensor]:
-        """change_btd of the dense residual by site, at strength 1, for texts that begin with the prompt."""
+        """Return change_btd of the dense residual by site, at strength 1, for texts that begin with the prompt."""
         sparse = self.coupling.sparse
         values: dict[Location, Tensor] = {}
         plain = sparse.run(tokens_bt, gate=recording_gate(values), last_only=True)
@@ -243,7 +243,7 @@ class Steerer:
 
     @torch.no_grad()
     def generate(self, strength: float, count: int) -> Tensor:
-        """tokens_t that the steered dense model adds to the prompt, the likeliest one each time; fewer at the context's end."""
+        """Return tokens_t that the steered dense model adds to the prompt, each the likeliest; fewer if the context ends."""
         dense, tokens_1t = self.coupling.dense, self.tokens_t[None]
         for _ in range(min(count, self.coupling.context - len(self.tokens_t))):
             trace = dense.run(tokens_1t)
@@ -277,11 +277,11 @@ def _by_location(interventions: Iterable[Intervention]) -> dict[Location, list[I
 def _clamp(
     interventions: Sequence[Intervention], length: int, size: int, other_tn: Tensor | None, device: torch.device
 ) -> _Clamp:
-    """The interventions at a location as masks; other_tn, its nodes on the counterfactual."""
+    """Return the interventions at a location as masks; other_tn holds the location's nodes on the counterfactual."""
     mask_tn = torch.zeros(length + 1, size, dtype=torch.bool)
     keep_tn, amount_tn = torch.zeros(length + 1, size), torch.zeros(length + 1, size)
     everywhere_tn = torch.zeros(length + 1, size) if other_tn is None else torch.cat([other_tn.cpu(), torch.zeros(1, size)])
-    for positions in (False, True):  # a node at one position goes before the node everywhere
+    for positions in (False, True):  # positions last: they override the node everywhere
         its = [m for m in interventions if (m.node.position is not None) == positions]
         if not its:
             continue
@@ -300,7 +300,7 @@ def _clamp(
         keep_tn[rows, index_m] = torch.tensor([float(m.way == "amount") for m in its])
         amount_tn[rows, index_m] = torch.where(other_m, everywhere_tn[rows, index_m], given_m)
         if not positions:
-            mask_tn[length, index_m[other_m]] = False  # there is no such value behind the prompt
+            mask_tn[length, index_m[other_m]] = False  # no counterfactual value exists after the prompt
     return _Clamp(mask_tn.to(device), keep_tn.to(device), amount_tn.to(device))
 
 
@@ -308,7 +308,7 @@ def _clamp(
 def run_patched(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, changes: Mapping[int, Tensor]) -> Trace:
     """Run the dense model with change_btd added to its residual at each of some sites, one after the other.
 
-    `plain` is its own run of the tokens, one row of which serves all.
+    `plain` is the dense model's own run of the tokens; if it has one row, that row serves all.
     """
     trace = plain
     for site in sorted(changes):
