@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public API: the names of each module. Resolved on first use, so that importing a light module of the package stays light.
+# The public API: the names of each module, resolved on first use, so that importing a light module of the package stays light.
 _NAMES = {
     "api": ("Coupling", "adapt", "fit", "load"),
     "cards.card": ("Card",),
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A package whose functions stay what they are when modules of their names (explain, export, steer, ...) are imported."""
+    """A package whose functions are not replaced when modules of the same names (explain, export, ...) are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -1,7 +1,7 @@
-"""The coupling as a user holds it: the library's functions that take a coupling first, as methods.
+"""The coupling for users: the library's functions that take a coupling first are its methods.
 
-`bridges.CoupledModels` is what every module works on, and knows none of them. `bridge.load` and `bridge.fit` give this one, which
-is the same, and whose methods are the functions that take a coupling first.
+All modules work on `bridges.CoupledModels`, which has none of these methods. `bridge.load`, `fit` and `adapt` return the subclass
+`Coupling`, which only adds them.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Coupling(CoupledModels):
 
     @cached_property
     def subjects(self) -> Subjects:
-        """Both models with the means of their nodes, taken once for any number of tasks."""
+        """Both models with the means of their nodes, computed once for any number of tasks."""
         return Subjects.of(self)
 
     def circuit(self, task: str | Path, **options: Any) -> TaskResult:
-        """The circuit of a built-in task, or of a .jsonl or .yaml file of examples; options are those of `search_task`.
+        """Return the circuit of a built-in task or of a .jsonl or .yaml file of examples; options are those of `search_task`.
 
-        Raises TaskError, UnsolvedError where the sparse model does not do the task, SearchError where there is nothing to search.
+        Raises TaskError, UnsolvedError if the sparse model does not solve the task, SearchError if there is nothing to search.
         """
         return search_task(self.subjects, resolved(self.subjects, str(task)), **options)
 
@@ -77,15 +77,15 @@ class Coupling(CoupledModels):
         budget: float = 1.0,
         progress: OnProgress | None = None,
     ) -> Card:
-        """A card of a task's circuit on the dense model: tests with controls, the nulls kept with the coupling, a verdict.
+        """Return a card of a task's circuit on the dense model: tests with controls, the coupling's nulls, a verdict.
 
-        The circuit is what `circuit` gave, or a folder that one was saved in; without one it is searched, by `seeds`
-        seeds and with `budget` times the usual steps. Raises TaskError, SearchError where none is found, CheckpointError, or
-        CardError where it is not this task's or not this coupling's.
+        The circuit is a result of `circuit`, or a folder that one was saved in; without one it is searched, by `seeds` seeds and
+        with `budget` times the usual steps. Raises TaskError, SearchError if no circuit is found, CheckpointError, or CardError
+        if the circuit is not this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = Wanted(str(task), found, None)
         on_progress = progress or unseen
         card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, budget=budget, progress=on_progress))
-        assert card is not None  # of a single one, what is wrong is raised
+        assert card is not None  # for a single card, `run_cards` raises any error
         return card

@@ -1,7 +1,6 @@
 """Errors in one line: the value, the rule it breaks, and the remedy.
 
-A text names an option of the caller's as ‹name›, which is an option of a command and `name=` in Python: `line` writes it either
-way.
+A text writes an option of the caller as ‹name›; `line` replaces it by the option of a command, or by `name=` in Python.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ def _line(text: str) -> str:
 
 
 class OneLineError(Exception):
-    """An error with its parts as fields: `what` breaks a `rule` ("" where `what` says so itself), and what to do about it."""
+    """An error with its parts as fields: `what` breaks a `rule` ("" if `what` says so itself), and the `remedy`."""
 
     def __init__(self, what: object, rule: str = "", remedy: str = "") -> None:
         super().__init__(what, rule, remedy)
@@ -44,7 +43,7 @@ class OneLineError(Exception):
 
 
 class UserError(OneLineError, ValueError):
-    """Something a user can mend; the commands print it and exit with code 2."""
+    """An error that the user can correct; the commands print it and exit with code 2."""
 
 
 class RunError(OneLineError, RuntimeError):
@@ -52,18 +51,18 @@ class RunError(OneLineError, RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """First line of a foreign error's text."""
+    """Return the first line of a foreign error's text, or the name of its type if it has no text."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 
 @contextmanager
 def foreign_errors_as(refusal: type[UserError], what: str, rule: str, remedy: str) -> Iterator[None]:
-    """A context in which any error but a UserError is raised as a refusal, its reason in brackets after the rule."""
+    """A context in which any error but a UserError is raised as a `refusal`, with its reason in brackets after the rule."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         sizes = (line.strip() for line in str(error).split("\n") if line.strip().startswith("size mismatch"))
-        reason = next(sizes, first_line(error)).rstrip(". ")  # torch names the sizes that do not fit in its second line
+        reason = next(sizes, first_line(error)).rstrip(". ")  # torch names the mismatched sizes from its second line on
         raise refusal(what, f"{rule} ({reason})".strip(), remedy) from error

@@ -1,9 +1,9 @@
-"""Every number behind a checkpoint, validated and frozen.
+"""Every number that determines a checkpoint, validated and frozen.
 
-A recipe is a small TOML file a person reads (see `recipes/`); the resolved one, with nothing left to a default, is saved beside
-the weights. Names follow method and paper: see Gao et al. 2025, sections 2.2 and 2.3 and appendix A.
+A recipe is a small TOML file that people read (see `recipes/`); the resolved recipe, with all defaults filled in, is saved beside
+the weights. Names follow the method and the paper: see Gao et al. 2025, sections 2.2 and 2.3 and appendix A.
 
-Imports no torch, so that a command line can check its arguments before anything heavy is loaded.
+This module does not import torch, so that a command line can check its arguments before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from bridge.errors import UserError
 
-MOST_SEED = 2**32 - 1  # what numpy takes for one
+MOST_SEED = 2**32 - 1  # the largest seed that numpy accepts
 
 
 def not_text(text: str) -> str | None:
-    """The first character that is in no UTF-8 text, as it is written in code: half of a pair, or a byte that was not UTF-8."""
+    """Return the first character that UTF-8 cannot encode (half of a surrogate pair, or an undecoded byte) as code; or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -31,7 +31,7 @@ def not_text(text: str) -> str | None:
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used, in one line that names the value, the rule and the remedy."""
+    """A recipe that cannot be used; one line names the value, the rule and the remedy."""
 
 
 class _Part(BaseModel):
@@ -49,7 +49,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AttentionShape(_Part):
-    """Positions in a block's attention."""
+    """How a block's attention depends on positions."""
 
     frequencies: tuple[float, ...] = Field(default=(), description="radians a token of the pairs of a head's channels that turn")
     window: int | None = Field(default=None, ge=1, description="tokens that a query sees, its own included; unset: all")
@@ -57,7 +57,7 @@ class AttentionShape(_Part):
 
 
 class BlockShape(_Part):
-    """Parts of the dense model's block that the sparse one has, as measured; by default a plain block (paper, section 2.2)."""
+    """Parts of the dense model's block that the sparse one has too, as measured; default: a plain block (paper, section 2.2)."""
 
     heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
     kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
@@ -128,7 +128,7 @@ class SparseShape(_Part):
 
 
 class Sparsity(_Part):
-    """Number of weights that stay (paper, appendix A.2)."""
+    """How many weights stay nonzero (paper, appendix A.2)."""
 
     l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
     embed_l0: float | None = Field(
@@ -175,7 +175,7 @@ class Data(_Part):
 
 
 class Budget(_Part):
-    """End of training: at the first of the two that is reached; after 20 million tokens where neither is given."""
+    """When training ends: at the first of the two limits that is reached; after 20 million tokens if neither is given."""
 
     tokens: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
@@ -207,11 +207,11 @@ class Optimizer(_Part):
     warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training over which the rates rise")
 
 
-BRIDGED = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both", "carried")  # terms that bridges have part in
+BRIDGED = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both", "carried")  # terms that involve the bridges
 
 
 class Losses(_Part):
-    """The weight of every term (paper, section 2.3); terms over sites are averaged over them, so depth changes no weight."""
+    """The weight of every loss term (paper, section 2.3); terms over sites are averaged over them, so depth changes no weight."""
 
     ce: float = Field(default=1.0, ge=0, description="cross-entropy of the sparse model on text")
     kl: float = Field(default=1.0, ge=0, description="KL(y_d, y_s)")
@@ -230,16 +230,16 @@ class Losses(_Part):
         return any(getattr(self, term) > 0 for term in BRIDGED)
 
     def without_bridges(self) -> Losses:
-        """Text and the dense model's answers, and nothing inside either model."""
+        """Return the losses on text and on the dense model's answers only, without any inside either model."""
         return self.model_copy(update=dict.fromkeys(BRIDGED, 0.0))
 
     def uncoupled(self) -> Losses:
-        """The paper's interpretable-by-construction setting: text alone, no dense model."""
+        """Return the losses of the paper's interpretable-by-construction setting: text only, no dense model."""
         return self.without_bridges().model_copy(update={"ce": self.ce or 1.0, "kl": 0.0})
 
 
 class Refit(_Part):
-    """The decoders' last fit, in closed form, once training is over: small changes too are to act alike (`training/refit.py`)."""
+    """The decoders' last fit, in closed form, after training, so that small changes too act alike (`training/refit.py`)."""
 
     slopes: float = Field(
         default=1.0, ge=0, description="weight of gradients beside the decoders' values by then; 0: no such fit"
@@ -284,7 +284,7 @@ class Recipe(_Part):
 
 
 def blocks_of(text: str, depth: int) -> tuple[int, int]:
-    """First block of a span, and the one behind its last, of a slice of a model's blocks. Raises RecipeError."""
+    """Return the first block of a span, and the block after its last, from a slice of a model's blocks. Raises RecipeError."""
     ends = [int(end) if end else None for end in text.split(":")]
     first, last, _ = slice(*ends).indices(depth)
     if first >= last or any(end is not None and not -depth <= end <= depth for end in ends):
@@ -295,7 +295,7 @@ def blocks_of(text: str, depth: int) -> tuple[int, int]:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe file as nested dictionaries, not yet validated, so that flags can still change it. Raises RecipeError."""
+    """Return a recipe file as nested dictionaries, not yet validated, so that flags can still change it. Raises RecipeError."""
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -316,10 +316,10 @@ def recipe_values(
     settings: dict[str, Any] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Nested recipe values, of a file or given (then in place), with flags on top; a budget as a flag replaces the earlier one.
+    """Return nested recipe values from a file or a dictionary (changed in place), overridden by flags.
 
-    Flags are numbers of the recipe by their short names (l0, tokens, width), None where they are not given, and `data` its
-    source; `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
+    Flags are numbers of the recipe by their short names (l0, tokens, width), None if not given; a budget flag replaces the whole
+    budget. `data` is data.source; `settings` maps names of numbers ("optimizer.rate") to values. Raises RecipeError.
     """
     values = recipe if isinstance(recipe, dict) else read_recipe(recipe) if recipe is not None else {}
     if any(flags.get(name) is not None for name in Budget.model_fields):
@@ -334,7 +334,7 @@ def recipe_values(
 
 
 def parse_setting(assignment: str) -> tuple[str, Any]:
-    """(name, value) of a `part.key=value`, or of a `key=value` whose key only one part has. Raises RecipeError."""
+    """Return (full name, value) of `part.key=value`, or of `key=value` if only one part has the key. Raises RecipeError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise RecipeError(f"the setting {assignment!r}", "is not of the form key=value", "write such as sparse.width=512")
@@ -346,7 +346,7 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
 
 
 def resolve(values: dict[str, Any]) -> Recipe:
-    """Nested values as a Recipe. Raises RecipeError with the first thing that is wrong, in one line."""
+    """Return nested values as a Recipe. Raises RecipeError with the first fault, in one line."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -354,7 +354,7 @@ def resolve(values: dict[str, Any]) -> Recipe:
 
 
 def known_names() -> list[str]:
-    """The full name of every number of a recipe."""
+    """Return the full name of every number of a recipe."""
     names = []
     for field, info in Recipe.model_fields.items():
         part = info.annotation
@@ -366,9 +366,9 @@ def known_names() -> list[str]:
 
 
 def kept_fraction(l0: float, total: int) -> float:
-    """The fraction of the weights that stays, of a recipe's l0: itself below 1, a number of all `total` weights from 1 on.
+    """Return the fraction of the weights that stays: l0 itself if it is below 1, otherwise l0 as a number of all `total` weights.
 
-    Raises RecipeError where there are fewer weights than that.
+    Raises RecipeError if l0 is more than `total`.
     """
     if l0 > total:
         raise RecipeError(
@@ -378,7 +378,7 @@ def kept_fraction(l0: float, total: int) -> float:
 
 
 def n_kept(fraction: float, count: int) -> int:
-    """Number of a matrix's `count` weights that stay, the same fraction of each matrix; at least one."""
+    """Return the number of a matrix's `count` weights that stay: the same fraction of each matrix, at least one weight."""
     return max(1, min(count, math.floor(fraction * count + 0.5)))
 
 
@@ -407,7 +407,7 @@ _NOT_A_TABLE = "must be a table of numbers", "write one of them in full, for exa
 
 
 def _refusal(error: ValidationError) -> RecipeError:
-    """The first thing that is wrong with a recipe."""
+    """Return the first fault in a recipe."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     value, own = f"{where} = {first['input']!r}:", first.get("ctx", {}).get("error")
