@@ -1,1 +1,1 @@
-"""Circuits of tasks: searched for, judged and compared, in the sparse and in the dense model."""
+"""Circuits of prompts and of tasks: question, error nodes, masked model, loss and search, in the sparse and the dense model."""

@@ -1,13 +1,13 @@
-"""The order in which nodes can leave a circuit: at each step that one whose deletion makes the circuit's terms smallest.
+"""Order in which nodes can leave a circuit: each step deletes the node whose deletion leaves the circuit's terms smallest.
 
-The terms are those of a descent: squared misses of the circuit alone and in its supersets, and of what is left of the span where
-it is deleted. A miss x_r becomes about x_r - g_rk where node k is deleted, g_rk being its gradient with respect to the node's
-mask, and the changes of several nodes add up. So one gradient of every miss says for each node what its deletion does after
-those before it, and nodes go together whose effects cancel in all supersets. Deleting each node alone, in every superset, leaves
-circuits no smaller and takes several times as long.
+The terms are those of a descent (`CircuitLoss.terms`): squared misses of the circuit alone and in its supersets, and of what is
+left of the span when it is deleted. Deleting node k changes a miss x_r to about x_r - g_rk, where g_rk is the gradient of x_r
+with respect to the node's mask, and the changes of several nodes add up. One gradient of every miss therefore predicts each
+deletion after those before it, and nodes whose effects cancel in all supersets can leave together. Measuring each node's deletion
+alone, in every superset, gives circuits no smaller and takes several times as long.
 
-Shape legend: c mask, u superset, r masked copy (a mask on a prompt, mask by mask), f all nodes in one row, k some of them by
-their place, s those of a step.
+Shape legend: c mask, u superset, r masked copy (a mask on a prompt, ordered by mask), f all nodes in one row, k some of them by
+index, s those of a step.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, Level, Quantity
 
-_ONE_BY_ONE, _PARTS = 1000, 25  # while there are more nodes than so many, that part of those beyond goes at a step
+_ONE_BY_ONE, _PARTS = 1000, 25  # while more nodes than the first number remain, a step deletes the excess divided by the second
 
 
 @torch.no_grad()
 def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_k: Tensor, level: Level) -> Tensor:
-    """Nodes node_k of a circuit in the order in which they can be deleted, those that are missed least first."""
+    """Return the circuit's nodes node_k in the order in which they can be deleted, those that are missed least first."""
     count, supersets = len(loss.model_b), len(superset_uf)
     inside_cf = torch.cat([kept_f[None], kept_f | superset_uf])
     off_r, gradient_rk = _linear(loss, inside_cf, node_k, lambda x_rv, row_r: loss.signed(x_rv, row_r, level))
-    gradient_rk[count:].masked_fill_(superset_uf[:, node_k].repeat_interleave(count, 0), 0)  # kept there all the same
+    gradient_rk[count:].masked_fill_(superset_uf[:, node_k].repeat_interleave(count, 0), 0)  # the superset keeps them anyway
     left_r, without_rk = _linear(loss, loss.complement(kept_f)[None], node_k, loss.beyond_left)
     off_r, gradient_rk = torch.cat([off_r, left_r]), torch.cat([gradient_rk, -without_rk])
     least_r = torch.full_like(off_r, -torch.inf if level.faithfulness is not None else 0)
-    least_r[len(inside_cf) * count :] = 0  # no less than that is better
+    least_r[len(inside_cf) * count :] = 0  # less than `config.left` is no better
     weight_r = torch.ones_like(off_r)
     weight_r[count : len(inside_cf) * count] = 1 / (supersets * loss.superset_bound(level))
-    order, left_k = [], torch.arange(len(node_k), device=node_k.device)  # what is still there, by its place in node_k
+    order, left_k = [], torch.arange(len(node_k), device=node_k.device)  # the remaining nodes, as indices into node_k
     while len(left_k):
         term_rk = torch.maximum(off_r[:, None] - gradient_rk, least_r[:, None]).square_().mul_(weight_r[:, None])
         gone_s = term_rk.sum(0).topk(max(1, (len(left_k) - _ONE_BY_ONE) // _PARTS), largest=False).indices
@@ -45,6 +45,6 @@ def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_
 
 
 def _linear(loss: CircuitLoss, kept_cf: Tensor, node_k: Tensor, quantity: Quantity) -> tuple[Tensor, Tensor]:
-    """(quantity_r, gradient_rk) of every mask on every prompt, with respect to the masks of node_k."""
+    """Return (quantity_r, gradient_rk) for every mask on every prompt, with respect to the mask entries of node_k."""
     _, gradients, quantities = zip(*loss.gradients(kept_cf, quantity, node_k), strict=True)
     return torch.cat(quantities), torch.cat(gradients)

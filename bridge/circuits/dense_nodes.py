@@ -1,29 +1,29 @@
 """The nodes of a dense model, found without naming architectures, so that it can be pruned as the sparse one is.
 
-    read      what a sublayer's first linear maps take in, behind the norm                attn_in, mlp_in
-    channels  what attention's first linear maps give: queries, keys and values           named by their modules (q_proj, c_attn)
-    neurons   what the MLP's last linear map takes in, behind the nonlinearity            mlp_act
-    write     what a sublayer's last linear map gives                                     attn_out, mlp_out
+    read      input of a sublayer's first linear maps, after the norm                    attn_in, mlp_in
+    channels  output of attention's first linear maps: queries, keys and values          named by their modules (q_proj, c_attn)
+    neurons   input of the MLP's last linear map, after the nonlinearity                 mlp_act
+    write     output of a sublayer's last linear map                                     attn_out, mlp_out
 
-They are found on a probe, by intervening:
+They are found on probe tokens, by intervening:
 
-1. Every linear map (nn.Linear, transformers' Conv1D) of a block that is called once is disturbed in its turn; which others then
-   take in something else says who feeds whom. Within a sublayer the first ones are fed by none and must all read the same, the
-   last one feeds none and must be one.
-2. A sublayer is attention if disturbing early positions of its first maps' outputs changes what its last map takes in later.
-3. At the first position attention has nothing else to attend to, so what the last map takes in there *is* the value: its columns
-   are matched with channels of the first maps by equality. That also tells queries and keys from values in fused maps, and which
-   columns share a value when heads do.
-4. Neurons are columns of the MLP's last map; rows of its first maps belong to neurons in order (twice over in fused gated ones).
+1. The output of every linear map (nn.Linear, transformers' Conv1D) of a block that is called once is disturbed in turn; the map
+   feeds the other maps whose inputs change. In a sublayer, the first maps are fed by no other and must all read the same input.
+   There must be exactly one last map, which feeds no other.
+2. A sublayer is attention if disturbing early positions of its first maps' outputs changes later inputs of its last map.
+3. At the first position attention has nothing else to attend to, so the last map's input there *is* the value: its columns are
+   matched with channels of the first maps by equality. The match also tells queries and keys from values in fused maps, and which
+   columns share a value if heads do.
+4. Neurons are columns of the MLP's last map; rows of its first maps belong to neurons in order (twice in fused gated maps).
 
-A model in which some step finds nothing (mixtures of experts, low-rank attention, recurrent sublayers) is refused.
+A model in which one of the steps fails (mixtures of experts, low-rank attention, recurrent sublayers) is refused.
 
-Gates are hooks on these linear maps for as long as a run lasts. Embedding, unembedding, norms and biases are no edges.
+Gates are hooks on these linear maps during a run. Embedding, unembedding, norms and biases are not edges.
 
-`MaskedDense` has masks over them, as the sparse model has over its own, so that the same search finds the dense model's circuit.
+`MaskedDense` has masks over these nodes, as the sparse model has over its own, so the same search finds the dense circuit.
 
 Shape legend: b prompt (row), r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row, k some of them by
-their place, j, i rows and columns of a matrix, v vocabulary.
+index, j, i rows and columns of a matrix, v vocabulary.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from bridge.models.dense_run import exclusive
 from bridge.models.span import dense_of
 from bridge.models.sparse import Gate, Location
 
-_MEAN_ROWS = 8  # of corpus at a time
+_MEAN_ROWS = 8  # corpus rows in a batch
 
 
 class _Seen(NamedTuple):
-    """Inputs and outputs of linear maps on the probe, in the order in which they were called."""
+    """Inputs (`taken`) and outputs (`given`) of linear maps on the probe, in the order of their calls."""
 
     taken: dict[str, Tensor]
     given: dict[str, Tensor]
 
 
 class _Sublayer(NamedTuple):
-    """The linear maps of a sublayer by module path, first ones and last one."""
+    """The linear maps of a sublayer by module path: the first ones and the last one."""
 
     layer: int
     attention: bool
@@ -67,11 +67,11 @@ class _Sublayer(NamedTuple):
 
 
 class DenseSubject:
-    """A dense model, or a span of one, with its nodes found. Raises DenseModelError where its linear maps cannot be."""
+    """A dense model, or a span of one, with its nodes found. Raises DenseModelError if its linear maps cannot be found."""
 
     def __init__(self, dense: DenseModel, corpus_bt: Tensor) -> None:
         self.dense, self.device = dense, dense.device
-        self._whole = dense_of(dense, None)  # a span answers from what it remembers, past any gate
+        self._whole = dense_of(dense, None)  # a span reuses remembered residuals, which bypass the gates
         if not corpus_bt.numel():
             raise ValueError("corpus means need reference tokens, and there are none; give at least one block")
         self._linear = {path: module for path, module in dense.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -87,12 +87,12 @@ class DenseSubject:
             self.means: Mapping[Location, Tensor] = self._means(corpus_bt)
 
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix between nodes."""
+        """Return every matrix between nodes."""
         return tuple(self._matrices)
 
     def run(self, tokens_bt: Tensor, gate: Gate) -> Tensor:
-        """logits_btv of some text, every node through the gate."""
-        done: dict[Location, Tensor] = {}  # a read is gated once, for all that take it in
+        """Return logits_btv of some tokens, with every node passed through the gate."""
+        done: dict[Location, Tensor] = {}  # a read is gated once, for all maps that it feeds
 
         def gated(location: Location, x: Tensor) -> Tensor:
             if location not in done:
@@ -133,12 +133,12 @@ class DenseSubject:
         )
 
     def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
-        """Inputs and outputs of the linear maps on the probe, the output of one of them changed."""
+        """Return inputs and outputs of the linear maps on the probe; `change` alters the output of the map `changed`."""
         seen, twice, shape = _Seen({}, {}), set[str](), (*self._probe_bt.shape, -1)
 
         def watch(path: str, _module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             twice.update({path} & seen.taken.keys())
-            if args[0].numel() // args[0].shape[-1] != self._probe_bt.numel():  # other tokens
+            if args[0].numel() // args[0].shape[-1] != self._probe_bt.numel():  # called on other tokens than the probe's
                 return None
             seen.taken[path], seen.given[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
             if path == changed and change is not None:
@@ -180,16 +180,16 @@ class DenseSubject:
         return found
 
     def _fed(self, path: str, others: Sequence[str], seen: _Seen) -> set[str]:
-        """The other maps that take in something else when the output of one is changed."""
+        """Return the other maps whose inputs change when the output of a map is disturbed."""
         noise = torch.randn(seen.given[path].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         now = self._watch(path, lambda output: output + (1 + output.std()) * noise.to(output.dtype))
         return {other for other in others if other != path and not torch.equal(now.taken[other], seen.taken[other])}
 
     def _split(self, paths: Sequence[str], feeds: Mapping[str, set[str]], sequential: bool) -> list[list[str]]:
-        """Sublayers of a block: in sequence the first ends with the map that feeds all later ones; parallel ones are apart."""
+        """Return a block's sublayers: the first ends with the map that feeds all later ones; parallel ones are not connected."""
         if sequential:
-            # the first sublayer's writer feeds all of the second; it is the earliest map that feeds every map called after it
-            # and is fed by every one called before it
+            # the first sublayer's last map feeds the whole second sublayer: it is the earliest map that feeds every map called
+            # after it and is fed by every map called before it
             for place, path in enumerate(paths[:-1]):
                 before, after = paths[:place], paths[place + 1 :]
                 if before and all(path in feeds[other] for other in before) and feeds[path] >= set(after):
@@ -203,7 +203,7 @@ class DenseSubject:
         return groups
 
     def _mixes(self, path: str, last: str, seen: _Seen) -> bool:
-        """Whether early positions of a map's output reach later ones of what the last map takes in."""
+        """Return whether early positions of a map's output affect later positions of the last map's input."""
         half = self._probe_bt.shape[1] // 2
         now = self._watch(path, lambda output: torch.cat([output[:, :half].roll(1, 0) * 2 + 1, output[:, half:]], 1))
         return not torch.equal(now.taken[last][:, half:], seen.taken[last][:, half:])
@@ -266,7 +266,7 @@ def _weight(module: Any) -> Tensor:
 
 
 class MaskedDense(Masked):
-    """A dense model on a question's prompts, with masks over its nodes: channels, or of one prompt channels at its positions."""
+    """A dense model on a question's prompts, with masks over its channels or, for one prompt, over channels at its positions."""
 
     def __init__(self, subject: DenseSubject, question: Question, *, by_position: bool = False) -> None:
         super().__init__(question, subject.space.sizes, subject.means, by_position=by_position)

@@ -1,20 +1,19 @@
-"""Error nodes: what makes the sparse model follow the dense one exactly on a prompt.
+"""Error nodes: the errors with which the sparse model follows the dense one exactly on a prompt.
 
-With h_i the dense residual and f_i the encoder at site i, S_i the sparse sublayer there (the stream added), E and U the sparse
-embedding and unembedding, N the last site and y the dense logits, the errors are
+With h_i the dense residual and f_i the encoder at site i, S_i the sparse sublayer there (with the stream added), E and U the
+sparse embedding and unembedding, N the last site and y the dense logits, the errors are
 
     e_0 = f_0(h_0) - E(tokens)        e_(i+1) = f_(i+1)(h_(i+1)) - S_i(f_i(h_i))        e_(N+1) = y - U(f_N(h_N))
 
-one vector per site and token, and one on the logits after the prompt. Each is a node like any other: added to the stream as it is
-where it is kept, at its mean over a reference corpus where it is not. With every node and every error kept the sparse model gives
-the dense logits; with the errors at their means it speaks for itself.
+one vector per site and token, and one on the logits after the prompt. Each is a node like any other: a kept error is added to the
+stream as it is, any other is replaced by its mean over a reference corpus. With every node and every error kept, the sparse model
+gives the dense logits; with all errors at their means, only its own nodes depend on the prompt.
 
 Attribution graphs have the same nodes (Ameisen et al. 2025, circuit-tracer). See also method, section 6.
 
-Means are taken once over a coupling's reference text, not at every start: `means.json` in its folder names the tensors, by
-location, and the digest of all that they follow from: both models, bridges, settings and text. Means of anything else are never
-taken for these, and are written over. A folder that cannot be written to, or a coupling that is in none, keeps nothing; files
-that cannot be read count as none.
+Means are computed once over a coupling's reference text, not at every start: `means.json` in its folder names the tensors, by
+location, and the digest of all that they depend on: both models, bridges, settings and text. Means with another digest are never
+used, and are overwritten. Nothing is stored if the coupling has no folder that can be written to; unreadable files count as none.
 
 Shape legend: b prompt (row), t token, s sparse width, d dense width, v vocabulary, e site, the logits being the last.
 """
@@ -38,14 +37,14 @@ from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
 from bridge.models.store import CheckpointError, read_folder, write_folder
 
-MEANS = "means"  # the file
-REFERENCE_TOKENS = 4096  # of the reference text, over which means are taken: a second
-_ROWS = 8  # of the reference corpus at a time
+MEANS = "means"  # name of the file
+REFERENCE_TOKENS = 4096  # tokens of reference text that means are taken over; this takes a second
+_ROWS = 8  # rows of the reference corpus in a batch
 
 
 @dataclass(frozen=True, eq=False)
 class Followed:
-    """A dense run, and the errors by which the sparse model follows it.
+    """A dense run, and the errors with which the sparse model follows it.
 
     errors maps (site, error) to error_bts, and (number of sites, error) to error_b1v of the logits after each prompt.
     """
@@ -56,13 +55,13 @@ class Followed:
 
 
 def error_locations(n_sites: int) -> Iterator[Location]:
-    """The places of error nodes, in the order of the computation; the last is that of the logits."""
+    """Return the locations of error nodes, in the order of the computation; the last is that of the logits."""
     return (Location(site, ERROR) for site in range(n_sites + 1))
 
 
 @torch.no_grad()
 def follow(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
-    """The errors on some prompts, whose answers come after position last_b."""
+    """Return the dense run and the errors on some prompts, each of which ends at position last_b."""
     dense, errors = _errors(coupling, prompt_bt)
     row_b, logits_at = torch.arange(len(prompt_bt), device=prompt_bt.device), Location(coupling.n_sites, ERROR)
     errors[logits_at] = errors[logits_at][row_b, last_b][:, None]
@@ -71,7 +70,7 @@ def follow(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Follow
 
 @torch.no_grad()
 def error_means(coupling: CoupledModels, corpus_bt: Tensor) -> dict[Location, Tensor]:
-    """mean_s of every error over a reference corpus, and mean_v of that on the logits. Raises ValueError without tokens."""
+    """Return mean_s of each error over a reference corpus, mean_v of that on the logits. Raises ValueError without tokens."""
     if not corpus_bt.numel():
         raise ValueError("means of errors need reference tokens, and there are none; give at least one block")
     totals: dict[Location, Tensor] = {}
@@ -82,12 +81,12 @@ def error_means(coupling: CoupledModels, corpus_bt: Tensor) -> dict[Location, Te
 
 
 def reference_rows(coupling: CoupledModels, reference_bt: Tensor) -> Tensor:
-    """The first rows of some reference text, as many as means are taken over."""
+    """Return the first rows of the reference text: as many as means are taken over."""
     return reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
 
 
 def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, Tensor]:
-    """The means of every node and every error over some text, kept with the coupling, and in its folder."""
+    """Return the means of every node and every error over some text, stored with the coupling and in its folder."""
 
     def compute() -> dict[Location, Tensor]:
         return {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}
@@ -110,7 +109,7 @@ def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, 
 
 
 def _digest(coupling: CoupledModels, tokens_bt: Tensor) -> str:
-    """SHA-256 of all that the means over a text follow from."""
+    """Return the SHA-256 of all that the means over a text depend on."""
     digest = hashlib.sha256(json.dumps([1, coupling.dense.fingerprint(), coupling.recipe.model_dump()], default=str).encode())
     tensors = {**coupling.sparse.state_dict(), **coupling.bridges.state_dict(prefix="bridges."), "text": tokens_bt}
     for name, tensor in sorted(tensors.items()):
@@ -120,7 +119,7 @@ def _digest(coupling: CoupledModels, tokens_bt: Tensor) -> str:
 
 
 def _errors(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[Trace, dict[Location, Tensor]]:
-    """The dense run of some text, and every error at every token, that on the logits included."""
+    """Return the dense run of some text, and every error at every token, including the error on the logits."""
     sparse, last = coupling.sparse, coupling.n_sites - 1
     dense = coupling.dense.run(tokens_bt)
     targets = [coupling.bridges[site].encode(h_btd.float()) for site, h_btd in enumerate(dense.residuals)]

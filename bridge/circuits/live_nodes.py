@@ -1,14 +1,14 @@
-"""The part of a frozen sparse model that can matter to its logits: what a masked pass computes, and no more.
+"""The part of a frozen sparse model that can affect its logits: a masked pass computes this part and no more.
 
-A model started as its dense model in a larger width leaves most of its channels, neurons and heads without weights: three
-quarters of what ships. Left out, with the same results, is what is 0 under every mask or read by nothing:
+A model started from its dense model in a larger width leaves most of its channels, neurons and heads without weights: three
+quarters of the model that ships. A node that is 0 under every mask, or that nothing reads, is left out; results are the same:
 
-    channel of the stream, with its nodes    where nothing writes it, and the means and the errors are 0 there too
-    head, with its q, k and v                where o reads none of its channels
-    neuron                                   where down does not read it
+    channel of the stream, with its nodes    if nothing writes it, and the means and the errors are 0 there too
+    head, with its q, k and v                if o reads none of its channels
+    neuron                                   if down does not read it
 
-One thing such a node can still do: be among those that AbsTopK keeps, in the place of another. So those that are not always 0
-are computed up to AbsTopK (`rival_m`); of the constant ones, no more of the largest than AbsTopK keeps.
+Such a node can still have one effect: AbsTopK may keep it in place of another. Rivals (`rival_m`) are therefore computed up to
+AbsTopK: all that are not constant, and the largest of the constant ones, at most as many as AbsTopK keeps.
 
 Shape legend: n live nodes of a location, m its rivals, s channels of the stream, h heads, c channels of a head.
 """
@@ -34,9 +34,9 @@ from bridge.models.sparse import Location, SparseTransformer
 
 @dataclass(frozen=True, eq=False)
 class LiveNodes:
-    """The live nodes of a location by their channels, ascending, and its rivals; how many of all its nodes AbsTopK keeps.
+    """The live nodes of a location and its rivals, by channel in ascending order; how many of all its nodes AbsTopK keeps.
 
-    place_c is the place of each channel among the live ones, -1 of one that is not.
+    place_c is the index of each channel among the live ones, -1 for a channel that is not live.
     """
 
     channel_n: Tensor
@@ -46,7 +46,7 @@ class LiveNodes:
 
     @staticmethod
     def of(live_c: Tensor, keep: float, varies_c: Tensor, size_c: Tensor) -> LiveNodes:
-        """The nodes of a location of which live_c are live; of the others those vary, or are constant and so large."""
+        """Return the nodes of a location: live_c are live, varies_c are not constant, size_c is a constant's magnitude."""
         kept, place_c = max(1, round(keep * len(live_c))), torch.where(live_c, live_c.cumsum(0) - 1, -1)
         constant_c = torch.where(live_c | varies_c, 0, size_c)
         largest = constant_c.topk(min(kept, int(constant_c.count_nonzero()))).indices
@@ -55,7 +55,7 @@ class LiveNodes:
 
 
 class LiveModel:
-    """The live parts of a sparse model whose stream is written, besides by its weights, at the channels also_s."""
+    """The live parts of a sparse model; also_s marks the channels of the stream that are written by more than its weights."""
 
     def __init__(self, sparse: SparseTransformer, also_s: Tensor) -> None:
         self.n_sites = sparse.n_sites
@@ -93,7 +93,7 @@ class LiveModel:
 
 
 def _stored(sparse: SparseTransformer, name: str, read_n: Tensor, row_m: Tensor, live: int) -> StoredMatrix:
-    """A matrix from the nodes read_n to the nodes row_m, of which so many, the first, are live and have a way back."""
+    """Return the matrix from the nodes read_n to the nodes row_m; only the first `live` of these have a backward pass."""
     weight_mn, bias_m = (sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
     part_mn = weight_mn[row_m][:, read_n]
     return StoredMatrix.of(Compact.of(part_mn), bias_m[row_m], Compact.of(part_mn[:live]))
@@ -101,9 +101,9 @@ def _stored(sparse: SparseTransformer, name: str, read_n: Tensor, row_m: Tensor,
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A location to the kernels: where its masks begin and how many a token has, its live nodes, and the errors of a site.
+    """A location for the kernels: offset and number per token of its masks, its live nodes, and the errors of a site.
 
-    kept is how many AbsTopK keeps; near says about where its thresholds were last.
+    kept is how many nodes AbsTopK keeps; near says about where its thresholds were at the last call.
     """
 
     first: int
@@ -117,7 +117,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """A sublayer to the kernels: its locations by kind, its matrices by name, the sinks of its live heads."""
+    """A sublayer for the kernels: its locations by kind, its matrices by name, the sinks of its live heads."""
 
     at: dict[str, Place]
     matrix: dict[str, StoredMatrix]
@@ -127,13 +127,13 @@ class Sublayer:
 def placed(
     live: LiveModel, space: NodeSpace, means: Mapping[Location, Tensor], errors: Mapping[Location, Tensor] | None
 ) -> dict[Location, Place]:
-    """The locations of a row of masks, in its order."""
+    """Return the locations of a row of masks, in its order."""
     at_location, first = dict[Location, Place](), 0
     for at, size in space.sizes.items():
         nodes = live.nodes.get(at)
         if nodes is not None:
             channel_n = nodes.channel_n
-        else:  # errors: of the stream, or of the logits
+        else:  # errors, of the stream or of the logits
             channel_n = live.stream_s if at.layer < live.n_sites else torch.arange(means[at].shape[-1])
         mean_n = means[at].float()[..., channel_n].contiguous()
         excess_bts = (errors[at] - means[at])[..., channel_n] if errors and at in errors else mean_n.new_zeros(0, 0, 0)
@@ -145,7 +145,7 @@ def placed(
 
 
 def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Location, Place]) -> list[Sublayer]:
-    """A model's sublayers, by their site; an attention and an MLP share what is of their layer."""
+    """Return a model's sublayers, by site; the attention and the MLP of a layer share one `Sublayer`."""
     made = list[Sublayer]()
     for layer, head_h in live.heads.items():
         at_kind = {at.kind: place for at, place in places.items() if at.layer == layer and at.kind != ERROR}
@@ -159,7 +159,7 @@ _known: WeakKeyDictionary[SparseTransformer, tuple[tuple[object, ...], LiveModel
 def live_model(
     sparse: SparseTransformer, means: Mapping[Location, Tensor], errors: Mapping[Location, Tensor] | None
 ) -> LiveModel:
-    """The live parts of a model whose nodes, or errors, are at their means or their values; kept for the next question."""
+    """Return the live parts of a model, for the means and errors that its nodes can take; cached for the next question."""
     also_s = torch.zeros(sparse.width, dtype=torch.bool)
     for at, x in (*means.items(), *(errors or {}).items()):
         if at.kind in READ_KINDS + WRITE_KINDS or (at.kind == ERROR and at.layer < sparse.n_sites):
@@ -171,5 +171,5 @@ def live_model(
 
 
 def _not_empty(live_c: Tensor) -> Tensor:
-    """live_c, with one at least, since kernels expect some."""
+    """Return live_c with at least one channel marked, because the kernels expect one."""
     return live_c if bool(live_c.any()) else live_c.index_fill(0, torch.zeros(1, dtype=torch.long), True)

@@ -1,19 +1,19 @@
-"""A model with any of its nodes, and of its errors, at their means: what every search and every measure runs.
+"""A model with any of its nodes, and of its errors, at their means: every search and every measure runs it.
 
-With a_i what AbsTopK has left of node i and m_i its mean over a reference corpus, and k_i the node's mask (bool, or a number that
-mixes), the masked model has, in the order of the computation,
+With a_i the value of node i after AbsTopK, m_i its mean over a reference corpus, and k_i the node's mask (bool, or a number that
+mixes), the masked model computes, in the order of the computation,
 
     y_i = m_i + k_i (a_i - m_i)            gradient of a loss L with respect to the mask:  dL/dk_i = dL/dy_i (a_i - m_i)
 
-so that with every mask 1 it is the model itself, exactly. Where the model follows the dense one (`error_nodes`) the errors are
-nodes as well, one per site and token: m_e + k_e (e - m_e) is added to the stream there, and to the logits.
+so with every mask 1 it is the model itself, exactly. If the model follows the dense one (`error_nodes`), the errors are nodes as
+well, one per site and token: m_e + k_e (e - m_e) is added to the stream there, and to the logits.
 
-What a node is, the granularity says: of a prompt a channel of a location at one token; of a task a channel at every token of
-every prompt. A mean that is missing is an error: zero is another model. `Masked` is what the sparse model and the dense one
-(`dense_nodes`) share, `MaskedModel` the sparse model.
+The granularity decides what a node is: for a prompt, a channel of a location at one token; for a task, a channel at every token
+of every prompt. A missing mean is an error, because zero would be another model. `Masked` is what the sparse model and the dense
+one (`dense_nodes`) share, `MaskedModel` the sparse model.
 
 Shape legend: r masked copy of a prompt, t token, n nodes of a location, f all nodes in one row (location by location, position by
-position, channel by channel), k some of them by their place, s sparse width, v vocabulary.
+position, channel by channel), k some of them by index, s sparse width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from bridge.models.span import SparseSpan
 from bridge.models.sparse import Gate, Location, SparseTransformer
 
 _ROW_TOKENS = 2048  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
-_ROW_NODES = 1 << 24  # and mask entries, which outnumber the tokens by the nodes of a token
+_ROW_NODES = 1 << 24  # mask entries in a batch: one per token and node
 
 
 class Masked(ABC):
     """A model on a question's prompts, with masks over its nodes.
 
-    sizes are the nodes of every location, and 1 for the place of every error; means maps every location to its mean. Raises
-    ValueError where a mean is missing, and where nodes at positions are asked for of several prompts.
+    sizes maps every location to its number of nodes, 1 for errors; means maps every location to its mean. Raises ValueError if a
+    mean is missing, or if `by_position` is set and the question has several prompts.
     """
 
-    _compiled: MaskedPass | None = None  # what runs in place of the gates, where it serves the model
+    _compiled: MaskedPass | None = None  # replaces the gates if it supports the model
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Masked(ABC):
 
     @abstractmethod
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        """logits_rv after some of the prompts, every node through a gate and the stream through a correction."""
+        """Return logits_rv after the prompts row_r, with every node under the gate and the stream under the correction."""
 
     @property
     def rows(self) -> int:
@@ -77,15 +77,15 @@ class Masked(ABC):
 
     @cached_property
     def is_error_f(self) -> Tensor:
-        """Mask of the places of a row that are errors."""
+        """Mask of the entries of a row that are errors."""
         return self.space.by_location(at.kind == ERROR for at in self.space.sizes).to(self.device)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
-        """The gate and the correction under which the model is the masked copies; without errors nothing is corrected."""
+        """Return the gate and the correction that make the model the masked copies; without errors nothing is corrected."""
         parts, row_r = self.space.split(kept_rf), self.question.in_turn(len(kept_rf), row_r)
 
         def kept(location: Location, x_rtn: Tensor) -> Tensor:
-            """The masks of rows that have entered, at positions that are computed: of a narrow run the last one alone."""
+            """Return the masks of rows that have entered, at computed positions: in a narrow run only the last one."""
             kept_rtn = parts[location][: len(x_rtn)]
             return kept_rtn if kept_rtn.shape[1] == 1 else kept_rtn[:, -x_rtn.shape[1] :]
 
@@ -106,7 +106,7 @@ class Masked(ABC):
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """logits_rv after the prompts, of any number of masks."""
+        """Return logits_rv after the prompts row_r, for any number of masks."""
         row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.logits(kept_rf, row_r)
@@ -115,7 +115,7 @@ class Masked(ABC):
 
     @torch.no_grad()
     def difference(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """d_r of the question under any number of masks."""
+        """Return the question's d_r for any number of masks."""
         return self.question.difference(self.logits(kept_rf, row_r), row_r)
 
     def gradient(
@@ -125,7 +125,7 @@ class Masked(ABC):
         row_r: Tensor | None = None,
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
+        """Return gradient_rf of the sum of loss(logits_rv) with respect to the mask entries, all or node_k, and loss_r."""
         row_r = self.question.in_turn(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.gradient(kept_rf, loss, row_r, node_k)
@@ -159,16 +159,16 @@ class Masked(ABC):
         return gradient_rf if node_k is None else gradient_rf[:, node_k], loss_r.detach()
 
     def _excess(self, location: Location, row_r: Tensor, x_rts: Tensor) -> Tensor:
-        """Difference of an error of each row from its mean."""
+        """Return the difference of each row's error from its mean."""
         assert self.errors is not None
         excess_bts = self.errors[location] - self.means[location]
         return excess_bts[:, -x_rts.shape[1] :][row_r[: len(x_rts)]]
 
 
 class MaskedModel(Masked):
-    """The sparse model on a question's prompts, with masks over its nodes, and where they are given its errors.
+    """The sparse model on a question's prompts, with masks over its nodes and, if they are given, its errors.
 
-    errors are those of the question's prompts (`error_nodes.follow`), and means have theirs as well.
+    errors are those of the question's prompts (`error_nodes.follow`); means must then include the errors' means.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class MaskedModel(Masked):
         self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
 
     def only(self, row: int) -> MaskedModel:
-        """These nodes on one of the prompts."""
+        """Return the model with masks over the same nodes on one of the prompts."""
         question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
         errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
@@ -197,16 +197,16 @@ class MaskedModel(Masked):
 
     @cached_property
     def site_f(self) -> Tensor:
-        """The site that a node's sublayer reads, on the CPU; of an error the site before its own, which it is added behind."""
+        """Site that a node's sublayer reads, on the CPU; for an error the site before, after whose sublayer it is added."""
         return self.space.by_location(at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes)
 
     # -- runs -----------------------------------------------------------------------------------------------------------
 
     def run(self, kept_rf: Tensor, row_r: Tensor | None = None, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
-        """A masked copy for every mask, of the prompts row_r, by default of every prompt in turn.
+        """Run a masked copy for every mask, on the prompts row_r, by default on all prompts in turn.
 
-        With narrow the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
-        come in the order of their sites, since a sublayer sees only those that have entered.
+        With narrow, the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
+        be in the order of their sites, because a sublayer sees only those that have entered.
         """
         row_r = self.question.in_turn(len(kept_rf), row_r)
         if narrow and self._compiled is not None and (enter is None or self._compiled.silent(enter.x_btd)):
@@ -217,7 +217,7 @@ class MaskedModel(Masked):
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor) -> Tensor:
-        """logits_kv of the one prompt under a mask less a node, or all of some nodes, for each of the sets."""
+        """Return logits_kv of the only prompt, under the mask less each of the sets: one node or several."""
         whole = self.run(kept_f[None], narrow=True)
         logits_kv = whole.logits_btv[:, -1].repeat(len(sets), 1)
         for some_k, trace in self.runs_without(kept_f, sets, whole):
@@ -227,9 +227,9 @@ class MaskedModel(Masked):
     def runs_without(
         self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor, whole: Trace, *, beside: bool = False
     ) -> Iterator[tuple[Tensor, Trace]]:
-        """(some_k, trace) of narrow runs without the sets some_k, each from the sublayer of its first node on, batch by batch.
+        """Yield (some_k, trace) of narrow runs without the sets some_k, each from its first node's sublayer on, batch by batch.
 
-        whole is the mask's own run; with `beside` it is done again as the first row of each batch.
+        whole is the run of the full mask; with `beside` it is repeated as the first row of each batch.
         """
         site_k = torch.tensor([int(self.site_f[node_s.cpu()].min()) if node_s.numel() else 0 for node_s in sets])
         for some_k in self.batches(site_k, self.sparse.narrow_from):
@@ -241,7 +241,7 @@ class MaskedModel(Masked):
             yield some_k, self.run(kept_rf, None, Enter(site_k[of_r], x_rts), narrow=True)
 
     def batches(self, site_k: Tensor, late: int) -> Iterator[Tensor]:
-        """Places of rows that enter at site_k, in the order of their sites; those from `late` on, of one token, apart."""
+        """Yield batches of row indices, in the order of site_k; rows from site `late` on have one token and are batched apart."""
         for part_k in (site_k < late, site_k >= late):
             place_k = part_k.nonzero().flatten()
             if len(place_k):
@@ -256,15 +256,15 @@ class MaskedModel(Masked):
 def last_logits(
     sparse: SparseTransformer, tokens_bt: Tensor, last_b: Tensor, trace: Trace, correct: Gate | None = None
 ) -> Tensor:
-    """logits_bv at last_b, of a run of some text that was asked for those of the last position alone."""
+    """Return logits_bv at last_b, from a run of some text with logits at the last position alone."""
     if bool((last_b == tokens_bt.shape[1] - 1).all()):
         return trace.logits_btv[:, -1]
-    # prompts of several lengths: what is at their last tokens enters at the last site, as rows of one token
+    # prompts of several lengths: the residuals at their last tokens enter at the last site, as rows of one token
     row_b = torch.arange(len(last_b), device=last_b.device)
-    if isinstance(sparse, SparseSpan):  # what is behind it reads every position
+    if isinstance(sparse, SparseSpan):  # the dense model after the span reads every position
         trace = sparse.run(tokens_bt, Enter.at(sparse.n_sites - 1, trace.residuals[-1]), correct=correct)
         return trace.logits_btv[row_b, last_b]
-    x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, last_b].t()[:, None]  # so that gradients lie as it does
+    x_b1s = trace.residuals[-1].permute(2, 0, 1)[:, row_b, last_b].t()[:, None]  # so that gradients keep its memory layout
     enter = Enter.at(sparse.n_sites - 1, x_b1s)
     return sparse.run(tokens_bt[row_b, last_b][:, None], enter, correct=correct).logits_btv[:, 0]
 
@@ -272,9 +272,9 @@ def last_logits(
 def integrated_gradients(
     masked: Masked, gradient: Callable[[Tensor], Tensor], over_f: Tensor, alphas: int = 4, kept_f: Tensor | None = None
 ) -> Tensor:
-    """score_f of the nodes and errors over_f, mixed in together from their means to their values; 0 of all others.
+    """Return score_f: integrated gradients of the nodes and errors over_f, mixed together from mean to value; 0 for others.
 
-    Others are kept where kept_f says so. gradient(mask_rf) gives the gradient_rf of what is scored.
+    Others are kept if kept_f says so. gradient(mask_rf) returns the gradient_rf of the scored quantity.
     """
     alpha_r1 = (torch.arange(alphas, device=over_f.device)[:, None] + 0.5) / alphas
     fixed_f = torch.zeros(over_f.shape, device=over_f.device) if kept_f is None else (kept_f & ~over_f).float()

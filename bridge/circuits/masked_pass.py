@@ -1,16 +1,16 @@
-"""The masked model without autograd: forward and backward by hand, for a frozen sparse model on a CPU.
+"""The masked model without autograd: forward and backward written by hand, for a frozen sparse model on a CPU.
 
-A search asks for thousands of passes of a few masked copies, whose gradients with respect to the masks alone are wanted; the
-weights are few and never change. Through autograd most of such a pass is not arithmetic. Here copies of all rows are lanes of
-the same few compiled kernels (`kernels/masked`), sublayer by sublayer, in tiles that the caches hold, and nothing outlives a
-tile. Behind the last attention only the position of the answer is computed.
+A search runs thousands of passes of a few masked copies, and needs only gradients with respect to the masks; the weights are few
+and never change. With autograd, most of the time of such a pass is not arithmetic. Here copies of all rows are lanes of the same
+few compiled kernels (`kernels/masked`), which run sublayer by sublayer, in tiles that fit the caches; nothing outlives a tile.
+After the last attention only the position of the answer is computed.
 
 With x_i the stream at site i, g the nodes under their masks (`kernels/masked`), N the norm, A the attention, e_i the error
 
     attention   r = g(N x);  q, k, v = g(W r + b);  x_(i+1) = x + g(W_o A(q, k, v) + b) + e_(i+1)
     MLP         r = g(N x);  a = g(gelu(W r + b));  x_(i+1) = x + g(W a + b) + e_(i+1)
 
-and the same backwards, in the order of the computation reversed.
+The backward pass takes the same steps in reverse order.
 
 Shape legend: r masked copy of a prompt, b prompt, t token, l lane (token of a copy), n nodes of a location, s sparse width, v
 vocabulary, f all nodes in one row.
@@ -33,17 +33,17 @@ from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import ERROR, Location, SparseTransformer
 from bridge.recipe import AttentionShape
 
-_TILE = 128  # lanes that are computed at a time: what is kept of them for the way back stays within some megabytes
-_TILES = 8  # that are kept for the way back; of more, each is computed again
-_KNOWN = 64  # tiles whose lanes are remembered
-_DENSEST = 0.6  # share of the weights above which dense products take less time: at .5, of 128 x 128, they take twice as long
+_TILE = 128  # lanes computed at a time: what is kept of them for the backward pass stays within some megabytes
+_TILES = 8  # kept for the backward pass; if there are more, each is computed again
+_KNOWN = 64  # tiles whose lanes are cached
+_DENSEST = 0.6  # share of nonzero weights above which dense products are faster: at .5, for 128 x 128, they take twice as long
 
 Array = np.ndarray
-Back = Callable[[Array, "_Every | _Some"], Array]  # (dy, dmask) -> dx; to dmask the gradients of masks are given
+Back = Callable[[Array, "_Every | _Some"], Array]  # (dy, dmask) -> dx; gradients of masks are given to dmask
 
 
 def serves(sparse: SparseTransformer) -> bool:
-    """Whether the pass computes a model: whole, frozen, sparse, in float32 on a CPU, its blocks plain, one sublayer at a time."""
+    """Return whether the pass supports a model: whole, frozen, sparse, float32 on a CPU, with plain sequential sublayers."""
     form = sparse.form
     other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
     plain = not other and form.activation == "gelu_new" and all(each == AttentionShape() for each in form.attention)
@@ -55,22 +55,22 @@ def serves(sparse: SparseTransformer) -> bool:
 
 
 class _Every:
-    """Where the gradients of all entries of a tile's masks go."""
+    """Receives the gradients of all entries of a tile's masks."""
 
     def __init__(self, gradient_rf: Array) -> None:
         self.flat = gradient_rf.reshape(-1)
 
     def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
-        """Take the gradients of the nodes of a location, and turn dy into dpre."""
+        """Collect the mask gradients of a location's nodes, and turn dy into dpre."""
         masked.nodes_back(dy, change, through, lanes.places(at.size), at.first, at.channel_n, self.flat)
 
     def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
-        """Take those of the errors of a site."""
+        """Collect the mask gradients of a site's errors."""
         masked.add_error_back(dx, lanes.places(1), at.first, *what, self.flat)
 
 
 class _Some:
-    """Where those of some entries go, each location's by their place k, token and channel: of few, most of the work is spared."""
+    """Receives the gradients of some entries, per location as index k, token and channel; if few, most work is spared."""
 
     def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
         self.gradient_rk = gradient_rk
@@ -79,7 +79,7 @@ class _Some:
         self.parts = of.asked_parts
 
     def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
-        """Take the gradients of the nodes of a location, and turn dy into dpre."""
+        """Collect the mask gradients of a location's nodes, and turn dy into dpre."""
         if at.first in self.parts:
             here_k, token_k, channel_k = self.parts[at.first]
             gradient_kr = np.empty((len(here_k), len(self.gradient_rk)), np.float32)
@@ -88,7 +88,7 @@ class _Some:
         dy *= through
 
     def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
-        """Take those of the errors of a site."""
+        """Collect the mask gradients of a site's errors."""
         if at.first in self.parts:
             here_k, token_k, _ = self.parts[at.first]
             rows, tokens = lanes.lane_rt.shape if lanes.by_position else (len(lanes.lane_rt), 1)
@@ -117,7 +117,7 @@ class MaskedPass:
         self.sublayers = sublayers(sparse, live, self.at)
         self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
-        self.asked: Tensor | None = None  # what gradients were asked for last, and where they are: a descent asks often
+        self.asked: Tensor | None = None  # the last node_k and its parts, since a descent asks for the same often
         self.asked_parts: dict[int, tuple[Array, Array, Array]] = {}
         self.most = max(len(nodes.channel_n) + len(nodes.rival_m) for nodes in live.nodes.values())
         self.active = np.zeros(0, np.bool_)
@@ -126,12 +126,12 @@ class MaskedPass:
 
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor) -> Tensor:
-        """logits_rv after the prompts of row_r under their masks."""
+        """Return logits_rv after the prompts of row_r under their masks."""
         return torch.cat([_Tile(self, *tile, self.rooms[0], False).logits_rv for tile in self._tiles(kept_rf, row_r)])
 
     @torch.no_grad()
     def run(self, kept_rf: Tensor, row_r: Tensor, enter: Enter | None = None) -> Trace:
-        """The copies' run, narrow (see `SparseTransformer.run`), of rows that enter, if any do, in the order of their sites."""
+        """Run the copies, narrow (see `SparseTransformer.run`); rows that enter, if any, are in the order of their sites."""
         kept_rf, tiles, logits = kept_rf.contiguous(), list[_Tile](), list[Tensor]()
         sites = [EMBEDDING] * len(row_r) if enter is None else enter.site_b.tolist()
         first = 0
@@ -153,7 +153,7 @@ class MaskedPass:
     def gradient(
         self, kept_rf: Tensor, loss: Callable[[Tensor], Tensor], row_r: Tensor, node_k: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """gradient_rf of the sum of loss(logits_rv) with respect to the entries of the masks, all or node_k, and loss_r."""
+        """Return gradient_rf of the sum of loss(logits_rv) with respect to the mask entries, all or node_k, and loss_r."""
         parts, tiles = list(self._tiles(kept_rf, row_r)), list[_Tile]()
         if len(parts) <= _TILES:
             tiles = [_Tile(self, *part, room, True) for part, room in zip(parts, self.rooms, strict=False)]
@@ -174,7 +174,7 @@ class MaskedPass:
         return gradient_rf, loss_r.detach()
 
     def lanes(self, prompt_r: Array) -> tuple[Lanes, Lanes]:
-        """The lanes of all tokens of some copies, and those of their answers."""
+        """Return the lanes of all tokens of some copies, and those of their answers."""
         key = prompt_r.tobytes()
         if key not in self.known_lanes:
             self.known_lanes = self.known_lanes if len(self.known_lanes) < _KNOWN else {}
@@ -184,7 +184,7 @@ class MaskedPass:
         return self.known_lanes[key]
 
     def live_parts(self, node_k: Tensor) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
-        """Locations of entries, by their first one: the places k of the live ones, their tokens, and their places among those."""
+        """Yield, by a location's first entry: the indices k of live entries, their tokens, and their indices among live nodes."""
         for at, here_k, place_k in self.space.places(node_k):
             token_k, channel_k = divmod(place_k.numpy(), self.space.sizes[at])
             if at in self.live.nodes:
@@ -193,11 +193,11 @@ class MaskedPass:
             yield self.at[at].first, (here_k.numpy()[live_k], token_k[live_k], channel_k[live_k])
 
     def silent(self, x_rts: Tensor) -> bool:
-        """Whether a stream is 0 in every channel that is not computed."""
+        """Return whether a stream is 0 in every channel that is not computed."""
         return bool(x_rts.count_nonzero() == x_rts[..., self.live.stream_s].count_nonzero())
 
     def _tiles(self, kept_rf: Tensor, row_r: Tensor) -> Iterator[tuple[Array, Array]]:
-        """Masks in a row and prompts of as many copies as are computed at a time."""
+        """Yield the flat masks and the prompts of as many copies as are computed at a time."""
         rows = max(1, _TILE // self.n_tokens)
         kept_rf = kept_rf.contiguous()
         for some_rf, some_r in zip(kept_rf.split(rows), row_r.split(rows), strict=True):
@@ -210,9 +210,9 @@ class MaskedPass:
 
 
 class _Tile:
-    """Some masked copies: their logits, and the way back where it is kept; with trace also residuals, by site.
+    """Some masked copies: their logits, with keep their backward steps, and with trace their residuals by site.
 
-    They begin at a site with x_rts, or at the embedding.
+    They start at the site `begin` with x_rts, or at the embedding.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class _Tile:
         room.used = 0
         self.wide, self.answers = of.lanes(prompt_r)
         rows = len(prompt_r)
-        self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # the lanes of the answers among the wide ones
+        self.last_r = np.arange(rows) * of.n_tokens + self.answers.token_l  # indices of the answers' lanes among the wide ones
         if of.active.size < of.most * self.wide.padded:
             of.active = np.zeros(of.most * self.wide.padded, np.bool_)
         sparse, self.residuals = of.sparse, dict[int, Tensor]()
@@ -266,23 +266,23 @@ class _Tile:
         self.logits_rv = torch.from_numpy(logits[:, :rows].T.copy())
 
     def backward(self, gradient_rv: Array, dmask: _Every | _Some) -> None:
-        """Give the gradients of the masks, by that of the logits."""
+        """Give the gradients of the masks to dmask, from the gradients of the logits."""
         d = np.zeros((gradient_rv.shape[1], self.answers.padded), np.float32)
         d[:, : len(gradient_rv)] = gradient_rv.T
         for back in reversed(self.ways):
             self.brief.used = 0
             d = back(d, dmask)
-        self.ways.clear()  # which hold the tile and its masks
+        self.ways.clear()  # they hold the tile and its masks
 
     def _way(self, back: Back) -> None:
-        """Note the way back through a step, where it will be gone."""
+        """Append the backward step of an operation, if the tile keeps them."""
         if self.keep:
             self.ways.append(back)
 
-    # -- sublayers: the stream x -> the stream behind it, errors aside -----------------------------------------------------
+    # -- sublayers: the stream x -> the stream after it, without errors ---------------------------------------------------
 
     def _attention(self, sublayer: Sublayer, x: Array, lanes: Lanes, to: Lanes) -> Array:
-        """Queries are those of the lanes `to`."""
+        """Return the stream at the lanes `to`, which are those of the queries."""
         places, matrices, room, narrow = sublayer.at, sublayer.matrix, self.room, to is not lanes
         y, normed_back = self._norm(x)
         r, r_back = self._nodes(places["attn_in"], y, lanes)
@@ -332,11 +332,11 @@ class _Tile:
         return self._sum(x, write)
 
     def _error(self, site: int, x: Array, lanes: Lanes) -> None:
-        """Sum of the kept errors of a site, added to the stream, or to the logits."""
+        """Add the errors of a site, under their masks, to the stream or to the logits, in place."""
         at = self.of.at.get(Location(site, ERROR))
         if at is None:
             return
-        token_l = lanes.token_l if site < self.of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits: one row a prompt
+        token_l = lanes.token_l if site < self.of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits: one row per prompt
         what = at.excess_bts, lanes.prompt_l, token_l
         masked.add_error(x, self.mask, lanes.places(1), at.first, at.mean_n, *what)
 
@@ -349,7 +349,7 @@ class _Tile:
     # -- parts ----------------------------------------------------------------------------------------------------------
 
     def _nodes(self, at: Place, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
-        """The nodes, for the sublayer alone if not lasting, and what turns dy into dpre; `change` is as before AbsTopK."""
+        """Return masked nodes (lost after the sublayer unless lasting) and dy -> dpre; `change` holds values before AbsTopK."""
         shape = len(at.channel_n), change.shape[1]
         through, y = self.room.take(*shape), (self.room if lasting else self.brief).take(*shape)
         where, kept = (self.mask, lanes.places(at.size), at.first, at.channel_n), at.kept
@@ -362,7 +362,7 @@ class _Tile:
         return y, back
 
     def _norm(self, x: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
-        """RMSNorm, and what adds to dx by dy."""
+        """Return the RMSNorm of x, and the function (dy, dx) -> dx that adds its gradient to dx."""
         y, scale = self.room.take(*x.shape), np.empty(x.shape[1], np.float32)
         width, eps = self.of.sparse.width, self.of.sparse.form.eps
         masked.norm(x, scale, y, width, eps)
@@ -376,7 +376,7 @@ class _Tile:
     def _attend(
         self, sink_h: Array, q: Array, k: Array, v: Array, lanes: Lanes, to: Lanes
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-        """Outputs of the heads for every lane of `to`, and their backward pass."""
+        """Return the outputs of the heads for every lane of `to`, and their backward function."""
         of, room, rows = self.of, self.room, len(self.last_r)
         channels, narrow = of.sparse.channels, to is not lanes
         z, heads = room.take(*q.shape), rows * len(sink_h)
@@ -398,17 +398,17 @@ class _Tile:
         return z, back
 
     def _stream(self, x: Array, lanes: Lanes) -> Tensor:
-        """x_rts of the lanes."""
+        """Return x_rts of the lanes."""
         x_ls = torch.zeros(len(lanes.row_l), self.of.sparse.width)
         x_ls[:, self.of.live.stream_s] = torch.from_numpy(x[:, : len(lanes.row_l)]).T
         return x_ls.unflatten(0, (len(self.last_r), -1))
 
     def _sum(self, x: Array, write: Array) -> Array:
-        """The stream with a write added; in its place where nothing needs it again."""
+        """Return the stream with a write added; in place if nothing needs x again."""
         return np.add(x, write, out=self.room.take(*x.shape) if self.keep else x)
 
     def _answers(self, x: Array) -> Array:
-        """The lanes of the answers, out of the wide ones."""
+        """Return the lanes of the answers, out of the wide ones."""
         narrow = np.zeros((len(x), self.answers.padded), np.float32)
         narrow[:, : len(self.last_r)] = x[:, self.last_r]
         return narrow

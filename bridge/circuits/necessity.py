@@ -1,9 +1,9 @@
 """Nodes that keep up an answer when a circuit for it is deleted: other ways to the answer, which a circuit may lack.
 
-In the order of the integrated gradients of what is left of the span, over the nodes outside the circuit, the fewest are taken
-with which the circuit's deletion leaves no more than the search asks.
+The nodes outside the circuit are ranked by integrated gradients of the span that is left. The first of them are taken: the
+smallest number whose deletion together with the circuit leaves no more than the search asks.
 
-Shape legend: r masked copy of a prompt, f all nodes in one row, k some of them by their place.
+Shape legend: r masked copy of a prompt, f all nodes in one row, k some of them by index.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from bridge.circuits.masked_model import integrated_gradients
 
 
 def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
-    """node_k: the fewest other nodes whose deletion beside the circuit's leaves at most `config.left`, strongest first.
+    """Return node_k: the fewest other nodes whose deletion with the circuit leaves at most `config.left`, strongest first.
 
-    Of several prompts the mean over them counts. As many as are found; the last of the ranking where nothing brings it so low.
-    None where no more is left than that.
+    With several prompts the mean over them counts. The number is found by search; if none suffices, the whole ranking is
+    returned. node_k is empty if the circuit's deletion alone leaves no more than that.
     """
     whole_f, allowed = loss.complement(kept_f), loss.config.left
 
@@ -32,7 +32,7 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f)
     pool_k = whole_f.nonzero().flatten()
     order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
-    low, high = 0, len(order_k)  # of low more is left, high is taken to do
+    low, high = 0, len(order_k)  # low leaves more, high is assumed to suffice
     tried = [size for size in (2**power for power in range(high.bit_length())) if size < high]
     while tried:
         for size, share in zip(tried, left(order_k, tried), strict=True):

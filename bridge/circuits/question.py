@@ -2,8 +2,8 @@
 
     d = log sum over answer of exp(logit) - log sum over against of exp(logit)
 
-is the log-odds of the answer against all other tokens by default ("why this token at all"); against one token it is a logit
-difference; a task has sets of tokens on either side. A prompt's question has one row, a task's a row for every prompt.
+By default d is the log-odds of the answer against all other tokens ("why this token at all"). Against one token it is a logit
+difference. A task has sets of tokens on either side. A prompt's question has one row, a task's a row for every prompt.
 
 Shape legend: b prompt (row), t token, k token ids of a side, v vocabulary.
 """
@@ -20,14 +20,14 @@ from bridge.data.task_tokens import TokenPairs
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Prompts, and which next tokens are asked about.
+    """Prompts, and the next tokens that are asked about.
 
     prompt_bt              int64, padded on the right
     last_b                 int64, the position after which the answer comes
     answer_bk, against_bk  int64, token ids of either side, -1 where there are fewer than k
     answer_not_b, against_not_b  bool: the side is every token but the ids listed for it
 
-    Raises ValueError where there is nothing to ask.
+    Raises ValueError if there is no token, or if answer and contrast are the same.
     """
 
     prompt_bt: Tensor
@@ -48,7 +48,7 @@ class Question:
 
     @staticmethod
     def of_prompt(tokens_t: Tensor, answer: int, against: int | None = None) -> Question:
-        """Why one token follows a prompt: against one other, or against all others where `against` is None."""
+        """Return the question why one token follows a prompt: against one other, or against all others if `against` is None."""
         device, every = tokens_t.device, against is None
         answer_bk = torch.tensor([[answer]], device=device)
         against_bk = torch.tensor([[answer if against is None else against]], device=device)
@@ -57,7 +57,7 @@ class Question:
 
     @staticmethod
     def of_pairs(pairs: TokenPairs) -> Question:
-        """Why the right answer follows, rather than the wrong one, the prompts of some pairs (give both members as prompts)."""
+        """Return the question why the right answer, not the wrong one, follows some pairs' prompts (both members as prompts)."""
         return Question(pairs.prompt_bt, pairs.last_b, pairs.answer_bk, pairs.wrong_bk, pairs.answer_not_b, pairs.wrong_not_b)
 
     def __len__(self) -> int:
@@ -66,19 +66,19 @@ class Question:
 
     @property
     def tokens_t(self) -> Tensor:
-        """The tokens of the one prompt. Raises ValueError where there are several."""
+        """Tokens of the only prompt. Raises ValueError if there are several."""
         if len(self) != 1:
             raise ValueError(f"the question has {len(self)} prompts; this is about a single one")
         return self.prompt_bt[0]
 
     @property
     def answer(self) -> int:
-        """The first answer token of the one prompt."""
+        """First answer token of the only prompt."""
         return int(self.answer_bk[0, 0]) if self.tokens_t is not None else -1
 
     @property
     def contrast(self) -> int | None:
-        """The token that the one prompt's answer is held against; None where that is every other."""
+        """Token that the only prompt's answer is held against; None if that is every other token."""
         return None if bool(self.against_not_b[0]) else int(self.against_bk[0, 0])
 
     @property
@@ -87,17 +87,17 @@ class Question:
         return bool((self.last_b == self.prompt_bt.shape[1] - 1).all())
 
     def rows(self, row_b: Tensor) -> Question:
-        """Some of the prompts, by index, no longer than they need to be."""
+        """Return some of the prompts, by index, cut to the longest of them."""
         few = {field.name: getattr(self, field.name)[row_b] for field in fields(self)}
         few["prompt_bt"] = few["prompt_bt"][:, : int(few["last_b"].max()) + 1]
         return replace(self, **few)
 
     def in_turn(self, rows: int, row_r: Tensor | None = None) -> Tensor:
-        """row_r; where it is None, every prompt in turn, over and over."""
+        """Return row_r; if it is None, the indices of all prompts in turn, repeated to this number of rows."""
         return torch.arange(rows, device=self.last_b.device) % len(self) if row_r is None else row_r
 
     def difference(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
-        """d_r in nats of the logits after the prompts of row_r, by default every prompt in turn."""
+        """Return d_r in nats of the logits after the prompts of row_r, by default of all prompts in turn."""
         sides = (self.answer_bk, self.answer_not_b), (self.against_bk, self.against_not_b)
         logits_rv = logits_rv if logits_rv.dtype == torch.float64 else logits_rv.float()
         row_r = self.in_turn(len(logits_rv), row_r)
@@ -106,7 +106,7 @@ class Question:
 
 
 def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
-    """Log of the summed exponentials of the logits listed, or of all others where not_r; one row of ids serves all rows."""
+    """Return the log of the sum of exp over the listed logits, or over all others if not_r; one row of ids serves all rows."""
     there_rk = id_rk >= 0
     picked_rk = logits_rv.gather(-1, id_rk.clamp(min=0).expand(len(logits_rv), -1)).masked_fill(~there_rk, -torch.inf)
     listed_r = picked_rk.logsumexp(-1) if id_rk.shape[1] > 1 else picked_rk[:, 0]
@@ -118,5 +118,5 @@ def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """At most so many of some places, as far apart as they can be; not every second one, where every second is of one answer."""
+    """Return at most `most` of `count` indices, spread evenly, but not exactly every second one: these may share one answer."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()

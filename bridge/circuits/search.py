@@ -1,31 +1,31 @@
-"""The search for nested circuits: few nodes at every level of faithfulness, each circuit inside the next, in one order.
+"""The search for nested circuits: few nodes at every level of faithfulness, each circuit inside the next.
 
-The level that the explanation opens at comes first; those above it add to its circuit, those below take from it:
+The level that the explanation opens at comes first. Levels above it add to its circuit, levels below delete from it:
 
-1. errors     None is let in where all nodes, with the errors at their means, are well within what the level allows. Else the
-              fewest that bring them there, those first by whose gradient the answer moves most towards the model's.
-2. scores     Integrated gradients of d over one mask that mixes all nodes, 8 values; ranked by magnitude, since a node that works
-              against the answer belongs to the circuit as well.
-3. descent    tau_i starts from the rank, above 0 for the fewest that get the answer about right. Steps of Adam on
+1. errors     If all nodes, with the errors at their means, are well within the level's bounds, no error is kept. Otherwise errors
+              are ranked by how far their gradients reduce the miss, and the fewest that bring all nodes within them are kept.
+2. scores     Integrated gradients of d over one mask that mixes all nodes, 8 values; ranked by magnitude, because a node that
+              works against the answer belongs to the circuit as well.
+3. descent    tau_i starts from the rank, above 0 for the fewest nodes that get the answer about right. Steps of Adam on
                   [alone^2 + mean_U supersets^2 + left^2] / 2 + lambda |C|,    C = {tau > 0}          (`CircuitLoss.terms`)
               Heaviside forward, sigmoid's derivative backward, fresh U at each step; lambda rises while the terms are small and
-              falls while they are not.
-4. addition   Where the circuit is beyond the bounds, the nodes are added by which the gradient says the terms fall most.
-5. deletion   The fewest nodes by tau; then those that are missed least go, one after another (`deletion_order`), as many as the
-              bounds allow, in some sweeps; in other supersets, and of a task on prompts of the descent's, it may not get worse.
-6. necessity  Where much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if
-              they are few and the circuit with them is within the bounds, and what they make superfluous is deleted.
+              falls otherwise.
+4. addition   While the circuit is outside the bounds, the nodes are added whose gradients say that the terms fall most.
+5. deletion   The fewest nodes by tau are kept. Then, in several sweeps, nodes are deleted in the order of `deletion_order`, as
+              many as the bounds allow. In other supersets (for a task, on training prompts) the circuit may not get worse.
+6. necessity  If much of the span is left when the circuit is deleted, the nodes that keep it up (`necessity`) are added, if they
+              are few and the circuit with them is within the bounds. What they make superfluous is deleted.
 
-Where that takes more than the price of an error in nodes, it is done again with errors more, and the cheaper circuit is kept.
-The next level adds to it as in 4, and by a descent of its own where that does not do. The last two take nodes by integrated
-gradients from where they are: at that size a circuit is no longer for reading. Levels below delete from it as in 5.
+If the circuit has more nodes than the price of an error, this is repeated with more errors, and the cheaper circuit is kept. The
+next level adds nodes as in step 4, or by a descent of its own if that is not enough. The last two add nodes by integrated
+gradients, because a circuit of that size is no longer for reading. Levels below the opening one delete nodes as in step 5.
 
-Of several prompts (a task) every mask is measured on all of them. Scores and descents learn from other prompts than those that
-circuits are held to, some of them at each step; since every step has other ones, lambda follows a running mean of the terms.
+With several prompts (a task), every mask is measured on all of them. Scores and descents use training prompts, not those that
+circuits are judged on. Each step of a descent draws some of them, so lambda follows a running mean of the terms.
 
-Ranking by score alone stops short in models whose nodes interact: it left hundreds of nodes where descents leave tens.
+Ranking by score alone is not enough in models whose nodes interact: it left hundreds of nodes where descents leave tens.
 
-Shape legend: r masked copy, u superset, f all nodes and errors in one row, k some of them by their place.
+Shape legend: r masked copy, u superset, f all nodes and errors in one row, k some of them by index.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from bridge.circuits.necessity import backup_nodes
 from bridge.display.progress import OnProgress, Phase, unseen
 
 _BETAS = 0.7, 0.95
-_TAU = -4.0, 1.0  # the steps can bring any node up or down
-_SPREAD = 0.2  # how far a factor e in rank sets two nodes apart
+_TAU = -4.0, 1.0  # range of tau: the steps can bring any node above or below 0
+_SPREAD = 0.2  # difference in tau at the start between nodes whose ranks differ by a factor e
 _STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes above 0 at first; times what the level allows
-_SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda; Adam makes only its ratio to the gradients matter
+_SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda and its range; with Adam only its ratio to the gradients matters
 _RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
-_RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # where every step has other prompts
-_STRICTER = 0.9  # times what was met, where the next attempt goes on: half of it leaves three times the nodes
-_SMOOTH = 0.8  # of what was off before, where every step has other prompts
-_ADDED = 1, 5, 25, 120  # nodes, at a time
-_CANDIDATES = 20_000  # nodes, the best-ranked ones, that a descent chooses from; what it chose was among the first 13,100
-_SWEPT = 20_000  # nodes: a larger circuit is not for reading, and not deleted from at its own level, which takes seconds a sweep
-_BACKUP = 60, 0.25  # nodes that may be added for necessity: so many, or that share of a larger circuit
+_RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # if every step draws other prompts
+_STRICTER = 0.9  # factor on _MET_SEVERAL at each further attempt; a factor of .5 leaves three times the nodes
+_SMOOTH = 0.8  # weight of the running mean, if every step draws other prompts
+_ADDED = 1, 5, 25, 120  # numbers of nodes tried at a time
+_CANDIDATES = 20_000  # best-ranked nodes that a descent chooses from; those it chose were among the first 13,100
+_SWEPT = 20_000  # nodes: a larger circuit is not for reading, and not swept at its own level, since a sweep takes seconds
+_BACKUP = 60, 0.25  # most nodes added for necessity: this number, or this share of a larger circuit
 
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """Circuits found: level_f, the place of the first level that has a node (the number of levels where none has).
+    """Circuits found: level_f, the index of the first level that contains a node (the number of levels if none does).
 
-    off says how far each circuit is from what its level asks, by what it misses most; at most 1 where it is within.
+    off is each circuit's distance for the bound of its level that it misses most, at most 1 within the level.
     """
 
     levels: tuple[Level, ...]
@@ -71,7 +71,7 @@ class Nested:
     off: tuple[float, ...]
 
     def kept(self, place: int) -> Tensor:
-        """kept_f of the circuit at a level, by its place among them."""
+        """Return kept_f of the circuit at a level, by the level's index."""
         return self.level_f <= place
 
 
@@ -82,10 +82,10 @@ def find_nested(
     levels: Sequence[Level] | None = None,
     opened_f: Tensor | None = None,
 ) -> Nested:
-    """The nested circuits of a question, by the steps that the module describes; progress may raise to end the work.
+    """Find the nested circuits of a question, by the steps in the module's docstring; progress may raise to end the search.
 
-    Of several prompts, scores and descents learn from those of `train`; what is added and deleted is held to those of `loss`.
-    levels are by default all of the search's; opened_f is the circuit at the opening one where it has been found before.
+    With several prompts, scores and descents use those of `train`; additions and deletions are judged on those of `loss`. levels
+    default to all of the search's; opened_f is the circuit at the opening level if it has been found before.
     """
     return _Search(loss, train or loss, progress, loss.config.nested() if levels is None else tuple(levels)).run(opened_f)
 
@@ -95,7 +95,7 @@ class _Search:
         self.levels, self.opening = levels, levels.index(Level(loss.config.opens_at))
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
-        # other supersets, and of a task other prompts, than additions see
+        # supersets, and for a task prompts, that additions do not see
         self.others = self.train.seeded(self.config.seed + 1)
         self.nodes_f = loss.nodes_f
 
@@ -127,7 +127,7 @@ class _Search:
     # -- 1, 2 -----------------------------------------------------------------------------------------------------------
 
     def _priced(self, core_f: Tensor, kept_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
-        """A circuit, or where that takes many nodes, one with errors more that spare at least their price in nodes."""
+        """Return the circuit; if it is large, the one with more errors if these spare at least their price in nodes."""
         if int(kept_f.sum()) <= self.config.error_price:
             return kept_f
         more_f = core_f | self._errors(core_f, level, self.config.room / 3)
@@ -138,7 +138,7 @@ class _Search:
         return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
 
     def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
-        """The errors that all nodes, and what is kept, need beside them to be within a share of what a level allows."""
+        """Return the errors with which all nodes and kept_f are within the share `room` of what a level allows."""
         all_f, none_f = self.nodes_f | kept_f, torch.zeros_like(kept_f)
         if self.masked.errors is None or float(self._off(all_f[None], level)) <= room:
             return none_f
@@ -158,7 +158,7 @@ class _Search:
         return self.loss.off(self.loss.logits(kept_cf), level)
 
     def _scores(self, kept_f: Tensor) -> Tensor:
-        """Integrated gradients of d from a circuit to all nodes."""
+        """Return integrated gradients of d for all nodes outside a circuit, which is kept."""
         over_f = self.nodes_f & ~kept_f
         return integrated_gradients(
             self.masked, lambda mask_cf: self.train.gradient(mask_cf, self.train.miss), over_f, self.config.alphas, kept_f
@@ -167,7 +167,7 @@ class _Search:
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
     def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
-        """The core and few nodes more, within the level's bounds; all nodes at most."""
+        """Return the core and few more nodes, within the level's bounds; at most all nodes."""
         tau_f, size_weight, within, kept_f = score_f, _SIZE_WEIGHT, False, core_f
         for attempt in range(self.config.attempts):
             tau_f, size_weight = self._descended(core_f, score_f, level, attempt, tau_f, size_weight)
@@ -175,7 +175,7 @@ class _Search:
             if within:
                 break
         if within:
-            tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # what was added is wanted most
+            tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # added nodes rank first
             kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         else:
             kept_f = self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
@@ -184,10 +184,10 @@ class _Search:
     def _descended(
         self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, tau_f: Tensor, size_weight: float
     ) -> tuple[Tensor, float]:
-        """tau_f, -inf of what is no candidate, and lambda, at the end of a descent begun with the best nodes that about do.
+        """Return tau_f (-inf if no candidate) and lambda after a descent that starts from the best nodes that nearly suffice.
 
-        A later attempt begins with more of them; on several prompts, of which others are held out, it goes on from the tau_f and
-        lambda of the one before and makes the terms smaller.
+        A later attempt starts with more of them. With several prompts it continues instead from the last attempt's tau_f and
+        lambda, and makes the terms smaller, because the circuit is judged on held-out prompts.
         """
         count, steps = self.config.supersets, self.config.steps
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
@@ -206,7 +206,7 @@ class _Search:
         for step in range(steps):
             kept_k = tau_k > 0
             row_p = torch.randperm(len(self.train.model_b), generator=self.generator)[:prompts] if several else zero_1
-            # densities of a step's supersets are spread, one in each of as many parts of 0 to 1
+            # each superset of a step draws its density from its own equal part of 0 to 1
             density_up = (np.arange(count)[:, None] + self.draws.random((count, prompts))) / count
             superset_upf = random_sets(self.draws, density_up.reshape(-1), len(core_f)).to(tau_k.device)
             superset_upf = superset_upf.view(count, prompts, -1) & self.nodes_f
@@ -217,9 +217,9 @@ class _Search:
                 kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf)), node_k
             )
             gradient_rpk, term_rp = gradient_rk.unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
-            # where a superset has a node anyway, the node's own mask changes nothing
+            # if a superset contains a node, the node's own mask changes nothing
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
-            # a node that is kept is missing from the complement
+            # a node that is kept is missing from the complement, hence the minus
             gradient_k = (gradient_rpk[0].mean(0) + in_supersets_upk.mean((0, 1)) - gradient_rpk[-1].mean(0)) / 2
             now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
             off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
@@ -240,14 +240,14 @@ class _Search:
         return tau_f.index_copy_(0, node_k, tau_k), size_weight
 
     def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
-        """Number of nodes, best ranked first, that get the answer about right."""
+        """Return how many of the best-ranked nodes get the answer about right."""
         sizes = [size for size in _STARTS if size < len(node_k)] or [len(node_k)]
         off_c = self._off(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
         good = (off_c <= _START_OFF).nonzero().flatten().tolist()
         return sizes[good[0] if good else -1]
 
     def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
-        """The circuit with the nodes added by whose gradient it comes nearest to the level's bounds; and whether it is within."""
+        """Add the nodes whose gradients bring the circuit nearest to the level's bounds; return it and whether it is within."""
         absent_uf = ~self.loss.superset_uf
         bound_f = self.loss.superset_bound(level) * absent_uf.sum(0).clamp(min=1)
         (off,), (terms,) = self.loss.measured(kept_f[None], level)
@@ -263,7 +263,7 @@ class _Search:
                 break
             tried_cf = torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])
             offs, all_terms = self.loss.measured(tried_cf, level)
-            # the fewest that are within, else those with which the terms are smallest
+            # the fewest that are within, otherwise those with the smallest terms
             best = next(
                 (place for place, each in enumerate(offs) if each <= 1), min(range(len(sizes)), key=all_terms.__getitem__)
             )
@@ -273,7 +273,7 @@ class _Search:
         return kept_f, off <= 1
 
     def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
-        """The circuit less the nodes outside its core that are missed least, in some sweeps."""
+        """Delete nodes outside the core, those that are missed least, in several sweeps."""
         for _ in range(self.config.sweeps):
             before = int(kept_f.sum())
             if before > _SWEPT:
@@ -284,10 +284,10 @@ class _Search:
         return kept_f
 
     def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
-        """The circuit less as many nodes outside its core as the bounds allow, those first that are missed least.
+        """Delete as many nodes outside the core as the bounds allow, those that are missed least first.
 
-        In supersets, and of a task on prompts, that additions do not see it may be off by no more than it is, or than the level
-        allows; nor, where `necessary`, may its deletion leave more of the span than it does, or than the search asks.
+        In the supersets, and for a task on the prompts, that additions do not see, the circuit may not be further off than now or
+        than the level allows. If `necessary`, its deletion may not leave more of the span than now or than `config.left`.
         """
         loss, others = self.loss, self.others
         node_k = (kept_f & ~core_f).nonzero().flatten()
@@ -302,7 +302,7 @@ class _Search:
         return self._first_within(core_f, order_k, int(0.9 * len(order_k)), within)
 
     def _necessary(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
-        """The circuit with the nodes that keep up the answer when it is ablated, if few and within the bounds."""
+        """Add the nodes that keep up the answer when the circuit is ablated, if few and within the bounds; then sweep again."""
         backup_k = backup_nodes(self.loss, kept_f)
         if not 0 < len(backup_k) <= max(_BACKUP[0], _BACKUP[1] * int(kept_f.sum())):
             return kept_f
@@ -312,15 +312,15 @@ class _Search:
         return self._swept(core_f, with_backup_f, level)
 
     def _minimised(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
-        """The core and as few others, those of largest order_f first, as are found to be within the level; all at most."""
+        """Return the core and the fewest others found to be within the level, largest order_f first; at most all of them."""
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
         place_k = others_f.nonzero().flatten()
         order_k = place_k[order_f[place_k].argsort(descending=True, stable=True)]
         return self._first_within(core_f, order_k, guess, lambda kept_f: self.loss.within(kept_f, level))
 
     def _first_within(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
-        """The core and the fewest others of an order, the first ones, that are found to be within bounds; all at most."""
-        low, high = -1, len(order_k)  # low is not within, high is taken to be
+        """Return the core and the fewest nodes, from the front of order_k, that are found to be within bounds; at most all."""
+        low, high = -1, len(order_k)  # low is outside the bounds, high is assumed to be within
         size, factor = min(max(1, guess), high - 1), 1.6
         while high - low > max(1, high // 25):
             if within(core_f.index_fill(0, order_k[:size], True)):
@@ -338,7 +338,7 @@ class _Search:
 
 
 def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
-    """The places where a gradient is below 0, the lowest first; all, or at most so many."""
+    """Return the indices where a gradient is below 0, the lowest first; all of them, or at most `most`."""
     place_k = (gradient_f < 0).nonzero().flatten()
     if most is not None and len(place_k) > most:
         place_k = gradient_f.topk(most, largest=False).indices

@@ -1,11 +1,11 @@
-"""A model asked at the last position of a task's prompts, any of its nodes at their means; and the weights between its nodes.
+"""A model at the last position of a task's prompts, with any of its nodes at their means; and the weights between its nodes.
 
-A node of a task is a channel of a location, at every position. With C the kept nodes, S_C is the model in which
+A task's node is a channel of a location, at every position. With C the kept nodes, S_C is the model in which
 
-    a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
+    a_i  <-  a_i   if i is in C,     m_i   otherwise                                                mean ablation
 
-and S_C with every node kept is the model itself, exactly. An edge is a nonzero entry of a matrix between two kept nodes; which
-matrices there are, and which node each of their rows and columns belongs to, is for the model to say.
+so S_C with every node kept is the model itself, exactly. An edge is a nonzero entry of a matrix between two kept nodes. Each
+model defines its matrices, and which node each of their rows and columns belongs to.
 
 Shape legend: b prompt (row), t token, n nodes of a location, f all nodes of the model in one row, j, i rows and columns of a
 matrix, v vocabulary.
@@ -37,7 +37,7 @@ class Matrix:
     target_j: Tensor
 
     def inside(self, kept: Mapping[Location, Tensor]) -> Tensor:
-        """Mask of the entries_ji that are edges between nodes of the masks kept_1n."""
+        """Return the mask of the entries_ji that are edges between nodes of the masks kept_1n."""
         source_i, target_j = kept[self.source][0][self.source_i], kept[self.target][0][self.target_j]
         return (self.weight_ji != 0) & target_j[:, None] & source_i
 
@@ -68,12 +68,12 @@ class SparseSubject:
         self.space = NodeSpace(sparse.locations(), 1)
 
     def logits(self, pairs: TokenPairs, gate: Gate = identity_gate) -> Tensor:
-        """logits_bv after the prompts, every node through the gate."""
+        """Return logits_bv after the prompts, with every node passed through the gate."""
         trace = self.sparse.run(pairs.prompt_bt, gate=gate, last_only=True)
         return last_logits(self.sparse, pairs.prompt_bt, pairs.last_b, trace)
 
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix between nodes."""
+        """Return every matrix between nodes."""
         return tuple(
             Matrix(
                 Location(layer, source), Location(layer, target), weight_ji, self.sparse.column_nodes(name),
@@ -86,13 +86,13 @@ class SparseSubject:
 
 
 def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
-    """The gate of a mask kept_f, or kept_bf with one for every prompt."""
+    """Return the gate of a mask kept_f, or kept_bf with one mask for every prompt."""
     return ablation_gate(subject.space.split(kept_f), subject.means)
 
 
 @torch.no_grad()
 def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
-    """Nodes_f that some prompt switches on, at any of its tokens."""
+    """Return the mask_f of nodes that are not 0 on some prompt, at any of its tokens."""
     values: dict[Location, Tensor] = {}
     subject.logits(pairs, recording_gate(values))
     on = {at: ((values[at] != 0) & pairs.there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
@@ -100,13 +100,13 @@ def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
 
 
 def edge_count(subject: Subject, kept_f: Tensor) -> int:
-    """Number of nonzero weights between kept nodes."""
+    """Return the number of nonzero weights between kept nodes."""
     kept = subject.space.split(kept_f)
     return sum(int(matrix.inside(kept).sum()) for matrix in subject.matrices())
 
 
 def in_order(pairs: TokenPairs) -> TokenPairs:
-    """The pairs in an order of their own, so that nothing depends on the one in which they came."""
+    """Return the pairs sorted by their tokens, so that nothing depends on the order in which they came."""
     rows = zip(
         *(x.tolist() for x in (pairs.last_b, pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk)),
         range(len(pairs)), strict=True,

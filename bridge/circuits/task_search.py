@@ -1,14 +1,14 @@
 """The nested circuits of a task by the search that prompts have, channels shared over positions, in the sparse or dense model.
 
-Nodes are channels, kept at every token of every prompt or at none; prompts are members of pairs, as many first as second ones,
-and the question is the right answer against the wrong one. They are shared out:
+Nodes are channels, kept at every token of every prompt or at none. Prompts are members of pairs, as many first as second ones,
+and the question is the right answer against the wrong one. The prompts are divided into
 
-    train       what scores and descents learn from, some of them at each step
-    validation  what every circuit is judged on during the search
-    test        the test split, which the search has not seen: measures that are reported are over it
+    train       scores and descents use them, some of them at each step
+    validation  every circuit is judged on them during the search
+    test        the test split, which the search does not use: reported measures are over it
 
-Train and validation are taken from both splits of those names, which have other templates. What is explained is the dense
-model's answer, which errors make the sparse model give; they are at their means unless a level needs them.
+Train and validation prompts are taken from both splits of those names, which have different templates. The circuit explains the
+dense model's answer, which errors make the sparse model give; they are at their means unless a level needs them.
 
 Shape legend: b prompt, f all nodes in one row, v vocabulary.
 """
@@ -34,42 +34,42 @@ from bridge.errors import UserError
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 
-# of other prompts at each step: var_if keeps 371 nodes where a step has 8, 260 where it has 16
+# each step draws other prompts: var_if keeps 371 nodes with 8 at a step, 260 with 16
 TASK_SEARCH = SearchConfig(attempts=3, steps=400, prompts=16)
 TRAIN, VALIDATION, TEST = 128, 32, 32  # prompts
 
 
 class SearchError(UserError):
-    """A task whose circuit cannot be searched, in one line that says what to change."""
+    """A task whose circuit cannot be searched for; the message says in one line what to change."""
 
 
 class NoCircuitError(SearchError):
-    """A task of which a model's answers leave nothing to explain."""
+    """A task on which a model's answers leave nothing to explain."""
 
 
 @dataclass(frozen=True, eq=False)
 class TaskLosses:
-    """Losses of a model's circuits on the prompts of every share."""
+    """Losses of a model's circuits on the train, validation and test prompts."""
 
     train: CircuitLoss
     validation: CircuitLoss
     test: CircuitLoss
 
     def opened(self, progress: OnProgress = unseen, seed: int | None = None) -> Nested:
-        """The circuit at the opening level alone, by a seed of its own where one is given."""
+        """Find the circuit at the opening level alone, with the seed given, by default the config's."""
         seed = self.validation.config.seed if seed is None else seed
         train, validation = (one.seeded(seed) for one in (self.train, self.validation))
         return find_nested(validation, progress, train, (Level(validation.config.opens_at),))
 
     def nested(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> Nested:
-        """The nested circuits, around the opening one where that has been found; none of the full distribution."""
+        """Find the nested circuits, around the opening one if it is given; without the full distribution."""
         return find_nested(self.validation, progress, self.train, self.validation.config.nested()[:-1], opened_f)
 
 
 def task_loss(
     coupling: CoupledModels, means: Mapping[Location, Tensor], pairs: TokenPairs, config: SearchConfig, *, dense: bool = True
 ) -> CircuitLoss:
-    """Loss of circuits against the dense model's answers on some prompts; against the sparse model's own where not `dense`."""
+    """Return the loss of circuits on some prompts against the dense model's answers; if not `dense`, the sparse model's own."""
     question = Question.of_pairs(pairs.to(coupling.sparse.device))
     if not dense:
         return _own(MaskedModel(coupling.sparse, question, means, by_position=False), config)
@@ -79,7 +79,7 @@ def task_loss(
 
 
 def dense_loss(subject: DenseSubject, pairs: TokenPairs, config: SearchConfig) -> CircuitLoss:
-    """Loss of circuits of the dense model's own nodes against its answers on some prompts."""
+    """Return the loss of circuits of the dense model's own nodes against its answers on some prompts."""
     return _own(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
 
 
@@ -89,9 +89,9 @@ def _own(masked: Masked, config: SearchConfig) -> CircuitLoss:
 
 
 def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) -> TaskLosses:
-    """The losses that a task's circuits are found by, where loss_on is a model's on some prompts (`task_loss`, `dense_loss`).
+    """Return the losses for a task's search; loss_on returns a model's loss on some prompts (`task_loss`, `dense_loss`).
 
-    Raises NoCircuitError where the answers differ too little from those of the means.
+    Raises NoCircuitError if the answers differ too little from those with every node at its mean.
     """
     shares = divided(task.splits["train"], task.splits["validation"])
     losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
@@ -106,9 +106,9 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
 
 
 def with_all_splits(task: Resolved) -> Resolved:
-    """The task; where the tokenizer has left no validation pairs, with every fourth of the training ones for that.
+    """Return the task; if the tokenizer has left no validation pairs, every fourth of at least 8 training pairs becomes one.
 
-    Raises SearchError where a split has none.
+    Raises SearchError if a split is empty.
     """
     splits = dict(task.splits)
     if not len(splits["validation"]) and len(splits["train"]) >= 8:
@@ -123,14 +123,14 @@ def with_all_splits(task: Resolved) -> Resolved:
 
 
 def measured_prompts(task: Resolved) -> TokenPairs:
-    """The prompts of the test split that a circuit is measured on."""
+    """Return the prompts of the test split on which a circuit is measured."""
     return spread(task.splits["test"], TEST)
 
 
 def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
-    """The prompts that are learnt from and those, of other pairs, that circuits are judged on; as many of either split.
+    """Return the train prompts and, from other pairs, the validation prompts; either has as many from both splits.
 
-    What was learnt from the templates of one split did not hold on the other's.
+    Both splits are used because what was learnt from the templates of one split did not hold on the other's.
     """
     parts = [_apart(split) for split in (train, validation)]
     most = zip(zip(*parts, strict=True), (TRAIN, VALIDATION), strict=True)
@@ -139,7 +139,7 @@ def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, Toke
 
 
 def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
-    """Pairs to learn from and others, evenly from all; the same where there is one."""
+    """Return pairs to learn from and other pairs, both spread evenly; the same pair if there is only one."""
     ordered = in_order(pairs)
     validation_b = evenly(len(ordered), min(VALIDATION // 2, (len(ordered) + 1) // 2))
     rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), validation_b)]
@@ -148,9 +148,9 @@ def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
 
 
 def spread(pairs: TokenPairs, most: int) -> TokenPairs:
-    """At most some prompts: one member of each of some pairs, evenly from their own order, the other one of every second pair.
+    """Return at most `most` prompts: one member of each of some pairs, spread evenly, the second member for every second pair.
 
-    Both members where there are fewer pairs.
+    If there are fewer than `most` pairs, both members of each are taken, from at most most // 2 pairs.
     """
     count = len(pairs)
     row_b = evenly(count, most if count >= most else most // 2)
