@@ -1,1 +1,1 @@
-"""The explanation of a prompt: built, as a value, as text, page and files for other viewers."""
+"""The explanation of a prompt: its construction, its value, and its text, page and files for other viewers."""

@@ -1,21 +1,20 @@
-"""A prompt -> an Explanation: what the dense model answers, nested circuits of the sparse model that follow it, and the evidence.
+"""Build an Explanation of a prompt: the dense model's answer, nested circuits of the sparse model, and the evidence on them.
 
-    tokens      `prompts`: the prompt as the dense model is given it; target, by default the dense model's answer, against all
-                other tokens, or against a contrast that is named
-    errors      the dense run, and what makes the sparse model follow it (`circuits/error_nodes`)
-    means       of every node and every error over the coupling's reference text; kept with the coupling
-    search      `circuits/search`: the nested circuits. Where the span is too small there is nothing to explain, and no search
-    edges       `graph/flow`: what flows through the opening circuit; the edges that it needs (`graph/edge_pruning`);
-                attention: what its heads read, why, and what that does
-    groups      `graph/groups`: nodes that do one job, as one
-    evidence    `evidence/sufficiency`: every circuit alone, in supersets, deleted; by which `verdicts/prompt` says which one is
-                drawn; that one and its groups in the dense model
+    tokens      `prompts`: the prompt as the dense model reads it. The target (default: the dense model's answer) is compared with
+                all other tokens, or with the given contrast
+    errors      `circuits/error_nodes`: the dense run, and the errors that make the sparse model follow it
+    means       of each node and each error over the coupling's reference text; kept with the coupling
+    search      `circuits/search`: the nested circuits. If the span is too small, nothing is searched
+    circuits    `evidence/sufficiency`: each circuit alone, in supersets, deleted; `verdicts/prompt` chooses the one that is drawn
+    edges       `graph/flow`: the flow through that circuit; `graph/edge_pruning`: the edges that it needs
+    groups      `graph/groups`: nodes that do one job, joined
+    attention   `graph/attention`: what the circuit's heads read, why, and what this does
+    evidence    `verdicts/prompt`: the circuit and its groups in both models
 
-Who waits is told before all is known: `explain` hands over an Answered at once, and a Drawn, the opening circuit, before the
-slower evidence.
+`explain` passes partial results to `stage`: an Answered at once, and a Drawn (the opening circuit) before the slower evidence.
 
-Shape legend: b batch row (one), t token, n nodes of a location, f all nodes and errors of a prompt in one row, k some of them by
-their place, s sparse width, v vocabulary.
+Shape legend: b batch row (one), t token, n nodes of a location, f all nodes and errors of a prompt in one row, k index into f,
+s sparse width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -65,11 +64,11 @@ from bridge.nodes.description import node_labels
 from bridge.nodes.statistics import sparse_fingerprint
 from bridge.verdicts.prompt import gather, opening_of
 
-MOST_NODES = 5000  # that an explanation lists, and is drawn of; what there is beyond is only counted
-MOST_EDGES = 5000  # and edges, the strongest ones
-MOST_SUMMED = 100_000  # edges that groups are made of and that are summed between them, the strongest ones
-DELETED_TOKENS = 8000  # of masked copies, in which nodes are ablated one by one
-SHORT = 1 << 19  # nodes of a prompt up to which one core takes less time for a pass than two that wait for each other
+MOST_NODES = 5000  # maximum number of nodes that an explanation lists and draws; the others are only counted
+MOST_EDGES = 5000  # maximum number of edges, the strongest ones
+MOST_SUMMED = 100_000  # maximum number of edges from which groups and group edges are made, the strongest ones
+DELETED_TOKENS = 8000  # tokens of masked copies in which nodes are ablated one by one
+SHORT = 1 << 19  # nodes of a prompt; up to so many, one core runs a pass faster than two, which would wait for each other
 
 
 @torch.no_grad()
@@ -86,13 +85,12 @@ def explain(
     progress: OnProgress | None = None,
     stage: Callable[[Answered | Drawn], None] | None = None,
 ) -> Explanation:
-    """Explain the dense model's next token after a prompt: why it is `target` at all, or rather than `contrast`:
-    texts, #id, or ids.
+    """Explain the dense model's next token after a prompt: why `target` at all, or why `target` rather than `contrast`.
 
-    counterfactual, a prompt of as many tokens whose answer is another, adds patching to the evidence. reference_bt, tokens over
-    which means are taken, is by default the coupling's own; what is computed from them is kept with the coupling. progress is
-    given the phases, stage what is known so far: an Answered, then a Drawn. Either may raise to end the search.
-    Raises PromptError or ExplainError.
+    Both are tokens, given as text, as "#id", or as ids. counterfactual, a prompt with as many tokens but another answer, adds
+    patching to the evidence. Means are taken over the tokens reference_bt (default: the coupling's own), and kept with the
+    coupling. progress receives the phases, stage the partial results: an Answered, then a Drawn. Either callback may raise to
+    stop. Raises PromptError or ExplainError.
     """
     on_progress, on_stage = progress or unseen, stage or (lambda _: None)
     config = replace(config or SearchConfig(), seed=seed)
@@ -112,7 +110,7 @@ def explain(
     on_progress(Phase(f"means: {used_bt.numel():,} tokens of reference text"))
     means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
-    alone = masked.space.size <= SHORT and not isinstance(coupling.sparse, SparseSpan)  # whose dense model is the longer part
+    alone = masked.space.size <= SHORT and not isinstance(coupling.sparse, SparseSpan)  # whose dense model takes longer
     with cores(1 if alone else torch.get_num_threads()):
         loss = CircuitLoss(masked, followed.dense_bv, config)
         answered = _answered(coupling, prompt, loss)
@@ -141,7 +139,7 @@ def explain(
             progress=on_progress,
         )  # fmt: skip
     known = vars(answered) | vars(drawn)
-    del known["sizes"]  # which the nested circuits have
+    del known["sizes"]  # the nested circuits have them
     known["groups"] = tuple(
         replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
         for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
@@ -164,12 +162,12 @@ def explain(
 
 
 def prompt_tokens(coupling: CoupledModels, prompt: str) -> Tensor:
-    """tokens_t of a prompt. Raises PromptError where it cannot be read, is empty, or too long."""
+    """Return tokens_t of a prompt. Raises PromptError if it cannot be read, is empty, or is too long."""
     return torch.tensor(coupling.dense.prompts.read(prompt, coupling.context), device=coupling.dense.device)
 
 
 def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
-    """The counterfactual's tokens, if they are as many as the prompt's and other ones. Raises ExplainError."""
+    """Return the counterfactual's tokens. Raises ExplainError unless they are as many as the prompt's, and differ from them."""
     if len(other_t) != len(tokens_t):
         counts = f"{len(other_t)} tokens and the prompt {len(tokens_t)}"
         raise ExplainError("the counterfactual", f"has {counts}", "give one of equal length, so that positions are the same")
@@ -181,7 +179,7 @@ def counterfactual_tokens(other_t: Tensor, tokens_t: Tensor) -> Tensor:
 def question_of(
     prompts: Prompts, prompt: str, tokens_t: Tensor, dense_v: Tensor, target: str | int | None, contrast: str | int | None
 ) -> Question:
-    """Why a target, by default the dense model's answer, follows a prompt. Raises PromptError or ExplainError."""
+    """Return the question why a target (default: the dense model's answer) follows. Raises PromptError or ExplainError."""
     answer = int(dense_v.argmax()) if target is None else prompts.target(target, prompt)
     against = None if contrast is None else prompts.target(contrast, prompt, "contrast")
     if answer == against:
@@ -191,12 +189,12 @@ def question_of(
 
 
 def token_of(prompts: Prompts, token: int) -> Token:
-    """A token with the text that names it."""
+    """Return a token with the text that names it."""
     return Token(token, prompts.text(token))
 
 
 def top_answers(prompts: Prompts, logits_v: Tensor) -> tuple[Answer, ...]:
-    """The likeliest next tokens, at most 5."""
+    """Return the 5 likeliest next tokens."""
     best = logits_v.softmax(-1).topk(5)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return tuple(Answer(token_of(prompts, token), probability) for token, probability in pairs)
@@ -223,7 +221,7 @@ def _answered(coupling: CoupledModels, prompt: str, loss: CircuitLoss) -> Answer
 
 
 def _none_found(loss: CircuitLoss) -> Nested:
-    """Empty circuits, where there is nothing to search for."""
+    """Return empty circuits, for a span that is too small to search."""
     levels = loss.config.nested()
     level_f = torch.full((loss.masked.space.size,), len(levels), device=loss.model_bv.device)
     return Nested(levels, level_f, (torch.inf,) * len(levels))
@@ -271,7 +269,7 @@ def _drawn(
 def _nodes(
     coupling: CoupledModels, loss: CircuitLoss, nested: Nested, opening: int, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
-    """The nodes of the opening circuit and of the one above it, and the labels of their channels."""
+    """Return the nodes of the opening circuit and of the next larger one, and the labels of their channels."""
     masked, kept_f = loss.masked, nested.kept(opening)
     above_f = nested.kept(min(opening + 1, len(nested.levels) - 1))
     if not bool(above_f.any()):
@@ -300,7 +298,7 @@ def _nodes(
 
 @torch.no_grad()
 def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
-    """value_f of every node of the one prompt where a mask is kept: what AbsTopK has left of it; of errors their lengths."""
+    """Return value_f of each node after AbsTopK, in the run of the prompt under a mask; for an error the length of its vector."""
     assert masked.errors is not None
     gate, correct = masked.gates(kept_f[None])
     values = {at: torch.zeros(1, masked.space.n_tokens, n, device=kept_f.device) for at, n in masked.space.sizes.items()}
@@ -316,7 +314,7 @@ def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
 
 
 def _means_of(masked: MaskedModel) -> Tensor:
-    """mean_f of every node, and of errors the length of theirs."""
+    """Return mean_f of each node; for an error the length of its mean."""
     means = {at: masked.means[at].norm()[None] if at.kind == ERROR else masked.means[at] for at in masked.space.sizes}
     return masked.space.join({at: mean_n.expand(masked.space.n_tokens, -1) for at, mean_n in means.items()})
 

@@ -1,9 +1,9 @@
-"""An Explanation as a value, and its JSON: what the dense model answers, the nested circuits that answer so, and the evidence.
+"""The value Explanation and its JSON: the dense model's answer, nested circuits that give the same answer, and the evidence.
 
-It cannot be made without its Report. What is explained is the dense model's own answer, always: errors make the sparse model
-follow the dense one on the prompt, and how much of the answer flows through them is said (`circuits/error_nodes`).
+An Explanation cannot be made without its Report. The dense model's own answer is always explained: errors make the sparse
+model follow it on the prompt, and the share of the answer that flows through errors is reported (`circuits/error_nodes`).
 
-d is the question's log-odds in nats: of the answer against all other tokens, or against one.
+d is the question's log-odds in nats: of the answer against all other tokens, or against one other token.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from bridge.models.schema import ERROR, KINDS
 from bridge.models.store import CheckpointError, read_json, refused_unless_read
 from bridge.nodes.statistics import sparse_fingerprint
 
-FORMAT = 3  # of the JSON: docs/explanation-json.md; counted up where a field goes or changes its meaning, not where one comes
+FORMAT = 3  # of the JSON (docs/explanation-json.md); increased if a field is removed or changes its meaning, not if one is added
 
 
 class ExplainError(UserError):
-    """A prompt, answer or coupling that cannot be explained, in one line that says what to change."""
+    """A prompt, answer or coupling that cannot be explained. The message is one line that says what to change."""
 
 
 @dataclass(frozen=True)
 class Explanation(Explained):
-    """Why the dense model answers as it does: nested circuits of the sparse model that follow it, with the evidence."""
+    """Explanation of the dense model's answer by nested circuits of the sparse model, with the evidence."""
 
     def to_json(self) -> dict[str, Any]:
-        """The explanation as plain JSON values, the verdict written out: the contract of docs/explanation-json.md."""
+        """Return the explanation and its verdict as plain JSON values, as docs/explanation-json.md specifies."""
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
         values["report"] |= {"verdict": self.report.verdict, "reasons": list(self.report.reasons)}
         for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
@@ -44,11 +44,11 @@ class Explanation(Explained):
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
-        """The explanation that `to_json` wrote. Raises ExplainError for anything else."""
+        """Return the explanation that `to_json` wrote. Raises ExplainError for anything else."""
         with refused_unless_read("this", "explanation", "explain again", ExplainError):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
-            json.dumps(values, allow_nan=False)  # Python reads NaN, which is no JSON
+            json.dumps(values, allow_nan=False)  # Python's reader accepts NaN, which is not JSON
             return _consistent(_READER.validate_python(values))
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ _READER = TypeAdapter(Explanation)
 
 
 def _consistent(explanation: Explanation) -> Explanation:
-    """An explanation that was read, if its parts fit each other. Raises ValueError."""
+    """Return an explanation that was read. Raises ValueError if its parts do not fit each other."""
     for name in ("tokens", "dense", "sparse"):
         if not getattr(explanation, name):
             raise ValueError(f"{name} is empty")
@@ -83,7 +83,7 @@ def _consistent(explanation: Explanation) -> Explanation:
 
 
 def read_explanation(path: str | Path) -> Explanation:
-    """The explanation in a JSON file. Raises ExplainError where there is none."""
+    """Return the explanation in a JSON file. Raises ExplainError if there is none."""
     if not Path(path).is_file():
         raise ExplainError(f"there is no file {str(path)!r}", remedy="name one that `bridge explain` wrote")
     try:
@@ -98,21 +98,21 @@ def read_explanation(path: str | Path) -> Explanation:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Digests of a coupling's dense and sparse model; every weight is read for them."""
+    """Digests of a coupling's dense and sparse model; computing them reads every weight."""
 
     dense: str
     sparse: str
 
     @staticmethod
     def of(coupling: CoupledModels) -> Fingerprints:
-        """Digests of a coupling as it is now."""
+        """Compute the digests of a coupling's current weights."""
         return Fingerprints(coupling.dense.fingerprint(), sparse_fingerprint(coupling.sparse))
 
 
 def check_coupling(explanation: Explanation, coupling: CoupledModels, known: Fingerprints | None = None) -> None:
-    """Raise ExplainError where an explanation is not of a coupling: of another dense model, or of other sparse weights.
+    """Raise ExplainError if an explanation is not of this coupling, but of another dense model or other sparse weights.
 
-    `known` are the coupling's fingerprints, where it is one that does not change.
+    `known` are the coupling's fingerprints, if the caller has them and the coupling does not change.
     """
     made, where = explanation.provenance, coupling.path or "this coupling"
     known = Fingerprints.of(coupling) if known is None else known

@@ -1,12 +1,12 @@
-"""An explanation -> files that other programs draw: circuit-tracer's front end, Neuronpedia, and whatever reads GraphML.
+"""Export an explanation to files for other programs: circuit-tracer's front end, Neuronpedia, and readers of GraphML.
 
     circuit-tracer   a folder for its local front end: DIR/SLUG.json, DIR/features/N.json, and DIR/graph-metadata.json, in which
-                     a graph of the same slug is replaced; two rows to a block, attention and MLP
-    neuronpedia      one file to upload, a row to a block; beside it `features/`, if there is a place to host them
-    graphml          the explanation one to one, as a networkx graph: nodes and edges under their own names, with every number
+                     a graph with the same slug is replaced; two rows per block, for attention and MLP
+    neuronpedia      one file to upload, with one row per block; next to it `features/`, if they can be hosted
+    graphml          the explanation unchanged, as a networkx graph: nodes and edges with their own names and all numbers
 
-`viewer_graph` describes the contents of the first two, and a link's number. In GraphML texts are written as JSON writes them,
-because XML has no place for control characters.
+`viewer_graph` describes the contents of the first two formats, and the weight of a link. In GraphML, texts are written as JSON
+strings, because XML does not allow control characters.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from bridge.nodes.statistics import parse_node, stored_facts
 
 Format = Literal["circuit-tracer", "neuronpedia", "graphml"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-SHOWN = 0.8  # cumulative influence up to which nodes are shown at first
-SMALLEST, LARGEST = 1 << 10, 100 << 20  # bytes that Neuronpedia takes
-LOCAL_SCAN = "./data/features"  # where the local front end looks for features, under the address that it serves DIR at
-PORT = 8041  # that `circuit-tracer start-server` serves on by default
-_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")  # the viewers' alphabet; a dot in front would hide the file
+SHOWN = 0.8  # cumulative influence; nodes up to it are shown at first
+SMALLEST, LARGEST = 1 << 10, 100 << 20  # size limits of Neuronpedia in bytes
+LOCAL_SCAN = "./data/features"  # where the local front end looks for features, relative to the address of DIR
+PORT = 8041  # default of `circuit-tracer start-server`
+_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")  # characters that the viewers allow; a leading dot would hide the file
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export: its main file, counts of nodes, links and features, and the next step for the user."""
+    """Result of an export: its main file, the number of nodes, links and features, and the next steps for the user."""
 
     file: Path
     nodes: int
@@ -60,10 +60,10 @@ def export(
     features_url: str | None = None,
     pages: Mapping[str, NodePage] | None = None,
 ) -> Exported:
-    """Write an explanation for another program: `path` is a folder for circuit-tracer, a file for the others.
+    """Write an explanation for another program; `path` is a folder for circuit-tracer, and a file otherwise.
 
-    slug names the graph, by default after prompt and answer; scan is Neuronpedia's id of the model, and features_url where
-    `features/` will be hosted, if anywhere; pages, by node name, fill the features (see `node_pages`). Raises ExportError.
+    slug names the graph (default: from the prompt and a digest). scan is Neuronpedia's id of the model, features_url the address
+    at which `features/` will be hosted, if any. pages, by node name, fill the features (see `node_pages`). Raises ExportError.
     """
     path = Path(path)
     if to not in FORMATS:
@@ -86,9 +86,9 @@ def export(
 
 
 def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, NodePage] | None:
-    """A page for every channel of the explanation, by name, from the facts stored with the coupling; None without any.
+    """Return a page for each channel of the opening circuit, by name; None if no node facts are stored with the coupling.
 
-    Raises ExplainError for another coupling than the explanation's.
+    Raises ExplainError if the coupling is not the explanation's.
     """
     check_coupling(explanation, coupling)
     facts = stored_facts(coupling)
@@ -100,9 +100,9 @@ def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, N
 
 
 def pages_for(explanation: Explanation, path: str | None = None, *, dense: str | None = None) -> dict[str, NodePage] | None:
-    """The pages from a named coupling, or from the explanation's own if it is still there; None without facts.
+    """Return the pages from the coupling at `path` (default: the explanation's own, if it still exists); None without facts.
 
-    dense says where its dense model is, if not where it was.
+    dense is the coupling's dense model, if it is no longer where it was.
     """
     if path is not None:
         return node_pages(CoupledModels.from_pretrained(path, dense=dense), explanation)
@@ -111,7 +111,7 @@ def pages_for(explanation: Explanation, path: str | None = None, *, dense: str |
         return None
     try:
         return node_pages(CoupledModels.from_pretrained(own, dense=dense), explanation)
-    except ExplainError:  # another one has been put in its place since
+    except ExplainError:  # another coupling has replaced it
         return None
 
 
@@ -119,7 +119,7 @@ def pages_for(explanation: Explanation, path: str | None = None, *, dense: str |
 
 
 def to_networkx(explanation: Explanation) -> nx.DiGraph:
-    """The opening circuit as a networkx graph, texts written as JSON writes them; attributes that are None are absent."""
+    """Return the opening circuit as a networkx graph; texts are JSON strings, and attributes that are None are left out."""
     graph = nx.DiGraph(
         prompt=json.dumps(explanation.prompt),
         answer=json.dumps(explanation.answer.text),
@@ -233,7 +233,7 @@ def _listed(file: Path) -> list[dict[str, Any]]:
 
 
 def _slug(explanation: Explanation) -> str:
-    """A slug for an address: the end of the prompt, and a digest of the question and the coupling."""
+    """Return a slug that is valid in an address: the end of the prompt, and a digest of the question and the coupling."""
     where, contrast = explanation.provenance, explanation.contrast
     question = explanation.prompt, explanation.answer.id, None if contrast is None else contrast.id
     asked = (*question, where.coupling, where.dense_fingerprint, where.seed)

@@ -1,13 +1,13 @@
-"""An Explanation -> one HTML file that shows it: nothing is fetched, nothing of the user's is markup, the file works anywhere.
+"""Render an Explanation as one self-contained HTML file, which fetches nothing and treats no text of the user as markup.
+
+Its data, embedded as JSON:
 
     {"explanation": Explanation.to_json(), "nodes": {name: a node's page}, "labels": {name: text},
      "served": bool, "job": the explanation's id on the server or null}
 
-is the page's data, embedded as JSON in which `<`, `>`, `&` and the line separators are escaped, so that no prompt can end the
-element it is in. The viewer, d3 and two fonts, built once from `viewer/src`, stand in the same file beside it. A policy in the
-head names the one script and the one style by their SHA-256 and forbids every connection, or, when served, all but the server's.
-
-Pages of nodes are there where `bridge nodes` has been run on the coupling, for the strongest nodes of the circuit.
+In the JSON, `<`, `>`, `&` and line separators are escaped, so no prompt can end the element that contains it. The file includes
+the viewer, d3 and two fonts, built once from `viewer/src`. A policy in the head names the only script and the only style by their
+SHA-256, and forbids all connections, except to the server if served. The strongest nodes have pages if `bridge nodes` was run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bridge.models.store import check_target, write_text
 from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
-DESCRIBED = 500  # nodes of an explanation, the strongest, whose pages are put in
-PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # of the viewer's folder, as they are installed
+DESCRIBED = 500  # maximum number of nodes whose pages are included, the strongest ones
+PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # files in the viewer's folder, as installed
 
 
 class PageError(UserError):
-    """A page that cannot be made or written, in one line."""
+    """A page that cannot be made or written. The message is one line."""
 
 
 def page_data(
@@ -45,9 +45,9 @@ def page_data(
     *,
     job: str | None = None,
 ) -> dict[str, Any]:
-    """The data of a page as plain JSON values: nodes as from `described_nodes`, labels given by people, by name.
+    """Return the data of a page as plain JSON values; `nodes` is from `described_nodes`, `labels` are people's, by name.
 
-    job is the explanation's id where a server shows it.
+    job is the explanation's id on the server, if a server shows the page.
     """
     values = {"explanation": explanation.to_json(), "nodes": dict(nodes or {}), "labels": dict(labels or {})}
     return {**values, "served": job is not None, "job": job}
@@ -56,10 +56,10 @@ def page_data(
 def described_nodes(
     coupling: CoupledModels, explanation: Explanation, known: Fingerprints | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Pages of an explanation's strongest nodes by name, from facts stored with the coupling; {} without any.
+    """Return pages of an explanation's strongest nodes, by name; {} if no node facts are stored with the coupling.
 
-    The dense direction's entries are left out, its length is put in: a page draws no vectors. `known` are the coupling's
-    fingerprints, where it is one that does not change. Raises ExplainError for another coupling than the explanation's.
+    The dense direction is replaced by its length, because a page draws no vectors. `known` are the coupling's fingerprints, if
+    the caller has them and the coupling does not change. Raises ExplainError if the coupling is not the explanation's.
     """
     known = Fingerprints.of(coupling) if known is None else known
     check_coupling(explanation, coupling, known)
@@ -77,7 +77,7 @@ def described_nodes(
 
 
 def render_html(data: Mapping[str, Any]) -> str:
-    """The self-contained HTML page for some `page_data`."""
+    """Return the self-contained HTML page for the result of `page_data`."""
     viewer = files("bridge") / "viewer"
     read = {name: (viewer / name).read_text(encoding="utf-8") for name in PARTS}
     script, style = read["viewer.js"], read["fonts.css"] + read["viewer.css"]
@@ -100,18 +100,18 @@ def render_html(data: Mapping[str, Any]) -> str:
 
 
 def filled(template: str, part: Callable[[str], str]) -> str:
-    """A template with a part in each {{place}}; nothing that was put in is looked at again."""
+    """Return a template with a part inserted for each {{name}}; inserted text is not searched again."""
     return re.sub(r"{{(.+?)}}", lambda place: part(place[1]), template)
 
 
 def embedded_json(data: Any) -> str:
-    """JSON that can be embedded in an element of a page for any texts: ASCII, without `<`, `>` and `&`."""
+    """Return JSON that is safe inside an HTML element for any text: ASCII, without `<`, `>` and `&`."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def write_page(path: str | Path, html: str) -> None:
-    """Write a page, atomically. Raises CheckpointError for a path that is no file's, PageError where it cannot be written."""
+    """Write a page atomically. Raises CheckpointError if the path cannot be a file, PageError if writing fails."""
     try:
         write_text(check_target(path, "html"), html)
     except OSError as error:
@@ -119,5 +119,5 @@ def write_page(path: str | Path, html: str) -> None:
 
 
 def digest(text: str) -> str:
-    """The SHA-256 by which a policy names a script or style."""
+    """Return the SHA-256 that names a script or style in the policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,6 +1,6 @@
-"""The parts of an Explanation as values: tokens, nodes, edges, groups, and all of it without its JSON and its rendering.
+"""The values that an Explanation consists of (tokens, nodes, edges, groups), and Explained, which lacks only JSON and rendering.
 
-d is the question's log-odds in nats: of the answer against all other tokens, or against one.
+d is the question's log-odds in nats: of the answer against all other tokens, or against one other token.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bridge.models.circuit import EdgeKind
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the vocabulary: its id, and the text that names it and no other (`Prompts.text`)."""
+    """A token of the vocabulary: its id, and a text that names only this token (`Prompts.text`)."""
 
     id: int
     text: str
 
     def __str__(self) -> str:
-        """The text as Python would write it, and the id."""
+        """Return the text as a Python literal, and the id."""
         return shown(self.text, self.id)
 
 
@@ -40,14 +40,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class ExplainedNode:
-    """A node of the opening circuit or of the one above it, in the order of the computation; an error is a node of kind `error`.
+    """A node of the opening circuit or of the next larger one, in the order of the computation; an error has kind `error`.
 
-    activation and mean are its value in the smaller of the two circuits that has it, and its mean over text, which replaces it
-    elsewhere (of an error the length of its vector, and of its mean); effect is what d loses, in nats, when the node alone is
-    ablated from the opening circuit, None where it is not of it, or was not measured: in a circuit of thousands only the nodes
-    that matter most are. level is the place of the first of the nested circuits that has the node; group that of its group among
-    the groups, None for nodes above the opening circuit. An error's layer is its site. label is a few words on the
-    channel, where `bridge nodes` was run.
+    activation is the node's value in the smaller of the two circuits that has it. mean is its mean over text, which replaces the
+    value elsewhere. For an error, both are lengths of vectors. effect is the loss of d in nats when only this node is ablated
+    from the opening circuit; None if the node is not in it, or was not measured (among thousands, only the nodes that matter most
+    are). level is the index of the smallest nested circuit that has the node; group is the index of its group, None for nodes
+    outside the opening circuit. An error's layer is its site. label is a few words on the channel, if `bridge nodes` was run.
     """
 
     id: str
@@ -66,7 +65,7 @@ class ExplainedNode:
 
 @dataclass(frozen=True)
 class ExplainedEdge:
-    """An edge between two nodes of the opening circuit, named by their ids; `graph/flow` has kinds, weights and effects."""
+    """An edge between two nodes of the opening circuit, given by their ids; `graph/flow` defines kinds, weights and effects."""
 
     source: str
     target: str
@@ -77,11 +76,11 @@ class ExplainedEdge:
 
 @dataclass(frozen=True)
 class ExplainedGroup:
-    """Nodes of the opening circuit that do one job: what they are, and what ablating all of them together does.
+    """Nodes of the opening circuit that do one job, and the effects of ablating all of them together.
 
-    effect is what d loses in the circuit, in nats, by intervention; sparse_effect what it loses in the sparse model with all its
-    nodes, dense_effect in the dense model when that is transported through the bridge, at the site after the last of them. name
-    is made by rule of what its members read and write; label is a person's or a language model's words.
+    effect is the loss of d in nats when they are ablated from the circuit, sparse_effect when they are ablated from the sparse
+    model with all its nodes, dense_effect in the dense model when the latter change is transported through the bridge at the site
+    after the last node. name follows by rule from what the nodes read and write; a person or a language model writes label.
     """
 
     id: int
@@ -100,9 +99,9 @@ class ExplainedGroup:
 class Counts:
     """Sizes of the opening circuit: nodes (errors among them), edges (nonzero weights between two nodes), distinct weights.
 
-    Edges are those that it was pruned to, out of edges_before, and edges_faithfulness is that of the circuit with these alone;
-    None where there were too many to prune. Embedding, unembedding and bigram entries are no edges, and counted apart; active are
-    all nodes of the prompt that are not 0.
+    edges counts the edges that are left of edges_before after pruning, edges_faithfulness is that of the circuit with only these
+    edges, None if there were too many to prune. Embedding, unembedding and bigram entries do not count as edges, and are counted
+    separately. active is the number of nodes of the prompt that are not 0.
     """
 
     nodes: int
@@ -119,7 +118,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of an explanation; coupling_fingerprint is that of the sparse weights, blocks the span that was coupled, or None."""
+    """Origin of an explanation. coupling_fingerprint is that of the sparse weights; blocks is the coupled span, or None."""
 
     dense: str
     dense_fingerprint: str
@@ -136,8 +135,8 @@ class Provenance:
 class Answered:
     """The first part of an explanation: the question and both models' answers.
 
-    contrast is None where the question is why this answer rather than any other. dense_d, sparse_d are d of the dense model and
-    of the sparse one by itself; nothing_d is d with every node and every error at its mean; span is dense_d less that.
+    contrast is None if the question is why this answer rather than any other. dense_d and sparse_d are d of the dense model, and
+    of the sparse model by itself; nothing_d is d with every node and every error at its mean; span is dense_d - nothing_d.
     """
 
     prompt: str
@@ -152,7 +151,7 @@ class Answered:
 
     @property
     def span(self) -> float:
-        """Logit difference to explain, in nats."""
+        """Part of d to explain, in nats."""
         return self.dense_d - self.nothing_d
 
     @property
@@ -163,9 +162,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The part that is known before the evidence: the opening circuit, drawn; sizes are the nodes of each of the nested circuits.
+    """The part that is known before the evidence: the opening circuit as drawn, and sizes, the number of nodes by circuit.
 
-    Effects of groups in the dense model are not known yet.
+    Effects of groups in the sparse model with all nodes and in the dense model are not known yet.
     """
 
     nodes: tuple[ExplainedNode, ...]
@@ -179,11 +178,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Explained(Answered):
-    """Why the dense model answers as it does: nested circuits of the sparse model that follow it, with the evidence.
+    """Explanation of the dense model's answer by nested circuits of the sparse model, with the evidence.
 
-    opening is the place, among nested, of the circuit that is drawn. replacement and completeness are those of attribution
-    graphs: the share of the paths from input to answer, and of the inputs of nodes weighted by their influence, that flow
-    through nodes rather than errors. backup is None where deleting the circuit takes enough of the span.
+    opening is the index in nested of the circuit that is drawn. replacement and completeness are defined as for attribution
+    graphs: the share of the paths from input to answer, and of the nodes' inputs weighted by the nodes' influence, that flow
+    through nodes rather than errors. backup is None if deleting the circuit alone removes enough of the span.
     """
 
     report: Report
@@ -204,9 +203,9 @@ class Explained(Answered):
 
     @property
     def group_correlation(self) -> float | None:
-        """Pearson's correlation over the groups of what d loses by them in the sparse model and in the dense one.
+        """Pearson's correlation over the groups between the losses of d in the sparse and in the dense model.
 
-        None of fewer than three groups, or where either is the same for all of them.
+        None if there are fewer than three groups, or all have the same loss in one of the models.
         """
         pairs = ((group.sparse_effect, group.dense_effect) for group in self.groups)
         loss_g2 = np.array([pair for pair in pairs if None not in pair], dtype=float)
@@ -214,5 +213,5 @@ class Explained(Answered):
 
     @property
     def circuit(self) -> NestedCircuit:
-        """The nested circuit that the explanation opens at."""
+        """The nested circuit that is drawn."""
         return self.nested[self.opening]

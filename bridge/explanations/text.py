@@ -1,12 +1,12 @@
-"""An Explanation as text for a terminal and as HTML for a notebook.
+"""Render an Explanation as text for a terminal, in these sections, and as HTML for a notebook.
 
 answer      both models' next tokens, and the question with its span
-VERDICT     with its reasons
+VERDICT     the verdict with its reasons
 CIRCUITS    the nested circuits, a row each
-PATH        the strongest ways from tokens to answer, in words, through the groups of the opening circuit
-GROUPS      each with what ablating it does in the sparse and in the dense model, and what it is joined to
-NODES       the strongest, at the tokens they are at
-ATTENTION, EVIDENCE, how to read it, what it was made from
+PATH        the strongest paths from tokens to the answer, in words, through the groups of the opening circuit
+GROUPS      each group with its edges and the effects of ablating it in the sparse and in the dense model
+NODES       the strongest nodes, listed at their tokens
+ATTENTION, EVIDENCE, how to read the text, and the explanation's origin
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from bridge.graph.paths import strongest_paths
 from bridge.models.schema import ERROR
 
 LISTED_NODES = 40
-LISTED_EDGES = 2  # into each of them
+LISTED_EDGES = 2  # into each listed node
 LISTED_GROUPS = 20
 LISTED_HEADS = 6
 PATHS = 3
-_LEAST = 0.005  # nats; weaker edges are not shown
-_HEAD = 10  # columns, in which a section's name stands
-_GROUP = 38  # columns, before what a group is
-_ANSWERS = 4  # likeliest tokens of a model, fewer where a line has no room
+_LEAST = 0.005  # nats; edges of smaller effect are not shown
+_HEAD = 10  # width of the column with the section's name
+_GROUP = 38  # column at which the description of a group starts
+_ANSWERS = 4  # likeliest tokens of a model; fewer if the line is too short
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
 
 
 def render_text(explanation: Explained, width: int = 100, *, answer: bool = True) -> str:
-    """The explanation for a terminal `width` columns wide; without the answer where that has been shown already."""
+    """Return the explanation for a terminal `width` columns wide; `answer` includes the section `render_answer` makes."""
     where, report = explanation.provenance, explanation.report
     span = "" if where.blocks is None else f" of blocks {where.blocks}, before and behind which the dense model runs"
     made = (
@@ -68,7 +68,7 @@ _HOW_TO_READ = (
 
 
 def render_answer(answered: Answered, width: int = 100) -> str:
-    """The first part of `render_text`: prompt, both models' answers, and the question."""
+    """Return the first section of `render_text`: the prompt, both models' answers, and the question."""
     agree = "agrees" if answered.agree else "answers otherwise by itself"
     sparse = [f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
@@ -81,7 +81,7 @@ def render_answer(answered: Answered, width: int = 100) -> str:
 
 
 def question(answered: Answered) -> str:
-    """The question in words."""
+    """Return the question in words."""
     over = "at all" if answered.contrast is None else f"rather than {answered.contrast}"
     own = "" if answered.answer.id == answered.dense[0].token.id else ", which is not the dense model's answer"
     return f"why {answered.answer} {over}{own}"
@@ -100,7 +100,7 @@ def _answers(answers: tuple[Answer, ...], count: int = _ANSWERS) -> str:
 
 
 def _circuits(explanation: Explained, width: int) -> list[str]:
-    """The nested circuits as a table, and the shares of the span that flow through nodes and errors."""
+    """Return a table of the nested circuits, and the shares of the span that flow through nodes and errors."""
     rows: list[tuple[str, ...]] = [
         ("CIRCUITS  ", "nodes", "errors", "F", "miss", "KL", "supersets", "worst", "adversary", "left", "by errors")
     ]
@@ -153,14 +153,14 @@ def _path(explanation: Explained, width: int) -> list[str]:
     for path in strongest_paths(explanation.group_edges, PATHS):
         words = []
         for each in path.steps:
-            group = groups.pop(each, None)  # each is described once
+            group = groups.pop(each, None)  # each group is described once
             words.append(_end(explanation, each) if group is None else f"[{group.id}: {_what(group, group.label or group.name)}]")
         lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 
 
 def _end(explanation: Explained, end: str) -> str:
-    """An end of a group edge in words."""
+    """Return an end of a group edge in words."""
     kind, _, where = end.partition(":")
     if kind == "answer":
         return repr(explanation.answer.text)
@@ -173,7 +173,7 @@ def _end(explanation: Explained, end: str) -> str:
 
 
 def _groups(explanation: Explained, width: int) -> list[str]:
-    """Every group of a small circuit in the order of the computation, the strongest of a large one."""
+    """Return the lines on the strongest groups, at most 20, in the order of the computation."""
     shown = set(
         sorted((group.id for group in explanation.groups), key=lambda id: -abs(explanation.groups[id].effect))[:LISTED_GROUPS]
     )
@@ -210,7 +210,7 @@ def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[st
 
 
 def _what(group: ExplainedGroup, name: str) -> str:
-    """A group's name, between its place in the model and the number of its nodes."""
+    """Return a group's layers, kind and positions, its name, and the number of its nodes."""
     positions = ", ".join(map(str, group.positions))
     count = f"({len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'})"
     if group.kind == ERROR:
@@ -285,7 +285,7 @@ def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[st
 
 
 def _wrap_list(head: str, parts: Sequence[str], width: int, below: str | None = None) -> list[str]:
-    """Parts with commas between them, none of which is divided between lines."""
+    """Return the parts separated by commas and wrapped, with no line break inside a part."""
     marked = ", ".join(part.replace(" ", "\u00a0") for part in parts)
     return [line.replace("\u00a0", " ") for line in _wrap(head, marked, width, below)]
 
@@ -298,7 +298,7 @@ def _cut(line: str, width: int) -> str:
 
 
 def render_html(explanation: Explained) -> str:
-    """The explanation as a piece of HTML: question, what d owes to each token, verdict, and all of the text on request."""
+    """Return HTML with the question, the summed |effect| of the nodes at each token, the verdict, and all of the text, folded."""
     effects = [0.0] * len(explanation.tokens)
     for node in explanation.nodes:
         effects[node.position] += abs(node.effect or 0)

@@ -1,4 +1,4 @@
-"""Limits on cores: fewer of them than there are, where two cores on one small tensor would wait for each other."""
+"""Limits on the number of cores, for small tensors on which two cores would wait for each other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 T = TypeVar("T")
 _changing = Lock()
-_limits: list[tuple[int, int]] = []  # of the blocks that have not ended: the thread, and how many cores
-_whole = 1  # cores outside of all blocks
+_limits: list[tuple[int, int]] = []  # thread and number of cores of each open block
+_whole = 1  # number of cores outside all blocks
 
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """Limit torch and the kernels to `count` cores here, and in threads that begin inside the block.
+    """Limit torch and the kernels to `count` cores in this thread, and in threads that start inside the block.
 
-    Blocks may overlap, in one thread or several, and end in any order: each holds until it ends, and after the last of them
-    there are as many cores as before the first.
+    Blocks may overlap, in one thread or several, and end in any order. Each limit holds until its block ends, and after the last
+    block the number of cores is the one before the first.
     """
     global _whole
     limit = (get_ident(), count)
@@ -39,9 +39,9 @@ def cores(count: int) -> Iterator[None]:
 
 
 def _limit_threads() -> None:
-    """Limit this thread by the blocks that it is in, and threads that begin from now on by all blocks.
+    """Limit this thread by its own open blocks, and new threads by all open blocks.
 
-    Torch keeps a number of threads for each thread, and one for those to come; to set the first sets the second too.
+    Torch keeps one setting for each thread, and one for new threads. Setting the first sets the second too.
     """
     own = min([_whole, *(count for thread, count in _limits if thread == get_ident())])
     every = min([_whole, *(count for _, count in _limits)])

@@ -1,21 +1,21 @@
-"""An explanation as the graph that circuit-tracer's front end and Neuronpedia draw, and the features of its nodes, as plain JSON.
+"""Convert an explanation to the graph and the features that circuit-tracer's front end and Neuronpedia draw, as plain JSON.
 
-A link's weight is the edge's `effect`: what d, the log-odds of the answer, owes to it, in nats, to first order. Where the answer
-is compared with a contrast, an edge into it is two links, half of the effect into the answer and minus half into the contrast,
-whose difference is the effect. A token's embedding channels and its bigram entry are summed into one node per token; links of
-effect 0 (into nodes that AbsTopK zeroes) are left out. The graph has the nodes of the opening circuit. Errors are error nodes,
-groups are supernodes.
+The weight of a link is the edge's `effect`: its contribution to d, the log-odds of the answer, in nats, to first order. If the
+answer is compared with a contrast, an edge into the answer becomes two links: half of the effect into the answer, and minus half
+into the contrast, so that their difference is the effect. A token's embedding channels and its bigram entry are summed into one
+node per token. Links of effect 0 (into nodes that AbsTopK zeroes) are left out. The graph has the nodes of the opening circuit,
+errors as error nodes, and groups as supernodes.
 
-Both viewers colour activations from 0 up, and show a feature by a number. A channel is therefore two features, of its positive
-and of its negative values, numbered apart from all others of the row, and the activation shown is the magnitude:
+Both viewers colour activations from 0 up, and identify a feature by a number. Therefore a channel is two features, one for its
+positive and one for its negative values, with distinct numbers, and the activation shown is the magnitude:
 
-    index       (9 channel + kind) 2 + (value < 0)                   kind by its place in schema.KINDS
-                1,000,000 + site                                     of an error
+    index       (9 channel + kind) 2 + (value < 0)                   kind is its index in schema.KINDS
+                1,000,000 + site                                     for an error
     feature     (row + index)(row + index + 1) / 2 + index           the Cantor pair of row and index
-    influence   share of the summed |effect| that the nodes of larger |effect| have, and the node itself
+    influence   share of the summed |effect| that belongs to the node and to nodes of larger |effect|; 1 if not measured
 
-A node whose ablation was not measured has the influence 1. Both viewers put labels and tokens into the page as HTML, so a `<`
-that would open a tag becomes the fullwidth one there; `metadata.prompt` has the text as it is.
+Both viewers insert labels and tokens into the page as HTML, so a `<` that would open a tag is replaced by the fullwidth one;
+`metadata.prompt` has the unchanged text.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from bridge.explanations.text import question
 from bridge.models.schema import ERROR, KINDS, MLP_KINDS
 from bridge.nodes.description import Excerpt, NodePage
 
-ERRORS = 1_000_000  # the index from which on errors are numbered, by site: more than there are channels
-PINNED = 120  # nodes of the subgraph that is open at first, the strongest
+ERRORS = 1_000_000  # errors have the index ERRORS + site, which is larger than the index of any channel
+PINNED = 120  # number of nodes in the subgraph that is open at first, the strongest ones
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 class ExportError(UserError):
-    """An explanation, a name or a place that cannot be exported, in one line with the remedy."""
+    """An explanation, a name or a path that cannot be exported. The message is one line with the remedy."""
 
 
 def place(explanation: Explanation, name: str) -> dict[str, Any]:
-    """Layer (-1: none), kind, index and position of a node, or of an end of an edge that is none (embedding, bigram, answer)."""
+    """Return layer (-1: none), kind, index and position of a node, or of an edge's end (also embedding, bigram or answer)."""
     match = _END.fullmatch(name)
     if match is None or int(match[4]) >= len(explanation.tokens):
         raise ExportError("the explanation", f"has a node {name!r} that is at no token of its prompt", "explain again")
@@ -55,7 +55,7 @@ def place(explanation: Explanation, name: str) -> dict[str, Any]:
 
 
 def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The graph: metadata, the state of the page, nodes and links; `rows` to a block."""
+    """Return the graph: metadata, the state of the page, nodes and links; `rows` is the number of rows per block."""
     if len(explanation.tokens) < 2:
         raise ExportError("the prompt", "is a single token, of which the viewers drop every node", "export ‹to› graphml")
     last, answer = len(explanation.tokens) - 1, _answer_row(explanation, rows)
@@ -72,7 +72,7 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
             weights[source, end] += share * edge.effect
     links = [{"source": source, "target": end, "weight": weight} for (source, end), weight in weights.items() if weight]
 
-    given: dict[str, float] = defaultdict(float)  # what d owes to a token, through whichever of its channels
+    given: dict[str, float] = defaultdict(float)  # summed |weight| of the links from each node
     for (source, _), weight in weights.items():
         given[source] += abs(weight)
     nodes = [_token_node(position, token.id, given) for position, token in enumerate(explanation.tokens)]
@@ -103,19 +103,19 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
 
 
 def opened(explanation: Explanation) -> list[ExplainedNode]:
-    """The nodes of the opening circuit, errors included; nodes of the larger circuits are listed, not drawn."""
+    """Return the nodes of the opening circuit with its errors; nodes of larger circuits are listed, but not drawn."""
     return [node for node in explanation.nodes if node.level <= explanation.opening]
 
 
 def _answer_row(explanation: Explanation, rows: int) -> int:
-    """The row above those of all blocks of the sparse model, as far as edges into the answer or nodes show how many there are."""
+    """Return the row above all blocks of the sparse model; their number is inferred from nodes and from edges into the answer."""
     answers = [place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     above = [1 + node.layer for node in explanation.nodes if node.kind != ERROR]
     return rows * max([1, *above, *(answer["layer"] for answer in answers)]) + 1
 
 
 def _row_and_index(node: ExplainedNode, rows: int, answer: int) -> tuple[int, int]:
-    if node.kind == ERROR:  # before the sublayer that reads its site, where blocks have two; the last below the answer
+    if node.kind == ERROR:  # in the row of the sublayer that reads its site, if blocks have two; the last below the answer
         return min(node.layer * rows // 2, answer - 1), ERRORS + node.layer
     if node.kind not in KINDS:
         raise ExportError("the explanation", f"has a node {node.id!r} of a kind {node.kind!r} that there is not", "explain again")
@@ -133,7 +133,7 @@ def _node_id(node: ExplainedNode, rows: int, answer: int) -> str:
 
 
 def _node(name: str, feature: int, row: int | str, position: int, kind: str, clerp: str, **more: Any) -> dict[str, Any]:
-    """A node as both viewers read it; some versions take jsNodeId for the id, so it is unique too."""
+    """Return a node in both viewers' format. jsNodeId is unique too, because some versions use it as the id."""
     return {
         "node_id": name,
         "jsNodeId": name,
@@ -149,9 +149,9 @@ def _node(name: str, feature: int, row: int | str, position: int, kind: str, cle
 
 
 def _circuit_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]:
-    if node.kind == ERROR:  # a type that the viewers draw without a feature, of which there is no file
+    if node.kind == ERROR:  # the viewers draw this type without a feature, and an error has no feature file
         kind, clerp = "mlp reconstruction error", f"error at site {node.layer}"
-    else:  # the only type that opens the feature's panel
+    else:  # only this type opens the panel of the feature
         label = f": {node.label}" if node.label else ""
         kind, clerp = "cross layer transcoder", _plain(f"{node.name} {node.activation:+.2f}{label}")
     row, index = _row_and_index(node, rows, answer)
@@ -166,16 +166,15 @@ def _token_node(position: int, token: int, given: Mapping[str, float]) -> dict[s
 
 def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, Any]:
     last, probability = len(explanation.tokens) - 1, _probability(explanation, token)
-    shown = _plain(token.text).replace("(p=", "(p\u2060=")  # the viewers read the probability behind the first of these
+    shown = _plain(token.text).replace("(p=", "(p\u2060=")  # the viewers read the probability after the first "(p="
     name, clerp = f"{row}_{token.id}_{last}", f'Output "{shown}" (p={probability:.3f})'
     known = {"token_prob": probability, "is_target_logit": token.id == explanation.answer.id, "influence": 0.0}
     return _node(name, token.id, row, last, "logit", clerp, **known)
 
 
 def _probability(explanation: Explanation, token: Token) -> float:
-    """A token's probability in the dense model: as listed, else from d, or from the other token's if that is d's contrast.
-
-    0 where neither is known.
+    """Return a token's probability in the dense model: as listed; otherwise from d alone, or with a contrast, from d and the
+    other token's listed probability (0 if it is not listed).
     """
     listed = {answer.token.id: answer.probability for answer in explanation.dense}
     if token.id in listed:
@@ -187,7 +186,7 @@ def _probability(explanation: Explanation, token: Token) -> float:
 
 
 def _cumulative(scores: list[float]) -> list[float]:
-    """Share of the sum in scores of at least each score's size; 1 for scores of 0. In (0, 1]."""
+    """Return, for each score, the share of the sum in scores that are at least as large, in (0, 1]; 1 for scores of 0."""
     score_n = np.array(scores)
     order_n = np.argsort(-score_n, kind="stable")
     share_n = np.ones(len(score_n))
@@ -197,13 +196,13 @@ def _cumulative(scores: list[float]) -> list[float]:
 
 
 def _supernodes(explanation: Explanation, names: Mapping[str, str]) -> list[list[str]]:
-    """The groups that have several of some nodes, whose names are given by id."""
+    """Return the groups with at least two of the nodes in `names`, which maps ids to names in the graph."""
     groups = ((group, [names[node] for node in group.nodes if node in names]) for group in explanation.groups)
     return [[_in_address(group.label or group.name), *members] for group, members in groups if len(members) > 1]
 
 
 def _in_address(text: str) -> str:
-    """A label encoded for the page's address, which is decoded twice."""
+    """Return a label encoded for the page's address, which the viewers decode twice."""
     return _plain(text.replace("%", "\uff05").encode(errors="replace").decode())
 
 
@@ -212,7 +211,7 @@ def _plain(text: str) -> str:
 
 
 def origin(explanation: Explanation) -> dict[str, Any]:
-    """The metadata of a graph: its origin, folders by their names alone, and the meaning of its numbers."""
+    """Return the metadata of a graph: its origin, with the last part of paths only, and the meaning of its numbers."""
     where, report = explanation.provenance, explanation.report
     against = "" if explanation.contrast is None else "into the answer, half to each logit. "
     description = (
@@ -233,7 +232,7 @@ def origin(explanation: Explanation) -> dict[str, Any]:
 
 
 def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, rows: int) -> dict[int, dict[str, Any]]:
-    """Every feature of the graph by number: from the channel's page, or from this prompt alone where there is none."""
+    """Return the features of the graph by number: from the channel's page, or from this prompt alone if it has no page."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
     answer = _answer_row(explanation, rows)
     for node in opened(explanation):
@@ -267,7 +266,7 @@ def _from_page(number: int, node: ExplainedNode, page: NodePage) -> dict[str, An
     known = [abs(each.value) for each in (*between, *strongest[:1])]
     most = max(known, default=0.0)
     spread = {}
-    if known:  # a few values, from all over the text: percentiles as far as they tell
+    if known:  # only a few values from the whole text, so the percentiles are approximate
         spread["quantile_values"] = np.quantile(known, np.linspace(0.01, 1, 100)).tolist()
         spread["histogram"] = np.histogram(known, bins=10, range=(0, most))[0].astype(float).tolist()
     feature = _feature_json(number, node.name, {name: list(found) for name, found in examples.items()}, most)
@@ -284,7 +283,7 @@ def _example(excerpt: Excerpt) -> dict[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    """Text as circuit-tracer shows it, on one line."""
+    """Return text on one line, as circuit-tracer shows it."""
     return text.translate({10: "\u23ce", 9: "\u2192", 13: "\u21b5"})
 
 
