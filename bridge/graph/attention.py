@@ -1,27 +1,27 @@
 """Attention heads of a prompt's circuit: what they read, why, what they move, and what that does to the answer.
 
-All of it is of S_C, the sparse model with every node and error outside the circuit at its mean (`flow`). For a head with channels
-c, at a query position p, with P its pattern and v, m the values and means of its v channels:
+Everything is measured in S_C, the sparse model with every node and error outside the circuit at its mean (`flow`). For a head
+with channels c, at a query position p, with P its pattern and v, m the values and means of its v channels:
 
     score      S_pp' = sum over c of q_pc k_p'c / sqrt(channels)           a `ScoreTerm` per channel; exact, they sum to the score
     weight     P_pp' = exp S_pp' / (exp sink + sum over p'' <= p of exp S_pp'')     `sink` is the share that goes nowhere
-    moved      z_p = sum over p' of P_pp' v_p', which W_o hands on to attn_out
+    moved      z_p = sum over p' of P_pp' v_p', which W_o passes on to attn_out
 
-With rotary positions q and k stand here as they are multiplied: rotated, by which a channel mixes with its partner; a score
-stands here before ALiBi and a soft cap. Keys and values that heads share are ablated for one head at a time. A
-`ValueTerm` is what a v channel at p' adds to d: P_pp' (v_p'c - m_c) times the gradient of d along W_o's column, summed over the
-circuit's attn_out nodes at p; exact up to attn_out, first order from there on, and the sum of its `value` edges (`attribution`).
+With rotary positions, q and k are taken as they are multiplied: rotated, so that a channel mixes with its partner. Scores are
+taken before ALiBi and a soft cap. Keys and values that heads share are ablated for one head at a time. A `ValueTerm` is what a v
+channel at p' adds to d: P_pp' (v_p'c - m_c) times the gradient of d along W_o's column, summed over the circuit's attn_out nodes
+at p. It is exact up to attn_out, first order from there on, and the sum of the channel's `value` edges (`attribution`).
 
-What a head at p does to d is measured by intervening. Its circuit nodes are ablated, q and k (the pattern becomes P') or v (the
-values become v') or both, at every position, but the result is taken at p alone, and S_C runs on from there:
+The effect of a head at p on d is measured by intervening. Its circuit nodes are ablated, q and k (the pattern becomes P') or v
+(the values become v') or both, at every position, but the result is used at p alone, and S_C runs on from there:
 
     effect          d(P, v) - d(P', v')          both ablated
     pattern_effect  d(P, v) - d(P', v)           the pattern alone; values frozen
     value_effect    d(P, v) - d(P, v')           the values alone; pattern frozen
     interaction     effect - pattern_effect - value_effect
 
-Not every head at every position is measured: those are whose largest effect of the three is largest to first order. How many more
-have any is `left_out`.
+Only some heads and positions are measured: those whose largest first-order effect of the three is largest. `left_out` is the
+number of others that have any.
 
 Shape legend: b batch row, r row that is intervened on, t token, n nodes of a location, h head, c channel of a head, s sparse
 width; p pairs of a head and a query.
@@ -41,16 +41,16 @@ from bridge.models.circuit import Node
 from bridge.models.residual import Enter, Trace
 from bridge.models.sparse import Location
 
-HEADS = 16  # at a query position, that are measured
-READS = 4  # positions listed of each, those of the largest weights
-TERMS = 6  # channels listed of each score, and of what is moved
-_WAYS = 3  # what is ablated: everything, the pattern's, the values'
+HEADS = 16  # (head, query) pairs that are measured
+READS = 4  # positions listed for each head, those with the largest weights
+TERMS = 6  # channels listed for each score, and for what is moved
+_WAYS = 3  # ways of ablating: both, the pattern, the values
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """A channel's share of a score: query value times key value by the root of the channels. `channel` numbers q nodes, and
-    k nodes where heads share none.
+    """A channel's share of a score: query value times key value by the root of the number of channels. `channel` is the index of
+    the q node, and of the k node if heads do not share keys.
     """
 
     channel: int
@@ -61,7 +61,7 @@ class ScoreTerm:
 
 @dataclass(frozen=True)
 class ValueTerm:
-    """A v node of the circuit that is moved: its value, and what it adds to d by way of this head at this query."""
+    """A v node of the circuit that is moved: its value, and what it adds to d through this head at this query."""
 
     node: str
     value: float
@@ -70,9 +70,9 @@ class ValueTerm:
 
 @dataclass(frozen=True)
 class Read:
-    """A position that a head reads: its weight, its score and the terms of that, largest first, and what is moved from there.
+    """A position that a head reads: its weight, its score with the score's terms, largest first, and what is moved from there.
 
-    others is what channels that are not listed add to the score, effect the whole of what is moved from there adds to d.
+    others is what unlisted channels add to the score, effect what everything that is moved from there adds to d.
     """
 
     position: int
@@ -101,8 +101,8 @@ class ExplainedHead:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's attention in S_C: pattern, rotated q and k, v less its mean, the gradient of d along z (gradient_thc), z itself,
-    and what it is by each way of ablating (ablated_3htc).
+    """A layer's attention in S_C: pattern, rotated q and k, v minus its mean, the gradient of d along z (gradient_thc), z itself,
+    z by each way of ablating (ablated_3htc), and the first-order effects of these (first_order_3th).
     """
 
     q_htc: Tensor
@@ -117,7 +117,7 @@ class _Layer:
 
 @torch.no_grad()
 def explain_attention(flow: Flow, *, most: int = HEADS) -> tuple[tuple[ExplainedHead, ...], int]:
-    """The heads that matter most to the answer, the largest effect first, and how many more, at a query each, have any."""
+    """Return the heads with the largest effects on the answer, largest first, and how many more (head, query) pairs have any."""
     layers = {at.layer: _layer(flow, at.layer) for at in flow.locations("attn_out")}
     sizes = [
         (size, layer, head, query)
@@ -136,7 +136,7 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> tuple[tuple[Explained
 
 
 def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
-    """read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
+    """Return read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
     read_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
         its, out = _layer(flow, layer), Location(layer, "attn_out")
@@ -168,7 +168,7 @@ def _layer(flow: Flow, layer: int) -> _Layer:
 
 
 def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> list[list[float]]:
-    """Loss of d for each pair of layer, head and query by each of the ways of ablating."""
+    """Return the loss of d for each layer, head and query of `pairs`, by each way of ablating."""
     if not pairs:
         return []
     sparse, masked = flow.sparse, flow.masked
@@ -198,7 +198,7 @@ def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> l
 
 
 def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
-    """S_C on some copies of the prompt; logits of the last position."""
+    """Run S_C on some copies of the prompt; the logits are those of the last position."""
     gate, correct = flow.masked.gates(flow.kept_f.expand(rows, -1))
     return flow.sparse.run(flow.tokens_t.expand(rows, -1), enter, gate, correct=correct, last_only=True)
 

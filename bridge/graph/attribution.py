@@ -1,30 +1,30 @@
 """Edges of a circuit's nodes, with what each adds to its target and to the answer.
 
-Edges are the ways in which one kept node reaches another directly, everything between being held as it is in S_C. The weight of
-an edge is how much the source's change from its mean adds to what the target is before AbsTopK (for MLP neurons, or their gates,
-before the nonlinearity); where a matrix's output goes through a norm, or is multiplied by a gate, that is held (`flow.passed`):
+An edge is a way in which one kept node reaches another directly, with everything between them held as it is in S_C. Its weight is
+how much the source's change from its mean adds to the target's value before AbsTopK (for MLP neurons, or their gates, before the
+nonlinearity). If a matrix's output goes through a norm, or is multiplied by a gate, that factor is held (`flow.passed`):
 
     weight = d target / d source * (a_source - m_source)
 
     weight       W_ji (a_i - m_i)            attn_in -> q, k, v;  mlp_in -> mlp_gate, mlp_act -> mlp_out           exact
-    gate         (W_up r + b)_i (a_i - m_i)  mlp_gate -> mlp_act, same neuron, what it multiplies being held       exact
+    gate         (W_up r + b)_i (a_i - m_i)  mlp_gate -> mlp_act, same neuron, the output of up being held         exact
     value        P_pp' W_ji (a_i - m_i)      v at p' -> attn_out at p, P the attention pattern of S_C              exact
     score        by gradient through P       q at p, k at p' -> attn_out at p, the values being held               first order
     residual     (a_i - m_i) / rms           attn_out, mlp_out -> attn_in, mlp_in of a later sublayer, same channel, rms held
     embedding    (E_i - mean E_i) / rms      the token's nonzero entry -> attn_in, mlp_in, same channel
     error        (e_i - mean e_i) / rms      a kept error, one node for a site and token -> attn_in, mlp_in there and later
-                 read_s . (e - mean e) / rms     one at the last token -> answer;   read_v . (e - mean e)  that of the logits
-    unembedding  read_i (a_i - m_i) / rms    a write (or embedding entry) at the last position -> answer; of a span, at any one,
-                                             read being dd / d the last residual through the rest of the dense model, first order
-    bigram       read_v . B                  the last token -> answer, in full: it is part of every circuit
+                 read_s . (e - mean e) / rms     an error at the last token -> answer;   read_v . (e - mean e)  on the logits
+    unembedding  read_i (a_i - m_i) / rms    a write (or embedding entry) at the last position -> answer; in a span, at any, and
+                                             read is dd / d the last residual through the rest of the dense model, first order
+    bigram       read_v . B                  the last token -> answer, in full, because it is part of every circuit
 
-read_v = dd / d logits in S_C and read_s = read_v U (`Flow.answer_ts`, over rms): against one other token U_answer - U_contrast,
-exactly; against all others first order (`flow`). Biases are constants, and no edges.
+read_v = dd / d logits in S_C and read_s = read_v U (`Flow.answer_ts`, which includes 1 / rms): against one other token they are
+exact (U_answer - U_contrast), against all others first order (`flow`). Biases are constants and have no edges.
 
-Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges; embedding, unembedding and bigram
-entries are counted by their own names, the others drawn. `effect` is the weight times dd / d target, which makes edges into
-different targets comparable; it is 0 into a target that AbsTopK makes 0 in S_C. How a score splits into pairs of q and k
-channels `attention` tells.
+Only `weight` and `value` edges are nonzero weights between two nodes and are counted as edges. Embedding, unembedding and bigram
+entries are counted by their own names, the others are only drawn. `effect` is the weight times dd / d target, which makes edges
+into different targets comparable; it is 0 if AbsTopK makes the target 0 in S_C. `attention` splits a score into pairs of
+channels.
 
 Shape legend: r attn_out node, t token, n nodes of a location, e edge, s sparse width, v vocabulary.
 """
@@ -50,11 +50,11 @@ from bridge.models.residual import Enter
 from bridge.models.schema import ERROR, GATE, READ_KINDS, WRITE_KINDS
 from bridge.models.sparse import Location
 
-_ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose gradients are taken at once
+_ATTENTION_TARGETS = 512  # attn_out nodes that read a head, whose gradients are computed at once
 
 
 class Ends:
-    """Numbers for the ends of edges: of nodes and errors their places in the row of all; then embedding, bigram and answer."""
+    """Numbers for the ends of edges: first the indices of nodes and errors in one row, then embedding, bigram and answer."""
 
     def __init__(self, flow: Flow) -> None:
         space = flow.masked.space
@@ -65,33 +65,33 @@ class Ends:
         self._first = dict(zip(self._sizes, (0, *ends), strict=False))
 
     def number(self, location: Location, index_e: Tensor, position_e: Tensor) -> Tensor:
-        """end_e of channels of a location at positions."""
+        """Return end_e of the channels index_e of a location at the positions position_e."""
         return self._first[location] + position_e * self._sizes[location] + index_e
 
     def anywhere(self, end_e: Tensor) -> Tensor:
-        """Numbers of ends without their positions: those at position 0."""
+        """Return the numbers of ends without their positions, that is, of the same ends at position 0."""
         first_l, size_l = (torch.tensor([*of.values()], device=end_e.device) for of in (self._first, self._sizes))
         at_e = torch.searchsorted(first_l, end_e, right=True) - 1
         return first_l[at_e] + (end_e - first_l[at_e]) % size_l[at_e]
 
     def node(self, end: int) -> Node:
-        """The node (or entry, or answer) of a number."""
+        """Return the node (or entry, or answer) with a number."""
         location = next(at for at in reversed(self._first) if self._first[at] <= end)
         position, index = divmod(end - self._first[location], self._sizes[location])
         return Node(location, index, position)
 
     def within(self, location: Location, end_e: Tensor) -> Tensor:
-        """Mask of the ends of a location."""
+        """Return the mask of the ends that are in a location."""
         first = self._first[location]
         return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
 
     def parts(self, location: Location, end_e: Tensor) -> tuple[Tensor, Tensor]:
-        """(position_e, index_e) of ends of a location."""
+        """Return (position_e, index_e) of ends in a location."""
         place_e, n = end_e - self._first[location], self._sizes[location]
         return place_e // n, place_e % n
 
     def inputs(self, end_e: Tensor) -> Tensor:
-        """token_e whose embedding or bigram entry an end is; -1 of nodes, errors and the answer."""
+        """Return token_e, the position whose embedding or bigram entry an end is; -1 for nodes, errors and the answer."""
         token_e = torch.full_like(end_e, -1)
         for location in (EMBEDDING, BIGRAM):
             position_e, _ = self.parts(location, end_e)
@@ -101,10 +101,10 @@ class Ends:
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Edges of one prompt's circuit, the largest effects on the answer first, in columns; source_e and target_e are `Ends`.
+    """Edges of one prompt's circuit in columns, the largest effects on the answer first; source_e and target_e are `Ends`.
 
-    number counts the edges of each kind, also of those beyond the strongest that were asked for; weights counts, of `COUNTED`
-    kinds, those that differ by more than their positions: a weight is one wherever it is used.
+    number counts the edges of each kind, including those weaker than the ones that were asked for; weights counts, for `COUNTED`
+    kinds, the edges that differ by more than their positions: a weight counts once wherever it is used.
     """
 
     ends: Ends
@@ -118,14 +118,14 @@ class Edges:
 
     @cached_property
     def strongest(self) -> tuple[Edge, ...]:
-        """The edges as values."""
+        """The edges as `Edge` values."""
         nodes = {end: self.ends.node(end) for end in torch.cat([self.source_e, self.target_e]).unique().tolist()}
         columns = (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         rows = zip(*(column_e.tolist() for column_e in columns), strict=True)
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
 
     def some(self, kept_e: Tensor | slice) -> Edges:
-        """Edges of a mask, or the first ones; their numbers are of what is listed."""
+        """Return the edges of a mask or a slice; their counts are those of the listed edges."""
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
         )
@@ -139,19 +139,19 @@ class Edges:
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, number, weights)
 
     def count(self, *kinds: EdgeKind) -> int:
-        """Number of edges of some kinds."""
+        """Return the number of edges of some kinds."""
         return sum(self.number.get(kind, 0) for kind in kinds)
 
     def distinct(self, *kinds: EdgeKind) -> int:
-        """Number of weights that the edges of some kinds have."""
+        """Return the number of weights that the edges of some kinds have."""
         return sum(self.weights.get(kind, 0) for kind in kinds)
 
 
 @torch.no_grad()
 def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unseen) -> Edges:
-    """Every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
+    """Return every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
 
-    progress is told between two locations, and may raise to end the work.
+    progress is called between two locations, and may raise to end the work.
     """
     drawing = _Drawing(flow, most)
     parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
@@ -163,9 +163,9 @@ def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unsee
 
 @torch.no_grad()
 def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edge, ...]:
-    """Every weight between the nodes of a task's circuit, the largest effects first, each with the entry itself as its weight.
+    """Return every weight between the nodes of a task's circuit, largest effect first; an edge's weight is the entry itself.
 
-    effect is what the weight adds to d, over all positions, in the mean over at most so many of the prompts.
+    effect is what the weight adds to d over all positions, averaged over at most `most` of the prompts.
     """
     rows = evenly(len(masked.question), most).tolist()
     added: dict[tuple[Location, Location], Tensor] = {}
@@ -195,9 +195,9 @@ _End = tuple[Location, Tensor, Tensor]  # location, index_e, position_e
 
 @dataclass(frozen=True, eq=False)
 class _Some:
-    """Edges of one kind between two locations, and what each adds to its target and to d.
+    """Edges of one kind between two locations, with what each adds to its target and to d.
 
-    Where only the strongest are asked for, weaker ones may be left out; `number` counts them all (None: none was left out), and
+    If only the strongest are asked for, weaker ones may be left out. `number` counts all of them (None: none was left out), and
     used holds the indices (source_k, target_k) of all that are weights.
     """
 
@@ -211,17 +211,17 @@ class _Some:
 
 
 class _Drawing:
-    """The strongest of the edges that are added. There can be ten million, of which a page shows some thousands."""
+    """The strongest of the added edges. There can be ten million edges, of which a page shows some thousands."""
 
     def __init__(self, flow: Flow, most: int | None) -> None:
-        self.ends, self.most, self.least = Ends(flow), most, 0.0  # least: the effect of the weakest that can be among them
+        self.ends, self.most, self.least = Ends(flow), most, 0.0  # least: an effect below it cannot be among them
         no_end, no_weight = flow.tokens_t[:0], flow.read_v[:0]
         self.parts: list[tuple[Tensor, ...]] = [(no_end, no_end, no_end, no_weight, no_weight)]
         self.number: dict[EdgeKind, int] = {}
         self.used: dict[tuple[EdgeKind, Location, Location], list[Tensor]] = {}
 
     def strong(self, effect: Tensor) -> Tensor:
-        """Mask of the effects that may be among the strongest, NaN included."""
+        """Return the mask of the effects that may be among the strongest, NaN included."""
         return ~(effect.abs() < self.least)
 
     def add(self, some: _Some) -> None:
@@ -250,7 +250,7 @@ class _Drawing:
         return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
 
     def edges(self) -> Edges:
-        """The strongest edges, largest effect first, as many as were asked for."""
+        """Return the strongest edges, largest effect first, as many as were asked for."""
         columns = self._columns()
         order_e = columns[-1].abs().argsort(descending=True, stable=True)[: self.most]
         weights: dict[EdgeKind, int] = {}
@@ -295,13 +295,13 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
         write_rhc = flow.weight(target.layer, "o")[to_index_r].unflatten(-1, (-1, channels))
         if (passed_tj := flow.passed(target)) is not None:
             write_rhc = write_rhc * passed_tj[to_position_r, to_index_r][:, None, None]
-        for shared in range(sparse.heads_of_keys):  # keys and values, and the heads that share them
+        for shared in range(sparse.heads_of_keys):  # one key-value head, and the heads that share it
             heads = slice(shared * group, (shared + 1) * group)
             first = {source: shared * channels * (group if source.kind == "q" else 1) for source in sources}
             here = {at: slice(start, start + channels * (group if at.kind == "q" else 1)) for at, start in first.items()}
             if not any(bool(flow.kept[source][:, here[source]].any()) for source in sources):
                 continue
-            heard_r = write_rhc[:, heads].flatten(1).any(-1).nonzero().flatten()  # few rows of a sparse matrix write from them
+            heard_r = write_rhc[:, heads].flatten(1).any(-1).nonzero().flatten()  # few rows of a sparse matrix read these heads
             for row_r in heard_r.split(_ATTENTION_TARGETS) if len(heard_r) else ():
                 at_r, index_r = to_position_r[row_r], to_index_r[row_r]
                 patterns = pattern_hts[heads], local_hts[heads]
@@ -312,7 +312,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
                     added_rtc = gradient_rtc * flow.change[source][:, here[source]]
                     effect_rtc = added_rtc * to_gradient_r11
                     used = None
-                    if source.kind == "v":  # a weight for each of the heads
+                    if source.kind == "v":  # one weight for each of the heads
                         used_r, used_h, used_c = (there_rtc.any(1)[:, None] & (write_rhc[row_r, heads] != 0)).nonzero().unbind(1)
                         used = (heads.start + used_h) * channels + used_c, index_r[used_r]
                     r, position, c = (there_rtc & drawing.strong(effect_rtc)).nonzero().unbind(1)
@@ -327,11 +327,11 @@ def _head_gradients(
     flow: Flow, sources: list[Location], heads: slice, shared: int, pattern_gts: Tensor, local_gts: Tensor, to_r: Tensor,
     write_rgc: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """gradient_rtc = d target / d node for q, k and v nodes of heads that share the latter, a row for each attn_out node, at
-    to_r, that reads them.
+    """Return gradient_rtc = d target / d node for the q, k and v nodes of heads that share keys and values.
 
-    With target = sum_s p_s u_s over heads, p the pattern at its position and u_s = v_s . w what the head's value there would
-    write, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), the sink's u being 0.
+    Each row is an attn_out node at to_r that reads them. With target = sum_s p_s u_s over heads, p the pattern at its position
+    and u_s = v_s . w what the head writes of position s, d target / d score_s = p_s (u_s - sum_s' p_s' u_s'), with u = 0 for the
+    sink.
     """
     sparse, rows, layer = flow.sparse, torch.arange(len(to_r), device=to_r.device), sources[0].layer
     q_gtc, k_1sc, v_1sc = (
@@ -362,7 +362,7 @@ def _residual_edges(flow: Flow) -> Iterator[_Some]:
 
 
 def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
-    """The embedding, where it has entries, and the kept writes that arrive at a site: which channels_tn each writes."""
+    """Yield the embedding and the kept writes that arrive at a site, each with the mask of the channels_tn that it writes."""
     yield EMBEDDING, flow.embedded_ts
     for source in flow.locations(*WRITE_KINDS):
         if flow.sparse.site(source) < site:

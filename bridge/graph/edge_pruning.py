@@ -1,12 +1,12 @@
-"""The edges that a prompt's circuit needs: the fewest whose contributions alone, all others at their means, keep its answer.
+"""The edges that a prompt's circuit needs: the fewest that keep its answer with all other contributions at their means.
 
-A `weight` edge adds W_ji (a_i - m_i) to its target before AbsTopK (of neurons before GELU), a `value` edge P_pp' W_ji (a_i - m_i)
-with P the attention pattern. Removed, that is taken away, so that the edge says what it says in the mean; a and P are those of
-the run with all such edges removed, in which every node and error outside the circuit is at its mean as well. Embedding entries,
-scores, residual identities and what leads to the answer are not weights between two nodes, and stay.
+A `weight` edge adds W_ji (a_i - m_i) to its target before AbsTopK (for neurons before GELU); a `value` edge, with P the attention
+pattern, adds P_pp' W_ji (a_i - m_i). Removing an edge subtracts this, so the edge contributes its mean. a and P are those of the
+run in which the edges are removed, and every node and error outside the circuit is at its mean as well. Embedding entries,
+scores, residual identities and edges into the answer are not weights between two nodes, and stay.
 
-Edges are taken in the order of their effects (`attribution`), and as few as are found to be within what the circuit is held to:
-F alone, and the same in the mean over supersets of random other edges, without which removals may cancel each other.
+Edges are taken in the order of their effects (`attribution`). The smallest number is kept that is found to meet the circuit's
+bounds: F alone, and F in the mean over supersets of random other edges, without which removals may cancel each other.
 
 Shape legend: r masked copy with edges removed, e edge, f all nodes in one row, t token, n nodes of a location, h head.
 """
@@ -28,16 +28,16 @@ from bridge.graph.flow import Flow
 from bridge.models.circuit import COUNTED, KINDS, recording_gate
 from bridge.models.sparse import Location
 
-_DENSITIES = np.array([0.25, 0.5, 0.75])  # of the other edges that supersets have
-_SIZES = 8  # tried at a time
+_DENSITIES = np.array([0.25, 0.5, 0.75])  # share of the other edges in each superset
+_SIZES = 8  # sizes tried at a time
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
 class PrunedEdges:
-    """Edges of a circuit, those that are no weights among them; before is how many of the others there were.
+    """Edges of a circuit, including those that are not weights; before is the number of `COUNTED` edges before pruning.
 
-    faithfulness is that of the circuit with these alone, None where they are not pruned: there are too many to list.
+    faithfulness is that of the circuit with these edges alone; None if nothing was pruned: no weights, or too many edges to list.
     """
 
     edges: Edges
@@ -47,7 +47,7 @@ class PrunedEdges:
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """The edges of one matrix: which they are, and what they lead from and to."""
+    """The edges of one matrix: their indices and weights, and the nodes from and to which they lead."""
 
     edge_e: Tensor
     weight_e: Tensor
@@ -60,7 +60,7 @@ class _Matrix:
 
 @torch.no_grad()
 def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed: int = 0) -> PrunedEdges:
-    """The edges of a circuit without the weights that it does not need at a level."""
+    """Return the edges of a circuit without the weights that it does not need at a level."""
     before = edges.count(*COUNTED)
     is_weight_e = torch.isin(edges.kind_e, torch.tensor([KINDS.index(kind) for kind in COUNTED], device=edges.kind_e.device))
     if not before or int(is_weight_e.sum()) < before:
@@ -93,7 +93,7 @@ def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed:
 
 
 class EdgeMaskedModel:
-    """The circuit of a flow with any of its weights between nodes removed; removable_e marks the edges that can be."""
+    """The circuit of a flow with any of its weights between nodes removed; removable_e marks the edges that can be removed."""
 
     def __init__(self, loss: CircuitLoss, flow: Flow, edges: Edges) -> None:
         self.loss, self.flow = loss, flow
@@ -102,7 +102,7 @@ class EdgeMaskedModel:
         for layer in range(len(flow.sparse.blocks)):
             for name, (source, target) in flow.sparse.matrices.items():
                 if name == "o" and flow.sparse.heads_of_keys != flow.sparse.heads_of_queries:
-                    continue  # a value that heads share is several columns, and is not removed head by head
+                    continue  # a value that heads share has several columns, which are not removed head by head
                 kind = KINDS.index("value" if name == "o" else "weight")
                 ends = Location(layer, source), Location(layer, target)
                 here_e = (edges.kind_e == kind) & edges.ends.within(ends[0], edges.source_e)
@@ -116,7 +116,7 @@ class EdgeMaskedModel:
 
     @torch.no_grad()
     def miss(self, kept_re: Tensor) -> Tensor:
-        """miss_r of the circuit with some of its edges; what is no weight between nodes is always kept."""
+        """Return miss_r of the circuit with some of its edges; edges that are not weights between nodes are always kept."""
         return torch.cat([self._miss(some_re) for some_re in kept_re.split(self.loss.masked.rows)])
 
     def _miss(self, kept_re: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class EdgeMaskedModel:
     def _without(
         self, layer: int, name: str, value: dict[Location, Tensor], removed_re: Tensor, _module: Any, _given: Any, y_rtm: Tensor
     ) -> Tensor:
-        """A forward hook: a matrix's outputs less what its removed edges add to them, beyond the mean."""
+        """Subtract from a matrix's outputs what its removed edges add beyond the mean (a forward hook)."""
         its, masked = self.matrices[layer, name], self.flow.masked
         change_re = value[its.source][:, its.source_position_e, its.source_index_e] - masked.means[its.source][its.source_index_e]
         added_re = removed_re[:, its.edge_e] * its.weight_e * change_re

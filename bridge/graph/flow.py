@@ -1,16 +1,16 @@
 """The run of a prompt's circuit: values, their changes from the means, and gradients of the answer.
 
-Everything is read off S_C, the sparse model with every node and every error outside the circuit C at its mean (`masked_model`).
+Everything is taken from S_C, the sparse model with every node and every error outside the circuit C at its mean (`masked_model`).
 With d the question's log-odds, a_i and m_i a node's value in S_C and its mean, r_v = dd / d logits there,
 
-    change      a_i - m_i;  of the embedding E - mean E;  of a kept error e - mean e, a vector for each site and token
-    gradient    dd / d what the node is before AbsTopK (of MLP neurons, or gates, before their nonlinearity); 0 where AbsTopK
+    change      a_i - m_i;  for the embedding E - mean E;  for a kept error e - mean e, a vector for each site and token
+    gradient    dd / d the node's value before AbsTopK (for MLP neurons, or gates, before their nonlinearity); 0 if AbsTopK
                 makes it 0
-    passed      what a unit of a matrix's output is on its way to a node: times the scale of the norm that it goes through, which
-                is held; of gated neurons, times the gate
-    scale       1 / rms of the residual stream, per token, at every site (1 where it is read without a norm)
-    answer_ts   what a unit of the last residual adds to d: read_v through the unembedding and a soft cap's derivative, times the
-                scale there, at the last token alone; of a span, dd / d it through the rest of the dense model, at every token
+    passed      factor by which a matrix's output reaches a node: the scale of the norm that it goes through, which is held; for
+                gated neurons, the gate
+    scale       1 / rms of the residual stream, per token, at every site (1 if it is read without a norm)
+    answer_ts   what one unit of the last residual adds to d: read_v through the unembedding and a soft cap's derivative, times
+                the scale there, at the last token alone; for a span, the gradient through the rest of the dense model, everywhere
     read_v      r_v; against one other token it is 1 for the answer, -1 for the contrast, exactly and everywhere; against all
                 others it is 1 for the answer, minus each other token's share of the others' probability, and first order
 
@@ -37,9 +37,8 @@ from bridge.models.sparse import Location, SparseTransformer
 class Flow:
     """Values and gradients of a circuit of one prompt, without the batch axis; see the module's docstring.
 
-    kept are the circuit's masks per location, errors' kept_t1; change has those of the embedding and of kept errors (change_ts,
-    0 where an error is not kept; change_1v of the logits'); embedded_ts marks the channels that the prompt's tokens write;
-    difference is d.
+    kept are the circuit's masks per location, kept_t1 for errors; change includes the embedding and the errors (change_ts, 0 if
+    an error is not kept; change_1v on the logits); embedded_ts marks channels that the prompt's tokens write; difference is d.
     """
 
     masked: MaskedModel
@@ -71,11 +70,11 @@ class Flow:
         return Location(len(self.sparse.blocks), "answer")
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """weight_ji of a block's matrix."""
+        """Return weight_ji of a block's matrix."""
         return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
 
     def read(self, layer: int, name: str) -> Tensor:
-        """x_ti that a block's matrix reads: its nodes' values; of o what the heads gather of the values at all positions."""
+        """Return x_ti that a block's matrix reads: its nodes' values; for o, what the heads gather of the values everywhere."""
         if name != "o":
             return self.value[Location(layer, self.sparse.matrices[name][0])]
         q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
@@ -83,12 +82,12 @@ class Flow:
         return (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
 
     def mapped(self, layer: int, name: str) -> Tensor:
-        """y_tj that a block's matrix makes of its nodes, its bias included."""
+        """Return y_tj, the output of a block's matrix, its bias included."""
         bias_j = self.sparse.get_parameter(f"blocks.{layer}.{name}.bias")
         return F.linear(self.read(layer, name), self.weight(layer, name), bias_j)
 
     def passed(self, target: Location) -> Tensor | None:
-        """Factor of a matrix's output at each token on its way to each node, passed_tj; None: 1."""
+        """Return passed_tj, the factor of a matrix's output at each token on its way to each node; None if it is 1."""
         if target.kind == "mlp_act" and self.sparse.form.gated:
             return self.value[Location(target.layer, GATE)]
         if not self.sparse.has_norm(target.layer, target.kind):
@@ -97,15 +96,15 @@ class Flow:
         return self.sparse.after_scale(target.layer, target.kind, self.mapped(target.layer, name))
 
     def locations(self, *kinds: str) -> list[Location]:
-        """The locations of some kinds that have a kept node."""
+        """Return the locations of some kinds that have a kept node."""
         return [at for at, kept_tn in self.kept.items() if at.kind in kinds and bool(kept_tn.any())]
 
 
 @torch.no_grad()
 def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = None) -> Flow:
-    """The flow through a circuit alone; or, with run_f, through the nodes and errors of that mask.
+    """Return the flow of a circuit in its own run; or, with run_f, in the run that keeps the nodes and errors of that mask.
 
-    Raises ValueError where there are several prompts, or the means lack that of the embedding (`corpus_means` gives it).
+    Raises ValueError if there are several prompts, or if the means lack that of the embedding (`corpus_means` gives it).
     """
     sparse, question = masked.sparse, masked.question
     check_means([EMBEDDING], masked.means)
@@ -145,7 +144,7 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
 
 
 def _answer_read(sparse: SparseTransformer, x_ts: Tensor, read_v: Tensor, scale_t: Tensor) -> Tensor:
-    """answer_ts of a model that unembeds the last residual itself."""
+    """Return answer_ts of a model that unembeds the last residual itself."""
     cap, answer_ts = sparse.form.logit_cap, torch.zeros_like(x_ts)
     derivative_v = 1.0 if cap is None else 1 - (sparse.uncapped(x_ts[None, -1:])[0, 0] / cap).tanh().square()
     answer_ts[-1] = (read_v * derivative_v) @ sparse.unembedding.weight * scale_t[-1]
@@ -153,7 +152,7 @@ def _answer_read(sparse: SparseTransformer, x_ts: Tensor, read_v: Tensor, scale_
 
 
 def _derivative(sparse: SparseTransformer, at: Location, read_tn: Tensor) -> Tensor:
-    """Derivative of the nonlinearity that makes the nodes of a location."""
+    """Return the derivative of the nonlinearity that makes the nodes of a location."""
     name = f"blocks.{at.layer}.{'gate' if at.kind == GATE else 'up'}"
     with torch.enable_grad():
         before_tn = F.linear(read_tn, sparse.get_parameter(f"{name}.weight"), sparse.get_parameter(f"{name}.bias"))

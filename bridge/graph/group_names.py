@@ -1,16 +1,16 @@
-"""A group's name, made by rule of what its members do: what they read, and which answers ablating them would change.
+"""A group's name, made by rule from its members: what they read, and which answers ablating them would change.
 
-    reads      The tokens from whose positions most flows into the group: by the effects of its incoming edges, an embedding's
-               token, or, of a group at another position, the token there. Where only groups at its own position feed it, it is
-               `at` its token. A group that no kept node and no token feeds writes the same on every prompt: `constant`; where
-               it is of attention, what its heads bring it where every node is kept is named beside that: `in full reads`.
-    like       Where a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
-               gradients of what it reads; said where the prompt's own is among the FIT first, as it is if that is what it reads.
-    promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens whose p - p' is
-               largest, and where what it takes most from is the answer itself, that it does so.
+    reads      The tokens from whose positions most flows into the group, by the effects of its incoming edges: an embedding's
+               token, or the token at the position of another group. If mainly groups at its own position feed it, it is `at` its
+               token. A group that no kept node and no token feeds writes the same on every prompt: it is `constant` at the last
+               position, elsewhere `at` its token. `in full reads` adds what its attention heads read if every node is kept.
+    like       If a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
+               gradients of its reads. Given only if the prompt's own token is in the first FIT, as it is if the group reads it.
+    promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens with the largest
+               p - p', and `over` the answer if the group takes most from the answer itself.
 
-Where `bridge nodes` was run, the label of the member with the largest effect says what it reads: the contexts it is active in.
-It describes; what a group does to the answer is measured (`groups.ablate_groups`).
+If `bridge nodes` was run, `reads` is the label of the labelled member with the largest effect: the contexts it is active in. A
+name describes; what a group does to the answer is measured (`groups.ablate_groups`).
 
 Shape legend: g group, v vocabulary.
 """
@@ -31,18 +31,18 @@ from bridge.models.circuit import EMBEDDING
 from bridge.models.schema import ERROR, READ_KINDS
 
 LONGEST = 60  # characters of a name
-_TOKEN = 14  # and of a token in it
-_READS = 2  # tokens
-_SHARE = 0.25  # of the strongest source or token, at least, that is named as well
+_TOKEN = 14  # characters of a token in a name
+_READS = 2  # tokens read that are named
+_SHARE = 0.25  # of the strongest source or token: others are named if they have at least this share
 FIT = 20
-_LIKE = 2  # tokens
-_LEAST = 1e-3  # probability moved, below which it is not said where to
+_LIKE = 2  # tokens that are named
+_LEAST = 1e-3  # change in probability, below which `promotes` is left out
 
 
 def group_names(
     flow: Flow, edges: Edges, groups: Sequence[Group], ablated: Ablated, prompts: Prompts, labels: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """A name for each group; labels are those of channels, by a node's name without position, with its sign in front if any."""
+    """Return a name for each group; labels are by a channel's node name without position, with its sign in front if any."""
     into: dict[str, list[GroupEdge]] = {}
     for edge in group_edges(flow, edges, groups):
         into.setdefault(edge.target, []).append(edge)
@@ -66,7 +66,7 @@ def group_names(
 
 
 def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapping[str, str]) -> str:
-    """The label of the member with the largest effect that has one."""
+    """Return the label of the member with the largest effect that has one; '' if none has."""
     for node in sorted(group.nodes, key=lambda node: -abs(strength.get(flow.masked.space.place(node), 0.0))):
         value = float(flow.value[node.location][node.position, node.index])
         label = labels.get(f"{'+' if value > 0 else '-'}{node.name}", labels.get(node.name))
@@ -78,7 +78,7 @@ def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapp
 def _reads(
     flow: Flow, whole: Callable[[], Flow], group: Group, groups: Sequence[Group], into: Sequence[GroupEdge], prompts: Prompts
 ) -> str:
-    """Name of the positions that flow into a group; where none does, into its attention in the flow through all nodes."""
+    """Return the name of the positions that flow into a group; if none does, into its attention in the flow through all nodes."""
     own = group.positions[-1]
     by_position: dict[int, float] = {}
     for edge in into:
@@ -101,14 +101,14 @@ def _reads(
 
 
 def _like(flow: Flow, group: Group, prompts: Prompts) -> str:
-    """Other tokens that would feed a group as its own does; '' where its own is not among them."""
+    """Return the other tokens that would feed a group as its own does; '' if its own is not among the first."""
     own, pull_s = group.positions[-1], torch.zeros_like(flow.answer_ts[0])
     for node in group.nodes:
         if node.location.kind in READ_KINDS:
             scale = flow.scale[flow.sparse.site(node.location)][own]
             pull_s[node.index] += flow.gradient[node.location][own, node.index] * scale
     entry_vs = flow.sparse.embedding
-    if not len(entry_vs):  # a span's tokens write by way of the dense model
+    if not len(entry_vs):  # a span's tokens write through the dense model
         return ""
     token = int(flow.tokens_t[own])
     if not bool((pull_s * entry_vs[token]).any()):
@@ -137,10 +137,10 @@ def _token(flow: Flow, position: int, prompts: Prompts) -> str:
 
 
 def _text(prompts: Prompts, token: int) -> str:
-    """A token in quotes, its spaces counted where it is made of them, its middle left out where it is long."""
+    """Return a token in quotes; if it is indentation its spaces are counted, and a long one's middle is left out."""
     text = prompts.text(token)
     lines = text.rstrip(" ")
-    if not lines.strip("\n") and len(text) - len(lines) > 3:  # how far a line is indented tells two such tokens apart
+    if not lines.strip("\n") and len(text) - len(lines) > 3:  # two such tokens differ in how far they indent
         return f"{lines!r}+{len(text) - len(lines)} spaces" if lines else f"{len(text)} spaces"
     text = repr(text)
     return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 4]}...{text[-1]}"

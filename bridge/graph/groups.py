@@ -1,20 +1,20 @@
-"""Groups of nodes that do one job in a prompt's circuit, the edges between groups, and what ablating a group does.
+"""Groups of nodes that do one job in a prompt's circuit, the edges between groups, and the effect of ablating a group.
 
 Grouping is deterministic, by what flows into a node's sublayer at its position and what flows out again:
 
-1. profiles    Four for each node, rows of signed shares that sum to at most 1 in magnitude:
+1. profiles    Four for each node, rows of signed shares whose magnitudes sum to at most 1:
                    in    from outside: the tokens, errors, and sublayers (at their positions) whose edges come in
                    out   to outside: the sublayers (at their positions) and the answer that its edges go to
-                   first, last   the nodes through which that comes into the sublayer and goes out of it
-               A share is an edge's effect by the sum of magnitudes of all effects on that side. Between nodes of one sublayer
-               profiles are handed on, in shares without sign, so that a read, the neurons that it feeds, and what these write
-               have the same ones where they are one chain.
-2. distance    1 - mean of the four cosines; of nodes of two sublayers next to each other 1 + half of that, so that these join
-               only where `most` asks for it.
-3. linkage     Complete, at each position by itself. Never joined are errors, nodes of different positions, and nodes of sublayers
-               that are not next to each other.
-4. cut         At `distance`; above it as far as `most` groups ask for and the guards allow. What is larger than `largest` falls
-               into the two parts that it was joined from.
+                   first, last   the nodes through which this flow enters the sublayer and leaves it
+               A share is an edge's effect divided by the summed magnitudes of all effects on that side. Between nodes of one
+               sublayer, profiles are passed on with unsigned shares, so that a read, the neurons that it feeds, and what these
+               write have the same profiles if they form one chain.
+2. distance    1 - mean of the four cosines; for nodes of two adjacent sublayers 1 + half of that, so that these join only if
+               `most` requires it.
+3. linkage     Complete, at each position separately. Errors, nodes of different positions, and nodes of sublayers that are not
+               adjacent are never joined.
+4. cut         At `distance`; above it as far as `most` groups require and the guards allow. A group larger than `largest` is
+               split into the two parts that it was joined from.
 
 A circuit of more than `clustered` nodes is not for reading: a group there is a sublayer at a position. Sizes are never hidden.
 
@@ -66,19 +66,19 @@ class Group:
 
     @staticmethod
     def of(nodes: Sequence[Node]) -> Group:
-        """The group of some nodes."""
+        """Return the group of some nodes."""
         positions = sorted({node.position for node in nodes if node.position is not None})
         kinds = sorted({_part(node.location) for node in nodes})
         return Group(tuple(nodes), tuple(positions), tuple(sorted({node.location.layer for node in nodes})), " and ".join(kinds))
 
     def places(self, space: NodeSpace, device: torch.device) -> Tensor:
-        """place_k of its nodes in the row of all."""
+        """Return place_k, the indices of its nodes in the row of all."""
         return torch.tensor([space.place(node) for node in self.nodes], device=device)
 
 
 @dataclass(frozen=True)
 class GroupEdge:
-    """Effect of one group (or the input at a token) on another, or the answer: the sum of the effects of the edges between them.
+    """Effect of one group (or the input at a token) on another, or on the answer: the summed effects of the edges between them.
 
     source and target are `group:3`, `input:7` (the embedding of token 7), `error:4@7` (an error) or `answer`.
     """
@@ -91,14 +91,14 @@ class GroupEdge:
 
 @dataclass(frozen=True, eq=False)
 class Ablated:
-    """A circuit's groups ablated, one at a time: effect_g, what d loses by it, and logits_gv that are left."""
+    """A circuit's groups ablated, one at a time: effect_g, the loss of d, and logits_gv, the logits that result."""
 
     effect_g: tuple[float, ...]
     logits_gv: Tensor
 
 
 def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> tuple[Group, ...]:
-    """The groups of a circuit, in the order of their first nodes; every node is in exactly one."""
+    """Return the groups of a circuit, in the order of their first nodes; every node is in exactly one."""
     config = config or GroupConfig()
     nodes, place_k = _nodes(flow)
     if not nodes:
@@ -119,7 +119,7 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
 
 
 def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[GroupEdge, ...]:
-    """The edges between groups, inputs, errors and the answer, largest effect first; edges within a group are none."""
+    """Return the edges between groups, inputs, errors and the answer, largest effect first; edges within a group are left out."""
     names = {}
     for number, group in enumerate(groups):
         for node in group.nodes:
@@ -139,7 +139,7 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
 
 @torch.no_grad()
 def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
-    """The answer when all of a group is ablated from the circuit, by intervention, for each group."""
+    """Ablate all of each group from the circuit, by intervention, and return the answers."""
     sets = [group.places(flow.masked.space, flow.kept_f.device) for group in groups]
     logits_gv = flow.masked.logits_without(flow.kept_f, sets)
     d_g = flow.masked.question.difference(logits_gv, torch.zeros(len(groups), dtype=torch.long, device=logits_gv.device))
@@ -147,7 +147,7 @@ def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
 
 
 def node_effects(edges: Edges) -> dict[int, float]:
-    """Sum of the effects of the outgoing edges of every node, by its place in the row of all, in terms of d."""
+    """Return the summed effects of the outgoing edges of every node, by its index in the row of all, in terms of d."""
     place_k, place_e = edges.source_e.unique(return_inverse=True)
     effect_k = torch.zeros(len(place_k), dtype=edges.effect_e.dtype, device=place_k.device).index_add_(0, place_e, edges.effect_e)
     return dict(zip(place_k.tolist(), effect_k.tolist(), strict=True))
@@ -157,12 +157,12 @@ def node_effects(edges: Edges) -> dict[int, float]:
 
 
 def _part(at: Location) -> str:
-    """Half of a block, or other part, that a location belongs to."""
+    """Return the half of a block, or other part, that a location belongs to."""
     return ERROR if at.kind == ERROR else "attention" if at.kind in ATTENTION_KINDS else "mlp"
 
 
 def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
-    """The circuit's nodes and errors, and their places; errors of logits that nobody asks about are none."""
+    """Return the circuit's nodes and errors, and their indices; logit errors at positions not asked about are left out."""
     end = Location(flow.sparse.n_sites, ERROR), len(flow.tokens_t) - 1
     nodes, places = [], []
     for place in flow.kept_f.nonzero().flatten().tolist():
@@ -174,7 +174,7 @@ def _nodes(flow: Flow) -> tuple[list[Node], Tensor]:
 
 
 def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
-    """Sublayer of every node, in the order of the computation; errors have numbers of their own, far from all."""
+    """Return the sublayer of every node, in the order of the computation; errors have other numbers, far from all."""
     parts = dict.fromkeys((at.layer, _part(at)) for at in flow.sparse.locations())
     order = {key: place for place, key in enumerate(parts)}
     far = len(order) + 1
@@ -190,8 +190,8 @@ def _labelled(nodes: Sequence[Node], label_k: Array) -> tuple[Group, ...]:
 
 
 class _Profiles:
-    """The four profiles of every node (see the module's docstring), as rows of unit length, or 0; bucket_k numbers the sublayers
-    at positions that there are.
+    """The four profiles of every node (see the module's docstring), as rows of unit length, or 0; bucket_k numbers the pairs of
+    position and sublayer that occur.
     """
 
     def __init__(self, edges: Edges, place_k: Tensor, bucket_k: Array) -> None:
@@ -221,7 +221,7 @@ class _Profiles:
                 self.profiles.append(_unit(csr_matrix(handed)))
 
     def distances(self, here_m: Array) -> Array:
-        """distance_mm of some nodes, by what flows in and out alone; of two empty profiles the cosine is 1."""
+        """Return distance_mm of some nodes, by what flows in and out alone; the cosine of two empty profiles is 1."""
         similar_mm = np.zeros((len(here_m), len(here_m)))
         for profile in self.profiles:
             rows = profile[here_m]
@@ -231,7 +231,7 @@ class _Profiles:
 
 
 def _index(sorted_k: Tensor, order_k: Tensor, end_e: Tensor) -> Array:
-    """Place k of the node that an end is; -1 where it is none of them."""
+    """Return the index k of the node that an end is; -1 if it is none of them."""
     at_e = torch.searchsorted(sorted_k, end_e).clamp(max=len(sorted_k) - 1)
     return torch.where(sorted_k[at_e] == end_e, order_k[at_e], -1).numpy()
 
@@ -243,7 +243,7 @@ def _unit(rows: csr_matrix) -> csr_matrix:
 
 
 def _tree(distance_mm: Array, sublayer_m: Array) -> Array:
-    """The complete linkage of a position's nodes, as scipy writes it."""
+    """Return the complete linkage of a position's nodes, in scipy's format."""
     apart_mm = np.abs(sublayer_m[:, None] - sublayer_m)
     guarded_mm = np.where(apart_mm == 0, distance_mm, np.where(apart_mm == 1, 1 + distance_mm / 2, _APART))
     upper = np.triu_indices(len(sublayer_m), 1)
@@ -251,7 +251,7 @@ def _tree(distance_mm: Array, sublayer_m: Array) -> Array:
 
 
 def _cut(trees: list[tuple[Array, Array]], config: GroupConfig) -> float:
-    """The height at which all trees are cut: `distance`, or the least above it that leaves `most` groups, or as few as can be."""
+    """Return the height of the cut: `distance`, or the lowest above it that leaves at most `most` groups (or the fewest)."""
     heights = np.concatenate([tree[:, 2] for _, tree in trees])
     heights = [config.distance, *np.unique(heights[(heights > config.distance) & (heights < _APART)]).tolist()]
     low, high = 0, len(heights) - 1
@@ -263,7 +263,7 @@ def _cut(trees: list[tuple[Array, Array]], config: GroupConfig) -> float:
 
 
 def _clusters(count: int, tree: Array, cut: float, largest: int) -> list[list[int]]:
-    """The members of every cluster of a tree cut at a height, none larger than `largest`."""
+    """Return the members of every cluster of a tree cut at a height, none larger than `largest`."""
     members: list[list[int]] = [[place] for place in range(count)]
     parents: list[tuple[int, ...]] = [()] * count
     for left, right, _, _ in tree:

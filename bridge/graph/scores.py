@@ -1,16 +1,16 @@
 """Replacement and completeness of a prompt's circuit, as attribution graphs define them.
 
-The graph is drawn where the sparse model follows the dense one exactly: every node and every error kept. Its nodes are those of
-the circuit, every error, the prompt's tokens (all entries of a token's embedding, and of the last one its bigram entry, are one)
-and the answer; A_ts is the magnitude of the sum of all weights of edges from s to t (`attribution`), divided by the sum of these
-magnitudes over s. With w 1 at the answer and 0 elsewhere,
+The graph is drawn in the run in which the sparse model follows the dense one exactly: every node and every error is kept. Its
+nodes are those of the circuit, every error, the prompt's tokens (a token's embedding entries, with the last one's bigram entry,
+are one) and the answer. A_ts is the magnitude of the sum of all weights of edges from s to t (`attribution`), divided by the sum
+of these magnitudes over s. With w 1 at the answer and 0 elsewhere,
 
     influence      w A + w A^2 + ...                                   of every node on the answer, by all paths
     replacement    influence of tokens / influence of tokens and errors
     completeness   sum over t of (influence_t + w_t) (1 - sum over errors s of A_ts) / sum over t of (influence_t + w_t)
 
-Ameisen et al. 2025 ("Circuit tracing", graph pruning and its scores); circuit-tracer computes the same. Where nothing reaches
-the answer both are 0. Of a circuit with more than EDGES edges those with the smallest effects are left out.
+Ameisen et al. 2025 ("Circuit tracing", graph pruning and its scores) define them; circuit-tracer computes the same. Both are 0 if
+nothing reaches the answer. If a circuit has more than EDGES edges, those with the smallest effects are left out.
 
 Shape legend: f all nodes and errors in one row, u node of the graph, e edge.
 """
@@ -27,19 +27,19 @@ from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
 
 EDGES = 500_000
-_LONGEST = 1000  # edges of a path; there is no cycle
+_LONGEST = 1000  # edges of a path, at most; there is no cycle
 
 
 def replacement_and_completeness(masked: MaskedModel, kept_f: Tensor) -> tuple[float, float]:
-    """Shares of the answer that flow through nodes rather than errors: along whole paths, and of every node's inputs.
+    """Return the shares of the answer that flow through nodes, not errors: along whole paths, and of every node's inputs.
 
-    See the module's docstring; both are 1 where no errors are followed.
+    See the module's docstring; both are 1 if no errors are followed.
     """
     edges = draw_edges(flow_through(masked, kept_f | masked.is_error_f, torch.ones_like(kept_f)), EDGES)
     ends, count = edges.ends, edges.ends.n_nodes
     token_e = ends.inputs(edges.source_e)
     source_e = torch.where(token_e >= 0, count + token_e, edges.source_e).cpu()
-    target_e = edges.target_e.clamp(max=count + ends.n_tokens).cpu()  # beyond nodes and tokens there is the answer alone
+    target_e = edges.target_e.clamp(max=count + ends.n_tokens).cpu()  # after nodes and tokens only the answer follows
     used_u, place_2e = torch.cat([source_e, target_e]).unique(return_inverse=True)
     from_e, to_e = place_2e.view(2, -1).numpy()
     size = len(used_u)
