@@ -1,1 +1,1 @@
-"""Text to tokens; tasks as data."""
+"""Text to tokens, and tasks as data."""

@@ -1,12 +1,12 @@
 """Corpora -> token blocks: pieces are tokenized, packed and cut into rows of one context each.
 
-    corpora                    pieces of text, of tokens and of chat, in an order fixed by the seed
-      -> tokenize              one document after another, an end-of-text token between two
-      -> cut                   blocks of `context` tokens, each starting with what the tokenizer puts before a text
+    corpora                    pieces of text, token ids and chats, in an order fixed by the seed
+      -> tokenize              documents one after another, with an end-of-text token between them
+      -> cut                   blocks of `context` tokens, each starting with the tokens that the tokenizer puts before a text
       -> split                 every 50th document is held out, for `bridge eval`
 
-A batch is a pure function of (seed, step): epoch after epoch, a seeded permutation of the blocks is read off. So "the data
-position" of a run is its step number, and a resumed run sees what an uninterrupted one would have seen.
+A batch is a function of (seed, step) alone: each epoch reads all blocks in a new seeded permutation. The data position of a run
+is therefore its step number, and a resumed run sees the batches that an uninterrupted run would have seen.
 
 Shape legend: n blocks, t token, b batch row.
 """
@@ -31,40 +31,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_EVERY = 50
-MAX_TOKENS = 50_000_000  # what is read when a budget in tokens does not say; 200 MB as int32
-MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled first
-REPORTS = 200  # of progress, in all, while text is read
+MAX_TOKENS = 50_000_000  # read if no budget in tokens is given; 200 MB as int32
+MAX_SAMPLED_TOKENS = 2_000_000  # the same for text that has to be sampled from the dense model
+REPORTS = 200  # maximum number of progress reports while text is read
 SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tokenized corpus: rows to train on and rows never trained on."""
+    """A tokenized corpus: training rows, and held-out rows that are never trained on."""
 
     train_nt: Tensor
     heldout_nt: Tensor
     description: str
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
-        """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
+        """Return the `rows` blocks of a step as tokens_bt, int64; they depend on (step, rows, seed) alone."""
         n, places = len(self.train_nt), range(step * rows, (step + 1) * rows)
         return self.train_nt[[int(permutation(n, seed, place // n)[place % n]) for place in places]].long()
 
     def tensors(self) -> dict[str, Tensor]:
-        """None: where a run is follows from its step."""
+        """Return no tensors, because the data position of a run follows from its step."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing, as there is nothing to restore."""
+        """Do nothing, because there is nothing to restore."""
 
     def heldout(self, rows: int) -> Tensor:
-        """The first `rows` held-out blocks, tokens_bt int64 (all of them where there are fewer)."""
+        """Return the first `rows` held-out blocks as tokens_bt, int64; all of them if there are fewer."""
         return self.heldout_nt[:rows].long()
 
 
-@lru_cache(maxsize=2)  # a step may take the end of one epoch and the beginning of the next
+@lru_cache(maxsize=2)  # a step may read the end of one epoch and the beginning of the next
 def permutation(n_blocks: int, seed: int, index: int) -> Tensor:
-    """An order of blocks that follows from a seed and an index, an epoch's or a step's."""
+    """Return an order of the blocks that depends only on the seed and on an index (of an epoch or of a step)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     return torch.randperm(n_blocks, generator=generator)
 
@@ -81,14 +81,14 @@ def load_blocks(
 ) -> Blocks:
     """Read `source` (see `corpora`) until there are `max_tokens` tokens, and cut them into blocks of `context`.
 
-    `prompts` is the dense model's, or a tokenizer. `dense` is what `self` samples from, and what token ids are checked against;
-    progress is told how far this is, which takes long for large corpora and longer for sampled ones. Raises PromptError where
-    text cannot be read, and DataError where the source does not exist or has no text, where an id is none of the dense model's,
-    and where there is too little for a training and a held-out block.
+    `prompts` is the dense model's Prompts, or a tokenizer. The source `self` is sampled from `dense`, whose vocabulary bounds all
+    token ids. `progress` gets reports, because large corpora take long and sampled ones longer. Raises PromptError if the
+    tokenizer cannot be used, and DataError if the source does not exist or has no text, if an id is outside the vocabulary, or if
+    there is too little text for one training block and one held-out block.
     """
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     prompts = Prompts.of(prompts, vocabulary)
-    packing = Packing.of(source, prompts, context, vocabulary, padded=source != "self")  # a sample is a block, whatever it has
+    packing = Packing.of(source, prompts, context, vocabulary, padded=source != "self")  # a sample has no padding
     limit = max(2 * context, max_tokens or (MAX_SAMPLED_TOKENS if source == "self" else MAX_TOKENS))
     if source == "self":
         if dense is None:
@@ -122,7 +122,7 @@ def load_blocks(
 
 
 def _with_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, Part]:
-    """Both parts; where one has no block (few documents), the tail of everything is held out instead."""
+    """Return (train, heldout); if one of them has no full block (few documents), hold out the tail of all tokens instead."""
     context, body = packing.context, packing.body
     if all(len(part.rows) >= context or len(part.stream) >= body for part in (train, heldout)):
         return train, heldout
@@ -137,9 +137,9 @@ def _with_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, 
 
 @torch.no_grad()
 def _sampled(dense: PreTrainedModel, prompts: Prompts, context: int, seed: int) -> Iterator[Piece]:
-    """Sequences of `context` tokens sampled from the dense model at temperature 1, what stands before a text first; endless.
+    """Yield, without end, rows of `context` tokens: a text's prefix (BOS or EOS if there is none), then samples at temperature 1.
 
-    Sampled here and not by `generate`, which would follow the penalties, bans and end token of the model's generation settings.
+    `generate` is not used, because it would apply the penalties, bans and end token of the dense model's generation settings.
     """
     configuration = dense.config.get_text_config()
     candidates = [getattr(prompts.tokenizer, "bos_token_id", None)]

@@ -1,14 +1,14 @@
 """Sources -> the pieces of a corpus, in an order fixed by the seed, and the parts of the source that are left out.
 
-    stdlib, stdlib+packages   the source of the Python library on this machine, and of the packages beside it
-    a file                    as `records` reads it
-    a folder                  what `datasets` saved (save_to_disk): its split to train on
-                              a data set with a card (README.md that begins with one): the files `datasets` resolves for train
-                              any other: its files except hidden ones; where some are records, without those that describe them
+    stdlib, stdlib+packages   the source of the Python library on this machine, and of the packages installed beside it
+    a file                    read as `records` describes
+    a folder                  saved by `datasets` (save_to_disk): its training split
+                              a data set with a card (at the head of README.md): the files that `datasets` resolves for train
+                              any other: its files except hidden ones and, if some hold records, those that describe the records
     anything else             a hub data set, streamed
 
 The test and validation splits of a data set are never read, so that they stay unseen. A split is recognised by the name of a file
-or of its folder. A file that is given by its own name is read, whatever it is called.
+or of its folder. If the source is a single file, the file is read whatever its name is.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ SPLITS = {
 }
 ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct")
 FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
-SAVED_ROWS = 10_000  # of what `save_to_disk` wrote, to a part
-SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what save_to_disk leaves
+SAVED_ROWS = 10_000  # rows per part of a data set written by `save_to_disk`
+SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # files that save_to_disk writes
 CARD_KEYS = {"configs", "dataset_info", "task_categories", "task_ids", "size_categories", "source_datasets"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The parts of a source, each of which reads its pieces anew when called, and what was left out of it ("" for nothing).
+    """The parts of a source, each a function that reads its pieces anew, and a text naming what was left out ("" if nothing).
 
-    Parts are files, where a source has files: who knows how far a corpus was read need not read the parts before again.
+    If a source has files, each part is a file: a reader that resumes in the middle of the corpus need not reread earlier parts.
     """
 
     parts: Sequence[Callable[[], Iterator[Piece]]]
@@ -66,18 +66,18 @@ class Corpus:
 
     @property
     def pieces(self) -> Iterator[Piece]:
-        """All pieces, read as they are taken."""
+        """Iterator over all pieces; each is read only when it is reached."""
         return chain.from_iterable(part() for part in self.parts)
 
 
 def open_corpus(source: str, seed: int = 0) -> Corpus:
-    """Open the corpus of a source. Raises DataError, also while pieces are taken, where it is none."""
-    if not source.strip():  # which is a path of this folder
+    """Open the corpus of a source. Raises DataError, possibly only while pieces are read, if the source cannot be read."""
+    if not source.strip():  # as a path it would be the current folder
         raise DataError(f"data {source!r}", "names no text", "give stdlib, self, a file, a folder or a hub id")
     if source in ("stdlib", "stdlib+packages"):
         return Corpus([partial(_python_source, packages=source != "stdlib", seed=seed)])
     path, configuration = Path(source).expanduser(), None
-    if not path.exists() and ":" in source:  # a configuration of a data set that lies here
+    if not path.exists() and ":" in source:  # a configuration of a local data set
         name, _, named = source.rpartition(":")
         if Path(name).expanduser().is_dir():
             path, configuration = Path(name).expanduser(), named
@@ -91,13 +91,13 @@ def open_corpus(source: str, seed: int = 0) -> Corpus:
 
 
 def documents(source: str, seed: int = 0) -> Iterator[str]:
-    """The texts of a corpus, in an order fixed by the seed. Raises DataError where it is none."""
+    """Yield the texts of a corpus, in an order fixed by the seed; skip token ids and chats. Raises DataError as `open_corpus`."""
     for kind, value in open_corpus(source, seed).pieces:
         if kind == "text":
             yield value
 
 
-# -- what is on this machine ------------------------------------------------------------------------------------------------
+# -- files on this machine --------------------------------------------------------------------------------------------------
 
 
 def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
@@ -153,9 +153,9 @@ def _shuffled(files: Iterable[Path], seed: int) -> list[Callable[[], Iterator[Pi
 
 
 def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files of a folder that are its text, and the splits whose files are left out.
+    """Return the files of a folder to train on, and the names of the splits whose files are left out.
 
-    Code and prose that lie beside records say what these are; a text file is of a split where another is called train.
+    If a record or .txt file is named train, keep only such files. If not, skip records of other splits and READMEs of records.
     """
     records = _records(files)
     data = [*records, *(file for file in files if suffix_of(file) == ".txt")]
@@ -173,7 +173,7 @@ def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str
 
 
 def _split_of(inside: Path) -> str | None:
-    """The split that a file's name gives, or the name of a folder that holds it."""
+    """Return the split that a file's name gives, or else the name of a folder around it; None if neither names one."""
     for part in reversed(inside.parts):
         for split, words in SPLITS.items():
             if re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", part.lower()):
@@ -181,11 +181,11 @@ def _split_of(inside: Path) -> str | None:
     return None
 
 
-# -- what `datasets` knows of ----------------------------------------------------------------------------------------------
+# -- data sets in the sense of `datasets` ----------------------------------------------------------------------------------
 
 
 def _saved(path: Path) -> Corpus:
-    """The pieces of a data set written by `save_to_disk`."""
+    """Return the corpus of a data set written by `save_to_disk`."""
     from datasets import DatasetDict, load_from_disk
 
     where, remedy = str(path), "save it again"
@@ -193,10 +193,10 @@ def _saved(path: Path) -> Corpus:
         found = load_from_disk(where)
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
     chosen = _to_train_on(splits, where, "the folder of one")
-    table = splits[chosen].with_format(None)  # not the tensors that it may have been saved to give
+    table = splits[chosen].with_format(None)  # plain values, even if it was saved to give tensors
     wanted = [column for column in COLUMNS if column in table.column_names]
     if not wanted:
-        piece(dict.fromkeys(table.column_names), where)  # says so
+        piece(dict.fromkeys(table.column_names), where)  # raises DataError
     starts = range(0, max(1, len(table)), SAVED_ROWS)
     tables = [table.select_columns(wanted).select(range(start, min(start + SAVED_ROWS, len(table)))) for start in starts]
     left = _splits(name for name in splits if name != chosen)
@@ -214,7 +214,7 @@ def _records(files: Iterable[Path]) -> list[Path]:
 
 
 def _card(path: Path) -> dict[str, Any] | None:
-    """The metadata at the head of a folder's README.md; None where there is none."""
+    """Return the metadata at the head of a folder's README.md; None if there is none."""
     try:
         text = (path / "README.md").read_text(encoding="utf-8-sig")
         facts = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else None
@@ -224,12 +224,12 @@ def _card(path: Path) -> dict[str, Any] | None:
 
 
 def _resolved(path: Path, configuration: str | None, where: str, card: dict[str, Any]) -> dict[str, list[Path]]:
-    """The files of a data set by split, as `datasets` finds them by its card and by their names; {} where it knows of none."""
+    """Return the files of a data set by split, as `datasets` resolves them from card and file names; {} if it finds none."""
     from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
     here, what = str(path.resolve()), f"data {where!r}"
     unresolved = foreign_errors_as(DataError, what, "is a data set that cannot be resolved", "name its data files")
-    with unresolved, tempfile.TemporaryDirectory() as nowhere:  # its cache stays as it is
+    with unresolved, tempfile.TemporaryDirectory() as nowhere:  # leaves the user's cache alone
         try:
             names = get_dataset_config_names(here)
             if configuration is None and len(names) > 1:
@@ -245,7 +245,7 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
 
 
 def _to_train_on(splits: Iterable[str], where: str, remedy: str) -> str:
-    """The split that is called train, or the only one that is not of another kind."""
+    """Return the split "train", or else the only one named after training, or else the only one of no known kind."""
     names = list(splits)
     kinds = {name: _split_of(Path(name)) for name in names}
     some = [name for name in names if kinds[name] == "train"] or [name for name in names if kinds[name] is None]
@@ -260,7 +260,7 @@ def _splits(left: Iterable[str]) -> str:
 
 
 def _streamed(source: str) -> list[Callable[[], Iterator[Piece]]]:
-    """A part for every file of a hub data set."""
+    """Return one part for each shard (a file, mostly) of a hub data set."""
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")

@@ -1,14 +1,14 @@
 """Pieces of a corpus -> tokens -> rows of one context each.
 
-Chats are written out by the tokenizer's template. A document that brings this or its end-of-text token along has it once.
+Chats are written out by the tokenizer's template. A prefix that a document begins with is removed, because `cut` adds one to each
+row, and an end-of-text token at its end is not doubled. Padding is removed from given token ids: the ids that the attention mask
+excludes (in `records`), and the padding token at both ends. If the end-of-text token serves as padding (also if the tokenizer
+has no padding token), a single one before the text is kept, several are removed, and one after the text is kept. Token ids are
 
-Padding is removed from given token ids: by the attention mask (`records`), else the padding token at both ends. Where that is the
-end-of-text token, or there is none, several of these before a row are padding, and all but one behind it.
-
-    as long as the context   a block, as it is
-    longer, all of a length  packed: no document ends where the row does. Cut into blocks as they are where the length is a number
-                             of contexts and nothing has to be put before each; else one row after another, like documents
-    any other length         a document
+    as long as the context    blocks, unchanged
+    longer, all equally long  packed: a document need not end with its row. If the length is a multiple of the context and there
+                              is no prefix, a row is cut into blocks unchanged; otherwise rows follow one another like documents
+    of any other length       documents
 
 Shape legend: n blocks, t token.
 """
@@ -31,21 +31,21 @@ from bridge.huggingface.prompts import Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PART_CHARACTERS = 1 << 20  # tokenized at a time: reading can stop early, and a huge file needs no huge memory
-TEXTS = 256  # the same in texts: the fast tokenizers use every core on a batch
-LOOKED_AT = 16  # rows of tokens that tell whether all are of one length
+PART_CHARACTERS = 1 << 20  # tokenized at a time, so that reading can stop early and a huge file needs little memory
+TEXTS = 256  # tokenized at a time, because the fast tokenizers use every core on a batch
+LOOKED_AT = 16  # rows read to see whether all have the same length
 
 
 @dataclass
 class Part:
-    """The rows of one split, blocks already, and a stream to be cut into blocks; 4 bytes a token, where a list takes 36."""
+    """The finished rows of one split, and a stream still to be cut into rows; 4 bytes per token, while a list takes 36."""
 
     rows: array[int] = field(default_factory=lambda: array("i"))
     stream: array[int] = field(default_factory=lambda: array("i"))
 
 
 class TokenRun(NamedTuple):
-    """Token ids; whether a document begins with them, and ends; whether they were given as ids, not read from text."""
+    """Token ids; whether a document begins and ends with them; whether they were given as ids instead of as text."""
 
     ids: list[Any]
     begins: bool
@@ -55,7 +55,7 @@ class TokenRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of a source become rows of `context`: what begins a row, ends a document, and is no token of it."""
+    """Rules that turn the tokens of a source into rows of `context`: the prefix of a row, the end-of-text id, the padding id."""
 
     source: str
     context: int
@@ -63,11 +63,11 @@ class Packing:
     end: int | None
     pad: int | None
     vocabulary: int | None
-    packed: int | None = None  # length beyond the context that all rows of tokens have
+    packed: int | None = None  # the length of all rows of token ids, if they share one above the context
 
     @staticmethod
     def of(source: str, prompts: Prompts, context: int, vocabulary: int | None, *, padded: bool = True) -> Packing:
-        """The packing for a tokenizer. Raises DataError where the context has no room for text."""
+        """Return the packing for a tokenizer. Raises DataError if the prefix leaves no room for text in the context."""
         prefix, end, pad = [*prompts.prefix], prompts.end, getattr(prompts.tokenizer, "pad_token_id", None)
         if context <= len(prefix):
             rule = f"holds no text: the tokenizer puts {len(prefix)} tokens before it"
@@ -75,7 +75,7 @@ class Packing:
         return Packing(source, context, prefix, end if padded else None, pad if padded else None, vocabulary)
 
     def suited(self, pieces: Iterator[Piece]) -> tuple[Packing, Iterator[Piece]]:
-        """The packing for rows of tokens of the lengths that the first pieces have, and all the pieces."""
+        """Return the packing with `packed` set by the lengths of the first pieces, and an iterator over all pieces."""
         first = list(islice(pieces, LOOKED_AT))
         lengths = {len(value) if kind == "tokens" else 0 for kind, value in first}
         one = lengths.pop() if len(lengths) == 1 and len(first) > 1 else 0
@@ -83,11 +83,11 @@ class Packing:
 
     @property
     def body(self) -> int:
-        """Tokens of a row that are text."""
+        """Number of text tokens in a row."""
         return self.context - len(self.prefix)
 
     def put(self, run: TokenRun, part: Part) -> int:
-        """Add a run to a part, and return its number of tokens. Raises DataError where they are no whole numbers."""
+        """Add a run to a part, and return its number of tokens. Raises DataError if its ids are not whole numbers."""
         ids = _without_padding(run.ids, self.pad, self.end, self.prefix) if run.given else run.ids
         if not ids:
             return 0
@@ -96,7 +96,7 @@ class Packing:
         except (TypeError, OverflowError) as error:
             rule = f"has input_ids that are not whole numbers ({error})"
             raise DataError(f"data {self.source!r}", rule, "tokenize it again") from None
-        whole = run.given and len(tokens) == self.packed  # of a packed row: no document ends with it
+        whole = run.given and len(tokens) == self.packed  # a packed row: no document ends with it
         as_it_is = len(tokens) == self.context or (whole and not self.prefix and len(tokens) % self.context == 0)
         if run.given and as_it_is:
             part.rows.extend(tokens)
@@ -108,14 +108,14 @@ class Packing:
         return len(tokens)
 
     def cut(self, part: Part) -> Tensor:
-        """Take block_nt, int32, out of a part: its rows, then the stream behind the prefix; the rest of the stream stays."""
+        """Take block_nt, int32, out of a part: its rows, then its stream cut up, each after the prefix; a remainder stays."""
         row_nt, body_nt = _matrix(part.rows, self.context), _matrix(part.stream, self.body)
         del part.rows[:], part.stream[: body_nt.numel()]
         prefix_nt = torch.tensor(self.prefix, dtype=torch.int32).expand(len(body_nt), -1)
         return torch.cat([row_nt, torch.cat([prefix_nt, body_nt], 1)])
 
     def check(self, block_nt: Tensor) -> None:
-        """Raise DataError where an id is none of the dense model's."""
+        """Raise DataError if an id is outside the dense model's vocabulary."""
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
             wrong, rule = (low, "ids start at 0") if low < 0 else (high, f"the dense model's vocabulary is {self.vocabulary}")
@@ -130,7 +130,7 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
 
 
 def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
-    """Runs of token ids, of texts TEXTS at a time and of long ones in parts; empty documents are left out."""
+    """Yield runs of token ids; texts are tokenized TEXTS at a time, long ones in parts, and empty documents are skipped."""
     waiting: list[tuple[str, bool, bool]] = []
     characters = 0
 
@@ -160,7 +160,7 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
 
 
 def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation as the text that the tokenizer's chat template makes of it."""
+    """Return a conversation as text, written by the tokenizer's chat template. Raises DataError if that fails."""
     messages, where = chat
     if not tokenizer.chat_template:
         raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
@@ -169,7 +169,7 @@ def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTo
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    """A long text in parts that end with a line where they can, each with whether it is the last."""
+    """Yield the parts of a long text, which end with a line if possible, each with whether it is the last."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
         stop = text.rfind("\n", start, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS
@@ -179,9 +179,9 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _without_padding(ids: list[Any], pad: int | None, end: int | None, prefix: list[int]) -> list[Any]:
-    """The ids without the padding at both ends.
+    """Return the ids without the padding at both ends.
 
-    Where what pads also begins or ends a text, one of it before a text is no padding, nor the one behind that ends it.
+    A single padding token before the text is kept if it is the end-of-text token or in the prefix; one after it, if the former.
     """
     token = end if pad is None else pad
     before = next((at for at, one in enumerate(ids) if one != token), len(ids))

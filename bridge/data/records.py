@@ -1,12 +1,12 @@
 """Files and rows -> pieces of a corpus: ("text", str), ("tokens", ids), ("chat", (messages, where they are)).
 
     txt, md, rst, py        one text
-    jsonl, ndjson, json     a row each; .json is one value, or lines as well
-    csv, tsv                a row each, by the names in the first
-    parquet, arrow          a row each
+    jsonl, ndjson, json     a row per line; a .json file may instead be one value, and a list has a row per element
+    csv, tsv                a row per line, with the column names in the first line
+    parquet, arrow          a row per row of the table
 
-all but the last two may be compressed by gz, bz2, xz or zst. A row gives its first filled column: `input_ids` without the padding
-by its `attention_mask`, the first text column, or the first chat.
+All but the last two may be compressed by gz, bz2, xz or zst. A row gives its first filled column, in this order: `input_ids`
+without the padding that its `attention_mask` marks, the text columns, the chat columns.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 TEXT_COLUMNS = ("text", "content", "code", "document")
 CHAT_COLUMNS = ("messages", "conversations")
 COLUMNS = ("input_ids", "attention_mask", *TEXT_COLUMNS, *CHAT_COLUMNS)
-LONGEST_FIELD = 2**31 - 1  # characters of a field of a table
-POINTER = b"version https://git-lfs.github.com/spec/"  # how what a clone has not fetched begins
+LONGEST_FIELD = 2**31 - 1  # characters in a field of a csv or tsv file
+POINTER = b"version https://git-lfs.github.com/spec/"  # start of the pointer that replaces a file not fetched by a clone
 BATCH = 1024  # rows in memory at a time
-_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_ROLES = {"human": "user", "gpt": "assistant"}  # from ShareGPT's names of the roles
 
 Piece = tuple[str, Any]
 
 
 class DataError(UserError):
-    """A corpus that cannot be read, in one line with the remedy."""
+    """Error for a corpus that cannot be read: one line that includes the remedy."""
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix of a file's name in lower case, without that of its compression."""
+    """Return the suffix of a file's name in lower case, ignoring the suffix of its compression."""
     name = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else file
     return name.suffix.lower()
 
 
 def file_pieces(file: Path) -> Iterator[Piece]:
-    """The pieces in a file. Raises DataError where it cannot be read, or holds a row that is none of a corpus."""
+    """Yield the pieces in a file. Raises DataError if the file cannot be read, or if one of its rows is not usable."""
     where, kind = str(file), suffix_of(file)
     packed = file.suffix.lower() in PACKED_SUFFIXES
     if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
@@ -75,7 +75,7 @@ def file_pieces(file: Path) -> Iterator[Piece]:
 
 
 def piece(row: Any, where: str) -> Piece:
-    """A row as a piece of a corpus. Raises DataError where it has no column for one, or one that holds anything else."""
+    """Return a row as a piece of a corpus. Raises DataError if it has none of COLUMNS, or another type of value in one."""
     if isinstance(row, str):
         return "text", _checked(row, where)
     if not isinstance(row, dict):
@@ -124,7 +124,7 @@ def _column_rows(file: Path, kind: str) -> Iterator[Any]:
     try:
         table: Any = parquet.ParquetFile(file) if kind == ".parquet" else _arrow_reader(file)
         names = (table.schema_arrow if kind == ".parquet" else table.schema).names
-        wanted = [column for column in COLUMNS if column in names]  # the others may be large
+        wanted = [column for column in COLUMNS if column in names]  # other columns may be large
         if not wanted:
             raise _no_column(names, str(file))
         batches = table.iter_batches(BATCH, columns=wanted) if kind == ".parquet" else (batch.select(wanted) for batch in table)
@@ -136,7 +136,7 @@ def _column_rows(file: Path, kind: str) -> Iterator[Any]:
 
 
 def _arrow_reader(file: Path) -> Any:
-    """The batches of an Arrow file: a stream, as `datasets` writes it, or one that begins with its format's name."""
+    """Return the record batches of an Arrow file, in the stream format (as `datasets` writes it) or the file format (ARROW1)."""
     import pyarrow
 
     with file.open("rb") as stream:
@@ -162,7 +162,7 @@ def _table_rows(file: Path, kind: str) -> Iterator[Any]:
 
 
 def _has_lines(file: Path) -> bool:
-    """Whether a .json file holds one value per line, not one over all of them."""
+    """Return whether a .json file holds one value per line instead of one value in all."""
     with _opened(file) as lines:
         filled = (line for line in lines if line.strip())
         first = next(filled, "").lstrip()
@@ -214,7 +214,7 @@ def _checked(text: str, where: str) -> str:
 
 
 def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
-    """The ids that an attention mask marks as text; all of them where there is none."""
+    """Return the ids that an attention mask marks as text; all of them if there is no mask."""
     if not isinstance(ids, list):
         raise DataError(f"data {where!r}", f"has input_ids that are not whole numbers ({_what(ids)})", "tokenize it again")
     if mask is None:
@@ -226,8 +226,8 @@ def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
 
 
 def _messages(given: Any, where: str) -> list[dict[str, Any]]:
-    """A conversation as chat templates take it: messages of role and content."""
-    if isinstance(given, dict) and all(isinstance(value, list) for value in given.values()):  # a list of structs, by columns
+    """Return a conversation as chat templates take it: messages with a role and a content."""
+    if isinstance(given, dict) and all(isinstance(value, list) for value in given.values()):  # structs stored by column
         given = [dict(zip(given, values, strict=False)) for values in zip(*given.values(), strict=False)]
     messages = []
     for message in given if isinstance(given, list) else [given]:

@@ -1,13 +1,13 @@
-"""A corpus that is read while a fit goes on, for text that is too much to be tokenized beforehand, or held in memory.
+"""A corpus that is read during a fit, for text that is too large to be tokenized beforehand or kept in memory.
 
-    held out       documents by a digest of theirs, one in 50: whatever is read, in whatever order, none of them is trained on
-    read           part after part (files, mostly), in an order of its own every epoch; some documents at a time
-    pool           the rows cut from them, about POOL_TOKENS tokens; every batch is drawn from it, and it is filled up again
+    held out       one document in 50, chosen by a digest of its content: it is never trained on, in whatever order text is read
+    read           part after part (a part is mostly a file), in a new order every epoch; some documents at a time
+    pool           the rows cut from documents, about POOL_TOKENS tokens; a batch is drawn from the pool, which is then refilled
 
-A batch is a pure function of (step, rows, seed), as it is of `Blocks`: read from the beginning it is always the same one. The
-place (epoch, part, piece, the tokens not yet cut, the pool) only spares that: batches that follow one another read on, and a run
-that is resumed from a saved place reads again no more than the beginning of one part. Every process reads all the text, and takes
-its rows of each batch.
+A batch is a function of (step, rows, seed) alone, as in `Blocks`: reading from the beginning always gives the same batches. The
+place (epoch, part, piece, the tokens not yet cut, the pool) only saves time: successive batches read on from it, and a run
+resumed from a saved place rereads at most the beginning of one part. Every process reads all the text, and takes its own rows of
+each batch.
 
 Shape legend: n blocks, t token, b batch row.
 """
@@ -37,8 +37,8 @@ from bridge.huggingface.prompts import Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POOL_TOKENS = 1 << 20  # of rows among which a batch is drawn; also what a saved run keeps of its text
-HELD_OUT_TOKENS = 1 << 18  # of documents held out that are looked for
+POOL_TOKENS = 1 << 20  # in the pool of rows, which a saved run stores
+HELD_OUT_TOKENS = 1 << 18  # of held-out documents to collect when a stream is opened
 
 
 def open_stream(
@@ -50,10 +50,10 @@ def open_stream(
     dense: PreTrainedModel | None = None,
     progress: OnProgress | None = None,
 ) -> Stream:
-    """Open `source` (see `corpora`) to be read while it is used, and read ahead for what is held out of it.
+    """Open `source` (see `corpora`) to be read while it is used, and read ahead to collect its held-out blocks.
 
-    Arguments as of `load_blocks`. Raises PromptError where text cannot be read, and DataError where the source does not exist or
-    is none that can be streamed, and where none of its documents is held out.
+    The arguments are those of `load_blocks`. Raises PromptError if the tokenizer cannot be used, and DataError if the source does
+    not exist, cannot be streamed, or has no full block of held-out text.
     """
     if source == "self":
         raise DataError("data 'self'", "is sampled before a fit begins", "leave data.stream off, or name a corpus")
@@ -77,7 +77,7 @@ def open_stream(
 
 
 def is_held_out(piece: Piece) -> bool:
-    """Whether a document is held out: of the document alone, not of its place in a corpus."""
+    """Return whether a document is held out; this depends on its content alone, not on its place in a corpus."""
     kind, value = piece
     text = value if kind == "text" else json.dumps(value if kind == "tokens" else value[0], sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % HELD_OUT_EVERY == 0
@@ -85,22 +85,22 @@ def is_held_out(piece: Piece) -> bool:
 
 @dataclass
 class _Place:
-    """How far a corpus was read for the batches before a step."""
+    """The point up to which a corpus was read for the batches before a step."""
 
     rows: int
     seed: int
     step: int
     pool_nt: Tensor
     epoch: int = 0
-    part: int = 0  # in the order of the epoch
+    part: int = 0  # index into the order of parts in this epoch
     piece: int = 0
     uncut: Part = field(default_factory=Part)
     reading: Iterator[Piece] | None = None
-    last_bt: Tensor | None = None  # the batch before the step: a start asks for the first one again and again
+    last_bt: Tensor | None = None  # of step - 1: initialisation asks for the first batch repeatedly
 
 
 class Stream:
-    """A corpus as rows to train on, read as they are taken, and rows never trained on."""
+    """A corpus as training rows, read when they are taken, and held-out rows that are never trained on."""
 
     def __init__(self, corpus: Corpus, prompts: Prompts, packing: Packing, heldout_nt: Tensor) -> None:
         self.corpus, self.prompts, self.packing, self.heldout_nt = corpus, prompts, packing, heldout_nt
@@ -113,11 +113,11 @@ class Stream:
         self._place: _Place | None = None
 
     def heldout(self, rows: int) -> Tensor:
-        """The first `rows` held-out blocks, tokens_bt int64 (all of them where there are fewer)."""
+        """Return the first `rows` held-out blocks as tokens_bt, int64; all of them if there are fewer."""
         return self.heldout_nt[:rows].long()
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
-        """The `rows` blocks of a step, tokens_bt int64, as a function of (step, rows, seed) alone."""
+        """Return the `rows` blocks of a step as tokens_bt, int64; they depend on (step, rows, seed) alone."""
         at = self._place
         if at is not None and at.last_bt is not None and (at.rows, at.seed, at.step) == (rows, seed, step + 1):
             return at.last_bt.long()
@@ -128,7 +128,7 @@ class Stream:
         return self._draw(at)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The place after the last batch, by name; empty where none was taken."""
+        """Return the place after the last batch, as named tensors; {} if no batch was taken."""
         if (at := self._place) is None:
             return {}
         numbers = [len(self.corpus.parts), at.rows, at.seed, at.step, at.epoch, at.part, at.piece]
@@ -136,7 +136,7 @@ class Stream:
         return {"data.place": torch.tensor(numbers), "data.uncut": uncut_t, "data.pool": at.pool_nt}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the place that `tensors` returned. Raises DataError where the corpus has other parts by now."""
+        """Restore the place that `tensors` returned. Raises DataError if the corpus has another number of parts now."""
         if "data.place" not in tensors:
             return
         count, rows, seed, step, epoch, part, piece = tensors["data.place"].tolist()
@@ -147,7 +147,7 @@ class Stream:
         self._place = _Place(rows, seed, step, tensors["data.pool"], epoch, part, piece, uncut)
 
     def _draw(self, at: _Place) -> Tensor:
-        """The next batch, taken out of the pool."""
+        """Take the next batch out of the pool, and return it."""
         self._fill(at)
         order_n = permutation(len(at.pool_nt), at.seed, at.step)
         at.last_bt, at.pool_nt = at.pool_nt[order_n[: at.rows]], at.pool_nt[order_n[at.rows :].sort().values]
@@ -155,7 +155,7 @@ class Stream:
         return at.last_bt.long()
 
     def _fill(self, at: _Place) -> None:
-        """Read on until the pool is full; at the end of an epoch, until there is no batch in it any more."""
+        """Read on until the pool is full; a new epoch begins only when less than one batch is left in the pool."""
         blocks, barren = [at.pool_nt], False
         n_blocks, enough = len(at.pool_nt), max(at.rows, POOL_TOKENS // self.packing.context)
         while n_blocks < enough:
@@ -176,7 +176,7 @@ class Stream:
         at.pool_nt = torch.cat(blocks)
 
     def _read(self, at: _Place) -> list[Piece]:
-        """The next documents, as many as are tokenized at a time; none at the end of an epoch."""
+        """Return the next documents, as many as are tokenized at a time; [] at the end of an epoch."""
         order = _order(len(self.corpus.parts), at.seed, at.epoch)
         pieces: list[Piece] = []
         size = 0

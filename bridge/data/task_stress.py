@@ -1,15 +1,15 @@
-"""Stress prompts: a task's held-out pairs changed in ways that the search has not seen, by rules that fit any task.
+"""Stress prompts: a task's held-out pairs, changed in ways that the search has not seen, by rules that fit any task.
 
-Each kind changes both members of a pair alike, in text, and the tokenizer resolves what comes of it anew, as it did the task:
+Each kind changes the text of both members of a pair in the same way; the result is tokenized and resolved again, as the task was:
 
-    distractor   another pair's counterfactual and its answer stand before the prompt, on a line of their own
-    context      a stretch of the coupling's held-out text, 16 to 48 tokens, stands before it
-    rename       one of the names becomes a name of another pair, wherever it stands, in the answers too
-    swap         two of the names change places, in the answers too
-    paraphrase   code: all lines indented by four more, or below a comment; other text: a lead-in before it
+    distractor   another pair's counterfactual, followed by its answer, is put before the prompt, on a line of its own
+    context      a stretch of the coupling's held-out text, 16 to 48 tokens, is put before the prompt
+    rename       one of the names is replaced everywhere by a name of another pair, in the answers too
+    swap         two of the names are exchanged, in the answers too
+    paraphrase   code: all lines are indented by four more spaces, or follow a comment; other text: it follows a lead-in
 
-Names are what a template had drawn; where a task has none (a user's), the words that both members of a pair have and not every
-other pair. A kind that does not fit a pair (no two names, too long for the context, another number of tokens) makes none of it.
+Names are those that filled the template; without a template (a user's task), the words in both members of the pair but not in
+every pair. A kind that does not fit a pair (fewer than two names, too long for the context, unequal lengths) is skipped for it.
 
 Shape legend: b row of text, t token.
 """
@@ -28,7 +28,7 @@ from bridge.data.task_pairs import Example, Task
 from bridge.data.task_tokens import TokenPairs, resolve
 from bridge.huggingface.prompts import Prompts
 
-PROMPTS = 240  # at most, over all kinds; both members of a pair count
+PROMPTS = 240  # maximum over all kinds; both members of a pair count
 STRETCH = (16, 48)  # tokens of held-out text
 LEAD_INS = ("As was said before: ", "It is known, and often told: ", "Note the following. ", "Here is what happened. ")
 COMMENTS = ("# as before", "# see below", "# not used elsewhere", "# TODO: tidy")
@@ -39,7 +39,7 @@ Rule = Callable[[Example, random.Random], Example | None]
 
 @dataclass(frozen=True, eq=False)
 class Stress:
-    """Pairs of one kind, and from which of the held-out pairs, by number, each was made."""
+    """Pairs of one kind, and for each the index of the held-out pair that it was made from."""
 
     pairs: TokenPairs
     source_b: Tensor
@@ -51,7 +51,7 @@ class Stress:
 def stress_pairs(
     pairs: TokenPairs, prompts: Prompts, reference_bt: Tensor, context: int, *, language: str = "python", seed: int = 0
 ) -> dict[str, Stress]:
-    """Stress pairs by kind, as many of each as there are where others have too few; a kind that fits no pair is left out."""
+    """Return stress pairs by kind, in numbers as equal as possible; a kind that fits no pair is left out."""
     examples = pairs.examples
     rules = _rules(examples, _is_code(examples, language), _stretches(prompts, reference_bt, seed))
     wanted = PROMPTS // 2
@@ -65,13 +65,13 @@ def stress_pairs(
         if len(resolved):
             found[kind] = Stress(resolved, torch.tensor([made[example] for example in resolved.examples]))
     sizes = {kind: len(some) for kind, some in found.items()}
-    while sum(sizes.values()) > wanted:  # from the kinds that have most
+    while sum(sizes.values()) > wanted:  # shorten the largest kinds
         sizes = {kind: min(size, max(sizes.values()) - 1) for kind, size in sizes.items()}
     return {kind: Stress(found[kind].pairs.rows(torch.arange(n)), found[kind].source_b[:n]) for kind, n in sizes.items()}
 
 
 def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
-    """The examples made that are new, each once, and the number of the pair that each was made from."""
+    """Return the new examples, each once, and for each the index of the pair that it was made from."""
     seen = {example.prompt for example in known} | {example.counterfactual for example in known}
     new: dict[Example, int] = {}
     for index, example in made:
@@ -130,7 +130,7 @@ def _before(example: Example, text: str) -> Example:
 
 
 def _renamed(example: Example, names: Mapping[str, str]) -> Example:
-    """The example with names replaced, all at once, wherever they stand as words."""
+    """Return the example with all given names replaced at once, wherever they are whole words."""
     found = re.compile("|".join(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])" for name in names))
 
     def change(text: str) -> str:
@@ -141,7 +141,7 @@ def _renamed(example: Example, names: Mapping[str, str]) -> Example:
 
 
 def _names(example: Example, examples: Sequence[Example]) -> list[str]:
-    """The names of a pair: what its template drew; else the words of both its members that not all pairs have."""
+    """Return a pair's names: those that filled its template, or else the words of both members that not all pairs have."""
     if labelled := [span for span in example.spans if span.label != "differs"]:
         return sorted({example.prompt[slice(*span.prompt)] for span in labelled})
     words = set(_WORD.findall(example.prompt)) & set(_WORD.findall(example.counterfactual))
@@ -154,7 +154,7 @@ def _is_code(examples: Sequence[Example], language: str) -> bool:
 
 
 def _stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> list[str]:
-    """Stretches of held-out text, from the beginning of a line to the end of one where they have lines."""
+    """Return stretches of held-out text, cut to whole lines if they have more than three lines."""
     generator = random.Random(f"{seed} stretches")
     special, found = prompts.special, []
     for row_t in reference_bt[:64].tolist():

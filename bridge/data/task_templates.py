@@ -2,13 +2,12 @@
 
 In a template
 
-    $a         is a name, the same in both prompts of a pair, drawn from the pool that NAMES has for its letter
-    «x|y»      is x in the first prompt of a pair and y in the second: as many tokens, so that only what they say differs
+    $a         is a name, the same in both prompts of a pair, drawn from the pools that NAMES has for its letter
+    «x|y»      is x in the first prompt of a pair and y in the second, with as many tokens, so that only their content differs
+    ⟦x⟧        is x in one prompt of a pair or in neither, whichever makes the two equally long under a tokenizer
 
-    ⟦x⟧        is x in one prompt of a pair or in neither, as makes the two equally long under a tokenizer
-
-and the answers after the first and after the second prompt are spellings, of which any will do; none at all stands for whatever
-is not an answer of the other. Where a branch says less than the other, a second one, further on or back, makes up for it.
+The answers after the first and after the second prompt are lists of spellings, any of which counts; an empty list means any token
+that the other side does not list. If x and y are unequal in length, a second «x|y» elsewhere in the template compensates for it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Templates:
-    """A task before its names are drawn: pairs of prompts in one text each, and the answers after the first and the second."""
+    """A task before its names are drawn: texts that hold a pair of prompts each, and the answers after the first and second."""
 
     name: str
     language: str
@@ -86,4 +85,4 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The pools that the name of each letter is drawn from; the names of a pair all differ."""
 
-LATER, EARLIER = "later than $y", "earlier than $y"  # answers that stand for the years of other decades in $y's century
+LATER, EARLIER = "later than $y", "earlier than $y"  # answers: all years of other decades in $y's century

@@ -1,18 +1,18 @@
 """A task's tokens under any tokenizer, and how well a model does on them.
 
-    resolve     Task, `prompts` -> Resolved: per split the TokenPairs that are left, and what was dropped and why
+    resolve     Task, `prompts` -> Resolved: the usable TokenPairs of each split, and how many pairs were dropped for which reason
     score       model, TokenPairs -> Scores
 
-Both members of a pair have as many tokens. An answer is read at the first token that tells it from the wrong one, and is a set of
-tokens where it has several spellings:
+Both members of a pair have the same number of tokens. An answer is read at the first token that distinguishes it from the wrong
+one, and is a set of tokens if it has several spellings:
 
     D = log sum over answer of exp(logit) - log sum over wrong of exp(logit)     right: D > 0     two-way loss: softplus(-D) nats
 
-How a pair is resolved, whatever the tokenizer: the prompt is tokenized with each spelling after it. Spellings before which its
-own tokens change do not count; where that is all of an answer's, the quotes, spaces and other marks at its end are left to the
-answers until they change no more. The tokens that all spellings share are appended to the prompt, and the next ones are the
-answer's and the wrong answer's. The pair is dropped where these are no two sets, or other ones after the counterfactual, and
-where the two members are not equally long.
+A pair is resolved in the same way for any tokenizer. The prompt is tokenized with each spelling after it. A spelling that changes
+the prompt's own tokens does not count. If all spellings of an answer do, the quotes, spaces and other marks at the prompt's end
+are moved to the answers, one by one, until some do not. The tokens that all spellings share are appended to the prompt, and the
+tokens after them are those of the answer and of the wrong answer. The pair is dropped if these sets overlap or one is missing, if
+they are not the same after the counterfactual, or if its two members are not equally long.
 
 Shape legend: b pair (row), t token, k token ids of an answer, v vocabulary.
 """
@@ -37,8 +37,8 @@ from bridge.data.task_pairs import SPLITS, Example, Split, Task, TaskError, reve
 from bridge.huggingface.prompts import PromptError, Prompts
 from bridge.models.residual import ResidualModel
 
-_MOVABLE = 8  # marks, quotes and spaces at the end of a prompt that may be left to the answer
-_LOGITS = 2**26  # at most in a batch that is scored
+_MOVABLE = 8  # maximum number of marks, quotes and spaces at the end of a prompt that may be moved to the answer
+_LOGITS = 2**26  # maximum number in a batch that is scored
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TokenPairs:
 
     prompt_bt, counterfactual_bt  int64
     last_b                        int64, position of the last token
-    answer_bk, wrong_bk           int64, ids of the first token that tells answer from wrong, -1 where there are fewer than k
-    answer_not_b, wrong_not_b     bool: the side is every token but the ids listed for it
-    examples                      row by row, what the tokens are of
+    answer_bk, wrong_bk           int64, ids of the first token that distinguishes answer from wrong, filled up with -1
+    answer_not_b, wrong_not_b     bool: the side is every token except the ids listed for it
+    examples                      the example that each row comes from
     """
 
     prompt_bt: Tensor
@@ -66,15 +66,15 @@ class TokenPairs:
 
     @property
     def there_bt(self) -> Tensor:
-        """The mask of positions that are a prompt's, not padding."""
+        """Mask of the positions that are a prompt's, not padding."""
         return torch.arange(self.prompt_bt.shape[1], device=self.last_b.device) <= self.last_b[:, None]
 
     def to(self, device: Any) -> TokenPairs:
-        """The pairs on a device."""
+        """Return the pairs on a device."""
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
     def rows(self, row_b: Tensor) -> TokenPairs:
-        """Some of the pairs, by index, cut to the longest."""
+        """Return some of the pairs, by index, cut to the longest of them."""
         indices = row_b.tolist()
         few = {name: value[row_b.to(value.device)] for name, value in self._tensors().items()}
         longest = int(few["last_b"].max()) + 1 if indices else 0
@@ -83,7 +83,7 @@ class TokenPairs:
         return replace(self, **few, examples=tuple(self.examples[index] for index in indices))
 
     def reversed(self) -> TokenPairs:
-        """The pairs with prompt and counterfactual, and the two answers, exchanged."""
+        """Return the pairs with prompt and counterfactual, and the two answers, exchanged."""
         return replace(
             self,
             prompt_bt=self.counterfactual_bt,
@@ -96,11 +96,11 @@ class TokenPairs:
         )
 
     def both(self) -> TokenPairs:
-        """Both members of every pair as prompts: the pairs, then the reversed pairs."""
+        """Return both members of each pair as prompts: the pairs, then the reversed pairs."""
         return self.and_those(self.reversed())
 
     def and_those(self, others: TokenPairs) -> TokenPairs:
-        """These pairs and others, padded to one length."""
+        """Return these pairs followed by others, padded to one length."""
         tensors = {}
         for name, value in self._tensors().items():
             other = getattr(others, name)
@@ -111,16 +111,16 @@ class TokenPairs:
         return TokenPairs(**tensors, examples=self.examples + others.examples)
 
     def at_last(self, logits_btv: Tensor) -> Tensor:
-        """logits_bv where the answers are read."""
+        """Return logits_bv at the positions where the answers are read."""
         return logits_btv[torch.arange(len(self), device=logits_btv.device), self.last_b]
 
     def difference(self, logits_bv: Tensor) -> Tensor:
-        """The logit difference of each prompt: the log-odds of the answer against the wrong one."""
+        """Return the logit difference of each prompt: the log-odds of the answer against the wrong one."""
         logits_bv = logits_bv.float()
         return _pooled(logits_bv, self.answer_bk, self.answer_not_b) - _pooled(logits_bv, self.wrong_bk, self.wrong_not_b)
 
     def loss(self, logits_bv: Tensor) -> Tensor:
-        """Two-way loss per prompt in nats, loss_b = -log p(answer) / (p(answer) + p(wrong)); chance is log 2."""
+        """Return the two-way loss per prompt in nats, loss_b = -log p(answer) / (p(answer) + p(wrong)); chance is log 2."""
         return F.softplus(-self.difference(logits_bv))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class TokenPairs:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A task under a tokenizer: the usable pairs by split, the number looked at, and the reasons for dropping others."""
+    """A task under a tokenizer: the usable pairs by split, the number of pairs examined, and the number dropped by reason."""
 
     task: str
     language: str
@@ -139,12 +139,12 @@ class Resolved:
 
     @property
     def drop_rate(self) -> float:
-        """Share of the pairs looked at that were dropped."""
+        """Fraction of the examined pairs that were dropped."""
         return sum(self.dropped.values()) / self.seen if self.seen else 0.0
 
     @property
     def digest(self) -> str:
-        """A digest that distinguishes the prompts and answers from others."""
+        """Digest that distinguishes these prompts and answers from others."""
         digest = hashlib.sha256()
         for name, pairs in sorted(self.splits.items()):
             for tensor in (pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk):
@@ -167,7 +167,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Read:
-    """A prompt's tokens, and the first tokens of the answer and of the wrong answer after them; none: not those of the other."""
+    """A prompt's tokens, and the first tokens of the answer and of the wrong answer; an empty set: all tokens but the other's."""
 
     tokens: tuple[int, ...]
     answer: frozenset[int]
@@ -177,10 +177,10 @@ class _Read:
 def resolve(
     task: Task, prompts: Prompts | PreTrainedTokenizerBase | None, *, context: int | None = None, splits: Sequence[Split] = SPLITS
 ) -> Resolved:
-    """The pairs of a task as tokens, of at most `context` each, by split; a split is empty where nothing is left.
+    """Return the pairs of a task as tokens, at most `context` per prompt, by split; a split is empty if no pair is left.
 
-    Of a template's pairs those with names of few tokens come first, the templates in turn, until there are as many as the task
-    wants. `prompts` is a dense model's, or a tokenizer. Raises TaskError where the text cannot be read.
+    Generated pairs are taken from the templates in turn, those whose names have fewest tokens first, until there are as many as
+    the task wants. `prompts` is a dense model's Prompts, or a tokenizer. Raises TaskError if the text cannot be read.
     """
     prompts, seen, dropped = Prompts.of(prompts), 0, Counter[str]()
     resolved: dict[Split, TokenPairs] = {}
@@ -208,7 +208,7 @@ def resolve(
 
 
 def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
-    """A user's examples in order; generated ones by templates in turn, each beginning with its names of fewest tokens."""
+    """Yield a user's examples in order; generated ones from the templates in turn, each template's shortest names first."""
     if not any(example.template for example in examples):
         yield from examples
         return
@@ -225,7 +225,7 @@ def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example
 
 
 def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[_Read, _Read] | str:
-    """Both members of a pair, or the reason for dropping it."""
+    """Return both members of a pair, or the reason for dropping it."""
     prompt = _read(example.prompt, example.answer, example.wrong, prompts)
     counterfactual = _read(example.counterfactual, example.wrong, example.answer, prompts)
     if isinstance(prompt, str) or isinstance(counterfactual, str):
@@ -240,7 +240,7 @@ def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[
 
 
 def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
-    # an answer of any other token is not distinct from a mark before it
+    # if one answer is any other token, no mark may be moved: both answers would begin with the mark
     marks = len(prompt) - len(re.sub(r"\W+\Z", "", prompt)) if answer and wrong else 0
     heads = [prompt[: len(prompt) - n] for n in range(min(marks, _MOVABLE) + 1)]
     encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
@@ -261,7 +261,7 @@ def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts:
 def _tensors(rows: Sequence[tuple[Example, _Read, _Read]]) -> TokenPairs:
     prompts, counterfactuals = [row[1].tokens for row in rows], [row[2].tokens for row in rows]
     answers, wrongs = [sorted(row[1].answer) for row in rows], [sorted(row[1].wrong) for row in rows]
-    # what is not the other one is listed by the other one's ids
+    # a side that is any other token is listed by the ids of the other side
     listed = [(answer or wrong, wrong or answer) for answer, wrong in zip(answers, wrongs, strict=True)]
     return TokenPairs(
         prompt_bt=_padded(prompts, 0),
@@ -284,25 +284,25 @@ def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
 
 
 def _pooled(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
-    """The log of the summed exp of the listed tokens' logits, or of all others' where not_b."""
+    """Return the log of the summed exp of the listed tokens' logits, or of all other tokens' logits if not_b."""
     listed_bk = logits_bv.gather(1, ids_bk.clamp(min=0)).masked_fill(ids_bk < 0, -torch.inf)
     pooled_b = listed_bk.logsumexp(-1)
     if not bool(not_b.any()):
         return pooled_b
-    first_bk = torch.where(ids_bk < 0, ids_bk[:, :1], ids_bk)  # a row lists one id at least
+    first_bk = torch.where(ids_bk < 0, ids_bk[:, :1], ids_bk)  # a row lists at least one id
     others_b = logits_bv.scatter(1, first_bk, -torch.inf).logsumexp(-1)
     return torch.where(not_b, others_b, pooled_b)
 
 
 @torch.no_grad()
 def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
-    """Score a model on pairs, which are on its device. Raises TaskError where there are none."""
+    """Score a model on pairs, which must be on its device. Raises TaskError if there are no pairs."""
     if not len(pairs):
         raise TaskError("there are no pairs to score", remedy="take another split, or a tokenizer that the task's prompts suit")
     prompts = pairs.both()
     rows = max(1, min(64, _LOGITS // (prompts.prompt_bt.shape[1] * model.vocabulary)))
     differences = []
-    for row_b in prompts.last_b.argsort(stable=True).split(rows):  # those of a length together: little is padded
+    for row_b in prompts.last_b.argsort(stable=True).split(rows):  # similar lengths together, to pad little
         some = prompts.rows(row_b)
         differences.append(some.difference(some.at_last(model.run(some.prompt_bt).logits_btv)))
     difference_b = torch.cat(differences).double()

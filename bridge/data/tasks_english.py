@@ -1,4 +1,4 @@
-"""The built-in tasks on English as templates: those known from circuits of GPT-2."""
+"""The built-in tasks on English as templates: tasks known from studies of circuits in GPT-2."""
 
 from __future__ import annotations
 

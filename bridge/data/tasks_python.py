@@ -1,4 +1,4 @@
-"""The built-in tasks on Python as templates: the 20 of Gao et al. 2025, under the paper's names, the prompts being ours."""
+"""The built-in tasks on Python as templates: the 20 tasks of Gao et al. 2025 under the paper's names, with our own prompts."""
 
 from __future__ import annotations
 
