@@ -1,1 +1,1 @@
-"""The residual model, dense and sparse; the bridges between them; saving and loading."""
+"""The residual model, dense and sparse; the bridges between the two; saving and loading."""

@@ -4,13 +4,13 @@
     g_i(x) = (W_g x + b_g) sigma_i + mu_i                     decoder, sparse residual -> dense residual
 
 mu_i and sigma_i are the mean and the scale of the dense residual at site i over a first batch. They are constants, so both maps
-stay affine; they make one learning rate serve sites whose residuals differ in size by orders of magnitude.
+stay affine. With them one learning rate serves sites whose residuals differ in size by orders of magnitude.
 
 Hybrid passes are runs in which one model's residual enters the other: `dense_to_sparse` and `sparse_to_dense`.
 
-A coupling is saved as a folder: `coupling.json` (recipe, and which dense model) and a safetensors file in which sparse weights
-are stored by their nonzeros. The dense model is not in it: it is found again by its name, or beside the folder by its relative
-path, and held to the weights and the configuration that were coupled.
+A coupling is saved as a folder: `coupling.json` (the recipe, and which dense model) and a safetensors file that stores sparse
+weights by their nonzeros. The dense model is not stored: it is found by its path relative to the folder, otherwise by its name,
+and is refused unless its weights and configuration are those that were coupled.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Bridge(nn.Module):
-    """The pair of linear maps at one site."""
+    """The pair of maps at one site: encoder and decoder."""
 
     mean_d: Tensor
     scale: Tensor
@@ -57,7 +57,7 @@ class Bridge(nn.Module):
         self.register_buffer("mean_d", torch.zeros(dense_width))
         self.register_buffer("scale", torch.ones(()))
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():  # decoder = transpose of an orthonormal encoder: what goes over comes back
+        with torch.no_grad():  # decoder = transpose of an orthonormal encoder, so that decoding undoes encoding
             long, short = max(dense_width, sparse_width), min(dense_width, sparse_width)
             frame = torch.linalg.qr(torch.randn(long, short, generator=generator)).Q
             self.encoder.weight.copy_(frame if sparse_width >= dense_width else frame.T)
@@ -66,17 +66,17 @@ class Bridge(nn.Module):
             self.decoder.bias.zero_()
 
     def encode(self, h_btd: Tensor) -> Tensor:
-        """f_i: x_bts of a dense residual."""
+        """Return f_i(h): x_bts of a dense residual."""
         scaled_btd = (h_btd - self.mean_d) / self.scale
         x_bts = self.encoder(scaled_btd)
         return abs_top_k(x_bts, max(1, round(self.keep * x_bts.shape[-1]))).to(scaled_btd.dtype)
 
     def decode(self, x_bts: Tensor) -> Tensor:
-        """g_i: h_btd of a sparse residual."""
+        """Return g_i(x): h_btd of a sparse residual."""
         return self.decoder(x_bts).to(self.scale.dtype) * self.scale + self.mean_d
 
     def decode_change(self, change_bts: Tensor) -> Tensor:
-        """The change of g_i(x) for a change of x: the linear part of the decoder."""
+        """Return the change of g_i(x) for a change of x, by the linear part of the decoder."""
         return F.linear(change_bts, self.decoder.weight) * self.scale
 
 
@@ -85,7 +85,7 @@ class Bridges(nn.Module):
 
     def __init__(self, n_sites: int, dense_width: int, sparse_width: int, keep: float, *, seed: int = 0) -> None:
         super().__init__()
-        # one seed for all: the sites start out speaking of the same sparse basis, as the residual stream does
+        # one seed for all sites, so that they start with one sparse basis, as the residual stream has one
         self.at_site = nn.ModuleList(Bridge(dense_width, sparse_width, keep, seed=seed) for _ in range(n_sites))
 
     def __getitem__(self, site: int) -> Bridge:
@@ -98,7 +98,7 @@ class Bridges(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, residuals: Sequence[Tensor]) -> None:
-        """Set mu and sigma of every site from dense residuals h_btd, without the first position, where outliers sit."""
+        """Set mu and sigma of every site from dense residuals h_btd, without the first position, which has outliers."""
         for site, h_btd in enumerate(residuals):
             later_btd = h_btd[:, 1:].float() if h_btd.shape[1] > 1 else h_btd.float()
             mean_d = later_btd.mean((0, 1))
@@ -111,7 +111,7 @@ class CoupledModels:
     """A dense model, the sparse model that explains it, the bridges between them, and the recipe they were fitted by.
 
     reference_bt holds some blocks of held-out text, the corpus over which means are taken when a prompt is explained; path is
-    the folder or hub id it was loaded from.
+    the folder or hub id that the coupling was loaded from.
     """
 
     dense: DenseModel
@@ -145,22 +145,22 @@ class CoupledModels:
 
     @property
     def blocks(self) -> str | None:
-        """The dense model's blocks that are coupled, as first:last; None for all of a whole one."""
+        """The dense model's blocks that are coupled, as first:last; None if the whole model is coupled."""
         return self.dense.slice if isinstance(self.dense, DenseSpan) else None
 
     @property
     def ends(self) -> tuple[tuple[int, str], ...]:
-        """Maps by site and name that the sparse model itself begins and ends with: a span's first encoder and last decoder."""
+        """(site, name) of the maps with which a span's sparse model itself begins and ends: first encoder, last decoder."""
         return ((0, "encoder"), (self.n_sites - 1, "decoder")) if self.blocks else ()
 
     @property
     def context(self) -> int:
-        """Most tokens a prompt may have."""
+        """Largest number of tokens that a prompt may have."""
         return self.sparse.context
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Origin of a stored result: both models, and the version that made it."""
+        """Origin of a stored result: both models, and the version of bridge that made it."""
         return {
             "dense": self.dense.name,
             "dense_fingerprint": self.dense.fingerprint(),
@@ -171,7 +171,7 @@ class CoupledModels:
         }
 
     def once(self, what: str, tokens_bt: Tensor, compute: Callable[[], T]) -> T:
-        """Value of compute() on some text, kept for as long as weights and text stay the same; one answer for each `what`."""
+        """Return compute() on some text, cached while weights and text stay the same; one value is cached for each `what`."""
         weights = [*self.dense.model.parameters(), *self.sparse.parameters()]
         text = hashlib.sha256(tokens_bt.detach().cpu().long().numpy().tobytes()).digest()
         state = (text, tokens_bt.shape, *(source_of(weight) for weight in weights))
@@ -180,15 +180,15 @@ class CoupledModels:
         return self._known[what][1]
 
     def dense_to_sparse(self, tokens_bt: Tensor, dense_residuals: Sequence[Tensor], site: int) -> Tensor:
-        """logits_btv of the hybrid that is dense until `site` (given its residuals), encoded there, sparse to the end."""
+        """Return logits_btv of the hybrid that is dense up to `site` (its residuals given), encoded there, sparse to the end."""
         return self.sparse.run(tokens_bt, Enter.at(site, self.bridges[site].encode(dense_residuals[site]))).logits_btv
 
     def sparse_to_dense(self, tokens_bt: Tensor, sparse_residuals: Sequence[Tensor], site: int) -> Tensor:
-        """logits_btv of the hybrid that is sparse until `site` (given its residuals), decoded there, dense to the end."""
+        """Return logits_btv of the hybrid that is sparse up to `site` (its residuals given), decoded there, dense to the end."""
         return self.dense.run(tokens_bt, Enter.at(site, self.bridges[site].decode(sparse_residuals[site]))).logits_btv
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the coupling to a folder, with a model card. Raises CheckpointError where that fails; nothing is half-written."""
+        """Write the coupling to a folder, with a model card. Raises CheckpointError if that fails; no file is half-written."""
         self._write(Path(path), Path(path).resolve().name, self._dense(path))
 
     def _write(self, path: Path, title: str, dense: dict[str, Any]) -> None:
@@ -209,9 +209,9 @@ class CoupledModels:
     ) -> CoupledModels:
         """Load a coupling from a folder or a hub id, and its dense model (or take `dense`: a name, a live model, a DenseModel).
 
-        `dense` may lie anywhere, and must be the same model; or, `fine_tuned`, one of its shape, which the bridges are not fitted
-        to. Raises CheckpointError where files are missing or damaged, or the dense model is not the one that was coupled, which
-        says in what it differs.
+        `dense` may be anywhere, but must be the same model; with `fine_tuned`, a model of the same shape, to which the bridges
+        are not fitted. Raises CheckpointError if files are missing or damaged, or if the dense model is not the one that was
+        coupled; the error says how it differs.
         """
         folder = folder_of(path)
         tensors, facts = read_folder(folder, "coupling")
@@ -282,7 +282,7 @@ class CoupledModels:
         return CoupledModels(dense, sparse, bridges.to(dense.device), recipe, _reference(tensors), str(path))
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the coupling as a model repository on the Hugging Face hub; returns its address."""
+        """Upload the coupling as a model repository on the Hugging Face hub; return its address."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -327,12 +327,12 @@ recipe; `eval.json`, where present, how faithful it is.
 
 
 def shape_facts(dense: DenseModel) -> dict[str, Any]:
-    """The shape of a dense model, as stored with a coupling."""
+    """Return the shape of a dense model, as stored with a coupling."""
     return {"sublayers": list(dense.sublayers), "vocabulary": dense.vocabulary, "width": dense.width}
 
 
 def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) -> None:
-    """Raise CheckpointError for weights that are not finite, and for held-out text of tokens that there are not."""
+    """Raise CheckpointError for weights that are not finite, and for held-out text with tokens outside the vocabulary."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(
@@ -346,7 +346,7 @@ def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) ->
 
 
 def folder_of(path: str | Path) -> Path:
-    """A coupling's folder itself, or that of a hub id once fetched. Raises CheckpointError where it is neither."""
+    """Return the path itself, or the folder of a fetched hub id. Raises CheckpointError if the id cannot be fetched."""
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -360,7 +360,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def reference_text(path: str | Path) -> Tensor | None:
-    """reference_bt of the coupling in a folder or on the hub. Raises CheckpointError where there is none."""
+    """Return reference_bt, if any, of the coupling in a folder or on the hub. Raises CheckpointError if there is no coupling."""
     return _reference(read_folder(folder_of(path), "coupling")[0])
 
 
@@ -369,27 +369,27 @@ def _reference(tensors: dict[str, Tensor]) -> Tensor | None:
 
 
 def _beside(path: str | Path | None, name: str | None) -> str | None:
-    """A model's folder or file relative to the coupling's folder, None where either is not here."""
+    """Return a model's path relative to the coupling's folder, or None if either is not on this machine."""
     return os.path.relpath(name, path) if path and name and Path(name).exists() else None
 
 
 def _locate(folder: Path, name: str, beside: str | None) -> str:
-    """Path of a model now: beside the folder as it was when saved, else by its name."""
+    """Return the path of a model now: relative to the folder, as when it was saved, or its name if it is not there."""
     if beside and (folder / beside).exists():
-        short = os.path.normpath(folder / beside)  # another place than meant where the folder is reached by a link
+        short = os.path.normpath(folder / beside)  # a wrong place if the folder is reached by a link
         same = os.path.exists(short) and os.path.samefile(short, folder / beside)
         return short if same else os.path.realpath(folder / beside)
     return name
 
 
 def new_coupling(dense: DenseModel, recipe: Recipe) -> CoupledModels:
-    """An untrained coupling of the recipe's shape; the recipe's width and context must be resolved for the dense model."""
+    """Return an untrained coupling of the recipe's shape; its width and context must be resolved for the dense model."""
     sparse = sparse_of(recipe, dense.sublayers, dense.vocabulary)
     bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
     return CoupledModels(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
 
 
 def sparse_of(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:
-    """The sparse model of a recipe, before anything is learnt, with the kinds of sublayer of the dense model or span."""
+    """Return the untrained sparse model of a recipe, with the kinds of sublayer of the dense model or span."""
     kind = SparseTransformer if recipe.sparse.blocks is None else SparseSpan
     return kind(recipe.sparse, sublayers, vocabulary, recipe.data.context or 1, seed=recipe.seed)

@@ -1,15 +1,15 @@
-"""Circuits: which nodes of the sparse model are kept, and what stands in for the others.
+"""Circuits: which nodes of the sparse model are kept, and what replaces the others.
 
 With a_i the value of node i after AbsTopK, m_i its mean over a reference corpus, and C the nodes that are kept (Gao et al. 2025,
 section 2.2 and appendix A.5), the circuit alone is the model S_C in which, in the order of the computation,
 
-    a_i  <-  a_i   where i is in C,     m_i   elsewhere                                             mean ablation
+    a_i  <-  a_i   if i is in C,     m_i   otherwise                                                mean ablation
 
-so that S_C with every node kept is S itself. A mean that is missing is an error: zero is another model. A node that AbsTopK
-leaves inactive has the value 0 when kept and m_i when not; it is a node like any other, kept or not kept.
+With every node kept, S_C is S itself. A missing mean is an error, because zero in its place would give another model. A node that
+AbsTopK leaves inactive has the value 0 if it is kept and m_i if not; it counts as a node like any other.
 
-Nodes of a prompt are (location, position, channel), of a task (location, channel), at every position alike. Circuits of prompts
-are masks over the one row of a NodeSpace (`circuits/masked_model`).
+A node of a prompt is (location, position, channel); a node of a task is (location, channel), the same at every position. Circuits
+of prompts are masks over the single row of a NodeSpace (`circuits/masked_model`).
 
 Shape legend: b batch row, r row, t token, n nodes of a location, f all nodes of a prompt in one row (location by location,
 position by position, channel by channel), s sparse width, v vocabulary.
@@ -29,13 +29,13 @@ from bridge.kernels.top_k import choose
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Gate, Location, SparseTransformer
 
-EMBEDDING = Location(-1, "embedding")  # not node locations: never ablated, only the ends of edges
+EMBEDDING = Location(-1, "embedding")  # these two are no node locations: never ablated, only ends of edges
 BIGRAM = Location(-1, "bigram")
 EdgeKind = Literal["weight", "value", "score", "gate", "residual", "embedding", "unembedding", "bigram", "error"]
 KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
 COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
-_ROW_TOKENS = 4096  # tokens in a batch of masked copies: large enough for the products, small enough for the caches
-_ROW_NODES = 1 << 26  # and mask entries, which outnumber the tokens by the nodes of a token
+_ROW_TOKENS = 4096  # tokens of the corpus in a batch: large enough for the products, small enough for the caches
+_ROW_NODES = 1 << 26  # mask entries in a batch: one per token and node
 
 
 @dataclass(frozen=True, order=True)
@@ -48,7 +48,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The node without its position, as `L0.mlp_act[37]`; of an error its site, as `error[3]`."""
+        """The node without its position, as `L0.mlp_act[37]`; an error node has its site, as `error[3]`."""
         if self.location.kind == ERROR:
             return f"error[{self.location.layer}]"
         layer = f"L{self.location.layer}." if self.location.layer >= 0 else ""
@@ -60,10 +60,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """Contribution of the source to the target on this prompt: weight, signed; effect, the same in terms of the answer D.
+    """Contribution of the source to the target on this prompt: weight, signed; effect, the same in terms of the question's d.
 
-    Of a task's circuit, whose ends are at every position: weight is the entry W_ji itself, effect the mean over prompts of what
-    W_ji (a_i - m_i) adds to D at all positions, to first order.
+    For a task's circuit, whose nodes are at every position, weight is the entry W_ji itself, and effect the mean over prompts of
+    what W_ji (a_i - m_i) adds to d at all positions, to first order.
     """
 
     source: Node
@@ -75,7 +75,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class NodeSpace:
-    """Every node of a prompt in one row, and back."""
+    """Every node of a prompt in one row: maps from locations to the row, and back."""
 
     sizes: Mapping[Location, int]
     n_tokens: int
@@ -86,21 +86,21 @@ class NodeSpace:
         return self.n_tokens * sum(self.sizes.values())
 
     def split(self, x_rf: Tensor) -> dict[Location, Tensor]:
-        """x_rtn per location of x_rf: views, of any number of leading axes."""
+        """Return x_rtn per location, as views of x_rf, which may have any number of leading axes."""
         lengths = [self.n_tokens * n for n in self.sizes.values()]
         parts = x_rf.split(lengths, -1)
         return {at: part.unflatten(-1, (self.n_tokens, n)) for (at, n), part in zip(self.sizes.items(), parts, strict=True)}
 
     def join(self, parts: Mapping[Location, Tensor]) -> Tensor:
-        """x_rf of x_rtn per location."""
+        """Return x_rf from x_rtn per location."""
         return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
 
     def by_location(self, values: Iterable[int]) -> Tensor:
-        """x_f that has one value at every location, given in their order."""
+        """Return x_f with one value for all nodes of a location; the values are given in the order of the locations."""
         return torch.tensor(list(values)).repeat_interleave(torch.tensor([self.n_tokens * n for n in self.sizes.values()]))
 
     def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
-        """(location, which of node_k are there, their places t * n + index) for the locations of some nodes."""
+        """Yield (location, which of node_k are there, their places t * n + index) for each location of some nodes."""
         start = 0
         for location, n in self.sizes.items():
             here_k = ((node_k >= start) & (node_k < start + self.n_tokens * n)).nonzero().flatten()
@@ -109,7 +109,7 @@ class NodeSpace:
             start += self.n_tokens * n
 
     def place(self, node: Node) -> int:
-        """The place of a node in the row."""
+        """Return the index of a node in the row."""
         start = 0
         for location, n in self.sizes.items():
             if location == node.location:
@@ -118,7 +118,7 @@ class NodeSpace:
         raise KeyError(f"there is no node {node}")
 
     def node(self, flat: int) -> Node:
-        """The node at a place of the row."""
+        """Return the node at an index of the row."""
         for location, n in self.sizes.items():
             if flat < self.n_tokens * n:
                 return Node(location, flat % n, flat // n)
@@ -128,10 +128,10 @@ class NodeSpace:
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """The channels kept for a task, which is named: kept_1n (bool) and corpus means_n per location.
+    """The channels kept for a task, named in `explains`: kept_1n (bool) and corpus means_n per location.
 
-    `edges` are the weights between kept nodes, none of them pruned; None where they were not looked at. Raises ValueError where a
-    location has no mean, or a mask is not that of every position.
+    `edges` are all weights between kept nodes, none pruned; None if they were not computed. Raises ValueError if a location has
+    no mean, or if a mask is not one row of bools for all positions.
     """
 
     explains: str
@@ -157,22 +157,22 @@ class Circuit:
 
 
 def ablation_gate(kept: Mapping[Location, Tensor], means: Mapping[Location, Tensor]) -> Gate:
-    """A gate under which nodes outside the masks have their corpus mean; kept_tn, or kept_rtn with a mask for every row.
+    """Return a gate that sets nodes outside the masks to their corpus mean; masks are kept_tn, or kept_rtn with one per row.
 
-    Rows with masks of their own must be in the order in which they enter the model, because a sublayer sees only those that have.
-    Raises ValueError where a location has no mean, KeyError where the model has a location without a mask.
+    Rows with their own masks must be in the order in which they enter the model, because a sublayer sees only rows that have
+    entered. Raises ValueError if a location has no mean. The gate raises KeyError at a location without a mask.
     """
     check_means(kept, means)
 
     def gate(location: Location, x_btn: Tensor) -> Tensor:
-        here = kept[location][..., -x_btn.shape[1] :, :]  # of a narrow run the last position alone
+        here = kept[location][..., -x_btn.shape[1] :, :]  # a narrow run has the last position only
         return choose(here if here.dim() == 2 else here[: len(x_btn)], x_btn, means[location])
 
     return gate
 
 
 def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Gate:
-    """A gate that keeps what every node becomes (under `gate`, if given) and changes nothing more."""
+    """Return a gate that stores every node's value in `into` (after `gate`, if given) and changes nothing else."""
 
     def record(location: Location, x_btn: Tensor) -> Tensor:
         into[location] = x_btn if gate is None else gate(location, x_btn)
@@ -183,7 +183,7 @@ def recording_gate(into: dict[Location, Tensor], gate: Gate | None = None) -> Ga
 
 @torch.no_grad()
 def corpus_means(sparse: SparseTransformer, tokens_bt: Tensor) -> dict[Location, Tensor]:
-    """means_n of every node over a reference corpus, from the model's own forward (after AbsTopK), and of the embedding.
+    """Return means_n of every node over a reference corpus, from the model's forward pass (after AbsTopK), and of the embedding.
 
     Raises ValueError for a corpus without tokens.
     """
@@ -202,13 +202,13 @@ def corpus_means(sparse: SparseTransformer, tokens_bt: Tensor) -> dict[Location,
 
 
 def kl(from_v: Tensor, to_v: Tensor) -> Tensor:
-    """KL of next-token distributions by their logits, in nats, over any leading axes."""
+    """Return KL(from, to), in nats, of next-token distributions given as logits, for any leading axes."""
     from_v, to_v = from_v.log_softmax(-1), to_v.log_softmax(-1)
     return (from_v.exp() * (from_v - to_v)).sum(-1)
 
 
 def check_means(locations: Iterable[Location], means: Mapping[Location, Tensor]) -> None:
-    """Raise ValueError where a location has no mean: zero is none."""
+    """Raise ValueError if a location has no mean; zero does not replace one."""
     missing = [str(location) for location in locations if location not in means]
     if missing:
         raise ValueError(f"no corpus mean for {', '.join(missing)}; take them with corpus_means (zero is not a mean)")

@@ -1,14 +1,14 @@
-"""A Hugging Face causal language model as a ResidualModel: its sites found generically, and checked before anyone relies on them.
+"""A Hugging Face causal language model as a ResidualModel: its sites are found generically, and checked before they are used.
 
-Loading goes in this order, and each step refuses what the next would get wrong: files (safetensors alone, no code of theirs),
-an adapter merged, sites found (`site_discovery`), and parity: the model is resumed at every site from the residual of *another
-row* and must give that row's logits. (With the row's own residual an injection that silently does nothing would pass; and a
-model in which something besides the residual takes information past a site must not.)
+Loading has these steps, and each step refuses what the next one would get wrong: files are read (safetensors only, none of their
+code), an adapter is merged, sites are found (`site_discovery`), and parity is checked: the model is resumed at every site from
+the residual of *another row* and must give that row's logits. (With the row's own residual, an injection that silently does
+nothing would pass, and so would a model in which information passes a site outside the residual.)
 
-A run is one forward of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
-enters at a block replaces that block's input; one that enters between its sublayers also takes back what the writer wrote;
-one that enters at the last site replaces the last block's output. What the model computes for a row before it enters is
-overwritten; a block that every row enters behind hands on what it is given instead. Zeroing the writer, rather than adding the
+A run is one forward pass of the whole model, so masks, positions, norms, soft-capping and heads stay the model's own. A row that
+enters at a block replaces that block's input. A row that enters between a block's sublayers also cancels what the writer wrote.
+A row that enters at the last site replaces the last block's output. What the model computes for a row before its entry is
+overwritten; if every row enters after a block, the block passes its input on instead. Zeroing the writer, rather than adding the
 difference later, keeps an entry exact in every dtype.
 
 Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Buffers, masks and their constants, that earlier versions of transformers saved with a model's weights.
+# Names of buffers (masks and constants) that earlier versions of transformers saved with a model's weights.
 _BUFFER = re.compile(
     r"\b(attn|attention)\.(bias|masked_bias|causal_mask)$|\b(inv_freq|position_ids|embed_positions|embed_positions\.weights)$"
 )
@@ -60,7 +60,7 @@ _BUFFER = re.compile(
 
 @dataclass(frozen=True)
 class Parity:
-    """Exactness of resuming a model: the largest absolute logit error per site, and the tolerance it was held to."""
+    """Exactness of resuming a model: the largest absolute logit error per site, and the tolerance for it."""
 
     errors: tuple[float, ...]
     tolerance: float
@@ -72,9 +72,9 @@ class Parity:
 
 
 class DenseModel:
-    """A frozen causal LM as a ResidualModel. Made by `load_dense`, which wires and checks it.
+    """A frozen causal LM as a ResidualModel, made by `load_dense`; the constructor finds its sites and checks them.
 
-    Not an nn.Module, so that a module that holds one neither trains nor saves it.
+    It is not an nn.Module, so that a module that holds one neither trains nor saves it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DenseModel:
         self.model, self.tokenizer, self.name, self.revision, self.live = model, tokenizer, name, revision, live
         who = f"model {name!r}"
         self.context = context_of(model)
-        # parity is a matter of wiring, not of a caller's autocast; nor may probing move a caller's random state
+        # parity tests the wiring, not a caller's autocast; probing does not change a caller's random state
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             tokens_bt = probe_tokens(model, who, self.context)
             calls, logits_btv = watch_blocks(model, who, tokens_bt)
@@ -111,7 +111,7 @@ class DenseModel:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Kind of sublayer that reads at each site; behind the last of them, the unembedding."""
+        """Kind of sublayer that reads at each site; at the last site, the unembedding."""
         return (*self.sublayers, "unembed")
 
     @property
@@ -130,47 +130,47 @@ class DenseModel:
         return self
 
     def run(self, tokens_bt: Tensor, enter: Enter | None = None, *, last_only: bool = False) -> Trace:
-        """Run a batch; rows may enter at any site with a residual of their own, through which gradients flow.
+        """Run a batch; rows may enter at any site with their own residual, through which gradients flow.
 
-        Every residual of every row is in the trace; before a row's entry it is what the model made of the row's tokens, and none
-        at the sites before a block that every row enters behind. With last_only the logits are those of the last position (b1v).
+        The trace has the residual of every row at every site; before a row's entry it is computed from the row's tokens. If every
+        row enters after a block, the block's sites have no rows. With last_only the logits are those of the last position (b1v).
         """
         with self._under_way(tokens_bt, enter) as run:
             logits_btv = forward(self.model, tokens_bt, last_only=last_only)
         return Trace(self.leaves(logits_btv), self._leave(run.trace(self.n_sites)))
 
     def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
-        """x_btd at every site up to `until`, as `run` gives them; what comes behind that is not run."""
+        """Return x_btd at every site up to and including `until`, as `run` gives them; the model stops there."""
         with self._under_way(tokens_bt, enter, until) as run, suppress(Reached):
             forward(self.model, tokens_bt)
         return self._leave(run.trace(until + 1))
 
     def leaves(self, x: Tensor) -> Tensor:
-        """A tensor as it leaves the model, on the device of the tokens; in float32 where weights are of half the precision.
+        """Return a tensor as it leaves the model: on the device of the tokens, in float32 if the weights have half precision.
 
-        What enters is cast where it enters (`DenseRun.place`), and back again is what it was. So nothing outside of a dense model
-        knows of its precision, nor that it may be spread over devices.
+        A residual that enters is cast at its entry (`DenseRun.place`); one that left the model enters again unchanged. So code
+        outside a dense model need not know its precision, nor that it may be spread over devices.
         """
         half = self.dtype.itemsize < torch.float32.itemsize
         return x.to(self.device, torch.float32 if half else x.dtype)
 
     def _leave(self, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Residuals as they leave; one that a gradient goes through stays as it is, since it may be asked for its gradient."""
+        """Return residuals as they leave; one that requires gradients stays as it is, because its gradient may be asked for."""
         return tuple(x_btd if x_btd.requires_grad else self.leaves(x_btd) for x_btd in residuals)
 
     def fingerprint(self) -> str:
-        """64 hex digits of the weights as they are now and the configuration: equal fingerprints, equal models."""
+        """Return 64 hex digits of the current weights and configuration: equal fingerprints mean equal models."""
         return fingerprint_of(self.model)
 
     def identity(self) -> Identity:
-        """Identity of this model as it is now: its digests, and the facts by which others differ."""
+        """Return the identity of this model as it is now: its digests, and facts that tell how another model differs."""
         with exclusive():
             return identity_of(self.model, self.context)
 
     def found_at(self, adapter: str | None = None) -> str | None:
-        """Path from which this model loads, an adapter merged: its name, or a live one's `name_or_path` where that is the same.
+        """Return the path that this model loads from, an adapter merged: its name, or a live model's `name_or_path`.
 
-        None where there is no such place: the model was made or changed in memory.
+        Returns None if a live model has no path, or differs from the model there because it was made or changed in memory.
         """
         where = getattr(self.model.config, "_name_or_path", None) if self.live else self.name
         if not self.live or not where:
@@ -183,7 +183,7 @@ class DenseModel:
 
     @contextmanager
     def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[DenseRun]:
-        """A run of a batch, once that is checked, with its hooks on the model for as long as it lasts."""
+        """Check a batch and yield its run, with the run's hooks on the model for as long as the context lasts."""
         if self.context is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
         if enter is not None:
@@ -227,11 +227,11 @@ def load_dense(
 ) -> DenseModel:
     """Load a causal LM as a DenseModel: a hub id, a folder, a .gguf file, or a live PreTrainedModel (or PeftModel).
 
-    A live model is left exactly as it is, mode, gradients and hooks included: what runs is a frozen twin that shares its
-    weights, without what torch.compile or DataParallel have put around it (`dtype`, `device_map` and `revision` do not apply; the
-    device is the model's own unless given). Where LoRA weights are merged, from `adapter` or a live PeftModel, it is a copy with
-    weights of its own. With a `device_map` of transformers' ("auto", or a device by module) it is spread over devices, which must
-    hold all of it. Raises DenseModelError.
+    A live model is left exactly as it is, mode, gradients and hooks included: a frozen twin runs, which shares its weights and
+    has no wrapper of torch.compile or DataParallel (`dtype`, `device_map` and `revision` do not apply; the device is the model's
+    own unless given). If LoRA weights are merged, from `adapter` or a live PeftModel, the twin is a copy with its own weights.
+    With a `device_map` of transformers ("auto", or a device by module) the model is spread over devices, which must hold all of
+    it. Raises DenseModelError.
     """
     named = isinstance(model, (str, Path))
     if named:
@@ -241,7 +241,7 @@ def load_dense(
             raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
         loaded, unused = _from_pretrained(name, revision, dtype, device_map)
         with _quiet():
-            found = load_tokenizer(name, revision)  # or why there is none
+            found = load_tokenizer(name, revision)  # the tokenizer, or why there is none
         check_weights(loaded, f"model {name!r}", spread=device_map is not None)
     else:
         model = unwrapped(model)
@@ -269,7 +269,7 @@ def load_dense(
     revision = getattr(loaded.config, "_commit_hash", None) if on_hub else None
     found, damage = found if tokenizer is None else (tokenizer, "")
     dense = DenseModel(loaded, found, name, revision, live=not named, damage=damage)
-    if unused:  # now, because of an encoder there is more to say
+    if unused:  # raised last, because an encoder-decoder model has a clearer error above
         raise unused
     return dense
 
@@ -277,7 +277,7 @@ def load_dense(
 def _from_pretrained(
     name: str, revision: str | None, dtype: torch.dtype, device_map: str | dict[str, Any] | None
 ) -> tuple[Any, DenseModelError | None]:
-    """The model of a hub id, a folder or a .gguf file, and its refusal where it is not all that its files hold."""
+    """Return the model of a hub id, a folder or a .gguf file, and an error if it does not use all weights in its files."""
     from transformers import AutoModelForCausalLM
 
     who, folder = f"model {name!r}", Path(name)
@@ -292,7 +292,7 @@ def _from_pretrained(
             raise DenseModelError(who, "has no *.safetensors", "other weight files can run code: convert with save_pretrained")
     elif file is None and folder.is_file():
         raise DenseModelError(who, "is a file", "give the folder in Hugging Face format, with config.json and *.safetensors")
-    with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a bar that nothing else turns off
+    with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a progress bar with no other switch
         try:
             both: Any = AutoModelForCausalLM.from_pretrained(
                 where, revision=revision, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False,
@@ -301,16 +301,16 @@ def _from_pretrained(
                 **({} if file is None else loading_options(file)),
             )  # fmt: skip
             model, info = both
-        except Exception as error:  # whatever is wrong with files that others wrote, the answer is one line
+        except Exception as error:  # any fault in files that others wrote gets one line
             raise _why_not_loaded(name, who, error) from error
-        if has_adapter(model):  # a hub id
+        if has_adapter(model):  # as of a hub id
             raise is_adapter
         unused = _unused_weights(who, info)
         return model if file is None else as_plain_model(model, who, where, file, revision), unused
 
 
 def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
-    """The refusal of a model that is not all its files hold, if so. Raises DenseModelError where they do not hold all of it."""
+    """Return an error if the files hold weights that are not used, otherwise None. Raises DenseModelError if they lack some."""
     for key, *(found, wanted) in sorted(info["mismatched_keys"]):
         sizes = f"{key} of shape {tuple(found)}, and its config.json asks for {tuple(wanted)}"
         many = len(info["mismatched_keys"])
@@ -334,7 +334,7 @@ def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:
     if "Unrecognized configuration class" in reason:
         rule = "is not a causal language model (transformers has no causal head for its type)"
         return DenseModelError(who, rule, "give a decoder-only model")
-    if "CONVERSION" in reason:  # it refers to a report that is not printed
+    if "CONVERSION" in reason:  # the text refers to a report that is not printed
         rule = "has experts whose weights do not fit together"
         return DenseModelError(who, rule, "its files are incomplete, or config.json is not theirs")
     if Path(name).is_dir():
@@ -365,7 +365,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Tensor) -> Parity:
-    """Resume at every site from another row's residual, a few sites in one batch, its first row starting from its tokens."""
+    """Resume at every site from another row's residual, a few sites in one batch, whose first row starts from its tokens."""
     plain = dense.run(tokens_bt)
     eps = torch.finfo(logits_btv.dtype).eps
     tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * largest(logits_btv)  # half precision: a few roundings of a logit
@@ -375,7 +375,7 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
         sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
         site_b = torch.tensor([EMBEDDING, *sites, *[EMBEDDING] * (PROBE_ROWS - 1 - len(sites))])
-        other_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # whose logits a row should give
+        other_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # the row whose logits each should give
         x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), other_b.tolist(), strict=True)])
         error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[other_b]
         bystander = largest(error_btv[site_b == EMBEDDING])
@@ -391,13 +391,13 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
 
 
 def _resumes_alone(dense: DenseModel, tokens_bt: Tensor, tolerance: float) -> bool:
-    """Whether blocks that every row enters behind can be left out: at the last site, and half way there."""
+    """Return whether blocks can be skipped if every row enters after them; tested at the last site, and half way there."""
     plain = dense.run(tokens_bt)
     dense._hands_on = True
     for site in (dense.n_sites // 2, dense.n_sites - 1):
         try:
             logits_btv = dense.run(tokens_bt, Enter.at(site, plain.residuals[site])).logits_btv
-        except (AttributeError, TypeError, IndexError, KeyError, RuntimeError):  # whatever a model wants of its blocks
+        except (AttributeError, TypeError, IndexError, KeyError, RuntimeError):  # the model needs its blocks run
             return False
         if not largest(logits_btv - plain.logits_btv) <= tolerance:
             return False

@@ -1,4 +1,4 @@
-"""One run of a dense model under way: what its hooks do with the rows that enter, and the residuals that they see.
+"""One run of a dense model: what its hooks do with the rows that enter, and the residuals that they record.
 
 Shape legend: b batch row, t token, d width of the residual stream.
 """
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from bridge.huggingface.site_discovery import DenseBlock, first_tensor, output_tensor, with_first_tensor, with_output_tensor
 from bridge.models.residual import EMBEDDING, Enter
 
-# Hooks are on the model while a run is under way, so one run at a time; a run inside a run is left alone by the outer's hooks.
+# The hooks are on the model during a run, so there is one run at a time; the hooks of an outer run ignore a run inside it.
 _ONE_AT_A_TIME = threading.RLock()
 under_way: list[DenseRun] = []
 
 
 def exclusive() -> AbstractContextManager[Any]:
-    """While it lasts no other thread runs a dense model: for whoever puts hooks of its own on one."""
+    """Return a context in which no other thread runs a dense model, for code that puts its own hooks on one."""
     return _ONE_AT_A_TIME
 
 
 class Reached(Exception):
-    """The site behind which nothing was asked for."""
+    """Raised to stop a run at the last site that was asked for."""
 
 
 class DenseRun:
-    """One run under way: the rows that enter, sorted by site so that those of a site are one slice, and the residuals seen."""
+    """One run: the rows that enter, sorted by site so that the rows of a site are one slice, and the recorded residuals."""
 
     def __init__(
         self, enter: Enter | None, n_sites: int, device: torch.device, until: int | None = None, *, hands_on: bool = False
     ) -> None:
         self.residuals: dict[int, Tensor] = {}
         self.until = until
-        self.first = int(enter.site_b.min()) if enter is not None and hands_on else EMBEDDING  # site that every row enters by
+        self.first = int(enter.site_b.min()) if enter is not None and hands_on else EMBEDDING  # earliest site that a row enters at
         self._none_btd = None if enter is None else enter.x_btd[:0]
         self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
         if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
@@ -49,19 +49,19 @@ class DenseRun:
             self._given_btd = enter.x_btd[self._row_b]
 
     def trace(self, n_sites: int) -> tuple[Tensor, ...]:
-        """The residuals at the first sites; none of any row where the run did not come by."""
+        """Return the residuals at the first n_sites sites, without rows at a site that the run did not pass."""
         given = (self.residuals.get(site, self._none_btd) for site in range(n_sites))
         return tuple(x_btd for x_btd in given if x_btd is not None)
 
     def saw(self, site: int, x_btd: Tensor) -> None:
-        """Keep the residual at a site, and end the run where that is all that was asked for."""
+        """Record the residual at a site, and stop the run if it is the last site that was asked for."""
         self.residuals[site] = x_btd
         if site == self.until:
             raise Reached
 
     @contextmanager
     def handing_on(self, block: DenseBlock) -> Iterator[None]:
-        """The block does nothing in this run, for as long as it lasts."""
+        """Make the block pass its input on unchanged in this run, for as long as the context lasts."""
         module, mine = block.module, vars(block.module).get("forward")
         usual = module.forward
 
@@ -78,31 +78,31 @@ class DenseRun:
                 module.forward = mine
 
     def anyone_enters(self, site: int) -> bool:
-        """Whether a row enters at a site."""
+        """Return whether a row enters at a site."""
         return self._bounds[site] < self._bounds[site + 1]
 
     def place(self, site: int, x_btd: Tensor) -> Tensor:
-        """x_btd with the rows that enter at the site in place."""
+        """Return x_btd with the rows that enter at the site replaced by their residuals."""
         if not self.anyone_enters(site):
             return x_btd
         here = slice(self._bounds[site], self._bounds[site + 1])
         row_b = self._row_b[here].to(x_btd.device)  # a model may be spread over devices
-        return x_btd.index_copy(0, row_b, self._given_btd[here].to(x_btd))  # not in place: autograd, records
+        return x_btd.index_copy(0, row_b, self._given_btd[here].to(x_btd))  # not in place: autograd and records need x_btd
 
     def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Pre-hook of a block: what enters there, or at its middle, takes the place of what it was given."""
+        """Pre-hook of a block: the residuals of rows that enter there, or at its middle, replace its input."""
         if under_way[-1] is not self:
             return None
         given_btd = first_tensor(args, kwargs)
         self._shape = given_btd.shape
         x_btd = self.place(site, given_btd)
         self.saw(site, x_btd)
-        if has_middle:  # what the first sublayer makes of the rows that enter after it is taken back by `after_writer`
+        if has_middle:  # `after_writer` cancels what the first sublayer writes to rows that enter after it
             x_btd = self.place(site + 1, x_btd)
         return None if x_btd is given_btd else with_first_tensor(args, kwargs, x_btd)
 
     def after_writer(self, site: int, sums: bool, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        """Hook of a first sublayer's writer: takes back what it wrote to rows that enter behind it."""
+        """Hook of a first sublayer's writer: cancel what it wrote to rows that enter after it."""
         if under_way[-1] is not self:
             return None
         written = output_tensor(output)
@@ -114,12 +114,12 @@ class DenseRun:
         return with_output_tensor(output, placed.reshape(written.shape))
 
     def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of a second sublayer's reader: sees the residual."""
+        """Pre-hook of a second sublayer's reader: record the residual."""
         if under_way[-1] is self:
             self.saw(site, self._by_row(first_tensor(args, kwargs)))
 
     def after_last(self, site: int, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        """Hook of the last block: what enters at the last site takes the place of its output."""
+        """Hook of the last block: the residuals of rows that enter at the last site replace its output."""
         if under_way[-1] is not self:
             return None
         x_btd = self.place(site, output_tensor(output))
@@ -127,5 +127,5 @@ class DenseRun:
         return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """x_btd, also where a model has flattened it to tokens (OPT); x itself where not, so that gradients reach it."""
+        """Return x_btd, reshaped if a model has flattened it to tokens (OPT), otherwise x itself, so that gradients reach it."""
         return x if x.shape == self._shape else x.reshape(self._shape)

@@ -1,9 +1,9 @@
 """The one idea: a transformer is `embed`, a list of residual sublayers, and `unembed`; and there is one way to run it.
 
 A *site* is the index of the sublayer that reads the residual stream there; the last site is read by `unembed`. `run` takes a
-batch from the embedding to the logits, and any row may *enter* at any site with a residual of its own. In the plain forward no
-row enters; resuming at site k is every row entering at k; a hybrid pass (paper, section 2.3) is one model's residual, mapped,
-entering the other; steering is a changed residual entering the model that it came from.
+batch from the embedding to the logits, and any row may *enter* at any site with its own residual. In the plain forward pass no
+row enters. To resume at site k, every row enters at k. In a hybrid pass (paper, section 2.3) one model's residual, mapped, enters
+the other model. In steering a changed residual enters the model that it came from.
 
 Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
 """
@@ -17,14 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-EMBEDDING = -1  # the "site" of a row that enters nowhere: it starts from its tokens
+EMBEDDING = -1  # the "site" of a row that does not enter: it starts from its tokens
 
 
 @dataclass(frozen=True)
 class Enter:
     """The site and residual with which each row of a batch enters a model.
 
-    site_b is int64 on the CPU, EMBEDDING for rows that start from their tokens; x_btd is ignored for those.
+    site_b is int64 on the CPU, EMBEDDING for rows that start from their tokens; x_btd is ignored for those rows.
     """
 
     site_b: Tensor
@@ -42,9 +42,9 @@ class Enter:
 
 @dataclass(frozen=True)
 class Trace:
-    """The result of a run: logits_btv of every row, and the residual at every site of the rows that were there.
+    """The result of a run: logits_btv of every row, and the residuals at every site.
 
-    residuals[site] holds the rows that had entered by that site, in the order in which they enter (sorted by site, stably).
+    residuals[site] of `run` holds the rows that entered by then, sorted stably by site; a dense model's holds all rows, unsorted.
     """
 
     logits_btv: Tensor
@@ -81,10 +81,10 @@ def run(
     tokens_bt: Tensor,
     enter: Enter | None = None,
 ) -> Trace:
-    """Run tokens_bt through embed, sublayers and unembed, each row from where it enters; rows are only computed from there on.
+    """Run tokens_bt through embed, sublayers and unembed; each row is computed only from the site where it enters.
 
     `embed(tokens_bt)` and every `sublayer(x_btd)` return the residual stream, `unembed(x_btd, tokens_bt)` the logits_btv.
-    Raises ValueError where an entry names a site that the model has not.
+    Raises ValueError if a row enters at a site that the model does not have.
     """
     if enter is None:
         x_btd = embed(tokens_bt)
@@ -95,8 +95,8 @@ def run(
         return Trace(unembed(x_btd, tokens_bt), tuple(residuals))
 
     check_sites(enter, len(sublayers) + 1)
-    # How many rows have entered by each site. Rows are taken in the order in which they enter, so that those under way are
-    # always the first ones; a batch that comes in this order is not copied.
+    # The number of rows that have entered by each site. Rows are sorted by where they enter, so the rows under way are always
+    # the first ones; a batch that is sorted already is not copied.
     entered = [int((enter.site_b <= site).sum()) for site in range(EMBEDDING, len(sublayers) + 1)]
     order_b = None
     given_btd = enter.x_btd
@@ -117,14 +117,14 @@ def run(
 
 
 def _join(x_btd: Tensor, given_btd: Tensor) -> Tensor:
-    """Both tensors concatenated, in the memory layout of x_btd: torch.cat would store innermost tokens the other way round."""
+    """Return both tensors concatenated in the memory layout of x_btd, because torch.cat would not keep tokens innermost."""
     if x_btd.stride(1) == 1 and not x_btd.is_contiguous():
         return torch.cat([x_btd.transpose(1, 2), given_btd.transpose(1, 2)]).transpose(1, 2)
     return torch.cat([x_btd, given_btd])
 
 
 def check_sites(enter: Enter, n_sites: int) -> None:
-    """Raise ValueError where a row enters at a site that does not exist."""
+    """Raise ValueError if a row enters at a site that does not exist."""
     low, high = int(enter.site_b.min()), int(enter.site_b.max())
     if low < EMBEDDING or high >= n_sites:
         wrong = low if low < EMBEDDING else high

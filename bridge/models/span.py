@@ -1,15 +1,15 @@
-"""A span: some blocks of a dense model, and the sparse model that is coupled to these alone.
+"""A span: some blocks of a dense model, and the sparse model that is coupled to these blocks only.
 
-With blocks a to b of the dense model, sites 0 ... N are those in the span: 0 is where block a reads, N what block b - 1 leaves.
+For blocks a to b - 1 of the dense model, sites 0 ... N are those in the span: block a reads at site 0, block b - 1 writes to N.
 
     dense     embed = the dense model up to site 0;  sublayers = its own;  unembed = the rest of it, to the logits
-    sparse    embed = f_0 of the dense residual at site 0;  sublayers = sparse;  unembed = the rest of the dense model, of g_N(x)
+    sparse    embed = f_0 of the dense residual at site 0;  sublayers = sparse;  unembed = the rest of the dense model, on g_N(x)
 
-Both are residual models like any other. What is before and behind is run by the dense model itself, not approximated; gradients
-flow through what is behind. An explanation begins with the encoder's channels at site 0.
+Both are residual models like any other. The dense model itself runs the blocks before and after the span, without approximation;
+gradients flow through the blocks after it. An explanation begins with the encoder's channels at site 0.
 
-What is frozen is computed once: the dense residual at site 0 of a row of tokens, and at the model's last site, from which its
-answers follow by the unembedding alone, are remembered as they are, up to REMEMBERED bytes, the oldest forgotten first.
+The frozen dense residuals of a row of tokens are computed once: those at site 0 and at the model's last site, from which the
+unembedding alone gives the answers, are cached, up to REMEMBERED bytes, and the oldest are dropped first.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -31,11 +31,11 @@ from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import blocks_of
 
-REMEMBERED = 1 << 30  # bytes of dense residuals
+REMEMBERED = 1 << 30  # bytes of cached dense residuals
 
 
 class DenseSpan(DenseModel):
-    """The blocks first to last - 1 of a dense model, as a residual model whose first site is where the first of them reads."""
+    """Blocks first to last - 1 of a dense model, as a residual model; the first of these blocks reads at its first site."""
 
     def __init__(self, whole: DenseModel, first: int, last: int) -> None:
         self.__dict__.update(vars(copy(whole)))  # the same model, loaded and checked already
@@ -50,7 +50,7 @@ class DenseSpan(DenseModel):
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Kind of sublayer that reads at each site; behind the last of them, the rest of the model."""
+        """Kind of sublayer that reads at each site; at the last site, the rest of the model."""
         return (*self.sublayers, "rest")
 
     @property
@@ -59,11 +59,11 @@ class DenseSpan(DenseModel):
         return f"{self.first_block}:{self.first_block + len(self.blocks)}"
 
     def prefix(self, tokens_bt: Tensor) -> Tensor:
-        """x_btd at site 0."""
+        """Return x_btd at site 0."""
         return torch.stack([known[0] for known in self._known(tokens_bt)])
 
     def run(self, tokens_bt: Tensor, enter: Enter | None = None, *, last_only: bool = False) -> Trace:
-        """Run a batch as the whole model does, rows that enter nowhere from what is remembered of them."""
+        """Run a batch as the whole model does; rows that do not enter start from their cached residuals."""
         if enter is not None:
             check_sites(enter, self.n_sites)
             site_b, x_btd = enter.site_b, enter.x_btd
@@ -88,12 +88,12 @@ class DenseSpan(DenseModel):
 
     @torch.no_grad()
     def _known(self, tokens_bt: Tensor) -> list[list[Tensor]]:
-        """Residuals remembered of each row, that at site 0 at the least."""
+        """Return the cached residuals of each row, at least the one at site 0, which is computed if it is missing."""
         with exclusive():
             device = self.device.type
             products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             state = (products, *(source_of(weight) for weight in self.model.parameters()))
-            if state != self._state:  # the weights are another model's now, or their products are
+            if state != self._state:  # the weights, or the dtype of their products, have changed
                 self._state = state
                 self._remembered.clear()
             keys = [row.tobytes() for row in tokens_bt.detach().cpu().long().contiguous().numpy()]
@@ -110,7 +110,7 @@ class DenseSpan(DenseModel):
 
 
 def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
-    """The dense model that a recipe's sparse model is coupled to: a span of it, or the whole. Raises RecipeError."""
+    """Return the dense model that a recipe's sparse model is coupled to: a span, or the whole. Raises RecipeError."""
     whole = dense.whole if isinstance(dense, DenseSpan) else dense
     if blocks is None:
         return whole
@@ -121,9 +121,9 @@ def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Beginning and end of a sparse span: a dense span, x_bts of its residual at the first site, and h_btd at the last one.
+    """Beginning and end of a sparse span: a dense span, the encoder at the first site, and the decoder at the last site.
 
-    No part of its weights, and shared by its copies.
+    They are not part of the sparse span's weights, and its copies share them.
     """
 
     dense: DenseSpan
@@ -135,14 +135,14 @@ class _Ends:
 
 
 class SparseSpan(SparseTransformer):
-    """The sparse model of a span: begins with the first bridge's encoder, and ends with the last one's decoder and the rest of
-    the dense model. It has no weights for either.
+    """The sparse model of a span: it begins with the first bridge's encoder, and ends with the last bridge's decoder and the rest
+    of the dense model. It has no weights of its own for either.
     """
 
     _ends: _Ends | None = None
 
     def join(self, dense: DenseSpan, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> SparseSpan:
-        """The model, begun and ended by a dense span and its bridges; a copy that shares its weights if it has others already."""
+        """Return the model with these ends (encoder and decoder of the bridges); a weight-sharing copy if it has other ends."""
         ends = _Ends(dense, encode, decode)
         joined = self if self._ends in (None, ends) else copy(self)
         joined._ends = ends
@@ -150,23 +150,23 @@ class SparseSpan(SparseTransformer):
 
     @property
     def ends(self) -> _Ends:
-        """The dense span and the maps. Raises ValueError before there are any."""
+        """The dense span and the two maps. Raises ValueError before `join`."""
         if self._ends is None:
             raise ValueError("a span's sparse model runs within a coupling, which gives it its dense model and bridges")
         return self._ends
 
     @property
     def narrow_from(self) -> int:
-        """No site: behind the span the dense model's attention reads every position."""
+        """The number of sites, which is no site: after the span the dense model's attention reads every position."""
         return self.n_sites
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
-        """x_bts: what the encoder makes of the dense residual at site 0."""
+        """Return x_bts, the encoded dense residual at site 0."""
         x_bts = self.ends.encode(self.ends.dense.prefix(tokens_bt).float())
         return tokens_inside(x_bts) if self.compact else x_bts
 
     def read_scale(self, site: int, x_bts: Tensor) -> Tensor:
-        """scale_bt1 of a sublayer's norm; 1 where the dense model reads what is decoded."""
+        """Return scale_bt1 of a sublayer's norm; 1 at the last site, where the dense model reads the decoded residual."""
         return torch.ones_like(x_bts[..., :1]) if site == self.n_sites - 1 else super().read_scale(site, x_bts)
 
     def _unembed(self, x_bts: Tensor, tokens_bt: Tensor, *, last_only: bool) -> Tensor:

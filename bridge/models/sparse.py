@@ -5,18 +5,18 @@
     MLP:        r = K(norm x);  a = K(gelu(W_up r + b));   x += K(W_down a + b)
     logits = U norm(x) + b + B[token]                                  bigram table B, dense
 
-K is AbsTopK, which keeps a quarter of the values; `norm` is RMSNorm without a gain (a gain would be absorbed by the weights).
-That is the plain block. What the dense model's blocks have beyond it (`recipe.BlockShape`, found by `anatomy`) these have too:
+K is AbsTopK, which keeps a quarter of the values by default; `norm` is RMSNorm without a gain (the weights would absorb a gain).
+This is the plain block. If the dense model's blocks have more (`recipe.BlockShape`, found by `anatomy`), these have it too:
 gated MLPs, g = K(act(W_gate r + b)), a = K(g (W_up r + b)); heads that share keys and values; rotary positions at any frequency,
-windows, ALiBi; soft caps; norms with gains of q and k, or of what is written; reads without a norm.
-`attend` has a sink per head (`sparse_blocks`). Where the dense model's blocks are parallel, so are these: both halves read the
-same x. Which weights are nonzero is decided by the projection (`sparse_weights`).
+windows, ALiBi; soft caps; norms with gains on q and k, or on each sublayer's write; sublayers that read without a norm.
+`attend` has a sink per head (`sparse_blocks`). If the dense model's blocks are parallel, so are these: both halves read the same
+x. The projection decides which weights are nonzero (`sparse_weights`).
 
-A matrix may be held by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
+A matrix may be stored by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
 place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
 
-Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`: recording, mean ablation, masks
-and steering are gates, and the identity gate is the model itself.
+Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. Recording, mean ablation, masks
+and steering are gates; with the identity gate the model is unchanged.
 
 Shape legend: b batch row, t token, s residual width, n nodes of a location, h heads, c channels of a head, v vocabulary.
 """
@@ -80,7 +80,7 @@ class SparseTransformer(Heads, SparseWeights):
         self.neurons = form.neurons or (shape.mlp_ratio or 4) * width
         self.heads_of_queries = form.heads or width // channels
         self.heads_of_keys = form.kv_heads or self.heads_of_queries
-        self.group = self.heads_of_queries // self.heads_of_keys  # query heads that share keys and values
+        self.group = self.heads_of_queries // self.heads_of_keys  # query heads per key and value head
         entries = vocabulary if shape.blocks is None else 0  # a span (`span`) begins and ends with the dense model
         self.embedding = nn.Parameter(torch.empty(entries, width))
         self.positions = nn.Parameter(torch.empty(context, width)) if shape.positions == "learned" else None
@@ -96,7 +96,7 @@ class SparseTransformer(Heads, SparseWeights):
         self.values = nn.ParameterDict()
         self.compact: dict[str, Compact] = {}
         self._thresholds: dict[str, float | None] = {}
-        if not self.embedding.is_meta:  # on the meta device there are shapes alone
+        if not self.embedding.is_meta:  # the meta device has only shapes
             self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -114,7 +114,7 @@ class SparseTransformer(Heads, SparseWeights):
                     deviation = 0.5
                 parameter.normal_(0, deviation, generator=generator)
             if self.bigram:
-                self.bigram[0].zero_()  # the table starts at nothing; with a low rank the other factor gives it gradient
+                self.bigram[0].zero_()  # the table starts at zero; at low rank the other factor gives this one a gradient
 
     @property
     def n_sites(self) -> int:
@@ -127,7 +127,7 @@ class SparseTransformer(Heads, SparseWeights):
         return self.shape.keep or 0.25
 
     def locations(self) -> dict[Location, int]:
-        """Every node location in the order of the computation, with its number of nodes."""
+        """Return every node location in the order of the computation, with its number of nodes."""
         kinds = {"attn": ATTENTION_KINDS, "mlp": mlp_kinds(self.form.gated)}
         kinds["parallel"] = kinds["attn"] + kinds["mlp"]
         return {Location(layer, kind): self._size(kind) for layer, _, part in self._parts() for kind in kinds[part]}
@@ -139,11 +139,11 @@ class SparseTransformer(Heads, SparseWeights):
 
     @property
     def matrices(self) -> dict[str, tuple[str, str]]:
-        """Kinds of node that a block's matrices read and write, by name."""
+        """Node kinds that each of a block's matrices reads and writes, by the matrix's name."""
         return matrices(self.form.gated)
 
     def site(self, location: Location) -> int:
-        """The site that the location's sublayer reads; its writes arrive at the next one."""
+        """Return the site at which the location's sublayer reads; what it writes arrives at the next site."""
         parts = ("attn" if location.kind in ATTENTION_KINDS else "mlp", "parallel")
         return next(site for layer, site, part in self._parts() if layer == location.layer and part in parts)
 
@@ -159,13 +159,13 @@ class SparseTransformer(Heads, SparseWeights):
     ) -> Trace:
         """Run a batch, each row from where it enters, every node through `gate`; see `residual.run` for the contract.
 
-        `correct((site, error), x_bts)` is what becomes of the stream where it arrives at a site, and of the logits, whose site is
-        the number of sites; a row that enters at a site is not corrected there.
+        `correct(Location(site, "error"), x_bts)` returns the residual stream that replaces x_bts on arrival at a site, and also
+        the logits, whose site is the number of sites; a row that enters at a site is not corrected there.
 
-        With last_only the logits are those of the last position alone (b1v), which spares a search the vocabulary's products.
-        With narrow, also, whatever comes after the last keys and values is computed at that position alone: so are the nodes
-        that the gate sees there, and the residuals of the sites from `narrow_from` on, at which rows then enter alike. Raises
-        ValueError where the rows are longer than the context of learned positions.
+        With last_only the logits are those of the last position only (b1v), which saves a search the vocabulary's products. With
+        narrow, in addition, all that follows the last keys and values is computed at that position only: the gate sees only that
+        position, and from site `narrow_from` on residuals, entering ones too, have only that position. Raises ValueError if rows
+        are longer than the context of learned positions.
         """
         if self.positions is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the sparse model's context of {self.context}")
@@ -188,23 +188,23 @@ class SparseTransformer(Heads, SparseWeights):
 
     @property
     def narrow_from(self) -> int:
-        """The first site from which on only the last position can change what follows it: behind the last attention."""
+        """First site from which on only the last position can change the last logits: the site after the last attention."""
         return 1 + max(site for site, kind in enumerate(self.sublayer_kinds) if kind != "mlp")
 
     def sublayer(self, site: int, gate: Gate = identity_gate, *, last_only: bool = False) -> Callable[[Tensor], Tensor]:
-        """The sublayer that reads `site`: x_bts -> x_bts with what it writes added; with last_only, x_b1s of the last token."""
+        """Return the sublayer that reads at `site`: x_bts -> x_bts plus its write; with last_only, x_b1s of the last token."""
         layer, part = next((layer, part) for layer, other, part in self._parts() if other == site)
         return partial(self._sublayer, layer, part, gate, last_only)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
-        """logits_btv of a plain run."""
+        """Return logits_btv of a plain run."""
         return self.run(tokens_bt).logits_btv
 
     @torch.no_grad()
     def generate(self, tokens_bt: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
-        """tokens_bt with `count` more: the likeliest ones, or drawn at a temperature; beyond its context it sees the last tokens.
+        """Return tokens_bt with `count` more, the likeliest or drawn at a temperature, each from the last `context` tokens.
 
-        Raises ValueError for rows without a token, which leave nothing to go on from.
+        Raises ValueError for rows without a token, which give nothing to continue from.
         """
         if not tokens_bt.shape[1]:
             raise ValueError("there is no token to go on from; give rows of at least one")
@@ -219,7 +219,7 @@ class SparseTransformer(Heads, SparseWeights):
         return tokens_bt
 
     def column_nodes(self, name: str) -> Tensor:
-        """node_i that each column of a block's matrix reads: of "o" several read the same value, where heads share them."""
+        """Return node_i that each column of a block's matrix reads; several columns of "o" read one value if heads share it."""
         source = self.matrices[name][0]
         column_i = torch.arange(self._size("q" if name == "o" else source), device=self.device)
         if name != "o":
@@ -229,14 +229,14 @@ class SparseTransformer(Heads, SparseWeights):
     # -- the computation, in its order ----------------------------------------------------------------------------------
 
     def _parts(self) -> Iterator[tuple[int, int, str]]:
-        """(block, site, kind) of every sublayer."""
+        """Yield (block, site, kind) of every sublayer."""
         layer = -1
         for site, kind in enumerate(self.sublayer_kinds):
             layer += kind != "mlp"
             yield layer, site, kind
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
-        """x_bts of the tokens, with their positions."""
+        """Return x_bts of the tokens, with learned positions added if there are any."""
         matrix = self.by_nonzeros("embedding", self.embedding)
         x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
@@ -253,7 +253,7 @@ class SparseTransformer(Heads, SparseWeights):
         return self._map(f"blocks.{layer}.{name}", getattr(self._block(layer), name), x_btn)
 
     def _written(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
-        """Nodes that a matrix writes: through a norm with a gain, where their kind has one."""
+        """Return the nodes that a matrix writes, after a norm with a gain if their kind has one."""
         kind, y_btn = MATRICES[name][1], self._mapped(layer, name, x_btn)
         y_btn = y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
         return self._node(layer, kind, gate, y_btn)
@@ -265,15 +265,15 @@ class SparseTransformer(Heads, SparseWeights):
         return self.attended(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
 
     def attended(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
-        """attn_out nodes of what the heads moved."""
+        """Return the attn_out nodes from the heads' outputs z_btn."""
         return self._written(layer, "o", gate, z_btn)
 
     def has_norm(self, layer: int, kind: str) -> bool:
-        """Whether what linear maps give goes through a norm with a gain on its way to nodes of a kind."""
+        """Return whether there is a norm with a gain between a linear map and the nodes of a kind that it writes."""
         return kind in self._block(layer).gains
 
     def after_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
-        """scale_btn by which that norm multiplies each channel."""
+        """Return scale_btn, by which the norm with a gain before nodes of a kind multiplies each channel of y_btn."""
         gain_n, y_btn = self._block(layer).gains[kind], y_btn if y_btn.dtype == torch.float64 else y_btn.float()
         if kind in HEAD_KINDS and self.form.qk_norm == "head":
             y_bthc = y_btn.unflatten(-1, (-1, self.channels))
@@ -290,11 +290,11 @@ class SparseTransformer(Heads, SparseWeights):
         return self._written(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
 
     def activation(self, x_btn: Tensor) -> Tensor:
-        """The MLP's nonlinearity."""
+        """Apply the MLP's nonlinearity."""
         return ACTIVATIONS[self.form.activation](x_btn)
 
     def read_scale(self, site: int, x_bts: Tensor) -> Tensor:
-        """scale_bt1 by which what a site's sublayer (or the unembedding) reads is multiplied: the norm's, or 1 without one."""
+        """Return scale_bt1, the factor on the input of a site's sublayer (or the unembedding): the norm's, or 1 without one."""
         normed_here = self.form.reads_normed or site == self.n_sites - 1
         return norm_scale(x_bts, self.form.eps) if normed_here else torch.ones_like(x_bts[..., :1])
 
@@ -316,7 +316,7 @@ class SparseTransformer(Heads, SparseWeights):
         return logits_btv if entry_btv is None else logits_btv + entry_btv
 
     def bigram_entries(self, tokens_bt: Tensor) -> Tensor | None:
-        """entry_btv of the bigram table, which the logits have added; None where there is no table."""
+        """Return entry_btv of the bigram table, which is added to the logits; None if there is no table."""
         if self.shape.bigram == "full":
             return F.embedding(tokens_bt, self.bigram[0])
         if self.shape.bigram == "low-rank":
@@ -324,10 +324,10 @@ class SparseTransformer(Heads, SparseWeights):
         return None
 
     def uncapped(self, x_bts: Tensor) -> Tensor:
-        """logits_btv of the last residual, before a soft cap and without the bigram table."""
+        """Return logits_btv of the last residual, before a soft cap and without the bigram table."""
         return self._map("unembedding", self.unembedding, norm(x_bts, self.form.eps))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Logits through the soft cap, where there is one."""
+        """Return logits after the soft cap, if there is one."""
         cap = self.form.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()

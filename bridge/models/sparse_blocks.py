@@ -1,8 +1,8 @@
-"""Blocks of the weight-sparse transformer: their maps and nonlinearities, and attention as their heads do it (see `sparse`).
+"""Blocks of the weight-sparse transformer: their linear maps, nonlinearities and attention heads (see `sparse`).
 
-`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU that is a kernel of our own
-(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel stand for it, so that the fused causal
-kernels still apply.
+`attend` has a sink per head: a learnt logit in the softmax denominator. On a CPU our own kernel computes it
+(`kernels/attention`); elsewhere a dummy first position and one extra query/key channel represent the sink, so that the fused
+causal kernels still apply.
 
 Shape legend: b batch row, t token, s residual width, n nodes of a location, h query heads, g heads of keys and values,
 c channels of a head.
@@ -31,12 +31,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def norm_scale(x_bts: Tensor, eps: float = 1e-6) -> Tensor:
-    """scale_bt1, by which RMSNorm multiplies a residual."""
+    """Return scale_bt1, by which RMSNorm multiplies a residual."""
     return torch.rsqrt(x_bts.square().mean(-1, keepdim=True) + eps)
 
 
 def norm(x_bts: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a gain, in float32; under autocast its result is handed on in the type that dense products compute in."""
+    """Return RMSNorm without a gain, in float32; under autocast in the dtype of dense products, unless tokens are innermost."""
     r_bts = normed(x_bts, partial(norm_scale, eps=eps))
     device = x_bts.device.type
     wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
@@ -44,17 +44,17 @@ def norm(x_bts: Tensor, eps: float) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map, through its nonzeros where it is given them; a module either way, so that hooks see what it reads."""
+    """A linear map, computed by its nonzeros if it is given them; a module in both cases, so that hooks see its input."""
 
     matrix: Compact | None = None
 
     def reset_parameters(self) -> None:
-        """Fill a map that has any outputs, before the model gives it weights."""
+        """Initialise a map that has any outputs, before the model gives it weights."""
         if self.out_features:
             super().reset_parameters()
 
     def forward(self, x_btn: Tensor) -> Tensor:
-        """y_btm."""
+        """Return y_btm."""
         return super().forward(x_btn) if self.matrix is None else sparse_linear(x_btn, self.matrix, self.bias)
 
 
@@ -86,7 +86,7 @@ class Heads(nn.Module):
     blocks: nn.ModuleList
 
     def pattern(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
-        """Attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, the rest goes to the sink."""
+        """Return attention pattern_bhtt of a block from its q and k nodes: rows sum to at most 1, and the sink takes the rest."""
         score_bhtt = self.scores(layer, q_btn, k_btn)
         place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
         distance_tt = place_t[:, None] - place_t
@@ -97,7 +97,7 @@ class Heads(nn.Module):
         return torch.cat([sink_bht1, score_bhtt], -1).softmax(-1)[..., 1:]
 
     def scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
-        """score_bhtt of a block's q and k nodes, also of what no query sees."""
+        """Return score_bhtt of a block's q and k nodes, including keys that the query does not attend to."""
         q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
         score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
         if alibi_h := self._attention_shape(layer).slopes:
@@ -107,12 +107,12 @@ class Heads(nn.Module):
         return score_bhtt if cap is None else cap * (score_bhtt / cap).tanh()
 
     def score_gradient(self, score: Tensor) -> Tensor:
-        """D score / d (q . k / root of the channels), of scores as they are: 1 but for a soft cap."""
+        """Return d score / d (q . k / sqrt(channels)) at the given scores: 1 without a soft cap."""
         cap = self.form.score_cap
         return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
 
     def shared(self, x_bgtc: Tensor) -> Tensor:
-        """x_bhtc for every query head, of what `heads` gave of keys or values."""
+        """Return x_bhtc for every query head, from keys or values as `heads` returns them."""
         return x_bgtc if self.group == 1 else x_bgtc.repeat_interleave(self.group, 1)
 
     def _attention_shape(self, layer: int) -> AttentionShape:
@@ -123,21 +123,21 @@ class Heads(nn.Module):
         return self._attention_shape(layer).window or tokens
 
     def sinks(self, layer: int) -> Tensor:
-        """sink_h of a block's heads; of a model without sinks logits that take nothing."""
+        """Return sink_h of a block's heads; for a model without sinks, logits that take no attention."""
         sink_h = self._block(layer).sinks
         return sink_h if self.shape.sinks else torch.full_like(sink_h, NEVER)
 
     def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
-        """x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate, rotated by position where positions are rotary."""
+        """Return x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate, rotated by position if positions are rotary."""
         x_bhtc = x_btn.unflatten(-1, (-1, self.channels)).transpose(1, 2)
         return self._rotated(layer, x_bhtc, 1) if rotate else x_bhtc
 
     def nodes(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
-        """x_btn of what `heads` gave: its inverse, which also takes gradients of heads to gradients of nodes."""
+        """Return x_btn from x_bhtc: the inverse of `heads`, which also maps gradients of heads to gradients of nodes."""
         return (self._rotated(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
 
     def frequencies(self, layer: int) -> tuple[float, ...]:
-        """Radians a token by which channel i of a head turns with channel i + their number; the other channels stay."""
+        """Return radians per token by which channels i and i + n of a head rotate, n values; other channels do not rotate."""
         if self.shape.positions != "rotary":
             return ()
         if self.form.attention:
@@ -162,7 +162,7 @@ class Heads(nn.Module):
         plain = self.form.score_cap is None and not shape.slopes and self._window(layer, tokens) >= tokens
         fused = plain and q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
         if earlier and (turns or not fused):
-            q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # whose queries are not used
+            q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # the added queries are not used
             return self._attend(layer, q_btn, k_btn, v_btn)[:, earlier:]
         if not plain:  # no fused kernel has these scores
             pattern_bhtt = self.pattern(layer, q_btn, k_btn).to(v_btn.dtype)
@@ -178,8 +178,8 @@ class Heads(nn.Module):
         if sink_h is None:
             z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)
             return z_bhtc.transpose(1, 2).flatten(2)
-        # A dummy token in front, seen by everyone: value 0, and a key whose only nonzero is the sink logit in an extra channel,
-        # where every query has 1. Eight extra channels, because the fused kernels want head widths that are multiples of 8.
+        # A dummy first token that every query sees has value 0, and a key whose only nonzero is the sink logit, in an extra
+        # channel that is 1 in every query. Eight channels are added, because the fused kernels need multiples of 8.
         q_bhtc, k_bhtc, v_bhtc = (F.pad(x, (0, 8, 1, 0)) for x in (q_bhtc, k_bhtc, v_bhtc))
         extra_c = torch.zeros(channels + 8, dtype=q_bhtc.dtype, device=q_bhtc.device)
         extra_c[channels] = 1

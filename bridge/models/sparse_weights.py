@@ -1,5 +1,5 @@
-"""Which weights of the sparse transformer are nonzero: the L0 projection (Gao et al. 2025, section 2.1 and appendix A), what is
-kept as training goes on, and matrices held by their nonzeros.
+"""Which weights of the sparse transformer are nonzero: the L0 projection (Gao et al. 2025, section 2.1 and appendix A), the
+fraction kept during training, and matrices stored by their nonzeros.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from bridge.recipe import RecipeError, Sparsity, kept_fraction, n_kept
 
 @dataclass(frozen=True)
 class Fractions:
-    """Fraction of a matrix's weights that stays: of a block's, and of embedding, positions and unembedding."""
+    """Fractions of each matrix's weights that stay: for the blocks, and for embedding, positions and unembedding."""
 
     blocks: float
     embed: float
 
     @staticmethod
     def of(fraction: float | Fractions) -> Fractions:
-        """One fraction for every matrix, where one number is given."""
+        """Return fractions for every matrix: those given, or one number for all."""
         return fraction if isinstance(fraction, Fractions) else Fractions(fraction, fraction)
 
     def at(self, name: str) -> float:
-        """Fraction of weights kept for a matrix."""
+        """Return the fraction of weights kept for a matrix."""
         return self.embed if embeds(name) else self.blocks
 
 
 def embeds(name: str) -> bool:
-    """Whether a matrix is no block's: the embedding, the positions or the unembedding."""
+    """Return whether a matrix belongs to no block: the embedding, the positions or the unembedding."""
     return not name.startswith("blocks.")
 
 
 class SparseWeights(nn.Module):
-    """Matrices of which a fraction of the weights stays, by their names."""
+    """Matrices, by name, of each of which a fraction of the weights stays nonzero."""
 
     unembedding: Linear
-    values: nn.ParameterDict  # of matrices that are trained by their nonzeros, in place of the dense ones
+    values: nn.ParameterDict  # nonzeros of matrices that are trained by them, in place of the dense ones
     compact: dict[str, Compact]  # by the name of the matrix
-    _thresholds: dict[str, float | None]  # of the last projection: where the next one looks first
+    _thresholds: dict[str, float | None]  # of the last projection, where the next one looks first
 
     @property
     def device(self) -> torch.device:
@@ -52,35 +52,35 @@ class SparseWeights(nn.Module):
         return self.unembedding.bias.device
 
     def by_nonzeros(self, name: str, weight: Tensor | None) -> Compact | None:
-        """The matrix by its nonzeros, None where it is used as it is; a dense weight that was changed since is packed again."""
+        """Return the matrix by its nonzeros, or None if it is used as it is; a dense weight that has changed is packed again."""
         matrix = self.compact.get(name)
         if matrix is None or weight is None:
             return matrix
         if weight.requires_grad or weight.device.type != "cpu" or weight.dtype != torch.float32:
-            return None  # somebody wants the gradient of the dense one, or it went where there is no kernel
+            return None  # the dense weight needs a gradient, or no kernel serves its device or dtype
         if matrix.source != source_of(weight):
             matrix = self.compact[name] = Compact.of(weight)
         return matrix
 
     def sparse_weights(self) -> dict[str, nn.Parameter]:
-        """The dense matrices that are made sparse: all of them but the bigram table."""
+        """Return the dense matrices that are made sparse: all of them but the bigram table."""
         matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2 and p.numel()}
         return {name: p for name, p in matrices.items() if not name.startswith("bigram")}
 
     def packable(self) -> dict[str, nn.Parameter]:
-        """Matrices that sparse products can serve: all but the positions, on a CPU; none elsewhere."""
+        """Return the matrices that sparse products can serve: all but the positions on a CPU, none on other devices."""
         on_cpu = self.device.type == "cpu"
         return {name: weight for name, weight in self.sparse_weights().items() if on_cpu and name != "positions"}
 
     def biases(self) -> dict[str, nn.Parameter]:
-        """The vectors that may be made sparse: biases of the linear maps, and attention sinks."""
+        """Return the vectors that may be made sparse: biases of the linear maps, and attention sinks."""
         vectors = {name: p for name, p in self.named_parameters() if p.dim() == 1 and not name.startswith("values.")}
         return {name: p for name, p in vectors.items() if p.numel() and ".gains." not in name}
 
     def fractions(self, sparsity: Sparsity) -> Fractions:
-        """Fractions of every matrix that a recipe's L0 keep; a number of weights is one of the matrices that l0 speaks of.
+        """Return the fractions that a recipe keeps; an l0 that is a number counts weights of the matrices that it applies to.
 
-        Raises RecipeError where there are fewer.
+        Raises RecipeError if these have fewer weights.
         """
         apart = sparsity.embed_l0
         counted = sum(count for name, (_, count) in self._sizes().items() if apart is None or not embeds(name))
@@ -88,15 +88,15 @@ class SparseWeights(nn.Module):
         return Fractions(blocks, blocks if apart is None else apart)
 
     def project(self, fraction: float | Fractions, *, biases: bool = False, min_per_neuron: int = 0) -> None:
-        """Keep of every matrix the fraction (up to 1) of the weights that is largest in magnitude, in place.
+        """Keep, in every matrix, the fraction (up to 1) of its weights that are largest in magnitude, in place.
 
-        With min_per_neuron, the largest few weights at the input and at the output side of every neuron and attention channel
-        are kept first, within the same number. Raises RecipeError where that number is too small for them.
+        With min_per_neuron, that many of the largest weights on the input side and on the output side of every neuron and
+        attention channel are kept first, within the same total. Raises RecipeError if the total is too small for them.
         """
         fractions = Fractions.of(fraction)
         if not self.values:
-            self.compact.clear()  # copies of what changes here
-        alike: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices of one size that keep as many weights
+            self.compact.clear()  # they are copies of weights that change here
+        alike: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices by size and number kept
         for name, weight in self.sparse_weights().items():
             kept = n_kept(fractions.at(name), weight.numel())
             kept_first = protected(name, weight, min_per_neuron)
@@ -119,25 +119,25 @@ class SparseWeights(nn.Module):
                 project_([bias.data], n_kept(fractions.blocks, bias.numel()))
 
     def achieved_l0(self) -> float:
-        """Share of the weights of the matrices that are made sparse that are nonzero."""
+        """Return the nonzero share of all weights of the matrices that are made sparse."""
         return _share(self._sizes())
 
     def achieved_fractions(self) -> Fractions:
-        """Nonzero fractions of the blocks' matrices, and of embedding, positions and unembedding (without any, the blocks')."""
+        """Return nonzero fractions of the blocks, and of embedding, positions and unembedding (without any, the blocks')."""
         sizes = self._sizes()
         blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
         return Fractions(_share(blocks), _share(embed or blocks))
 
     def n_sparse_weights(self) -> int:
-        """Number of weights, zero or not, of the matrices that are made sparse."""
+        """Return the number of weights, zero or not, of the matrices that are made sparse."""
         return sum(count for _, count in self._sizes().values())
 
     def n_kept(self, fractions: Fractions) -> int:
-        """Number of those weights that stay at these fractions."""
+        """Return the number of the weights of these matrices that stay at these fractions."""
         return sum(n_kept(fractions.at(name), count) for name, (_, count) in self._sizes().items())
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Nonzeros and weights of every matrix that is made sparse, by name."""
+        """Return the number of nonzeros and of weights of every matrix that is made sparse, by name."""
         sizes = {name: (weight.detach(), weight.numel()) for name, weight in self.sparse_weights().items()}
         for key, value in self.values.items():
             name = key.replace("/", ".")
@@ -145,7 +145,7 @@ class SparseWeights(nn.Module):
         return {name: (int(weight.count_nonzero()), count) for name, (weight, count) in sizes.items()}
 
     def use_products(self) -> None:
-        """Run a frozen model through sparse products wherever they pay; CPU only."""
+        """Use sparse products for each matrix of a frozen model for which they pay; CPU only."""
         if self.values:
             return
         self.compact.clear()
@@ -159,16 +159,16 @@ def _share(sizes: dict[str, tuple[int, int]]) -> float:
 
 
 def annealed_l0(l0: float, progress: float, anneal: float, start: float = 1.0) -> float:
-    """The fraction kept at `progress` (0 to 1) of training: from `start` to the fraction l0, by equal factors in equal times.
+    """Return the fraction kept at `progress` (0 to 1) of training: from `start` to l0, by equal factors in equal times.
 
-    By equal factors, because a linear fall (the paper's) halves the weights many times over in its last few steps when l0 is
-    small. Reaches l0 at progress = anneal.
+    A linear fall (the paper's) would halve the weights many times in its last few steps if l0 is small. The fraction reaches l0
+    at progress = anneal.
     """
     return max(l0, start * (l0 / start) ** min(1.0, progress / anneal))
 
 
 def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
-    """Mask of what min_per_neuron protects in a matrix, the `minimum` largest weights on a neuron's side of it; None: nothing."""
+    """Return the mask of the `minimum` largest weights of each neuron or channel in a matrix; None if nothing is protected."""
     matrix = name.removesuffix(".weight").split(".")[-1]
     if not minimum or matrix not in MATRICES:
         return None

@@ -1,10 +1,10 @@
 """Tensors and facts in a folder: safetensors and JSON, written atomically, checked when read.
 
 A folder holds one JSON file and one safetensors file. The JSON is written last and names the tensor file with its SHA-256, and a
-tensor file is named by its content, so at any moment, kills and full disks included, the JSON on disk describes a complete file
-beside it. Reading checks the digest; what does not match is refused, never repaired.
+tensor file is named by its content. So at any moment, even after a kill or on a full disk, the JSON on disk describes a complete
+file beside it. Reading checks the digest; a file that does not match is refused, never repaired.
 
-Sparse matrices are stored by their nonzeros: values, column of each, number in each row.
+Sparse matrices are stored by their nonzeros: the values, the column of each, and the number in each row.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from bridge.errors import UserError, first_line
 
 
 class CheckpointError(UserError):
-    """A folder that cannot be read or written as a checkpoint, in one line."""
+    """An error, in one line: a folder cannot be read or written as a checkpoint."""
 
 
 def check_new(path: str | Path) -> Path:
-    """Return the path if a new checkpoint may be written to it. Raises CheckpointError where something is there already."""
+    """Return the path if a new checkpoint may be written to it. Raises CheckpointError if something is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
@@ -43,7 +43,7 @@ def check_new(path: str | Path) -> Path:
 
 
 def check_folder(path: str | Path, option: str = "out") -> Path:
-    """Return the path if it is a folder that may be made or written to. Raises CheckpointError, before any computation."""
+    """Return the path if it is a folder that can be made or written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -54,7 +54,7 @@ def check_folder(path: str | Path, option: str = "out") -> Path:
 
 
 def check_target(path: str | Path, option: str) -> Path:
-    """Return the path if it is a file that may be written to. Raises CheckpointError, before any computation."""
+    """Return the path if it is a file that can be written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     folder = path.absolute().parent
     special = path.exists() and not path.is_file()
@@ -71,8 +71,8 @@ def write_folder(
 ) -> None:
     """Write `name.json` with the facts and `name-DIGEST.safetensors` with the tensors, replacing an earlier pair atomically.
 
-    `texts` are further files by name, there before the JSON is. Raises CheckpointError where the disk is full or not writable;
-    the earlier pair is then still there, whole.
+    `texts` are further files by name, written before the JSON. Raises CheckpointError if the disk is full or not writable; the
+    earlier pair is then still there, whole.
     """
     path = Path(path)
     desk = path / f".{name}.writing"  # a folder, because safetensors leaves a file of its own beside its target when killed
@@ -84,7 +84,7 @@ def write_folder(
         desk.mkdir(parents=True)
         earlier = set(path.glob(f"{name}-*.safetensors"))
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors would keep everyone else from reading
+        mode = temporary.stat().st_mode  # as the umask allows; the mode of safetensors lets no other user read
         save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary)
         temporary.chmod(mode)
         _flush(temporary)
@@ -109,7 +109,7 @@ def write_folder(
 def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and facts of a folder written by `write_folder`.
 
-    Raises CheckpointError where they are missing or damaged.
+    Raises CheckpointError if they are missing or damaged.
     """
     path = Path(path)
     if not (path / f"{name}.json").is_file():
@@ -134,7 +134,7 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
 
 @contextlib.contextmanager
 def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[UserError] = CheckpointError) -> Iterator[None]:
-    """A context in which stored values are read; those that are no `kind` are refused in one line."""
+    """A context in which stored values are read; an error there is raised in one line as a `refusal`: they are no `kind`."""
     try:
         yield
     except ValidationError as error:
@@ -146,7 +146,7 @@ def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[User
 
 
 def as_json(value: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values. Raises ValueError for NaN."""
+    """Return a dataclass as plain JSON values. Raises ValueError for NaN."""
     return json.loads(json.dumps(asdict(value), allow_nan=False))
 
 
@@ -156,7 +156,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "fetch or fit it again") -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError, with the remedy, where the file holds anything else."""
+    """Read a JSON object. Raises CheckpointError, with the remedy, if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -167,7 +167,7 @@ def read_json(path: Path, remedy: str = "fetch or fit it again") -> dict[str, An
 
 
 def pack_nonzeros(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """Pack a matrix as three named vectors: nonzero values, their columns (16 bits where they suffice), and counts per row."""
+    """Pack a matrix as three named vectors: nonzero values, their columns (in 16 bits if those suffice), and counts per row."""
     matrix = matrix.detach().cpu()
     row, column = matrix.nonzero(as_tuple=True)
     small = matrix.shape[1] <= 1 << 16
@@ -179,7 +179,7 @@ def pack_nonzeros(name: str, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tensor:
-    """The matrix with that many columns that `pack_nonzeros` packed. Raises CheckpointError where the parts do not fit."""
+    """Return the matrix, of `columns` columns, that `pack_nonzeros` packed. Raises CheckpointError if the parts do not fit."""
     try:
         values, column, counts = (tensors[f"{name}.{part}"] for part in ("values", "columns", "counts"))
         row = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
@@ -195,8 +195,8 @@ def unpack_nonzeros(name: str, tensors: dict[str, Tensor], columns: int) -> Tens
 def write_text(path: Path, text: str) -> None:
     """Write a text so that the file is either the earlier one or the new one, whole; pipes and devices are written to directly.
 
-    A link to a file gives way to the new one: in a hub's cache it leads to what other snapshots hold too. Raises CheckpointError
-    for a folder, and OSError with this path where it cannot be written.
+    A link to a file is replaced by the new file, because in a hub's cache other snapshots share the link's target. Raises
+    CheckpointError for a folder, and OSError with this path if it cannot be written.
     """
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r}", "is a folder", "name a file")
