@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_PARAMETER = re.compile(r"‹(\w+)›( ?)(?=(['\"\d])?)")  # and whether a value follows
+_PARAMETER = re.compile(r"‹(\w+)›( ?)(?=(['\"\d])?)")  # the name, a space, and whether a value follows
 
 
 def _line(text: str) -> str:

@@ -85,7 +85,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return x with all but the k largest magnitudes of the last axis zeroed, and the mask: float32 or bfloat16, x's layout."""
     if tokens_contiguous(x):
         b, t, n = x.shape
-        end_to_end = x.permute(2, 0, 1).is_contiguous()  # as short rows are laid
+        end_to_end = x.permute(2, 0, 1).is_contiguous()  # as `tokens_inside` stores short rows
         stored = x.permute(2, 0, 1) if end_to_end else x.transpose(1, 2).contiguous()
         rows, tokens, back = (1, b * t, (1, 2, 0)) if end_to_end else (b, t, (0, 2, 1))
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)

@@ -53,7 +53,7 @@ Way = Literal["value", "amount", "counterfactual"]
 
 
 class SteerError(UserError):
-    """A node, strength or pair of prompts that cannot be steered, in one line that says what to change."""
+    """A node, strength or pair of prompts cannot be steered; the error is one line that says what to change."""
 
 
 @dataclass(frozen=True)
