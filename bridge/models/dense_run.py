@@ -38,7 +38,7 @@ class DenseRun:
     ) -> None:
         self.residuals: dict[int, Tensor] = {}
         self.until = until
-        self.first = int(enter.site_b.min()) if enter is not None and hands_on else EMBEDDING  # earliest site that a row enters at
+        self.first = int(enter.site_b.min()) if enter is not None and hands_on else EMBEDDING  # earliest entry of any row
         self._none_btd = None if enter is None else enter.x_btd[:0]
         self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
         if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
