@@ -1,1 +1,1 @@
-"""Reading a foreign model: where its residual stream is, which model it is, what wraps it, its tokenizer."""
+"""Reading a foreign model: its residual stream, its identity, its wrappers and adapters, its tokenizer."""

@@ -1,10 +1,10 @@
-"""A PEFT adapter merged exactly, or refused.
+"""Merge a PEFT adapter exactly into the weights of its model, or refuse it.
 
-What the adapter computes is what PEFT's own forward computes on probe tokens, in the state in which the model was given (several
-adapters active, one switched off). Then every layer of the adapter is replaced by a plain one with the change in its weights, and
-the plain model must give the same logits and the same embedding of every token. A weight that several modules share (tied
-embeddings, replicated layers) is first given to each of them, where the adapter changes one: merged into the shared weight, the
-change would reach them all.
+The reference is the output of PEFT's own forward pass on probe tokens, with the adapters in the state in which they were given
+(several may be active, or one switched off). Each layer of an adapter is then replaced by a plain layer whose weights include the
+change, and the plain model must give the same logits and the same embedding of every token. If an adapter changes a weight that
+several modules share (tied embeddings, replicated layers), each of these modules first gets a copy of its own, because a change
+merged into the shared weight would reach all of them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _OTHER_KIND = "give one that only changes weights, such as a plain LoRA"
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a live model has PEFT adapters: a PeftModel, or a transformers model to which one was added."""
+    """Return whether a live model has PEFT adapters: a PeftModel, or a transformers model to which one was added."""
     return hasattr(model, "peft_config")
 
 
 def base_of(model: nn.Module) -> Any:
-    """The transformers model that a model with adapters wraps; the model itself where it is one."""
+    """Return the transformers model inside a model with adapters, which may be the model itself."""
     from transformers import PreTrainedModel
 
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def adapter_folder(adapter: str) -> Path:
-    """The folder with an adapter's files, downloaded where `adapter` is a hub id. Raises DenseModelError."""
+    """Return the folder with an adapter's files, downloaded if `adapter` is a hub id. Raises DenseModelError."""
     folder, who = Path(adapter), f"adapter {adapter!r}"
     if folder.is_file():
         raise DenseModelError(who, "is a file", "give the folder that PEFT's save_pretrained wrote")
@@ -55,7 +55,7 @@ def adapter_folder(adapter: str) -> Path:
             where = "neither a folder here nor an adapter that the Hugging Face hub or its cache gives"
             raise DenseModelError(who, f"is {where}", f"give a folder ({first_line(error)})") from error
     if not (folder / CONFIG).is_file():
-        within = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))  # where PEFT puts one that has a name
+        within = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))  # PEFT saves a named one there
         remedy = f"give {within[0]!r}, which has one" if within else "give the folder that PEFT's save_pretrained wrote"
         raise DenseModelError(who, f"has no {CONFIG}", remedy)
     if not (folder / WEIGHTS).is_file():
@@ -64,10 +64,10 @@ def adapter_folder(adapter: str) -> Path:
 
 
 def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
-    """The model with an adapter from `adapter_folder` merged into its weights; `model` is changed in place.
+    """Return the model with an adapter from `adapter_folder` merged into its weights; `model` is changed in place.
 
-    A model with fewer tokens than the adapter has weights for is given them. Raises DenseModelError where the adapter does not
-    fit, or cannot be merged exactly.
+    If the adapter has weights for more tokens than the model, the model gets these tokens. Raises DenseModelError if the adapter
+    does not fit, or cannot be merged exactly.
     """
     from peft import get_peft_model
 
@@ -75,12 +75,12 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     config = _config(folder, who)
     n_added = _resized(model, folder, config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT fills an adapter at random before it loads it
-        warnings.simplefilter("ignore")  # what they say is checked here
+        warnings.simplefilter("ignore")  # the loading report is checked below
         with foreign_errors_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
             peft_model = get_peft_model(model, config)
             report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
     weights, missing = dict(peft_model.named_parameters(remove_duplicate=False)), report.missing_keys
-    filled = {id(weight) for key, weight in weights.items() if key not in missing}  # those that share one under another name too
+    filled = {id(weight) for key, weight in weights.items() if key not in missing}  # a shared weight counts by all its names
     unused, unfilled = report.unexpected_keys, [key for key in missing if id(weights.get(key)) not in filled]
     for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
         if keys:
@@ -89,10 +89,10 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
 
 
 def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
-    """A plain transformers model that computes what a model with PEFT adapters, `who`, computes; `model` is changed in place.
+    """Return a plain transformers model that computes the same as a model with PEFT adapters; `model` is changed in place.
 
-    Adapters that are switched off are left out. The last `n_added` tokens must have weights from the adapter. Raises
-    DenseModelError where the plain model gives other logits.
+    `who` names the adapters in errors; those that are switched off are left out. The last `n_added` tokens must have weights from
+    the adapter. Raises DenseModelError if the plain model gives other logits or embeddings.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -120,7 +120,7 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
             for path, layer in [*model.named_modules()]:
                 if isinstance(layer, AuxiliaryTrainingWrapper):
                     model.set_submodule(path, layer.unload_and_optionally_merge_module(True, False, None))
-            for path, layer in reversed([*model.named_modules()]):  # from within: one may wrap another
+            for path, layer in reversed([*model.named_modules()]):  # innermost first: one may wrap another
                 if isinstance(layer, BaseTunerLayer):
                     layer.merge()
                     model.set_submodule(path, layer.get_base_layer())
@@ -137,12 +137,12 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
 
 
 def _kind(config: PeftConfig) -> str:
-    """PEFT's name for the kind of an adapter."""
+    """Return PEFT's name for the kind of an adapter."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _config(folder: Path, who: str) -> PeftConfig:
-    """An adapter's configuration. Raises DenseModelError for one that cannot be merged into a causal language model."""
+    """Return an adapter's configuration. Raises DenseModelError if it cannot be merged into a causal language model."""
     from peft import PeftConfig
 
     unreadable = f"has an {CONFIG} that cannot be read"
@@ -150,7 +150,7 @@ def _config(folder: Path, who: str) -> PeftConfig:
         warnings.simplefilter("ignore")
         given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = PeftConfig.from_pretrained(str(folder))
-    # PEFT leaves out settings that it does not know, such as those of later versions
+    # PEFT silently drops settings that it does not know, such as those of later versions
     known = {*dir(config), "peft_version", "runtime_config"}
     if unknown := sorted(key for key, value in given.items() if value and key not in known):
         rule = f"has a setting that this version of PEFT does not know, {unknown[0]!r}"
@@ -164,7 +164,7 @@ def _config(folder: Path, who: str) -> PeftConfig:
 
 
 def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
-    """The number of tokens the model is resized to, to have all of the adapter's; their weights are nan, for it to replace."""
+    """Add to the model the tokens that only the adapter has, with nan weights for it to replace; return how many were added."""
     from safetensors import safe_open
 
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
@@ -175,7 +175,7 @@ def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = [file.get_slice(key).get_shape() for key in [*file.keys()] if any(path in key for path in paths)]
-    except Exception:  # PEFT will say what is wrong with it
+    except Exception:  # PEFT reports the problem when it loads the file
         return 0
     n_tokens = max([*numbers, *(shape[0] for shape in shapes if shape[1:] == [width])], default=0)
     if n_tokens <= n_now:
@@ -189,13 +189,13 @@ def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
 
 
 def _embeddings(model: Any) -> Tensor:
-    """The embedding of every token."""
+    """Return the embedding of every token."""
     table = model.get_input_embeddings()
     return table(torch.arange(table.weight.shape[0], device=table.weight.device))
 
 
 def _untie(model: nn.Module, layer_types: tuple[type, ...]) -> None:
-    """Give each module that shares a weight with one under an adapter a weight of its own."""
+    """Give each module that shares a weight with a module under an adapter its own copy of the weight."""
     changed = {id(weight) for layer in model.modules() if isinstance(layer, layer_types) for weight in layer.parameters()}
     owned: set[int] = set()
     for module in model.modules():
@@ -206,7 +206,7 @@ def _untie(model: nn.Module, layer_types: tuple[type, ...]) -> None:
 
 
 def _forget(plain: Any) -> None:
-    """Remove every mention of adapters, and of weights no longer tied, from a model whose layers are plain."""
+    """Remove all mention of adapters from a model whose layers are plain, and of tied embeddings if these are tied no longer."""
     if has_adapter(plain):
         del plain.peft_config
     plain._hf_peft_config_loaded = False

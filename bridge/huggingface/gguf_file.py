@@ -1,8 +1,8 @@
 """Models in GGUF, the format of llama.cpp: one file with weights, configuration and tokenizer, read by transformers.
 
-transformers turns such a file into one of its own models, its quantized weights into floats. It does not report what it drops:
-tensors that it has no place for, such as Llama 3's rotary factors, and settings for which it takes its own default. Both are
-looked up in the file, and a file that was not read completely is refused.
+transformers converts such a file into one of its own models, and the quantized weights into floats. It does not report what it
+drops: tensors that have no place in its model, such as Llama 3's rotary factors, and settings for which it uses its own default.
+Both are therefore compared with the file, and a file that was not read completely is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from bridge.huggingface.identity import settings_of
 from bridge.huggingface.site_discovery import DenseModelError
 
-# settings of a file that decide its function, after the architecture's name, and what transformers' configurations call them
+# settings of a file that affect the model's function, without the architecture's name -> their names in transformers
 EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 SETTINGS = {
     "attention.layer_norm_rms_epsilon": EPSILON,
@@ -36,10 +36,10 @@ SETTINGS = {
 
 
 def find_gguf(name: str) -> tuple[str, str] | None:
-    """The folder or hub id, and the file in it, of the GGUF that a model's name refers to; None where it names none.
+    """Return (folder or hub id, file in it) of the GGUF that a model's name refers to; None if it refers to none.
 
-    A name is that of the file (on the hub owner/model/file.gguf), or of a folder that has one such file and no safetensors.
-    Raises DenseModelError where a folder has several, or the package that reads them is not installed.
+    The name is that of the file (on the hub owner/model/file.gguf), or of a folder that has one such file and no safetensors.
+    Raises DenseModelError if the file is missing, split or one of several, or the package that reads it is not installed.
     """
     path, who = Path(name), f"model {name!r}"
     if name.endswith(".gguf") and not path.is_dir():
@@ -64,7 +64,7 @@ def find_gguf(name: str) -> tuple[str, str] | None:
 
 
 def named_gguf(model: str | None, file: str) -> str:
-    """The full name of a GGUF file, given as a model (folder, hub id or None) and a file in it, or as a path."""
+    """Return the full name of a GGUF file, given as a model (folder, hub id or None) and a file in it, or as a path."""
     if not file.endswith(".gguf"):
         raise DenseModelError(f"‹gguf› {file!r}", "is no .gguf file", "name one")
     if model is None or (Path(file).is_file() and not (Path(model) / file).is_file()):
@@ -73,17 +73,17 @@ def named_gguf(model: str | None, file: str) -> str:
 
 
 def loading_options(file: str) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a GGUF file: its name, and that its weights are dequantized."""
+    """Return the arguments with which `from_pretrained` reads a GGUF file and dequantizes its weights."""
     import transformers
 
-    quantization = getattr(transformers, "GgufConfig", None)  # earlier versions know no other way than to dequantize
+    quantization = getattr(transformers, "GgufConfig", None)  # earlier versions always dequantize
     return {"gguf_file": file} | ({"quantization_config": quantization(dequantize=True)} if quantization else {})
 
 
 def as_plain_model(model: Any, who: str, where: str, file: str, revision: str | None) -> Any:
-    """Weights of a GGUF model in a plain instance: transformers will not save a model read from a GGUF, as quantized.
+    """Return a plain instance with a GGUF model's weights: transformers takes the original for quantized, and cannot save it.
 
-    Raises DenseModelError where the file says more than the model has.
+    Raises DenseModelError if the file has weights or settings that the model lacks.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

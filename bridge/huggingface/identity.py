@@ -1,14 +1,14 @@
 """The identity of a dense model: its weights, the configuration that decides its function, and its answers to a few fixed tokens.
 
-Weights alone do not identify it: another rotary base, activation or epsilon in config.json is another function. So a fingerprint
-is a digest of both, computed from memory at each call (weights are hashed at the speed of memory, so that nothing is cached and
-nothing can be stale). It distinguishes models; it is no signature.
+Weights alone do not identify a model: another rotary base, activation or epsilon in config.json gives another function. A
+fingerprint is therefore a digest of both. It is computed from memory at each call: hashing is fast enough that nothing is cached,
+and nothing can be stale. It distinguishes models, but is no signature.
 
-- Weights count as float32 values by name, so that a file and the model loaded from it in another precision are the same.
-- The configuration counts where it differs from its class's defaults, without what cannot change a logit (INERT): a later version
-  of transformers may add a setting, and every model stays the one it was.
-- Answers are log-probabilities. They catch what neither shows (an activation exchanged in a live model, a default that changed
-  between versions), and are compared within a tolerance, never hashed: other machines round otherwise.
+- Weights count as float32 values by name, so that a file and a model loaded from it in a higher precision are the same.
+- Settings of the configuration count if they differ from their class's defaults and can change a logit (see INERT). If a later
+  version of transformers adds a setting, the fingerprint of a model stays the same.
+- Answers are log-probabilities. They reveal changes that neither shows (an activation exchanged in a live model, a default that
+  changed between versions). They are compared within a tolerance and never hashed, because other machines round differently.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ INERT = re.compile(
     r"|label2id|problem_type|summary_|task_specific_params|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
     r"|.*(aux_loss|z_loss)_coef"
 )
-SAME_ANSWERS = 0.1  # nats; TF32 changes a log-probability by up to some .05, another function by far more
+SAME_ANSWERS = 0.1  # nats; TF32 changes a log-probability by up to about .05, another function by far more
 DEFAULT = "its default"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A digest of the weights, the non-default configuration by dotted key, its precision, and log-probabilities."""
+    """A digest of the weights, the non-default configuration by dotted key, the precision, and log-probabilities."""
 
     weights: str
     configuration: Mapping[str, Any]
@@ -47,12 +47,12 @@ class Identity:
     answers: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The identity as stored with a coupling; `read` is the inverse."""
+        """Return the identity as stored with a coupling; `read` is the inverse."""
         return {"fingerprint": _digest(self.weights, self.configuration), **asdict(self), "answers": list(self.answers)}
 
     @staticmethod
     def read(facts: Mapping[str, Any]) -> Identity:
-        """Read the identity from stored facts. Raises KeyError, TypeError or ValueError where it is not whole."""
+        """Return the identity from stored facts. Raises KeyError, TypeError or ValueError if a fact is missing or wrong."""
         weights, configuration, dtype = facts["weights"], facts["configuration"], facts["dtype"]
         if not (isinstance(weights, str) and isinstance(configuration, dict) and isinstance(dtype, str)):
             raise TypeError("the identity of its dense model is not texts and settings")
@@ -61,7 +61,7 @@ class Identity:
         return Identity(weights, configuration, dtype, tuple(map(float, facts["answers"])))
 
     def difference(self, now: Identity) -> str | None:
-        """The difference of another model in a few words: settings by key, weights, or answers; None where there is none."""
+        """Return how another model differs, in a few words: settings by key, weights, or answers; None if it does not."""
         keys = sorted({*self.configuration, *now.configuration})
         was, found = ({key: one.configuration.get(key, DEFAULT) for key in keys} for one in (self, now))
         changed = [f"{key} is {found[key]}, was {was[key]}" for key in keys if found[key] != was[key]]
@@ -80,13 +80,13 @@ class Identity:
 
 
 def fingerprint_of(model: Any) -> str:
-    """64 hex digits that distinguish the model, as it is now, from others with other weights or another configuration."""
+    """Return 64 hex digits that distinguish the model, as it is now, from one with other weights or another configuration."""
     return _digest(digest_weights(xxhash.xxh3_128(), model.state_dict()), configuration_of(model))
 
 
 @torch.no_grad()
 def identity_of(model: Any, context: int | None) -> Identity:
-    """The identity of a model as it is now; context is the most tokens it takes."""
+    """Return the identity of a model as it is now; `context` is the largest number of tokens that it takes (None: no limit)."""
     weight = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     length = min(PROBE_TOKENS, context or PROBE_TOKENS)
@@ -101,15 +101,15 @@ def identity_of(model: Any, context: int | None) -> Identity:
 
 
 def configuration_of(model: Any) -> dict[str, Any]:
-    """The settings that decide the model's function where they are not its class's defaults, by dotted key."""
+    """Return the settings that affect the model's function and are not its class's defaults, by dotted key."""
     from transformers.utils import logging
 
     config = model.config.get_text_config()
     settings, verbosity = settings_of(config), logging.get_verbosity()
-    logging.set_verbosity_error()  # some classes find fault with their own defaults
+    logging.set_verbosity_error()  # some classes warn about their own defaults
     try:
         defaults = settings_of(type(config)())
-    except Exception:  # a class that cannot be made without settings has no defaults
+    except Exception:  # a class that needs settings has no defaults
         defaults = {}
     finally:
         logging.set_verbosity(verbosity)
@@ -119,7 +119,7 @@ def configuration_of(model: Any) -> dict[str, Any]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Every setting of a configuration that a logit may depend on, by dotted key, as JSON has it."""
+    """Return every setting of a configuration that a logit may depend on, by dotted key, as a JSON value."""
     return _flat(config.to_dict())
 
 
@@ -132,7 +132,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _number(text: str) -> int | float:
-    """The number as an int where it is one: people write 10000 or 10000.0."""
+    """Return a whole number as an int, because people write 10000 or 10000.0, and any other as a float."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -142,7 +142,7 @@ def _digest(weights: str, configuration: Mapping[str, Any]) -> str:
 
 
 def digest_weights(digest: Any, weights: Mapping[str, Tensor]) -> str:
-    """The hex digest, by a new hash of hashlib or xxhash, of the names, shapes and fp32 values of weights."""
+    """Return the hex digest of the names, shapes and fp32 values of weights; `digest` is a new hash of hashlib or xxhash."""
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,7 +1,7 @@
-"""A model that the caller holds, made ready to run: unwrapped, with its weights checked, as a copy that shares them.
+"""Prepare a model that the caller has in memory: unwrap it, check its weights, and make a copy that shares them.
 
-Wrappers (torch.compile, DataParallel and their like) prevent modules from being called one by one, or rename weights; they are
-removed. Weights that are not numbers in memory (offloaded, sharded, quantized) are refused, each with its remedy.
+Wrappers (torch.compile, DataParallel and similar ones) rename weights or prevent modules from being called one by one; they are
+removed. Weights that are not numbers in memory (offloaded, sharded, quantized) are refused, each with its own remedy.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from bridge.huggingface.site_discovery import DenseModelError
 
-# class and attribute of what holds a model whole, and only runs it otherwise
+# the class of a wrapper that only changes how a model is run -> its attribute that holds the model
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 PLAIN = (nn.Parameter, Tensor)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile, DataParallel, DistributedDataParallel or an engine; itself where not wrapped."""
+    """Return the model inside torch.compile, DataParallel or DistributedDataParallel; the model itself if it is not wrapped."""
     while isinstance(model, nn.Module) and type(model).__name__ in WRAPPERS:
         model = model._modules[WRAPPERS[type(model).__name__]]
     return model
 
 
 def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
-    """Raise DenseModelError for weights that are not all there as numbers, on one device unless it may be `spread`."""
+    """Raise DenseModelError unless all weights are in memory as numbers, and on one device (or the model may be `spread`)."""
     weights = dict(model.named_parameters())
     flagged = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     if away := [name for name, weight in weights.items() if weight.is_meta]:
@@ -48,25 +48,25 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
 
 
 def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
-    """A copy with hooks, mode and requires_grad of its own, which shares the weights unless it is to have `own_weights`."""
+    """Return a copy with its own hooks, mode and requires_grad, which shares the weights unless it gets `own_weights`."""
     shared: dict[int, Any] = {}
     if not own_weights:
         shared |= {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     kept = [value for module in model.modules() for value in vars(module).values()]
-    while kept:  # torch copies no tensor that has a gradient's history, such as an activation that someone keeps
+    while kept:  # deepcopy refuses a tensor with a gradient history, such as a stored activation
         value = kept.pop()
         if isinstance(value, Tensor) and not value.is_leaf:
             shared.setdefault(id(value), value.detach())
         elif isinstance(value, (dict, list, tuple)):
             kept += value.values() if isinstance(value, dict) else value
-    for module in reversed([*model.modules()]):  # the inner ones first: what was compiled in a place is there as it was
+    for module in reversed([*model.modules()]):  # innermost first: the copy has the original of a compiled module
         if (inner := unwrapped(module)) is not module:
             shared[id(module)] = copy.deepcopy(inner, shared)
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():
-        module._compiled_call_impl = None  # of module.compile(), which is the original's
+        module._compiled_call_impl = None  # set by module.compile(), and bound to the original
         before = getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
         if "_original_forward" in module.__dict__ or getattr(before, "__func__", None) is type(module).forward:
-            del module.forward  # of accelerate's mixed precision, and of module.forward = torch.compile(module.forward)
+            del module.forward  # set by accelerate's mixed precision, or by module.forward = torch.compile(module.forward)
     return twin

@@ -1,18 +1,18 @@
-"""Text -> tokens, one way for all: what a tokenizer puts before a text, the text's own tokens, and which token a text names.
+"""Text -> tokens, in one way for all tokenizers: the prefix of a text, the text's own tokens, and the token that a text names.
 
-    prefix      what the tokenizer puts before a text: BOS, several tokens (GLM: [gMASK]<sop>), or none
-    read        a prompt -> prefix and body, held to the context; what the tokenizer puts behind a text (EOS, SEP) is left out: a
-                prompt is to go on
+    prefix      the tokens that the tokenizer puts before a text: BOS, several tokens (GLM: [gMASK]<sop>), or none
+    read        a prompt -> prefix and body, at most `context` long; tokens that the tokenizer puts after a text (EOS, SEP) are
+                left out, because a prompt is to be continued
     text        a token -> its name: a text that means this token and no other
-    target      a name, a text in the place after a prompt, or #id -> the token
+    target      a name, a text that continues a prompt, or #id -> the token
 
-The prefix is found by asking for the same text with and without what is added. Every id is held to the model's vocabulary.
+The prefix is found by tokenizing the same texts with and without added tokens. Ids are checked against the model's vocabulary.
 
-A token's own text is what it adds to a text that it continues: decode(a, token) less decode(a). It is the token's name where it
-is tokenized as that token alone behind a letter, a digit and a mark, wherever this leaves their tokens as they are. So a name is
-read back by tokenizing it, and no two tokens share one. A token whose own text is not read back so is named as the tokenizer
-spells it, if in ASCII (##s, <0x41>) and no text of another; what is left (part of a character, a text that another token has) is
-named #id.
+A token's own text is the text that it adds when it continues another: decode(a, token) less decode(a). To see whether this text
+can name the token, it is tokenized after a letter, after a digit and after a mark. Places where it is not one token, or changes
+the tokens before it, are ignored; the others must all give this token. A name is thus read back by tokenizing it, and no two
+tokens share one. Otherwise the token is named by its spelling in the tokenizer, if that is ASCII (##s, <0x41>) and no text of
+another token. All other tokens (part of a character, a text that another token has) are named #id.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bridge.recipe import not_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLACES = ("a", "1", ".")  # behind which a name is tried
-_PROBES = 8  # tokens of the vocabulary whose texts show what is put before a text
-_SHOWN = 8  # tokens of a text that a refusal lists
+PLACES = ("a", "1", ".")  # the texts after which a name is tried
+_PROBES = 8  # tokens of the vocabulary whose texts are used to find the prefix
+_SHOWN = 8  # maximum number of tokens that an error lists
 _NUMBER = re.compile(r"#([0-9]{1,18})")
 _ESCAPE = re.compile(r"\\(?:[nrt\\'\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 _FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -41,14 +41,14 @@ _HUB_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 class PromptError(UserError):
-    """Text that cannot be read as tokens of the dense model, or names none, in one line with the remedy."""
+    """Error for text that cannot be read as tokens of the dense model, or names none: one line that includes the remedy."""
 
 
 class Prompts:
     """A tokenizer as bridge uses it, with the number of ids that its model has (None: not known).
 
-    `name` is the model's; `damage` tells why a tokenizer that is there could not be read. What needs one raises PromptError where
-    there is none.
+    `name` is the model's; `damage` is the reason why an existing tokenizer could not be read. Methods that need a tokenizer raise
+    PromptError if there is none.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Prompts:
 
     @classmethod
     def of(cls, given: Prompts | PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> Prompts:
-        """The given Prompts, or those of a tokenizer."""
+        """Return the given Prompts, or those of a tokenizer."""
         return given if isinstance(given, Prompts) else cls(given, vocabulary)
 
     @property
     def missing(self) -> str | None:
-        """The reason why no text can be read, without the remedy; None where it can."""
+        """Reason why no text can be read, without the remedy; None if text can be read."""
         if self.tokenizer is not None:
             return None
         if self.damage:
@@ -73,14 +73,14 @@ class Prompts:
         return f"{self._who} has no tokenizer"
 
     def check(self) -> None:
-        """Raise PromptError where no text can be read."""
+        """Raise PromptError if no text can be read."""
         self._there()
 
     # -- text to tokens -------------------------------------------------------------------------------------------------
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
-        """Ids that the tokenizer puts before a text; none where there is no tokenizer. Raises PromptError for a damaged one."""
+        """Ids that the tokenizer puts before a text; () if there is no tokenizer. Raises PromptError if they cannot be found."""
         if self.tokenizer is None and not self.damage:
             return ()
         tokenizer: Any = self._there()
@@ -100,7 +100,7 @@ class Prompts:
 
     @property
     def end(self) -> int | None:
-        """Id of the token that ends a text, where the tokenizer has one."""
+        """Id of the token that ends a text; None if the tokenizer has none."""
         end: Any = getattr(self.tokenizer, "eos_token_id", None)
         if end is not None:
             self._hold([end], "its tokenizer ends a text with")
@@ -112,18 +112,18 @@ class Prompts:
         return frozenset(self._there().all_special_ids)
 
     def bodies(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's own tokens, with nothing before and behind. Raises PromptError for one that the model does not have."""
+        """Return each text's own tokens, with none added before or after. Raises PromptError for an id that the model lacks."""
         rows = self._plain(texts)
         for row in rows:
             self._hold(row, "the text holds")
         return rows
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's tokens as the model is given them: the prefix, unless the text begins with it, and its own."""
+        """Return each text's tokens as the model receives them: the prefix, unless the text begins with it, and its own."""
         return [[*self._before(body), *body] for body in self.bodies(texts)]
 
     def read(self, prompt: str, context: int) -> list[int]:
-        """A prompt's tokens. Raises PromptError where it is empty, too long, or no text of the model's."""
+        """Return a prompt's tokens. Raises PromptError if it is empty, longer than `context`, or not readable as text."""
         self.check()
         if wrong := not_text(prompt):
             raise PromptError("the prompt", f"holds {wrong}, which is no character of UTF-8 text", "give it in UTF-8")
@@ -139,7 +139,7 @@ class Prompts:
         return tokens
 
     def chat(self, text: str) -> str:
-        """A user's text as the prompt that the model answers, by its chat template. Raises PromptError where there is none."""
+        """Return a user's text as the prompt that the model answers, by its chat template. Raises PromptError if that fails."""
         tokenizer: Any = self._there()
         if not tokenizer.chat_template:
             remedy = "leave out ‹chat›, or write the turns yourself"
@@ -151,16 +151,16 @@ class Prompts:
     # -- tokens to text -------------------------------------------------------------------------------------------------
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, nothing left out and nothing tidied."""
+        """Return tokens as text, with special tokens and without any clean-up of spaces."""
         return str(self._there().decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def continued(self, tokens: Sequence[int], more: Sequence[int]) -> str:
-        """The text that further tokens add to some, including the space that many tokenizers drop at the beginning of a text."""
+        """Return the text that `more` adds after `tokens`, with the space that many tokenizers drop at the start of a text."""
         head, whole = self.decode(tokens), self.decode([*tokens, *more])
         return whole.removeprefix(head) if whole.startswith(head) else self.decode(more)
 
     def text(self, token: int) -> str:
-        """The text that names this token alone, and that `target` takes; #id where there is none."""
+        """Return the text that names this token alone, and that `target` accepts; #id if there is none."""
         if token not in self._texts:
             self._texts[token] = self._name(token)
         return self._texts[token]
@@ -168,9 +168,9 @@ class Prompts:
     # -- a text to the token that it names ------------------------------------------------------------------------------
 
     def target(self, given: str | int, prompt: str, role: str = "target") -> int:
-        """The id of the token named by its text (as from `text`, or in the place after the prompt), or by #id.
+        """Return the id of the token named by its text (as from `text`, or as a continuation of the prompt), or by #id.
 
-        role is what it is called where it is refused. Raises PromptError: where a text is not one token, with what it may mean.
+        `role` is the token's name in errors. Raises PromptError if the text is not one token, with the tokens it may mean.
         """
         if isinstance(given, int) or _NUMBER.fullmatch(given):
             token = given if isinstance(given, int) else int(given[1:])
@@ -181,7 +181,7 @@ class Prompts:
                 raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
-            if token is None:  # the inverse of how tokens are printed: with Python escapes such as \n
+            if token is None:  # tokens are printed with Python escapes such as \n: undo these
                 token = self._named(_ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), given))
             if token is None:
                 raise self._unclear(given, prompt, role)
@@ -191,19 +191,19 @@ class Prompts:
         return token
 
     def _named(self, text: str) -> int | None:
-        """The token named by a text."""
+        """Return the token named by a text; None if there is none."""
         after = self._after(text)
         token: Any = after.pop() if len(after) == 1 else self._spelled(text)
         return token if token is not None and self.text(token) == text else None
 
     def _after_prompt(self, text: str, prompt: str) -> int | None:
-        """The token that a text is as a continuation of the prompt, if it is one and leaves the prompt's own as they are."""
+        """Return the token that a text adds to the prompt; None unless it adds one known token and changes none of the prompt."""
         head, whole = self._plain([prompt, prompt + text])
         one = len(whole) == len(head) + 1 and whole[:-1] == head
         return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
 
     def _unclear(self, given: str, prompt: str, role: str) -> PromptError:
-        """The refusal of a text that names no token, with the tokens that it may mean."""
+        """Return the error for a text that names no token, with the tokens that it may mean."""
         unknown: Any = self._there().unk_token_id
         head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
         tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
@@ -219,7 +219,7 @@ class Prompts:
         such = f", such as {self.text(tokens[0])!r}" if tokens else ""
         return PromptError(what, f"{pieces}, and only a single token can be explained", f"give one{such}")
 
-    # -- within ---------------------------------------------------------------------------------------------------------
+    # -- helpers --------------------------------------------------------------------------------------------------------
 
     def _there(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -233,11 +233,11 @@ class Prompts:
         return rows
 
     def _before(self, body: Sequence[int]) -> tuple[int, ...]:
-        """The prefix, unless the text has brought it along, as a chat template does."""
+        """Return the prefix, or () if the text already begins with it, as the text of a chat template does."""
         return () if tuple(body[: len(self.prefix)]) == self.prefix else self.prefix
 
     def _hold(self, tokens: Sequence[int], whose: str) -> None:
-        """Raise PromptError for a token beyond the model's vocabulary."""
+        """Raise PromptError for an id beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
             rule = f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone"
             remedy = "resize the model's embeddings (resize_token_embeddings), or leave the token out"
@@ -252,24 +252,24 @@ class Prompts:
 
     @cached_property
     def _joined(self) -> bool:
-        """Whether the tokenizer writes its tokens with spaces between: then every place after a text is behind a space."""
+        """Whether the tokenizer joins its tokens with spaces, so that a token that continues a text always follows a space."""
         backend: Any = getattr(self._there(), "backend_tokenizer", None)
         return backend is not None and backend.decoder is None
 
     @cached_property
     def _places(self) -> list[tuple[str, list[int]]]:
-        """The texts behind which names are tried, and their tokens."""
+        """Texts after which names are tried, and their tokens."""
         texts = [f"{place} " if self._joined else place for place in PLACES]
         return [(text, tokens) for text, tokens in zip(texts, self._plain(texts), strict=True) if tokens]
 
     def _after(self, text: str) -> set[int]:
-        """The tokens that a text is, as a whole, behind a letter, a digit and a mark."""
+        """Return the tokens of a text after a letter, a digit and a mark, leaving out those after which it is not one token."""
         rows = self._plain([place + text for place, _ in self._places]) if text and self._places else []
         pairs = zip(rows, (tokens for _, tokens in self._places), strict=False)
         return {row[-1] for row, head in pairs if len(row) == len(head) + 1 and row[:-1] == head}
 
     def _spelled(self, text: str) -> int | None:
-        """The token with that spelling in the tokenizer."""
+        """Return the token with that spelling in the tokenizer; None if there is none."""
         tokenizer = self._there()
         token: Any = tokenizer.convert_tokens_to_ids(text) if text else None
         return token if token is not None and tokenizer.convert_ids_to_tokens(token) == text else None
@@ -297,7 +297,7 @@ class Prompts:
         return {token: str(added) for token, added in cast(Any, self._there()).added_tokens_decoder.items()}
 
     def _own(self, token: int) -> str:
-        """The text that a token adds to one that it continues."""
+        """Return the text that a token adds when it continues a text."""
         if token in self._added:
             return self._added[token]
         head = [] if self._joined or not self._places else self._places[0][1]
@@ -305,19 +305,19 @@ class Prompts:
 
 
 def shown(text: str, token: int) -> str:
-    """A token for messages: its name as a Python literal, and its id."""
+    """Return a token as messages show it: its name as a Python literal, and its id."""
     return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The tokenizer of a folder, hub id or .gguf file, None where there is none, and the reason where one cannot be read."""
+    """Return the tokenizer of a folder, hub id or .gguf file (None if there is none), and the reason if it cannot be read."""
     from transformers import AutoTokenizer
 
     where, gguf = find_gguf(name) or (name, None)
     its = {} if gguf is None else {"gguf_file": gguf}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **its)
-    except Exception as error:  # a model without a tokenizer can still be coupled to token ids
+    except Exception as error:  # without a tokenizer, a model can still be coupled on token ids
         return None, f"{type(error).__name__}: {first_line(error)}" if gguf or _has_files(where, revision) else ""
     # a folder without tokenizer files can give an empty tokenizer rather than an error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -326,7 +326,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTo
 
 
 def _has_files(name: str, revision: str | None) -> bool:
-    """Whether a folder, or the cache of a hub id, has files of a tokenizer."""
+    """Return whether a folder, or the cache of a hub id, has files of a tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
     if (folder := Path(name)).is_dir():

@@ -1,15 +1,15 @@
-"""Sites where a foreign model's residual stream can be read and resumed, found without knowing any architecture by name.
+"""Find the sites at which a foreign model's residual stream can be read and resumed, without knowing any architecture by name.
 
-1. Blocks. The ModuleList of `num_hidden_layers` modules that the model calls once each, in order, on a residual x_btd. Changing
-   later tokens must not change earlier logits (an encoder loads as a causal model without complaint).
-2. Each block is called alone, on what it was given, with its submodules watched, to find the point between its sublayers:
-   a `reader`, whose input is the residual there, and a `writer`, whose output the block has just added to it,
-       reader's input = x_btd + c * writer's output       (almost everyone; c is 1, or Granite's multiplier), or
+1. Blocks: the ModuleList of `num_hidden_layers` modules, each of which the model calls once, in order, on a residual x_btd.
+   Changing later tokens must not change earlier logits, because transformers also loads an encoder as a causal model.
+2. The point between two sublayers: each block is called alone on its recorded input, with hooks on its submodules, to find a
+   `reader`, whose input is the residual at that point, and a `writer`, whose output the block has just added to the residual,
+       reader's input = x_btd + c * writer's output       (almost all models; c is 1, or Granite's multiplier), or
        reader's input = writer's output                   (BLOOM: the writer adds the residual itself).
-   A pair counts only if resuming there reproduces the block's output: x_btd becomes the reader's input, the writer's output zero
-   (or the reader's input). A block without one must be parallel: it adds two outputs, neither of which reads the other.
+   A pair counts only if resuming there reproduces the block's output: the block's input is set to the reader's input, and the
+   writer's output to zero (BLOOM: the reader's input). A block without a pair must be parallel: it adds two independent outputs.
 
-Whether the sites so found are right for the whole model is checked in `dense`, by resuming at each.
+`models.dense` checks that these sites are right for the whole model, by resuming at each.
 
 Shape legend: b batch row, t token, d width of the residual stream, v vocabulary.
 """
@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from bridge.errors import UserError, foreign_errors_as
 
 PROBE_ROWS, PROBE_TOKENS = 4, 8
-PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; entries are exact, so what is seen is 0 to 1e-6
+PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; resuming is exact, so errors seen are 0 to 1e-6
 
 
 class DenseModelError(UserError):
-    """A dense model that cannot be loaded or read as sites, in one line that says why and what to do."""
+    """Error for a dense model that cannot be loaded or read as sites: one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Middle:
-    """The point between two sublayers of a block; `sums` where the writer adds the residual to its output itself."""
+    """The point between two sublayers of a block; `sums` if the writer itself adds the residual to its output."""
 
     reader: nn.Module
     writer: nn.Module
@@ -48,14 +48,14 @@ class Middle:
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """A block and the point between its sublayers, None where they are parallel; things it returns, None: the residual itself."""
+    """A block and its middle, None if parallel; `returns` is the number of values that it returns, None if it is the residual."""
 
     module: nn.Module
     middle: Middle | None
     returns: int | None
 
     def handing_on(self, args: tuple, kwargs: dict) -> Any:
-        """The output of a block that does nothing: what it is given, beside nothing."""
+        """Return the output of a block that does nothing: its input residual, and None for each further value."""
         x = first_tensor(args, kwargs)
         return x if self.returns is None else (x, *[None] * (self.returns - 1))
 
@@ -65,7 +65,7 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of a submodule while its block was watched: input and output where they have the residual's size."""
+    """One call of a submodule while its block was watched; input and output are None unless of the residual's size."""
 
     path: str
     module: nn.Module
@@ -81,7 +81,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """Input of one block, and its output, one of so many things (None: the output itself)."""
+    """One block's input and output; `returns` is the number of values returned, None if the output is the residual."""
 
     block: nn.Module
     args: tuple
@@ -91,9 +91,9 @@ class _Call:
     returns: int | None
 
     def again(self, x_btd: Tensor, replaced: Mapping[nn.Module, Tensor] | None = None) -> tuple[Tensor, list[_Seen]]:
-        """The block's output for a residual, some submodules' outputs replaced, and every submodule that was called once.
+        """Return the block's output for a residual, with some submodules' outputs replaced, and all submodules called once.
 
-        What is seen is cloned: some models add in place (Falcon).
+        Recorded tensors are cloned, because some models add in place (Falcon).
         """
         seen: dict[str, list[_Seen]] = {}
         starts: dict[str, tuple[int, Tensor | None]] = {}
@@ -124,19 +124,19 @@ class _Call:
         return output_btd, [calls[0] for calls in seen.values() if len(calls) == 1]
 
     def gives(self, output_btd: Tensor) -> bool:
-        """Whether an output is the block's own, to a thousandth of what the block adds (it may be tiny beside the residual)."""
+        """Return whether an output equals the block's, to 1/1000 of what the block adds (may be tiny beside the residual)."""
         return largest(output_btd - self.output_btd) <= 1e-3 * largest(self.output_btd - self.x_btd)
 
 
 def context_of(model: Any) -> int | None:
-    """Number of positions a model has; None where its config gives no limit."""
+    """Return the number of positions of a model; None if its config gives no limit."""
     config = model.config.get_text_config()
     limits = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len", "seq_length"))
     return next((limit for limit in limits if isinstance(limit, int)), None)
 
 
 def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
-    """A few rows of random tokens, none of them special."""
+    """Return a few rows of random tokens, none of them special. Raises DenseModelError if the model has no vocabulary."""
     config = model.config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise DenseModelError(who, "has no vocabulary, so it is not a language model", "give a decoder-only causal one")
@@ -148,14 +148,14 @@ def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
 
 
 def forward(model: Any, tokens_bt: Tensor, *, last_only: bool = False) -> Tensor:
-    """logits_btv of the whole causal LM; with last_only those of the last position, as b1v."""
+    """Return logits_btv of the whole causal LM; with `last_only`, those of the last position, as b1v."""
     some = {"logits_to_keep": 1} if last_only and "logits_to_keep" in signature(model.forward).parameters else {}
     logits_btv = model(input_ids=tokens_bt, use_cache=False, return_dict=True, **some).logits
     return logits_btv[:, -1:] if last_only else logits_btv
 
 
 def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
-    """Every block's call on the probe, and the logits; refuses what is not a causal language model of one stack of blocks."""
+    """Return each block's call on the probe, and the logits. Raises DenseModelError unless it is a causal LM of one stack."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {path: blocks for path, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks) == depth}
     calls: dict[nn.Module, list[_Call]] = {block: [] for blocks in lists.values() for block in blocks}
@@ -166,7 +166,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
             returns = None if out is output else len(output)
             calls[block].append(_Call(block, args, kwargs, x, out.clone(), returns))
 
-    def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:  # before the block, which may add in place
+    def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:  # runs before the block, which may add in place
         x = first_tensor(args, kwargs)
         if isinstance(x, Tensor):
             given[block] = x.clone()
@@ -204,7 +204,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 
 
 def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
-    """The blocks with their middle points, of their calls on the probe. Raises DenseModelError at the first that has no site."""
+    """Return the blocks with their middles, found from their calls on the probe. Raises DenseModelError at one without a site."""
     blocks: list[DenseBlock] = []
     site, remedy = 0, "this architecture is not supported"
     for index, call in enumerate(calls):
@@ -223,13 +223,13 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
 
 
 def _find_middle(call: _Call, seen: Sequence[_Seen]) -> Middle | None:
-    """The outermost, earliest reader that has a writer with which the block resumes exactly."""
+    """Return the outermost, earliest reader that has a writer with which the block resumes exactly; None if there is none."""
     half = call.x_btd.shape[1] // 2
     earlier_changed_btd = torch.cat([call.x_btd[:, :half].roll(1, 0), call.x_btd[:, half:]], 1)
     changed = {one.path: one.input_btd for one in call.again(earlier_changed_btd)[1]}
     for reader in sorted(seen, key=lambda one: (one.depth, one.start)):
         r_btd, changed_btd = reader.input_btd, changed.get(reader.path)
-        # a first sublayer mixes tokens: the residual after a norm alone can pass for a site of its own (MiniMax)
+        # a first sublayer mixes tokens; without this check the residual after a norm alone can pass for a site (MiniMax)
         if r_btd is None or changed_btd is None or torch.equal(r_btd[:, half:], changed_btd[:, half:]):
             continue
         for writer in sorted(seen, key=lambda one: (one.depth, -one.end)):
@@ -248,9 +248,9 @@ def _find_middle(call: _Call, seen: Sequence[_Seen]) -> Middle | None:
 
 
 def _is_parallel(call: _Call, seen: Sequence[_Seen]) -> bool:
-    """Whether the block adds the outputs of two submodules of which neither changes when the other's is zero.
+    """Return whether the block adds the outputs of two submodules, neither of which changes when the other's is set to zero.
 
-    That the outputs add up is not enough: so do those of sequential sublayers with no module at the point between them.
+    The sum alone is not enough: outputs of sequential sublayers add up as well if no module is at the point between them.
     """
     wrote = {one.path: one.output_btd for one in sorted(seen, key=lambda one: one.depth) if one.output_btd is not None}
     modules = {one.path: one.module for one in seen}
@@ -267,7 +267,7 @@ def _is_parallel(call: _Call, seen: Sequence[_Seen]) -> bool:
 
 
 def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool:
-    """Whether difference = c * w for some c, up to the rounding of the sum that the difference was taken from."""
+    """Return whether difference = c * w for some c other than 0, up to the rounding of the sum that it was computed from."""
     difference, w = difference_btd.double(), w_btd.double()
     c = (difference * w).sum() / (w * w).sum()
     rounding = 4 * torch.finfo(sum_btd.dtype).eps * largest(sum_btd)
@@ -275,30 +275,30 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
 
 
 def largest(x: Tensor) -> float:
-    """Largest absolute value; infinite where a value is not a number."""
+    """Return the largest absolute value; infinity if a value is nan."""
     return x.abs().nan_to_num(torch.inf, torch.inf).max().item()
 
 
-# --- what hooks see: a module's first tensor, in or out
+# --- access for hooks: the first tensor of a module's input or output
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Any:
-    """The residual among a module's arguments."""
+    """Return the residual among a module's arguments."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 def with_first_tensor(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
-    """The arguments with another residual."""
+    """Return the arguments with another residual."""
     return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
 
 
 def output_tensor(output: Any) -> Any:
-    """The residual, or what is written to it, in a module's output: that itself, or the first of several things."""
+    """Return the residual, or the change to it, in a module's output: the output itself, or the first of several values."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def with_output_tensor(output: Any, x: Tensor) -> Any:
-    """The output, of the same kind, with another tensor in that place."""
+    """Return an output of the same type in which another tensor replaces the one from `output_tensor`."""
     if isinstance(output, list):
         return [x, *output[1:]]
     return (x, *output[1:]) if isinstance(output, tuple) else x
