@@ -1,1 +1,1 @@
-"""The contexts, weights and descriptions of nodes of the sparse model, over text."""
+"""Contexts, weights and descriptions of the sparse model's nodes on text."""

@@ -1,25 +1,25 @@
 """The page of a node: its contexts in the text, its weights, the dense direction that it writes, and a one-line summary.
 
-A node's write w is the vector that one unit of it adds to the residual stream, without AbsTopK of later nodes and the norm:
+A node's write w is the vector that one unit of it adds to the residual stream, without later AbsTopKs and the scale of a norm:
 
     attn_out, mlp_out    the unit vector of its channel           arrives at the site after its sublayer's
-    mlp_act, v           its column of W_down, W_o                the same
-    attn_in, mlp_in      none: the unit vector of the channel that it reads, at its sublayer's own site
-    q, k, mlp_gate       none: they decide which positions are attended to, and what is let through
+    mlp_act, v           its column of W_down, W_o                arrives at the same site
+    attn_in, mlp_in      no write; w is the unit vector of the channel that the node reads, at its sublayer's own site
+    q, k, mlp_gate       no write: they decide which positions are attended to, and which neurons pass
 
-    promotes     tokens by U w, U the sparse unembedding, the largest and the smallest
-                 (of a span's nodes there are none here: only the dense model has an embedding and an unembedding)
-    embedded     for attn_in and mlp_in instead: tokens by E_i, whose embedding writes the channel
+    promotes     tokens of the largest and the smallest entries of U w, U the sparse unembedding
+                 (none if the sparse model is a span, because then only the dense model has an embedding and an unembedding)
+    embedded     for attn_in and mlp_in instead: tokens of such entries of E_i, which the embedding writes to channel i
     dense        d = decode_change(w) by the bridge at that site, and its logit lens V d, V the dense model's output embedding
-                 (without the final norm's gain, which is not found generically), where the model says which that is
+                 (without the final norm's gain, which cannot be found generically), if the model gives access to V
 
-Links are nonzero weights into and out of the node, the strongest first. Without a weight, drawn and not counted: `residual`, a
-channel written and read later (by the embedding, by the unembedding too); `score`, q and k channels that are multiplied; `gate`,
-a neuron and its gate.
+Links are nonzero weights into and out of the node, strongest first, then links without a weight: `residual`, a channel written
+and read later (also by the embedding and the unembedding); `score`, q and k channels that are multiplied; `gate`, a neuron and
+its gate.
 
-The summary is made by rule, from the sign whose contexts are stronger in sum: the token that most of these contexts have at,
-before and after the position, else its kind; then the tokens promoted. It describes this text, and is no evidence for anything
-else.
+The summary is made by rule, from the contexts of the sign whose values are larger in sum: the token that two and at least half of
+them share at, before or after the position, else the kind of token at it; then the promoted tokens. It is no evidence beyond this
+text.
 
 Shape legend: n nodes of a location, s sparse width, d dense width, v vocabulary.
 """
@@ -44,9 +44,9 @@ from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
 from bridge.nodes.statistics import Context, NodeFacts, stored_facts
 
-TOKENS = 6  # promoted, demoted or embedded tokens that are listed
-LINKS = 8  # and links, each way
-BEFORE, AFTER = 12, 5  # tokens of a context
+TOKENS = 6  # number of promoted, demoted or embedded tokens that are listed
+LINKS = 8  # number of links listed in each direction
+BEFORE, AFTER = 12, 5  # number of tokens of a context on each side of the position
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A context as text: the node's value at `token`, and the quantile among its nonzero values (None: an extreme)."""
+    """A context as text: the node's value at `token`, and its quantile among the node's nonzero values (None: an extreme)."""
 
     value: float
     quantile: float | None
@@ -73,7 +73,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Link:
-    """A weight into or out of a node, from or to the node named; None: drawn, no weight (see the module's docstring)."""
+    """A link into or out of a node, and the name of the node at its other end; `weight` is None if it has none."""
 
     node: str
     kind: str
@@ -82,7 +82,7 @@ class Link:
 
 @dataclass(frozen=True)
 class DenseDirection:
-    """The dense residual direction of a node's write, its site, and its tokens by the dense unembedding (None: not found)."""
+    """The dense residual direction of a node's write, its site, and its tokens by the dense unembedding (None if not found)."""
 
     site: int
     read_by: str
@@ -93,7 +93,7 @@ class DenseDirection:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that is known of a node; `tokens` tells whether the tokens listed are promoted, embedded, or none."""
+    """All that is known about a node; `tokens` is "promoted" or "embedded", the kind of the listed tokens, or "none"."""
 
     name: str
     head: int | None
@@ -116,7 +116,7 @@ class NodePage:
     summary: str
 
     def to_json(self) -> dict[str, Any]:
-        """The page as plain JSON values."""
+        """Return the page as plain JSON values."""
         return json.loads(json.dumps(asdict(self), allow_nan=False))
 
     def __str__(self) -> str:
@@ -156,9 +156,9 @@ def describe_node(coupling: CoupledModels, facts: NodeFacts, node: Node) -> Node
 
 @torch.no_grad()
 def node_labels(coupling: CoupledModels, nodes: Iterable[Node]) -> dict[str, str]:
-    """A short label for every channel, by name without position, from facts stored with the coupling; {} without any.
+    """Return a short label for each channel, by name without position, from facts stored with the coupling; {} if none are.
 
-    Those on its positive and its negative values alone are under the name with + or - before it, where it had any.
+    Labels made from a channel's positive or negative values alone have + or - before the name, if the channel had such values.
     """
     facts = stored_facts(coupling)
     if facts is None:
@@ -174,13 +174,13 @@ def node_labels(coupling: CoupledModels, nodes: Iterable[Node]) -> dict[str, str
     return labels
 
 
-# -- what it writes and reads -------------------------------------------------------------------------------------------------
+# -- writes, reads and links --------------------------------------------------------------------------------------------------
 
 
 def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
-    """(site, write_s): what one unit of a node adds to the sparse residual, or reads of it; None for q, k and gates.
+    """Return (site, write_s), the vector that one unit of a node adds to the sparse residual or reads; None for q, k and gates.
 
-    Where a write goes through a norm, it is given up to that norm's scale.
+    A write that passes through a norm is given up to that norm's scale.
     """
     sparse, at, index = coupling.sparse, node.location, node.index
     site = sparse.site(at)
@@ -189,7 +189,7 @@ def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
     if at.kind in ("mlp_act", "v"):
         matrix, kind = ("down", "mlp_out") if at.kind == "mlp_act" else ("o", "attn_out")
         weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")
-        write_s = weight_ji[:, sparse.column_nodes(matrix) == index].sum(1)  # of a value that heads share, through all of them
+        write_s = weight_ji[:, sparse.column_nodes(matrix) == index].sum(1)  # heads that share a value are summed
         gain = sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_norm(at.layer, kind) else 1
         return site + 1, write_s * gain
     unit_s = torch.zeros(sparse.width, device=sparse.device, dtype=sparse.unembedding.weight.dtype)
@@ -198,7 +198,7 @@ def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
 
 
 def _tokens(coupling: CoupledModels, node: Node) -> tuple[str, tuple[TokenScore, ...], tuple[TokenScore, ...]]:
-    """The kind of tokens, those of the largest scores above 0, and those of the smallest below."""
+    """Return the kind of tokens, those with the largest scores above 0, and those with the smallest scores below 0."""
     sparse, prompts = coupling.sparse, coupling.dense.prompts
     if isinstance(sparse, SparseSpan):
         return "none", (), ()
@@ -221,7 +221,7 @@ def _dense(coupling: CoupledModels, node: Node) -> DenseDirection | None:
 
 
 def _output_embedding(coupling: CoupledModels) -> Tensor | None:
-    """The dense model's output embedding, rows of tokens, where the model names it and it is a matrix of its width."""
+    """Return the dense model's output embedding, a row per token; None if the model gives no such matrix of its width."""
     try:
         weight = getattr(coupling.dense.model.get_output_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
@@ -232,7 +232,7 @@ def _output_embedding(coupling: CoupledModels) -> Tensor | None:
 
 
 def _ends(prompts: Prompts, score_v: Tensor) -> tuple[tuple[TokenScore, ...], tuple[TokenScore, ...]]:
-    """The tokens of the largest scores above 0 and of the smallest below 0; of equal ones the lower id."""
+    """Return the tokens with the largest scores above 0 and those with the smallest below 0; among equals, lower ids first."""
     ends = []
     for sign in (1, -1):
         id_k = (sign * score_v).argsort(descending=True, stable=True)[:TOKENS].tolist()
@@ -294,18 +294,18 @@ def _outputs(coupling: CoupledModels, node: Node) -> Iterator[Link]:
             yield Link(f"unembedding[{node.index}]", "residual", None)
 
 
-# -- a line on it ---------------------------------------------------------------------------------------------------------------
+# -- summary --------------------------------------------------------------------------------------------------------------------
 
 
 def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | None = None) -> tuple[str, str]:
-    """(label, summary), short and long: what the contexts of a side share (default the stronger), and the node's effect."""
+    """Return (label, summary), short and long, of the contexts on one side (default: the stronger) and the node's effect."""
     prompts = coupling.dense.prompts
     high, low = facts.extremes(node, "high"), facts.extremes(node, "low")
     if not high and not low:
         return "never active", f"never active in {facts.n_tokens:,} tokens"
     negative = side == "low" or (side is None and sum(context.value for context in (*high, *low)) < 0)
     contexts = low if negative else high
-    shared: list[tuple[str, int]] = []  # a phrase, and how many of the contexts it is true of
+    shared: list[tuple[str, int]] = []  # a phrase, and the number of contexts for which it is true
     for word, offset in (("at ", 0), ("after ", -1), ("before ", 1)):
         tokens = (_token_at(facts.tokens_bt, context, offset) for context in contexts)
         known = Counter(token for token in tokens if token is not None)
@@ -329,7 +329,7 @@ def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | 
 
 
 def _sort_of(texts: list[str]) -> str:
-    """The kind of token of all the texts, '' where they differ."""
+    """Return the kind of token that all the texts are, or '' if there is none."""
     sorts = (
         ("whitespace", lambda text: not text.strip()),
         ("numbers", lambda text: text.strip().isdigit()),
@@ -358,7 +358,7 @@ def _excerpt(prompts: Prompts, tokens_bt: Tensor, context: Context) -> Excerpt:
 
 
 def render_page(page: NodePage, width: int = 100, description: str | None = None) -> str:
-    """A node's page for a terminal `width` columns wide; text from models, corpora and endpoints is escaped as in Python."""
+    """Return a node's page for a terminal of `width` columns; text from models, corpora and endpoints is escaped as in Python."""
     head = "" if page.head is None else f"  (head {page.head})"
     lines = [f"{page.name}{head}", *_wrapped("what      ", page.summary, width)]
     if description is not None:
@@ -388,7 +388,7 @@ def render_page(page: NodePage, width: int = 100, description: str | None = None
 
 
 def _shown(excerpt: Excerpt, width: int) -> str:
-    """Before, token and after as Python literals, the part before cut from the left to fit."""
+    """Return before, token and after as Python literals; before is cut from the left, and after from the right, to fit."""
     token, before, after = repr(excerpt.token), excerpt.before, excerpt.after
     while len(repr(before)) + len(token) + len(repr(after)) + 8 > width and (before or after):
         before, after = (before[1:], after) if len(before) >= len(after) else (before, after[:-1])
@@ -400,7 +400,7 @@ def _scores(tokens: tuple[TokenScore, ...]) -> list[str]:
 
 
 def _listed(head: str, items: list[str], width: int) -> list[str]:
-    """The items after the head, on as many lines as they need, none of them broken."""
+    """Return lines with the items after the head; no item is broken across lines."""
     lines = [head]
     for item in items or ["nothing"]:
         if len(lines[-1]) + len(item) + 2 > width and lines[-1].strip():

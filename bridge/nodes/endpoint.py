@@ -1,8 +1,8 @@
-"""Descriptions of nodes by a language model behind an OpenAI-compatible chat endpoint; never called unless the user names one.
+"""Descriptions of nodes by a language model at an OpenAI-compatible chat endpoint; it is never called unless the user names one.
 
-The model is shown a node's page, and its answer, one line, is kept in `node-descriptions.json` beside the facts: by node,
-with the model's name and the fingerprint of the sparse weights, so that it is asked once. The key, where one is needed, comes
-from an environment variable of its own, and is sent to that address alone: redirects are not followed.
+The model receives a node's page and answers with one line. The answer is stored in `node-descriptions.json` beside the facts, by
+node, with the model's name and the fingerprint of the sparse weights, so that the model is asked only once. The key, if one is
+needed, comes from a separate environment variable and is sent to that address only: redirects are not followed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bridge.nodes.description import NodePage, render_page
 
 KEY = "BRIDGE_DESCRIBE_KEY"  # the environment variable
 FILE = "node-descriptions.json"
-LONGEST = 300  # characters of a description
-_MOST_BYTES = 1 << 20  # of an answer
+LONGEST = 300  # maximum number of characters in a description
+_MOST_BYTES = 1 << 20  # maximum size of an answer
 _ASK = (
     "Below is a channel of a small sparse transformer: contexts with the channel's activation at the token between >> and <<, "
     "the tokens it promotes, and its strongest weights. Say in one plain sentence of at most 25 words when it is active and "
@@ -32,12 +32,12 @@ _ASK = (
 
 
 class EndpointError(UserError):
-    """An endpoint that gave no description, in one line."""
+    """Error for an endpoint that cannot be used or gave no description, in one line."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The base address of an endpoint (such as http://localhost:8000/v1) and the model to use there. Raises EndpointError."""
+    """The base address of an endpoint (such as http://localhost:8000/v1) and the name of a model there. Raises EndpointError."""
 
     url: str
     model: str
@@ -55,7 +55,7 @@ class Endpoint:
             raise EndpointError("which model the endpoint is to use", "is not said", "give ‹model›")
 
     def describe(self, page: NodePage) -> str:
-        """Ask the model for one line on a node. Raises EndpointError where none comes."""
+        """Return the model's one-line description of a node. Raises EndpointError if none is received."""
         url = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         messages = [{"role": "user", "content": _ASK + render_page(page, 160)}]
         body = {"model": self.model, "messages": messages, "temperature": 0}
@@ -89,7 +89,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Descriptions:
-    """Descriptions stored in a folder, or in memory without one; those of other weights, and damaged ones, are ignored."""
+    """Descriptions kept in a folder, or else in memory; damaged ones and those for other sparse weights are ignored."""
 
     def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
         self.file = None if folder is None else Path(folder) / FILE
@@ -107,11 +107,11 @@ class Descriptions:
                         self.by_node[name] = one
 
     def text(self, name: str) -> str | None:
-        """The description of a node, None where there is none."""
+        """Return the description of a node; None if there is none."""
         return self.by_node[name]["text"] if name in self.by_node else None
 
     def ask(self, endpoint: Endpoint, page: NodePage) -> str:
-        """The endpoint's description of a node, the stored one where the same model gave it. Raises EndpointError."""
+        """Return the endpoint's description of a node, or the stored one if it is by the same model. Raises EndpointError."""
         known = self.by_node.get(page.name)
         if known is not None and known["model"] == endpoint.model:
             return known["text"]

@@ -1,22 +1,22 @@
-"""Statistics of every node of the sparse model on text, collected in one pass over it.
+"""Statistics of every node of the sparse model on text, collected in one pass over the text.
 
-A node has an activation a_p, after AbsTopK, at each of the P positions p of the text (row by row). Collected are
+A node has an activation a_p, after AbsTopK, at each of the P positions p of the text (row by row). The statistics are
 
     mean, second    sum a_p / P, sum a_p^2 / P
-    active          the share of positions with a_p != 0
-    high, low       the KEPT positions of the largest a_p > 0, of the smallest a_p < 0; of equal ones the earlier
-    sample          SAMPLED of the positions with a_p != 0, those that come first in one seeded shuffle of all positions: a
-                    reservoir that every set of positions is equally likely to fill, however the pass is cut
+    active          fraction of positions with a_p != 0
+    high, low       the KEPT positions with the largest a_p > 0, and with the smallest a_p < 0; among equals, the earlier ones
+    sample          SAMPLED positions with a_p != 0, the first in one seeded shuffle of all positions: every set of positions is
+                    equally likely to be the sample, however the pass is divided
 
-so memory grows with the text by the text alone. Contexts and samples are held as sortable 64-bit keys: the bits of a float32
-above 0 sort as the float does, so (bits of a_p, -p) orders by activation, then by position, and (place in the shuffle, bits of
-a_p) by the shuffle. A key below 0 is an empty place.
+Their size does not depend on the length of the text. Contexts and samples are stored as 64-bit keys that can be sorted. The bits
+of a float32 above 0 sort like the float, so that keys (bits of a_p, -p) are ordered by activation, then by position, and keys
+(-place of p in the shuffle, bits of a_p) by the shuffle. A key below 0 is an empty entry.
 
-The pass goes stretch by stretch of rows. With a folder, the state is written there now and then as `nodes.json` and a safetensors
-file; the same pass, killed, goes on from the last one and ends with the same bits, and one that had ended is read back. The same
-means: equal weights of the sparse model (their SHA-256), equal text (its), equal seed.
+The pass takes some rows at a time. If a folder is given, the state is saved there at intervals, as `nodes.json` and a safetensors
+file. A pass that was killed resumes from the last saved state and ends with the same bits; one that was complete is read back. A
+saved state is used only if the weights of the sparse model (their SHA-256), the text and the seed are the same.
 
-Shape legend: b row of text, t token, p position in the text (b t), n nodes of a location, k places of a list.
+Shape legend: b row of text, t token, p position in the text (b t), n nodes of a location, k entries of a list.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ KEPT = 8
 SAMPLED = 16
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STRETCH_TOKENS = 2048
-_CHANNELS = 256  # looked at together
+_CHANNELS = 256  # processed together
 _LAST = 2**31 - 1
 _PARTS = ("sum", "square", "active", "high", "low", "sample")
 
 
 class NodeError(UserError):
-    """A node, or text for nodes, that is not to be had, in one line that says what to change."""
+    """Error for a node, or a text for nodes, that does not exist or cannot be used: one line that says what to change."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Place in the text where a node had a value; quantile among its nonzero values, None for an extreme."""
+    """A node's value at a position of the text, and its quantile among the node's nonzero values (None: an extreme)."""
 
     value: float
     row: int
@@ -66,10 +66,10 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class NodeFacts:
-    """Statistics of every node on the text tokens_bt, of which the first `rows_done` rows have been seen.
+    """Statistics of every node on the text tokens_bt, of which the first `rows_done` rows have been processed.
 
-    fingerprint is that of the sparse weights, order_p the shuffle of positions; `parts` holds per location the running sum_n,
-    square_n and active_n, and the keys high_nk, low_nk and sample_nk (see the module's docstring).
+    `fingerprint` is that of the sparse weights, order_p the shuffle of positions. `parts` has, for each location, the running
+    sum_n, square_n and active_n, and the keys high_nk, low_nk and sample_nk (see the module's docstring).
     """
 
     fingerprint: str
@@ -81,35 +81,35 @@ class NodeFacts:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole text has been seen."""
+        """Whether the whole text has been processed."""
         return self.rows_done == len(self.tokens_bt)
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens seen."""
+        """Number of tokens processed."""
         return self.rows_done * self.tokens_bt.shape[1]
 
     def mean(self, location: Location) -> Tensor:
-        """mean_n over the text, in float64."""
+        """Return mean_n over the text, in float64."""
         return self.parts[location]["sum"] / self.n_tokens
 
     def second_moment(self, location: Location) -> Tensor:
-        """Mean square_n over the text, in float64."""
+        """Return the mean square of each node over the text, second_n in float64."""
         return self.parts[location]["square"] / self.n_tokens
 
     def active(self, location: Location) -> Tensor:
-        """Share_n of the positions where the node is not 0."""
+        """Return active_n, the fraction of positions with a value other than 0 for each node."""
         return self.parts[location]["active"] / self.n_tokens
 
     def extremes(self, node: Node, side: Literal["high", "low"]) -> tuple[Context, ...]:
-        """The contexts of the node's largest positive (high) or negative (low) values, the strongest first."""
+        """Return the contexts of the node's largest positive (high) or negative (low) values, strongest first."""
         key_k = self.parts[node.location][side][node.index]
         key_k = key_k[key_k >= 0]
         value_k = _float(key_k >> 32) * (1 if side == "high" else -1)
         return tuple(map(self._context, value_k.tolist(), (_LAST - (key_k & _LAST)).tolist()))
 
     def quantiles(self, node: Node) -> tuple[Context, ...]:
-        """A context at each of QUANTILES of the node's nonzero values, as far as the sample tells; fewer where it has fewer."""
+        """Return a context at each of QUANTILES of the node's nonzero values in the sample; fewer if the sample has fewer."""
         key_k = self.parts[node.location]["sample"][node.index]
         key_k = key_k[key_k >= 0]
         value_k, rank_k = _float(key_k & 0xFFFFFFFF).sort(stable=True)
@@ -121,7 +121,7 @@ class NodeFacts:
         return Context(value, *divmod(place, self.tokens_bt.shape[1]), quantile)
 
     def save(self, folder: str | Path) -> None:
-        """Write `nodes.json` and its tensors. Raises CheckpointError where that fails; nothing is half-written."""
+        """Write `nodes.json` and its tensors. Raises CheckpointError if that fails; nothing is left half-written."""
         tensors = {f"{part}.{at}": tensor for at, parts in self.parts.items() for part, tensor in parts.items()}
         tokens_bt = self.tokens_bt.to(torch.int32)
         tensors |= {"tokens": tokens_bt, "order": self.order_p.to(torch.int32)}
@@ -138,7 +138,7 @@ class NodeFacts:
 
     @staticmethod
     def load(folder: str | Path) -> NodeFacts:
-        """The facts that `save` wrote. Raises CheckpointError where it is missing, damaged, or of another version."""
+        """Return the facts that `save` wrote. Raises CheckpointError if they are missing, damaged or of another version."""
         tensors, facts = read_folder(folder, "nodes")
         file = repr(str(Path(folder) / "nodes.json"))
         with refused_unless_read(file, "file of nodes", "delete it and run `bridge nodes` again"):
@@ -162,10 +162,10 @@ def collect_nodes(
     save_seconds: float = 10.0,
     progress: OnProgress | None = None,
 ) -> NodeFacts:
-    """Statistics of every node on tokens_bt, by default the coupling's own reference text.
+    """Return the statistics of every node on tokens_bt, by default the coupling's own reference text.
 
-    With a folder, the facts are kept there, at least every save_seconds and at the end, and read back where they are there
-    already. Raises NodeError where there is no text or its rows are too long, CheckpointError where writing fails.
+    If a folder is given, the facts are saved there about every save_seconds and at the end, and facts already there are reused.
+    Raises NodeError if there is no text or its rows are longer than the context, and CheckpointError if writing fails.
     """
     sparse = coupling.sparse
     tokens_bt = coupling.reference_bt if tokens_bt is None else tokens_bt
@@ -189,21 +189,21 @@ def collect_nodes(
 
 
 def stored_facts(coupling: CoupledModels, folder: str | Path | None = None, fingerprint: str | None = None) -> NodeFacts | None:
-    """The complete facts beside a coupling (or in another folder), None where there are none that are of its weights.
+    """Return the complete facts beside a coupling (or in another folder); None if there are none for its weights.
 
-    `fingerprint` is that of its sparse weights, where it is known.
+    `fingerprint` is that of its sparse weights, if known already.
     """
     facts = _kept(coupling.sparse, coupling.path if folder is None else folder, fingerprint)
     return facts if facts is not None and facts.complete else None
 
 
 def sparse_fingerprint(sparse: SparseTransformer) -> str:
-    """SHA-256 over the names, shapes and fp32 values of the sparse weights."""
+    """Return the SHA-256 of the names, shapes and fp32 values of the sparse weights."""
     return digest_weights(hashlib.sha256(), dict(sparse.named_parameters()))
 
 
 def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
-    """The node that a text such as 1.mlp_act[37] or L1.mlp_act[37] names. Raises NodeError where there is none."""
+    """Return the node that a text such as 1.mlp_act[37] or L1.mlp_act[37] names. Raises NodeError if there is none."""
     match = re.fullmatch(r"L?(\d{1,6})\.(\w+)\[(\d{1,9})\]", text.strip())
     if match is None:
         raise NodeError(f"{text!r}", "names no node", "write layer, kind and channel as in 1.mlp_act[37]")
@@ -217,7 +217,7 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
 
 
 def render_summary(facts: NodeFacts) -> str:
-    """Summary of the statistics, a line per location."""
+    """Return a summary of the statistics, one line per location."""
     lines = [f"{facts.n_tokens:,} tokens of text", "", "location       nodes  never active  active, median  deviation, median"]
     for at in facts.parts:
         active_n, mean_n = facts.active(at), facts.mean(at)
@@ -242,7 +242,7 @@ def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFac
 
 
 def _kept(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str | None = None) -> NodeFacts | None:
-    """The facts in a folder, complete or not; None where they are of other weights, or damaged: they can be made again."""
+    """Return the facts in a folder, complete or not; None if they are of other weights or damaged, to be collected again."""
     if folder is None or not (Path(folder) / "nodes.json").is_file():
         return None
     try:
@@ -253,14 +253,14 @@ def _kept(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str
 
 
 def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
-    """The facts after the next rows of the text."""
+    """Return the facts after the next rows of the text."""
     first, length = facts.rows_done, facts.tokens_bt.shape[1]
     tokens_bt = facts.tokens_bt[first : first + rows].to(sparse.device)
     place_p = torch.arange(first * length, first * length + tokens_bt.numel(), device=sparse.device)
     rank_p = torch.empty_like(facts.order_p)
     rank_p[facts.order_p] = torch.arange(len(rank_p))
     rank_p = rank_p.to(sparse.device)[place_p]
-    # all that stays is laid out beforehand: made between large temporaries, it would leave holes that nothing fits into
+    # results are allocated first: allocated between large temporaries, they would fragment the memory
     parts = {at: {part: x.to(sparse.device, copy=True) for part, x in had.items()} for at, had in facts.parts.items()}
 
     def see(location: Location, x_btn: Tensor) -> Tensor:
@@ -282,11 +282,11 @@ def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFact
 
 
 def _best(had_nk: Tensor, key_np: Tensor) -> None:
-    """Put into had_nk the largest of the keys that it has and of the new ones."""
+    """Keep in had_nk the largest of its own and the new keys."""
     k = had_nk.shape[1]
     had_nk.copy_(torch.cat([had_nk, key_np.topk(min(k, key_np.shape[1])).values], 1).topk(k).values)
 
 
 def _float(bits_k: Tensor) -> Tensor:
-    """The float32 whose bits are the lower half of a 64-bit number."""
+    """Return the float32 values whose bits are the lower halves of 64-bit numbers."""
     return bits_k.to(torch.int32).view(torch.float32)
