@@ -1,1 +1,1 @@
-"""The start from the dense model, the losses, the loop, the refit and the evaluation."""
+"""Initialisation from the dense model, objective, training loop, refit of the decoders and evaluation."""

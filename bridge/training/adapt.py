@@ -1,9 +1,9 @@
-"""A coupling that goes on to a fine-tune of its dense model: the base's weights and bridges, trained against that one.
+"""Adapt a coupling to a fine-tune of its dense model: the base's sparse weights and bridges are trained on against the fine-tune.
 
-The recipe is the base's, but for its start (the base's folder), its L0, which is at its target from the first step on while the
-masks go on moving, its rates, no refit, and its budget: by default a twentieth of the base's tokens. What the fine-tune left
-alone in the dense model (a block, or all that is outside of them) stays in the sparse one too, so that a change is looked for
-where there is one. Everything else is `prepare`, `train` and `finish`, as for any fit.
+The recipe is the base's with these changes: training starts from the base's folder; L0 is at its target from the first step, and
+only the masks still change; the learning rates are lower; there is no refit; the default budget is a twentieth of the base's
+tokens. If the fine-tune left a block of the dense model unchanged, or everything outside the blocks, the counterpart in the
+sparse model is frozen, so changes appear only where the fine-tune made some. The rest is `prepare`, `train` and `finish`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from bridge.recipe import RecipeError, recipe_values
 from bridge.training.loop import Progress, finish, train
 from bridge.training.prepare import Run, prepare
 
-SHARE = 20  # of the base's tokens one in so many is the default budget
-AT_ONCE = 1e-6  # share of the training over which L0 falls to where it is already
-RATE = 1e-3  # where the base's own is 0: of its sparse model nothing was trained by its recipe
-GENTLER = 0.2  # times the base's rates: at these themselves so few tokens end further off than they begin
+SHARE = 20  # the default budget is the base's tokens divided by this
+AT_ONCE = 1e-6  # fraction of the training over which L0 is annealed: it is at its target already
+RATE = 1e-3  # replaces a rate of 0 in the base's recipe, by which its sparse model was not trained
+GENTLER = 0.2  # times the base's rates: at the full rates, so few tokens leave the coupling worse than it began
 
 
 def adapt(
@@ -48,9 +48,9 @@ def adapt(
     dtype: str = "float32",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> CoupledModels:
-    """The coupling of a fine-tune: of `base`'s dense model with a PEFT adapter's folder merged, or of a `model` of its shape.
+    """Return the coupling of a fine-tune: `base`'s dense model with a PEFT adapter's folder merged, or a `model` of its shape.
 
-    Without tokens or minutes the budget is a twentieth of the base's tokens. Raises what `prepare_adapted` and `train` raise.
+    The default budget is a twentieth of the base's tokens. Raises the errors of `prepare_adapted` and `train`.
     """
     run = prepare_adapted(
         base, adapter=adapter, model=model, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype,
@@ -75,9 +75,9 @@ def prepare_adapted(
     progress: OnProgress | None = None,
     **flags: Any,
 ) -> Run:
-    """The fit that `adapt` trains, ready to start; flags are those of `recipe_values`.
+    """Return the fit that `adapt` trains, ready to start; `flags` are the keyword arguments of `recipe_values`.
 
-    Raises UserError where the fine-tune is not one of the base's dense model.
+    Raises UserError if the fine-tune is not one of the base's dense model.
     """
     base = base if isinstance(base, CoupledModels) else CoupledModels.from_pretrained(base)
     if base.path is None:
@@ -104,12 +104,12 @@ def prepare_adapted(
 
 
 def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
-    """The recipe's values by which a coupling is gone on from."""
+    """Return the (nested) recipe values for training that continues from the coupling `base`."""
     values: dict[str, Any] = base.recipe.model_dump(exclude={"dense", "revision", "adapter", "budget"})
     values["adapts"] = True
     values["sparse"]["start"] = base.path
     values["sparsity"]["anneal"] = AT_ONCE
-    values["refit"]["slopes"] = 0.0  # the base's decoders were refitted, and go on from there
+    values["refit"]["slopes"] = 0.0  # the base's decoders were refitted already
     for name in ("rate", "bridge_rate", "bridge_bias_rate"):
         values["optimizer"][name] = GENTLER * (values["optimizer"][name] or RATE)
     if default_budget:
@@ -118,7 +118,7 @@ def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
 
 
 def _tokens_trained(base: CoupledModels) -> int:
-    """Tokens that a coupling was trained on, by its log, else by its recipe. Raises RecipeError where neither says."""
+    """Number of tokens a coupling was trained on, from its log, otherwise its recipe. Raises RecipeError if neither has it."""
     log = folder_of(base.path or "") / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     counts = [json.loads(line).get("tokens", 0) for line in lines if line.strip()]
@@ -129,7 +129,7 @@ def _tokens_trained(base: CoupledModels) -> int:
 
 
 def _parts_left_alone(was: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:
-    """Parts of the sparse model whose counterparts in the dense one the fine-tune did not change: they stay as they are."""
+    """Yield the parts of the sparse model to freeze: the fine-tune did not change their counterparts in the dense model."""
     now, sparse = coupling.dense, coupling.sparse
     blocks = [(one.module, other.module) for one, other in zip(was.blocks, now.blocks, strict=True)]
     for index, (one, other) in enumerate(blocks):
@@ -147,7 +147,7 @@ def _same_weights(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
 
 
 def _check_adapter(base: CoupledModels, adapter: str) -> None:
-    """Raise DenseModelError for an adapter that says it was trained on another model."""
+    """Raise DenseModelError if the adapter's configuration names another model than the base's dense model."""
     config = json.loads((adapter_folder(adapter) / CONFIG).read_text(encoding="utf-8"))
     trained_on, name = config.get("base_model_name_or_path"), base.dense.name
     if not trained_on or base.dense.live or trained_on == name:
@@ -164,7 +164,7 @@ def _check_adapter(base: CoupledModels, adapter: str) -> None:
 
 
 def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | None, given: Any) -> None:
-    """Raise RecipeError where the fine-tune would read text as other tokens than the base."""
+    """Raise RecipeError if the fine-tune's tokenizer would split text into other tokens than the base's."""
     own, source = base.dense.tokenizer, "the tokenizer given"
     if own is None:
         return

@@ -1,21 +1,22 @@
-"""Parts of a dense model's sublayers, measured: linear maps, heads, positions, norms and nonlinearities, by no name.
+"""Measure the parts of a dense model's sublayers (linear maps, heads, positions, norms, nonlinearities) without use of names.
 
-A few rows of tokens are run and watched: modules that multiply by a weight of two axes, products of queries and keys, what goes
-into the softmax. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre),
+A few rows of tokens are run and these are recorded: the inputs and outputs of modules with a two-dimensional weight, the products
+of queries and keys, and the inputs of the softmax. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not
+centre),
 
-    reads       a map whose input is g z + b at a site (or h itself) reads there; g and b go into its weights
-    values      at the first token attention can only hand on its value: the columns of the maps equal there to what a map takes
-                in are v, head by head, in whatever order; heads that have the same share it
-    q, k        the columns that at the first token, where rotary positions turn nothing, lie along what was multiplied; through
-                a norm with a gain, by head or over all, where only so
-    positions   the angle between q before and after, for halves of a head's first channels or for neighbours; the scores, less
-                scale * q . k, by distance (ALiBi); how far back the last query sees; a cap C tanh(score / C)
-    MLP         a map takes in act(up), or act(gate) up, for one of the nonlinearities
-    writes      what a sublayer adds is its last map's output times a constant, or that through a norm with a gain
+    reads       a map reads at a site if its input is g z + b there (or h itself); g and b are folded into its weights
+    values      the first token's attention returns that token's value, so v is the set of map outputs that equal the output
+                map's input there, head by head, in any order; query heads with equal columns share one value head
+    q, k        the map outputs that are parallel to the multiplied queries and keys at the first token, where rotary positions
+                do not rotate; if there are none, the outputs are tried through a norm with a gain, per head or over all heads
+    positions   the angle between q (or k) before and after rotation, with a head's first channels paired as halves or neighbours;
+                the scores minus scale * q . k, by distance (ALiBi); how far back the last query sees; a cap C tanh(score / C)
+    MLP         the input of a map is act(up), or act(gate) up, for one of the nonlinearities
+    writes      a sublayer adds its last map's output times a constant, or that output through a norm with a gain
 
-What does not fit is None; what does is verified where it is used (`training/initialize`), by what the whole sublayer writes.
+A part that does not fit is None. A part that fits is verified in `training/initialize` by what the whole sublayer writes.
 
-Shape legend: b batch row, t token (x: of all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and
+Shape legend: b batch row, t token (x: all rows), d dense width, o outputs, i inputs, h query heads, g heads of keys and
 values, c channels of a head, m neurons, v vocabulary.
 """
 
@@ -54,10 +55,9 @@ from bridge.training.dense_sublayers import Attention, Mlp, attention_of, capped
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Measurements of a dense model; attention and MLP by site, None where they are not of the kinds that are known here.
+    """Measured parts of a dense model; attention and MLP by site, without an entry if they fit no form known here.
 
-    embedding_vd and what positions add to it (position_td; None: nothing) make the residual at site 0; unembedding is a map of
-    the last residual's norm.
+    The residual at site 0 is embedding_vd plus position_td (None: zero); unembedding maps the normed last residual to logits.
     """
 
     centred: bool
@@ -72,9 +72,9 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(dense: DenseModel, context: int) -> Anatomy:
-    """The parts of a dense model, as far as they are understood; windows of `context` tokens and more are none.
+    """Measure the parts of a dense model. An attention window of at least `context` tokens counts as no window.
 
-    Of a span they are the whole model's that lie in it, and for an embedding the residual that comes into it stands.
+    For a span, return the whole model's parts inside it; the residual that enters the span takes the place of the embedding.
     """
     if isinstance(dense, DenseSpan):
         whole, first = dissect(dense.whole, context), dense.offset
@@ -88,7 +88,7 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
     sites = sites_of(dense)
     first = replace(seen, maps=[one for one in seen.maps if one.block <= 0])
     kinds = {(centred, eps): reading(first, sites, centred, eps) for centred in (False, True) for eps in EPSILONS}
-    # the norm that explains most inputs, and those best
+    # take the norm that explains the most inputs; among equals, the one that explains them best
     centred, eps = max(kinds, key=lambda kind: (len(kinds[kind]), -sum(read.unexplained for read in kinds[kind])))
     found = reading(seen, sites, centred, eps)
     anatomy = Anatomy(centred, eps, {}, {}, *_embedding(dense, tokens_bt, seen.residuals[0]), *_unembedding(seen, found))
@@ -112,7 +112,7 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
 
 
 def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
-    """Make frequencies that are measured the same so: those of a module's buffer, or else of the first block that has them."""
+    """Make nearly equal measured frequencies exactly equal: to a module's buffer, otherwise to the first block with them."""
     known = [x.flatten().double().cpu() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
         mine = torch.tensor(attention.shape.frequencies, dtype=torch.float64)
@@ -125,7 +125,7 @@ def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
 
 
 def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(embedding_vd, position_td), None where the residual at site 0 is not their sum."""
+    """Return (embedding_vd, position_td): both None if the residual at site 0 is not their sum; position_td None if it is 0."""
 
     def at_entry(some_bt: Tensor) -> Tensor:
         return dense.residuals(some_bt, 0)[0].float()
@@ -138,7 +138,7 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
     embedding_vd = F.pad(embedding_vd, (0, 0, 0, dense.vocabulary - known))
     row_1t = tokens_bt[:1, :1].expand(1, min(dense.context or tokens_bt.shape[1], 4096))
     position_td = at_entry(row_1t)[0] - embedding_vd[row_1t[0]]
-    if weight_ud.shape[1] == embedding_vd.shape[1]:  # what is no token's own is the position's
+    if weight_ud.shape[1] == embedding_vd.shape[1]:  # an offset shared by all tokens is counted as part of the positions
         weight_ud = weight_ud.to(dense.device, torch.float32)
         factor, _ = multiple(weight_ud - weight_ud.mean(0), embedding_vd[:known])
         offset_d = (embedding_vd[:known] - factor * weight_ud).mean(0)
@@ -154,7 +154,7 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
 
 
 def _unembedding(seen: Seen, reads: Sequence[Reading]) -> tuple[Affine | None, float | None]:
-    """The map of the last residual's norm whose output is the logits, perhaps times a constant and softly capped."""
+    """Return (map, cap) from the normed last residual to the logits, any constant factor included; None for each not found."""
     for read in reads:
         if read.map.output_xo.shape == seen.logits_xv.shape and read.site == len(seen.residuals) - 1 and not read.raw:
             scale, cap, left = capped(read.map.output_xo.double().flatten(), seen.logits_xv.double().flatten())
@@ -164,7 +164,7 @@ def _unembedding(seen: Seen, reads: Sequence[Reading]) -> tuple[Affine | None, f
 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
-    """Number of tokens that the last query of a row of `context` sees in every block; None: all."""
+    """Return, for each block, how many tokens the last query of a `context`-long row attends to; None if it attends to all."""
     tokens_1t, seen = probe(dense, 1, context), dict[int, int]()
     length = tokens_1t.shape[1]
 

@@ -1,7 +1,7 @@
-"""The parts of a dense model, as measured, written to a sparse model's weights (`initialize` has the equations).
+"""Copy the measured parts of a dense model to a sparse model's weights (`initialize` has the equations).
 
-Each function writes one part in place and says whether it could; a sublayer stays where its copy, run on the dense residuals
-without AbsTopK, writes what the dense one writes.
+Each function writes one part in place and returns whether it could. The copy of a sublayer is kept if, run on the dense residuals
+without AbsTopK, it writes the same as the dense sublayer.
 
 Shape legend: as in `initialize`.
 """
@@ -24,18 +24,18 @@ from bridge.training.anatomy import Anatomy
 from bridge.training.dense_maps import Affine, Written, normal, unexplained
 from bridge.training.dense_sublayers import Attention, Mlp
 
-UNMOVED = 1e-6  # share of a write that a sink may change
-TURNS, TURN_ROWS = 30, 4096  # steps to the rotation, and the rows of either matrix on which it is found
-QUIET = 0.1  # RMS of what a random sublayer writes, beside that of the dense one
-VERIFIED = 0.9  # explained share of a dense write at which a copy of its sublayer, without AbsTopK, is accepted
-SMALL = 0.02  # of what it was, the random weight by which an unused channel or neuron reads
-SINKS = (-4.0, -6.0, -8.0, -12.0)  # logits beside a dense model without sinks: as high as changes nothing, to have a gradient
+UNMOVED = 1e-6  # largest fraction of a write's variance that a sink may cost
+TURNS, TURN_ROWS = 30, 4096  # optimisation steps for the rotation, and the number of rows of each matrix used for it
+QUIET = 0.1  # largest RMS of the write of a random sublayer, relative to the dense sublayer's
+VERIFIED = 0.9  # a copy is accepted if, without AbsTopK, it explains more than this fraction of the dense sublayer's write
+SMALL = 0.02  # factor on the random weights by which unused channels and neurons read
+SINKS = (-4.0, -6.0, -8.0, -12.0)  # sink logits to try: the highest that changes nothing, as it still has a gradient
 NO_SINK = -30.0
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Place of the dense residual in the sparse one; turn_dd is R^T."""
+    """Position of the dense residual inside the sparse residual; turn_dd is R^T."""
 
     turn_dd: Tensor
     s: int
@@ -50,34 +50,34 @@ class Frame:
 
     @property
     def gain(self) -> float:
-        """Ratio of z to the sparse norm's output."""
+        """Factor from the sparse norm's output to z: sqrt(d / s)."""
         return math.sqrt(self.d / self.s)
 
     def centre(self, h_xd: Tensor) -> Tensor:
-        """h_xd as the norm sees it: without its mean, where LayerNorm takes it away."""
+        """Return h_xd as the norm sees it: minus its mean if the norm is a LayerNorm, otherwise unchanged."""
         return h_xd - h_xd.mean(-1, keepdim=True) if self.centred else h_xd
 
     def into(self, h_xd: Tensor) -> Tensor:
-        """The dense residual, or a write to it, on the first d channels of the sparse one."""
+        """Map the dense residual, or a write to it, to the first d channels of the sparse residual."""
         return self.centre(h_xd) @ self.turn_dd / self.scale
 
     def normal(self, h_xd: Tensor) -> Tensor:
-        """z_xd of a dense residual."""
+        """Return z_xd of a dense residual."""
         return normal(self.place(h_xd), False, self.eps)[..., : self.d] * self.gain @ self.turn_dd.T
 
     def read(self, part: Affine, raw: bool) -> Affine:
-        """A map of z (or, raw, of h) as one of what the sparse norm gives (or of x)."""
+        """Convert a map of z into a map of the sparse norm's output; if raw, a map of h into a map of x."""
         return Affine(part.weight_oi @ self.turn_dd * (self.scale if raw else self.gain), part.bias_o)
 
     def place(self, h_xd: Tensor) -> Tensor:
-        """x_xs of a dense residual."""
+        """Return x_xs of a dense residual."""
         return F.pad(self.into(h_xd), (0, self.s - self.d))
 
 
 def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
-    """The rotation in which embedding and unembedding, their rows of length 1, have the largest sum of fourth powers.
+    """Return the rotation that maximises the sum of fourth powers of embedding and unembedding, with rows scaled to length 1.
 
-    From the embedding's principal axes, each step goes to the rotation nearest to the gradient.
+    The iteration starts at the embedding's principal axes; each step takes the orthogonal matrix nearest to the gradient.
     """
     weights = [anatomy.embedding_vd, None if anatomy.unembedding is None else anatomy.unembedding.weight_oi]
     unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // TURN_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
@@ -92,7 +92,7 @@ def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
 
 
 def copy_bridges(coupling: CoupledModels, frame: Frame) -> None:
-    """Give every bridge x = centred(h) / S through its constants mu and sigma, and back."""
+    """Set every encoder to x = centred(h) / S and every decoder to its inverse, given the bridge's constants mu and sigma."""
     placed_sd = frame.place(torch.eye(frame.d, device=coupling.dense.device)).T
     for site in range(coupling.n_sites):
         bridge = coupling.bridges[site]
@@ -103,7 +103,7 @@ def copy_bridges(coupling: CoupledModels, frame: Frame) -> None:
 
 
 def copy_embedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) -> bool:
-    """The embedding, and what positions add to it, or their mean where the sparse model has none."""
+    """Copy the embedding and the positions; if the sparse model has no learned positions, their mean joins the embedding."""
     if anatomy.embedding_vd is None:
         return False
     embedding_vd, position_td = anatomy.embedding_vd, anatomy.position_td
@@ -118,7 +118,7 @@ def copy_embedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) ->
 
 
 def copy_unembedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) -> bool:
-    """The unembedding where the logits are a linear map of the last residual's norm."""
+    """Copy the unembedding if the logits are a linear map of the normed last residual, with the same soft cap."""
     if anatomy.unembedding is None or sparse.form.logit_cap != anatomy.logit_cap:
         return False
     _read_by(sparse.unembedding, slice(None), frame.read(anatomy.unembedding, raw=False))
@@ -128,7 +128,7 @@ def copy_unembedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) 
 def copy_sublayer(
     coupling: CoupledModels, site: int, frame: Frame, anatomy: Anatomy, residuals: Sequence[Tensor]
 ) -> float | None:  # fmt: skip
-    """Write a sublayer to the sparse block; the share of its write that the copy explains, None where it is not accepted."""
+    """Copy a sublayer to its sparse block; return the fraction of the write explained with AbsTopK, None if not accepted."""
     dense, sparse = coupling.dense, coupling.sparse
     kind, layer = dense.sublayers[site], sum(other != "mlp" for other in dense.sublayers[: site + 1]) - 1
     block: Any = sparse.blocks[layer]
@@ -152,7 +152,7 @@ def copy_sublayer(
         size = (keeping_all.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
         quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
         for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
-            linear.weight *= quiet  # what is random would drown what was copied
+            linear.weight *= quiet  # large random writes would hide the copied ones
         return None
     for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
         block.sinks.fill_(sink)
@@ -163,7 +163,7 @@ def copy_sublayer(
 
 
 def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> bool:
-    """Write an MLP to a block; False where that has another form."""
+    """Copy an MLP to a block; return False if the block has another form."""
     form, rows = sparse.form, slice(mlp.neurons)
     same = (form.gated, form.activation, form.reads_normed) == (mlp.gate is not None, mlp.activation, not mlp.raw)
     if not same or mlp.neurons > sparse.neurons:
@@ -175,11 +175,10 @@ def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> 
 
 
 def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attention: Attention, z_xd: Tensor) -> bool:
-    """Write attention to a block; False where that has another form.
+    """Copy attention to a block; return False if the block has another form.
 
-    Keys lose their mean where nothing turns them: it adds as much to all scores of a query, which only the sink would notice. A
-    head wider than the sparse ones becomes several, which share out its values and have each the same queries and keys, cut down
-    to their width.
+    Keys that are not rotated lose their mean: it adds the same to all scores of a query, so only the sink would notice it. A head
+    wider than the sparse heads becomes several, which divide its value channels and all have its queries and keys, cut to width.
     """
     form, own, channels = sparse.form, sparse.channels, attention.channels
     block: Any = sparse.blocks[layer]
@@ -190,7 +189,7 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
     group = attention.heads // attention.kv_heads
     same = own == channels and sparse.heads_of_keys >= attention.kv_heads and sparse.group == group
     parts = math.ceil(channels / own)
-    if not same:  # heads of its own, of which several may stand for one
+    if not same:  # other sparse heads, of which several may copy one dense head
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
             return False
         k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
@@ -209,20 +208,20 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
         for kind, linear, rows, gain_o in zip("qk", (block.q, block.k), (q_rows, k_rows), attention.gains, strict=True):
             if kind not in block.gains:
                 return False
-            share = 1.0 if attention.by_head else len(rows) / linear.out_features  # of the channels that the norm is over
+            share = 1.0 if attention.by_head else len(rows) / linear.out_features  # fraction of the normed channels in use
             times = math.sqrt(form.eps / (share * attention.norm_eps)) if form.eps and attention.norm_eps else 1.0
             linear.weight[rows] *= times
             linear.bias[rows] *= times
             if not attention.by_head:
                 linear.weight[len(rows) :] = 0
-            block.gains[kind].fill_(SMALL)  # a norm by head makes what is unused as large as what is used
+            block.gains[kind].fill_(SMALL)  # a norm per head would scale unused channels up to the size of used ones
             block.gains[kind][rows] = gain_o * math.sqrt(share)
     block.sinks.fill_(NO_SINK)
     return _write_by(block, "attn_out", block.o, value_rows, frame, attention.out)
 
 
 def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
-    """Queries and keys of `own` channels a head whose scores, on the text, are the nearest to the given ones (by SVD)."""
+    """Return queries and keys with `own` channels per head whose scores on the text are nearest to the given ones (by SVD)."""
     q_htc, k_htc = (part(z_xd).unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k))
     q_hcc, k_hcc = torch.linalg.qr(q_htc).R, torch.linalg.qr(k_htc).R  # scores are (.. Q) R_q R_k^T (.. Q)^T
     left_hcc, values_hc, right_hcc = torch.linalg.svd(q_hcc @ k_hcc.transpose(-1, -2))
@@ -236,13 +235,13 @@ def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple
 
 
 def _repeated(part: Affine, heads: int, channels: int) -> Affine:
-    """Keys or values that several heads share, once for each."""
+    """Repeat keys or values that several heads share, once for each head."""
     row_hc = torch.arange(len(part.bias_o)).view(-1, channels)
     return part.rows(row_hc.repeat_interleave(heads // len(row_hc), 0).flatten())
 
 
 def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
-    """Give some outputs of a map these weights from the dense channels; everything else reads by little."""
+    """Set some outputs of a map to these weights on the dense channels; the other outputs' weights become small, biases 0."""
     linear.weight.mul_(SMALL)
     linear.weight[rows] = 0
     linear.weight[rows, : part.weight_oi.shape[1]] = part.weight_oi
@@ -251,7 +250,7 @@ def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
 
 
 def _write_by(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor, frame: Frame, out: Written) -> bool:
-    """Give some inputs of a map these weights to the dense channels; everything else writes nothing. False: another form."""
+    """Set some inputs of a map to these weights into the dense channels, the rest to 0; False if the block has another form."""
     if (kind in block.gains) != (out.gain_d is not None):
         return False
     weight_do, bias_d = out.map.weight_oi, out.map.bias_o

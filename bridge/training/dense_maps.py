@@ -1,4 +1,4 @@
-"""Linear maps of a dense model as they are called: which read the residual, at which site, and which write to it (see `anatomy`).
+"""Record the linear maps that a dense model calls; find those that read the residual, at which site, and those that write to it.
 
 Shape legend: as in `anatomy`.
 """
@@ -21,21 +21,21 @@ from bridge.models.dense import DenseModel
 from bridge.models.dense_run import exclusive
 from bridge.models.sparse_blocks import norm_scale
 
-ROWS, TOKENS = 6, 29  # of the probe; a number of tokens that no width is likely to have
-SAME = 1e-3  # largest unexplained share of the variance at which two tensors are the same, up to constants
+ROWS, TOKENS = 6, 29  # size of the probe; 29 is unlikely to be a width, so token axes can be recognised
+SAME = 1e-3  # two tensors count as the same, up to constants, below this unexplained fraction of the variance
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
-UNSEEN = -1e4  # a score below it is masked
+UNSEEN = -1e4  # scores up to this value are masked
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """x @ weight_oi.T + bias_o."""
+    """The map x @ weight_oi.T + bias_o."""
 
     weight_oi: Tensor
     bias_o: Tensor
 
     def rows(self, index_o: Tensor, factor_o: Tensor | float = 1.0) -> Affine:
-        """Some outputs, each times a factor."""
+        """Return the map to the selected outputs, each times a factor."""
         factor_o = torch.as_tensor(factor_o, device=self.bias_o.device).expand(len(index_o))
         return Affine(self.weight_oi[index_o] * factor_o[:, None], self.bias_o[index_o] * factor_o)
 
@@ -43,13 +43,13 @@ class Affine:
         return Affine(self.weight_oi * factor, self.bias_o * factor)
 
     def __call__(self, x_xi: Tensor) -> Tensor:
-        """y_xo."""
+        """Return y_xo."""
         return x_xi @ self.weight_oi.T + self.bias_o
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """The last map of a sublayer, and the gain of the norm that its output goes through, if it does."""
+    """The last map of a sublayer, and the gain and eps of the norm on its output (gain_d None: no norm)."""
 
     map: Affine
     gain_d: Tensor | None = None
@@ -58,7 +58,7 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class CalledMap:
-    """A linear map as it was called, in which block (-1: in none)."""
+    """A linear map with the input and output of its call, and the block it is in (-1: outside the blocks)."""
 
     affine: Affine
     input_xi: Tensor
@@ -68,7 +68,7 @@ class CalledMap:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A map that reads the residual at a site, of z (or of h, where raw)."""
+    """A map that reads the residual at a site: `affine` applies to z, or to h if raw."""
 
     map: CalledMap
     affine: Affine
@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass(eq=False)
 class Attended:
-    """Products in a block, and the scores that went into the softmax."""
+    """Queries and keys multiplied in a block, and the scores that went into the softmax."""
 
     q_bhtc: Tensor | None = None
     k_bhtc: Tensor | None = None
@@ -88,7 +88,7 @@ class Attended:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Maps and attention of a run, with its residuals and logits."""
+    """Maps, attention, residuals and logits recorded in a run."""
 
     maps: list[CalledMap]
     blocks: list[Attended]
@@ -97,21 +97,21 @@ class Seen:
 
 
 class ScoreWatcher(TorchFunctionMode):
-    """Hands every product of queries and keys in a block, and its scores in the end, to `multiplied` and `softened`."""
+    """Calls `multiplied` with the queries and keys multiplied in each block, and `softened` with the scores for the softmax."""
 
     def __init__(
         self, tokens: int, multiplied: Callable[[int, Tensor, Tensor], None], softened: Callable[[int, Tensor], None]
     ) -> None:
         super().__init__()
         self.tokens, self.multiplied, self.softened = tokens, multiplied, softened
-        self.block = -1  # that is running; none before the first
+        self.block = -1  # index of the running block; -1 before the first
 
     def _enter(self, block: int, *_: Any) -> None:
         self.block = block
 
     @contextmanager
     def of(self, dense: DenseModel) -> Iterator[None]:
-        """A context in which the model's runs are watched."""
+        """Context manager in which the runs of the model are watched."""
         with exclusive(), ExitStack() as hooks, self:
             for index, block in enumerate(dense.blocks):
                 hooks.enter_context(block.module.register_forward_pre_hook(partial(self._enter, index)))
@@ -139,7 +139,7 @@ class ScoreWatcher(TorchFunctionMode):
 
 
 def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Scores as scaled_dot_product_attention makes them; without a mask every later key is masked."""
+    """Return the scores that scaled_dot_product_attention computes; without a mask, the mask is causal."""
     k_bhtc = k_bgtc.repeat_interleave(q_bhtc.shape[1] // k_bgtc.shape[1], 1)
     score_bhtt = q_bhtc.float() @ k_bhtc.float().transpose(-1, -2) * (scale or 1 / math.sqrt(q_bhtc.shape[-1]))
     if mask is None:
@@ -148,7 +148,7 @@ def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | 
 
 
 def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
-    """tokens_bt drawn at random."""
+    """Return random tokens_bt, at most as long as the model's context."""
     length = min(tokens, dense.context or tokens)
     generator = torch.Generator().manual_seed(0)
     table: Any = dense.model.get_input_embeddings()
@@ -157,7 +157,7 @@ def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
 
 
 def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
-    """The maps, products and scores of a run on the tokens."""
+    """Run the model on the tokens and record its maps, attention, residuals and logits."""
     blocks, maps = [Attended() for _ in dense.blocks], dict[nn.Module, CalledMap]()
     block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
 
@@ -172,7 +172,7 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
             return
         x_xi, y_xo, weight = plain(x.reshape(-1, x.shape[-1])), plain(y.reshape(-1, y.shape[-1])), plain(weight)
         bias_o = torch.zeros_like(y_xo[0]) if bias is None else plain(bias)
-        for weight_oi in (weight, weight.T):  # transformers' Conv1D has inputs first
+        for weight_oi in (weight, weight.T):  # transformers' Conv1D stores weights as (inputs, outputs)
             fits = weight_oi.shape == (y_xo.shape[1], x_xi.shape[1])
             if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * SAME:
                 maps[module] = CalledMap(Affine(weight_oi, bias_o), x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
@@ -182,7 +182,7 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
         return plain(x).reshape(len(tokens_bt), -1, *x.shape[-2:]).clone()
 
     def multiplied(block: int, q: Tensor, k: Tensor) -> None:
-        if not any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):  # else not attention: a mask in the making
+        if not any(x.shape[:-2].numel() % len(tokens_bt) for x in (q, k)):  # otherwise it is no attention but a mask being built
             blocks[block].q_bhtc, blocks[block].k_bhtc = by_row(q), by_row(k)
 
     def softened(block: int, score: Tensor) -> None:
@@ -202,7 +202,7 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
 
 
 def sites_of(dense: DenseModel) -> dict[int, list[int]]:
-    """The sites that each block reads, and (of -1) what lies behind all blocks."""
+    """Return the sites that each block reads, and for key -1 the last site, after all blocks."""
     sites: dict[int, list[int]] = {-1: [len(dense.sublayers)]}
     for site, kind in enumerate(dense.sublayers):
         if kind == "mlp":
@@ -213,9 +213,9 @@ def sites_of(dense: DenseModel) -> dict[int, list[int]]:
 
 
 def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: float) -> list[Reading]:
-    """The maps that read the residual, each at the site of its block that explains its input best."""
+    """Return the maps that read the residual, each with the site of its block that explains its input best."""
     found: list[Reading] = []
-    known: list[tuple[Tensor, tuple[float, int, bool, Tensor, Tensor]]] = []  # several maps take in the same
+    known: list[tuple[Tensor, tuple[float, int, bool, Tensor, Tensor]]] = []  # several maps may have the same input
     for one in seen.maps:
         if one.input_xi.shape != seen.residuals[0].shape:
             continue
@@ -234,7 +234,7 @@ def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: 
 def _fit_read(
     input_xd: Tensor, h_xd: Tensor, site: int, centred: bool, eps: float
 ) -> tuple[float, int, bool, Tensor, Tensor]:  # fmt: skip
-    """(unexplained, site, raw, gain_d, bias_d) of an input as g z + b, or as h."""
+    """Fit an input as g z + b, or as h, whichever is better; return (unexplained, site, raw, gain_d, bias_d)."""
     gain_d, bias_d, left = gain(normal(h_xd, centred, eps), input_xd, biased=centred)
     raw = unexplained(h_xd, input_xd)
     if raw < left:
@@ -243,13 +243,13 @@ def _fit_read(
 
 
 def normal(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
-    """z_xd of a residual."""
+    """Return z_xd of a residual."""
     h_xd = h_xd - h_xd.mean(-1, keepdim=True) if centred else h_xd
     return h_xd * norm_scale(h_xd, max(eps, 1e-20))
 
 
 def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:
-    """(gain_d, bias_d, unexplained) of y = gain z + bias, channel by channel."""
+    """Fit y = gain z + bias for each channel (bias 0 unless biased); return (gain_d, bias_d, unexplained)."""
     mean_d, offset_d = (z_xd.mean(0), y_xd.mean(0)) if biased else (torch.zeros_like(z_xd[0]), torch.zeros_like(z_xd[0]))
     z0_xd = z_xd - mean_d
     gain_d = (z0_xd * (y_xd - offset_d)).sum(0) / z0_xd.square().sum(0).clamp_min(1e-12)
@@ -258,13 +258,13 @@ def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, f
 
 
 def multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(c, unexplained) of y = c x."""
+    """Fit y = c x; return (c, unexplained)."""
     factor = ((x * y).sum() / x.square().sum().clamp_min(1e-20)).item()
     return factor, unexplained(factor * x, y)
 
 
 def written(one: CalledMap, write_xd: Tensor) -> Written | None:
-    """The steps from a map's output to its sublayer's write."""
+    """Return the steps from a map's output to its sublayer's write: a factor, or a norm with a gain; None if neither fits."""
     factor, left = multiple(one.output_xo, write_xd)
     if left < SAME:
         return Written(one.affine * factor)
@@ -274,6 +274,6 @@ def written(one: CalledMap, write_xd: Tensor) -> Written | None:
 
 
 def unexplained(guess_xy: Tensor, target_xy: Tensor) -> float:
-    """Share of the target's variance over tokens that a guess leaves."""
+    """Fraction of the target's variance over tokens that a guess leaves unexplained; infinite if it is not a number."""
     total = (target_xy - target_xy.mean(0)).square().sum()
     return ((guess_xy - target_xy).square().sum() / total.clamp_min(1e-20)).nan_to_num(torch.inf).item()

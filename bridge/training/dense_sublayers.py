@@ -1,4 +1,4 @@
-"""Attention and MLPs of a dense model, found among its linear maps by what goes in and comes out (see `anatomy`).
+"""Find the attention and MLPs of a dense model among its linear maps by their inputs and outputs (see `anatomy`).
 
 Shape legend: as in `anatomy`.
 """
@@ -29,14 +29,14 @@ from bridge.training.dense_maps import (
     unexplained,
 )
 
-CAPS = (0.1, 500.0)  # between which a soft cap is looked for
+CAPS = (0.1, 500.0)  # range in which a soft cap is searched
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention as maps of what is read (z, or h where raw): scores are q . k / root of the channels, pairs rotated as halves.
+    """Attention as maps of z (h if raw): scores are q . k / sqrt(channels); channels i and i + half rotate as a pair.
 
-    gains are those of the norms of q (h c) and k (g c), `by_head` or over all of them.
+    gains are the gains of the norms of q (h c) and k (g c); each norm is per head if by_head, otherwise over all heads.
     """
 
     q: Affine
@@ -53,18 +53,18 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return len(self.q.bias_o) // self.channels
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return len(self.v.bias_o) // self.channels
 
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """An MLP as maps of what is read; gate None where it is plain."""
+    """An MLP as maps of z (h if raw); gate is None if the MLP is not gated."""
 
     gate: Affine | None
     up: Affine
@@ -74,14 +74,14 @@ class Mlp:
 
     @property
     def neurons(self) -> int:
-        """Inputs of its last map."""
+        """Number of inputs of the last map."""
         return len(self.up.bias_o)
 
 
 def attention_of(
     reads: Sequence[Reading], writers: Sequence[CalledMap], seen: Attended, window: int | None
 ) -> tuple[Attention, CalledMap] | None:
-    """The attention that some maps read for, and the map that writes; None where it is not one that is known here."""
+    """Find the attention whose inputs some maps compute; return it with the map that writes, None if it fits no known form."""
     q_bhtc, k_bhtc, score_bhtt = seen.q_bhtc, seen.k_bhtc, seen.score_bhtt
     if q_bhtc is None or k_bhtc is None or score_bhtt is None or not reads:
         return None
@@ -117,8 +117,8 @@ def attention_of(
 
 
 def _along(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(index_i, factor_i): the column that is each of the wanted ones, or lies along it, and how long it is; None without."""
-    near_i, index_i = torch.cdist(want_bi.T.double(), column_bo.T.double()).min(1)  # what a row of rows is there can be all alike
+    """Match each wanted column to an equal column, or else a parallel one; return (index_i, factor_i), None if there is none."""
+    near_i, index_i = torch.cdist(want_bi.T.double(), column_bo.T.double()).min(1)  # equality first: many columns may be parallel
     if bool((near_i <= 1e-4 * want_bi.norm(dim=0) + 1e-6 * want_bi.abs().max()).all()):
         return index_i, torch.ones_like(want_bi[0])
     want_norm_i, norm_o = want_bi.norm(dim=0).clamp_min(1e-20), column_bo.norm(dim=0).clamp_min(1e-20)
@@ -130,7 +130,7 @@ def _along(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
 
 @dataclass(frozen=True, eq=False)
 class _Queries:
-    """Queries (or keys) before they are rotated: a map, perhaps a norm with a gain behind it, and what they are on the probe."""
+    """Queries (or keys) before rotation: a map, a norm with a gain after it (gain_o None: no norm), and values on the probe."""
 
     map: Affine
     gain_o: Tensor | None
@@ -139,7 +139,7 @@ class _Queries:
     value_bhtc: Tensor
 
     def ordered(self, order_c: Tensor, factor: float) -> tuple[Affine, Tensor | None]:
-        """Map and gain with each head's channels in an order, and times a factor."""
+        """Return map and gain with each head's channels reordered; the gain, or the map if there is none, is times a factor."""
         order_o = torch.arange(len(self.map.bias_o), device=order_c.device).view(-1, len(order_c))[:, order_c].flatten()
         if self.gain_o is None:
             return self.map.rows(order_o, factor), None
@@ -169,7 +169,7 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
 
 
 def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
-    """(frequencies, order_c): the radians a token by which pairs of channels turn, and the order in which pairs are halves."""
+    """Return (frequencies, order_c): radians per token of each pair, the order in which pairs are halves; None without a fit."""
     channels, length = before_bhtc.shape[-1], before_bhtc.shape[2]
     natural_c = torch.arange(channels, device=before_bhtc.device)
     if (after_bhtc - before_bhtc).abs().max() <= 1e-4 * before_bhtc.abs().max():
@@ -191,14 +191,14 @@ def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], T
         return None
     angle_tp = best[1]
     frequency_p = angle_tp[1]
-    for place in range(2, length):  # a later position tells it more exactly, once it is known how often it has gone round
+    for place in range(2, length):  # later positions refine it; the estimate so far gives the number of full turns
         off_p = angle_tp[place] - place * frequency_p
         frequency_p = frequency_p + (off_p - 2 * math.pi * (off_p / (2 * math.pi)).round()) / place
     return tuple(frequency_p.tolist()), best[2]
 
 
 def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, tuple[float, ...]] | None:
-    """(scale, cap, ALiBi of each head) of scores as functions of q . k and of the key's place."""
+    """Fit scores as functions of q . k and the key's position; return (scale, cap, ALiBi of each head), None without a fit."""
     seen_bhtt = (score_bhtt > UNSEEN).expand_as(product_bhtt)
     score_bhtt = score_bhtt.expand_as(product_bhtt).double()
     product_bhtt, place_t = product_bhtt.double(), torch.arange(score_bhtt.shape[-1], device=score_bhtt.device).double()
@@ -206,7 +206,7 @@ def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | 
     if left < 1e-6:
         return scale, cap, ()
 
-    def within(x_bhtt: Tensor) -> Tensor:  # less its mean over the keys that each query sees
+    def within(x_bhtt: Tensor) -> Tensor:  # minus its mean over the keys that each query attends to
         mean = (x_bhtt * seen_bhtt).sum(-1, keepdim=True) / seen_bhtt.sum(-1, keepdim=True)
         return (x_bhtt - mean) * seen_bhtt
 
@@ -218,12 +218,12 @@ def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | 
 
 
 def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
-    """(scale, cap, unexplained) of y = scale x, or of y = cap tanh(scale x / cap) where that is needed."""
+    """Fit y = scale x, or y = cap tanh(scale x / cap) if that is much better; return (scale, cap, unexplained)."""
     total = y.square().sum().clamp_min(1e-20)
 
     def fit(cap: float | None) -> tuple[float, float]:
         inner = y if cap is None else cap * (y / cap).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
-        weight = 1.0 if cap is None else 1 - (y / cap).square().clamp(max=1)  # an error there counts as it does in y
+        weight = 1.0 if cap is None else 1 - (y / cap).square().clamp(max=1)  # so that an error counts as much as it would in y
         scale = ((weight * x * weight * inner).sum() / (weight * x).square().sum().clamp_min(1e-20)).item()
         guess = scale * x if cap is None else cap * (scale * x / cap).tanh()
         return scale, ((guess - y).square().sum() / total).item()
@@ -242,7 +242,7 @@ def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
 
 
 def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
-    """The MLP that some maps read for, and the map that writes."""
+    """Find the MLP whose inputs some maps compute; return it with the map that writes, None if no form fits."""
     for one in writers:
         neurons = one.affine.weight_oi.shape[1]
         parts = [

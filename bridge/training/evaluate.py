@@ -1,11 +1,11 @@
-"""Faithfulness of a coupling on held-out text, per site and overall.
+"""Measure the faithfulness of a coupling on held-out text, per site and overall.
 
-    EV of f_i   = 1 - sum |f_i(h_d) - h_s|^2 / sum |h_s - mean h_s|^2       decoders likewise, with h_d and h_s changing places
+    EV of f_i   = 1 - sum |f_i(h_d) - h_s|^2 / sum |h_s - mean h_s|^2       for decoders g_i, h_d and h_s are exchanged
     CE recovered at i = (CE_mean - CE_hybrid) / (CE_mean - CE_dense)
 
-over all tokens; CE_mean is the dense model's cross-entropy with the residual at site i replaced by its corpus mean. Explained
+over all tokens. CE_mean is the dense model's cross-entropy with the residual at site i replaced by its corpus mean. Explained
 variance is given with and without the first position, where a few outliers dominate in GPT-2-like models. A first pass over the
-text takes the means, a second everything else; only sums are kept.
+text computes the means, a second pass everything else; only sums are kept.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -32,7 +32,7 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class SiteEvaluation:
-    """One site: explained variances (later: without the first position), hybrids (in: dense to sparse, out: sparse to dense)."""
+    """One site's explained variances (later: no first position) and hybrids (in: dense to sparse, out: sparse to dense)."""
 
     site: int
     read_by: str
@@ -51,7 +51,7 @@ class SiteEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A coupling on held-out text; KL in nats per token towards the dense model, CE in nats per token on the text."""
+    """Measures of a coupling on held-out text; KL from the dense model's answers and CE on the text, both in nats per token."""
 
     sites: tuple[SiteEvaluation, ...]
     tokens: int
@@ -72,7 +72,7 @@ class Evaluation:
     neurons: int
 
     def to_json(self) -> dict[str, Any]:
-        """The evaluation as plain JSON values."""
+        """Return the evaluation as plain JSON values."""
         return asdict(self)
 
     def _repr_html_(self) -> str:
@@ -87,7 +87,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgress | None = None) -> Evaluation:
-    """Evaluate a coupling on held-out tokens_bt. Raises ValueError where there is no row."""
+    """Evaluate a coupling on held-out tokens_bt. Raises ValueError if there is no row."""
     if not len(tokens_bt):
         raise ValueError("there is no held-out text to evaluate on; give more text")
     progress = on_progress or unseen
@@ -101,9 +101,9 @@ def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgr
     return _evaluation(coupling, sums, alive, tokens_bt.shape)
 
 
-POSITIONS = {"": 0, "_later": 1}  # from which on a sum is taken
-Means = Mapping[tuple[str, str, int], Tensor]  # of either model's residual, by those positions and site
-Sums = defaultdict[tuple[str, int | None], float]  # over text, by name and site (None: not of a site)
+POSITIONS = {"": 0, "_later": 1}  # suffix of a sum and the first position that it includes
+Means = Mapping[tuple[str, str, int], Tensor]  # mean residuals, by model (dense or sparse), suffix and site
+Sums = defaultdict[tuple[str, int | None], float]  # sums over the text, by name and site (None: of the whole model)
 
 
 def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgress) -> Means:
@@ -135,7 +135,7 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums,
         sums[name, site] += float(value.double().sum())
 
     def compare(name: str, site: int | None, logits_btv: Tensor) -> None:
-        """Add the losses of answers against the text, and against the dense model's answers."""
+        """Add the cross-entropy of answers on the text, and their KL to and top-1 agreement with the dense model's answers."""
         log_q_btv = logits_btv.float().log_softmax(-1)
         add(f"ce_{name}", site, F.nll_loss(log_q_btv[:, :-1].flatten(0, 1), part_bt[:, 1:].flatten(), reduction="sum"))
         add(f"kl_{name}", site, F.kl_div(log_q_btv, log_p_btv, reduction="sum", log_target=True))
@@ -159,7 +159,7 @@ def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums,
 
 
 def _evaluation(coupling: CoupledModels, sums: Sums, alive: Mapping[Location, Tensor], shape: torch.Size) -> Evaluation:
-    """The evaluation computed from the sums over a text of that shape."""
+    """Compute the evaluation from the sums over a text of the given shape."""
     rows, tokens = shape[0], shape.numel()
     sites = range(coupling.n_sites)
 

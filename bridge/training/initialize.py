@@ -1,19 +1,19 @@
-"""A coupling that starts as the dense model, as far as the sparse architecture can be it; or as a coupling fitted before.
+"""Initialise a coupling as a copy of its dense model, as exactly as the sparse architecture allows, or from an earlier coupling.
 
-AbsTopK keeps a quarter of a location's values, so a sparse model four times as wide loses nothing of a dense one that is written
-on its first channels. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre), up to constants,
+AbsTopK keeps a quarter of a location's values, so a sparse model four times as wide loses nothing if the dense model is copied to
+its first channels. With z = h centred and divided by its deviation (LayerNorm; RMSNorm does not centre), up to constants,
 
     x[:d] = R centred(h) / S,  x[d:] = 0                encoder and decoder of every bridge; S makes the embedding's RMS 1/2
     norm(x)[:d] = sqrt(s / d) R z                       the sparse norm averages over s channels, of which d are not zero
     W (g z + b) + c = (W g R^T sqrt(d / s)) norm(x)[:d] + (W b + c)  every map that reads the residual, the unembedding too
     W a + c -> R centred(W a + c) / S                   every map that writes to it; embedding and positions likewise
 
-What is centred away is read by nobody. The other channels and neurons read by small random weights and write nothing. R is any
-rotation, as a norm has no gain of its own left: the one in which embedding and unembedding have the largest fourth powers, which
-are nearly sparse there, for these two, thin as they are, lose most when the projection keeps the same fraction of every matrix.
+No map reads the mean that centring removes. The other channels and neurons read with small random weights and write nothing. R
+may be any rotation, because no norm has a gain left. R maximises the fourth powers of embedding and unembedding, which
+makes both nearly sparse: these thin matrices lose most when the projection keeps the same fraction of every matrix.
 
-No architecture is known by name: maps are found by what goes in and comes out (`anatomy`). A sublayer whose copy, run on the
-dense residuals without AbsTopK, does not write what the dense one writes stays random.
+No architecture is known by name: maps are found by their inputs and outputs (`anatomy`). A sublayer stays random if its copy, run
+on the dense residuals without AbsTopK, does not write the same as the dense sublayer.
 
 Shape legend: b batch row, t token (of all rows), d dense width, s sparse width, i inputs, o outputs, h heads, c head channels,
 m dense neurons, v vocabulary.
@@ -38,15 +38,15 @@ from bridge.training.anatomy import Anatomy, dissect
 from bridge.training.copy_dense import Frame, copy_bridges, copy_embedding, copy_sublayer, copy_unembedding, turn_of
 from bridge.training.dense_sublayers import Attention
 
-ROWS, TOKENS = 4, 64  # of the text, on which maps are found and copies verified
-GENTLE, FASTEST, TRIED = 0.007, 1e-3, 6  # see `gentle_rate`; the model that ships, for which 1e-3 was found best, has .007
-EMBEDDING_RMS = 0.5  # of the channels in use, as in a random start
+ROWS, TOKENS = 4, 64  # size of the text on which copies are verified
+GENTLE, FASTEST, TRIED = 0.007, 1e-3, 6  # see `gentle_rate`; .007 is the KL of the shipped model, whose best rate was 1e-3
+EMBEDDING_RMS = 0.5  # RMS of the channels in use, as in a random start
 
 
 @dataclass(frozen=True)
 class Started:
-    """Parts copied from the dense model: embedding, unembedding, bridges, and of each sublayer the share of its write that the
-    copy explains, AbsTopK included (None: random); or from another coupling, all of it, whose L0 the anneal then falls from.
+    """The parts copied from the dense model, and per sublayer the fraction of its write that the copy explains with AbsTopK
+    (None: random). If `coupling` is given, everything comes from that coupling, and the anneal starts at its L0.
     """
 
     embedding: bool
@@ -69,7 +69,7 @@ class Started:
 
 
 def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShape:
-    """A recipe's shape with what it leaves to the dense model filled in, as that is measured."""
+    """Fill in what a recipe's shape leaves open by measuring the dense model. Raises RecipeError if width and heads conflict."""
     anatomy = dissect(dense, context)
     attention = next(iter(anatomy.attention.values()), None)
     mlp = next(iter(anatomy.mlp.values()), None)
@@ -79,7 +79,7 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     if width % channels and not same_heads:
         raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
-    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # at which the sparse norms are the dense ones
+    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # with it the sparse norms equal the dense ones
     form: dict[str, Any] = {"eps": eps, "logit_cap": anatomy.logit_cap}
     positions = shape.positions
     if positions == "auto":
@@ -105,14 +105,14 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
 
 
 def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> dict[str, Any]:
-    """Heads, what they know of positions, and their scores, as in the dense model's blocks; as many times more as it is wider."""
+    """Return heads, positions and scores as in the dense model's blocks; the number of heads grows with the width, by `times`."""
     keys = max(one.kv_heads, int(one.kv_heads * times + 1e-9))
     heads, shapes = keys * one.heads // one.kv_heads, []
     for each in anatomy.attention.values():
         slopes = each.shape.slopes + (0.0,) * (heads - one.heads) if each.shape.slopes else ()
         frequencies = each.shape.frequencies if positions == "rotary" else ()
         shapes.append(each.shape.model_copy(update={"slopes": slopes, "frequencies": frequencies}))
-    if positions == "rotary" and not any(each.frequencies for each in shapes):  # the recipe's own
+    if positions == "rotary" and not any(each.frequencies for each in shapes):  # use the recipe's default frequencies
         shapes = []
     shapes = shapes[:1] if all(each == shapes[0] for each in shapes) else shapes
     return {
@@ -123,7 +123,7 @@ def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> di
 
 
 def _scale(anatomy: Anatomy) -> float:
-    """S, by which the dense residual is divided, such that the embedding's RMS is the same as in a random start."""
+    """Return S, the divisor of the dense residual that gives the embedding the same RMS as in a random start."""
     if anatomy.embedding_vd is None:
         return 1.0
     e_vd = anatomy.embedding_vd - (anatomy.embedding_vd.mean(-1, keepdim=True) if anatomy.centred else 0)
@@ -132,7 +132,7 @@ def _scale(anatomy: Anatomy) -> float:
 
 @torch.no_grad()
 def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
-    """Overwrite a new coupling by its dense model, in place, as far as that is verified on tokens_bt; calibrates the bridges."""
+    """Copy the dense model's parts to a new coupling, in place, sublayers if verified on tokens_bt; calibrate the bridges."""
     dense, sparse = coupling.dense, coupling.sparse
     residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
     coupling.bridges.calibrate(residuals)
@@ -141,7 +141,7 @@ def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
     anatomy = dissect(dense, coupling.context)
     frame = Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
     span = isinstance(dense, DenseSpan)
-    if not sparse.form.writes_normed and not span:  # a gain there is one for each channel
+    if not sparse.form.writes_normed and not span:  # a rotation would mix channels that have a gain each
         frame = replace(frame, turn_dd=turn_of(anatomy, frame))
     copy_bridges(coupling, frame)
     sample = [h_btd[:ROWS, :TOKENS] for h_btd in residuals]
@@ -151,7 +151,7 @@ def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
 
 
 def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
-    """A recipe's shape with what it leaves open taken from a coupling that it starts from. Raises CheckpointError."""
+    """Fill in what a recipe's shape leaves open from the coupling that it starts from. Raises CheckpointError."""
     facts = read_json(folder_of(path) / "coupling.json")
     theirs = SparseShape.model_validate((facts.get("recipe") or {}).get("sparse") or {})
     unsaid = {name: value for name, value in theirs.model_dump().items() if getattr(shape, name) in (None, "auto")}
@@ -160,13 +160,13 @@ def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
 
 @torch.no_grad()
 def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = False) -> Started:
-    """Give a new coupling the weights of one fitted to the same dense model (or, adapts, to one it is a fine-tune of), in place.
+    """Load the weights of a coupling to the same dense model (if adapts, to the model it was fine-tuned from), in place.
 
-    Raises CheckpointError where there is none, RecipeError where it has another shape, or was trained on what is held out now.
+    Raises CheckpointError if there is none, RecipeError if it has another shape or was trained on text that is held out now.
     """
     other = CoupledModels.from_pretrained(path, dense=coupling.dense, fine_tuned=adapts)
     now, before = coupling.recipe, other.recipe
-    same_text = now.data.source == before.data.source != "self"  # streams hold out by the text itself, whatever the seed
+    same_text = now.data.source == before.data.source != "self"  # in streams the text decides what is held out, not the seed
     if same_text and (now.data.stream != before.data.stream or (not now.data.stream and now.seed != before.seed)):
         what = f"seed {now.seed} (data.stream {str(now.data.stream).lower()})"
         rule = f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them"
@@ -187,11 +187,11 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
 
 @torch.no_grad()
 def gentle_rate(coupling: CoupledModels, tokens_bt: Tensor) -> float:
-    """The learning rate for a model whose answers change by so much where a step moves every weight by it.
+    """Return a learning rate chosen by how much the answers change when every weight changes by the rate.
 
-    A step moves every weight by about the rate; with random signs the answers' KL goes by the rate's square, and blocks' changes
-    about add up, so some blocks are moved by `FASTEST`, one at a time. Where all of it is at most `GENTLE` nats that is the rate;
-    beyond, half of the way (in the logarithm) to the rate at which it would be: a lower one takes longer to mend what L0 breaks.
+    A step changes every weight by about the rate. With random signs, the KL grows with the rate's square, and blocks' KLs roughly
+    add, so some blocks are changed by `FASTEST`, one at a time. If the total KL is at most `GENTLE` nats, the rate is `FASTEST`;
+    otherwise the geometric mean of `FASTEST` and the rate that gives `GENTLE`: lower rates repair slowly what L0 breaks.
     """
     sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
     before_btv = sparse.run(tokens_bt).logits_btv

@@ -1,17 +1,17 @@
-"""The training loop: recipe -> coupled models.
+"""Train coupled models by a recipe.
 
-Every step, in this order: a batch and a splice, both pure functions of (seed, step); the objective and its gradient, added up
-over the pieces that memory has room for (`data.micro_rows`) and over processes; the gradient normalised to RMS 1 over the sparse
-model and over the bridges; AdamW (times 1/sqrt(L0) on the sparse weights); the projection to the annealed L0. Once the anneal is
-over, matrices whose sparse products are faster are trained by their nonzeros (`sparse_native`). At a rate of 0 bridges alone
-learn: the sparse model, which is then another coupling's, is not changed, and circuits found in it stay valid.
+Every step does, in this order: draw a batch and a splice, both pure functions of (seed, step); compute the objective and its
+gradient, accumulated over the pieces that fit in memory (`data.micro_rows`) and over processes; normalise the gradient to RMS 1
+over the sparse model and over the bridges; apply AdamW (rate times 1/sqrt(L0) on the sparse weights); project to the annealed L0.
+After the anneal, matrices whose sparse products are faster are trained by their nonzeros (`sparse_native`). At a rate of 0 only
+the bridges learn: the sparse model then comes from another coupling and does not change, so circuits found in it stay valid.
 
-A step depends on the weights, the optimizer and the step's number alone, so a run that is killed and resumed from its last saved
-state continues bit for bit on a CPU, as long as the budget is in tokens (one in minutes follows the clock) and the matrices that
-are trained by their nonzeros are given (`sparsity.native`) or were saved: `auto` measures which they are.
+A step depends only on the weights, the optimizer, the text and the step number. A run that is killed and resumed from its last
+saved state therefore continues bit for bit on a CPU, if the budget is in tokens (a budget in minutes follows the clock) and the
+matrices trained by their nonzeros are given (`sparsity.native`) or were saved (`auto` chooses them by measuring speed).
 
-A run's folder holds `coupling.json` and its tensors once finished, `training.json` and its tensors while under way, and
-`log.jsonl`, a line per report.
+A run's folder holds `training.json` and its tensors during the run, `coupling.json` and its tensors after it, and `log.jsonl`
+with one line per report.
 
 Shape legend: b batch row, t token.
 """
@@ -53,16 +53,16 @@ from bridge.training.refit import refit_decoders
 from bridge.training.state import CAUTION, DIVERGED, TrainingState, restore, save
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
-REFERENCE_ROWS = 256  # held-out blocks that travel with the coupling as the corpus for means
-WORST = 2  # the same of the model that is to be written, on one row of text
+REFERENCE_ROWS = 256  # held-out rows saved with the coupling as the reference text for means
+WORST = 2  # a final model with more than this many times a uniform guess's cross-entropy, on one row of text, is refused
 
 
 class FitError(RunError):
-    """A run that had to stop, in one line with the remedy."""
+    """A run that had to stop because training failed, in one line with the remedy."""
 
 
 class FitStopped(OneLineError, RuntimeError):
-    """A run that stopped and saved its state: `planned` at the end of a stretch, else on SIGTERM or Ctrl-C."""
+    """A run that stopped and saved its state: planned if a stretch ended, otherwise on SIGTERM or Ctrl-C."""
 
     def __init__(self, what: str, remedy: str, *, planned: bool) -> None:
         super().__init__(what, remedy=remedy)
@@ -71,7 +71,7 @@ class FitStopped(OneLineError, RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run: losses by name (means since the last report), the achieved L0, and speed."""
+    """Progress of a run: step and budget used, losses by name (means since the last report), the achieved L0, and speed."""
 
     step: int
     steps: int | None
@@ -110,10 +110,10 @@ def fit(
 ) -> CoupledModels:
     """Couple a weight-sparse transformer to a dense causal LM (a hub id, a folder, or a live model and its tokenizer).
 
-    l0 below 1 is the fraction of weights that stay nonzero, from 1 on their number. With blocks, such as "12:16", these of the
-    dense model's blocks alone are coupled. The dense model's weights are of `dense_dtype`, beside sparse ones in float32, and may
-    be spread over devices by transformers' `device_map`. `recipe` is a TOML file of `recipes/`, and `settings` maps its numbers
-    ("optimizer.rate") to other values. Raises what `prepare` and `train` raise.
+    l0 below 1 is the fraction of weights that stay nonzero; l0 of at least 1 is their number. With `blocks`, such as "12:16",
+    only these blocks of the dense model are coupled. The dense model's weights have type `dense_dtype` (sparse weights: float32)
+    and may be spread over devices by transformers' `device_map`. `recipe` is a TOML file of `recipes/`; `settings` maps the names
+    of its numbers ("optimizer.rate") to other values. Raises the errors of `prepare` and `train`.
     """
     values = recipe_values(
         l0=l0, data=data, tokens=tokens, minutes=minutes, width=width, blocks=blocks, recipe=recipe, settings=settings,
@@ -130,9 +130,9 @@ def fit(
 
 
 def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progress, None, None]:
-    """Train a coupling in place to the end of its recipe's budget (or of a stretch), yielding Progress every few seconds.
+    """Train a coupling in place until its recipe's budget is used, yielding Progress every few seconds.
 
-    Raises FitError on NaN or divergence, FitStopped after SIGTERM or Ctrl-C; the last good state is then in `out`.
+    Raises FitError on NaN or divergence, FitStopped after `stretch_minutes`, SIGTERM or Ctrl-C; `out` has the last good state.
     """
     coupling, blocks, accelerator, out = run.coupling, run.blocks, run.accelerator, run.out
     recipe, sparse = coupling.recipe, coupling.sparse
@@ -141,7 +141,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     per_step = rows * recipe.data.context
     steps = None if budget.tokens is None else max(1, math.ceil(budget.tokens / per_step))
     reuse_memory()
-    torch.set_flush_denormal(True)  # weights and moments that decay towards zero would slow every product down
+    torch.set_flush_denormal(True)  # denormal weights and moments, decaying towards zero, would slow every product down
     coupling.bridges.requires_grad_(recipe.losses.coupled)
     frozen = recipe.optimizer.rate == 0
     for site, name in coupling.ends:
@@ -157,7 +157,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     state = TrainingState(0, 0.0, Fractions(1.0, 1.0) if run.started is None else run.started.l0)
     if run.resume and out is not None:
         state = restore(out, coupling, optimizer, blocks)
-    elif (recipe.losses.coupled or coupling.ends) and run.started is None:  # a start calibrates them, folds constants in
+    elif (recipe.losses.coupled or coupling.ends) and run.started is None:  # a start calibrates and uses its constants
         tokens_bt = first_rows(blocks, recipe).to(coupling.dense.device)
         with torch.no_grad():
             coupling.bridges.calibrate(coupling.dense.residuals(tokens_bt, coupling.n_sites - 1))
@@ -166,7 +166,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     kept = sparse.fractions(recipe.sparsity)
     terms = recipe.losses.model_dump(exclude={"temperature", "splice"})
     if recipe.losses.splice == "literal":
-        del terms["hybrid_both"]  # the paper's sum has none
+        del terms["hybrid_both"]  # the paper's objective has no such term
     names = ["total", *(name for name, weight in terms.items() if weight)]
     zero = torch.zeros((), device=accelerator.device)
     sums, summed = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device), 0
@@ -205,7 +205,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             state.step += 1
             state.seconds = spent_before + time.monotonic() - began
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
-            # every process must see the same clock and the same wish to stop
+            # every process must see the same clock and the same request to stop
             shared = torch.tensor([state.seconds, bool(stop) or stretch_over, ce], dtype=sums.dtype, device=sums.device)
             state.seconds, asked, ce = _over_processes(accelerator, shared)
             state.watch(ce, sparse.vocabulary)
@@ -213,7 +213,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                 target = annealed(fraction())  # the last step ends on the target
                 with shards.whole_weights(sparse):
                     sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
-            sums += torch.stack([losses.get(name, zero) for name in names])  # a share of few rows may lack a term
+            sums += torch.stack([losses.get(name, zero) for name in names])  # a process with few rows may lack a term
             summed += 1
             if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
                 means = dict(zip(names, _over_processes(accelerator, sums / summed)))
@@ -238,14 +238,14 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 
 
 def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
-    """The trained coupling, its decoders refitted, with its reference text, frozen; saved in place of the training state."""
+    """Refit the decoders, freeze the coupling, add its reference text, save it in place of the training state and return it."""
     coupling, out = run.coupling, run.out
     native.unpack(coupling.sparse)
     coupling.sparse.requires_grad_(False).eval()
     coupling.bridges.requires_grad_(False).eval()
     refit = coupling.recipe.refit
     reference_bt = run.blocks.heldout(REFERENCE_ROWS) if coupling.reference_bt is None else coupling.reference_bt
-    if coupling.recipe.losses.coupled:  # in dense arithmetic: which products are faster is measured, and sums differ by it
+    if coupling.recipe.losses.coupled:  # with dense products: the choice of sparse ones depends on timing, and changes rounding
         tokens_bt = run.blocks.batch(0, refit.rows, coupling.recipe.seed)
         refit_decoders(coupling, tokens_bt, reference_bt, refit.slopes, progress)
     coupling.sparse.use_products()
@@ -255,19 +255,19 @@ def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
         coupling.save_pretrained(out)
         for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):
             file.unlink(missing_ok=True)
-        shutil.rmtree(out / ".training.writing", ignore_errors=True)  # of a kill
+        shutil.rmtree(out / ".training.writing", ignore_errors=True)  # left by a killed run
     return coupling
 
 
 @contextmanager
 def _log(out: Path | None, accelerator: Accelerator, step: int) -> Iterator[Callable[[Progress], None]]:
-    """A writer to log.jsonl, and to accelerate's trackers where they were asked for."""
+    """Context manager that yields a writer to log.jsonl and to accelerate's trackers, if any were requested."""
     file = None
     if out is not None and accelerator.is_main_process:
         path = out / "log.jsonl"
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if path.exists():  # what came after the saved state is run again
+            if path.exists():  # steps after the saved state are run again
                 lines = path.read_text(encoding="utf-8").splitlines()
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
             file = path.open("a", encoding="utf-8")
@@ -286,7 +286,7 @@ def _log(out: Path | None, accelerator: Accelerator, step: int) -> Iterator[Call
     with file or nullcontext():
         try:
             yield write
-        finally:  # not `end_training`, which also destroys the group of processes: what was trained holds it, its end would hang
+        finally:  # not `end_training`: it would also destroy the process group, which the model still holds, and hang
             for tracker in accelerator.trackers:
                 tracker.finish()
 
@@ -295,12 +295,12 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # the half line of a kill
+        return math.inf  # a line cut off by a kill
 
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A context in which SIGTERM and SIGINT are noted instead of ending the process; a second one ends it."""
+    """Context manager in which a first SIGTERM or SIGINT is recorded; a second signal of the same kind ends the process."""
     seen, earlier = list[int](), dict[int, Any]()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -320,12 +320,12 @@ def _asked_to_stop() -> Iterator[list[int]]:
 def _accumulate(
     objective: Any, accelerator: Accelerator, tokens_bt: Tensor, splice: Splice | None, pieces: list[slice]
 ) -> dict[str, Tensor]:
-    """Add up the gradient of a batch over the pieces of this process; the terms, as means over its pieces.
+    """Accumulate the gradient of a batch over the pieces of this process; return the terms, as means over its pieces.
 
-    The gradient is exchanged between processes once, with the last piece; in shards with every one.
+    The gradient is exchanged between processes once, with the last piece; if parameters are in shards, with every piece.
     """
     parts, means = accelerator.num_processes * len(pieces), dict[str, Tensor]()
-    each = shards.in_shards(objective)  # then there is no room for gradients that are not
+    each = shards.in_shards(objective)  # memory has no room for gradients of whole matrices
     counts = None if splice is None else [count / parts for count in splice.counts()]
     for piece in pieces:
         mine = None if splice is None else splice.rows(piece.start, piece.stop)
@@ -339,14 +339,14 @@ def _accumulate(
 
 
 def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
-    """The mean over the processes of each value."""
+    """Return the mean of each value over the processes."""
     means = accelerator.reduce(values, "mean")
     assert isinstance(means, Tensor)
     return means.tolist()
 
 
 def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
-    """The matrices that are trained by their nonzeros from now on. With several processes none: theirs are averaged densely."""
+    """Return the matrices to train by their nonzeros from now on; none with several processes, which average dense gradients."""
     recipe, accelerator, sparse = run.coupling.recipe, run.accelerator, run.coupling.sparse
     if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
         return []
@@ -367,7 +367,7 @@ def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float
 
 @torch.no_grad()
 def _check_sound(coupling: CoupledModels, out: Path | None) -> None:
-    """Raise FitError where the last step left a model that answers worse than guessing, or not with numbers."""
+    """Raise FitError if the final model is worse than `WORST` times guessing, or if its outputs are not finite."""
     assert coupling.reference_bt is not None
     row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
     trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)

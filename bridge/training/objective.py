@@ -1,4 +1,4 @@
-"""The objective of a coupling (Gao et al. 2025, section 2.3), by a splice sampled per row, or literally.
+"""Compute the objective of a coupling (Gao et al. 2025, section 2.3), with a splice sampled per row or literally.
 
     CE(y_s, text), KL(y_d, y_s)                                  the sparse model on its own
     NMSE(f_i(h_d), stop(h_s)), NMSE(g_i(h_s), h_d)               every bridge, mean over sites
@@ -6,23 +6,23 @@
     KL(y_d, y of: sparse until i, g_i, dense to the end)         hybrid out, mean over sites
     KL(y_d, y of: dense, h_i(other) + lin g_i (h_s - h_s(other)), dense to the end)              carried, off unless asked for
 
-Literally the hybrid sums cost a partial pass of each model per site. Sampled, every row of the batch draws its own splice. Half
-of the rows begin at the sparse embedding: they have CE, KL and NMSE, and each leaves for the dense model at a site of its own.
-The other half enter the sparse model at sites of their own, and leave again at a later one (`hybrid_both`, mixtures of two
-transitions, which the paper leaves out). So one sparse pass, in which rows are computed only from where they enter, one dense
-pass that makes the targets and one that the leaving rows enter give all terms, at any depth. Each term is a mean over the rows
-that have it; sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
+The literal hybrid sums cost a partial pass of each model per site. In the sampled form, every row of the batch draws its own
+splice. Half of the rows begin at the sparse embedding: they have CE, KL and NMSE, and each row leaves for the dense model at a
+random site. The other half enter the sparse model at random sites and leave it again at a later site (`hybrid_both`, mixtures of
+two transitions, which the paper leaves out). All terms, at any depth, then cost one sparse pass, in which a row is computed only
+from its entry on, one dense pass for the targets, and one dense pass for the leaving rows. Each term is a mean over the rows that
+have it. Sites are drawn uniformly, so its expectation is the literal term (`hybrid_both` has no literal counterpart).
 
-`carried` (not in the paper either) is what steering and counterfactual transport ask of a decoder: the dense residual of another
-row of the batch, changed by the difference of the two sparse ones, is to give this row's answers. A hybrid pass does not ask
-it: a norm forgives g_i(h_s) for being too short, and a short change transports too little.
+`carried` (not in the paper) trains decoders for steering and counterfactual transport: the dense residual of another row of the
+batch, changed by the decoded difference of the two sparse residuals, should give this row's answers. Hybrid passes do not train
+this: a norm hides that g_i(h_s) is too short, but a decoded change that is too short transports too little.
 
-Hybrid terms and `carried` may be taken at a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)).
-At 1, as in the paper, a confident answer says nothing of how confident it is; above, its logits are to be right too.
+Hybrid terms and `carried` may use a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)). At T 1,
+as in the paper, a confident answer hardly depends on how large its logits are; with larger T, the logits must be right too.
 
 NMSE of a token is its squared error over the squared deviation of its target from the mean of its row, the target detached. The
-mean is the row's, not the batch's, so that every term is a mean over rows: the sampled estimate stays unbiased, and a batch in
-parts, by processes or by pieces, gives what it gives undivided (but `carried`, whose other row is one of the same part).
+mean is the row's, not the batch's, so every term is a mean over rows: the sampled estimate is unbiased, and a batch divided over
+processes or pieces gives the same result as the whole batch (except `carried`, which takes the other row from the same part).
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -43,25 +43,25 @@ from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import Losses
 
-OUTLYING = 32.0  # NMSE of a token from which on it counts by its logarithm
-PIECE = 1 << 22  # logits that are looked at in float32 at a time on a CPU
-GPU_PIECE = 1 << 26  # elsewhere, where what counts is how few calls there are
-STAYS = -1  # the leaving "site" of a row that runs to the sparse model's end
+OUTLYING = 32.0  # NMSE of a token above which it grows only logarithmically
+PIECE = 1 << 22  # number of logits converted to float32 at a time on a CPU
+GPU_PIECE = 1 << 26  # the same on other devices, where few large calls are faster
+STAYS = -1  # leaving "site" of a row that stays in the sparse model to its end
 
 
 @dataclass(frozen=True)
 class Splice:
-    """Sites where each row enters the sparse model (EMBEDDING: its tokens) and leaves it for the dense one (STAYS: nowhere)."""
+    """Sites at which each row enters the sparse model (EMBEDDING: from tokens) and leaves for the dense one (STAYS: never)."""
 
     enter: tuple[int, ...]
     leave: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> Splice:
-        """The splice of some of the rows."""
+        """Return the splice of rows start to stop."""
         return Splice(self.enter[start:stop], self.leave[start:stop])
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Numbers of rows that start from tokens, start there and leave, enter, enter and leave."""
+        """Numbers of rows that start from tokens, start from tokens and leave, enter at a site, enter at a site and leave."""
         kinds = [(enter != EMBEDDING, leave != STAYS) for enter, leave in zip(self.enter, self.leave, strict=True)]
         return (
             sum(not entered for entered, _ in kinds),
@@ -72,7 +72,7 @@ class Splice:
 
 
 def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Generator) -> Splice:
-    """Draw a splice for a whole batch: which half begins at the embedding, and sites, uniform for each row and evenly spread."""
+    """Draw a splice for a batch: the half of the rows that begin at the embedding, and sites as `_spread` draws them."""
     entering = rows // 2 if losses.hybrid_in or losses.hybrid_both else 0
     enter = torch.full((rows,), EMBEDDING)
     leave = torch.full((rows,), STAYS)
@@ -90,21 +90,21 @@ def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Genera
 
 
 class Objective(nn.Module):
-    """The weighted sum of a batch's losses, with the trainable parts as submodules."""
+    """Weighted sum of a batch's losses; the trainable parts are submodules."""
 
     def __init__(self, dense: DenseModel, sparse: SparseTransformer, bridges: Bridges, losses: Losses) -> None:
         super().__init__()
-        self.dense = dense  # frozen, and no nn.Module: not part of what is trained
+        self.dense = dense  # frozen, and no nn.Module, so it has no trainable parameters here
         self.sparse = sparse
         self.bridges = bridges
         self.losses = losses
-        self.in_shards = False  # each process must then have a gradient of every parameter, be it zero
+        self.in_shards = False  # if true, each process needs a gradient of every parameter, even a zero one
 
     def forward(self, tokens_bt: Tensor, splice: Splice | None, counts: Sequence[float] | None = None) -> dict[str, Tensor]:
-        """Every term by name, unweighted, and their weighted sum as "total", each a scalar.
+        """Return every term by name, unweighted, and their weighted sum as "total", each a scalar.
 
-        `splice` is that of these rows; None means the literal objective. `counts` (as of `Splice.counts`) is what the terms are
-        divided by; where a batch goes through in parts of one length, by processes and by pieces, each passes the whole batch's
+        `splice` has one entry per row; None means the literal objective. The terms are divided by `counts` (default:
+        `splice.counts()`). If a batch is divided into parts of equal length, over processes and pieces, pass the whole batch's
         counts over the number of parts, so that the mean over parts is the mean over the batch.
         """
         losses = self.losses
@@ -121,7 +121,7 @@ class Objective(nn.Module):
         return {"total": total, **terms}
 
     def _uncoupled(self, tokens_bt: Tensor) -> dict[str, Tensor]:
-        """The terms that need no bridge: of text, and the dense model's answers where they are asked for."""
+        """Return the terms that need no bridge: cross-entropy on text, and KL to the dense model's answers if it has a weight."""
         logits_btv = self.sparse(tokens_bt)
         if not self.losses.kl:
             loss_n = F.cross_entropy(logits_btv[:, :-1].float().flatten(0, 1), tokens_bt[:, 1:].flatten(), reduction="none")
@@ -133,7 +133,7 @@ class Objective(nn.Module):
 
     def _sampled(self, tokens_bt: Tensor, splice: Splice, counts: Sequence[float]) -> dict[str, Tensor]:
         losses, sites = self.losses, range(self.dense.n_sites)
-        n_plain, n_out, n_in, n_both = (max(count, 1e-9) for count in counts)  # 0 rows: an empty sum over a little
+        n_plain, n_out, n_in, n_both = (max(count, 1e-9) for count in counts)  # a term without rows is 0, not 0 / 0
         # Rows in the order in which they enter: those from tokens are the first `plain`, those entering at a site are a slice.
         order = sorted(range(len(splice.enter)), key=lambda row: splice.enter[row])
         enter, leave = [splice.enter[row] for row in order], [splice.leave[row] for row in order]
@@ -142,7 +142,7 @@ class Objective(nn.Module):
 
         dense, target, warm = self._targets(tokens_bt)
 
-        # Encode: what enters, and what NMSE compares.
+        # Encode the residuals of the rows that enter, and those that NMSE compares.
         with_nmse = plain if losses.nmse_encoder else 0
         encoded: list[Tensor] = []
         entering: list[Tensor] = []
@@ -165,7 +165,7 @@ class Objective(nn.Module):
             entered_b = warm.divergence(sparse.logits_btv[plain:], place_b)
         terms = {"ce": ce_b[:plain].sum() / n_plain, "kl": kl_b[:plain].sum() / n_plain, "hybrid_in": entered_b.sum() / n_in}
 
-        # Decode: what leaves, what NMSE compares, and what is transported to another row that began at the embedding.
+        # Decode the rows that leave, those that NMSE compares, and changes for other rows that began at the embedding.
         with_nmse = plain if losses.nmse_decoder else 0
         nmse_encoder, nmse_decoder = [], []
         leaving_rows: list[int] = []
@@ -174,7 +174,7 @@ class Objective(nn.Module):
         transported: list[Tensor] = []
         for site in sites:
             x_bts = sparse.residuals[site]
-            if encoded:  # not where every row of a process's share enters
+            if encoded:  # empty if every row of this process enters at a site
                 nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
             rows = [row for row, other in enumerate(leave) if other == site]
             decoded = [*range(with_nmse), *(row for row in rows if row >= with_nmse)]
@@ -209,7 +209,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _targets(self, tokens_bt: Tensor) -> tuple[Trace, _Target, _Target]:
-        """The dense model's run, and its answers as targets: of plain terms, and of those that are taken at a temperature."""
+        """Run the dense model; return the run and its answers as targets, at temperature 1 and at the recipe's temperature."""
         dense, temperature = self.dense.run(tokens_bt), self.losses.temperature
         target = _Target(dense.logits_btv)
         return dense, target, target if temperature == 1 else _Target(dense.logits_btv, temperature)
@@ -240,7 +240,7 @@ class Objective(nn.Module):
 
 
 class _Target:
-    """The dense model's next-token distribution at a temperature, against which every KL is taken."""
+    """The dense model's next-token distribution at a temperature: the reference of every KL."""
 
     def __init__(self, logits_btv: Tensor, temperature: float = 1.0) -> None:
         self.temperature = temperature
@@ -250,20 +250,20 @@ class _Target:
             self.log_sum_bt[rows, tokens] = logits_btv[rows, tokens].float().logsumexp(-1)
 
     def divergence(self, logits_btv: Tensor, row_b: Tensor | None = None) -> Tensor:
-        """KL(y_d, softmax of logits) of each row, mean over its tokens, in nats; times the square of the temperature."""
+        """Return KL(y_d, softmax of logits) per row, mean over its tokens, in nats, times the squared temperature."""
         temperature = self.temperature
         logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
         kl_bt, _ = _Losses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
         return kl_bt.mean(-1) * temperature**2
 
     def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence and the next-token cross-entropy, means over each row's tokens."""
+        """Return KL and next-token cross-entropy of each row, means over its tokens; for temperature 1 only."""
         kl_bt, ce_bt = _Losses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
         return kl_bt.mean(-1), ce_bt[:, :-1].mean(-1)
 
 
 class _Losses(torch.autograd.Function):
-    """KL to a target and cross-entropy of every token, in float32 but in pieces: nothing of the logits' size is kept but they.
+    """KL to a target and cross-entropy of every token, in float32 pieces, so that backward keeps no other tensor of logits' size.
 
     KL = sum_v p (log p - log q), CE = - log q_next; d KL / d logits = q - p, d CE / d logits = q - onehot(next).
     """
@@ -274,7 +274,7 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kl_bt = torch.empty(logits_btv.shape[:2], device=logits_btv.device)
         log_sum_bt, ce_bt = torch.empty_like(kl_bt), torch.zeros_like(kl_bt)
-        next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last one has none: its CE is left out
+        next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last token has no next one: its CE is left out later
         for at in _pieces(logits_btv):
             log_q_btv, log_p_btv, p_btv = _logs(logits_btv, target, row_b, at)
             log_sum_bt[at] = log_q_btv.logsumexp(-1)
@@ -302,7 +302,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of one piece in float32 (a copy), log p and p of the target, whose rows are row_b where that is given."""
+    """Return the logits of one piece as a float32 copy, and log p and p of the target, whose rows are row_b if given."""
     of = at if row_b is None else (row_b[at[0]], at[1])
     log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
     logits_copy_btv = torch.empty_like(log_p_btv, memory_format=torch.contiguous_format).copy_(logits_btv[at])
@@ -310,7 +310,7 @@ def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[s
 
 
 def _pieces(logits_btv: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and tokens of pieces of a few million logits: one row or a part of it on a CPU, for its caches; several elsewhere."""
+    """Yield row and token slices: on a CPU up to 4M logits of one row, for its caches; elsewhere up to 64M, of several rows."""
     rows, length, vocabulary = logits_btv.shape
     on_cpu = logits_btv.device.type == "cpu"
     most = PIECE if on_cpu else GPU_PIECE
@@ -322,18 +322,18 @@ def _pieces(logits_btv: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:
-    """NMSE of each row, mean over its tokens."""
+    """Return the NMSE of each row, mean over its tokens."""
     deviation_bt = (target_btx - target_btx.mean(1, keepdim=True)).square().sum(-1)
-    # a token at the mean, or a row of one token again and again, would count without bound
+    # without a floor, a token at the mean, or a row that repeats one token, would have an unbounded NMSE
     floor_b1 = 1e-3 * target_btx.square().sum(-1).mean(-1, keepdim=True) + 1e-12
     error_bt = (predicted_btx - target_btx).square().sum(-1)
     ratio_bt = error_bt / deviation_bt.maximum(floor_b1)
-    # else one token whose residual is a hundred times the others' (an attention sink) would be all there is
+    # otherwise one token with a residual a hundred times the others' (an attention sink) would dominate the mean
     return torch.where(ratio_bt < OUTLYING, ratio_bt, OUTLYING * (1 + (ratio_bt / OUTLYING).clamp_min(1).log())).mean(-1)
 
 
 def _spread(rows: int, n_sites: int, generator: torch.Generator) -> Tensor:
-    """A site per row: each site equally likely for each row, and each as often as any other to within one."""
+    """Draw a site for each row: uniform for each row; over all rows the counts of sites differ by at most one."""
     if not rows:
         return torch.zeros(0, dtype=torch.long)
     offset = torch.randint(n_sites, (), generator=generator)

@@ -1,9 +1,8 @@
-"""AdamW for couplings (Gao et al. 2025, appendix A.2).
+"""Apply AdamW to a coupling (Gao et al. 2025, appendix A.2).
 
-The gradient is normalised to RMS 1 over the sparse model and over the bridges, and goes into AdamW with an eps of the same
-scale. Every group has a rate of its own, which rises for a moment and falls linearly to 0; on sparse weights it is multiplied
-by 1 / sqrt(L0) ("sharkfin"). A matrix that is trained by its nonzeros changes places with their values, moments with it
-(`sparse_native`).
+The gradient is normalised to RMS 1 over the sparse model and over the bridges, separately, before AdamW, whose eps has the same
+scale. Each group has its own learning rate, with a short warmup and a linear decay to 0; for sparse weights it is multiplied by
+1 / sqrt(L0) ("sharkfin"). If a matrix is trained by its nonzeros, their values replace it, with their moments (`sparse_native`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from bridge.training.shards import alike, whole
 
 
 class SharkfinAdamW:
-    """AdamW over groups with rates of their own: sparse weights, the sparse model's other parameters, bridges (appendix A.2)."""
+    """AdamW with separate rates for sparse weights, the sparse model's other parameters and the bridges (appendix A.2)."""
 
     def __init__(self, coupling: CoupledModels) -> None:
         numbers = coupling.recipe.optimizer
@@ -50,7 +49,7 @@ class SharkfinAdamW:
         self.names |= {p: f"bridges.{name}" for name, p in coupling.bridges.named_parameters()}
 
     def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
-        """Normalise, update by rates times `caution`, clear the gradient; False (and no update) where it is not finite."""
+        """Normalise the gradient, update with rates times `caution`, clear the gradient; False and no update if not finite."""
         for group in self.normalised:
             gradients = [p.grad for p in group if p.grad is not None]
             count = sum(gradient.numel() for gradient in gradients)
@@ -68,7 +67,7 @@ class SharkfinAdamW:
         return True
 
     def exchange(self, name: str, coupling: CoupledModels, pattern: Pattern | None = None) -> None:
-        """Replace a matrix by the values of its nonzeros, here and in the model, together with its moments."""
+        """Replace a matrix, and its moments, by the values of its nonzeros (or of `pattern`), here and in the model."""
         old = coupling.sparse.get_parameter(name)
         new = native.pack(coupling.sparse, name, pattern)
         index_p = coupling.sparse.compact[name].pattern.index_p
@@ -80,7 +79,7 @@ class SharkfinAdamW:
         self.names[new] = f"sparse.values.{native.key(name)}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both moments and the count of every parameter, by name."""
+        """Return both moments and the step count of every parameter, by name."""
         state = self.adam.state.items()
         return {f"adam.{key}.{self.names[p]}": whole(value) for p, moments in state for key, value in moments.items()}
 

@@ -1,7 +1,7 @@
-"""Preparation of a fit: the dense model and the text loaded, what the recipe leaves open filled in, the coupling started.
+"""Prepare a fit: load the dense model and the text, fill in what the recipe leaves open, and initialise the coupling.
 
-Whatever can be refused is refused here, before anything is written: a recipe that does not suit the model, a folder that holds
-something else, a machine that is too small. `memory_needed` and `seconds_a_step` predict what the fit will take.
+All errors that can be found early are raised here, before anything is written: a recipe that does not suit the model, a folder
+with other contents, a machine that is too small. `memory_needed` and `seconds_a_step` predict the cost of the fit.
 
 Shape legend: b batch row, t token.
 """
@@ -35,16 +35,16 @@ from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
 from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
 from bridge.training.objective import Objective, draw_splice
 
-PROCESS_BYTES = 500_000_000  # of one that has loaded torch, transformers and the kernels
-START_ROWS = 64  # of the first batch, that a start looks at
-ROOM = 0.7  # share of the memory that a fit takes where it may choose its rows
+PROCESS_BYTES = 500_000_000  # of a process that has loaded torch, transformers and the kernels
+START_ROWS = 64  # maximum number of rows of the first batch used for initialisation
+ROOM = 0.7  # fraction of the memory that a fit may use if it chooses its number of rows
 
 
 @dataclass(frozen=True)
 class Run:
     """A fit that is ready to start or to resume: the argument of `train` and `finish`, made by `prepare`.
 
-    started describes what a new coupling takes from its dense model or another coupling; None if it is random, or resumed.
+    started describes what a new coupling takes from its dense model or another coupling; None if it is random or resumed.
     """
 
     coupling: CoupledModels
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def pieces(self) -> list[slice]:
-        """The rows of a batch that this process takes, in the pieces that it takes at once, all of one length."""
+        """Slices of the batch rows of this process: pieces of equal length that are computed one after another."""
         data, processes, process = self.coupling.recipe.data, self.accelerator.num_processes, self.accelerator.process_index
         assert data.rows is not None
         share = data.rows // processes
@@ -77,17 +77,17 @@ def prepare(
     log_with: str | None = None,
     progress: OnProgress | None = None,
 ) -> Run:
-    """Load the dense model and the text, and build the coupling of a recipe's (nested) values.
+    """Load the dense model and the text, and build the coupling from a recipe's (nested) values.
 
-    With `resume`, what is in `out` goes on by the recipe saved there, of which only the budget may be changed. Raises
-    RecipeError, DenseModelError, DataError or CheckpointError, each one line, before anything is written.
+    With `resume`, the run in `out` continues by the recipe saved there; only its budget may be changed. Raises RecipeError,
+    DenseModelError, DataError or CheckpointError, each in one line, before anything is written.
     """
     out = None if out is None else Path(out)
     if out is not None and resume:
         check_resumable(out)
     elif out is not None:
         check_new(out)
-    resume = resume and out is not None and (out / "training.json").exists()  # a run killed before it first saved starts over
+    resume = resume and out is not None and (out / "training.json").exists()  # a run killed before its first save starts again
     if out is not None and resume:
         saved = read_json(out / "training.json").get("recipe")
         if not isinstance(saved, dict):
@@ -96,7 +96,7 @@ def prepare(
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
             raise RecipeError("‹resume›", f"goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
-        saved.get("sparse", {}).setdefault("block", {})  # of a run that was begun before there was any
+        saved.get("sparse", {}).setdefault("block", {})  # runs started before this field existed have none
         values = saved | {key: values[key] for key in ("budget",) if key in values}
     live = not isinstance(model, (str, Path))
     recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
@@ -112,14 +112,14 @@ def prepare(
     )  # fmt: skip
     dense = dense_of(dense, recipe.sparse.blocks)
     recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
-    dense = dense_of(dense, recipe.sparse.blocks)  # that of the coupling which it starts from, where none was given
+    dense = dense_of(dense, recipe.sparse.blocks)  # if none were given, the blocks of the coupling it starts from
     _check_shares(recipe, accelerator.num_processes)
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := _memory(dense)):
         rule = f"needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}"
         raise RecipeError("this fit", rule, "lower ‹width› or data.rows")
     coupling = new_coupling(dense, recipe)
     kept, minimum = coupling.sparse.fractions(recipe.sparsity), recipe.sparsity.min_per_neuron
-    if minimum:  # what the last projection would refuse is refused now
+    if minimum:  # raise now the error that the last projection would raise
         copy.deepcopy(coupling.sparse).project(kept, min_per_neuron=minimum)
     started = None
     if recipe.sparse.start not in ("auto", "random") and not resume:
@@ -133,13 +133,13 @@ def prepare(
         if unsaid:
             optimizer = recipe.optimizer.model_copy(update={"rate": gentle_rate(coupling, tokens_bt)})
             coupling = replace(coupling, recipe=recipe.model_copy(update={"optimizer": optimizer}))
-    if not recipe.optimizer.rate:  # circuits found in the sparse model are held to its means, so to the text these are over
+    if not recipe.optimizer.rate:  # circuits found in the sparse model use its means, hence the same text
         coupling = replace(coupling, reference_bt=reference_text(recipe.sparse.start))
     return Run(coupling, blocks, accelerator, out, resume, started)
 
 
 def _text(dense: DenseModel, recipe: Recipe, progress: OnProgress | None) -> Blocks | Stream:
-    """The training text, as the recipe says."""
+    """Load the training text of a recipe."""
     data, seed = recipe.data, recipe.seed
     assert data.context is not None
     if data.stream:
@@ -149,13 +149,13 @@ def _text(dense: DenseModel, recipe: Recipe, progress: OnProgress | None) -> Blo
 
 
 def first_rows(blocks: Blocks | Stream, recipe: Recipe) -> Tensor:
-    """tokens_bt that a fit starts from: those of its first batch, as far as they can be looked at all at once."""
+    """Return tokens_bt for initialisation: the rows of the first batch, at most `START_ROWS`."""
     assert recipe.data.rows is not None
     return blocks.batch(0, recipe.data.rows, recipe.seed)[:START_ROWS]
 
 
 def check_resumable(out: Path) -> None:
-    """Raise CheckpointError where a folder holds a finished run, or something else than a run."""
+    """Raise CheckpointError if a folder holds a finished run, or something other than a run."""
     if (out / "coupling.json").exists():
         raise CheckpointError(f"the run in {str(out)!r}", "is finished", "name a new ‹out› to fit again")
     if any((out / name).exists() for name in ("training.json", "log.jsonl")):
@@ -166,9 +166,9 @@ def check_resumable(out: Path) -> None:
 
 
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
-    """The recipe with everything that depends on the dense model filled in.
+    """Return the recipe with every value filled in that depends on the dense model or on the machine's memory.
 
-    Raises RecipeError where the context is longer than the dense model's.
+    Raises RecipeError if the context is longer than the dense model's, CheckpointError if it starts from no coupling.
     """
     shape, data = recipe.sparse, recipe.data
     limit = dense.context or math.inf
@@ -180,9 +180,9 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
         shape = shape_of_coupling(shape.start, shape)
     elif shape.block is None:
         shape = shape_for(dense, shape, data.context or 1)
-        if not recipe.losses.coupled and shape.block is not None:  # the same whatever the dense weights
+        if not recipe.losses.coupled and shape.block is not None:  # eps must not depend on the dense weights
             shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
-    if shape.blocks is not None:  # there is nowhere to add one
+    if shape.blocks is not None:  # a span has no logits of its own to add a table to
         shape = shape.model_copy(update={"bigram": "none"})
     optimizer = recipe.optimizer
     if optimizer.rate is None:
@@ -191,7 +191,7 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     update = {"sparse": shape, "optimizer": optimizer, "dense": dense.name, "revision": dense.revision}
     update["dense_dtype"] = str(dense.dtype).removeprefix("torch.")
     recipe = recipe.model_copy(update=update)
-    if data.rows is None:  # as many as fit, so that a fit with no further option runs
+    if data.rows is None:  # the most that fit into memory, so that a fit runs without further options
         sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
         fits = (each for each in sizes if memory_needed(dense, recipe.model_copy(update={"data": each})) <= ROOM * _memory(dense))
         data = next(fits, data.model_copy(update={"rows": 2}))
@@ -199,14 +199,14 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
 
 
 def _memory(dense: DenseModel) -> int:
-    """Bytes that the machine, or the device, has in all."""
+    """Total memory of the device (CUDA) or the machine, in bytes."""
     if dense.device.type == "cuda":
         return torch.cuda.get_device_properties(dense.device).total_memory
     return psutil.virtual_memory().total
 
 
 def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
-    """Bytes that a fit takes, the process and its libraries included: weights, gradient, two moments, one step's activations."""
+    """Bytes that a fit needs: the process with its libraries, weights, gradient, two moments, one step's activations, caches."""
     assert recipe.sparse.width is not None and recipe.data.context is not None
     with torch.device("meta"):
         sparse = SparseTransformer(recipe.sparse, dense.sublayers, dense.vocabulary, recipe.data.context)
@@ -217,13 +217,13 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     known = 0
     if isinstance(dense, DenseSpan):
         behind = dense.whole.n_sites - dense.offset - dense.n_sites
-        per_token += 4 * behind * 24 * dense.width  # two passes go through the dense model behind a span
+        per_token += 4 * behind * 24 * dense.width  # two passes run the dense model's sublayers after the span
         known = min(REMEMBERED, 8 * dense.width * (recipe.data.most_tokens or recipe.budget.tokens or REMEMBERED))
     return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token + known
 
 
 def seconds_a_step(run: Run) -> float:
-    """Seconds that a step takes on this machine before the anneal ends, measured: the second of two, which update nothing."""
+    """Measured seconds per step before the anneal ends: the second of two passes without an update, plus a timed update."""
     coupling, recipe, pieces = run.coupling, run.coupling.recipe, run.pieces
     assert recipe.data.rows is not None
     tokens_bt = run.blocks.batch(0, recipe.data.rows, recipe.seed)[pieces[0]].to(coupling.dense.device)
@@ -242,7 +242,7 @@ def seconds_a_step(run: Run) -> float:
         objective.zero_grad()
     largest = max(coupling.sparse.sparse_weights().values(), key=Tensor.numel).detach()
     updating = 0.0
-    for _ in range(2):  # the update, in five passes, and the projection; the first one compiles
+    for _ in range(2):  # imitate the update by five passes, then project; the first round compiles
         copy, began = largest.clone(), time.monotonic()
         for _ in range(5):
             copy.mul_(0.9).add_(0.1)
@@ -252,7 +252,7 @@ def seconds_a_step(run: Run) -> float:
 
 
 def _check_shares(recipe: Recipe, processes: int) -> None:
-    """Raise RecipeError where the rows of a step are no whole number of pieces for every process."""
+    """Raise RecipeError if the rows of a step cannot be divided into whole pieces of equal length for every process."""
     rows, micro_rows = recipe.data.rows, recipe.data.micro_rows
     assert rows is not None
     if rows % (processes * (micro_rows or 1)):
@@ -261,7 +261,7 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
 
 
 def _check_same(there: Fractions, asked: Fractions) -> None:
-    """Raise RecipeError where a sparse model that stays fixed has another L0 than the recipe."""
+    """Raise RecipeError if a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
         rule = f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}"
         remedy = f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
@@ -269,7 +269,7 @@ def _check_same(there: Fractions, asked: Fractions) -> None:
 
 
 def _agrees(given: Any, saved: Any) -> bool:
-    """Whether the given settings contradict none of a saved recipe's."""
+    """Whether the given settings agree with a saved recipe's; settings that are not given are not compared."""
     if isinstance(given, dict) and isinstance(saved, dict):
         return all(_agrees(value, saved.get(key)) for key, value in given.items())
     return given == saved or (isinstance(saved, list) and list(given) == saved)
@@ -283,14 +283,14 @@ def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None
         raise RecipeError("device 'cuda'", "was asked for and torch sees no GPU here", "give ‹device› cpu")
     if log_with and out is None:
         raise RecipeError(f"‹log_with› {log_with}", "needs a folder to log to", "give ‹out›")
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit of this process may have chosen otherwise
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit in this process may have chosen another device
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision="bf16" if dtype == "bfloat16" else "no",
             log_with=log_with,
             project_dir=out,
-            # a process's rows may enter at some sites and not at others
+            # a process's rows may not enter at every site, so some bridges get no gradient
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:

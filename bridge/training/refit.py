@@ -1,25 +1,25 @@
-"""The decoders' last fit, in closed form: small changes of the sparse model are to have the same effect in the dense one.
+"""Refit the decoders in closed form after training, so that small sparse changes have the same effect in the dense model.
 
-The losses of the bridges measure how residuals agree and what large changes do. A circuit is made of small changes: deleting one
-node changes the answer by a thousandth, and a decoder that transports large changes well may rank such nodes wrongly. To first
-order, a change dx of the sparse residual at a site changes a logit difference by g_x . dx in the sparse model and by g_h . W dx
-in the dense one, where g_x and g_h are its gradients by the two residuals and W is the decoder's linear part. So W^T g_h should
-equal g_x:
+The losses of the bridges measure how well residuals agree and what large changes do. A circuit consists of small changes:
+deleting one node changes the answer by a thousandth, and a decoder that transports large changes well may rank such nodes
+wrongly. To first order, a change dx of the sparse residual at a site changes a logit difference by g_x . dx in the sparse model
+and by g_h . W dx in the dense model; g_x and g_h are the difference's gradients by the two residuals, and W is the decoder's
+linear part. So W^T g_h should equal g_x:
 
     min_W   E (g_h^T (W - W_0) (x - E x))^2 / s   +   w  sum_c q_c E ((g_h^T W)_c - r g_x,c)^2 / q
 
-over text and random logit differences (the dense model's likeliest answer at a token, less one of the next four, summed over
-tokens with random signs). The first term is the cost to large changes, with gradients and residuals taken as independent; q_c is
-one over the variance of a channel's gradient, so that all channels count alike, and smaller where almost nothing is ever written
-to it; s and q are the means over channels of the two weights; r keeps the decoder about as long as before, as a regression on
-noisy values shortens it. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P = A^(1/2) W the answer is
+over text and random logit differences (the dense model's likeliest answer at a token minus one of the next four, summed over
+tokens with random signs). The first term is the cost for large changes, with gradients and residuals assumed independent. q_c is
+one over the variance of a channel's gradient, so all channels count equally, but smaller if almost nothing is ever written to the
+channel. s and q are the means over channels of the two weights. r keeps the decoder's norm about the same, because regression
+on noisy values shrinks it. With A = E g_h g_h^T, C = E g_h g_x^T, S = cov x and P = A^(1/2) W the solution is
 
     P (S / s + w diag(q_c) / q) = P_0 S / s + w r A^(-1/2) C diag(q_c) / q
 
-A decoder stays as it was where that costs too much: where the KL on held-out text of "sparse until the site, decoded, dense to
-the end" rises by more than WORST of the sparse model's own KL, as it may where training was short, or rows are few. So does the
-last decoder of a span, through which the sparse model's own answers go; its gradients agree as it is. A null's bridges go through
-the same. None of this is in the paper.
+A decoder keeps its old weights if the refit costs too much: if the KL on held-out text of "sparse until the site, decoded, dense
+to the end" rises by more than WORST times the sparse model's own KL, which can happen after short training or with few rows. The
+last decoder of a span is not refitted: the sparse model's own answers go through it, so its gradients agree already. The bridges
+of nulls are refitted by the same method. None of this is in the paper.
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary, k answers.
 """
@@ -40,20 +40,20 @@ from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
 from bridge.models.sparse import SparseTransformer
 
-ANSWERS = 5  # the dense model's likeliest, of which a difference takes the first and another
+ANSWERS = 5  # number of the dense model's likeliest answers; a difference takes the first and one other
 ROWS_AT_ONCE = 8
 HELDOUT_ROWS = 32
-WORST = 0.2  # of the sparse model's own KL
-MOST_BYTES = 1 << 30  # of sums in memory at a time
-RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # of the mean: added to A, to the variance of what a channel's writes do, and to S
+WORST = 0.2  # largest rise of the KL, relative to the sparse model's own KL
+MOST_BYTES = 1 << 30  # maximum size of the sums in memory at a time
+RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # relative to the mean: added to A, to the variance of a channel's effect, and to S
 
 
 def refit_decoders(
     coupling: CoupledModels, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = unseen
 ) -> None:
-    """Refit the decoders in place to gradients over tokens_bt, with `weight` relative to large changes; 0: no refit.
+    """Refit the decoders in place to gradients over tokens_bt; `weight` is w in the module's formula, 0 means no refit.
 
-    Those that the refit makes much worse on held-out text stay as they were.
+    A decoder that becomes much worse on held-out text keeps its old weights.
     """
     if not weight:
         return
@@ -64,7 +64,7 @@ def refit_decoders(
     *kl_before, kl_own = kl_out(coupling, refitted, heldout_bt)
     d, s = dense.width, sparse.width
     together = max(1, MOST_BYTES // (8 * (d * d + d * s + s * s)))
-    for first in range(0, len(refitted), together):  # wide models in several passes over the text, some sites in each
+    for first in range(0, len(refitted), together):  # wide models need several passes over the text, with some sites in each
         sites = refitted[first : first + together]
         moments = {site: _Moments(d, s) for site in sites}
         generator = torch.Generator().manual_seed(0)
@@ -89,9 +89,9 @@ def refit_decoders(
 
 @torch.no_grad()
 def kl_out(coupling: CoupledModels, sites: Sequence[int], tokens_bt: Tensor) -> list[float]:
-    """KL from the dense model's answers to those of: sparse until a site, decoded there, dense to the end; last, sparse alone.
+    """Return KL in nats per token from the dense model's answers to the hybrid's (sparse to dense) at each site.
 
-    In nats a token.
+    The last value is the KL of the sparse model alone.
     """
     totals = torch.zeros(len(sites) + 1, dtype=torch.float64)
     for rows_bt in tokens_bt.split(ROWS_AT_ONCE):
@@ -103,14 +103,14 @@ def kl_out(coupling: CoupledModels, sites: Sequence[int], tokens_bt: Tensor) -> 
 
 @dataclass(frozen=True, eq=False)
 class AnswerContrast:
-    """A random sum over tokens, with signs, of differences between two of the dense model's likeliest answers."""
+    """A sum over tokens, with random signs, of logit differences between two of the dense model's likeliest answers."""
 
     answers_btk: Tensor
     sign_bt: Tensor
 
     @staticmethod
     def drawn(logits_btv: Tensor, generator: torch.Generator) -> AnswerContrast:
-        """A question for every row; the first answer at a token is the likeliest, the other is drawn from the next."""
+        """Draw a question for each row: at each token, the likeliest answer against one drawn from the next likeliest."""
         best_btk = logits_btv.topk(min(ANSWERS, logits_btv.shape[-1])).indices
         shape = (*best_btk.shape[:2], 1)
         other_bt1 = torch.randint(1, best_btk.shape[-1], shape, generator=generator).to(best_btk.device)
@@ -118,7 +118,7 @@ class AnswerContrast:
         return AnswerContrast(torch.cat([best_btk[..., :1], best_btk.gather(-1, other_bt1)], -1), sign_bt)
 
     def difference(self, logits_btv: Tensor) -> Tensor:
-        """The sum over tokens and rows, a scalar; gradients of rows do not mix."""
+        """Return the sum over tokens and rows, a scalar; no row's gradient depends on other rows."""
         answer_bt, other_bt = logits_btv.gather(-1, self.answers_btk).float().unbind(-1)
         return (self.sign_bt * (answer_bt - other_bt)).sum()
 
@@ -126,7 +126,7 @@ class AnswerContrast:
 def gradients(
     model: DenseModel | SparseTransformer, tokens_bt: Tensor, question: AnswerContrast
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradient of the question's difference by the residual at every site of a model, and those residuals."""
+    """Return the gradient of the question's difference by the residual at each site of a model, and the residuals."""
     with torch.no_grad():
         first_btd = model.run(tokens_bt).residuals[0]
     with torch.enable_grad():
@@ -138,7 +138,7 @@ def gradients(
 
 
 class _Moments:
-    """Sums over tokens at a site, in float64: gradients in both models, the sparse residual, and what is written to it."""
+    """Sums over tokens at a site, in float64: gradients in both models, the sparse residual, and the writes to it."""
 
     def __init__(self, d: int, s: int) -> None:
         self.count = 0
@@ -160,14 +160,14 @@ class _Moments:
         self.written_mean_s += written_ns.sum(0)
 
     def refit(self, bridge: Bridge, weight: float) -> None:
-        n = self.count  # sums are on the CPU, in float64, wherever the bridge is
+        n = self.count  # the sums are on the CPU in float64, on whatever device the bridge is
         a_dd, cross_ds = self.gradients_dd / n, self.cross_ds / n
         mean_s = self.mean_s / n
         s_ss = self.x_ss / n - torch.outer(mean_s, mean_s)
         written_s = (self.written_s / n - (self.written_mean_s / n).square()).clamp_min(0)
         strength = a_dd.diagonal().mean()
         if not (strength > 0 and cross_ds.norm() > 0 and s_ss.diagonal().mean() > 0):
-            return  # no answer depends on this site, or nothing varies there
+            return  # no answer depends on this site, or nothing varies at it
         values_d, vectors_dd = torch.linalg.eigh(a_dd + RIDGE * strength * torch.eye(len(a_dd), dtype=a_dd.dtype))
         root_dd = vectors_dd * values_d.sqrt() @ vectors_dd.T
         inverse_dd = vectors_dd * values_d.rsqrt() @ vectors_dd.T
@@ -178,9 +178,9 @@ class _Moments:
         effect_s = written_s * self.gradient_s / n
         count_s = written_s / (effect_s + FLOOR * effect_s.mean()).clamp_min(1e-30)
         count_s = weight * count_s / count_s.mean().clamp_min(1e-30)
-        s_ss = s_ss / s_ss.diagonal().mean() + KEEP * torch.eye(len(s_ss), dtype=s_ss.dtype)  # what never varies stays as it is
+        s_ss = s_ss / s_ss.diagonal().mean() + KEEP * torch.eye(len(s_ss), dtype=s_ss.dtype)  # keep weights of constant channels
         after_ds = torch.linalg.solve(s_ss + torch.diag(count_s), (before_ds @ s_ss + by_gradients_ds * count_s).T).T
         change_ds = inverse_dd @ (after_ds - before_ds) / scale
         if bool(torch.isfinite(change_ds).all()):
             bridge.decoder.weight.add_(change_ds.to(bridge.decoder.weight))
-            bridge.decoder.bias.sub_((change_ds @ mean_s).to(bridge.decoder.bias))  # the mean goes where it went
+            bridge.decoder.bias.sub_((change_ds @ mean_s).to(bridge.decoder.bias))  # the mean is decoded as before

@@ -1,9 +1,9 @@
-"""A sparse model that outgrows a device: its weights, gradients and moments in shards, one to a process (FSDP2, `fully_shard`).
+"""Shard a sparse model too large for one device: its weights, gradients and moments, a shard per process (FSDP2, `fully_shard`).
 
-Asked for by accelerate's own configuration file (`distributed_type: FSDP`, `fsdp_version: 2`). The objective is one unit: its
-weights are gathered for the passes of a step, its gradients averaged and scattered behind them, and between steps each process
-holds its rows of every matrix, of its moments and of its gradient. Units within it would be gathered by one process and not by
-another, as rows enter and leave where they were drawn to. What needs whole matrices (the projection, saving) gathers them.
+This is requested in accelerate's configuration file (`distributed_type: FSDP`, `fsdp_version: 2`). The objective is one unit:
+its weights are gathered for the passes of a step, its gradients are then averaged and scattered, and between steps each process
+stores its rows of every matrix, of its moments and of its gradient. Smaller units would be gathered by some processes and not by
+others, because rows enter and leave at random sites. The projection and saving need whole matrices, so they gather them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bridge.recipe import RecipeError
 
 
 def shard(objective: nn.Module, accelerator: Accelerator) -> bool:
-    """Keep of the objective's parameters this process's shard alone, in place, if accelerate's configuration asks for that.
+    """Shard the objective's parameters in place if accelerate's configuration asks for it; return whether it does.
 
-    Whether it does. Raises RecipeError where it asks for FSDP1's shards.
+    Each process then keeps only its own shard. Raises RecipeError if the configuration asks for FSDP1.
     """
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # as `accelerate launch` hands it on, also on a CPU
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # set by `accelerate launch`, also on a CPU
     if not fsdp or accelerator.num_processes == 1:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -43,12 +43,12 @@ def in_shards(module: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from the processes where it is in shards: then every process has to ask for it."""
+    """Return the whole tensor; one in shards is gathered from the processes, so every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def alike(tensor: Tensor, shards: Tensor) -> Tensor:
-    """A whole tensor in shards as `shards` is; itself where that is in none."""
+    """Shard a whole tensor in the same way as `shards`; return it unchanged if that is not in shards."""
     if not isinstance(shards, DTensor) or not tensor.dim():
         return tensor
     return distribute_tensor(tensor, shards.device_mesh, shards.placements, src_data_rank=None)
@@ -56,7 +56,7 @@ def alike(tensor: Tensor, shards: Tensor) -> Tensor:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """A context in which a module's parameters are whole; what is then changed in them is kept, in their shards."""
+    """Context manager in which a module's parameters are whole; changes to them are written back to their shards."""
     places = gather(module)
     try:
         yield
@@ -70,7 +70,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 def gather(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Make a module's parameters whole, in place, and return where those stood that were in shards, and the shards."""
+    """Make a module's parameters whole, in place; return (module, name, shard) for each parameter that was in shards."""
     places: list[tuple[nn.Module, str, nn.Parameter]] = [
         (one, name, p) for one in module.modules() for name, p in one._parameters.items() if isinstance(p, DTensor)
     ]

@@ -1,12 +1,12 @@
-"""Sparse-native training: after the anneal, matrices are trained by their nonzeros alone, and the mask goes on changing.
+"""Train matrices sparse-natively after the anneal: only by their nonzeros, with a mask that continues to change.
 
     every step          gradient and AdamW at the nonzeros
-    every `look_every`  the dense gradient G of that step's batch besides; then, in every matrix, the share r of the nonzeros
-                        that is smallest in magnitude is dropped, and as many grow where |G| is largest among the zeros,
-                        from 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
+    every `look_every`  also the dense gradient G of that step's batch; then, in every matrix, the fraction r of the nonzeros
+                        with the smallest magnitude is dropped, and as many zeros with the largest |G| are added, starting
+                        at 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
 
-(Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) Dense-masked training, in which a dense gradient updates every weight at
-every step and a projection keeps the largest, is the reference; `products.worth_it` measures which matrices leave it.
+(Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) The reference is dense-masked training: a dense gradient updates every
+weight at every step, and a projection keeps the largest. `products.worth_it` measures which matrices are trained sparse-natively.
 
 Shape legend: p nonzeros, m x n a matrix.
 """
@@ -27,7 +27,7 @@ Moments = Mapping[Tensor, Mapping[str, Tensor]]  # an optimizer's state: by para
 
 
 def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
-    """Replace a matrix by the values of its nonzeros (or of `pattern`) as the trained parameter, and return it."""
+    """Replace a matrix by a new parameter, the values of its nonzeros (or at `pattern`), and return the parameter."""
     module, attribute = _place(sparse, name)
     weight = getattr(module, attribute)
     matrix = Compact.of(weight) if pattern is None else Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
@@ -40,7 +40,7 @@ def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -
 
 
 def unpack(sparse: SparseTransformer) -> None:
-    """Replace the packed values by the dense matrices again."""
+    """Replace the packed values with dense matrices again."""
     for name in packed(sparse):
         module, attribute = _place(sparse, name)
         weight = nn.Parameter(sparse.compact.pop(name).dense())
@@ -49,26 +49,26 @@ def unpack(sparse: SparseTransformer) -> None:
 
 
 def packed(sparse: SparseTransformer) -> list[str]:
-    """Names of the matrices that are stored by their nonzeros."""
+    """Return the names of the matrices that are stored by their nonzeros."""
     return [name.replace("/", ".") for name in sparse.values]
 
 
 def key(name: str) -> str:
-    """The parameter name of a matrix's values: parameter names have no dot."""
+    """Return the parameter name of a matrix's values, without dots, which parameter names must not have."""
     return name.replace(".", "/")
 
 
 def look(sparse: SparseTransformer) -> None:
-    """Have the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
+    """Make the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
     for name in packed(sparse):
         sparse.compact[name].gradient_mn = torch.zeros(sparse.compact[name].pattern.shape)
 
 
 @torch.no_grad()
 def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, min_per_neuron: int = 0) -> None:
-    """Drop the smallest `share` of every matrix's nonzeros and grow as many by the collected gradient, in place.
+    """Drop the smallest fraction `share` of every matrix's nonzeros and add as many by the collected gradient, in place.
 
-    Moments of what stays move with it; what grows starts at zero.
+    Nonzeros that stay keep their moments; new ones start with value and moments 0.
     """
     for name in packed(sparse):
         matrix = sparse.compact[name]
@@ -78,15 +78,15 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
         stays_p = _stays(name, matrix, share, min_per_neuron)
         n_new = int((~stays_p).sum())
         flat = gradient_mn.view(-1)
-        flat[index_p] = 0  # also what was just dropped: it would come back at once
+        flat[index_p] = 0  # includes nonzeros about to be dropped, which would return at once
         project_([flat], max(1, n_new))
         new_p = flat.nonzero().flatten()[:n_new]
-        if len(new_p) < n_new:  # there is no gradient elsewhere: as many stay as are needed
+        if len(new_p) < n_new:  # too few zeros have a gradient: keep nonzeros instead
             stays_p[(~stays_p).nonzero().flatten()[: n_new - len(new_p)]] = True
         index_q, order_q = torch.cat([index_p[stays_p], new_p]).sort()
         matrix.pattern = Pattern.at(index_q, matrix.pattern.shape)
         for tensor_p in (matrix.value_p, *moments.get(matrix.value_p, {}).values()):
-            if tensor_p.dim():  # not the count of steps
+            if tensor_p.dim():  # all but the step count
                 tensor_p.copy_(torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q])
 
 

@@ -1,6 +1,6 @@
-"""The state of a run under way, and how it is saved and gone on from: `training.json` and its tensors.
+"""Save and restore the state of a running fit: `training.json` and its tensors.
 
-Weights, moments, masks, the place in the text where that does not follow from the step, and what a step depends on beside.
+The state is weights, moments, masks, the position in the text if the step does not determine it, and a `TrainingState`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from bridge.training import sparse_native as native
 from bridge.training.optimizer import SharkfinAdamW
 from bridge.training.shards import alike, in_shards, whole
 
-CAUTION = 2**-6  # what a run's rates are multiplied by at the least, once it has begun to diverge
-DIVERGED = 1.5  # a sparse model whose cross-entropy is this many times a uniform guess's has diverged
+CAUTION = 2**-6  # smallest factor on the rates of a run that begins to diverge
+DIVERGED = 1.5  # a sparse model has diverged if its cross-entropy is more than this many times a uniform guess's
 
 
 @dataclass
 class TrainingState:
-    """A run's step, clock, rates and sparsity: all that its next step depends on beside weights, moments and text."""
+    """Step, clock, rates and sparsity of a run: all that the next step depends on besides weights, moments and text."""
 
     step: int
     seconds: float
-    start_l0: Fractions  # that the anneal falls from
-    native: list[str] | None = None  # the matrices that are trained by their nonzeros, once that is decided
-    caution: float = 1.0  # what the rates are multiplied by
-    best: float = math.inf  # the smallest cross-entropy of a step so far
+    start_l0: Fractions  # start of the anneal
+    native: list[str] | None = None  # matrices trained by their nonzeros; None until chosen
+    caution: float = 1.0  # factor on the rates
+    best: float = math.inf  # smallest cross-entropy of a step so far
     since: int = 10  # steps since the rates were last halved
 
     def watch(self, ce: float, vocabulary: int) -> None:
-        """Halve the rates, at least ten steps apart, while the model answers much worse than guessing and than it has."""
+        """Halve the rates, at most once in ten steps, while the model is much worse than guessing and than its best step."""
         self.since += 1
         if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
             self.caution, self.since = self.caution / 2, 0
@@ -50,7 +50,7 @@ class TrainingState:
 def save(
     out: Path | None, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState
 ) -> None:
-    """Write the state of a run to its folder (None: take part in gathering it)."""
+    """Write the state of a run to its folder; with None, only take part in gathering it from the processes."""
     tensors: dict[str, Tensor] = {f"sparse.{name}": whole(p) for name, p in coupling.sparse.named_parameters()}
     tensors |= {f"bridges.{name}": whole(tensor) for name, tensor in coupling.bridges.state_dict().items()}
     tensors |= optimizer.tensors()
@@ -64,7 +64,7 @@ def save(
 
 
 def restore(out: Path, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks: Blocks | Stream) -> TrainingState:
-    """Restore what `save` wrote, in place. Raises CheckpointError where it is of another dense model, or damaged."""
+    """Restore what `save` wrote, in place. Raises CheckpointError if it belongs to another dense model or is damaged."""
     tensors, facts = read_folder(out, "training")
     try:
         difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
