@@ -1,1 +1,1 @@
-"""Changes that a fine-tune made: a coupling of the base beside the one that went on from it, node by node, checked there."""
+"""Changes made by a fine-tune: compare the base's coupling node by node with the adapted one; test the changes in the base."""

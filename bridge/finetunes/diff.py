@@ -1,22 +1,22 @@
-"""Changes that a fine-tune made to an answer: two couplings, one prompt or many -> a Diff, checked by transplanting.
+"""Explain how a fine-tune changed an answer: two couplings, one prompt or many -> a Diff, checked by transplanting the changes.
 
-    question    why the fine-tuned model's answer follows, asked of both: d of either dense model; where they differ by less than
-                `least` nats nothing changed, and nothing is listed
-    changes     own changes of every node (`grafts`), and how much of the change of d each makes, by integrated gradients
-    changed     the fewest nodes, the largest first, whose changes together make what those of all nodes make, within a tenth of
-                the change of d. A node came (AbsTopK left it at 0 in the base), went, or changed its value
-    edges       weights into these nodes that are others now: (W_B - W_A)_ji a_i(B), times dd / d target in the mean of both runs
-    effects     of every node on d in either model, from its mean, by integrated gradients: what follows from the changes
+    question    why the fine-tuned model gives its answer: d of both dense models; if they differ by less than `least` nats,
+                nothing changed and nothing is listed
+    changes     the own change of every node (`grafts`), and its share of the change of d by integrated gradients
+    changed     the smallest number of nodes, largest effects first, whose own changes give the same d as those of all nodes, to
+                within a tenth of the change of d. A node came (AbsTopK set it to 0 in the base), went, or changed its value
+    edges       weights into these nodes that differ: (W_B - W_A)_ji a_i(B), times dd / d target, averaged over both runs
+    effects     of every node on d in both models, from its mean, by integrated gradients: consequences of the changes
 
-Transplanted, the changed nodes' own changes are to move the base's dense model as the fine-tune did. Every sublayer i adds what
-its nodes' changes write, given all that is changed before, at its own site, the dense model making of it whatever it makes:
+The own changes of the changed nodes, transplanted, should change the base's dense model as the fine-tune did. At its own site,
+each sublayer i adds what its nodes' changes write, given all earlier changes, and the dense model computes on from there:
 
-    h_(i+1)  <-  h_(i+1) + lin g_(i+1)(x'_(i+1) - F_i(x'_i))        x' the graft's run, F_i A's sublayer left alone, g A's decoder
+    h_(i+1)  <-  h_(i+1) + lin g_(i+1)(x'_(i+1) - F_i(x'_i))        x' the graft's run, F_i A's sublayer unchanged, g A's decoder
 
-so that no site is chosen (`by site` has the whole change at one site each, by `evidence`'s Transporter). Beside it, the own
-changes of as many other active nodes at the same places (matched), and the changed nodes' own changes at these others
-(displaced). Of several prompts the share is the least-squares one, sum of gained * change over sum of change^2, with its
-bootstrap interval over prompts.
+so no site has to be chosen (`by site` transplants the whole change at one site at a time, by `evidence`'s Transporter). There are
+two controls: own changes of as many other active nodes with the same locations and positions (matched), and the changed nodes'
+own changes added at those nodes (displaced). The share over several prompts is the least-squares one, sum of gained * change over
+sum of change^2, with a bootstrap interval over prompts.
 
 Shape legend: r graft, k item, t token, n nodes of a location, s sparse width, d dense width, v vocabulary, f all changes in one
 row, nodes and errors first as in a MaskedModel.
@@ -57,20 +57,20 @@ from bridge.steering.interventions import run_patched
 
 
 class DiffError(UserError):
-    """Two couplings, or prompts, that cannot be compared, in one line."""
+    """Two couplings that cannot be compared, or prompts that cannot be used, in one line."""
 
 
 @dataclass(frozen=True)
 class DiffConfig:
-    """Bounds of a diff, and how much is drawn and listed; saved with it."""
+    """Bounds of a diff, and the numbers of draws and listed items."""
 
-    least: float = 1.0  # nats, that d changes by at the least, for there to be something to account for, as in a search
-    within: float = 0.1  # of the change of d: how near the changed nodes are to all nodes
-    share: float = 0.5  # of the change, that transplanting the changed nodes makes at the least
-    control: float = 0.1  # and other nodes, in the mean, at the most
+    least: float = 1.0  # smallest change of d, in nats, that is analysed, as in a search
+    within: float = 0.1  # tolerance between the changed nodes and all nodes, as a fraction of the change of d
+    share: float = 0.5  # smallest share of the change that transplanting the changed nodes must make
+    control: float = 0.1  # largest share that the control may make, on average
     draws: int = 8
     alphas: int = 8
-    most_nodes: int = 500  # listed, the largest
+    most_nodes: int = 500  # maximum number listed, largest first
     most_edges: int = 500
     most_effects: int = 100
 
@@ -87,10 +87,10 @@ def diff(
     seed: int = 0,
     progress: OnProgress | None = None,
 ) -> Diff:
-    """The changes to the answers to some prompts by the fine-tune that `tuned` was adapted to, beside the coupling `base`.
+    """Return how the fine-tune that `tuned` was adapted to changed the answers to some prompts, compared with `base`.
 
     The question is why the fine-tuned model's answer (or `target`) follows, against all others (or `contrast`). Raises DiffError
-    where `tuned` does not go on from a coupling such as `base`, PromptError or ExplainError for a prompt that cannot be asked.
+    if `tuned` was not adapted from a coupling such as `base`, PromptError or ExplainError if a prompt cannot be used.
     """
     config, on_progress = config or DiffConfig(), progress or unseen
     check_pair(base, tuned)
@@ -107,7 +107,7 @@ def diff(
 
 
 def check_pair(base: CoupledModels, tuned: CoupledModels) -> None:
-    """Raise DiffError where the nodes of two couplings do not correspond."""
+    """Raise DiffError if the nodes of two couplings do not correspond."""
     names = [repr(one.path or "the coupling given") for one in (base, tuned)]
     if base.sparse.locations() != tuned.sparse.locations() or base.dense.vocabulary != tuned.dense.vocabulary:
         raise DiffError(names[1], f"has a sparse model of another shape than {names[0]}", "adapt that one (bridge adapt)")
@@ -118,7 +118,7 @@ def check_pair(base: CoupledModels, tuned: CoupledModels) -> None:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one JSON string a line. Raises DiffError where a line is none."""
+    """Read the prompts of a file, one JSON string per line. Raises DiffError if a line is no string, or the file unreadable."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -184,26 +184,26 @@ def _of_prompt(
 
 
 def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
-    """changed_f: the fewest nodes, largest effects first, with whose changes d is within so many nats of that with all nodes'."""
+    """Return changed_f: the smallest number of nodes, largest effects first, whose changes give the d of all to `within` nats."""
     score_f = torch.where(grafts.nodes_f, effect_f.abs(), 0)
     order_k, count = score_f.argsort(descending=True, stable=True), int((score_f > 0).sum())
     if not count:
         return torch.zeros_like(grafts.nodes_f)
     all_d = float(grafts.difference((grafts.own_f * grafts.nodes_f)[None]))
-    low, high = 0, count  # the fewest within are more than low
+    low, high = 0, count  # the smallest number is above low and at most high
     while high - low > 1:
         sizes = sorted({low + round(more) for more in np.geomspace(1, high - low - 1, grafts.rows)})
         added_rf = torch.zeros(len(sizes), len(order_k), device=order_k.device)
         for row, size in enumerate(sizes):
             added_rf[row, order_k[:size]] = grafts.own_f[order_k[:size]]
         missed = [size for size, d in zip(sizes, grafts.difference(added_rf).tolist(), strict=True) if abs(d - all_d) > within]
-        low = max(missed, default=low)  # not the first that is within: by chance a few are, on the way
+        low = max(missed, default=low)  # above the last size that misses: smaller sizes may be within by chance
         high = min((size for size in sizes if size > low), default=high) if missed else sizes[0]
     return torch.zeros_like(grafts.nodes_f).index_fill_(0, order_k[:high], True)
 
 
 def _masked(coupling: CoupledModels, question: Question, followed: Followed, base: CoupledModels) -> MaskedModel:
-    """The sparse model of either coupling, its means over the base's reference text."""
+    """Return the sparse model of a coupling with means over the base's reference text."""
     if base.reference_bt is None:
         raise DiffError("the base coupling", "holds no reference text to take means over", "fit it again")
     return MaskedModel(
@@ -214,14 +214,14 @@ def _masked(coupling: CoupledModels, question: Question, followed: Followed, bas
 def _listed(
     grafts: Grafts, masked: Sequence[MaskedModel], effect_f: Tensor, changed_f: Tensor, known: PromptDiff, config: DiffConfig
 ) -> tuple[tuple[ChangedNode, ...], tuple[ShiftedEffect, ...]]:
-    """The changed nodes, the largest shares first; and the other nodes whose effects differ most."""
+    """Return the changed nodes, largest shares first, and the other nodes whose effects differ most."""
     before_f, after_f = (
         integrated_gradients(
             one, lambda mask_rf, one=one: one.gradient(mask_rf, one.question.difference)[0], ~one.is_error_f, config.alphas
         )
         for one in masked
     )
-    space = NodeSpace(grafts.sparse.locations(), grafts.space.n_tokens)  # of nodes alone, which come first in every row
+    space = NodeSpace(grafts.sparse.locations(), grafts.space.n_tokens)  # nodes only, which come first in every row
     values = [space.join({at: x_btn[0] for at, x_btn in values.items()}) for values in (grafts.before, grafts.after)]
     nodes = []
     place_k = changed_f.nonzero().flatten()
@@ -247,7 +247,7 @@ def _where(node: Node, known: PromptDiff) -> tuple[str, str, int, str]:
 def _edges(
     tuned: CoupledModels, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
 ) -> tuple[ChangedEdge, ...]:
-    """The weights into changed nodes that the fine-tune changed, where their sources are not 0, the largest effects first."""
+    """Return the changed weights into changed nodes that have an effect, largest effects first; sources at 0 have none."""
     flows = [flow_through(one, torch.ones_like(one.is_error_f)) for one in masked]
     theirs, found = flows[1], list[tuple[float, Node, Node, float, float]]()
     changed = grafts.space.split(changed_f)
@@ -272,7 +272,7 @@ def _edges(
 
 
 def _gradient(flow: Flow, at: Location) -> Tensor:
-    """Derivative of d with respect to the output of the matrix into some nodes."""
+    """Return the derivative of d with respect to the output of the matrix into the nodes of a location."""
     passed = flow.passed(at)
     return flow.gradient[at] if passed is None else flow.gradient[at] * passed
 
@@ -284,7 +284,7 @@ def _transplant(
     base: CoupledModels, grafts: Grafts, masked: MaskedModel, followed: Followed, changed_f: Tensor, change: float,
     config: DiffConfig, seed: int,
 ) -> Transplant:  # fmt: skip
-    """Shares of the change of d that the base's dense model makes with changes of the changed nodes, all nodes, and controls."""
+    """Transplant the changes of the changed nodes, all nodes and controls; return their shares of the change of d."""
     generator = torch.Generator().manual_seed(seed + 4_000_037)
     own_f, size = grafts.own_f, masked.space.size
     matched_cf = torch.zeros(config.draws, grafts.space.size, dtype=torch.bool, device=own_f.device)
@@ -304,13 +304,13 @@ def _transplant(
 
 @torch.no_grad()
 def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
-    """gained_r: how much d of the base's dense model changes, in nats, with every sublayer's changes at its own site."""
+    """Return gained_r: the change of d of the base's dense model, in nats, with every sublayer's changes at its own site."""
     gained = []
     for some_rf in added_rf.split(grafts.rows):
         residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
         for site, x_rts in enumerate(residuals[:-1]):
             own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
-            own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # of none exactly nothing
+            own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # exactly 0 if the graft changes no node there
             if bool(own_rts.any()):
                 changes[site + 1] = decoded(base, torch.full((len(some_rf),), site + 1), own_rts)
         tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
@@ -321,8 +321,8 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
 
 
 def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tensor:
-    """gained_rj: the same where the whole change of the stream at site j enters there alone."""
-    plain_rf = torch.cat([torch.zeros_like(added_rf[:1]), added_rf])  # in one batch, so that nothing is left of what is the same
+    """Return gained_rj: the change of d, in nats, if the whole change of the stream at site j enters only there."""
+    plain_rf = torch.cat([torch.zeros_like(added_rf[:1]), added_rf])  # in one batch, so that rounding cancels if nothing changes
     residuals = grafts.run(plain_rf).residuals
     places = [(row, site) for row in range(1, len(plain_rf)) for site in transporter.sites]
     changes = [residuals[site][row] - residuals[site][0] for row, site in places]
@@ -331,7 +331,7 @@ def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tens
 
 
 def displaced_changes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Tensor:
-    """added_f: the changes of changed nodes at other nodes, each at one of its own location and position where there is one."""
+    """Return added_f: the changed nodes' changes at other nodes of the same location and position; the surplus is dropped."""
     added = torch.zeros_like(grafts.own_f)
     places = [_by_place(grafts, mask_f) for mask_f in (changed_f, other_f)]
     for place, node_k in places[0].items():
@@ -353,7 +353,7 @@ def _by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None
 
 
 def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffConfig, seed: int) -> Measure:
-    """The share of the change that transplanting the changed nodes makes, over the prompts where something changed."""
+    """Measure the share of the change that transplanting the changed nodes makes, over prompts on which something changed."""
     name, criterion = "share of the change of d, transplanted", Criterion(">=", config.share, True, config.control)
     if not changed:
         return Measure("transplant", name, None, criterion, note=f"no d changes by {config.least:g} nats")
@@ -383,7 +383,7 @@ def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffCon
 
 
 def _channels(found: Sequence[PromptDiff]) -> tuple[ChangedChannel, ...]:
-    """The channels that changed, over all prompts and positions, those that make most of the change first."""
+    """Return the channels that changed on any prompt and position, largest total shares of the change first."""
     share, prompts = defaultdict[str, float](float), defaultdict[str, set[int]](set)
     total = sum(abs(each.change) for each in found) or 1.0
     for place, each in enumerate(found):

@@ -1,20 +1,20 @@
-"""The base's sparse model with what a fine-tune changed in each of its nodes added: none of it, all of it, or some.
+"""Run the base's sparse model with the fine-tune's own change of each node added: none of the changes, all of them, or some.
 
-A is the base's coupling, B the one that went on from it, so that nodes correspond: same location, same channel. Both sparse
-models follow their own dense model on the prompt (`circuits/error_nodes`). With a_i(B) the value of node i in B's run and
-F_i(A; B) what A's weights make of the inputs that the node has there, its *own change* is
+A is the base's coupling and B the coupling adapted from it, so nodes correspond: same location, same channel. Both sparse models
+follow their own dense model on the prompt (`circuits/error_nodes`). With a_i(B) the value of node i in B's run, and F_i(A; B) the
+value that A's weights compute from the node's inputs in B's run, the node's *own change* is
 
     delta_i = a_i(B) - F_i(A; B)
 
-which is 0 wherever only the inputs are others: a change is where the weights changed, not where it is passed on. Beside the
-nodes, a vector each at every token, the same of the embedding, of the errors, and of what is added to the logits:
+It is 0 if only the inputs differ: a change is located where the weights changed, not where it is passed on. Besides the nodes,
+there are own changes of the embedding, the errors and the unembedding, one vector each per token:
 
     embedding     E_B(tokens) - E_A(tokens)                  error     e_j(B) - e_j(A) at site j, and on the logits
     unembedding   U_B(x) - U_A(x) of B's last residual x
 
-A *graft* is A's run on the prompt, following the base's dense model, with some of these added where they arise, everything else
-computing on. With none it answers as the base, with all of them as the fine-tuned model, exactly; so that they share out the
-change of the answer without remainder.
+A *graft* is A's run on the prompt, following the base's dense model, with some of these changes added at their own places;
+everything after them is computed as usual. With no change its answer is exactly the base's, with all changes exactly the
+fine-tuned model's, so the changes account for the change of the answer without remainder.
 
 Shape legend: b batch row (one), r graft, t token, n nodes of a location, s sparse width, v vocabulary, f all changes in one row
 (nodes and errors as in a MaskedModel, then the embedding's and the unembedding's).
@@ -37,16 +37,16 @@ from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Location, SparseTransformer
 
-KINDS = ("node", EMBEDDING.kind, ERROR, "unembedding")  # of a change: those of vectors are of the places where they are added
-_ROW_TOKENS = 1024  # tokens of grafts in a batch
+KINDS = ("node", EMBEDDING.kind, ERROR, "unembedding")  # kinds of changes; that of a vector is the kind of its location
+_ROW_TOKENS = 1024  # number of tokens in a batch of grafts
 
 
 @dataclass(frozen=True, eq=False)
 class Grafts:
-    """Own changes of every node on a question's one prompt, and runs of A with any of them.
+    """Own changes of every node on the one prompt of a question, and runs of A with any of these changes added.
 
-    before and after are the values of nodes in A's and in B's run; own what the fine-tune changed in each; vectors the changes
-    of the stream by where they are added.
+    before and after are the node values in A's and B's run, own the nodes' own changes, and vectors the other own changes by
+    the location where they are added; errors are A's.
     """
 
     sparse: SparseTransformer
@@ -60,7 +60,7 @@ class Grafts:
     @staticmethod
     @torch.no_grad()
     def of(base: CoupledModels, tuned: CoupledModels, question: Question, followed: Followed, tuned_followed: Followed) -> Grafts:
-        """The own changes on a prompt that both couplings have followed."""
+        """Compute the own changes on a prompt that both couplings have followed."""
         tokens_bt, last = question.prompt_bt, base.n_sites
         before, after, own = dict[Location, Tensor](), dict[Location, Tensor](), dict[Location, Tensor]()
         base.sparse.run(
@@ -89,40 +89,40 @@ class Grafts:
 
     @cached_property
     def space(self) -> NodeSpace:
-        """Every change in one row: of a node a number, of a vector its share."""
+        """Index of all changes in one row: one number per node, and per vector and token the fraction that is added."""
         sizes = self.sparse.locations() | dict.fromkeys(self.vectors, 1)
         return NodeSpace(sizes, self.question.prompt_bt.shape[1])
 
     @cached_property
     def own_f(self) -> Tensor:
-        """Every change in full."""
+        """The row with every change added in full."""
         whole = {at: torch.ones(self.space.n_tokens, 1, device=self.sparse.device) for at in self.vectors}
         return self.space.join({at: x_btn[0] for at, x_btn in self.own.items()} | whole)
 
     @cached_property
     def kind_f(self) -> Tensor:
-        """Kind of each change, by its place in KINDS."""
+        """Kind of each change, as an index into KINDS."""
         kinds = (KINDS.index("node" if at in self.own else at.kind) for at in self.space.sizes)
         return self.space.by_location(kinds).to(self.sparse.device)
 
     @property
     def nodes_f(self) -> Tensor:
-        """Mask of the changes that are a node's."""
+        """Mask of the changes that belong to nodes."""
         return self.kind_f == 0
 
     def writes(self, site: int, added_rf: Tensor) -> Tensor:
-        """Mask wrote_r11 of the grafts that change a node of the sublayer that reads a site."""
+        """Return wrote_r11, the mask of the grafts that change a node of the sublayer that reads a site."""
         parts = self.space.split(added_rf)
         here = [parts[at].flatten(1).any(1) for at in self.own if self.sparse.site(at) == site]
         return torch.stack(here).any(0)[:, None, None]
 
     @property
     def rows(self) -> int:
-        """Grafts in a batch of sensible size."""
+        """Number of grafts in a batch."""
         return max(1, _ROW_TOKENS // self.space.n_tokens)
 
     def run(self, added_rf: Tensor) -> Trace:
-        """A's run on the prompt with these changes added, one graft a row; its logits are those of the last position."""
+        """Run A on the prompt with these changes added, one graft per row; the logits are those of the last position."""
         parts = self.space.split(added_rf)
         last = self.sparse.n_sites
 
@@ -139,11 +139,11 @@ class Grafts:
 
     @torch.no_grad()
     def difference(self, added_rf: Tensor) -> Tensor:
-        """d_r of the question under some grafts."""
+        """Return d_r of the question for each graft."""
         return torch.cat([self._difference(some_rf) for some_rf in added_rf.split(self.rows)])
 
     def attributions(self, alphas: int = 8) -> Tensor:
-        """effect_f of each change on d: integrated gradients from no graft to all of them, in nats; they add up to the change."""
+        """Return effect_f of each change on d, in nats: integrated gradients from no change to all; their sum is d's change."""
         total_f = torch.zeros_like(self.own_f)
         alpha_r1 = (torch.arange(alphas, device=total_f.device)[:, None] + 0.5) / alphas
         for some_r1 in alpha_r1.split(self.rows):
@@ -157,5 +157,5 @@ class Grafts:
 
 
 def unembedding(n_sites: int) -> Location:
-    """The place of the unembedding's own change."""
+    """Return the location of the unembedding's own change."""
     return Location(n_sites, "unembedding")

@@ -1,4 +1,4 @@
-"""Changes that a fine-tune made, as values, as JSON and as text."""
+"""Represent the changes that a fine-tune made as values, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bridge.explanations.parts import Answer, Token
 FORMAT = 1
 Status = Literal["came", "went", "changed"]
 Verdict = Literal["NOTHING CHANGED", "TRANSPLANTED", "NOT TRANSPLANTED"]
-SHOWN_NODES, SHOWN_EDGES, SHOWN_EFFECTS, SHOWN_CHANNELS = 12, 8, 5, 12  # of a text
+SHOWN_NODES, SHOWN_EDGES, SHOWN_EFFECTS, SHOWN_CHANNELS = 12, 8, 5, 12  # maximum numbers of lines in the text
 
 
 @dataclass(frozen=True)
 class ChangedNode:
-    """A node that the fine-tune changed: its values in the base's and the fine-tune's run, and what of that is its own.
+    """A node that the fine-tune changed: its values in the base's and the fine-tune's run, and its own change.
 
-    share is what its own change makes of the change of d; effects are those on d from the node's mean, in nats.
+    share is the own change's share of the change of d; effects are effects on d from the node's mean, in nats.
     """
 
     id: str
@@ -38,9 +38,9 @@ class ChangedNode:
 
 @dataclass(frozen=True)
 class ChangedEdge:
-    """A weight into a changed node that is another now; effect is what the difference adds to d, to first order, in nats.
+    """A changed weight into a changed node; effect is what the difference adds to d, to first order, in nats.
 
-    The source of a weight of values (matrix o) has no position: the head gathers it from several.
+    The source of a weight of matrix o (values) has no position, because the head gathers values from several positions.
     """
 
     source: str
@@ -53,7 +53,7 @@ class ChangedEdge:
 
 @dataclass(frozen=True)
 class ShiftedEffect:
-    """A node that was not changed itself, and its effect on d, from its mean, in either model, in nats."""
+    """A node that is not among the changed nodes, and its effects on d from its mean in the two models, in nats."""
 
     id: str
     name: str
@@ -65,9 +65,9 @@ class ShiftedEffect:
 
 @dataclass(frozen=True)
 class Transplant:
-    """Shares of the change of d that the base's dense model makes: with the changed nodes' changes, all nodes', and controls'.
+    """Shares of the change of d that the base's dense model makes with the changes of the changed nodes, all nodes, or controls.
 
-    The first at each sublayer's own site; by_site with the whole change at one site each.
+    Changes enter at each sublayer's own site; in the by_site shares, the whole change enters at one site.
     """
 
     share: float
@@ -80,9 +80,9 @@ class Transplant:
 
 @dataclass(frozen=True)
 class PromptDiff:
-    """The change of the answer to one prompt: d of both dense models and of both sparse ones; and what made it.
+    """The change of the answer to one prompt: d of both dense and both sparse models, and the causes of the change.
 
-    through shares out the change of d by where it arises: nodes, embedding, unembedding, errors. changed counts the nodes.
+    through divides the change of d into shares of nodes, embedding, errors and unembedding; changed is the number of nodes.
     """
 
     prompt: str
@@ -104,13 +104,13 @@ class PromptDiff:
 
     @property
     def change(self) -> float:
-        """Nats that the fine-tune adds to d of the dense model."""
+        """Change of the dense model's d by the fine-tune, in nats."""
         return self.tuned_d - self.base_d
 
 
 @dataclass(frozen=True)
 class ChangedChannel:
-    """A channel that changed at some prompts: at how many, and its share of the change over all of them."""
+    """A channel that changed on some prompts: the number of these prompts, and its share of the change over all prompts."""
 
     name: str
     prompts: int
@@ -121,7 +121,7 @@ class ChangedChannel:
 class Diff:
     """Changes of the answers to some prompts, and the check by transplanting.
 
-    least is the smallest change of d, in nats, that counts as one.
+    least is the smallest change of d, in nats, that counts as a change.
     """
 
     prompts: tuple[PromptDiff, ...]
@@ -134,12 +134,12 @@ class Diff:
 
     @property
     def changed(self) -> tuple[PromptDiff, ...]:
-        """The prompts where something changed."""
+        """The prompts on which something changed."""
         return tuple(each for each in self.prompts if each.transplant is not None)
 
     @property
     def verdict(self) -> Verdict:
-        """The outcome of the transplant, from its measure, whose interval must lie above the largest control."""
+        """Verdict of the transplant's measure; its bootstrap interval must also lie above the largest control."""
         if not self.changed:
             return "NOTHING CHANGED"
         measure = self.transplant
@@ -147,7 +147,7 @@ class Diff:
         return "TRANSPLANTED" if measure.passed and apart else "NOT TRANSPLANTED"
 
     def to_json(self) -> dict[str, Any]:
-        """The diff as plain JSON values."""
+        """Return the diff as plain JSON values."""
         prompts = [{**asdict(each), "change": each.change} for each in self.prompts]
         measure = {**asdict(self.transplant), "passed": self.transplant.passed}
         channels = [asdict(each) for each in self.channels]
@@ -158,7 +158,7 @@ class Diff:
 
 
 def render_diff(diff: Diff, width: int = 100) -> str:
-    """A diff as a person reads it: of one prompt with its nodes and edges, of several a line each and the channels."""
+    """Return a diff as text: for one prompt its nodes and edges; for several prompts one line each, and the channels."""
     lines = _of_prompt(diff.prompts[0], diff.least, width) if len(diff.prompts) == 1 else _table(diff, width)
     lines += ["", f"VERDICT   {_sentence(diff)}", ""]
     if diff.changed:
