@@ -1,4 +1,4 @@
-"""Helpers of the commands: one-line refusals, progress, a fit run to its end, and printed results."""
+"""Helpers of the commands: one-line errors, progress, a fit that is run to its end, and printed results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter to merge into the model first.")]
 Dense = Annotated[
-    str | None, typer.Option(help="Where the coupling's dense model is: hub id, folder or .gguf file; default where it was.")
+    str | None, typer.Option(help="Where the coupling's dense model is, if it has moved: hub id, folder or .gguf file.")
 ]
-Gguf = Annotated[str | None, typer.Option(help="A .gguf file, in the model's folder or by its path, to load instead.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Gguf = Annotated[str | None, typer.Option(help="Load this .gguf file: a path, or a name in the model's folder or repository.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the model on the hub.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 
 
 def seed_of(what: str) -> Any:
@@ -42,12 +42,12 @@ def seed_of(what: str) -> Any:
 
 
 class Several(TyperCommand):
-    """A command whose `--l0 .1 .2 --tasks a b` is `--l0 .1 --l0 .2 --tasks a --tasks b`."""
+    """A command that reads `--l0 .1 .2 --tasks a b` as `--l0 .1 --l0 .2 --tasks a --tasks b`."""
 
     numbers, words = ("--l0", "--width"), ("--tasks", "--load")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat an option for each of the values that follow it; of --l0 and --width, for each number."""
+        """Repeat an option for each of the values that follow it; for --l0 and --width, for each number."""
         spread: list[str] = []
         option, values = "", 0
         for word in args:
@@ -55,7 +55,7 @@ class Several(TyperCommand):
                 option, values = word if word in self.numbers + self.words else "", 0
             elif option:
                 if values and option in self.numbers and not is_number(word):
-                    option = ""  # the model
+                    option = ""  # the word is the model
                 elif values:
                     spread.append(option)
                 values += 1
@@ -64,20 +64,20 @@ class Several(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """The commands, each of which ends in one line on an error: exit code 2 for a user's, 1 for a run that had to stop.
+    """The commands. On an error each ends with one line: exit code 2 for a user's error, 1 for a run that had to stop.
 
-    A fit that was asked to stop has saved its state: exit code 130.
+    A fit that was asked to stop has saved its state and ends with exit code 130.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command, and refuse in one line what it raises."""
+        """Run a command; print an error that it raises as one line, and exit."""
         try:
             return super().invoke(ctx)
         except (UserError, RunError) as error:
             refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
-        except OneLineError as stopped:  # the only other one is a fit's
+        except OneLineError as stopped:  # the only other kind is FitStopped
             refuse(f"{stopped.what}; the same command goes on", 130)
-        except BrokenPipeError:  # whoever read what is printed has seen enough
+        except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
             _print_to_nobody()
             raise typer.Exit(141) from None
         except OSError as error:
@@ -87,7 +87,7 @@ class Commands(TyperGroup):
 
 
 def flag(name: str) -> str:
-    """The option of the commands that sets a parameter of the library."""
+    """The command-line option that sets a parameter of the library."""
     return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
@@ -109,9 +109,9 @@ def usage_line(error: Any) -> str:
 
 
 def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | None] = (), **files: Path | None) -> None:
-    """Refuse an --out folder, or files by the name of their option, that cannot be written, before anything is computed.
+    """Refuse an --out folder, or files (given by option name), that cannot be written, before anything is computed.
 
-    So is a file that two options name, or that the command reads.
+    A file that two options name, or that the command reads, is refused too.
     """
     from bridge.models.store import CheckpointError, check_folder, check_target
 
@@ -129,7 +129,7 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
 
 
 def print_output(text: str) -> None:
-    """Print, and continue where the reader has closed the pipe, so that files are still written."""
+    """Print, and continue if the reader has closed the pipe, so that files are still written."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -137,7 +137,7 @@ def print_output(text: str) -> None:
 
 
 def _print_to_nobody() -> None:
-    """Redirect further output to the null device: the interpreter would complain of the closed pipe at its end."""
+    """Redirect further output to the null device; otherwise the interpreter would complain about the closed pipe at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -149,7 +149,7 @@ def print_written(*files: Path | None) -> None:
 
 
 def choose_device(device: str) -> str:
-    """The device: cpu or cuda for auto. Raises RecipeError where the named one is not available."""
+    """The device to use; auto is cuda if available, otherwise cpu. Raises RecipeError if the named device is not available."""
     import torch
 
     if device == "auto":
@@ -160,50 +160,50 @@ def choose_device(device: str) -> str:
 
 
 def as_chat(coupling: CoupledModels, prompt: str | None) -> str | None:
-    """A user's text as a prompt, by the dense model's chat template. Raises PromptError where it has none."""
+    """A user's text as a prompt in the dense model's chat template. Raises PromptError if the model has no template."""
     return None if prompt is None else coupling.dense.prompts.chat(prompt)
 
 
 def held_out_text(coupling: CoupledModels, name: str | Path, data: str | None, rows: int) -> Tensor:
-    """tokens_bt of the text stored with a coupling, or held-out text of `data`."""
+    """tokens_bt: the held-out text stored with a coupling or, if `data` is given, held-out text of `data`."""
     from bridge.data.blocks import DataError, load_blocks
 
     if data is None:
         if coupling.reference_bt is None:
             raise DataError(f"{str(name)!r}", "has no held-out text of its own", "give --data")
         return coupling.reference_bt[:rows]
-    limit = rows * coupling.context * 60  # one document in 50 is held out, by an order that the fit's seed decides
+    limit = rows * coupling.context * 60  # one document in 50 is held out, in an order that the fit's seed decides
     dense, seed = coupling.dense, coupling.recipe.seed
     return load_blocks(data, dense.prompts, coupling.context, max_tokens=limit, seed=seed, dense=dense.model).heldout(rows)
 
 
 def shipped_coupling() -> str:
-    """The folder of the coupling that ships. Raises CheckpointError where it is missing."""
+    """The folder of the coupling that ships. Raises CheckpointError if it is missing."""
     from bridge.models.store import CheckpointError
 
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
         raise CheckpointError("the shipped coupling", f"is not at {str(folder)!r}", "name one with --bridge")
-    here = Path.cwd()  # explanations name their coupling, and are handed on: not with more of where things lie than is needed
+    here = Path.cwd()  # explanations that are passed on name this path, so it shows no more folders than needed
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def chosen_model(model: str | None, gguf: str | None, default: str | None = None) -> str | None:
-    """The model that a command names, as a GGUF file where --gguf gives one, or the default."""
+    """The model that a command names, or the default; with --gguf, that GGUF file."""
     from bridge.huggingface.gguf_file import named_gguf
 
     return named_gguf(model or default, gguf) if gguf is not None else model or default
 
 
 def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> CoupledModels:
-    """The coupling that --bridge names, or the one that ships, loaded with its dense model, from --dense where given."""
+    """The coupling that --bridge names (default the one that ships), loaded with its dense model, from --dense if given."""
     from bridge.models.bridges import CoupledModels
 
     return CoupledModels.from_pretrained(chosen_coupling(bridge), dense=dense, device=choose_device(device))
 
 
 def chosen_coupling(bridge: str | Path | None) -> str | Path:
-    """The name of the coupling: --bridge, or by default the one that ships. Raises CheckpointError for an empty one."""
+    """The name of the coupling: --bridge, or by default the one that ships. Raises CheckpointError if the name is empty."""
     if bridge is None:
         return shipped_coupling()
     if not str(bridge).strip():
@@ -221,7 +221,7 @@ def terminal_width() -> int:
 
 
 def is_number(word: str) -> bool:
-    """Whether a word reads as a number."""
+    """Whether a word can be read as a number."""
     try:
         float(word)
     except ValueError:
@@ -230,7 +230,7 @@ def is_number(word: str) -> bool:
 
 
 def sample_prompt(example: Example | None, taken: int) -> str:
-    """The end of a prompt, as long as fits on a line, and its answer."""
+    """The end of a prompt, as much of it as fits on a line, and its answer."""
     if example is None:
         return ""
     answer = repr(example.answer[0]) if example.answer else f"not {example.wrong[0]!r}"
@@ -240,14 +240,14 @@ def sample_prompt(example: Example | None, taken: int) -> str:
 
 
 class Line:
-    """A line of progress: rewritten on a terminal, elsewhere a line every so many seconds."""
+    """A line of progress: rewritten on a terminal; elsewhere a new line at most every `seconds` seconds."""
 
     def __init__(self, stream: TextIO, seconds: float, *, first: bool = False) -> None:
         self.stream, self.seconds, self.terminal = stream, seconds, stream.isatty()
         self.last = -math.inf if first else time.monotonic()
 
     def show(self, text: str, *, final: bool = False) -> None:
-        """Show a text, if it is time to."""
+        """Show a text, unless the last line is too recent; a terminal and a final text are always shown."""
         now = time.monotonic()
         if not (self.terminal or now - self.last >= self.seconds or final):
             return
@@ -256,13 +256,13 @@ class Line:
         print(shown, end="", file=self.stream, flush=True)
 
     def clear(self) -> None:
-        """Leave a terminal's line empty."""
+        """Clear the line on a terminal."""
         if self.terminal:
             print("\r\033[K", end="", file=self.stream, flush=True)
 
 
 class Phases(Line):
-    """Progress of a search on standard error, with a bar where it is known how much there is to do."""
+    """Progress of a search on standard error, with a bar if the total amount of work is known."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr, 15)
@@ -276,7 +276,7 @@ class Phases(Line):
 
 
 def print_run(run: Run, needed: int, seconds: float) -> None:
-    """Print what a fit is about to do, and what it will take: bytes, and seconds a step."""
+    """Print what a fit will do and how long it takes; `needed` is its memory in bytes, `seconds` the time of a step."""
     import psutil
 
     recipe, sparse, dense = run.coupling.recipe, run.coupling.sparse, run.coupling.dense
@@ -308,7 +308,7 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
 
 
 class Watcher(Line):
-    """Progress of a fit on standard output, every half minute where that is no terminal."""
+    """Progress of a fit on standard output; if that is not a terminal, every 30 seconds."""
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(sys.stdout, 30, first=True)
@@ -320,13 +320,13 @@ class Watcher(Line):
             self.show(progress_line(progress), final=progress.fraction >= 1)
 
     def end(self) -> None:
-        """Leave the line as it is."""
+        """Keep the last line on a terminal, and end it."""
         if self.terminal and not self.quiet:
             print()
 
 
 def train_to_end(run: Run, folder: Path, stretch: float | None, then: str) -> None:
-    """Print what a fit will take, train it, write the coupling, and print what to do then; one asked to stop ends the command."""
+    """Print what a fit needs, train it, write the coupling, and print the next commands; a fit asked to stop ends the command."""
     from bridge.training.loop import FitStopped, finish, train
     from bridge.training.prepare import memory_needed, seconds_a_step
 
@@ -382,7 +382,7 @@ def evaluation_table(result: Evaluation) -> str:
             f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
         )
     dead = result.dead_neurons / result.neurons if result.neurons else 0.0
-    ends = f"embeddings {_share(result.l0_embed)}"  # a span has none
+    ends = f"embeddings {_share(result.l0_embed)}"  # a span of blocks has none
     facts: list[tuple[str, Any]] = [
         ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
         ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),

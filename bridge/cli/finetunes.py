@@ -1,4 +1,4 @@
-"""The commands on fine-tunes: a coupling goes on to a fine-tuned model, and what the fine-tune changed is read off both."""
+"""The commands on fine-tunes: adapt a coupling to a fine-tuned model, and compare the two couplings."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ of_finetunes = typer.Typer()
 def adapt(
     coupling: Annotated[str, typer.Argument(help="A coupling of the base model: a folder that `bridge fit` wrote, or a hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter of the base model.")] = None,
-    model: Annotated[str | None, typer.Option(help="Or a fine-tuned model of the same shape: hub id or folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead, a fine-tuned model of the same shape: hub id or folder.")] = None,
     data: Annotated[str | None, typer.Option(help="Text to train on; default the base coupling's.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text; default a twentieth of the base's.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training budget in tokens; default 1/20 of the base's tokens.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Training budget in minutes.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Set a number of the recipe: key=value; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/NAME of the fine-tune.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
-    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
-    seed: Annotated[int | None, seed_of("Seed of the order of text and of splices; default the base's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
+    seed: Annotated[int | None, seed_of("Seed of the order of text and of sampled sites; default the base's.")] = None,
     dense: Dense = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision: float32, or bfloat16 products of float32 weights.")] = "float32",
 ) -> None:
-    """Go on from a coupling to a fine-tune of its dense model: its weights and bridges, a twentieth of its tokens."""
+    """Train a coupling further on a fine-tune of its dense model, by default with 1/20 of the tokens of the base."""
     from bridge.training.adapt import prepare_adapted
 
     settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
@@ -48,18 +48,18 @@ def adapt(
 @of_finetunes.command()
 def diff(
     base: Annotated[str, typer.Argument(help="The coupling of the base model: folder or hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The one that `bridge adapt` wrote for the fine-tuned model.")],
+    tuned: Annotated[str, typer.Argument(help="The coupling that `bridge adapt` wrote for the fine-tuned model.")],
     prompt: Annotated[list[str] | None, typer.Option(help="The text whose next token is compared; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one JSON string a line.")] = None,
-    target: Annotated[str | None, typer.Option(help="Ask of this token, by text or #id; default the fine-tune's answer.")] = None,
-    contrast: Annotated[str | None, typer.Option(help="Rather than this token; default than any other.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write all of it as JSON.")] = None,
+    target: Annotated[str | None, typer.Option(help="Token to explain, by text or #id; default the fine-tune's answer.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain the target against this token; default all others.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the whole comparison as JSON.")] = None,
     seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
     dense: Dense = None,
-    tuned_dense: Annotated[str | None, typer.Option(help="Where the fine-tuned model is; default where it was.")] = None,
+    tuned_dense: Annotated[str | None, typer.Option(help="Where the fine-tuned model is, if it has moved.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Compare answers before and after a fine-tune: the nodes and weights that changed, transplanted into the base model."""
+    """Compare answers before and after a fine-tune: find changed nodes and weights, and transplant them into the base model."""
     from bridge.finetunes.diff import diff as diff_couplings
     from bridge.finetunes.diff import read_prompts
     from bridge.finetunes.result import render_diff

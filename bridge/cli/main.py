@@ -1,7 +1,7 @@
 """The commands: each checks its arguments, imports its modules, calls the library, and prints.
 
-Nothing heavy is imported before a command runs, so that --help answers at once. What a user can mend is one line on standard
-error and exit code 2; a run that had to stop is exit code 1, one that was asked to stop 130.
+Nothing heavy is imported before a command runs, so --help answers at once. An error that the user can correct is one line on
+standard error, with exit code 2; a run that had to stop exits with 1, one that was asked to stop with 130.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _show_version(asked: bool) -> None:
 def _of_all(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Make a trained dense language model explainable: couple a weight-sparse transformer to it, and read circuits off it."""
+    """Explain answers of a trained dense language model by circuits of a weight-sparse transformer that is coupled to it."""
 
 
-Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's text: put it into the model's chat template.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's text.")]
 Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder in Hugging Face format, or .gguf file.")]
 
 
@@ -54,7 +54,7 @@ Model = Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder i
 def info(
     model: Model = None, gguf: Gguf = None, adapter: Adapter = None, revision: Revision = None, device: Device = "auto"
 ) -> None:
-    """Load a model, find its sites, check that it can be resumed at each, and print what was found."""
+    """Load a model, find its sites, check that its run can be resumed at each of them, and print the results."""
     from bridge.models.dense import load_dense
 
     if (name := console.chosen_model(model, gguf)) is None:
@@ -84,32 +84,32 @@ def info(
 def fit(
     model: Annotated[str | None, typer.Argument(help="A causal LM: hub id, folder or .gguf file; default the recipe's.")] = None,
     l0: Annotated[
-        float | None, typer.Option(help="Below 1 the fraction of weights that stay (default 1/16), from 1 on their number.")
+        float | None, typer.Option(help="Weights to keep: below 1 the fraction (default 1/16), from 1 on the number.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Budget in tokens of text.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training budget in tokens of text.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Training budget in minutes.")] = None,
     width: Annotated[int | None, typer.Option(help="Residual width of the sparse model; default twice the model's.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Couple these of the model's blocks alone: a slice, such as 12:16.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file with every number, such as those in recipes/.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Couple only these blocks of the model: a slice, such as 12:16.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with all numbers of a fit, such as those in recipes/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Set a number of the recipe: key=value; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/MODEL.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
-    uncoupled: Annotated[bool, typer.Option("--uncoupled", help="No bridge losses: the sparse model learns text alone.")] = False,
-    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes, for --resume to go on.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    uncoupled: Annotated[bool, typer.Option("--uncoupled", help="Train the sparse model on text only, without bridges.")] = False,
+    stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
     gguf: Gguf = None,
     adapter: Adapter = None,
     revision: Revision = None,
-    seed: Annotated[int | None, seed_of("Seed of weights, order of text and splices.")] = None,
+    seed: Annotated[int | None, seed_of("Seed of weights, order of text and sampled sites.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 products with float32 weights.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision: float32, or bfloat16 products of float32 weights.")] = "float32",
     dense_dtype: Annotated[
         str | None, typer.Option(help="Precision of the dense model's weights: float32 (default), bfloat16 or float16.")
     ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="Spread the dense model over devices, as transformers does: auto, balanced or sequential.")
     ] = None,
-    log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate's, such as tensorboard.")] = None,
+    log_with: Annotated[str | None, typer.Option(help="Log to this tracker of accelerate, such as tensorboard.")] = None,
 ) -> None:
     """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
     if stretch is not None and not 0 <= stretch < float("inf"):
@@ -146,11 +146,11 @@ def fit(
 def eval_(
     bridge: Annotated[Path, typer.Argument(help="A coupling: a folder that `bridge fit` wrote, or a hub id.")],
     data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
-    rows: Annotated[int, typer.Option(help="Most rows of text to use.", min=1)] = 256,
+    rows: Annotated[int, typer.Option(help="Rows of text to use, at most.", min=1)] = 256,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Measure how faithful a coupling is, per site and overall; print it and save it as eval.json in the folder."""
+    """Measure how faithful a coupling is, per site and overall; print the results and save them as eval.json in its folder."""
     from bridge.models.store import write_json
     from bridge.training.evaluate import evaluate
 
@@ -165,12 +165,12 @@ def eval_(
 def explain(
     prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
-    target: Annotated[str | None, typer.Option(help="Explain this token, by text or #id; default the dense model's.")] = None,
-    contrast: Annotated[str | None, typer.Option(help="Rather than this token; default than any other.")] = None,
+    target: Annotated[str | None, typer.Option(help="Token to explain, by text or #id; default the model's answer.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain the target against this token; default all others.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the explanation as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write it as a page: one HTML file that needs no other.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page: one self-contained HTML file.")] = None,
     counterfactual: Annotated[
-        str | None, typer.Option(help="As many tokens, another answer: adds patching to the evidence.")
+        str | None, typer.Option(help="A prompt of as many tokens with another answer: adds patching to the evidence.")
     ] = None,
     chat: Chat = False,
     seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
@@ -212,12 +212,12 @@ def explain(
 @app.command()
 def view(
     explanation: Annotated[Path, typer.Argument(help="A file that `bridge explain --json` wrote.")],
-    html: Annotated[Path, typer.Option(help="The page to write: one HTML file that needs no other.")],
-    bridge: Annotated[str | None, typer.Option(help="Its coupling, to tell of its nodes what `bridge nodes` collected.")] = None,
+    html: Annotated[Path, typer.Option(help="The page to write: one self-contained HTML file.")],
+    bridge: Annotated[str | None, typer.Option(help="Its coupling, to add what `bridge nodes` collected on its nodes.")] = None,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Make a page of an explanation that was saved as JSON."""
+    """Make a page from an explanation that was saved as JSON."""
     from bridge.explanations.explanation import read_explanation
     from bridge.explanations.page import described_nodes, page_data, render_html, write_page
 
@@ -231,15 +231,15 @@ def view(
 
 @app.command()
 def export(
-    explanation: Annotated[Path, typer.Argument(help="What `bridge explain --json` wrote.")],
-    to: Annotated[str, typer.Option(help="circuit-tracer, neuronpedia or graphml.")],
-    out: Annotated[Path, typer.Option(help="Where to: a folder for circuit-tracer, a file for the others.")],
-    slug: Annotated[str | None, typer.Option(help="The graph's name; default after prompt and answer.")] = None,
+    explanation: Annotated[Path, typer.Argument(help="A file that `bridge explain --json` wrote.")],
+    to: Annotated[str, typer.Option(help="Format: circuit-tracer, neuronpedia or graphml.")],
+    out: Annotated[Path, typer.Option(help="Output: a folder for circuit-tracer, a file for the others.")],
+    slug: Annotated[str | None, typer.Option(help="Name of the graph; default made from the prompt.")] = None,
     scan: Annotated[
-        str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small; it asks for one.")
+        str | None, typer.Option(help="Neuronpedia's id of the dense model, such as gpt2-small; needed for neuronpedia.")
     ] = None,
-    features_url: Annotated[str | None, typer.Option(help="Where the features for Neuronpedia will be hosted.")] = None,
-    bridge: Annotated[str | None, typer.Option(help="Coupling with `bridge nodes` facts; default the explanation's.")] = None,
+    features_url: Annotated[str | None, typer.Option(help="Address where Neuronpedia will find the features.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="Coupling with facts of `bridge nodes`; default the explanation's.")] = None,
     dense: Dense = None,
 ) -> None:
     """Write an explanation for circuit-tracer's front end, for Neuronpedia, or as GraphML."""
@@ -267,21 +267,21 @@ def export(
 @app.command()
 def steer(
     prompt: Annotated[str | None, typer.Option(help="The text after which the dense model is steered.")] = None,
-    counterfactual: Annotated[str | None, typer.Option(help="A prompt of as many tokens, whose nodes' values are taken.")] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="A prompt of as many tokens: nodes take their values on it.")] = None,
     node: Annotated[
-        list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1; repeatable.")
+        list[str] | None, typer.Option(help="A node: 1.mlp_act[37], then optionally @4 (a position), =2.5 or +1; repeatable.")
     ] = None,
     chat: Chat = False,
-    circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
-    explanation: Annotated[Path | None, typer.Option(help="Every node of what `bridge explain --json` wrote.")] = None,
-    strength: Annotated[list[float] | None, typer.Option(help="Between 0 and 1, repeatable; default 0, .1, ... 1.")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Change all nodes of a circuit that `bridge circuit --out` wrote.")] = None,
+    explanation: Annotated[Path | None, typer.Option(help="Change all nodes of what `bridge explain --json` wrote.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="Strength, 0 to 1; repeatable; default 0, .1, ... 1.")] = None,
     site: Annotated[int | None, typer.Option(help="Add the whole change at this site; default at each sublayer's own.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Follow this token, by text or #id; default the answer to the prompt.")
+        str | None, typer.Option(help="Token to measure, by text or #id; default the answer to the prompt.")
     ] = None,
-    contrast: Annotated[str | None, typer.Option(help="And this one; default the answer to the counterfactual.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to generate at strength 0 and at the largest.", min=0)] = 16,
-    draws: Annotated[int, typer.Option(help="Random directions beside.", min=1, max=1000)] = 20,
+    contrast: Annotated[str | None, typer.Option(help="Second token to measure; default the counterfactual's answer.")] = None,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to generate at strength 0 and at the largest.", min=0)] = 16,
+    draws: Annotated[int, typer.Option(help="Number of random directions, as a control.", min=1, max=1000)] = 20,
     seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     dense: Dense = None,
@@ -289,7 +289,7 @@ def steer(
     json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Change nodes of the sparse model, patch that into the dense one, and see its answers and text change."""
+    """Change nodes of the sparse model, patch the change into the dense model, and print how its answers and text change."""
     from bridge.models.store import write_json, write_text
     from bridge.steering.curves import STRENGTHS, check_strengths
     from bridge.steering.curves import steer as steer_prompt
@@ -317,19 +317,19 @@ def steer(
 @app.command()
 def serve(
     bridge: Annotated[
-        list[Path] | None, typer.Option(help="A coupling's folder, or one with couplings below; repeatable; default what ships.")
+        list[Path] | None, typer.Option(help="A coupling's folder, or a folder of couplings; repeatable; default what ships.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to serve on; beyond this machine a token is asked for.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any that is free.", min=0, max=65535)] = 8765,
-    circuits: Annotated[Path | None, typer.Option(help="A folder that `bridge circuit --out` wrote to.")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; if not local, a token is required.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free port.", min=0, max=65535)] = 8765,
+    circuits: Annotated[Path | None, typer.Option(help="A folder of circuits that `bridge circuit --out` wrote.")] = None,
     token: Annotated[
         str | None,
-        typer.Option(envvar="BRIDGE_TOKEN", help="What every request must show; beyond this machine drawn if not given."),
+        typer.Option(envvar="BRIDGE_TOKEN", help="Token that every request must send; random by default if --host is not local."),
     ] = None,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Serve explanations over HTTP: a page to ask from, and an API that /openapi.json describes."""
+    """Serve explanations over HTTP: a page on which to enter prompts, and an API that /openapi.json describes."""
     try:
         from bridge.server.run import serve as run_server
     except ModuleNotFoundError as error:
@@ -339,13 +339,13 @@ def serve(
     folders = bridge or [Path(console.shipped_coupling())]
     beside = folders[0].parent / "circuits"
     if circuits is None and not bridge and beside.is_dir():
-        circuits = beside  # of what ships
+        circuits = beside  # the circuits of the coupling that ships
     stopped = run_server(
         folders, host=host, port=port, circuits=circuits, token=token, dense=dense, device=console.choose_device(device),
         progress=lambda line: print(line, flush=True),
     )  # fmt: skip
     if not stopped:
-        os._exit(0)  # a phase is still being computed, and an interpreter that ends under it would crash
+        os._exit(0)  # a phase is still being computed, and a normal exit would crash in its thread
 
 
 def main() -> NoReturn:
@@ -359,7 +359,7 @@ def main() -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not Typer's: its errors are of a class of click's or its own, by its version
+        if not hasattr(error, "format_message"):  # not Typer's error, whose class (click's or its own) depends on its version
             raise
         code = 2
         if type(error).__name__ == "NoArgsIsHelpError":

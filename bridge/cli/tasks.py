@@ -1,4 +1,4 @@
-"""The commands about tasks, circuits and nodes, by the rules of `cli`."""
+"""The commands on tasks, circuits and nodes, by the rules of `cli.main`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ of_tasks = typer.Typer()
 @of_tasks.command()
 def circuit(
     task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language, then compare their circuits.")] = False,
-    language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
+    all_: Annotated[bool, typer.Option("--all", help="Search all built-in tasks in --language and compare them.")] = False,
+    language: Annotated[str, typer.Option(help="Language of the tasks for --all: python or english.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
-    level: Annotated[float, typer.Option(help="Faithfulness that the circuit is at: .8, .9, .95 or .99.")] = 0.9,
-    explains: Annotated[str, typer.Option(help="Whose answers are explained: the dense model's, or the sparse one's.")] = "dense",
-    seeds: Annotated[int, typer.Option(help="Searches of which the smallest circuit is taken.", min=1)] = 1,
-    seed: Annotated[int, seed_of("The first of the seeds.")] = 0,
-    null: Annotated[str | None, typer.Option(help="labels, weights or shuffled: a search that must fail.")] = None,
+    level: Annotated[float, typer.Option(help="Faithfulness of the circuit: .8, .9, .95 or .99.")] = 0.9,
+    explains: Annotated[str, typer.Option(help="Model whose answers are explained: dense or sparse.")] = "dense",
+    seeds: Annotated[int, typer.Option(help="Number of searches; the smallest circuit is kept.", min=1)] = 1,
+    seed: Annotated[int, seed_of("Seed of the first search.")] = 0,
+    null: Annotated[str | None, typer.Option(help="Run a null, which must fail: labels, weights or shuffled.")] = None,
     dense: Dense = None,
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuit.")] = False,
-    no_nested: Annotated[bool, typer.Option("--no-nested", help="The circuit at --level alone: a third of the time.")] = False,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not search the dense model's own circuit.")] = False,
+    no_nested: Annotated[bool, typer.Option("--no-nested", help="Search only the --level circuit, in 1/3 of the time.")] = False,
     budget: Annotated[float, typer.Option(help="Steps of the search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; with --all, tasks found there are skipped.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Find the nested circuits of a task in the sparse model, with their evidence, and the dense model's own beside them."""
+    """Find a task's nested circuits in the sparse model, with their evidence, and the dense model's own for comparison."""
     if (task is None) == (not all_):
         raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
     if null not in (None, "labels", "weights", "shuffled"):
@@ -44,7 +44,7 @@ def circuit(
     from bridge.studies.search import Subjects, search_config
     from bridge.studies.suite import run_suite, run_task
 
-    search_config(level, budget)  # refused before anything is loaded
+    search_config(level, budget)  # raises before anything is loaded
 
     console.check_outputs(out)
     subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
@@ -67,18 +67,18 @@ def circuit(
 def card(
     task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Folder of a circuit, or of several, that `bridge circuit` wrote.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every built-in task in --language.")] = False,
-    language: Annotated[str, typer.Option(help="Of the tasks that --all takes.")] = "python",
+    all_: Annotated[bool, typer.Option("--all", help="Test all built-in tasks in --language.")] = False,
+    language: Annotated[str, typer.Option(help="Language of the tasks for --all: python or english.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
-    seeds: Annotated[int, typer.Option(help="Searches of which the smallest is taken, where a circuit is searched.", min=1)] = 1,
-    seed: Annotated[int, seed_of("Of searches and controls.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Number of searches, if no circuit is given; the smallest is kept.", min=1)] = 1,
+    seed: Annotated[int, seed_of("Seed of searches and controls.")] = 0,
     budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; what is there is not done again.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the card, or with several their list, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; results found there are reused.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the card, or the list of several, as JSON.")] = None,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Test a task's circuit on the dense model: tests with ceilings, controls and intervals; nulls; a verdict."""
+    """Test a task's circuit on the dense model: tests with ceilings, controls and intervals, the nulls, and a verdict."""
     if (task is not None or circuit is not None) == all_:
         raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
     from bridge.cards.suite import run_cards, wanted_cards
@@ -103,18 +103,20 @@ def card(
 
 @of_tasks.command(cls=Several)
 def nulls(
-    bridge: Annotated[str, typer.Argument(help="A coupling: a folder, in which nulls.json is kept.")],
+    bridge: Annotated[str, typer.Argument(help="Folder of a coupling, in which nulls.json is kept.")],
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default the first 3 that both models do.")] = None,
-    circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; others are searched.")] = None,
-    against: Annotated[Path | None, typer.Option(help="The uncoupled coupling; made there if it is not. Default runs/.")] = None,
-    minutes: Annotated[float, typer.Option(help="Budget of the uncoupled model.", min=0.01)] = 20.0,
+    circuits: Annotated[Path | None, typer.Option(help="Folder of the coupling's circuits; missing ones are searched.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of the uncoupled coupling, made if missing; default runs/COUPLING-uncoupled.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Training budget of the uncoupled model in minutes.", min=0.01)] = 20.0,
     budget: Annotated[float, typer.Option(help="Steps of each search, as a multiple of the default.", min=0.01)] = 0.2,
-    prompts: Annotated[int, typer.Option(help="Run them on so many prompts of held-out text instead of on tasks.", min=0)] = 0,
-    seed: Annotated[int, seed_of("Of all that is random.")] = 0,
+    prompts: Annotated[int, typer.Option(help="Run on this many prompts of held-out text instead of on tasks.", min=0)] = 0,
+    seed: Annotated[int, seed_of("Seed of everything that is random.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; those of tasks are resumable."""
+    """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; on tasks this is resumable."""
     from bridge.cards.suite import run_nulls
     from bridge.models.store import check_folder
     from bridge.studies.search import Subjects
@@ -141,30 +143,28 @@ def nulls(
 
 @of_tasks.command(cls=Several)
 def sweep(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; or the recipe's.")] = None,
-    l0: Annotated[list[float] | None, typer.Option(help="Below 1 fractions of weights that stay, from 1 on numbers.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; default the recipe's.")] = None,
+    l0: Annotated[list[float] | None, typer.Option(help="Weights to keep: below 1 fractions, from 1 on numbers.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="Residual widths; a fit for each width and L0.")] = None,
-    load: Annotated[list[str] | None, typer.Option(help="Couplings that exist, as further points.")] = None,
+    load: Annotated[list[str] | None, typer.Option(help="Existing couplings to measure as further points.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default all in python.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Budget of each fit in tokens of text.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget of each fit in minutes.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file with every other number of the fits.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of the recipe; repeatable.")] = None,
-    data: Annotated[str | None, typer.Option(help="stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; what is there already is not done again.")] = None,
-    level: Annotated[float, typer.Option(help="Faithfulness that circuits are at: .8, .9, .95 or .99.")] = 0.9,
-    explains: Annotated[
-        str, typer.Option(help="Whose answers circuits explain: the dense model's, or the sparse one's.")
-    ] = "dense",
-    seeds: Annotated[int, typer.Option(help="Searches per task of which the smallest circuit is taken.", min=1)] = 1,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with all other numbers of the fits.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Set a number of the recipe: key=value; repeatable.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: stdlib, stdlib+packages, self, a file or folder, or a hub id.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; results found there are reused.")] = None,
+    level: Annotated[float, typer.Option(help="Faithfulness of the circuits: .8, .9, .95 or .99.")] = 0.9,
+    explains: Annotated[str, typer.Option(help="Model whose answers the circuits explain: dense or sparse.")] = "dense",
+    seeds: Annotated[int, typer.Option(help="Number of searches per task; the smallest circuit is kept.", min=1)] = 1,
     seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense model's own circuits.")] = False,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not search the dense model's own circuits.")] = False,
     budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
-    rows: Annotated[int, typer.Option(help="Most rows of held-out text to evaluate on.", min=1)] = 256,
+    rows: Annotated[int, typer.Option(help="Rows of held-out text to evaluate on, at most.", min=1)] = 256,
     adapter: Adapter = None,
     revision: Revision = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the fits: float32, or bfloat16 products.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision of the fits: float32, or bfloat16 products.")] = "float32",
 ) -> None:
     """Fit or load couplings over several L0 and widths, and plot capability against the size of circuits; resumable."""
     if out is None:
@@ -195,18 +195,18 @@ def sweep(
 @of_tasks.command()
 def nodes(
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
-    node: Annotated[list[str] | None, typer.Option(help="A node, such as 1.mlp_act[37]; repeatable.")] = None,
-    circuit: Annotated[Path | None, typer.Option(help="Every node of a circuit that `bridge circuit --out` wrote.")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="A node to print, such as 1.mlp_act[37]; repeatable.")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Print all nodes of a circuit that `bridge circuit --out` wrote.")] = None,
     data: Annotated[str | None, typer.Option(help="Text to use instead of the held-out text stored with the coupling.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Most rows of text to use; default 256.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to keep what is collected; default the coupling's.")] = None,
-    describe_with: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint to ask for a line.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model to use there; a key goes in BRIDGE_DESCRIBE_KEY.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the pages as JSON.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of text to use, at most; default 256.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep the results in; default the coupling's.")] = None,
+    describe_with: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint to ask for a line on each node.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model at the endpoint; a key is read from BRIDGE_DESCRIBE_KEY.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the facts on the printed nodes as JSON.")] = None,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
-    """Collect what every node of the sparse model does on text, once; print what is known of the nodes named."""
+    """Collect what every node of the sparse model does on text (once), and print what is known about the named nodes."""
     from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
 
     if (describe_with is None) != (model is None):
@@ -255,10 +255,10 @@ def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     dense: Annotated[
-        str | None, typer.Option(help="A dense model alone: hub id, folder or .gguf file; with --bridge, where its model is.")
+        str | None, typer.Option(help="Score only this dense model (hub id, folder, .gguf file); with --bridge, where it is.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Only the tasks in python, or in english.")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    language: Annotated[str | None, typer.Option(help="Only the tasks in this language: python or english.")] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on: train, validation or test.")] = "validation",
     seed: Annotated[int, seed_of("Seed of names, templates and splits.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
     device: Device = "auto",
@@ -312,7 +312,7 @@ def tasks(
 
 
 def _explains(text: str) -> Any:
-    """Whose answers are explained. Raises RecipeError for anybody else's."""
+    """The model whose answers are explained. Raises RecipeError if it is neither dense nor sparse."""
     if text not in ("dense", "sparse"):
         raise RecipeError(f"whose answers {text!r} are", "is not known", "give dense or sparse")
     return text
