@@ -79,7 +79,7 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     if width % channels and not same_heads:
         raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
-    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # with it the sparse norms equal the dense ones
+    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # with this eps the sparse norms equal the dense ones
     form: dict[str, Any] = {"eps": eps, "logit_cap": anatomy.logit_cap}
     positions = shape.positions
     if positions == "auto":

@@ -165,7 +165,7 @@ class Objective(nn.Module):
             entered_b = warm.divergence(sparse.logits_btv[plain:], place_b)
         terms = {"ce": ce_b[:plain].sum() / n_plain, "kl": kl_b[:plain].sum() / n_plain, "hybrid_in": entered_b.sum() / n_in}
 
-        # Decode the rows that leave, those that NMSE compares, and changes for other rows that began at the embedding.
+        # Decode the rows that leave, those that NMSE compares, and changes to add to other rows from the embedding.
         with_nmse = plain if losses.nmse_decoder else 0
         nmse_encoder, nmse_decoder = [], []
         leaving_rows: list[int] = []

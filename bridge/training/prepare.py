@@ -168,7 +168,7 @@ def check_resumable(out: Path) -> None:
 def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     """Return the recipe with every value filled in that depends on the dense model or on the machine's memory.
 
-    Raises RecipeError if the context is longer than the dense model's, CheckpointError if it starts from no coupling.
+    Raises RecipeError if the context is longer than the dense model's, CheckpointError if the starting coupling is unreadable.
     """
     shape, data = recipe.sparse, recipe.data
     limit = dense.context or math.inf
