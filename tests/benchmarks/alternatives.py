@@ -1,21 +1,21 @@
-"""A coupling's circuits beside those that others would use, on the same dense model, prompts and text: one search, one table.
+"""Compare a coupling's circuits with those of other methods on the same dense model, prompts and text: one search, one table.
 
     python tests/benchmarks/alternatives.py --bridge DIR [DIR ...] [--recipe FILE] [--peers PYTHON] [--out DIR] [--count N]
 
     dense        the dense model's own neurons and channels at positions (`MaskedDense`); nothing is trained
     transcoders  its MLPs replaced by transcoders of the library sparsify; nodes are latents and the channels of attention
-    latents      the same, nodes are latents alone and attention is as it is: what attribution graphs are drawn of
+    latents      the same, but only latents are nodes and attention is fixed, as in attribution graphs
     coupling     each DIR
-    uncoupled    a weight-sparse model by the coupling's recipe from a random start on text alone, or one that is given; bridges
-                 by ridge regression
+    uncoupled    a weight-sparse model trained by the coupling's recipe on text alone, from a random start, or the one that is
+                 given; its bridges are fitted by ridge regression
 
-The question is why the dense model's first answer rather than any other token; the circuit is that of F .9 (`find_nested`), under
-the same bounds, with error nodes at the same price, everything else at its mean over the same text. `lost` is the share of the
-span that the *dense* model loses when the circuit is deleted: for nodes of its own directly, for latents by taking what they
-decode to from the MLP's output, for sparse models transported at the best site.
+The question is why the dense model's first answer follows rather than any other token. The circuit is that of F .9
+(`find_nested`), under the same bounds, with error nodes at the same price and everything else at its mean over the same text.
+`lost` is the share of the span that the *dense* model loses when the circuit is deleted: directly for nodes of its own, by
+subtracting their decoded values from the MLP's output for latents, and transported at the best site for sparse models.
 
-In --out: the text, what is trained and what that took, and a line for every prompt and alternative. It may be killed and goes
-on. Training has budgets in tokens, so that a busy machine trains no less; processor minutes are measured.
+--out gets the text, the trained models with their cost, and a line for each prompt and alternative; a killed run continues from
+it. Training budgets are in tokens, so a busy machine trains as much; processor minutes are measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, before torch is there
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, before torch is imported
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ from bridge.verdicts.null_couplings import RATE, with_ridge_bridges
 LEVEL = Level(0.9)
 NEURONS = ("mlp_act", LATENT)
 DRAWS = 20  # supersets of a circuit
-TEXT_TOKENS = 6_000_000  # that transcoders learn from: the beginning of what couplings learn from
+TEXT_TOKENS = 6_000_000  # for transcoders: the beginning of the text that couplings learn from
 EVALUATED_ROWS = 32  # of held-out text
 PROMPTS = 100
 NO_CLOCK = 1e6  # minutes
@@ -72,26 +72,26 @@ NO_CLOCK = 1e6  # minutes
 
 @dataclass(frozen=True)
 class Line:
-    """One prompt under one alternative; nothing but the span where that is too small to explain."""
+    """Results of one prompt under one alternative; only the span if it is too small to explain."""
 
     span: float
     nodes: int | None = None
-    neurons: int | None = None  # of the nodes, or latents: what computes in an MLP
+    neurons: int | None = None  # among the nodes: MLP neurons or latents
     errors: int | None = None
-    edges: int | None = None  # that the circuit needs
+    edges: int | None = None  # needed by the circuit
     edges_between: int | None = None  # all weights between its nodes
     faithfulness: float | None = None
     supersets_mean: float | None = None
     supersets_worst: float | None = None
     error_share: float | None = None
     lost: float | None = None
-    seconds: float | None = None  # of a processor, for the search
+    seconds: float | None = None  # of the processor, for the search
     within: bool = False
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A name, what training took, what is left without errors (KL to the dense model, and CE, in nats), and what explains."""
+    """Name, training cost, KL to the dense model and CE without errors (in nats), and the function that explains a prompt."""
 
     name: str
     training: str
@@ -104,7 +104,7 @@ class Alternative:
 
 
 def text(coupling: CoupledModels, out: Path) -> tuple[Path, Tensor]:
-    """A file of the text that couplings learn from, tokens as uint16, and rows of held-out text."""
+    """Return the file of the couplings' training text, tokens as uint16, and rows of held-out text."""
     train, held = out / "text.bin", out / "heldout.bin"
     if not held.is_file():
         source, seed = coupling.recipe.data.source, coupling.recipe.seed
@@ -117,7 +117,7 @@ def text(coupling: CoupledModels, out: Path) -> tuple[Path, Tensor]:
 
 
 def transcoders(coupling: CoupledModels, options: argparse.Namespace) -> Path:
-    """The folder of the transcoders, trained where it has none."""
+    """Return the folder of the transcoders; train them if it has none."""
     folder = options.out / "transcoders"
     if not (folder / "cost.json").is_file():
         file, _ = text(coupling, options.out)
@@ -130,7 +130,7 @@ def transcoders(coupling: CoupledModels, options: argparse.Namespace) -> Path:
 
 
 def uncoupled(coupling: CoupledModels, options: argparse.Namespace) -> tuple[CoupledModels, str]:
-    """A sparse model that has seen nothing inside the dense one, with bridges by regression, and the minutes that it took."""
+    """Return a sparse model trained without the dense one's residuals, its bridges fitted by regression, and its minutes."""
     fitted, whole = options.uncoupled or options.out / "uncoupled-fit", options.out / "uncoupled"
     cost = options.out / "uncoupled-cost.json"
     spent = read_json(cost)["cpu_minutes"] if cost.is_file() else 0.0
@@ -154,7 +154,7 @@ def uncoupled(coupling: CoupledModels, options: argparse.Namespace) -> tuple[Cou
 
 
 def minutes_of(folder: Path) -> str:
-    """What a coupling's log says of its training."""
+    """Return the training time from a coupling's log, as text."""
     log = folder / "log.jsonl"
     if not log.is_file():
         return "not logged"
@@ -162,13 +162,13 @@ def minutes_of(folder: Path) -> str:
     return f"<= {last['tokens'] / last['tokens_per_second'] / 60:.1f} (wall)"
 
 
-# -- what explains a prompt ---------------------------------------------------------------------------------------------------
+# -- explaining a prompt ------------------------------------------------------------------------------------------------------
 
 
 def searched(
     masked: Masked, model_bv: Tensor, lost: Callable[[CircuitLoss, Tensor], float], edges: Callable[..., tuple[int | None, ...]]
 ) -> Line:
-    """The circuit of a prompt at F .9, and what holds of it."""
+    """Find the circuit of a prompt at F .9 and measure it."""
     began = time.process_time()
     loss = CircuitLoss(masked, model_bv, SearchConfig())
     if abs(loss.span) < loss.config.least_span:
@@ -186,13 +186,13 @@ def searched(
 
 
 def question_of(coupling: CoupledModels, tokens_t: Tensor) -> tuple[Question, Tensor]:
-    """Why the dense model's first answer follows a prompt, and its logits_1v."""
+    """Return the question why the dense model's first answer follows a prompt, and the model's logits_1v."""
     dense_1v = coupling.dense.run(tokens_t[None]).logits_btv[:, -1].float()
     return Question.of_prompt(tokens_t, int(dense_1v.argmax())), dense_1v
 
 
 def by_dense(subject: DenseSubject, coupling: CoupledModels, tokens_t: Tensor) -> Line:
-    """A prompt by the dense model's own nodes."""
+    """Explain a prompt by the dense model's own nodes."""
     question, dense_1v = question_of(coupling, tokens_t)
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
@@ -206,7 +206,7 @@ def by_dense(subject: DenseSubject, coupling: CoupledModels, tokens_t: Tensor) -
 
 
 def by_transcoders(model: Transcoded, coupling: CoupledModels, tokens_t: Tensor) -> Line:
-    """A prompt by latents."""
+    """Explain a prompt by latents."""
     question, dense_1v = question_of(coupling, tokens_t)
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
@@ -216,7 +216,7 @@ def by_transcoders(model: Transcoded, coupling: CoupledModels, tokens_t: Tensor)
 
 
 def by_sparse(coupling: CoupledModels, tokens_t: Tensor) -> Line:
-    """A prompt by a sparse model that follows the dense one."""
+    """Explain a prompt by a sparse model that follows the dense one."""
     followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
     question, _ = question_of(coupling, tokens_t)
     assert coupling.reference_bt is not None
@@ -234,13 +234,13 @@ def by_sparse(coupling: CoupledModels, tokens_t: Tensor) -> Line:
 
 
 def fidelity(dense_btv: Tensor, other_btv: Tensor, tokens_bt: Tensor) -> tuple[float, float]:
-    """KL from the dense model's next-token distributions, and cross-entropy on the text, in nats."""
+    """Return the KL from the dense model's next-token distributions and the cross-entropy on the text, in nats."""
     ce = torch.nn.functional.cross_entropy(other_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten())
     return float(kl(dense_btv, other_btv).mean()), float(ce)
 
 
 def alternatives(couplings: Sequence[CoupledModels], options: argparse.Namespace) -> Iterator[Alternative]:
-    """All that are asked for, what is missing trained first."""
+    """Yield the requested alternatives; train missing ones first."""
     first = couplings[0]
     assert first.reference_bt is not None
     corpus_bt = reference_rows(first, first.reference_bt)
@@ -276,7 +276,7 @@ def alternatives(couplings: Sequence[CoupledModels], options: argparse.Namespace
 
 
 def lines_of(alternative: Alternative, prompts: Sequence[Tensor], file: Path) -> list[Line]:
-    """The lines of every prompt, those that the file holds read from it, the others added to it."""
+    """Return the lines of all prompts; read those that are in the file, and add the others to it."""
     known = [Line(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     for place, tokens_t in enumerate(prompts[len(known) :], len(known)):
         line = alternative.explain(tokens_t)
@@ -287,7 +287,7 @@ def lines_of(alternative: Alternative, prompts: Sequence[Tensor], file: Path) ->
 
 
 def summary(alternative: Alternative, lines: Sequence[Line]) -> dict[str, Any]:
-    """Medians over the prompts that have a circuit, nine of ten within, and how many have one."""
+    """Return medians and 90 % quantiles over the prompts that have a circuit, and their number."""
     some = [line for line in lines if line.nodes is not None]
 
     def of(name: str, quantile: float = 0.5) -> float | None:
@@ -311,7 +311,7 @@ HEAD = (
 
 
 def row(s: dict[str, Any]) -> list[str]:
-    """An alternative in the table."""
+    """Return an alternative's row of the table."""
 
     def number(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
@@ -328,7 +328,7 @@ def row(s: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Train and explain what is missing, then print."""
+    """Train and explain what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", nargs="+", type=Path, default=[SHIPPED])
     parser.add_argument("--recipe", default="recipes/python-bridge-32.toml", help="of the uncoupled model")

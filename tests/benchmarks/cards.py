@@ -1,15 +1,15 @@
-"""The table of cards in docs/measurements.md, from the commands that make them.
+"""Make the cards of tasks and print them as a table, with the commands that make them.
 
     python tests/benchmarks/cards.py [--bridge DIR] [--out runs/circuits/dense] [--tasks NAME ...] [--seeds 2]
 
-takes the circuits that `task_circuits.py` left there, and runs, one after another, whatever `--out` does not hold yet (it may be
-killed and goes on),
+takes the circuits that `task_circuits.py` left in `--out` and runs, one after another, the commands whose results are not there
+yet (a killed run continues),
 
     bridge circuit --task T --seeds N --no-dense --out OUT/T
     bridge card --circuit OUT/T --json OUT/T/card.json
 
-and prints a table: the circuit, what it is held to on held-out prompts of the sparse model, the tests on the dense one. The
-nulls are `bridge nulls DIR --circuits OUT`; cards show those that are there when they are made. `--print` runs nothing.
+and prints a table: the circuit, its measures on held-out prompts in the sparse model, and the tests on the dense one. The nulls
+come from `bridge nulls DIR --circuits OUT`; a card shows those that exist when it is made. `--print` runs nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEADER = (
 
 
 def row(circuit: TaskResult, card: Card) -> tuple[str, ...]:
-    """A task's line; bold what misses what it is held to."""
+    """Return a task's row; values that miss their bounds are bold."""
 
     def of(key: str, *beside: float | None) -> str:
         measure = card.report[key]
@@ -60,7 +60,7 @@ def row(circuit: TaskResult, card: Card) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Run what is missing, then print."""
+    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits/dense"))

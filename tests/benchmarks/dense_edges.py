@@ -1,9 +1,9 @@
-"""The weights that a prompt's circuit in a GPT-2-shaped dense model needs: pruned as those of a sparse model are.
+"""Find the weights that a prompt's circuit in a GPT-2-shaped dense model needs, by the pruning used for sparse models.
 
-Between two kept nodes every weight is an edge: W_ji from read to query, key, value or neuron, and from neuron to write, at each
-token; from a value at p' to attention's write at p >= p' with the pattern P_pp'. Removed, W_ji (a_i - m_i), times P_pp', is taken
-away before the target's nonlinearity. In the order of their effects on the answer (first order) as few are kept as F .9 allows,
-alone and in the mean over supersets of random others (`graph/edge_pruning` does the same for a coupling).
+Every weight between two kept nodes is an edge: W_ji from read to query, key, value or neuron, and from neuron to write, at each
+token; and from a value at p' to attention's write at p >= p' with the pattern P_pp'. Removing an edge subtracts W_ji (a_i - m_i),
+times P_pp', before the target's nonlinearity. Edges are ranked by their first-order effects on the answer, and the fewest are
+kept that reach F .9 alone and in the mean over supersets of random other edges (`graph/edge_pruning` does this for a coupling).
 
 Shape legend: r masked copy with edges removed, e edge, t token, n nodes of a location, f all nodes in one row.
 """
@@ -29,7 +29,7 @@ _DENSITIES, _SIZES, _ROUNDS, _ROWS = np.array([0.25, 0.5, 0.75]), 8, 3, 8
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """The edges of a matrix: where among all they are, and their ends."""
+    """Edges of a matrix: their slice among all edges, and their ends."""
 
     matrix: Matrix
     where: slice
@@ -41,7 +41,7 @@ class _Edges:
 
 
 class DenseEdges:
-    """A circuit of the dense model with any of its weights removed."""
+    """Circuit of the dense model with any of its weights removed."""
 
     def __init__(self, subject: DenseSubject, loss: CircuitLoss, kept_f: Tensor) -> None:
         self.subject, self.loss, self.kept_f = subject, loss, kept_f
@@ -62,7 +62,7 @@ class DenseEdges:
                 self.parts.append(_Edges(matrix, where, entry_te[to, at], *ends))
 
     def logits(self, kept_re: Tensor) -> Tensor:
-        """logits_rv of the circuit with some of its edges; a number keeps a part of an edge."""
+        """Return logits_rv of the circuit with some of its edges; a fraction keeps a part of an edge."""
         rows, value, question = len(kept_re), dict[Location, Tensor](), self.loss.masked.question
         gate, _ = self.loss.masked.gates(self.kept_f.expand(rows, -1), torch.zeros(rows, dtype=torch.long))
 
@@ -85,14 +85,14 @@ class DenseEdges:
             return hook
 
         model: Any = self.subject.dense.model
-        with ExitStack() as hooks:  # before those of the gates, which are put on later
+        with ExitStack() as hooks:  # run before the gates' hooks, which are registered later
             for edges in self.parts:
                 module = model.transformer.h[edges.matrix.target.layer].get_submodule(MODULES[edges.matrix.target.kind])
                 hooks.enter_context(module.register_forward_hook(removing(edges)))
             return self.subject.run(question.prompt_bt.expand(rows, -1), recorded)[:, -1]
 
     def _pattern(self, qkv_rtn: Tensor) -> tuple[Tensor, int]:
-        """Attention pattern_rhtt of some queries and keys, and the model's width."""
+        """Return the attention pattern_rhtt of some queries and keys, and the model's width."""
         config: Any = self.subject.dense.model.config
         q, k, _ = (x.unflatten(-1, (config.n_head, -1)).transpose(1, 2) for x in qkv_rtn.split(config.n_embd, -1))
         score_rhtt = q @ k.mT / q.shape[-1] ** 0.5
@@ -104,7 +104,7 @@ class DenseEdges:
         return torch.cat([self.loss.miss(self.logits(some_re)) for some_re in kept_re.float().split(_ROWS)])
 
     def needed(self, level: Level, seed: int = 0) -> int:
-        """Number of edges that the circuit needs at a level; all where no fewer are found to do."""
+        """Return the number of edges that the circuit needs at a level; all of them if no smaller number is found."""
         if not self.count:
             return 0
         mask_1e = torch.ones(1, self.count, requires_grad=True)

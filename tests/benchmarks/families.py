@@ -1,11 +1,11 @@
-"""For every family of the parity list: how near a start is to its dense model, and whether a short fit falls.
+"""Measure, for every family of the parity list, how close a start is to its dense model, and whether a short fit lowers the KL.
 
     python tests/benchmarks/families.py [--steps 200] [--only llama gemma2] [--add MODEL]
 
-The models are tiny and random (`tests/support/tiny_families.py`), the text is what each writes itself. Columns: sublayers
-copied; KL of the sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the same at the recipe's defaults
-(twice the width); of that start projected to L0 1/16 at once; after a fit to L0 1/16. The dense model's entropy says how much
-there is to lose. --add names real models (folders, hub ids, .gguf), for the start alone.
+The models are tiny and random (`tests/support/tiny_families.py`); the text of each is sampled from itself. Columns: sublayers
+copied; KL of the sparse model from the dense one in nats a token, at L0 = 1 and keep = 1; the KL at the recipe's defaults
+(twice the width); the KL of that start projected to L0 1/16; the KL after a fit to L0 1/16; the dense model's entropy, for scale.
+--add names real models (folders, hub ids, .gguf), for which only the start is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS, HELD, TOKENS, L0 = 16, 32, 16, 1 / 16
 
 @torch.no_grad()
 def text(dense: DenseModel, rows: int) -> Tensor:
-    """tokens_bt that the dense model has written itself, from a random first token on."""
+    """Return tokens_bt sampled from the dense model, each row from a random first token."""
     generator = torch.Generator().manual_seed(0)
     tokens_bt = torch.randint(3, min(dense.vocabulary, 10_000), (rows, 1), generator=generator)
     for _ in range(TOKENS - 1):
@@ -46,21 +46,21 @@ def text(dense: DenseModel, rows: int) -> Tensor:
 
 @torch.no_grad()
 def divergence(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[float, float]:
-    """(KL, entropy of the dense answers), means over tokens."""
+    """Return (KL, entropy of the dense answers), means over tokens."""
     dense_btv, sparse_btv = coupling.dense.run(tokens_bt).logits_btv.log_softmax(-1), coupling.sparse(tokens_bt).log_softmax(-1)
     kl, entropy = (dense_btv.exp() * (dense_btv - sparse_btv)).sum(-1).mean(), -(dense_btv.exp() * dense_btv).sum(-1).mean()
     return float(kl), float(entropy)
 
 
 def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[CoupledModels, Started]:
-    """A coupling that starts as its dense model."""
+    """Return a coupling that starts as its dense model, and what was copied."""
     values = {"dense": dense.name, "sparse": shape, "sparsity": {"l0": l0}, "data": {"context": tokens_bt.shape[1]}}
     coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
     return coupling, start_from_dense(coupling, tokens_bt)
 
 
 def fall(dense: DenseModel, steps: int, text_bt: Tensor) -> tuple[float, float, float]:
-    """KL of the start, of the start projected to L0 at once, and after a fit over whose first half L0 falls to that."""
+    """Return the KL of the start, of the start projected to L0, and after a fit in whose first half L0 is annealed."""
     held_bt, text_bt = text_bt[:HELD], text_bt[HELD:]
     (coupling, _), (projected, _) = (started(dense, L0, text_bt[:ROWS]) for _ in range(2))
     projected.sparse.project(L0)

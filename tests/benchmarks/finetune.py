@@ -1,12 +1,12 @@
-"""A fine-tune that is known, adapted to and read off: a LoRA that writes `this` for `self`, trained here in a few minutes.
+"""Adapt a coupling to a known fine-tune and compare: a LoRA that writes `this` for `self`, trained here in a few minutes.
 
     python tests/benchmarks/finetune.py [--bridge checkpoints/python-bridge-32] [--out runs/finetune] [--count 16]
 
-The text is the coupling's own corpus with every word `self` replaced by `this` (one token for another, ` self` and ` this`). The
-LoRA is trained on it by PEFT; `bridge adapt` goes on from the base coupling with a twentieth of its tokens; evaluated are the
-base coupling on its own model and text, the same coupling beside the fine-tuned model, and the adapted one; `bridge diff` reads
-held-out prompts where the rule applies (the next token of the text is ` this`) and where it does not (no `this` in them or after
-them). What is in --out is not done again. Printed are tables, and at the end one line of JSON; seconds are of the processor.
+The text is the coupling's own corpus with every word `self` replaced by `this` (` self` and ` this` are one token each). PEFT
+trains the LoRA on it, and `bridge adapt` continues from the base coupling with a twentieth of its tokens. Three couplings are
+evaluated: the base on its own model and text, the base with the fine-tuned model, and the adapted one. `bridge diff` compares
+held-out prompts where the rule applies (the text continues with ` this`) and where it does not (no `this` in or after them).
+Results that are in --out are not made again. The script prints tables and one line of JSON; seconds are processor seconds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bridge.training.loop import Progress
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 WORD, NEW = "self", "this"
-CHARACTERS = 12_000_000  # of text, of which one document in 50 is held out
+CHARACTERS = 12_000_000  # of text; one document in 50 is held out
 ROWS, RATE, RANK = 16, 2e-3, 8  # of the LoRA
 EVALUATED_ROWS = 96
 PROMPT_ROWS = 120  # of held-out text that prompts are drawn from
@@ -48,7 +48,7 @@ LENGTHS = 12, 24  # tokens of a prompt
 
 
 def corpus(file: Path, source: str, seed: int, word: str) -> Path:
-    """The text with `self` written as a word, a document a line of JSON."""
+    """Write the text with `self` replaced by a word, one document per line of JSON; return the file."""
     if not file.is_file():
         size, lines = 0, []
         for text in documents(source, seed):
@@ -60,7 +60,7 @@ def corpus(file: Path, source: str, seed: int, word: str) -> Path:
 
 
 def trained_adapter(folder: Path, base: CoupledModels, text: Path, minutes: float) -> dict[str, float]:
-    """Train a LoRA for so many minutes of the processor, and save it; what it took."""
+    """Train a LoRA for some processor minutes and save it; return its cost."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def trained_adapter(folder: Path, base: CoupledModels, text: Path, minutes: floa
 
 
 def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Held-out prompts after which the text goes on with the new word, and others that have nothing to do with it."""
+    """Return held-out prompts after which the text continues with the new word, and prompts unrelated to it."""
     tokenizer, draw = base.dense.tokenizer, random.Random(seed)
     word, parts = tokenizer.convert_tokens_to_ids("Ġ" + NEW), {tokenizer.convert_tokens_to_ids(t) for t in ("th", "Ġ" + NEW)}
     applies, other = list[str](), list[str]()
@@ -117,14 +117,14 @@ def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tup
 
 
 def evaluated(file: Path, make: Callable[[], CoupledModels], text_bt: torch.Tensor) -> dict[str, Any]:
-    """An evaluation as JSON, kept in a file."""
+    """Return the evaluation of a coupling as JSON, read from the file if it is there, otherwise made and saved."""
     if not file.is_file():
         file.write_text(json.dumps(evaluate(make(), text_bt).to_json()))
     return json.loads(file.read_text())
 
 
 def adapted(out: Path, options: argparse.Namespace, text: Path) -> dict[str, float]:
-    """Adapt the coupling into OUT/adapted by a twentieth of its tokens; what it took."""
+    """Adapt the coupling into OUT/adapted with a twentieth of its tokens; return the cost."""
     facts = out / "adapted.json"
     if not facts.is_file():
         started, last = time.process_time(), 0
@@ -141,7 +141,7 @@ def adapted(out: Path, options: argparse.Namespace, text: Path) -> dict[str, flo
 
 
 def print_evaluations(found: dict[str, dict[str, Any]]) -> None:
-    """CE recovered at every site, both ways, and over all."""
+    """Print CE recovered in both directions, at every site and over all sites."""
     print("\nCE recovered       " + "".join(f"{site['site']:>7}" for site in found["base"]["sites"]) + "    all     KL")
     for name, each in found.items():
         for way in ("in", "out"):
@@ -151,7 +151,7 @@ def print_evaluations(found: dict[str, dict[str, Any]]) -> None:
 
 
 def compared(file: Path, base: CoupledModels, tuned: CoupledModels, prompts: list[str], seed: int) -> dict[str, Any]:
-    """The diff over some prompts, printed, kept in a file."""
+    """Diff two couplings over some prompts, print and save it; return a summary."""
     started = time.process_time()
     found = bridge.diff(base, tuned, prompts, seed=seed)
     print(f"\n{render_diff(found, 120)}", flush=True)
@@ -174,7 +174,7 @@ def compared(file: Path, base: CoupledModels, tuned: CoupledModels, prompts: lis
 
 
 def main() -> None:
-    """Do what is missing, then print."""
+    """Make what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default=str(SHIPPED))
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))

@@ -1,8 +1,8 @@
-"""Three steps of a coupling to a GPT-2-small-shaped model (12 blocks of width 768, 50,257 tokens): time and peak memory.
+"""Train three steps of a coupling to a GPT-2-small-shaped model (12 blocks of width 768, 50,257 tokens): time and peak memory.
 
     python tests/benchmarks/gpt2_small.py [--width 1536] [--rows 4] [--context 128]
 
-The model is random and made in a temporary folder, as is the text (random token ids); `bridge fit` runs as a user would run it.
+The random model and the text (random token ids) are made in a temporary folder; `bridge fit` runs as a user would run it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def main() -> int:
-    """Fit, and print what it took; the exit status is that of `bridge fit`."""
+    """Fit, print time and memory, and return the exit status of `bridge fit`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--rows", type=int, default=4)

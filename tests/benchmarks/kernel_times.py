@@ -1,9 +1,9 @@
-"""The kernels against torch: AbsTopK, the magnitude projection, and sparse products with both gradients.
+"""Time the kernels against torch: AbsTopK, the magnitude projection, and sparse products with both gradients.
 
     python tests/benchmarks/kernel_times.py [--rounds 5] [--threads 1] [--device cpu]
 
-Contenders take turns in one process; medians in milliseconds, and ratios. "peak" is the rate of torch.matmul in float32 at the
-same sizes, which comes near the machine's multiply-add rate. On a GPU only AbsTopK and the projection have kernels.
+Contenders run in turns in one process; the tables have medians in milliseconds, and ratios. "peak" is the rate of torch.matmul
+in float32 at the same sizes, close to the machine's multiply-add rate. On a GPU only AbsTopK and the projection have kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS = 2048
 
 
 def times(contenders: dict[str, Callable[[], object]], rounds: int, cuda: bool) -> dict[str, float]:
-    """Median milliseconds of each, in turns, after a first turn that does not count."""
+    """Return each contender's median milliseconds, run in turns; the first turn is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -43,13 +43,13 @@ def times(contenders: dict[str, Callable[[], object]], rounds: int, cuda: bool) 
 
 
 def by_topk(x: Tensor, k: int) -> Tensor:
-    """AbsTopK as it is usually written."""
+    """AbsTopK in its usual form."""
     index = x.abs().topk(k, dim=-1).indices
     return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
 
 
 def both_ways(top_k: Callable[[Tensor, int], Tensor], x: Tensor, k: int, given: Tensor) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     torch.autograd.grad(top_k(x, k), x, given)
 
 

@@ -1,10 +1,10 @@
-"""Kill a fit at random moments, resume it each time, and compare what it ends with to a fit that was left alone.
+"""Kill a fit at random moments, resume it each time, and compare its final weights with those of an uninterrupted fit.
 
     python tests/benchmarks/kill_resume.py --kills 20
 
-A tiny dense model and a corpus are made in a temporary folder. Each trial fits by `bridge fit` in a process of its own that is
-killed with SIGKILL at a random moment (anywhere from its imports to its last write), then resumed until it is done. Every step is
-saved, so that kills fall into writes too. The digests of the finished couplings must all be one.
+A tiny dense model and a corpus are made in a temporary folder. Each trial runs `bridge fit` in a process of its own, which is
+killed with SIGKILL at a random moment (anywhere from its imports to its last write) and then resumed until it is done. Every step
+is saved, so kills also hit writes. The digests of all finished couplings must be equal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# The command itself, but for how often it saves: a state per step, a log line per step.
+# The command itself, except that it saves a state and writes a log line at each step.
 DRIVER = """
 import sys
 from bridge.training import loop as training
@@ -37,7 +37,7 @@ STEPS, ROWS, CONTEXT = 120, 4, 16
 
 @dataclass(frozen=True)
 class Trial:
-    """One fit that was killed: when, the step it had saved by then, and the digest it ended with."""
+    """A killed fit: after how many seconds, the step saved by then, the final digest, and whether the folder is clean."""
 
     seconds: float
     saved: str
@@ -46,7 +46,7 @@ class Trial:
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A random GPT-2 with a word-level tokenizer, and a corpus of its words."""
+    """Make a random GPT-2 with a word-level tokenizer and a corpus of its words; return both folders."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -68,7 +68,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
 
 
 def start(folder: Path, dense: Path, text: Path, out: Path) -> subprocess.Popen[str]:
-    """The fit, or its continuation, in a process of its own."""
+    """Start the fit, or its continuation, in a process of its own."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
     command = [
@@ -82,14 +82,14 @@ def start(folder: Path, dense: Path, text: Path, out: Path) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a fit that nobody kills."""
+    """Wait for a fit that is not killed. Raises RuntimeError if it fails."""
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"a fit failed: {errors}")
 
 
 def outcome(out: Path) -> tuple[str, bool]:
-    """The digest of the coupling's tensors, and whether the folder holds nothing that a fit left alone does not leave."""
+    """Return the digest of the coupling's tensors, and whether the folder holds only the files of an uninterrupted fit."""
     files = list(out.glob("coupling-*.safetensors"))
     names = {path.name for path in out.iterdir()}
     clean = len(files) == 1 and names == {"coupling.json", "README.md", "log.jsonl", files[0].name}
@@ -97,7 +97,7 @@ def outcome(out: Path) -> tuple[str, bool]:
 
 
 def saved(out: Path) -> str:
-    """What a killed fit had saved: a step, nothing, or all of it."""
+    """Return what a killed fit had saved: its step, "none", or "all"."""
     if (out / "coupling.json").exists():
         return "all"
     file = out / "training.json"
@@ -105,13 +105,13 @@ def saved(out: Path) -> str:
 
 
 def first_save(out: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a fit has saved for the first time (or has ended)."""
+    """Wait until a fit saves for the first time, or ends."""
     while process.poll() is None and not (out / "training.json").exists():
         time.sleep(0.01)
 
 
 def kill_and_resume(kills: int, seed: int = 0, on_trial: Callable[[Trial], None] = lambda _: None) -> tuple[str, list[Trial]]:
-    """The digest of a fit left alone, and the trials, one per kill; each is shown as soon as it is over."""
+    """Return the digest of an uninterrupted fit and one trial per kill; call on_trial after each trial."""
     draw = random.Random(seed)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory() as name:
@@ -137,7 +137,7 @@ def kill_and_resume(kills: int, seed: int = 0, on_trial: Callable[[Trial], None]
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if process.returncode != -signal.SIGKILL:
-                continue  # it was done before the kill came
+                continue  # it ended before the kill
             seconds, step = time.monotonic() - began, saved(out)
             if step != "all":
                 finish(start(folder, dense, text, out))
@@ -147,12 +147,12 @@ def kill_and_resume(kills: int, seed: int = 0, on_trial: Callable[[Trial], None]
 
 
 def show(trial: Trial) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     print(f"{trial.seconds:10.2f} s  {trial.saved:>10}  {trial.digest}  {'yes' if trial.clean else 'NO':>5}", flush=True)
 
 
 def main() -> None:
-    """Print a table; exit code 1 where a digest differs."""
+    """Print a table; the exit code is 1 if a digest differs or a folder is not clean."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
-"""Sparse-native training against dense-masked training: held-out losses at equal steps, and the seconds each took to get there.
+"""Compare sparse-native with dense-masked training: held-out losses at equal steps, and the seconds that each took.
 
     python tests/benchmarks/native.py [--steps 400] [--width 512] [--l0 0.015625] [--points 4]
 
-Couplings to the dense model that ships, from the same start and on the same text, learn in turns of a few seconds in one process;
-only a contender's own training counts as its time. "slow" anneals over half of the training (the paper's way), "fast" over 15 %.
+Couplings to the shipped dense model, with the same start and text, train in turns of a few seconds in one process; only own
+training counts as a contender's time. "slow" anneals over half of the training, as in the paper, "fast" over 15 %.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTENDERS = {
 
 
 def main() -> None:
-    """Print a line per contender and point."""
+    """Print a line for each contender and point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--width", type=int, default=512)

@@ -1,10 +1,10 @@
-"""How long until a page of an explanation can be used, in Chromium: opened from a file, groups opened, the slider moved.
+"""Time the page of an explanation, opened from a file in Chromium: until it can be used, and for opening groups and the like.
 
     python tests/benchmarks/page.py [--nodes 20 500 3000] [--tokens 100] [--rounds 5]
 
-The circuits are made up, with up to 5,000 edges and the pages of 500 nodes. "interactive" runs from the start of the navigation
-to the end of the page's script, when every control answers; the others from the event to the second frame after it, when it is
-to be seen. Medians in milliseconds, each round in a new page. The aim is interactive in under 1,000 with 500 nodes.
+The circuits are synthetic, with up to 5,000 edges and the pages of 500 nodes. "interactive" is the time from the start of the
+navigation to the end of the page's script, when every control responds; the other times run from an event to the second frame
+after it, when its effect is visible. Medians in ms, each round in a new page. The aim is interactive under 1,000 with 500 nodes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ACTS = {
 
 
 def times(page: Page, file: Path) -> dict[str, float]:
-    """Milliseconds of one round."""
+    """Return the milliseconds of one round."""
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
     taken = {"interactive": float(page.evaluate("Number(document.documentElement.dataset.ready)"))}

@@ -1,13 +1,13 @@
-"""What explanations of held-out prompts are like: how many are explained, by how much, how far it holds, how long it takes.
+"""Explain held-out prompts and summarise: how many are explained, circuit sizes, faithfulness, deletion, and time.
 
     python tests/benchmarks/prompts.py --bridge checkpoints/python-bridge-32 --count 40
-    python tests/benchmarks/prompts.py --tokens 120 --count 8   prompts of so many tokens
-    python tests/benchmarks/prompts.py --prompts FILE           one JSON string a line
+    python tests/benchmarks/prompts.py --tokens 120 --count 8   prompts of 120 tokens
+    python tests/benchmarks/prompts.py --prompts FILE           one JSON string per line
 
-Prompts are 8 to 24 tokens from anywhere in the held-out text that the coupling carries with it, drawn by seed. A line for
-each, and at the end one of JSON: medians, and as p90 what nine of ten are within. F is normalised faithfulness, at the
-circuit that is drawn; shares are of the span. Wall seconds are what a user waits; processor seconds what they would be on an
-idle core. The means over the reference text, taken once for a coupling, are outside both.
+Prompts are 8 to 24 tokens, drawn by seed from anywhere in the held-out text that is stored with the coupling. The script prints a
+line for each prompt and, at the end, one line of JSON with medians and 90 % quantiles (p90). F is the normalised faithfulness of
+the drawn circuit; shares are of the span. Wall seconds are a user's waiting time, processor seconds those of an idle core.
+Neither includes the means over the reference text, which are taken once for a coupling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, before torch is there
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do, before torch is imported
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ LENGTHS = 8, 24  # tokens
 
 
 def held_out_prompts(coupling: CoupledModels, count: int, seed: int, lengths: tuple[int, int] = LENGTHS) -> list[str]:
-    """Pieces of the coupling's own held-out text, but for the part that means are taken over, as text of as many tokens."""
+    """Return pieces of the coupling's held-out text (except the text of the means) whose tokens survive decoding and encoding."""
     assert coupling.reference_bt is not None
     rows = coupling.reference_bt[len(reference_rows(coupling, coupling.reference_bt)) :].tolist()
     draw, prompts, tokenizer = random.Random(seed), list[str](), coupling.dense.tokenizer
@@ -58,34 +58,34 @@ def held_out_prompts(coupling: CoupledModels, count: int, seed: int, lengths: tu
 
 
 def given_prompts(file: Path) -> list[str]:
-    """The prompts of a file, one JSON string a line."""
+    """Return the prompts of a file with one JSON string per line."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def middle(values: Iterable[float | None], quantile: float = 0.5) -> float | None:
-    """A quantile of what is known, rounded; None of nothing."""
+    """Return a quantile of the values that are not None, rounded; None if there are none."""
     known = [value for value in values if value is not None]
     return round(float(np.quantile(known, quantile)), 3) if known else None
 
 
 def both(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Median and 90 %."""
+    """Return the median and the 90 % quantile."""
     return {"median": middle(values), "p90": middle(values, 0.9)}
 
 
 def value_of(explanation: Explanation, key: str) -> float | None:
-    """A measure of an explanation, None where it has none."""
+    """Return the value of a measure of an explanation, None if it has none."""
     return next((measure.value for measure in explanation.report.measures if measure.key == key), None)
 
 
 def at_site(explanation: Explanation, name: str) -> float | None:
-    """What the points of the carried deletion say at their best site, of `dense`, `matched` and others."""
+    """Return the largest value over sites that the points of the transported deletion have under a name (`dense`, `matched`)."""
     points = next((measure.points for measure in explanation.report.measures if measure.key == "dense_ratio"), ())
     return max((point.values[name] for point in points if name in point.values), default=None)
 
 
 def line_of(place: int, explanation: Explanation, wall: float, processor: float) -> str:
-    """A prompt in a line."""
+    """Return the line that is printed for a prompt."""
     circuit, counts = explanation.circuit, explanation.counts
     size = f"{circuit.nodes:>6,} nodes {circuit.errors:>2} errors {len(explanation.groups):>3} groups {counts.edges:>6,} edges"
     holds = f"F {circuit.faithfulness:.2f} {circuit.supersets_mean:.2f} {circuit.supersets_worst:.2f}  left {circuit.left:+.2f}"
@@ -97,7 +97,7 @@ def line_of(place: int, explanation: Explanation, wall: float, processor: float)
 
 
 def summary(explanations: Sequence[Explanation], wall: Sequence[float], processor: Sequence[float]) -> dict[str, Any]:
-    """All of it in numbers; those of circuits over the prompts that have something to explain."""
+    """Return the summary; figures of circuits are over the prompts that have a span to explain."""
     some = [each for each in explanations if each.circuit.nodes]
     verdicts = Counter(each.report.verdict for each in explanations)
     total = max(1, len(explanations))
@@ -121,7 +121,7 @@ def summary(explanations: Sequence[Explanation], wall: Sequence[float], processo
         "prompts": len(explanations),
         "explained": round(sum(each.report.verdict not in ("no explanation", "refuted") for each in explanations) / total, 3),
         "verdicts": {verdict: round(count / total, 3) for verdict, count in sorted(verdicts.items())},
-        "drawn_above": sum(each.opening > each.config.opening for each in some),  # since the circuit asked for does not hold
+        "drawn_above": sum(each.opening > each.config.opening for each in some),  # if the circuit asked for does not hold
         "levels": levels,
         "edges": both([each.counts.edges for each in some]),
         "edges_before": both([each.counts.edges_before for each in some]),
@@ -162,7 +162,7 @@ def summary(explanations: Sequence[Explanation], wall: Sequence[float], processo
 
 
 def main() -> None:
-    """Explain the prompts, a line each, and what they come to."""
+    """Explain the prompts, print a line for each and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default=str(SHIPPED))
     parser.add_argument("--prompts", type=Path)
@@ -179,7 +179,7 @@ def main() -> None:
         prompts = given_prompts(arguments.prompts)[: arguments.count]
     if arguments.chat:
         prompts = [coupling.dense.prompts.chat(prompt) for prompt in prompts]
-    bridge.explain(coupling, prompts[0])  # the means are kept with the coupling then, and kernels are compiled
+    bridge.explain(coupling, prompts[0])  # stores the means with the coupling, and compiles kernels
     explanations, walls, processors = list[Explanation](), list[float](), list[float]()
     for place, prompt in enumerate(prompts):
         started = time.perf_counter(), time.process_time()

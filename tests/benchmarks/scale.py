@@ -1,22 +1,21 @@
-"""Cost of a fit and of an explanation by depth, width, vocabulary and tokens: measured on random models, and the law it follows.
+"""Measure the cost of a fit and of an explanation on random models, by depth, width and vocabulary, and fit a law to it.
 
     python tests/benchmarks/scale.py [--most 130] [--rows 2] [--context 64] [--explain 16]
 
-For random GPT-2 models of up to so many million parameters, coupled to a sparse model of their own width (start as the dense
-model, L0 1/4), one thread:
+Random GPT-2 models of up to --most million parameters are coupled to sparse models of their own width (L0 1/4). On one thread:
 
-    step       processor seconds of a training step (every term, one splice a row; forward, backward, AdamW, projection), the
-               median of 3; and the floating-point operations of it that torch counts, as a multiple of a dense forward pass's
-    copy       processor seconds of one masked copy of a prompt, forward and backward: what a search is made of
-    memory     bytes of the process at its largest, against what `bridge fit` foresees (`memory_needed`)
+    step       processor seconds of a training step (every term, one splice per row; forward, backward, AdamW, projection), the
+               median of 3; and its floating-point operations as counted by torch, as a multiple of those of a dense forward pass
+    copy       processor seconds of one masked copy of a prompt, forward and backward; a search consists of these
+    memory     peak bytes of the process, and the prediction of `bridge fit` (`memory_needed`)
 
-Each is fitted by what it should be linear in, with non-negative coefficients,
+Step and copy are fitted with non-negative coefficients:
 
-    step = (a L d^2 + b V d + c L d + e V) tokens + f L       products of blocks and unembedding, work per value, and per call
+    step = (a L d^2 + b V d + c L d + e V) tokens + f L       products of blocks and unembedding, cost per value, and per call
     copy = a L d^2 tokens + b V d + c L                            the answer's logits alone, and a call per layer
 
-with L layers of width d and a vocabulary of V, and the law is printed with its worst and its median error, then what it says of
-GPT-2, Llama-1B and Llama-8B; on a GPU by the operations counted. Every size runs in a process of its own.
+with L layers of width d and a vocabulary of V. The script prints the law, its largest and median error, and its predictions for
+GPT-2, Llama-1B and Llama-8B; for a GPU they use the counted operations. Every size runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ SIZES = (  # width, layers, vocabulary
 )  # fmt: skip
 NAMED = {"GPT-2": (768, 12, 50257, 124e6), "Llama-1B": (2048, 16, 128256, 1.24e9), "Llama-8B": (4096, 32, 128256, 8.0e9)}
 L0, STEPS, COPIES = 0.25, 3, 3
-GPU_FLOPS, GPU_SHARE = 989e12, 0.3  # an H100's or H200's dense bfloat16 peak, and the share of it that training reaches
+GPU_FLOPS, GPU_SHARE = 989e12, 0.3  # dense bfloat16 peak of an H100 or H200; share that training reaches
 FIT_TOKENS = 100e6
 SEARCH_COPIES = 420  # of a prompt: 60 steps of 3, scores, additions and deletions
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one size took."""
+    """Measured cost of one size."""
 
     width: int
     layers: int
@@ -87,7 +86,7 @@ class Cost:
 
 
 def measured(width: int, layers: int, vocabulary: int, options: argparse.Namespace) -> Cost:
-    """Cost of one size, in this process."""
+    """Measure the cost of one size in this process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -129,7 +128,7 @@ def measured(width: int, layers: int, vocabulary: int, options: argparse.Namespa
 
 
 def copied(sparse: SparseTransformer, tokens: int) -> float:
-    """Processor seconds of one masked copy of a prompt, forward and backward, in a batch of three."""
+    """Return the processor seconds of one masked copy of a prompt, forward and backward, in a batch of three."""
     sparse.requires_grad_(False)
     means = {at: torch.zeros(size) for at, size in sizes_of(sparse).items()}
     masked = MaskedModel(sparse, Question.of_prompt(torch.arange(tokens), 1), means, by_position=True)
@@ -143,7 +142,7 @@ def copied(sparse: SparseTransformer, tokens: int) -> float:
 
 
 def sizes_of(sparse: SparseTransformer) -> dict[Location, int]:
-    """Nodes of every location."""
+    """Return the number of nodes at each location."""
     return dict(sparse.locations())
 
 
@@ -154,7 +153,7 @@ def law(costs: list[Cost], columns: np.ndarray, seconds: np.ndarray) -> tuple[np
 
 
 def main() -> None:
-    """Print a row per size, the laws, and what they say of models that people have."""
+    """Print a row per size, the laws, and their predictions for well-known models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=float, default=130, help="million parameters")
     parser.add_argument("--rows", type=int, default=2)

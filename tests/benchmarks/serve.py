@@ -1,10 +1,10 @@
-"""The service under many clients, with real explanations: what they are told, how fast others are answered, how memory grows.
+"""Test the service under many clients with real explanations: status codes, response times, and memory growth.
 
     python tests/benchmarks/serve.py --clients 50 --explanations 2
 
-`bridge serve` runs in a process of its own. The clients ask for a prompt each, at once; all but those that find room are told to
-come again. While the first explanations are worked on, every client goes on asking what there is, and the health of the server is
-asked for on a connection of its own. What is queued beyond `--explanations` is cancelled at the end.
+`bridge serve` runs in a process of its own. All clients request an explanation at once; those that find the queue full are told
+to retry. While the first explanations are made, every client continues to send other requests, and the server's health is
+requested on a connection of its own. Jobs queued beyond `--explanations` are cancelled at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATHS = ("/api/couplings", "/api/tasks", "/api/circuits", "/api/labels", "/api/e
 
 
 def fetch(url: str, method: str = "GET", body: Any = None) -> tuple[int, Any]:
-    """Status and body of an answer."""
+    """Send a request; return the status and the body of the response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
@@ -42,14 +42,14 @@ def fetch(url: str, method: str = "GET", body: Any = None) -> tuple[int, Any]:
 
 
 def quantiles(seconds: list[float]) -> str:
-    """Median, 99th percentile and longest, in milliseconds."""
+    """Return the median, the 99th percentile and the maximum in milliseconds, as text."""
     ordered = sorted(seconds)
     picked = (ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))], ordered[-1])
     return " / ".join(f"{1000 * each:.0f}" for each in picked) + f" ms over {len(ordered)}"
 
 
 def main() -> None:
-    """Run the server and the clients, and print what was seen."""
+    """Run the server and the clients, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--explanations", type=int, default=2, help="that are waited for")
@@ -73,7 +73,7 @@ def main() -> None:
         health: list[tuple[float, str]] = []
 
         def watch() -> None:
-            """Ask for the server's health ten times a second, and note what it was at."""
+            """Request the server's health ten times a second, and record the running job's phase."""
             phase = ""
             while not enough.is_set():
                 started = time.monotonic()
@@ -83,7 +83,7 @@ def main() -> None:
                 time.sleep(0.1)
 
         def client(index: int) -> list[float]:
-            """Ask for an explanation, then for this and that until enough are done."""
+            """Request an explanation, then other paths until enough explanations are done; return the waiting times."""
             seconds: list[float] = []
             body = {"prompt": f"{PROMPT}\n" if index % 2 else PROMPT}
             statuses[fetch(f"{address}/api/explanations", "POST", body)[0]] += 1

@@ -1,9 +1,9 @@
-"""The sampled objective against the literal sum over sites, at equal time: hybrid KLs on held-out text as both learn.
+"""Compare the sampled objective with the literal sum over sites at equal time, by the hybrid KLs on held-out text.
 
     python tests/benchmarks/splice.py [--minutes 4] [--width 128] [--png curve.png]
 
-Two couplings to the dense model that ships, from the same start, learn in turns of a few seconds in one process; only a
-contender's own training counts as its time. Both follow the same schedule of rate and L0 over their minutes.
+Two couplings to the shipped dense model, with the same start, train in turns of a few seconds in one process; only a contender's
+own training counts as its time. Both follow the same schedule of learning rate and L0 over their minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TURN_SECONDS = 5.0
 
 
 class Contender:
-    """A coupling that learns by one of the two objectives, with a clock of its own."""
+    """A coupling that trains on one of the two objectives, with a clock of its own."""
 
     def __init__(self, splice: str, arguments: argparse.Namespace) -> None:
         dense = load_dense(ROOT / "checkpoints" / "python-dense")
@@ -50,7 +50,7 @@ class Contender:
         self.seconds, self.step = 0.0, 0
 
     def learn(self, blocks, seconds: float, total: float) -> None:
-        """Take steps for some seconds."""
+        """Take training steps for some seconds."""
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             done = min(0.999, (self.seconds + time.perf_counter() - start) / total)
@@ -69,7 +69,7 @@ class Contender:
 
 
 def main() -> None:
-    """Print the curve as a table, and draw it where a file is named."""
+    """Print the curve as a table, and plot it if a file is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=4, help="of training for each contender")
     parser.add_argument("--width", type=int, default=128)

@@ -1,14 +1,14 @@
-"""How far nodes of the sparse model move the dense one from a prompt's answer to its counterfactual's, over held-out pairs.
+"""Measure how far sparse nodes steer the dense model from a prompt's answer to its counterfactual's, on held-out pairs.
 
     python tests/benchmarks/steering.py [--bridge DIR] [--task NAME ...] [--circuit NAME=DIR ...] [--pairs 16] [--out DIR]
 
-Every pair of the test split counts twice, once from each side. Carried are, at strength 1: the whole change of the residual, by
-the bridge at each site (the ceiling: embeddings included); every node; a circuit's nodes, where a folder that `bridge circuit`
-wrote is named; and the K channels that count most on train pairs in the sparse model, to first order: by the change of a channel
-times the gradient of the log odds. Beside each, random directions of equal norm at the same sites and positions. "share" is the
-counterfactual's answer among both answers; "reach" is how many of the prompts go from under 5 % to over 50 % while random
-directions stay, in the mean, under 10 %, and how many could: those whose counterfactual itself has over 50 %. With --out an SVG
-per task and contender, the curves being means over prompts, which takes five times as long.
+Every pair of the test split is used twice, once from each side. The following are patched at strength 1: the whole change of the
+residual, by the bridge at each site (the ceiling, embeddings included); every node; a circuit's nodes, if a folder written by
+`bridge circuit` is given; and the K channels with the largest first-order effect on train pairs in the sparse model, which is the
+change of a channel times the gradient of the log odds. Controls are random directions of equal norm at the same sites and
+positions. "share" is the counterfactual's answer as a share of both answers. "reach" is the number of prompts that go from under
+5 % to over 50 % while random directions stay under 10 % in the mean, out of those whose counterfactual itself has over 50 %.
+--out writes an SVG per task and contender with curves that are means over prompts, which takes five times as long.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOW, HIGH, RANDOM = 0.05, 0.5, 0.1  # the aim
 
 @dataclass(frozen=True)
 class Result:
-    """Probabilities of the wrong side (the counterfactual's answer) and of the answer, prompts b, draws r, strengths k."""
+    """Probabilities of the wrong side (the counterfactual's answer) and of the answer; b prompts, r draws, k strengths."""
 
     wrong_bk: Tensor
     answer_bk: Tensor
@@ -51,7 +51,7 @@ class Result:
 
 
 def sides(pairs: TokenPairs, row: int, logits_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of the wrong answer and of the answer, each summed over its spellings."""
+    """Return the probabilities of the wrong answer and of the answer, each summed over its spellings."""
     probability_v = logits_v.softmax(-1)
 
     def total(ids_bk: Tensor, other: bool) -> Tensor:
@@ -69,7 +69,7 @@ def patched(
     draws: int,
     strengths: Sequence[float],
 ) -> Result:
-    """What changes of the dense residual by site, made from the tokens of both prompts, do at each strength."""
+    """Return the answers at each strength under changes of the dense residual, which changes_of makes from both prompts."""
     found: list[tuple[Tensor, ...]] = []
     for row in range(len(pairs)):
         length = int(pairs.last_b[row]) + 1
@@ -86,7 +86,7 @@ def patched(
 
 
 def best_channels(coupling: CoupledModels, pairs: TokenPairs, most: int) -> list[Intervention]:
-    """The channels whose change to the counterfactual's values lowers the log odds of the answer most, to first order."""
+    """Return the channels that lower the answer's log odds most, to first order, when set to the counterfactual's values."""
     sparse = coupling.sparse
     other: dict[Location, Tensor] = {}
     sparse.run(pairs.counterfactual_bt, gate=recording_gate(other))
@@ -111,7 +111,7 @@ def best_channels(coupling: CoupledModels, pairs: TokenPairs, most: int) -> list
 
 
 def line(label: str, result: Result, ceiling_b: Tensor, since: float) -> str:
-    """A contender at the largest strength; ceiling_b, the probability of its answer on the counterfactual itself."""
+    """Return a contender's row at the largest strength; ceiling_b is the answer's probability on the counterfactual itself."""
     wrong_b, random_b = result.wrong_bk[:, -1], result.random_wrong_brk[:, :, -1].mean(1)
     reached = (result.wrong_bk[:, 0] < LOW) & (wrong_b > HIGH) & (random_b < RANDOM)
     share = (wrong_b / (wrong_b + result.answer_bk[:, -1])).mean()
@@ -124,7 +124,7 @@ def line(label: str, result: Result, ceiling_b: Tensor, since: float) -> str:
 
 
 def main() -> None:
-    """Print a table for every task, and write its plots."""
+    """Print a table for each task, and write its plots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bridge")
     parser.add_argument("--task", nargs="+", default=["single_double_quote", "while_return_true"])

@@ -1,14 +1,14 @@
-"""Time of one coupled step: against the sparse model trained alone, sparse-native, and the way it is done today.
+"""Time one coupled step against the sparse model alone, sparse-native training, and the usual implementation.
 
     python tests/benchmarks/step.py [--width 256] [--dense-width 128] [--layers 2 4 8 12] [--l0 0.0625] [--rounds 5] [--bfloat16]
                                     [--contenders alone sampled native literal today]
 
-All contenders of a depth take turns in one process, each a whole step: forward, backward, normalisation, AdamW, projection.
+All contenders of a depth run in turns in one process, each a whole step: forward, backward, normalisation, AdamW, projection.
     alone      the sparse model on text, dense-masked, without a dense model
-    sampled    the coupled step, one splice a row, dense-masked
-    native     the same, trained by the nonzeros, with a dense look and a move of the mask every 20 steps, whose cost is spread
-    literal    the sum over sites, in which every site costs a hybrid pass each way
-    today      the same with torch.topk and a scatter for AbsTopK, torch.topk for the projection, attention with an additive mask
+    sampled    the coupled step, one splice per row, dense-masked
+    native     sampled, trained by the nonzeros; includes a share of the dense gradient and mask update of every 20th step
+    literal    the sum over sites, in which every site costs a hybrid pass in each direction
+    today      literal, with torch.topk and a scatter for AbsTopK, torch.topk for the projection, attention with an additive mask
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ LOOK_EVERY = 20
 
 
 def topk_and_scatter(x: Tensor, k: int) -> Tensor:
-    """AbsTopK as it is usually written."""
+    """AbsTopK in its usual form."""
     index = x.abs().topk(k, dim=-1).indices
     return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
 
 
 def project_by_topk(weight: Tensor, k: int, hint: float | None = None) -> None:
-    """The projection as it is usually written."""
+    """Projection in its usual form."""
     flat = weight.view(-1)
     keep = torch.zeros_like(flat, dtype=torch.bool)
     keep[flat.abs().topk(k).indices] = True
@@ -66,7 +66,7 @@ def masked_attention(q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int,
 
 
 def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_nonzeros: bool = False) -> Callable[[bool], None]:
-    """A function that takes one training step of an untrained coupling, on request one that looks and moves the mask."""
+    """Return a function that takes one training step of an untrained coupling; with True it also updates the mask."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=2048, n_positions=128, n_embd=arguments.dense_width, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0
@@ -107,7 +107,7 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
 
 
 def main() -> None:
-    """Print a row per depth."""
+    """Print a row for each depth."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dense-width", type=int, default=128)
@@ -136,7 +136,7 @@ def main() -> None:
         for turn in range(arguments.rounds + 1):
             for name, step in steps.items():
                 if (name == "literal" and turn > 2) or (name == "today" and turn != 1):
-                    continue  # it takes many times as long, and its ratio needs no precision
+                    continue  # it takes many times as long, and its ratio needs little precision
                 start = time.perf_counter()
                 if name == "today":
                     with (

@@ -1,16 +1,16 @@
-"""The tables of task circuits in docs/measurements.md, from the commands that make them.
+"""Search the circuits of tasks and print the tables of docs/measurements.md, with the commands that make them.
 
     python tests/benchmarks/task_circuits.py [--bridge DIR] [--out runs/circuits] [--tasks NAME ...] [--seeds 2]
 
-runs, one after another, whatever `--out` does not hold yet (it may be killed and goes on),
+runs, one after another, the commands whose results are not in `--out` yet (a killed run continues),
 
-    bridge circuit --task T --seeds N --out OUT/dense/T                        every task, the dense model's own circuit beside it
-                                                                               (of the first all levels, of others one)
+    bridge circuit --task T --seeds N --out OUT/dense/T                        every task, with the dense model's own circuit
+                                                                               (the first at all levels, others at one)
     bridge circuit --task T --explains sparse --no-dense --out OUT/sparse/T    for the first of the tasks
     bridge circuit --task T --null labels|weights|shuffled --no-dense --out OUT/NULL/T
 
-and prints: the circuits at the opening level, all levels, what is explained, the nulls, and what the circuits share and do to one
-another when deleted, with the heat map in OUT/cross_ablation.svg; then medians as JSON. `--print` searches nothing.
+and prints the circuits at the opening level, all levels, the circuits for the sparse model's own answers, the nulls, and overlap
+and cross-ablation of the circuits (heat map in OUT/cross_ablation.svg); then medians as JSON. `--print` searches nothing.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ NESTED, FOLLOWED, NULLED = 1, 3, 1  # of the tasks, the first few: all levels, t
 
 
 def command(*arguments: str) -> None:
-    """One command of bridge's, without what it prints."""
+    """Run one command of bridge without its output."""
     print("bridge", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "bridge.cli.main", *arguments], stdout=subprocess.DEVNULL, check=False)
 
 
 def search(options: argparse.Namespace, folder: Path, task: str, *more: str) -> None:
-    """One circuit, unless it is there."""
+    """Search one circuit, unless it is there."""
     if not (folder / "circuit.json").is_file():
         command("circuit", "--bridge", options.bridge, "--task", task, "--out", str(folder), *more)
 
 
 def read(folder: Path) -> TaskResult | None:
-    """A result; None where there is none."""
+    """Return a task's result, None if there is none."""
     try:
         return TaskResult.load(folder)
     except CheckpointError:
@@ -59,18 +59,18 @@ def read(folder: Path) -> TaskResult | None:
 
 
 def number(x: float | None) -> str:
-    """Two digits, without a zero before the point."""
+    """Format a number with two decimals, without a zero before the point."""
     return "-" if x is None else f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.2f}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
 
 
 def circuits(found: Iterable[TaskResult]) -> str:
-    """The circuits beside the dense model's own, and what was measured on held-out prompts."""
+    """Return the table of circuits, with the dense model's own and the measures on held-out prompts."""
     header = (
         "task", "nodes", "errors", "edges", "dense: nodes", "edges", "ratio", "F", "supersets", "worst", "matched", "left",
         "miss", "KL", "seeds", "verdict",
@@ -90,7 +90,7 @@ def circuits(found: Iterable[TaskResult]) -> str:
 
 
 def levels(found: Iterable[TaskResult]) -> str:
-    """Nodes and errors at every level, where all were searched."""
+    """Return the table of nodes and errors at every level, for tasks with all levels."""
     rows = [
         (one.facts.task, *(f"{level.circuit.nodes:,} + {level.circuit.errors}" for level in one.facts.levels))
         for one in found
@@ -100,7 +100,7 @@ def levels(found: Iterable[TaskResult]) -> str:
 
 
 def nulls(out: Path, tasks: Sequence[str]) -> str:
-    """What became of the searches that must fail."""
+    """Return the table of the searches that must fail."""
     rows = []
     for null in NULLS:
         for task in tasks:
@@ -113,7 +113,7 @@ def nulls(out: Path, tasks: Sequence[str]) -> str:
 
 
 def disentangled(options: argparse.Namespace, results: Sequence[TaskResult]) -> str:
-    """Every circuit deleted, every task measured; and what the circuits share."""
+    """Measure every task with every circuit deleted, and the circuits' overlap; return both as text."""
     subjects = Subjects.of(CoupledModels.from_pretrained(options.bridge))
     prompts = {one.facts.task: measured_prompts(resolved(subjects, one.facts.task)) for one in results}
     comparison = compare(subjects.sparse, results, prompts)
@@ -123,7 +123,7 @@ def disentangled(options: argparse.Namespace, results: Sequence[TaskResult]) -> 
 
 
 def main() -> None:
-    """Search what is missing, then print."""
+    """Search what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bridge", default="checkpoints/python-bridge-32")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))

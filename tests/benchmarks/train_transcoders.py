@@ -3,8 +3,8 @@
     python -m venv runs/peers && runs/peers/bin/pip install torch==2.13.0 eai-sparsify==1.3.3
     runs/peers/bin/python tests/benchmarks/train_transcoders.py MODEL TOKENS.bin OUT [--k 32] [--expansion 8] [--optimizer adam]
 
-TOKENS.bin are uint16 tokens, context after context. OUT gets a folder for each MLP, and cost.json. sparsify's own command asks
-for a GPU; its Trainer does not. `alternatives.py` runs this.
+TOKENS.bin has uint16 tokens, context after context. OUT gets a folder for each MLP, and cost.json. sparsify's own command needs
+a GPU; its Trainer does not. `alternatives.py` runs this script.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Train, and say what it took."""
+    """Train, and write the cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("tokens")

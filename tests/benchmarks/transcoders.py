@@ -1,13 +1,13 @@
-"""A dense model through per-layer transcoders that another library has trained: its nodes, their masks, and its errors.
+"""Run a dense model through per-layer transcoders of another library, with masks over its nodes and errors.
 
-With x_l what the MLP of block l reads (behind its norm), T_l its transcoder and a_l the latents that it keeps (the k largest),
+With x_l the input of block l's MLP (after its norm), T_l its transcoder and a_l the latents that it keeps (the k largest),
 
     T_l(x) = W_l^dec a_l + b_l,    a_l = topk(relu(W_l^enc x + c_l))        [sparsify's `SparseCoder` with `transcode`]
-    MLP_l  <-  T_l(x_l) + e_l,     e_l = MLP_l(x_l) - T_l(x_l) on the prompt as it is, held
+    MLP_l  <-  T_l(x_l) + e_l,     e_l = MLP_l(x_l) - T_l(x_l) on the unchanged prompt, then constant
 
-so that with every node and every error kept the model is the dense one, on this prompt exactly. Nodes are the latents at each
-position and, where attention is searched as well, the channels of attention as `dense_nodes` finds them; what an MLP reads and
-writes are no nodes, since latents do both.
+With every node and every error kept, the model is exactly the dense one on this prompt. Nodes are the latents at each position
+and, if attention is searched as well, the channels of attention as `dense_nodes` finds them. Inputs and outputs of an MLP are not
+nodes, because latents read and write the stream themselves.
 
 Shape legend: b prompt (row), r masked copy, t token, d width, n latents, f all nodes in one row, v vocabulary.
 """
@@ -35,7 +35,7 @@ _ROWS = 8  # of text at a time
 
 @dataclass(frozen=True, eq=False)
 class Transcoder:
-    """Weights of one: encoder_nd and bias_n, decoder_nd and bias_d, and how many latents are kept at a token."""
+    """Weights of a transcoder: encoder_nd and bias_n, decoder_nd and bias_d, and k, the number of latents kept at a token."""
 
     encoder_nd: Tensor
     bias_n: Tensor
@@ -45,7 +45,7 @@ class Transcoder:
 
     @staticmethod
     def load(folder: Path) -> Transcoder:
-        """That of a folder which sparsify has saved. Raises ValueError for a kind that is not computed here."""
+        """Load a transcoder from a folder that sparsify saved. Raises ValueError for a kind that is not computed here."""
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         if not config["transcode"] or config["skip_connection"] or config["activation"] != "topk":
             raise ValueError(f"{str(folder)!r} is no plain top-k transcoder; train one without a skip connection")
@@ -54,26 +54,26 @@ class Transcoder:
         return Transcoder(**{part: weights[name].float() for part, name in names.items()}, k=config["k"])
 
     def latents(self, x_btd: Tensor) -> Tensor:
-        """a_btn, 0 but for the k largest."""
+        """Return a_btn, in which all but the k largest are 0."""
         before_btn = torch.nn.functional.linear(x_btd, self.encoder_nd, self.bias_n).relu()
         values_btk, index_btk = before_btn.topk(self.k, sorted=False)
         return torch.zeros_like(before_btn).scatter(-1, index_btk, values_btk)
 
     def decode(self, a_btn: Tensor) -> Tensor:
-        """The MLP's output that the latents give."""
+        """Return the MLP output that the latents decode to."""
         return a_btn @ self.decoder_nd + self.bias_d
 
 
 def load_transcoders(folder: Path, layers: int) -> tuple[Transcoder, ...]:
-    """Those of every block."""
+    """Load the transcoders of all blocks."""
     return tuple(Transcoder.load(folder / f"h.{layer}.mlp") for layer in range(layers))
 
 
 class Transcoded:
-    """A dense model whose MLPs are transcoders, with the means of all nodes and errors over a reference corpus."""
+    """Dense model with transcoders in place of its MLPs, and the means of all nodes and errors over a reference corpus."""
 
     def __init__(self, subject: DenseSubject, transcoders: Sequence[Transcoder], corpus_bt: Tensor, *, attention: bool) -> None:
-        """With attention its channels are nodes; without, attention is as it is in the run."""
+        """Take the means; if `attention` is set, its channels are nodes, otherwise attention runs unmasked."""
         self.subject, self.transcoders = subject, tuple(transcoders)
         kept = [at for at in subject.space.sizes if attention and not at.kind.startswith("mlp")]
         self.sizes = {at: subject.space.sizes[at] for at in kept}
@@ -89,7 +89,7 @@ class Transcoded:
 
     @torch.no_grad()
     def recorded(self, tokens_bt: Tensor) -> dict[Location, Tensor]:
-        """Latents and errors of every block in the dense model's own run of some text."""
+        """Return the latents and errors of every block in the dense model's own run on a text."""
         read: dict[int, Tensor] = {}
         found: dict[Location, Tensor] = {}
 
@@ -106,7 +106,7 @@ class Transcoded:
         return found
 
     def run(self, tokens_bt: Tensor, gate: Gate, correct: Gate) -> Tensor:
-        """logits_btv with the transcoders in place of the MLPs, every node through the gate, their outputs through `correct`."""
+        """Return logits_btv with the transcoders in place of the MLPs; nodes pass the gate, decoded outputs pass `correct`."""
         read: dict[int, Tensor] = {}
 
         def replaced(at: Location, x_btn: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ class Transcoded:
 
     @torch.no_grad()
     def dense_without(self, question: Question, parts: Mapping[Location, Tensor]) -> Tensor:
-        """logits_1v of the dense model itself, its MLPs as they are, with the nodes and errors of a circuit at their means.
+        """Return logits_1v of the dense model itself, with its own MLPs and the nodes and errors of a circuit at their means.
 
-        Of a latent that is W^dec (a - m) taken from what the MLP writes, a being its value in this run; of errors likewise.
+        For a latent, W^dec (a - m) is subtracted from the MLP's output, a being its value in this run; likewise for errors.
         """
         read: dict[int, Tensor] = {}
 
@@ -141,7 +141,7 @@ class Transcoded:
 
 
 class MaskedTranscoded(Masked):
-    """The dense model through transcoders on one prompt, with masks over latents, channels of attention, and errors."""
+    """Dense model through transcoders on one prompt, with masks over latents, channels of attention, and errors."""
 
     def __init__(self, model: Transcoded, question: Question) -> None:
         recorded = model.recorded(question.prompt_bt)
