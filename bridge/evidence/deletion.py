@@ -151,7 +151,7 @@ class Deletions:
             Measure(
                 "dense_ratio", "dense over sparse loss by deletion, least", self.circuit.ratio(behind),
                 Criterion(">=", ratio), interval=self.circuit.ratio_interval(behind, seed), ceiling=self.every.ratio(behind),
-                note="" if sites else "the deletion loses nothing in the sparse model",
+                note="" if sites else "deleting the circuit loses nothing in the sparse model",
                 points=points,
             ),
             Measure(
@@ -160,7 +160,7 @@ class Deletions:
             ),
             Measure(
                 "dense_matched", "span lost in dense by deleting matched nodes", median(of_matched) if of_matched else None,
-                Criterion("<=", matched_lost), note="the median of the draws, in the mean over the sites behind the circuit",
+                Criterion("<=", matched_lost), note="median over the draws, each the mean over the sites after the circuit",
             ),
         )  # fmt: skip
 

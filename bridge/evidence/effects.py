@@ -89,7 +89,7 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     if np.ptp(sparse_p) == 0 or np.ptp(dense_p) == 0:
         return unknown(f"no node has an effect in the {'sparse' if np.ptp(sparse_p) == 0 else 'dense'} model")
     if np.unique(site_p).size == len(effects):
-        return unknown("no two nodes are of one site, so nothing can be permuted")
+        return unknown("no two nodes are at the same site, so nothing can be permuted")
     generator = np.random.default_rng(seed)
     value = float(rank_correlation(sparse_p, dense_p))
     null = permuted_null(sparse_p, dense_p, site_p, generator)
@@ -97,7 +97,7 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     control = Control("permuted", len(null), float(null.mean()), float(np.quantile(null, QUANTILE)), f"{QUANTILE:.0%}")
     low, high = np.nanquantile(_drawn(effect_2pb, generator), [0.025, 0.975])
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
-    note = f"{len(effects)} nodes, {inside} of them the circuit's, {zeros} without any effect; p {p_value:.2g}"
+    note = f"{len(effects)} nodes, {inside} of them in the circuit, {zeros} without any effect; p {p_value:.2g}"
     bounds, ceiling = (float(low), float(high)), _repeats(effect_2pb[1])
     return Measure(key, name, value, criterion, control, bounds, ceiling, note, points)
 

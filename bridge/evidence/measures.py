@@ -133,7 +133,7 @@ class Report:
         known = {measure.key for measure in self.measures}
         missing = [key for rule in self.rules for key in rule.needs if key not in known]
         if missing:
-            raise ValueError(f"a rule needs the measure {missing[0]!r}, which the report has not; leave none out")
+            raise ValueError(f"a rule needs the measure {missing[0]!r}, which the report does not have; add it")
 
     def __getitem__(self, key: str) -> Measure:
         """Return the measure of a key. Raises KeyError if there is none."""
@@ -174,7 +174,7 @@ def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: boo
     for measure in measures:
         value = "-" if measure.value is None else f"{measure.value:.3f}"
         met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
-        asked = "bounds nothing" if measure.criterion is None else str(measure.criterion)
+        asked = "no bound" if measure.criterion is None else str(measure.criterion)
         rows.append((f"  {measure.name}", value, met, asked, "" if measure.control is None else measure.control.text()))
         rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
         rows += [(f"    {line}",) for line in _by_place(measure)] if places else []

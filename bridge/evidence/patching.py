@@ -73,7 +73,7 @@ def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf
     if counterfactual.prompt_bt.shape != question.prompt_bt.shape:
         raise ValueError(
             f"the counterfactual has {counterfactual.prompt_bt.shape[1]} tokens and the prompt {masked.n_tokens}; "
-            "patching needs as many, at the same positions"
+            "give a counterfactual of the same length, because equal positions are patched"
         )
     asked = replace(question, prompt_bt=counterfactual.prompt_bt)
     errors = None if masked.errors is None else counterfactual.followed.errors
@@ -131,7 +131,11 @@ def patching_measures(
     """
     several, above = transporter.prompts > 1, Criterion(">=", 0.0, True)
     names = ["patching", *(("patching_rotated", "patching_pairs") if several else ())]
-    titles = "share of the counterfactual's effect, of all nodes'", "above rotations of the change", "above other pairs' changes"
+    titles = (
+        "share of the counterfactual's effect over all nodes'",
+        "patching share against rotated changes",
+        "patching share against other pairs' changes",
+    )
     effect_b = counterfactual_effect(transporter, counterfactual)
     effect = float(effect_b.mean())
 
@@ -140,7 +144,7 @@ def patching_measures(
         return tuple(Measure(*row, note=note) for row in zip(names, titles, [None] * 3, criteria, strict=False))
 
     if abs(effect) < LEAST_EFFECT:
-        return unknown(f"the counterfactual changes the dense model's d by {effect:.2f} nats only")
+        return unknown(f"the counterfactual changes the dense model's d by only {effect:.2f} nats")
     changes = patched(transporter, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf]))
     lost_cjb, dense_jb = dense_losses(transporter, changes), dense_writes(transporter, counterfactual)
     share, every, *matched = (mean_share(transporter, lost_jb, effect_b) for lost_jb in lost_cjb)
@@ -154,8 +158,9 @@ def patching_measures(
     )
     own_b, every_b = (lost_cjb[c, 1:].mean(0).double().cpu().numpy() for c in (0, 1))
     bounds = interval(lambda pick_kb: own_b[pick_kb].sum(1) / every_b[pick_kb].sum(1), len(own_b), seed)
+    dense_share = float(shares[2, 1:].mean())
     note = (
-        f"{share:.2f} of the effect of {effect:.1f} nats, all nodes {every:.2f}, dense itself {float(shares[2, 1:].mean()):.2f}"
+        f"{share:.2f} of the effect of {effect:.1f} nats; all nodes {every:.2f}, the dense model's own change {dense_share:.2f}"
     )
     criterion = Criterion(">=", least, True, value / 3 if several and matched else None)
     control = Control.of("matched", [other / every for other in matched], max, "largest")

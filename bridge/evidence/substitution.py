@@ -70,10 +70,10 @@ def substitution_measures(
     """Return measures of the circuit (at least `least`), and of matched nodes and its complement (at most `of_others`)."""
     kept_f = kept_f & transporter.loss.nodes_f
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
-    names = "faithfulness of the circuit in place of the blocks", "fraction of d that its complement keeps there"
+    names = "faithfulness of the circuit in place of the blocks", "fraction of d that the circuit's complement keeps there"
     dense_b = transporter.loss.model_b.double().cpu().numpy()
     if abs(dense_b.mean()) < LEAST or not bool(kept_f.any()):
-        small = f"the dense model's d is {dense_b.mean():.3f} nats on average: too little to keep"
+        small = f"the dense model's d is {dense_b.mean():.3f} nats on average, too little to measure a share of"
         note = small if bool(kept_f.any()) else "the circuit is empty"
         return tuple(Measure(*row, note=note) for row in zip(keys, names, (None, None), criteria, strict=True))
     whole, *single = spans(transporter.coupling.dense.sublayers)

@@ -171,4 +171,4 @@ def test_a_counterfactual_that_changes_nothing_cannot_be_tested(copy: CoupledMod
     pairs = planted_pairs(4)
     measures = measured(copy, pairs=replace(pairs, counterfactual_bt=pairs.prompt_bt))
     assert len(measures) == 3 and all(measure.value is measure.passed is None for measure in measures.values())
-    assert "by 0.00 nats only" in measures["patching"].note
+    assert "by only 0.00 nats" in measures["patching"].note
