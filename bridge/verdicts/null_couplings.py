@@ -66,7 +66,7 @@ def null_coupling(
     if name == "weights":
         return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), reference_bt)
     if against is None:
-        raise NullError("an uncoupled model", "is trained in a folder of its own", "name one with ‹against›")
+        raise NullError("the uncoupled null", "needs a folder to be trained in or loaded from", "name one with ‹against›")
     other = uncoupled(coupling, against, minutes, seed, progress)
     return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), reference_bt)
 
@@ -107,10 +107,10 @@ def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, 
         )  # fmt: skip
     other = CoupledModels.from_pretrained(folder, dense=coupling.dense)
     if other.recipe.losses.coupled:
-        raise NullError(f"{str(folder)!r}", "was coupled to the dense model", "name one that was fitted with ‹uncoupled›")
+        raise NullError(f"{str(folder)!r}", "was coupled to the dense model", "name a folder that was fitted with ‹uncoupled›")
     if other.sparse.locations() != coupling.sparse.locations():
         raise NullError(
-            f"{str(folder)!r}", "has a sparse model of another shape", "fit one with the coupling's recipe, ‹uncoupled›"
+            f"{str(folder)!r}", "has a sparse model of another shape", "fit one with the coupling's recipe and ‹uncoupled›"
         )
     return other
 

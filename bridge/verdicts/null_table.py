@@ -25,7 +25,7 @@ FILE = "nulls.json"
 STRONG = ("representational", "mechanistic support")
 Kind = Literal["prompts", "tasks"]
 _HOW: Mapping[Kind, str] = {
-    "prompts": "`bridge nulls` runs them where it is told how many prompts",
+    "prompts": "`bridge nulls` runs them if it is given a number of prompts",
     "tasks": "`bridge nulls` runs them",
 }
 
@@ -118,7 +118,7 @@ _PROMPTS, _TASKS = TypeAdapter(tuple[PromptNull, ...]), TypeAdapter(tuple[TaskNu
 
 def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -> Measure:
     """Return the share of cases in which a null's circuit is strong; no value if `why` says that nulls are missing."""
-    name, criterion = "share of nulls' explanations as strong", Criterion("<=", 0.0)
+    name, criterion = "share of nulls' explanations that are as strong", Criterion("<=", 0.0)
     if why or not nulls:
         return Measure("nulls", name, None, criterion, note=why or "no null was run")
     of = "prompts" if isinstance(nulls[0], PromptNull) else "tasks"
@@ -157,9 +157,9 @@ def _stored(
         if not isinstance(kept, dict):
             return None, f"the coupling's nulls on {kind} were not run; {_HOW[kind]}"
         if kept.get("coupling") != fingerprint(coupling):
-            return None, f"the nulls kept are of another coupling; {_HOW[kind]}"
+            return None, f"the stored nulls are of another coupling; {_HOW[kind]}"
         if kept.get("rules") != rules or any(kept.get(name) != value for name, value in (facts or {}).items()):
-            return None, f"the nulls kept were judged by other bounds; {_HOW[kind]}"
+            return None, f"the stored nulls were judged by other bounds; {_HOW[kind]}"
         return reader.validate_python(kept.get("nulls")), ""
     except (CheckpointError, ValidationError):
         return None, f"{FILE} cannot be read, or is of an earlier version; remove it, and {_HOW[kind]}"
@@ -179,5 +179,5 @@ def fingerprint(coupling: CoupledModels) -> str:
 
 def _folder(coupling: CoupledModels) -> Path:
     if coupling.path is None:
-        raise CheckpointError("the coupling", "is in no folder", "save it first, nulls are kept with it")
+        raise CheckpointError("the coupling", "is not saved in a folder", "save it first, because its nulls are stored there")
     return folder_of(coupling.path)

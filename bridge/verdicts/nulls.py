@@ -95,7 +95,7 @@ def run_prompt_nulls(
     search, config = search or SearchConfig(), config or EvidenceConfig()
     nulls: list[PromptNull] = []
     for name in names:
-        progress(Phase(f"{name}: the coupling"))
+        progress(Phase(f"{name}: making the null coupling"))
         null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
         means = prompt_means(null)
         found: list[Judged] = []

@@ -69,7 +69,7 @@ class EvidenceConfig:
         With by_deletion, the circuit's deletion is enough for "representational"; otherwise single nodes' effects are needed too.
         """
         patching = ("patching",) if counterfactual else ()
-        deleted = "Its deletion, transported into the dense model, takes there what it takes in the sparse one"
+        deleted = "The circuit's deletion, transported into the dense model, weakens the answer there too"
         return (
             Rule(
                 "undecided",
@@ -80,19 +80,19 @@ class EvidenceConfig:
             Rule(
                 "behavioural",
                 ("faithfulness", "supersets_mean", "supersets_worst", "matched"),
-                "The circuit alone keeps the answer, in random supersets too, and other active nodes of the same places do not.",
+                "The circuit keeps the answer, alone and in random supersets, and other active nodes at the same places do not.",
                 refuted="refuted",
             ),
             Rule(
                 "representational",
                 ("dense_ratio", "dense_matched", *(() if by_deletion else ("profile",))),
-                f"{deleted}." if by_deletion else f"{deleted}, and single nodes' effects rank there as they do here.",
+                f"{deleted}." if by_deletion else f"{deleted}, and single nodes' effects rank alike in both models.",
             ),
             Rule(
                 "mechanistic support",
                 ("lost", "profile", *patching, "nulls"),
-                "When it is ablated the answer is lost, single nodes have effects in the dense model that rank as in the sparse "
-                "one, and couplings that must fail these tests do.",
+                "The answer is lost when the circuit is ablated, single nodes' effects rank alike in both models, and the null "
+                "couplings, which must fail these tests, do fail them.",
             ),
         )
 
@@ -193,7 +193,7 @@ def _sufficient(
         Measure("supersets_worst", "in random supersets, worst", circuit.supersets_worst, Criterion(">=", config.superset_worst)),
         Measure(
             "matched", "faithfulness of matched nodes", median(of_matched) if of_matched else None,
-            Criterion("<=", config.matched), note="other active nodes, one for one at the same places",
+            Criterion("<=", config.matched), note="for each node, another active node at the same place",
         ),
         Measure("kl", "KL alone in nats", circuit.kl),
         Measure("adversary", "faithfulness against an adversary", circuit.adversary),
@@ -203,5 +203,5 @@ def _sufficient(
 def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
     """Measure the share of the span that the sparse model loses without the circuit and, if it has one, its backup."""
     alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
-    note = f"{alone:.2f} without the circuit alone, the rest with {len(backup_k)} nodes more" if len(backup_k) else ""
+    note = f"{alone:.2f} by deleting the circuit alone, the rest with {len(backup_k)} backup nodes" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)

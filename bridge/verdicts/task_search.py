@@ -58,8 +58,8 @@ class TaskEvidenceConfig:
             ),
             Rule(
                 "behavioural", ("faithfulness", "accuracy", "supersets_mean", "supersets_worst", "matched", "lost"),
-                "On held-out prompts the circuit alone keeps the answers, in random supersets too, other active nodes do not, "
-                "and when it is ablated the answers are lost.",
+                "On held-out prompts the circuit keeps the answers, alone and in random supersets, other active nodes do not, "
+                "and the answers are lost when the circuit is ablated.",
                 refuted="refuted",
             ),
         )  # fmt: skip
@@ -95,7 +95,7 @@ def gather_task(
     generator = torch.Generator().manual_seed(seed + 3_000_017)
     on_f, levels, lost = active_nodes(test.masked), list[TaskLevel](), list[float]()
     for place, level in enumerate(nested.levels):
-        progress(Phase(f"evidence: {level}, alone, in supersets, deleted, beside matched nodes"))
+        progress(Phase(f"evidence: {level}, alone, in supersets, deleted, and matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
         found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.within(kept_f, level))
@@ -119,7 +119,7 @@ def gather_task(
             ),
             Measure(
                 "matched", "faithfulness of matched nodes", levels[opening].matched, Criterion("<=", config.matched),
-                note="other active nodes, one for one at the same locations",
+                note="for each node, another active node at the same location",
             ),
             Measure(
                 "lost", "span lost in sparse by deletion", 1 - opened.left, Criterion(">=", config.lost, True),
@@ -155,7 +155,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
     """Measure the overlap of the seeds' circuits; the control is the overlap of as many random active nodes."""
     key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
     if len(seeds_f) < 2:
-        return Measure(key, name, None, criterion, note="there is one seed; five would tell")
+        return Measure(key, name, None, criterion, note="there is only one seed; search with several")
     overlaps, by_chance = [], []
     for one_f, other_f in combinations(seeds_f, 2):
         shared, sizes = int((one_f & other_f).sum()), int(one_f.sum()) + int(other_f.sum())
@@ -163,7 +163,7 @@ def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor)
         overlaps.append(shared / max(1, sizes - shared))
         by_chance.append(expected / max(1.0, sizes - expected))
     sizes = ", ".join(f"{int(kept_f.sum()):,}" for kept_f in seeds_f)
-    control = Control.of("chance", by_chance, max, "most")
+    control = Control.of("chance", by_chance, max, "largest")
     return Measure(key, name, sum(overlaps) / len(overlaps), criterion, control, note=f"nodes: {sizes}")
 
 

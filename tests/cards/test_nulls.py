@@ -149,10 +149,10 @@ def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) 
     file = {"tasks": {"coupling": "another", "rules": rules(), "nulls": []}}
     (folder / "nulls.json").write_text(json.dumps(file))
     other = CoupledModels.from_pretrained(folder, dense=coupling.dense)
-    assert stored_task_nulls(other, rules()) == (None, "the nulls kept are of another coupling; `bridge nulls` runs them")
+    assert stored_task_nulls(other, rules()) == (None, "the stored nulls are of another coupling; `bridge nulls` runs them")
     (folder / "nulls.json").write_text("{")
     assert "cannot be read" in stored_task_nulls(other, rules())[1]
-    with pytest.raises(CheckpointError, match="in no folder"):
+    with pytest.raises(CheckpointError, match="is not saved in a folder"):
         fingerprint(replace(other, path=None))
     assert stored_task_nulls(replace(other, path=None), rules())[0] is None
 
