@@ -118,7 +118,7 @@ _PROMPTS, _TASKS = TypeAdapter(tuple[PromptNull, ...]), TypeAdapter(tuple[TaskNu
 
 def nulls_measure(nulls: Sequence[PromptNull | TaskNull], why: str, note: str) -> Measure:
     """Return the share of cases in which a null's circuit is strong; no value if `why` says that nulls are missing."""
-    name, criterion = "share of nulls' explanations that are as strong", Criterion("<=", 0.0)
+    name, criterion = "share of nulls' explanations as strong", Criterion("<=", 0.0)
     if why or not nulls:
         return Measure("nulls", name, None, criterion, note=why or "no null was run")
     of = "prompts" if isinstance(nulls[0], PromptNull) else "tasks"
