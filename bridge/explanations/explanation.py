@@ -117,8 +117,14 @@ def check_coupling(explanation: Explanation, coupling: CoupledModels, known: Fin
     made, where = explanation.provenance, coupling.path or "this coupling"
     known = Fingerprints.of(coupling) if known is None else known
     if known.dense != made.dense_fingerprint:
-        raise ExplainError("the explanation", f"is not of {coupling.dense.name!r}, to which {where!r} is coupled", "name its own")
+        raise ExplainError(
+            "the explanation",
+            f"was made with another dense model than {coupling.dense.name!r}, which {where!r} is coupled to",
+            "name the coupling that it was made with",
+        )
     if made.coupling_fingerprint not in (None, known.sparse):
         raise ExplainError(
-            "the explanation", f"is of {made.coupling!r} with other weights than {where!r} has", "name its own, or explain again"
+            "the explanation",
+            f"was made with other weights (of {made.coupling!r}) than those of {where!r}",
+            "name the coupling that it was made with, or explain again",
         )

@@ -69,7 +69,7 @@ def export(
     if to not in FORMATS:
         raise ExportError(f"there is no format {to!r}", remedy=f"‹to› is one of {', '.join(FORMATS)}")
     if to != "neuronpedia" and (scan is not None or features_url is not None):
-        raise ExportError("‹scan› and ‹features_url›", f"are Neuronpedia's, and ‹to› is {to}", "leave them out")
+        raise ExportError("‹scan› and ‹features_url›", f"are for Neuronpedia only, and ‹to› is {to}", "leave them out")
     try:
         if to == "graphml":
             return _write_graphml(explanation, path)
@@ -78,11 +78,11 @@ def export(
             return _write_local(explanation, path, slug, pages or {})
         if scan is None:
             raise ExportError(
-                "Neuronpedia", "files graphs under its own ids of models, and none was given", "give ‹scan›, such as gpt2-small"
+                "Neuronpedia", "lists graphs under its own model ids, and none was given", "give ‹scan›, such as gpt2-small"
             )
         return _write_neuronpedia(explanation, path, slug, _checked("scan", scan), features_url, pages or {})
     except OSError as error:
-        raise ExportError(f"could not write {str(path)!r} ({error.strerror or error})", remedy="name another place") from None
+        raise ExportError(f"could not write {str(path)!r} ({error.strerror or error})", remedy="name another path") from None
 
 
 def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, NodePage] | None:
@@ -190,7 +190,7 @@ def _write_neuronpedia(
 ) -> Exported:
     if all(node.layer == 0 for node in opened(explanation) if node.kind != ERROR):
         raise ExportError(
-            "no node", "is above block 0, and Neuronpedia opens no such graph", "export ‹to› circuit-tracer or graphml"
+            "no node", "is above block 0, and Neuronpedia does not open such a graph", "export ‹to› circuit-tracer or graphml"
         )
     extra: dict[str, Any] = {"node_threshold": SHOWN, **origin(explanation)}
     if features_url is None:
@@ -198,7 +198,7 @@ def _write_neuronpedia(
     elif re.fullmatch(r"https://[^\s<>\"]+", features_url):
         extra["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
     else:
-        raise ExportError(f"{features_url!r}", "is no place that Neuronpedia fetches features from", "give an https:// address")
+        raise ExportError(f"{features_url!r}", "is no address that Neuronpedia fetches features from", "give an https:// address")
     graph = graph_json(explanation, slug, scan, rows=1, extra=extra)
     text = json.dumps(graph, allow_nan=False)
     if not SMALLEST <= len(text) <= LARGEST:
@@ -228,7 +228,7 @@ def _listed(file: Path) -> list[dict[str, Any]]:
     except CheckpointError:
         graphs = None
     if not isinstance(graphs, list) or not all(isinstance(graph, dict) for graph in graphs):
-        raise ExportError(f"{str(file)!r}", "is no list of graphs as circuit-tracer writes it", "mend it, or name another folder")
+        raise ExportError(f"{str(file)!r}", "is no list of graphs as circuit-tracer writes it", "fix it, or name another folder")
     return graphs
 
 
@@ -243,9 +243,9 @@ def _slug(explanation: Explanation) -> str:
 
 def _checked(role: str, text: str) -> str:
     if text == "graph-metadata":
-        raise ExportError(f"‹{role}› {text!r}", "is the name of the list of graphs, graph-metadata.json", "give another")
+        raise ExportError(f"‹{role}› {text!r}", "is the name of the list of graphs, graph-metadata.json", "give another name")
     if _SLUG.fullmatch(text) is None:
         raise ExportError(
-            f"‹{role}› {text!r}", "cannot be one: letters, digits, _ . and -, at most 100, no dot in front", "mend it"
+            f"‹{role}› {text!r}", "is not valid", "give at most 100 letters, digits, _ . and -, without a leading dot"
         )
     return text

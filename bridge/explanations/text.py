@@ -38,7 +38,7 @@ _ANSWERS = 4  # likeliest tokens of a model; fewer if the line is too short
 def render_text(explanation: Explained, width: int = 100, *, answer: bool = True) -> str:
     """Return the explanation for a terminal `width` columns wide; `answer` includes the section `render_answer` makes."""
     where, report = explanation.provenance, explanation.report
-    span = "" if where.blocks is None else f" of blocks {where.blocks}, before and behind which the dense model runs"
+    span = "" if where.blocks is None else f" of blocks {where.blocks} (the dense model runs before and after them)"
     made = (
         f"bridge {where.version}, seed {where.seed}; {where.coupling or 'a coupling in memory'} (L0 {where.l0:g}){span}, dense "
         f"model {where.dense} ({where.dense_fingerprint[:12]}), means over {where.reference}"
@@ -58,18 +58,19 @@ def render_text(explanation: Explained, width: int = 100, *, answer: bool = True
 
 _HOW_TO_READ = (
     "How to read this: d is the log-odds in question, in nats; the span is what d loses when every node and every error is at "
-    "its mean over text. F, normalised faithfulness, is 1 less the distance of d from the dense model's as a share of the "
-    "span. A node is a channel of the sparse model at one token; an error is what the sparse model misses of the dense one at "
-    "a site and token, so that with all of them it gives the dense answer exactly. Effect is what d loses when a node or a "
-    "group alone is ablated from the circuit; a group's sparse effect, when it is ablated from the sparse model with all its "
-    "nodes, which may have other ways to the answer; its dense effect is that patched through the bridge. An edge's effect is "
-    "first order. What holds in the sparse model holds for the dense one only as far as the evidence on it goes."
+    "its mean over text. F, normalised faithfulness, is 1 minus the distance of d from the dense model's, as a share of the "
+    "span. A node is a channel of the sparse model at one token. An error is the part of the dense residual that the sparse "
+    "model misses at a site and token; with all errors the sparse model gives the dense answer exactly. The effect of a node or "
+    "a group is the loss of d when it alone is ablated from the circuit. A group's sparse effect is the loss when it is ablated "
+    "from the sparse model with all its nodes, where other nodes may also lead to the answer; its dense effect is the loss in "
+    "the dense model when that change is patched through the bridge. An edge's effect is computed to first order. A result "
+    "about the sparse model holds for the dense model only if the evidence on the dense model supports it."
 )
 
 
 def render_answer(answered: Answered, width: int = 100) -> str:
     """Return the first section of `render_text`: the prompt, both models' answers, and the question."""
-    agree = "agrees" if answered.agree else "answers otherwise by itself"
+    agree = "agrees" if answered.agree else "gives another answer by itself"
     sparse = [f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
         *_wrap("prompt    ", f"{answered.prompt!r}  ({len(answered.tokens)} tokens)", width),
@@ -106,18 +107,18 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
     ]
     for place, each in enumerate(explanation.nested):
         mark = ">" if place == explanation.opening else " "
-        name = "all of KL" if each.asked is None else f"F {each.asked:g}"
+        name = "full KL" if each.asked is None else f"F {each.asked:g}"
         rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
     if not counts.nodes:
         return lines
-    missed = "" if all(each.within for each in explanation.nested) else "! misses what it is held to. "
+    missed = "" if all(each.within for each in explanation.nested) else "! misses a bound of the search. "
     errors = f"{counts.errors:,} error{'' if counts.errors == 1 else 's'}"
     alone, share = counts.edges_faithfulness, round(circuit.error_share, 2) + 0.0  # no -0
     pruned = "" if alone is None else f" (of {counts.edges_before:,}; F {alone:.3f} with these edges alone)"
     asked = explanation.config.opens_at
-    instead = "" if circuit.asked == asked else f", since that at F {asked:g} does not hold in random supersets"
+    instead = "" if circuit.asked == asked else f", because the circuit at F {asked:g} does not hold in random supersets"
     legend = (
         f"{missed}> is drawn here{instead}: {circuit.nodes:,} of {counts.active:,} active nodes, and {errors}; "
         f"{counts.edges:,} edges over {counts.weights:,} weights{pruned}, in {len(explanation.groups):,} groups. "
@@ -128,8 +129,8 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
     if (backup := explanation.backup) is not None:
         strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
         what = (
-            f"Ablated, it leaves {backup.left:.2f} of the span, more than {explanation.config.left:g}: {backup.nodes:,} other "
-            f"nodes back it up{strongest}."
+            f"When this circuit is ablated, {backup.left:.2f} of the span is left, more than {explanation.config.left:g}: "
+            f"{backup.nodes:,} other nodes back it up{strongest}."
         )
         lines += _wrap(" " * _HEAD, what, width)
     return lines
@@ -228,7 +229,7 @@ def _nodes(explanation: Explained, width: int) -> list[str]:
             inputs.setdefault(edge.target, []).append(edge)
     names = {node.id: f"error at site {node.layer}" if node.kind == ERROR else node.name for node in shown}
     longest = max(map(len, names.values()), default=4)
-    lines = [f"NODES     {len(shown):,} of {explanation.counts.nodes:,}, those of largest effect, at the tokens they are at"]
+    lines = [f"NODES     The {len(shown):,} of {explanation.counts.nodes:,} nodes with the largest effects, at their tokens"]
     lines.append(f"        {'node':<{longest}}  group    value     mean   effect   inputs")
     for position, token in enumerate(explanation.tokens):
         here = [node for node in explanation.nodes if node.position == position and node.id in names]
@@ -255,11 +256,11 @@ def _input(edge: ExplainedEdge, position: int) -> str:
 
 def _attention(explanation: Explained, width: int) -> list[str]:
     if not explanation.attention:
-        return ["ATTENTION No head of the circuit does anything for d."]
+        return ["ATTENTION No head of the circuit has an effect on d."]
     left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
-    head = "What d loses when a head's nodes are ablated at a token; by its pattern alone; by its values alone."
+    head = "The loss of d when a head's nodes are ablated at a token: pattern and values; its pattern alone; its values alone."
     lines = [
-        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have some effect.", width),
+        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have an effect.", width),
         "        head         effect  pattern   values   sink   reads",
     ]
     for head in explanation.attention[:LISTED_HEADS]:

@@ -57,7 +57,7 @@ def place(explanation: Explanation, name: str) -> dict[str, Any]:
 def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the graph: metadata, the state of the page, nodes and links; `rows` is the number of rows per block."""
     if len(explanation.tokens) < 2:
-        raise ExportError("the prompt", "is a single token, of which the viewers drop every node", "export ‹to› graphml")
+        raise ExportError("the prompt", "is a single token, and the viewers draw no node of such a prompt", "export ‹to› graphml")
     last, answer = len(explanation.tokens) - 1, _answer_row(explanation, rows)
     asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
     logits = [f"{answer}_{token.id}_{last}" for token in asked]
@@ -118,7 +118,7 @@ def _row_and_index(node: ExplainedNode, rows: int, answer: int) -> tuple[int, in
     if node.kind == ERROR:  # in the row of the sublayer that reads its site, if blocks have two; the last below the answer
         return min(node.layer * rows // 2, answer - 1), ERRORS + node.layer
     if node.kind not in KINDS:
-        raise ExportError("the explanation", f"has a node {node.id!r} of a kind {node.kind!r} that there is not", "explain again")
+        raise ExportError("the explanation", f"has a node {node.id!r} of the unknown kind {node.kind!r}", "explain again")
     row = rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
     return row, 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
 
@@ -213,11 +213,12 @@ def _plain(text: str) -> str:
 def origin(explanation: Explanation) -> dict[str, Any]:
     """Return the metadata of a graph: its origin, with the last part of paths only, and the meaning of its numbers."""
     where, report = explanation.provenance, explanation.report
-    against = "" if explanation.contrast is None else "into the answer, half to each logit. "
+    against = "" if explanation.contrast is None else "An edge into the answer is two links, half to each logit. "
     description = (
-        f"{report.verdict.upper()}. {' '.join(report.reasons)} Asked: {question(explanation)}. d is the log-odds in question. "
-        f"Links are what d owes to an edge, in nats; {against}Nodes are channels of a weight-sparse model coupled to the dense "
-        "one, two features each: of positive and of negative values. Errors are what that model misses of the dense one."
+        f"{report.verdict.upper()}. {' '.join(report.reasons)} Question: {question(explanation)}. d is the log-odds in question. "
+        f"A link's weight is what its edge adds to d, in nats. {against}Nodes are channels of a weight-sparse model coupled to "
+        "the dense one; a channel has two features, one for its positive and one for its negative values. Errors are the parts "
+        "of the dense residual that the sparse model misses."
     )
     settings: dict[str, Any] = {"dense": Path(where.dense).name, "dense_fingerprint": where.dense_fingerprint, "l0": where.l0}
     if where.coupling is not None:
@@ -262,7 +263,7 @@ def _from_page(number: int, node: ExplainedNode, page: NodePage) -> dict[str, An
     between = [each for each in page.quantiles if each.value * sign > 0]
     more, less = (page.promotes, page.demotes)[::sign]
     top, bottom = ([each.text for each in tokens] if page.tokens == "promoted" else [] for tokens in (more, less))
-    examples = {"strongest": map(_example, strongest), "of all where it is not 0": map(_example, between)}
+    examples = {"strongest": map(_example, strongest), "over all nonzero values": map(_example, between)}
     known = [abs(each.value) for each in (*between, *strongest[:1])]
     most = max(known, default=0.0)
     spread = {}

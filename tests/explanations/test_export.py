@@ -348,10 +348,10 @@ def test_with_facts_a_feature_shows_its_side_of_the_channel(
 
 def test_facts_of_another_model_are_refused(coupled: CoupledModels, explanation: Explanation) -> None:
     other = replace(explanation, provenance=replace(explanation.provenance, dense_fingerprint="0" * 64))
-    with pytest.raises(ExplainError, match="the explanation is not of"):
+    with pytest.raises(ExplainError, match="the explanation was made with another dense model than"):
         node_pages(coupled, other)
     refitted = replace(explanation, provenance=replace(explanation.provenance, coupling_fingerprint="0" * 64))
-    with pytest.raises(ExplainError, match="with other weights than"):
+    with pytest.raises(ExplainError, match="was made with other weights "):
         node_pages(coupled, refitted)
     assert node_pages(replace(coupled, path=None), explanation) is None
 
@@ -446,16 +446,16 @@ def test_what_cannot_be_exported_is_one_line(explanation: Explanation, tmp_path:
     neuronpedia: dict[str, Any] = {"to": "neuronpedia", "scan": "gpt2-small"}
     cases: list[tuple[Explanation, dict[str, Any], str]] = [
         (explanation, {"to": "gexf"}, "there is no format 'gexf'; to= is one of circuit-tracer, neuronpedia, graphml"),
-        *((explanation, {"slug": slug}, f"slug={slug!r} cannot be one") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
+        *((explanation, {"slug": slug}, f"slug={slug!r} is not valid") for slug in ("..", "a/b", ".a", "a b", "x" * 101)),
         (explanation, {"slug": "graph-metadata"}, "slug='graph-metadata' is the name of the list of graphs"),
-        (explanation, {"to": "neuronpedia"}, "Neuronpedia files graphs under its own ids of models"),
-        (explanation, {**neuronpedia, "scan": "a/b"}, "scan='a/b' cannot be one"),
-        (explanation, {"scan": "gpt2-small"}, "scan= and features_url= are Neuronpedia's"),
-        (explanation, {**neuronpedia, "features_url": "http://x"}, "'http://x' is no place that Neuronpedia fetches"),
-        (low, neuronpedia, "no node is above block 0, and Neuronpedia opens no such graph"),
-        (one, {}, "the prompt is a single token, of which the viewers drop every node"),
+        (explanation, {"to": "neuronpedia"}, "Neuronpedia lists graphs under its own model ids"),
+        (explanation, {**neuronpedia, "scan": "a/b"}, "scan='a/b' is not valid"),
+        (explanation, {"scan": "gpt2-small"}, "scan= and features_url= are for Neuronpedia only"),
+        (explanation, {**neuronpedia, "features_url": "http://x"}, "'http://x' is no address that Neuronpedia fetches"),
+        (low, neuronpedia, "no node is above block 0, and Neuronpedia does not open such a graph"),
+        (one, {}, "the prompt is a single token, and the viewers draw no node of such a prompt"),
         (lost, {"to": "graphml"}, "has a node 'L0.mlp_act[3]@99' that is at no token of its prompt; explain again"),
-        (strange, {}, "of a kind 'router' that there is not; explain again"),
+        (strange, {}, "of the unknown kind 'router'; explain again"),
         (explanation, {"path": tmp_path / "file" / "out"}, "could not write"),
     ]  # fmt: skip
     for which, options, message in cases:

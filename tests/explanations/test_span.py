@@ -102,7 +102,7 @@ def test_edges_to_the_answer_are_gradients_through_the_rest_of_the_model(span: C
 def test_an_explanation_says_what_it_is_of(span: CoupledModels) -> None:
     explanation = bridge.explain(span, PROMPT)
     assert explanation.provenance.blocks == "1:2"
-    assert "of blocks 1:2, before and behind which the dense model runs" in " ".join(str(explanation).split())
+    assert "of blocks 1:2 (the dense model runs before and after them)" in " ".join(str(explanation).split())
     with torch.no_grad():
         logits_v = tiny_gpt2(layers=3)(torch.tensor([span.dense.prompts.read(PROMPT, CONTEXT)])).logits[0, -1]
     assert explanation.answer.id == int(logits_v.argmax())

@@ -454,7 +454,7 @@ def test_weights_are_read_once_for_all_pages(root: Path, explanation: Explanatio
     with client_of(Library([root]), lambda *_, **__: other) as client:
         id = ask(client)
         over(client, id)
-        refused(client.get(f"/api/explanations/{id}/page"), 422, "with other weights than")
+        refused(client.get(f"/api/explanations/{id}/page"), 422, "was made with other weights (of ")
 
 
 def test_what_cannot_be_loaded_is_told_without_its_folders(root: Path) -> None:
