@@ -49,20 +49,20 @@ from bridge.steering.curves import steer
 
 PAIRS_SHOWN = 8
 STOP_SECONDS = 3.0
-Bridge = Annotated[str | None, Query(max_length=200, description="A coupling as /api/couplings names it; default the first.")]
-Brief = Annotated[bool, Query(description="Leave the explanation out, which can be megabytes: for who only asks where it is.")]
+Bridge = Annotated[str | None, Query(max_length=200, description="Name of a coupling as in /api/couplings; default: the first.")]
+Brief = Annotated[bool, Query(description="Return the state alone, without the known values, which can be megabytes.")]
 Labels = Annotated[dict[Annotated[str, Field(max_length=80)], Annotated[str, Field(max_length=2000)]], Body()]
 _REFUSALS = {
-    400: "The request is not HTTP or JSON that can be read.",
+    400: "The request cannot be read as HTTP or JSON.",
     401: "The server's token is missing or wrong.",
-    403: "The request comes from another site's page.",
-    404: "What is named is not there.",
-    408: "The body did not come in time.",
-    409: "What is named is damaged, or not done yet.",
+    403: "The request comes from a page of another site.",
+    404: "The path, or something that the request names, does not exist.",
+    408: "The body was not received in time.",
+    409: "A file that the request needs is damaged, or the explanation is not done yet.",
     413: "The body is too large.",
     421: "The Host header names another machine.",
     422: "A value breaks a rule.",
-    429: "There is no room in the queue.",
+    429: "The queue is full.",
 }
 _HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 _ALWAYS = (400, 401, 403, 408, 413, 421, 422)
@@ -101,10 +101,10 @@ def create_app(
         title="bridge",
         summary="Explanations of a dense language model by circuits of a weight-sparse transformer coupled to it.",
         description=(
-            "Ask for an explanation, then poll it: `POST /api/explanations`, `GET /api/explanations/{id}`. One is worked on at a "
-            "time, the others queue; a full queue answers 429 and says when to come again. The question and both answers are "
-            "there first, then the circuit, then the evidence on it. Every refusal is `{\"detail\": ...}`: one line that names "
-            "the value, the rule and the remedy."
+            "Ask for an explanation, then poll it: `POST /api/explanations`, `GET /api/explanations/{id}`. The server runs one "
+            "at a time and queues the others; if the queue is full, it answers 429 with the seconds after which to try again. "
+            "The question and both answers are known first, then the circuit, then the evidence on it. Every refusal is "
+            "`{\"detail\": ...}`: one line that names the value, the rule and the remedy."
         ),
         version=version("bridge"),
         docs_url=None,  # FastAPI's page of docs loads scripts from a CDN
@@ -145,11 +145,11 @@ def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
     index = start_page()
     sent, policy = index.encode(), page_policy(index)
 
-    @app.get("/", summary="A page to ask from", response_class=Response, responses=_HTML)
+    @app.get("/", summary="The start page, with a form for prompts", response_class=Response, responses=_HTML)
     def home() -> HTMLResponse:
         return HTMLResponse(sent, headers={"Content-Security-Policy": policy})
 
-    @app.get("/api/health", summary="Whether the server answers, and what it has to do")
+    @app.get("/api/health", summary="The state of the server and of its queue")
     async def health() -> schema.Health:
         statuses = [job.status for job in jobs.all()]
         queued, running = statuses.count("queued"), statuses.count("running")
@@ -167,7 +167,7 @@ def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
     @app.get("/api/tasks/{name}", summary="A built-in task, with prompts to try", responses=refusals(404))
     def task(name: str) -> schema.TaskDetail:
         if name not in task_names():
-            raise NotListedError(f"there is no task {name[:80]!r}", remedy="GET /api/tasks lists those there are")
+            raise NotListedError(f"there is no task {name[:80]!r}", remedy="choose one that GET /api/tasks lists")
         found = load_task(name)
         pairs = [
             schema.TaskPair(prompt=e.prompt, counterfactual=e.counterfactual, answer=list(e.answer), wrong=list(e.wrong))
@@ -183,16 +183,16 @@ def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
     def circuit(name: str) -> schema.CircuitDetail:
         return _circuit_detail(*library.circuit(name))
 
-    @app.get("/api/labels", summary="What people call the nodes of a coupling", responses=refusals(404, 409))
+    @app.get("/api/labels", summary="The labels of a coupling's nodes", responses=refusals(404, 409))
     def labels(bridge: Bridge = None) -> dict[str, str]:
         return library.labels(bridge)
 
-    @app.put("/api/labels", summary="Keep these labels of a coupling's nodes, and no others", responses=refusals(404, 409))
+    @app.put("/api/labels", summary="Replace all labels of a coupling's nodes by these", responses=refusals(404, 409))
     def put_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
         return library.relabel(bridge, labels, others=False)
 
     @app.patch(
-        "/api/labels", summary="Set or, by an empty text, drop the labels of these nodes alone", responses=refusals(404, 409)
+        "/api/labels", summary="Set these labels, or drop those with an empty text; keep all others", responses=refusals(404, 409)
     )
     def patch_labels(labels: Labels, bridge: Bridge = None) -> dict[str, str]:
         return library.relabel(bridge, labels, others=True)
@@ -229,7 +229,7 @@ def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
 
 
 def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
-    @app.get("/api/explanations", summary="The explanations that were asked for, the latest used last")
+    @app.get("/api/explanations", summary="All remembered explanations, the most recently used last")
     def explanations() -> Sequence[schema.JobEntry]:
         return jobs.all()
 
@@ -251,7 +251,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         return job
 
     @app.get(
-        "/api/explanations/{id}", summary="Where an explanation is, and what is known of it",
+        "/api/explanations/{id}", summary="The state of an explanation, and its known values",
         response_model=schema.ExplanationJob, responses=refusals(404),
     )  # fmt: skip
     def explanation(id: str, brief: Brief = False) -> Response:
@@ -262,7 +262,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
 
     @app.delete(
         "/api/explanations/{id}",
-        summary="Cancel an explanation; one that runs stops at its next phase, and what is known of it stays",
+        summary="Cancel an explanation; a running one stops at its next phase, and its known values are kept",
         responses=refusals(404),
     )
     def cancel(id: str) -> schema.JobEntry:
@@ -279,14 +279,15 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
     @app.post(
-        "/api/explanations/{id}/steer", summary="The dense model with a node of the circuit changed",
+        "/api/explanations/{id}/steer", summary="Run the dense model with a node of the circuit changed",
         responses=refusals(404, 409, 429),
     )  # fmt: skip
     async def steered(id: str, body: schema.Steering) -> schema.Steered:
         job, found = await asyncio.to_thread(_readable, jobs, id)
         if body.node not in {node.id for node in found.nodes if node.kind != ERROR}:
             raise NotListedError(
-                f"there is no node {body.node!r} in this circuit", remedy="name one of its nodes by id, as in L1.mlp_act[37]@5"
+                f"there is no node {body.node!r} in this circuit",
+                remedy="give the id of one of its nodes, such as L1.mlp_act[37]@5",
             )
         return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge)[0], found, body)))
 
@@ -342,20 +343,20 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return refusal(422, f"the body is no JSON ({first['ctx']['error']}); send a JSON object")
+        return refusal(422, f"the body is not valid JSON ({first['ctx']['error']}); send a JSON object")
     if isinstance(first["input"], bytes):
-        return refusal(422, "the body does not come as JSON; send it with Content-Type: application/json")
+        return refusal(422, "the body is not declared as JSON; send it with Content-Type: application/json")
     where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
     value = "" if first["type"] == "missing" else f" {repr(first['input'])[:80]}"
-    return refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what may be sent")
+    return refusal(422, f"{where}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}; see /openapi.json for what is accepted")
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path, method = request.url.path[:80], request.method
     details = {
-        404: f"there is nothing at {path!r}; /openapi.json lists what there is",
-        405: f"{method} is not done at {path!r}; /openapi.json lists what is",
-        400: "the body is no JSON that can be read; send a JSON object in UTF-8",
+        404: f"there is nothing at {path!r}; see /openapi.json for all paths",
+        405: f"{method} is not allowed at {path!r}; see /openapi.json for the allowed methods",
+        400: "the body cannot be read as JSON; send a JSON object in UTF-8",
     }
     return refusal(error.status_code, details.get(error.status_code, str(error.detail)), error.headers)

@@ -101,7 +101,7 @@ class Jobs:
     def submit(self, asked: Prompted) -> Job:
         """Queue an explanation; `asked.bridge` is a coupling's listed name. Raises FullError if the queue is full."""
         with self._lock:
-            self._take(len(self._waiting), self._most_waiting, "explanations wait already")
+            self._take(len(self._waiting), self._most_waiting, "explanations are waiting")
             job = Job(
                 id=secrets.token_urlsafe(9), **asked.model_dump(), status="queued", phase="waiting", place=None, stopping=False,
                 stage=None, verdict=None, asked_at=datetime.now(UTC), began_at=None, ended_at=None, readable=False,
@@ -114,7 +114,7 @@ class Jobs:
     def soon(self, call: Callable[[], Any]) -> Future[Any]:
         """Queue a short call on models, run between two phases of the running job. Raises FullError if too many calls wait."""
         with self._lock:
-            self._take(len(self._short), MOST_SHORT, "requests wait for the models already")
+            self._take(len(self._short), MOST_SHORT, "requests are waiting for the models")
             future: Future[Any] = Future()
             self._short.append((call, future))
             self._worker.submit(self._do_short)
@@ -126,7 +126,7 @@ class Jobs:
             if id not in self._jobs:
                 raise NotListedError(
                     f"there is no explanation {id!r}",
-                    remedy=f"the last {self._most_remembered} that ended are kept, so ask for it again",
+                    remedy=f"ask for it again; only the last {self._most_remembered} that ended are kept",
                 )
             self._jobs.move_to_end(id)
             return self._seen(id)
@@ -170,7 +170,7 @@ class Jobs:
             raise FullError("the server is stopping", 5, "start it again")
         if there >= most:
             seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds)))
-            raise FullError(f"{there} {what}, and {most} may", seconds, f"come again in {seconds} seconds, or cancel some")
+            raise FullError(f"{there} {what}, and at most {most} may", seconds, f"try again in {seconds} seconds, or cancel some")
 
     def _seen(self, id: str) -> Job:
         """The current state of a job, with its place in the queue."""
@@ -231,7 +231,7 @@ class Jobs:
             return {"status": "failed", "phase": "failed", "error": str(error)}
         except Exception as error:
             _log.exception("explanation %s failed", id)
-            why = f"explaining failed inside bridge ({type(error).__name__}); the server's own output says where"
+            why = f"the explanation failed inside bridge ({type(error).__name__}); see the server's output"
             return {"status": "failed", "phase": "failed", "error": why}
         return {"status": "done", "phase": "done", **known}
 

@@ -170,7 +170,7 @@ def finite_json(path: Path) -> dict[str, Any]:
     try:
         json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
-        what = f"{'/'.join(path.parts[-2:])!r} is damaged: it holds numbers or text that JSON does not have"
+        what = f"{'/'.join(path.parts[-2:])!r} is damaged: it holds numbers or text that JSON does not allow"
         raise CheckpointError(what, remedy="make it again") from None
     return values
 
@@ -198,7 +198,7 @@ def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
 
 def _pick(name: str, listed: Mapping[str, Path], what: str, where: str) -> tuple[str, Path]:
     if name not in listed:
-        raise NotListedError(f"there is no {what} {name[:80]!r} here", remedy=f"GET {where} lists those there are")
+        raise NotListedError(f"there is no {what} {name[:80]!r} here", remedy=f"choose one that GET {where} lists")
     return name, listed[name]
 
 
@@ -206,11 +206,11 @@ def _version(folder: Path) -> tuple[Path, int]:
     try:
         return folder, (folder / "coupling.json").stat().st_mtime_ns
     except OSError:
-        raise NotListedError(f"the coupling {folder.name!r}", "is gone", "GET /api/couplings lists those there are") from None
+        raise NotListedError(f"the coupling {folder.name!r}", "no longer exists", "see GET /api/couplings for others") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = {"remedy": "mend it, or move it away"} if path.name == LABELS else {}  # labels by people cannot be fitted again
+    remedy = {"remedy": "repair it, or move it away"} if path.name == LABELS else {}  # labels by people cannot be fitted again
     try:
         return read_json(path, **remedy)
     except CheckpointError as error:
@@ -227,16 +227,16 @@ def _labels(folder: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     if file.resolve().parent != folder:
-        raise CheckpointError(LABELS, "is a link out of the coupling's folder", "put the file there")
+        raise CheckpointError(LABELS, "is a link to a file outside the coupling's folder", "replace it by the file")
     values = finite_json(file)
     if not all(isinstance(text, str) for text in values.values()):
-        raise CheckpointError(LABELS, "is damaged: not every label is a text", "mend or delete it")
+        raise CheckpointError(LABELS, "is damaged: not every label is a text", "repair or delete it")
     return values
 
 
 def _check_few(labels: Mapping[str, str]) -> None:
     if len(labels) > MOST_LABELS:
-        raise LibraryError("that", f"would be {len(labels):,} labels, and {MOST_LABELS:,} are kept", "drop some")
+        raise LibraryError(f"{len(labels):,} labels", f"are too many: a coupling keeps at most {MOST_LABELS:,}", "drop some")
 
 
 def _sizes(folder: Path) -> Mapping[Location, int]:
@@ -257,8 +257,8 @@ def _label(node: str, text: str) -> str:
     line = " ".join(text.split())
     if len(line) > LONGEST_LABEL:
         raise LibraryError(
-            f"the label of {node}", f"is {len(line):,} characters long, and {LONGEST_LABEL} are kept", "shorten it"
+            f"the label of {node}", f"is {len(line):,} characters long, and at most {LONGEST_LABEL} are kept", "shorten it"
         )
     if odd := next((character for character in line if unicodedata.category(character) in ("Cc", "Cs")), None):
-        raise LibraryError(f"the label of {node}", f"holds {odd!r}, which is no character to be shown", "leave it out")
+        raise LibraryError(f"the label of {node}", f"holds {odd!r}, which cannot be shown", "leave it out")
     return line

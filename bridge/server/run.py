@@ -52,7 +52,7 @@ def serve(
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         progress(f"serving {', '.join(library.couplings())} at http://{shown}:{port}/{f'?token={token}' if token else ''}")
         if everyone:
-            progress("the token crosses the network as it is: serve on 127.0.0.1 behind ssh or TLS where others can listen")
+            progress("the token is sent unencrypted: if others can listen on the network, serve on 127.0.0.1 behind ssh or TLS")
         progress("Ctrl-C to stop")
         with contextlib.suppress(KeyboardInterrupt):
             server_of(app).run(sockets=[bound])
@@ -104,7 +104,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
         raise AddressError(
-            f"‹host› {host!r}", f"is no address of this machine ({error})", "give 127.0.0.1, or one that is"
+            f"‹host› {host!r}", f"is no address of this machine ({error})", "give 127.0.0.1, or an address of this machine"
         ) from None
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
@@ -112,5 +112,5 @@ def bound_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise AddressError(
-            f"‹port› {port} on {host}", f"cannot be had ({why})", "give another, or 0 for any that is free"
+            f"‹port› {port} on {host}", f"cannot be used ({why})", "give another port, or 0 for any free port"
         ) from None

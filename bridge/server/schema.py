@@ -38,23 +38,23 @@ class Health(BaseModel):
 
     status: Literal["ok"] = "ok"
     version: str
-    queued: int = Field(description="Explanations that wait.")
-    running: int = Field(description="Explanations under way: 0 or 1.")
-    remembered: int = Field(description="Explanations that are over and still remembered.")
+    queued: int = Field(description="Number of explanations in the queue.")
+    running: int = Field(description="Number of running explanations: 0 or 1.")
+    remembered: int = Field(description="Number of ended explanations that are still remembered.")
 
 
 class CouplingEntry(BaseModel):
     """A coupling that can explain prompts; if it cannot be read, the error in place of its facts."""
 
     name: str
-    default: bool = Field(description="Whether it is used where none is named.")
+    default: bool = Field(description="Whether it is used if a request names no coupling.")
     loaded: bool = Field(description="Whether it is in memory.")
     dense: str | None = Field(default=None, description="The dense model it explains.")
-    blocks: str | None = Field(default=None, description="Its blocks that are coupled, as a slice; none given: all.")
-    l0: float | None = Field(default=None, description="Nonzero weights: below 1 a fraction, from 1 on their number.")
+    blocks: str | None = Field(default=None, description="The coupled blocks of the dense model, as a slice; null: all.")
+    l0: float | None = Field(default=None, description="Weights that are kept: below 1 a fraction, otherwise their number.")
     width: int | None = Field(default=None, description="Residual width of the sparse model.")
     sublayers: int | None = None
-    context: int | None = Field(default=None, description="Most tokens a prompt may have.")
+    context: int | None = Field(default=None, description="Largest number of tokens of a prompt.")
     vocabulary: int | None = None
     error: str | None = None
 
@@ -87,7 +87,7 @@ class CircuitEntry(BaseModel):
 
     name: str
     task: str | None = None
-    null: str | None = Field(default=None, description="Set for a search that must fail: labels, weights or shuffled.")
+    null: str | None = Field(default=None, description="If the search was a null, which must fail: labels, weights or shuffled.")
     verdict: str | None = None
     nodes: int | None = None
     edges: int | None = None
@@ -109,13 +109,11 @@ class Prompted(Asking):
     """A prompt to explain."""
 
     prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT, description="The text whose next token is explained.")
-    bridge: Text | None = Field(
-        default=None, description="A coupling as /api/couplings names it; the default one where none is given."
-    )
-    target: Text | None = Field(default=None, description="Explain this token; the dense model's answer where none is given.")
-    contrast: Text | None = Field(default=None, description="Rather than this token; than any other where none is given.")
+    bridge: Text | None = Field(default=None, description="Name of a coupling as in /api/couplings; default: the first.")
+    target: Text | None = Field(default=None, description="Token to explain; default: the dense model's answer.")
+    contrast: Text | None = Field(default=None, description="Token to explain it against; default: all other tokens.")
     counterfactual: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)] | None = Field(
-        default=None, description="A prompt of as many tokens with another answer, which adds patching to the evidence."
+        default=None, description="A prompt with the same number of tokens and another answer; it adds patching to the evidence."
     )
 
 
@@ -129,43 +127,43 @@ class JobEntry(BaseModel):
     contrast: str | None
     counterfactual: str | None
     status: Status
-    phase: str = Field(description="What it is at, for a person to read.")
+    phase: str = Field(description="The current phase, as a text for people.")
     error: str | None = Field(default=None, description="Why it failed, in one line.")
-    place: int | None = Field(description="Its place in the queue, 1 for the next; null where it does not wait.")
-    stopping: bool = Field(description="Whether it was cancelled and stops once the phase that it is at ends.")
-    stage: Stage | None = Field(description="How much is known: the question and both answers, the circuit, or all of it.")
-    verdict: str | None = Field(description="What the evidence comes to; null before it is readable.")
+    place: int | None = Field(description="Its place in the queue, 1 for the next; null if it is not queued.")
+    stopping: bool = Field(description="Whether it was cancelled and stops when its current phase ends.")
+    stage: Stage | None = Field(description="Last known stage: the question and both answers, the circuit, or everything.")
+    verdict: str | None = Field(description="The verdict of the evidence; null until the explanation is readable.")
     asked_at: datetime
-    began_at: datetime | None = Field(description="When work on it began; null before.")
+    began_at: datetime | None = Field(description="When it began to run; null before.")
     ended_at: datetime | None = Field(description="When it was done, failed or cancelled; null before.")
-    readable: bool = Field(description="Whether the explanation is there.")
+    readable: bool = Field(description="Whether the whole explanation is known.")
 
 
 class ExplanationJob(JobEntry):
     """A requested explanation and its known values; only the last stage that was reached has a value, the others are null."""
 
-    answered: Answered | None = Field(None, description="The question, both models' answers, and the span, at once.")
-    drawn: Drawn | None = Field(None, description="The opening circuit, before the evidence on it.")
+    answered: Answered | None = Field(None, description="First stage: the question, both models' answers, and the span.")
+    drawn: Drawn | None = Field(None, description="Second stage: the opening circuit, before the evidence on it.")
     explanation: Explanation | None = Field(
         None,
-        description="As `Explanation.to_json` writes it: besides these fields `format`, `agree`, `span`, and in the report "
-        "verdict and reasons.",
+        description="Last stage: the explanation as `Explanation.to_json` writes it. In addition to these fields it has "
+        "`format`, `agree` and `span`, and its report has `verdict` and `reasons`.",
     )
 
 
 class Steering(Asking):
     """A node of the circuit to set, and how strongly the change is patched into the dense model."""
 
-    node: Text = Field(description="A node of the explanation, as its id: L1.mlp_act[37]@5.")
-    value: float = Field(ge=-1e6, le=1e6, description="The activation that it is set to in the sparse model.")
-    strength: float = Field(default=1.0, ge=0, le=1, description="0 leaves the dense model as it is.")
+    node: Text = Field(description="Id of a node of the explanation, such as L1.mlp_act[37]@5.")
+    value: float = Field(ge=-1e6, le=1e6, description="The activation that the node is set to in the sparse model.")
+    strength: float = Field(default=1.0, ge=0, le=1, description="Fraction of the change; 0 leaves the dense model unchanged.")
 
 
 class Steered(BaseModel):
     """The dense model's answer and text when a node is steered."""
 
     strength: float
-    dense: list[Answer] = Field(description="Its next tokens, the likeliest first.")
+    dense: list[Answer] = Field(description="Its most probable next tokens, the most probable first.")
     probability_target: float
-    probability_contrast: float = Field(description="Of the contrast; where there is none, of its second answer.")
-    text: str = Field(description="What it goes on to write.")
+    probability_contrast: float = Field(description="Probability of the contrast (default: the dense model's second answer).")
+    text: str = Field(description="The text that the dense model generates after the prompt.")

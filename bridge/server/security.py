@@ -66,11 +66,11 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.hosts is None and self.token is None:
-            raise AddressError("an address that other machines reach", "needs a token", "give one, or serve on 127.0.0.1")
+            raise AddressError("an address that other machines can reach", "needs a token", "give one, or serve on 127.0.0.1")
         if self.token is not None and not re.fullmatch(TOKEN, self.token):
             raise AddressError(
                 "the token given",
-                "cannot be used: it takes 16 or more letters, digits and - . _ ~ + / =",
+                "is not valid: a token has 16 or more letters, digits and - . _ ~ + / =",
                 f"give one such as {secrets.token_urlsafe(18)}",
             )
 
@@ -127,7 +127,7 @@ class Guard:
             _log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise
-            await refusal(500, "this failed inside bridge; the server's own output says where")(scope, receive, answer)
+            await refusal(500, "the request failed inside bridge; see the server's output")(scope, receive, answer)
 
     def _check(self, scope: Scope) -> None:
         """Raise HTTPException if a request breaks a rule."""
@@ -136,14 +136,14 @@ class Guard:
         host = hosts[0].lower() if len(hosts) == 1 else ""
         if self.rules.hosts is not None and host not in self.rules.hosts:
             known = ", ".join(sorted(self.rules.hosts))
-            raise HTTPException(421, f"Host {host!r} is not served here; ask for one of {known}")
+            raise HTTPException(421, f"Host {host!r} is not served here; use one of {known}")
         self._check_token(scope, headers)
         if scope["method"] in SAFE:
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if (origin is not None and _authority(origin) != host) or site not in ("same-origin", "none"):
             raise HTTPException(
-                403, f"Origin {origin!r} is another site's, which may change nothing here; ask from this server's own page"
+                403, f"Origin {origin!r} is another site, which may not change anything here; use this server's own page"
             )
 
     def _check_token(self, scope: Scope, headers: Headers) -> None:
@@ -173,7 +173,7 @@ class Guard:
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the whole body, and return a `receive` that replays it. Raises HTTPException if it is too large or too slow."""
         most = self.rules.most_bytes
-        too_large = HTTPException(413, f"the body is larger than the {most:,} bytes that are read; send less")
+        too_large = HTTPException(413, f"the body is larger than the limit of {most:,} bytes; send less")
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length[:20]) > most:
             raise too_large
@@ -185,9 +185,9 @@ class Guard:
                     if len(body) > most:
                         raise too_large
         except ClientDisconnect:
-            raise HTTPException(400, "the body ended early; send it whole") from None
+            raise HTTPException(400, "the body ended early; send all of it") from None
         except TimeoutError:
-            raise HTTPException(408, f"the body did not come within {BODY_SECONDS:g} seconds; send it faster") from None
+            raise HTTPException(408, f"the body was not received within {BODY_SECONDS:g} seconds; send it faster") from None
         pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

@@ -121,7 +121,7 @@ def test_one_at_a_time_in_order_and_a_full_queue_says_when_to_come_again(root: P
         until(lambda: client.get("/api/health").json()["running"] == 1)
         ids.append(ask(client, "w4"))
         answer = client.post("/api/explanations", json={"prompt": "w6"})
-        refused(answer, 429, "2 explanations wait already", "come again")
+        refused(answer, 429, "2 explanations are waiting, and at most 2 may", "try again in ")
         assert 1 <= int(answer.headers["Retry-After"]) <= 600
         assert client.get("/api/health").json() | {"version": ""} == {
             "status": "ok",
@@ -375,12 +375,12 @@ def test_a_counterfactual_is_checked_before_the_coupling_is_loaded_or_after(root
 @pytest.mark.parametrize(
     ("content", "kind", "status", "part"),
     [
-        (b'{"prompt": ', "application/json", 422, "no JSON"),
+        (b'{"prompt": ', "application/json", 422, "the body is not valid JSON"),
         (b'{"prompt": "a\\ud800"}', "application/json", 422, "\\ud800"),
         (b'{"prompt": NaN, "x": 1}', "application/json", 422, "prompt nan"),
         (b'{"prompt": "w5", "x\\ud800": 1}', "application/json", 422, "x\\ud800"),
-        (b'{"prompt": "\xff"}', "application/json", 400, "no JSON"),
-        (b"[" * 100_000, "application/json", 400, "no JSON"),
+        (b'{"prompt": "\xff"}', "application/json", 400, "cannot be read as JSON"),
+        (b"[" * 100_000, "application/json", 400, "cannot be read as JSON"),
         (b'{"prompt": "w5"}', "text/plain", 422, "Content-Type"),
     ],
 )
