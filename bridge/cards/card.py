@@ -17,9 +17,9 @@ from bridge.models.store import as_json, refused_unless_read
 from bridge.verdicts.null_table import TaskNull
 
 _HOW_TO_READ = (
-    "How to read this: d is the logit of the right answer less that of the wrong one, the span what the dense model has of it "
-    'beyond every node at its mean. "All nodes" is what the whole sparse model reaches in the circuit\'s place: what is missing '
-    "there the coupling has lost, not the circuit. Intervals are over pairs. What a null passes too is no evidence by itself."
+    "How to read this: d is the logit of the right answer minus that of the wrong one; the span is the dense model's d minus d "
+    'with every node and error at its mean. "All nodes" is the value of the whole sparse model in the circuit\'s place; '
+    "a shortfall there is due to the coupling. Intervals are over pairs. A test that a null passes too is no evidence by itself."
 )
 
 

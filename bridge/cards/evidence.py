@@ -83,14 +83,14 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
         Rule(
             "representational",
             (*keys["patching"], *keys["deletion"]),
-            "Patching its nodes, transported into the dense model, changes the answer there, and so does deleting them.",
+            "Patching or deleting the circuit's nodes changes the dense model's answer when the change is transported there.",
         ),
         Rule(
             "mechanistic support",
             ("lost", *keys["substitution"], *keys["effect profile"], *keys["prediction"], "seeds", "nulls"),
-            "When it is ablated the answer is lost, it does in place of the dense blocks, its nodes have effects that rank "
-            "alike in both models, it predicts the dense model's answers, seeds agree, and couplings that must fail these tests "
-            "do.",
+            "The answer is lost when the circuit is ablated, the circuit keeps it in place of the dense blocks, its nodes' "
+            "effects rank alike in both models, it predicts the dense model's answers, the circuits of several seeds agree, and "
+            "the null couplings, which must fail these tests, do fail them.",
         ),
     )
 
@@ -143,7 +143,7 @@ def gather_task(
     """
     config, generator = CardConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
-        raise CardError("the coupling", "holds no reference text, which a card's baseline is taken from", "fit it again")
+        raise CardError("the coupling", "holds no reference text, which a card needs for its baseline", "fit it again")
     chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
     stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
@@ -162,7 +162,7 @@ def gather_task(
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
     left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
-    progress(Phase(f"evidence: substitution, and {len(matched_cf)} times of matched nodes"))
+    progress(Phase(f"evidence: substitution of the circuit, and of {len(matched_cf)} draws of matched nodes"))
     substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
     progress(Phase(f"evidence: {config.nodes} nodes one at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
@@ -195,7 +195,7 @@ def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
     """The search's own verdict in two parts: whether there is something to explain, and whether the circuit is sufficient."""
     found = float(circuit.sparse not in ("unsolved", "no explanation"))
     value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse), Criterion(">=", 1.0)
-    note = f"the search's verdict on it is {circuit.sparse}"
+    note = f"the search's verdict on the circuit is {circuit.sparse}"
     return (
         Measure("searched", "something to explain in the sparse model", found, yes),
         Measure("sufficient", "sufficient in the sparse model", value, yes, note=note),
@@ -204,7 +204,7 @@ def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
 
 def _seeds(circuit: TaskCircuit) -> Measure:
     value = None if circuit.seeds_agree is None else float(circuit.seeds_agree)
-    note = "one seed was searched" if value is None else ""
+    note = "only one seed was searched" if value is None else ""
     return Measure("seeds", "circuits of several seeds agree", value, Criterion(">=", 1.0), note=note)
 
 

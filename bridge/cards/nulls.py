@@ -32,7 +32,7 @@ from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 
 TASKS = 3  # default number, of the tasks that both models do
-WEAK = "the uncoupled model does none of these tasks: train it for longer, or this null shows little"
+WEAK = "the uncoupled model does none of these tasks, so this null shows little; train it for longer"
 WHAT: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
@@ -122,6 +122,6 @@ def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved]) -> tuple[Re
             solved.append(task)
     if not solved:
         raise CardError(
-            "the models of this coupling", "do none of the tasks, so there is no card for nulls to fail", "name ‹tasks›"
+            "the models of this coupling", "do none of the tasks, so the nulls cannot be tested", "name some with ‹tasks›"
         )
     return tuple(solved)

@@ -41,7 +41,7 @@ LEAST_PROMPTS, LEAST_MISTAKES = 200, 10
 BIGRAM_ROWS = 128
 NAMES: Mapping[str, str] = {
     "prediction": "R^2 on unseen prompts",
-    "prediction_margin": "R^2 beyond a bigram's, least of 95%",
+    "prediction_margin": "R^2 beyond a bigram's, lower end of 95%",
     "signs": "sign agreement on unseen prompts",
 }
 _ORDER = np.array([1.0, -1.0])  # signs that give both members of a pair d of the same two answers in the same order
@@ -67,7 +67,7 @@ def prediction_measures(
     """
     prompts = sum(2 * len(some) for some in stress.values())
     if prompts < LEAST_PROMPTS:
-        note = f"{prompts} stress prompts could be made of this task's pairs, and {LEAST_PROMPTS} are asked"
+        note = f"only {prompts} stress prompts could be made from this task's pairs; {LEAST_PROMPTS} are needed"
         asked = Criterion(">=", 0.0), Criterion(">=", 0.0), Criterion(">=", agreement)
         return tuple(Measure(key, name, None, each, note=note) for (key, name), each in zip(NAMES.items(), asked, strict=True))
     device = coupling.dense.device
@@ -149,12 +149,12 @@ def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tupl
     least = None if bounds is None or better is None else min(bounds[0], better[0])
     kinds = ", ".join(f"{point.label} {point.values['R^2']:.2f}" for point in points)
     correlation = _correlation(found.dense, found.circuit)
-    note = f"{dense_b2.size} prompts: {kinds}; correlation where the answer is known {correlation:.2f}"
+    note = f"{dense_b2.size} prompts: {kinds}; correlation with the right answer first {correlation:.2f}"
     (key, name), (margin, margin_name), _ = NAMES.items()
     control, above = Control("bigram", 1, bigram, bigram, "it"), Criterion(">=", 0.0, True)
     return (
         Measure(key, name, value, above, control, bounds, most, note, points),
-        Measure(margin, margin_name, least, Criterion(">=", 0.0), note="and of R^2 itself, the lower of the two"),
+        Measure(margin, margin_name, least, Criterion(">=", 0.0), note="the lower end for R^2 itself, if that is smaller"),
     )
 
 

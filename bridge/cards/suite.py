@@ -48,7 +48,7 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
         one = found[0][0] == circuit
         if task is not None and not one:
             raise CardError(
-                f"{str(circuit)!r}", "holds several circuits, of tasks they name", "leave out ‹task›, or name one of them"
+                f"{str(circuit)!r}", "holds several circuits, each of its own task", "leave out ‹task›, or name one circuit"
             )
         return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
     wanted = []
@@ -83,7 +83,7 @@ def task_card(
         pairs=pairs,
         report=report,
         nulls=stored_task_nulls(coupling, rules())[0],
-        notes=(f"{pairs} held-out pairs, and {asked} are asked.",) if pairs < asked else (),
+        notes=(f"There are only {pairs} held-out pairs instead of {asked}.",) if pairs < asked else (),
         provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes, "circuit": digest},
         seconds=time.monotonic() - started,
     )
@@ -144,7 +144,7 @@ def _circuit(
     result = found if isinstance(found, TaskResult) else TaskResult.load(found)
     which = "the circuit" if folder is None else f"the circuit in {str(folder)!r}"
     if result.facts.task != task.task:
-        raise CardError(which, f"is of the task {result.facts.task}, not {task.task}", "give that as ‹task›")
+        raise CardError(which, f"is of the task {result.facts.task}, not {task.task}", "name its own task with ‹task›")
     if folder is None:
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
@@ -183,7 +183,7 @@ def run_nulls(
     there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
         raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
-    progress(Phase("nulls: which tasks the models do"))
+    progress(Phase("nulls: finding tasks that both models do"))
     if names:
         tasks = tuple(resolved(subjects, name) for name in names)
     else:

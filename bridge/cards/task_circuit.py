@@ -52,7 +52,7 @@ class TaskCircuit:
         """The circuit of a result. Raises CardError if it was searched in other weights, or if it is a null's."""
         facts, circuit = result.facts, result.circuit
         if facts.null is not None:
-            raise CardError(f"the circuit of {facts.task}", f"is a null's ({facts.null})", "name one that was searched without")
+            raise CardError(f"the circuit of {facts.task}", f"was searched as a null ({facts.null})", "name an ordinary circuit")
         if facts.provenance.get("sparse_fingerprint") != sparse_fingerprint(coupling.sparse):
             raise CardError(
                 f"the circuit of {facts.task}",

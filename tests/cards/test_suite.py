@@ -67,8 +67,8 @@ def test_what_is_wanted(found: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_is_refused(found: Path, bridge_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert_refused(run("card"), "which circuit is not said")
-    assert_refused(run("card", "--all", "--task", "for_while"), "which circuit is not said")
+    assert_refused(run("card"), "the circuit must be given in one way")
+    assert_refused(run("card", "--all", "--task", "for_while"), "the circuit must be given in one way")
     assert_refused(run("card", "--circuit", tmp_path / "none"), "holds no circuit")
     assert_refused(run("card", "--circuit", found.parent, "--task", "for_while"), "several circuits")
     assert_refused(run("card", "--circuit", found, "--task", "for_while", "--bridge", bridge_folder), "is of the task planted")
