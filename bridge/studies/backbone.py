@@ -57,17 +57,17 @@ class Backbone:
         met = "yes" if self.mean_overlap <= APART else "NO"
         width = max(map(len, self.tasks))
         lines = [f"SHARED BACKBONE: {self.nodes:,} nodes are in at least half of {len(self.tasks)} circuits"]
-        lines.append(f"  {'':<{width}}  in it   beyond it  rise of its loss without its own, and without another's (mean)")
+        lines.append(f"  {'':<{width}}  in it         own  rise of its loss: own nodes deleted, another task's (mean)")
         for place, name in enumerate(self.tasks):
             others = [row[place] for other, row in enumerate(self.rise) if other != place]
             rises = f"{self.rise[place][place]:+.2f}, {sum(others) / len(others):+.2f}"
             lines.append(f"  {name:<{width}}  {self.shared[place]:>5,}  {self.own[place]:>10,}  {rises}")
         lines.append(
-            f"  overlap of what is beyond it: Jaccard {self.mean_jaccard:.2f}, beyond chance {self.mean_overlap:.2f}, "
+            f"  overlap of two tasks' own nodes: Jaccard {self.mean_jaccard:.2f}, beyond chance {self.mean_overlap:.2f}, "
             f"aim <= {APART:g}: {met}"
         )
         if self.apart is not None:
-            lines.append(f"  deleting another's own does {self.apart:.2f} of what deleting a task's own does (mean)")
+            lines.append(f"  effect of another task's own nodes, as a share of the task's own effect (mean): {self.apart:.2f}")
         return "\n".join(lines)
 
 

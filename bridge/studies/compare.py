@@ -171,14 +171,14 @@ def render_comparison(comparison: Comparison) -> str:
     """The comparison as text tables."""
     short = [name[:14] for name in comparison.tasks]
     width = max((len(name) for name in comparison.tasks), default=0)
-    lines = ["CROSS-ABLATION: rise of the column's two-way loss with the row's circuit deleted (random nodes instead)"]
+    lines = ["CROSS-ABLATION: rise of the column's two-way loss with the row's circuit deleted (with random nodes deleted)"]
     lines.append(" " * (width + 2) + "  ".join(f"{name:>14}" for name in short))
     for name, rise, random in zip(comparison.tasks, comparison.rise, comparison.random, strict=True):
         cells = [f"{x:+.2f} ({'none' if y is None else f'{y:+.2f}'})" for x, y in zip(rise, random, strict=True)]
         lines.append(f"  {name:<{width}}" + "  ".join(f"{cell:>14}" for cell in cells))
     if comparison.apart is not None:
         met = "yes" if comparison.apart <= APART else "NO"
-        lines.append(f"  off the diagonal, mean share of the diagonal {comparison.apart:.2f}, aim <= {APART:g}: {met}")
+        lines.append(f"  off the diagonal: {comparison.apart:.2f} of the column's own rise (mean), aim <= {APART:g}: {met}")
     if comparison.backbone is not None:
         lines += ["", comparison.backbone.text()]
     lines += ["", "OVERLAP                                             shared  by chance       p"]
@@ -205,7 +205,7 @@ def heat_map(comparison: Comparison) -> str:
                 axis.text(
                     b, a, f"{rise:+.2f}", ha="center", va="center", color=ink, gid=f"{names[a]} deleted, {names[b]} measured"
                 )
-        axis.set_xlabel("rise of the two-way loss, nats; darker: a larger share of the column's own", fontsize=7)
+        axis.set_xlabel("rise of the two-way loss, nats; darker: a larger share of the column's own rise", fontsize=7)
         axis.set_ylabel("circuit deleted")
 
     side = 2.4 + 0.5 * len(names)

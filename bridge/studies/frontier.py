@@ -190,7 +190,7 @@ def render_frontier(frontier: Frontier) -> str:
         "a task without a circuit counted at the whole model's size.",
     ]
     if dense is not None and dense.why_not:
-        lines.append(f"The dense model was not pruned: {dense.why_not}")
+        lines.append(f"The dense model's own circuits are not known: {dense.why_not}")
     if len(texts := _dense_ces(frontier)) > 1:
         lines.append(
             f"The points were evaluated on different text (the dense model's CE is {texts[0]:.3f} to {texts[-1]:.3f}): "
@@ -223,7 +223,7 @@ def frontier_figure(frontier: Frontier) -> Any:
         figure.suptitle("Capability against interpretability: left and down is better")
         figure.supxlabel(
             "Labels: L0 as a share of the weights; (a/b): a of b tasks have a circuit, the others count at the model's size. "
-            "Rings: loaded.", fontsize=7,
+            "Rings: loaded couplings.", fontsize=7,
         )  # fmt: skip
         axes[0].set_ylabel("edges of a circuit, geometric mean over tasks")
         for axis, (title, value, lines) in zip(axes, panels, strict=True):

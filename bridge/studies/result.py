@@ -36,7 +36,7 @@ Null = Literal["labels", "weights", "shuffled"]
 NULLS: dict[Null, str] = {
     "labels": "every answer token replaced by one drawn at random, the same one everywhere",
     "weights": "every matrix of the sparse model with its entries permuted",
-    "shuffled": "the names that are right and wrong answers dealt out anew among the prompts",
+    "shuffled": "every pair given the answers of another pair, right and wrong exchanged in half of the pairs",
 }
 LABELLED = 24  # nodes, at most, whose labels the text lists
 _EDGE_KINDS = ("weight", "value")
@@ -243,18 +243,18 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     ]
     entries = ", ".join(f"{count:,} {name}" for name, count in facts.entries.items())
     summary = (
-        f"> is the circuit, of {facts.whole.nodes:,} nodes and {facts.whole.edges:,} edges; beside its edges {entries} entries."
+        f"> is the circuit, out of {facts.whole.nodes:,} nodes and {facts.whole.edges:,} edges. It also uses {entries} weights."
     )
     if facts.errors:
-        summary += f" Errors at {', '.join(facts.errors)} have {facts.opened.circuit.error_share:.0%} of the span."
+        summary += f" {facts.opened.circuit.error_share:.0%} of the span flows through errors at {', '.join(facts.errors)}."
     lines += textwrap.wrap(f"          {summary}", width, subsequent_indent=" " * 10)
     if facts.dense is not None and facts.dense_whole is not None:
         lines.append(
-            f"DENSE     its own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} "
+            f"DENSE     own circuit at F {facts.search.opens_at:g}: {facts.dense.nodes:,} of {facts.dense_whole.nodes:,} "
             f"nodes; {facts.dense.edges:,} edges, {facts.dense.edges / max(1, facts.size.edges):.1f} times as many"
         )
     else:
-        lines += textwrap.wrap(f"DENSE     its own circuit: {facts.why_not_dense}", width, subsequent_indent=" " * 10)
+        lines += textwrap.wrap(f"DENSE     own circuit: {facts.why_not_dense}", width, subsequent_indent=" " * 10)
     nodes = [*_nodes(result, width), *_labelled(result, labels or {}, width)]
     return "\n".join([*lines, "", *nodes, "", *evidence_table(report.measures, width), "", f"{facts.seconds:.0f} s"])
 
@@ -273,14 +273,14 @@ def _levels(facts: TaskFacts, width: int) -> list[str]:
         )  # fmt: skip
         rows.append((mark, f"{c.nodes:,}", f"{c.errors}", f"{level.edges:,}", *numbers))
     missed = any(not level.circuit.within for level in facts.levels)
-    note = "! is beyond what the search asks of its own prompts, on these, which it has not seen." if missed else ""
+    note = "! marks circuits that miss the bounds of the search on these prompts, which it has not seen." if missed else ""
     return [*columns(rows, width), *textwrap.wrap(note, width, initial_indent=" " * 10, subsequent_indent=" " * 10)]
 
 
 def _nodes(result: TaskResult, width: int) -> list[str]:
     """The nodes by location; if there are several seeds, with the share of seeds that kept each."""
     several = len(result.facts.runs) > 1
-    lines = [f"NODES{'' if not several else ' and the share of seeds that kept each'}"]
+    lines = [f"NODES{'' if not several else ', each with the share of seeds that kept it'}"]
     for location, kept_1n in result.circuit.kept.items():
         index_k = kept_1n[0].nonzero().flatten().tolist()
         if not index_k:
@@ -301,4 +301,4 @@ def _labelled(result: TaskResult, labels: Mapping[str, str], width: int) -> list
     known = [node.name for node in result.circuit.nodes if node.name in labels]
     listed = sorted(known, key=lambda name: -effect[name])[:LABELLED]
     lines = [f"  {name:<15} {labels[name]}"[:width] for name in listed]
-    return ["", "WHAT THEY DO, by rule (`bridge nodes` says more)", *lines] if listed else []
+    return ["", "LABELS of nodes with large effects, made by rule (`bridge nodes` prints more)", *lines] if listed else []

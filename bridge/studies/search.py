@@ -92,7 +92,7 @@ def search_config(level: float = TASK_SEARCH.opens_at, budget: float = 1.0, nest
     """
     if level not in TASK_SEARCH.levels:
         raise SearchError(
-            f"the level F {level:g}", "is none of the nested ones", f"give {', '.join(map(str, TASK_SEARCH.levels))}"
+            f"the level F {level:g}", "is not a level of the nested circuits", f"give {', '.join(map(str, TASK_SEARCH.levels))}"
         )
     levels = TASK_SEARCH.levels if nested else (level,)
     return replace(TASK_SEARCH, levels=levels, opens_at=level, steps=max(1, round(budget * TASK_SEARCH.steps)))
@@ -142,14 +142,14 @@ def search_task(
     elif null == "shuffled":
         task = _altered(task, lambda pairs, place: dealt_anew(pairs, seed + place))
     coupling, subject = subjects.coupling, subjects.sparse
-    on_progress(Phase("gate: how well both models do the task"))
+    on_progress(Phase("gate: accuracy of both models on the task"))
     of_test = task.splits["test"].to(subject.device)
     scores, dense_scores = score(coupling.sparse, of_test), score(coupling.dense, of_test)
     if scores.accuracy < SOLVED and null is None and gated:
         raise UnsolvedError(
             "the sparse model",
-            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked (dense {dense_scores.accuracy:.1%}), "
-            "so there is no circuit to find",
+            f"answers {scores.accuracy:.1%} of {task.task} right (the dense model {dense_scores.accuracy:.1%}), less than the "
+            f"{SOLVED:.0%} that are required, so there is no circuit to find",
             "take another task or a better coupling",
         )
 
@@ -223,7 +223,7 @@ def search_dense(
     if scores.accuracy < SOLVED:
         raise UnsolvedError(
             "the dense model",
-            f"answers {scores.accuracy:.1%} of {task.task} right and {SOLVED:.0%} are asked, so there is no circuit to find",
+            f"answers {scores.accuracy:.1%} of {task.task} right, less than {SOLVED:.0%}, so there is no circuit to find",
             "take another task",
         )
     return _dense_size(subjects, task, search_config(level, budget), progress)

@@ -70,11 +70,11 @@ def run_suite(
             if "failed" not in facts:
                 results.append(_same(TaskResult.load(folder), asked, folder))
                 size, verdict = results[-1].facts.size, results[-1].report.verdict
-                yield f"task      {name}: {size.nodes:,} nodes, {size.edges:,} edges, {verdict}; there already"
+                yield f"task      {name}: {size.nodes:,} nodes, {size.edges:,} edges, {verdict}; already searched"
                 continue
             if facts.get("search") == asked:
                 failed += 1
-                yield f"task      {name}: no circuit, found so before ({facts['failed']})"
+                yield f"task      {name}: no circuit in the earlier search ({facts['failed']})"
                 continue
         try:
             result = search_task(subjects, task, progress=on_progress, **options)
@@ -180,5 +180,5 @@ def _means(sizes: Sizes) -> str:
         f"{sizes.sparse_nodes:,.0f} nodes, {sizes.sparse_edges:,.0f} edges"
     )
     if sizes.dense_edges is None:
-        return f"{text}; the dense model was not pruned for all"
+        return f"{text}; the dense model's own circuits are not known for all"
     return f"{text}; dense {sizes.dense_edges:,.0f} edges, {sizes.dense_edges / max(1, sizes.sparse_edges):.1f} times as many"

@@ -43,7 +43,7 @@ def plan(
     """
     for what, given in (("l0", l0), ("width", width), ("load", [str(path) for path in load])):
         if twice := sorted({value for value in given if list(given).count(value) > 1}):
-            raise SweepError(f"{what} {twice[0]}", "is named twice", "name each once")
+            raise SweepError(f"{what} {twice[0]}", "is given twice", "give each value once")
     points: list[Planned] = []
     if l0 or width or not load:
         for one_width in width or (None,):
@@ -51,13 +51,13 @@ def plan(
                 values = recipe_values(l0=one_l0, width=one_width, **recipe)
                 if not values.get("sparsity"):
                     raise SweepError(
-                        "how sparse", "is not said", "give ‹l0›: below 1 the fraction of weights that stay, or their number"
+                        "the sparsity", "is missing", "give ‹l0›, the fraction of weights to keep if below 1, or their number"
                     )
                 wanted = resolve({"dense": NOT_NAMED, **values})
                 shape = "auto" if wanted.sparse.width is None else wanted.sparse.width
                 name = f"w{shape}-l0-{wanted.sparsity.l0:.12g}"
                 if any(point.name == name for point in points):
-                    raise SweepError("two points", f"would be {name}", "leave width and L0 out of ‹settings›")
+                    raise SweepError("two points", f"would both be named {name}", "leave width and L0 out of ‹settings›")
                 points.append(Planned(name, values, wanted))
     names = [Path(path).name or str(path) for path in load]
     for path, name in zip(load, names, strict=True):
@@ -116,12 +116,14 @@ def sweep(
     if wanted is not None:
         model, adapter, revision = wanted.dense if model is None else model, wanted.adapter, wanted.revision
         if model == NOT_NAMED:
-            raise SweepError("which model", "is not said", "give a hub id or folder, or a recipe that names one")
+            raise SweepError("the model", "is missing", "give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
         there = Frontier.load(out)
         searches = (there.level, there.seeds), (search.level, seeds)
         if there.points and searches[0] != searches[1]:
-            raise SweepError(f"‹out› {str(out)!r}", f"holds a sweep by {searches[0]}, not {searches[1]}", "name another")
+            raise SweepError(
+                f"‹out› {str(out)!r}", f"holds a sweep of level and seeds {searches[0]}, not {searches[1]}", "name another folder"
+            )
     else:
         if out.is_dir() and any(out.iterdir()):
             raise SweepError(f"‹out› {str(out)!r}", "is not empty and holds no sweep", "name a new folder, or a sweep's")
@@ -169,7 +171,7 @@ def _checked(tasks: Sequence[str], search: Search) -> tuple[str, ...]:
     names = tuple(str(name) for name in tasks) or task_names("python")
     folders = [folder_name(name) for name in names]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
-        raise SweepError("two tasks", f"are called {twice!r}", "name each once, and rename one of two files")
+        raise SweepError("two tasks", f"are called {twice!r}", "name each task once, or rename one of the task files")
     for name in names:
         load_task(name)
     search_config(search.level, search.budget)

@@ -118,7 +118,7 @@ class Steps:
             there = _recipe_of(folder)
             if differs := _differences(wanted, there):
                 raise SweepError(f"{str(folder)!r}", f"holds a coupling of another {', '.join(differs)}", "name another ‹out›")
-            self.step_ended("fit: there already")
+            self.step_ended("fit: already done")
             return
         started, last = time.monotonic(), None
         self.progress(Phase("fit"))
@@ -145,7 +145,9 @@ class Steps:
                     f"{str(folder)!r}", f"holds measures of other weights than {str(where)!r} has", "name another ‹out›"
                 )
             if facts.get("search") != search:
-                raise SweepError(f"{str(folder)!r}", f"was searched by {facts.get('search')}, not {search}", "name another ‹out›")
+                raise SweepError(
+                    f"{str(folder)!r}", f"was searched with {facts.get('search')}, not {search}", "name another ‹out›"
+                )
             dense = self.loaded(where).dense if self.dense is None else self.dense
             if facts.get("dense") == dense.fingerprint():
                 return facts
@@ -163,7 +165,7 @@ class Steps:
     def _evaluated(self, where: Path, folder: Path) -> Evaluation:
         file = folder / "eval.json"
         if file.is_file() and (there := _evaluation(file)) is not None:
-            self.step_ended(f"evaluation: {_line(there)}; there already")
+            self.step_ended(f"evaluation: {_line(there)}; already done")
             return there
         tokens_bt = self.loaded(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
@@ -181,7 +183,7 @@ class Steps:
         compared = read_json(end).get("tasks", []) if end.is_file() else []
         if set(self.tasks) <= set(compared) and all(file.is_file() for file in files):
             sizes = tuple(_task_size(file.parent) for file in files)
-            self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; there already")
+            self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; already done")
             return sizes
         texts = run_suite(
             Subjects.of(self.loaded(where)), self.tasks, out=circuits, progress=self.progress, level=search.level,
@@ -209,7 +211,7 @@ class Steps:
                 file = self.out / DENSE_FOLDER / f"{folder_name(task)}.json"
                 facts = read_json(file) if file.is_file() else None
                 if facts is not None and facts.get("search") != wanted:
-                    raise SweepError(f"{str(file)!r}", f"holds another search than {wanted}", "name another ‹out›")
+                    raise SweepError(f"{str(file)!r}", f"holds a search with other settings than {wanted}", "name another ‹out›")
                 if facts is None:
                     one = self._dense_size(Subjects.of(self.loaded(where)), task)
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ class Steps:
                 self.step_ended(f"circuit {number + 1}/{len(self.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
         except LOST as error:
             sizes, why_not = [], " ".join(str(error).split()) or type(error).__name__
-            self.step_ended(f"not pruned: {why_not}")
+            self.step_ended(f"no circuits: {why_not}")
         return DensePoint(name, fingerprint, measured.ce_dense, tuple(sizes), why_not)
 
     def _dense_size(self, subjects: Subjects, task: str) -> TaskSize:
@@ -287,5 +289,5 @@ def _line(evaluation: Evaluation) -> str:
 
 def _size_line(one: TaskSize) -> str:
     if one.failed:
-        return f"none, counted at full size, {one.size.edges:,} edges ({one.failed})"
+        return f"no circuit, counted at the model's {one.size.edges:,} edges ({one.failed})"
     return f"{one.size.nodes:,} nodes, {one.size.edges:,} edges" + (f", {one.verdict}" if one.verdict else "")

@@ -49,7 +49,7 @@ def test_tasks_are_written_as_they_come_and_skipped_when_there(
     first.close()  # killed after the first task
     assert (tmp_path / "one" / "circuit.json").is_file() and not (tmp_path / "two").exists()
     texts = list(run_suite(subjects, ("one", "hard", "two"), out=tmp_path, progress=lambda _: None, **OPTIONS))
-    assert searched == ["one", "hard", "two"] and "there already" in texts[0] and "unsolved" in texts[1]
+    assert searched == ["one", "hard", "two"] and "already searched" in texts[0] and "unsolved" in texts[1]
     assert "geometric mean over 3 tasks, 1 of them failed" in texts[-1] and "CROSS-ABLATION" in texts[-1]
     assert TaskResult.load(tmp_path / "two").facts.task == "two"
     values = json.loads((tmp_path / "comparison.json").read_text())
@@ -87,7 +87,9 @@ def test_the_command_refuses_in_one_line(bridge_folder: Path, task_file: Path, d
     assert_refused(run("circuit"), "give either --task NAME, --task FILE, or --all")
     assert_refused(run("circuit", "--task", "x", "--all"), "give either")
     assert_refused(run("circuit", "--task", "x", "--null", "zero"), "give labels, weights or shuffled")
-    assert_refused(run("circuit", "--task", "x", "--level", 0.7), "is none of the nested ones; give 0.8, 0.9, 0.95, 0.99")
+    assert_refused(
+        run("circuit", "--task", "x", "--level", 0.7), "is not a level of the nested circuits; give 0.8, 0.9, 0.95, 0.99"
+    )
     assert_refused(run("circuit", "--task", "x", "--explains", "both"), "give dense or sparse")
     assert_refused(run("circuit", "--task", "no_such_task", "--bridge", bridge_folder), "there is no task 'no_such_task'")
     untrained_folder = tmp_path / "untrained"

@@ -204,9 +204,9 @@ def test_measures_are_not_taken_for_anothers(described: dict[str, Any], tmp_path
     changed = bridge.sweep(**{**only, "tokens": 1280}, out=out)
     assert "another budget.tokens; name another out=" in changed.failures[0].why and not changed.points
     rows = bridge.sweep(**{**only, "rows": 2}, out=out)
-    assert "was searched by" in rows.failures[0].why
+    assert "was searched with" in rows.failures[0].why
     bridge.sweep(**only, out=out)
-    with pytest.raises(SweepError, match="holds a sweep by another search|holds a sweep by"):
+    with pytest.raises(SweepError, match="holds a sweep of level and seeds"):
         bridge.sweep(**{**only, "level": 0.95}, out=out)
     facts = json.loads((out / "w32-l0-0.25" / "point.json").read_text())
     (out / "w32-l0-0.25" / "point.json").write_text(json.dumps({**facts, "sha256": "0"}))
@@ -239,10 +239,10 @@ def test_the_points_of_a_plan(tmp_path: Path) -> None:
     assert [p.name for p in plan(load=["one/a", "two/a"])] == ["one-a", "two-a"]
     for problem, options in (
         ("give l0=", {}),
-        ("l0 0.1 is named twice", {"l0": (0.1, 0.1)}),
-        ("width 32 is named twice", {"l0": (0.1,), "width": (32, 32)}),
+        ("l0 0.1 is given twice", {"l0": (0.1, 0.1)}),
+        ("width 32 is given twice", {"l0": (0.1,), "width": (32, 32)}),
         ("is not a multiple of sparse.head_channels", {"l0": (0.1,), "width": (33,), "settings": {"sparse.head_channels": 8}}),
-        ("two points would be", {"l0": (0.1, 0.2), "settings": {"sparsity.l0": 0.3}}),
+        ("two points would both be named", {"l0": (0.1, 0.2), "settings": {"sparsity.l0": 0.3}}),
         ("two results would be written to a folder", {"load": ("x/y/a", "z/y/a")}),
         ("two results would be written to a folder", {"load": ("runs/dense-model",)}),
         ("some weights must stay", {"l0": (-1.0,)}),
@@ -263,7 +263,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(described: dict[
         (SweepError, "two tasks are called 'for_while'", {"tasks": ("for_while", str(file))}),
         (SweepError, "seeds 0", {"seeds": 0}),
         (SweepError, "is not empty and holds no sweep", {"out": full}),
-        (SweepError, "which model is not said", {"model": None}),
+        (SweepError, "the model is missing", {"model": None}),
         (UserError, "nowhere", {"model": str(tmp_path / "nowhere")}),
         (RecipeError, "recipe .* does not exist", {"recipe": tmp_path / "none.toml"}),
     ):
@@ -293,12 +293,12 @@ def test_the_command(described: dict[str, Any], dense_folder: Path, text_file: P
     assert "[2/3] w32-l0-0.125: evaluation: CE" in result.stdout and "wrote" in result.stdout
     assert [p.name for p in Frontier.load(out).points] == ["w32-l0-0.25", "w32-l0-0.125", "bridge"]
     partly = run("sweep", dense_folder, "--l0", 0.25, *common, "--load", tmp_path / "a", "--out", out)
-    assert partly.exit_code == 1 and "1 of 2 points failed; the same command tries them again" in partly.stderr
-    assert "[2/2] a: FAILED:" in partly.stdout and "[1/2] w32-l0-0.25: fit: there already" in partly.stdout
+    assert partly.exit_code == 1 and "1 of 2 points failed; run the same command to try them again" in partly.stderr
+    assert "[2/2] a: FAILED:" in partly.stdout and "[1/2] w32-l0-0.25: fit: already done" in partly.stdout
     assert_refused(run("sweep", dense_folder, "--l0", 0.1), "give --out FOLDER")
     assert_refused(run("sweep", dense_folder, "--out", tmp_path / "new"), "give --l0")
     assert_refused(run("sweep", dense_folder, "--l0", 0.1, "--tasks", "x", "--out", tmp_path / "new"), "there is no task 'x'")
-    assert_refused(run("sweep", "--l0", 0.1, "--out", tmp_path / "new"), "which model is not said")
+    assert_refused(run("sweep", "--l0", 0.1, "--out", tmp_path / "new"), "the model is missing")
     assert not (tmp_path / "new").exists()
 
 
