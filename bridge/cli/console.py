@@ -76,13 +76,13 @@ class Commands(TyperGroup):
         except (UserError, RunError) as error:
             refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
         except OneLineError as stopped:  # the only other kind is FitStopped
-            refuse(f"{stopped.what}; the same command goes on", 130)
+            refuse(f"{stopped.what}; run the same command to continue", 130)
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
             _print_to_nobody()
             raise typer.Exit(141) from None
         except OSError as error:
             if not error.filename:
-                refuse(f"could not read or write ({error.strerror or error}); free space, or print to another place", 2)
+                refuse(f"could not read or write ({error.strerror or error}); free space, or redirect the output elsewhere", 2)
             refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
 
 
@@ -117,7 +117,7 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
 
     if folder is not None:
         check_folder(folder)
-    taken = {Path(file).resolve(): "what is read" for file in read if file is not None and Path(file).is_file()}
+    taken = {Path(file).resolve(): "an input" for file in read if file is not None and Path(file).is_file()}
     for name, file in files.items():
         if file is None:
             continue
@@ -125,7 +125,7 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
         if file.exists() and not file.is_file():
             continue  # a pipe or a device may be written to twice
         if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":
-            raise CheckpointError(f"--{name} {str(file)!r}", f"is {other} too, and would replace it", "name another file")
+            raise CheckpointError(f"--{name} {str(file)!r}", f"is also {other}, and would overwrite it", "name another file")
 
 
 def print_output(text: str) -> None:
@@ -155,7 +155,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"device {device!r}", "is not to be had here", "give --device cpu, or auto")
+        raise RecipeError(f"device {device!r}", "is not available here", "give --device cpu or auto")
     return device
 
 
@@ -183,7 +183,7 @@ def shipped_coupling() -> str:
 
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
     if not folder.is_dir():
-        raise CheckpointError("the shipped coupling", f"is not at {str(folder)!r}", "name one with --bridge")
+        raise CheckpointError("the shipped coupling", f"is not at {str(folder)!r}", "name a coupling with --bridge")
     here = Path.cwd()  # explanations that are passed on name this path, so it shows no more folders than needed
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -210,7 +210,7 @@ def chosen_coupling(bridge: str | Path | None) -> str | Path:
         from bridge.models.store import CheckpointError
 
         raise CheckpointError(
-            f"--bridge {bridge!r}", "names no coupling", "give a folder or hub id, or leave it out for what ships"
+            f"--bridge {bridge!r}", "names no coupling", "give a folder or hub id, or leave it out for the one that ships"
         )
     return bridge
 
@@ -284,13 +284,11 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
     kept = sparse.n_kept(sparse.fractions(recipe.sparsity))
     alone = "uncoupled: trained on text and the dense model's answers" if recipe.losses.kl else "uncoupled: trained on text alone"
     how = "coupled at every site" if recipe.losses.coupled else alone
-    how = how if recipe.optimizer.rate else "which stay as they are: bridges alone learn"
+    how = how if recipe.optimizer.rate else "frozen: only the bridges are trained"
     free = psutil.virtual_memory().available
     part = "" if run.coupling.blocks is None else f"blocks {run.coupling.blocks}, "
     print(f"dense   {dense.name}: {part}{len(dense.sublayers)} sublayers of width {dense.width}, {dense.vocabulary:,} tokens")
-    print(
-        f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M to stay (1/{weights / kept:.0f}), {how}"
-    )
+    print(f"sparse  width {sparse.width}, {weights / 1e6:.1f} M weights, {kept / 1e6:.2f} M kept (1/{weights / kept:.0f}), {how}")
     if not run.resume:
         print(f"start   {run.started or 'random'}")
     if recipe.optimizer.rate:
@@ -304,7 +302,7 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
     print(f"time    about {takes} for {tokens:,} tokens, {per_step:,} a step of {seconds:.2g} s (--minutes, --tokens)")
     print(f"memory  about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
     if needed > free and dense.device.type == "cpu":
-        print("        that may not fit; lower --width or --set data.rows=...", flush=True)
+        print("        the memory may be too small; lower --width or --set data.rows=...", flush=True)
 
 
 class Watcher(Line):
@@ -396,5 +394,5 @@ def evaluation_table(result: Evaluation) -> str:
         ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
     ]
     lines += ["", *(f"{name:<27} {value}" for name, value in facts)]
-    lines += ["", "in: dense until the site, encoded, sparse to the end; out: the reverse; later: without the first position."]
+    lines += ["", "in: dense up to the site, encoded, then sparse; out: the reverse; later: without the first position."]
     return "\n".join(lines)

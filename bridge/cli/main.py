@@ -58,7 +58,7 @@ def info(
     from bridge.models.dense import load_dense
 
     if (name := console.chosen_model(model, gguf)) is None:
-        raise RecipeError("which model", "is not said", "give a hub id, a folder or a .gguf file")
+        raise RecipeError("the model", "is missing", "give a hub id, a folder or a .gguf file")
     dense = load_dense(name, adapter=adapter, revision=revision, device=console.choose_device(device))
     kinds = list(dense.sublayers)
     parameters = sum(p.numel() for p in dense.model.parameters())
@@ -113,7 +113,7 @@ def fit(
 ) -> None:
     """Train a weight-sparse transformer and its bridges to a dense model, and save the coupling."""
     if stretch is not None and not 0 <= stretch < float("inf"):
-        raise RecipeError(f"--stretch {stretch:g}", "is no number of minutes", "give one, such as 9")
+        raise RecipeError(f"--stretch {stretch:g}", "is not a number of minutes", "give one, such as 9")
     if resume and out is not None and (out / "coupling.json").is_file():
         from bridge.training.prepare import check_resumable
 
@@ -129,7 +129,7 @@ def fit(
 
         name = (read_json(out / "training.json").get("recipe") or {}).get("dense")
     if name is None:
-        raise RecipeError("which model", "is not said", "give a hub id or folder, or a --recipe that names one")
+        raise RecipeError("the model", "is missing", "give a hub id or folder, or a --recipe that names one")
     folder = out or Path("runs") / Path(name).name
     from bridge.training.prepare import prepare
 
@@ -249,7 +249,7 @@ def export(
 
     explained = read_explanation(explanation)
     if bridge is not None and (to == "graphml" or (to == "neuronpedia" and features_url is None)):
-        raise UserError(f"--bridge {bridge!r}", f"is for pages of features, which {to} has none of here", "leave it out")
+        raise UserError(f"--bridge {bridge!r}", f"adds pages of features, and this export to {to} has none", "leave it out")
     if to != "circuit-tracer" and out.parent.is_dir():
         console.check_outputs(out=out, read=[explanation])
     else:
@@ -259,7 +259,7 @@ def export(
     about = f", {done.features:,} features" if done.features else ""
     print(f"wrote {done.file}: {done.nodes:,} nodes, {done.links:,} links{about}")
     if done.features and pages is None:
-        print("features show this prompt alone: run `bridge nodes` on the coupling first for contexts and tokens")
+        print("features show only this prompt; run `bridge nodes` on the coupling first to add contexts and tokens")
     for step in done.next:
         print(f"next: {step}")
 
@@ -335,7 +335,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise RecipeError(f"{error.name}", "is not installed, which serving needs", "pip install 'bridge[serve]'") from None
+        raise RecipeError(f"{error.name}", "is not installed, but serving needs it", "pip install 'bridge[serve]'") from None
     folders = bridge or [Path(console.shipped_coupling())]
     beside = folders[0].parent / "circuits"
     if circuits is None and not bridge and beside.is_dir():

@@ -36,9 +36,9 @@ def circuit(
 ) -> None:
     """Find a task's nested circuits in the sparse model, with their evidence, and the dense model's own for comparison."""
     if (task is None) == (not all_):
-        raise RecipeError("which task", "is not said", "give either --task NAME, --task FILE, or --all")
+        raise RecipeError("the task", "must be given in one way", "give either --task NAME, --task FILE, or --all")
     if null not in (None, "labels", "weights", "shuffled"):
-        raise RecipeError(f"null {null!r}", "is not known", "give labels, weights or shuffled")
+        raise RecipeError(f"null {null!r}", "is unknown", "give labels, weights or shuffled")
     of = _explains(explains)
     from bridge.data.task_pairs import task_names
     from bridge.studies.search import Subjects, search_config
@@ -80,7 +80,7 @@ def card(
 ) -> None:
     """Test a task's circuit on the dense model: tests with ceilings, controls and intervals, the nulls, and a verdict."""
     if (task is not None or circuit is not None) == all_:
-        raise RecipeError("which circuit", "is not said", "give --task NAME or FILE, --circuit DIR, or --all")
+        raise RecipeError("the circuit", "must be given in one way", "give --task NAME or FILE, --circuit DIR, or --all")
     from bridge.cards.suite import run_cards, wanted_cards
     from bridge.data.task_pairs import task_names
     from bridge.models.store import write_json
@@ -168,7 +168,7 @@ def sweep(
 ) -> None:
     """Fit or load couplings over several L0 and widths, and plot capability against the size of circuits; resumable."""
     if out is None:
-        raise RecipeError("where the sweep goes", "is not said", "give --out FOLDER")
+        raise RecipeError("the folder of the sweep", "is missing", "give --out FOLDER")
     settings = dict(parse_setting(text) for text in set_ or [])
     from bridge.studies.sweep import sweep as run_sweep
 
@@ -189,7 +189,7 @@ def sweep(
     print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
     if frontier.failures:
         of = len(frontier.failures) + len(frontier.points)
-        raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="the same command tries them again")
+        raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="run the same command to try them again")
 
 
 @of_tasks.command()
@@ -210,9 +210,9 @@ def nodes(
     from bridge.nodes.endpoint import Descriptions, Endpoint, EndpointError
 
     if (describe_with is None) != (model is None):
-        raise EndpointError("--describe-with and --model", "go together", "give both or neither")
+        raise EndpointError("--describe-with and --model", "need each other", "give both or neither")
     if describe_with is not None and not node and circuit is None:
-        raise EndpointError("which nodes to describe", "is not said", "give --node NAME or --circuit DIR")
+        raise EndpointError("the nodes to describe", "are missing", "give --node NAME or --circuit DIR")
     endpoint = Endpoint(describe_with, model) if describe_with is not None and model is not None else None
     from bridge.models.store import write_json
     from bridge.nodes.description import describe_node, render_page
@@ -242,7 +242,7 @@ def nodes(
         print(f"{render_page(page, console.terminal_width(), description)}\n", flush=True)
     if not chosen:
         print(render_summary(facts))
-        print(f"\nkept in {folder}" if folder else "\nkept nowhere: the coupling is in no folder here; give --out")
+        print(f"\nstored in {folder}" if folder else "\nnot stored: the coupling has no local folder; give --out")
         kept_at = "" if out is None else f" --out {out}"
         print(f"next: bridge nodes --bridge {name}{kept_at} --node '0.mlp_act[0]'")
     if json is not None:
@@ -270,12 +270,12 @@ def tasks(
     from bridge.verdicts.task_search import SOLVED
 
     if split not in SPLITS:
-        raise TaskError(f"there is no split {split!r}", remedy=f"--split is one of {', '.join(SPLITS)}")
+        raise TaskError(f"there is no split {split!r}", remedy=f"give one of {', '.join(SPLITS)}")
     console.check_outputs(json=json, read=names or [])
     chosen = [load_task(name, seed=seed) for name in names or task_names(language)]
     chosen = [task for task in chosen if language in (None, task.language)]
     if not chosen:
-        raise TaskError("none of the tasks named", f"is in the language {language!r}", "leave out --language")
+        raise TaskError("none of the named tasks", f"is in the language {language!r}", "leave out --language")
     if dense is not None and bridge is None:
         from bridge.models.dense import load_dense
 
@@ -285,7 +285,7 @@ def tasks(
     else:
         coupling = console.opened_coupling(bridge, dense, device)
         of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
-    print(f"{split} split, both members of every pair scored, by {of.name}\n")
+    print(f"{split} split; both prompts of every pair are scored; dense model {of.name}\n")
     columns = "".join(f"{name:>8}" for name in models)
     print(f"{'task':<27}{columns}{'pairs':>7}{'dropped':>9}  a prompt, and its answer")
     rows: list[dict[str, Any]] = []
@@ -314,5 +314,5 @@ def tasks(
 def _explains(text: str) -> Any:
     """The model whose answers are explained. Raises RecipeError if it is neither dense nor sparse."""
     if text not in ("dense", "sparse"):
-        raise RecipeError(f"whose answers {text!r} are", "is not known", "give dense or sparse")
+        raise RecipeError(f"--explains {text!r}", "names no model of a coupling", "give dense or sparse")
     return text

@@ -147,7 +147,7 @@ def test_tasks_are_listed_with_what_the_models_do_on_them(fitted: tuple[Path, Re
     result = run("tasks", own_task(tmp_path), "for_while", "--bridge", out, "--json", table, "--device", "cpu")
     assert result.exit_code == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("validation split, both members of every pair scored, by ")
+    assert lines[0].startswith("validation split; both prompts of every pair are scored; dense model ")
     assert lines[2].split()[:5] == ["task", "dense", "sparse", "pairs", "dropped"]
     own, unfit = (line.split() for line in lines[3:5])
     assert (own[0], own[3], own[4]) == ("own", "2", "0%") and lines[3].endswith("-> ' w7'")
@@ -170,8 +170,8 @@ def test_tasks_of_a_dense_model_alone(dense_folder: Path, tmp_path: Path) -> Non
     [
         (["for_whlie"], "there is no task 'for_whlie'; did you mean 'for_while'?"),
         (["--language", "latin"], "there are no tasks in the language 'latin'; there are some in python, english"),
-        (["ioi", "--language", "python"], "none of the tasks named is in the language 'python'; leave out --language"),
-        (["--split", "dev"], "there is no split 'dev'; --split is one of train, validation, test"),
+        (["ioi", "--language", "python"], "none of the named tasks is in the language 'python'; leave out --language"),
+        (["--split", "dev"], "there is no split 'dev'; give one of train, validation, test"),
         (["--bridge", "nowhere", "--dense", "b"], "'nowhere' does not exist"),
     ],
 )
@@ -247,8 +247,8 @@ def test_a_model_that_is_none_is_refused(encoder_folder: Path, place: Path, comm
 
 
 def test_no_model_at_all_is_refused(place: Path) -> None:
-    assert_refused(run("fit", "--l0", 0.1), "which model is not said")
-    assert_refused(run("fit", "--resume", "--out", "nowhere"), "which model is not said")
+    assert_refused(run("fit", "--l0", 0.1), "the model is missing")
+    assert_refused(run("fit", "--resume", "--out", "nowhere"), "the model is missing")
 
 
 def test_data_without_text_is_refused(dense_folder: Path, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def main_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         ("tasks --seed=-1", ["'--seed'", "-1", "; see bridge tasks --help"]),
         ("tasks --seed=99999999999999999999", ["'--seed'", str(MOST_SEED), "99999999999999999999"]),
         ("explain", ["issing option '--prompt'; see bridge explain --help"]),
-        ("info", ["which model is not said; give a hub id, a folder or a .gguf file"]),
+        ("info", ["the model is missing; give a hub id, a folder or a .gguf file"]),
         ("info a b", ["unexpected extra argument", "b"]),
         ("tasks --frob", ["o such option", "--frob"]),
         ("tasks --seed", ["'--seed' requires an argument"]),
@@ -436,10 +436,13 @@ def test_a_damaged_coupling_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_written_twice_or_over_what_is_read(fitted: tuple[Path, Result], place: Path) -> None:
-    assert_refused(run("explain", "--bridge", fitted[0], "--prompt", "w3", "--json", "x", "--html", "./x"), "is --html too")
+    assert_refused(
+        run("explain", "--bridge", fitted[0], "--prompt", "w3", "--json", "x", "--html", "./x"),
+        "is also --html, and would overwrite it",
+    )
     file = own_task(place)
     before = file.read_bytes()
-    assert_refused(run("tasks", file, "--bridge", fitted[0], "--json", file), "is what is read too, and would replace it")
+    assert_refused(run("tasks", file, "--bridge", fitted[0], "--json", file), "is also an input, and would overwrite it")
     read = place / "explanation.json"
     read.write_text("{}")
     for command in (["export", read, "--to", "graphml", "--out", read], ["view", read, "--html", read]):
@@ -458,7 +461,7 @@ def test_what_is_asked_for_is_written_though_nobody_reads(fitted: tuple[Path, Re
 def test_a_fit_that_cannot_fit_is_refused_before_it_begins(dense_folder: Path, text_file: Path, place: Path) -> None:
     options = ("--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", place / "run", "--device", "cpu")
     assert_refused(run("fit", dense_folder, *options, "--width", 10**8), "lower --width or data.rows")
-    assert_refused(run("fit", dense_folder, *options, "--stretch", "nan"), "--stretch nan is no number of minutes")
+    assert_refused(run("fit", dense_folder, *options, "--stretch", "nan"), "--stretch nan is not a number of minutes")
     assert not list(place.iterdir())
 
 

@@ -488,7 +488,7 @@ def test_the_command(explanation: Explanation, tmp_path: Path) -> None:
     result = run("export", file, "--to", "circuit-tracer", "--out", tmp_path / "out", "--slug", "mine")
     assert result.exit_code == 0, result.output
     assert f"wrote {tmp_path / 'out' / 'mine.json'}: " in result.stdout
-    assert "features show this prompt alone: run `bridge nodes`" in result.stdout
+    assert "features show only this prompt; run `bridge nodes`" in result.stdout
     assert f"circuit-tracer start-server --graph_file_dir {tmp_path / 'out'}" in result.stdout
     assert checked(json.loads((tmp_path / "out" / "mine.json").read_text())) == local(
         explanation, tmp_path / "again", slug="mine"

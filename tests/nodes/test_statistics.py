@@ -391,7 +391,7 @@ def test_the_command_collects_once_and_prints_pages(saved: Path, tmp_path: Path,
         return result.stdout
 
     summary = run("--rows", 20)
-    assert summary.startswith("320 tokens of text") and "L1.mlp_act" in summary and f"kept in {saved}" in summary
+    assert summary.startswith("320 tokens of text") and "L1.mlp_act" in summary and f"stored in {saved}" in summary
     written = (saved / "nodes.json").stat().st_mtime_ns
     page = run("--node", "1.mlp_act[37]", "--node", "0.q[2]", "--json", tmp_path / "pages.json")
     assert page.startswith("L1.mlp_act[37]\nwhat      ") and "\nL0.q[2]  (head 0)\n" in page and "\ndescribed" not in page
@@ -425,16 +425,16 @@ def test_circuits_and_explanations_say_what_their_nodes_do(dense: DenseModel, te
     labels = node_labels(replace(coupling, path=str(tmp_path)), result.circuit.nodes)
     name = result.circuit.nodes[0].name
     text = render_text(result, labels=labels)
-    assert "WHAT THEY DO" in text and f"  {name:<15} {labels[name]}"[:100] in text
-    assert "WHAT THEY DO" not in render_text(result)
+    assert "LABELS of nodes" in text and f"  {name:<15} {labels[name]}"[:100] in text
+    assert "LABELS of nodes" not in render_text(result)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--node", "mlp[3]"], "names no node"),
-        (["--model", "small"], "--describe-with and --model go together"),
-        (["--describe-with", "http://localhost", "--model", "small"], "which nodes to describe is not said"),
+        (["--model", "small"], "--describe-with and --model need each other"),
+        (["--describe-with", "http://localhost", "--model", "small"], "the nodes to describe are missing"),
         (["--node", "0.q[0]", "--describe-with", "ftp://a", "--model", "small"], "is no address"),
         (["--circuit", "nowhere"], "does not exist"),
     ],
