@@ -41,7 +41,7 @@ class _Part(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise RecipeError("must not be true or false", remedy="give its value")
+            raise RecipeError("must not be true or false", remedy="give a value")
         return value
 
 
@@ -51,32 +51,32 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 class AttentionShape(_Part):
     """How a block's attention depends on positions."""
 
-    frequencies: tuple[float, ...] = Field(default=(), description="radians a token of the pairs of a head's channels that turn")
-    window: int | None = Field(default=None, ge=1, description="tokens that a query sees, its own included; unset: all")
-    slopes: tuple[float, ...] = Field(default=(), description="ALiBi: what a token further on adds to a head's scores")
+    frequencies: tuple[float, ...] = Field(default=(), description="radians per token by which a head's channel pairs rotate")
+    window: int | None = Field(default=None, ge=1, description="tokens that a query attends to, its own included; unset: all")
+    slopes: tuple[float, ...] = Field(default=(), description="ALiBi: for each head, its scores' increase per key position")
 
 
 class BlockShape(_Part):
     """Parts of the dense model's block that the sparse one has too, as measured; default: a plain block (paper, section 2.2)."""
 
-    heads: int | None = Field(default=None, ge=1, description="query heads; unset: width by head_channels")
-    kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many")
-    neurons: int | None = Field(default=None, ge=1, description="of the MLP; unset: mlp_ratio times the width")
+    heads: int | None = Field(default=None, ge=1, description="query heads; unset: width / head_channels")
+    kv_heads: int | None = Field(default=None, ge=1, description="heads of keys and values; unset: as many as query heads")
+    neurons: int | None = Field(default=None, ge=1, description="MLP neurons; unset: mlp_ratio times the width")
     gated: bool = False
     activation: Literal["gelu_new", "gelu", "silu", "relu", "quick_gelu", "relu2"] = "gelu_new"
-    attention: tuple[AttentionShape, ...] = Field(default=(), description="of every block; shorter: again and again")
+    attention: tuple[AttentionShape, ...] = Field(default=(), description="one per block; a shorter list is repeated")
     score_cap: float | None = Field(default=None, gt=0, description="soft cap of attention scores")
     logit_cap: float | None = Field(default=None, gt=0, description="soft cap of logits, before the bigram table")
-    qk_norm: Literal["head", "all"] | None = Field(default=None, description="norm of queries and keys, by head or over all")
+    qk_norm: Literal["head", "all"] | None = Field(default=None, description="norm of queries and keys, per head or over all")
     reads_normed: bool = Field(default=True, description="sublayers read the residual through a norm")
-    writes_normed: bool = Field(default=False, description="and write through one with a gain")
-    eps: float = Field(default=1e-6, ge=0, description="of the norms")
+    writes_normed: bool = Field(default=False, description="sublayers write through a norm with a gain")
+    eps: float = Field(default=1e-6, ge=0, description="epsilon of the norms")
 
     @model_validator(mode="after")
     def _heads_share(self) -> BlockShape:
         if self.kv_heads and (self.heads or 0) % self.kv_heads:
             raise RecipeError(
-                f"{self.heads} query heads", f"cannot share {self.kv_heads} of keys and values", "make it a multiple"
+                f"{self.heads} query heads", f"cannot share {self.kv_heads} heads of keys and values", "give a multiple"
             )
         return self
 
@@ -86,21 +86,21 @@ class SparseShape(_Part):
 
     width: int | None = Field(default=None, ge=16, description="residual width; unset: twice the dense model's")
     blocks: str | None = Field(
-        default=None, description="dense blocks that are coupled, as a slice (12:16); unset: all, with embedding and unembedding"
+        default=None, description="dense blocks that are coupled, as a slice (12:16); unset: the whole model"
     )
     head_channels: int | None = Field(default=None, ge=2, description="channels of a head; unset: the dense model's")
     mlp_ratio: int | None = Field(default=None, ge=1, description="MLP neurons per channel; unset: the dense model's")
     mlp: Literal["auto", "plain", "gated"] = "auto"
     keep: float | None = Field(
         default=None, gt=0, le=1,
-        description="share of the values AbsTopK keeps at every node location; unset: 1/4, or all that the dense model needs",
+        description="share of the values AbsTopK keeps at every node; unset: 1/4, or more if a copy of the dense model needs it",
     )  # fmt: skip
     sinks: bool = Field(default=True, description="a learnt logit per head in the softmax denominator")
     positions: Literal["auto", "none", "learned", "rotary"] = Field(default="auto", description="auto: the dense model's")
     bigram: Literal["none", "full", "low-rank"] = Field(default="low-rank", description="table added to the logits, dense")
     bigram_rank: int = Field(default=64, ge=1)
     start: str = Field(
-        default="auto", description="auto: from the dense model as far as it can be; random; or a coupling's folder"
+        default="auto", description="auto: copied from the dense model as far as possible; random; or a coupling's folder"
     )
     block: BlockShape | None = Field(default=None, description="unset: the dense model's, filled in when fitting begins")
 
@@ -119,37 +119,37 @@ class SparseShape(_Part):
             raise RecipeError(f"sparse.width {self.width}", rule, "change one of them")
         if self.positions == "rotary" and (self.head_channels or 0) % 2 and not apart:
             raise RecipeError(
-                f"sparse.head_channels {self.head_channels}", "is odd, and rotary positions turn pairs", "make it even"
+                f"sparse.head_channels {self.head_channels}", "is odd, but rotary positions rotate pairs", "give an even number"
             )
         if self.blocks is not None and self.positions == "learned":
-            what, rule = "sparse.positions 'learned'", "are added to tokens, which a span (sparse.blocks) has not"
-            raise RecipeError(what, rule, "give sparse.positions 'auto'")
+            rule = "cannot be used for a span (sparse.blocks), which has no token embedding"
+            raise RecipeError("sparse.positions 'learned'", rule, "give sparse.positions 'auto'")
         return self
 
 
 class Sparsity(_Part):
     """How many weights stay nonzero (paper, appendix A.2)."""
 
-    l0: float = Field(default=1 / 16, description="below 1 the fraction of the weights that stay nonzero, from 1 on their number")
+    l0: float = Field(default=1 / 16, description="weights that stay nonzero: below 1 their fraction, from 1 on their number")
     embed_l0: float | None = Field(
-        default=None, gt=0, le=1, description="fraction of embedding, positions and unembedding that stays; unset: that of l0"
+        default=None, gt=0, le=1, description="fraction of embedding, positions and unembedding that stays nonzero; unset: l0's"
     )
-    biases: bool = Field(default=False, description="biases are projected too, each to the same fraction")
-    min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on either side of each neuron and channel")
+    biases: bool = Field(default=False, description="biases are projected too, each to the fraction of the blocks")
+    min_per_neuron: int = Field(default=0, ge=0, description="nonzeros kept on each side of every neuron and channel")
     anneal: float = Field(default=0.5, gt=0, le=1, description="share of the training over which L0 falls from 1 to its target")
 
     native: Literal["auto", "always", "never"] = Field(
-        default="auto", description="after the anneal train nonzeros alone: where that is measured faster, everywhere, nowhere"
+        default="auto", description="train only the nonzeros after the anneal: where that is measured to be faster, always, never"
     )
-    look_every: int = Field(default=20, ge=1, description="steps between dense gradients by which the mask moves, when native")
-    move: float = Field(default=0.1, ge=0, lt=1, description="share of the nonzeros that move at first, when native; falls to 0")
+    look_every: int = Field(default=20, ge=1, description="steps between dense gradients, which update the mask, when native")
+    move: float = Field(default=0.1, ge=0, lt=1, description="share of nonzeros replaced at first, when native; falls to 0")
 
     @field_validator("l0")
     @classmethod
     def _positive(cls, l0: float) -> float:
         if l0 <= 0:
-            remedy = "give the fraction that stays (such as 0.05) or, from 1 on, their number"
-            raise RecipeError("some weights must stay", remedy=remedy)
+            remedy = "give the fraction of weights that stay (such as 0.05) or, from 1 on, their number"
+            raise RecipeError("must keep some weights", remedy=remedy)
         return l0
 
 
@@ -157,20 +157,20 @@ class Data(_Part):
     """The training text."""
 
     source: str = Field(default="stdlib", description="stdlib, stdlib+packages, self, a file or folder, or a hub data set")
-    stream: bool = Field(default=False, description="text is read while the fit goes on, not beforehand")
-    most_tokens: int | None = Field(default=None, ge=1, description="of text read, or sampled, at most; unset: the budget's")
-    context: int | None = Field(default=None, ge=2, description="tokens a row; unset: 128, or all the dense model takes")
+    stream: bool = Field(default=False, description="text is read during the fit, not beforehand")
+    most_tokens: int | None = Field(default=None, ge=1, description="limit on tokens read or sampled; unset: the budget's")
+    context: int | None = Field(default=None, ge=2, description="tokens per row; unset: 128, or the dense model's limit")
     rows: int | None = Field(
-        default=None, ge=2, description="rows a step, over all processes; unset: 32, or what memory has room for"
+        default=None, ge=2, description="rows per step, over all processes; unset: 32, or fewer if memory is short"
     )
     micro_rows: int | None = Field(
-        default=None, ge=1, description="of these, as many as a process takes at once, adding up gradients; unset: its share"
+        default=None, ge=1, description="rows that a process runs at once, accumulating gradients; unset: its share"
     )
 
     @model_validator(mode="after")
     def _read_once(self) -> Data:
         if self.stream and self.most_tokens is not None:
-            raise RecipeError("data.most_tokens", "bounds what is read beforehand", "leave it out, or data.stream off")
+            raise RecipeError("data.most_tokens", "does not apply if data.stream is on", "leave one of them out")
         return self
 
 
@@ -193,18 +193,18 @@ class Optimizer(_Part):
     rate: float | None = Field(
         default=None,
         ge=0,
-        description="sparse model's peak learning rate, before sharkfin; 0: it stays, bridges alone learn; "
-        "unset: 3e-3, or what a start as the dense model bears, 1e-3 at the most",
+        description="sparse model's peak learning rate, before sharkfin; 0: it is frozen, and only the bridges learn; "
+        "unset: 3e-3 from a random start, otherwise at most 1e-3, less if the answers would change too much",
     )
     bridge_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the bridges' matrices")
     bridge_bias_rate: float = Field(
-        default=1e-2, gt=0, description="of their biases, which hold means: these drift by more than a matrix entry's size"
+        default=1e-2, gt=0, description="that of their biases, which store means and so drift further than matrix entries"
     )
     sharkfin: bool = Field(default=True, description="multiply the sparse weights' rate by 1/sqrt(L0)")
     betas: tuple[_Share, _Share] = (0.9, 0.95)
     eps: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training over which the rates rise")
+    warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training in which the rates rise")
 
 
 BRIDGED = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both", "carried")  # terms that involve the bridges
@@ -219,10 +219,10 @@ class Losses(_Part):
     nmse_decoder: float = Field(default=1.0, ge=0, description="NMSE(g_i(h_s), h_d)")
     hybrid_in: float = Field(default=1.0, ge=0, description="dense until i, encoded, sparse to the end: KL(y_d, .)")
     hybrid_out: float = Field(default=1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
-    hybrid_both: float = Field(default=1.0, ge=0, description="rows that enter at i and leave at j > i; 0 switches them off")
-    carried: float = Field(default=0.0, ge=0, description="dense, at i moved by what another row's sparse residual has more")
-    temperature: float = Field(default=1.0, gt=0, description="of both answers in the hybrid terms and in carried")
-    splice: Literal["sampled", "literal"] = Field(default="sampled", description="one site a row, or every site for every row")
+    hybrid_both: float = Field(default=1.0, ge=0, description="rows that enter at i and leave at j > i; 0: none")
+    carried: float = Field(default=0.0, ge=0, description="dense, with a difference of two rows' sparse residuals added at i")
+    temperature: float = Field(default=1.0, gt=0, description="temperature of both answers in the hybrid terms and in carried")
+    splice: Literal["sampled", "literal"] = Field(default="sampled", description="one site per row, or every site for every row")
 
     @property
     def coupled(self) -> bool:
@@ -242,9 +242,9 @@ class Refit(_Part):
     """The decoders' last fit, in closed form, after training, so that small changes too act alike (`training/refit.py`)."""
 
     slopes: float = Field(
-        default=1.0, ge=0, description="weight of gradients beside the decoders' values by then; 0: no such fit"
+        default=1.0, ge=0, description="weight of gradients relative to the decoders' trained values; 0: no refit"
     )
-    rows: int = Field(default=256, ge=1, description="rows of the training text that it takes")
+    rows: int = Field(default=256, ge=1, description="rows of the training text that it uses")
 
 
 class Recipe(_Part):
@@ -254,9 +254,9 @@ class Recipe(_Part):
     revision: str | None = None
     adapter: str | None = Field(default=None, description="folder of a PEFT (LoRA) adapter merged into the dense model")
     dense_dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        default="float32", description="precision of the dense model's weights and of all that it computes; a live one's own"
+        default="float32", description="precision of the dense model's weights and computation; a live model keeps its own"
     )
-    adapts: bool = Field(default=False, description="sparse.start is a coupling to the model that this one is a fine-tune of")
+    adapts: bool = Field(default=False, description="sparse.start is a coupling of the model whose fine-tune this dense model is")
     sparse: SparseShape = SparseShape()
     sparsity: Sparsity = Sparsity()
     data: Data = Data()
@@ -271,14 +271,16 @@ class Recipe(_Part):
         if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
             raise RecipeError("every loss weight is 0", remedy="give at least losses.ce a weight above 0")
         if self.losses.carried and self.losses.splice == "literal":
-            remedy = "leave losses.splice at 'sampled', or losses.carried at 0"
+            remedy = "leave losses.splice at 'sampled' or losses.carried at 0"
             raise RecipeError("losses.carried", "has no literal form", remedy)
         if self.adapts and self.sparse.start in ("auto", "random"):
-            raise RecipeError("adapts = true", "goes on from a coupling", "give sparse.start its folder, as `bridge adapt` does")
+            rule = "continues a coupling, and none is given"
+            raise RecipeError("adapts = true", rule, "give the coupling's folder as sparse.start, as `bridge adapt` does")
         if self.optimizer.rate == 0 and (not self.losses.coupled or self.sparse.start in ("auto", "random")):
             raise RecipeError(
-                "optimizer.rate 0 trains bridges alone, to a sparse model that is there:",
-                remedy="give sparse.start a coupling's folder, and losses that bridges have part in",
+                "optimizer.rate 0",
+                "trains only the bridges, which needs a trained sparse model",
+                "give a coupling's folder as sparse.start, and a weight above 0 to a loss that involves bridges",
             )
         return self
 
@@ -289,7 +291,7 @@ def blocks_of(text: str, depth: int) -> tuple[int, int]:
     first, last, _ = slice(*ends).indices(depth)
     if first >= last or any(end is not None and not -depth <= end <= depth for end in ends):
         raise RecipeError(
-            f"sparse.blocks {text!r}", f"is no span of the dense model's {depth} blocks", f"give first:last within 0:{depth}"
+            f"sparse.blocks {text!r}", f"is not a span of the dense model's {depth} blocks", f"give first:last within 0:{depth}"
         )
     return first, last
 
@@ -300,11 +302,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none there"
-        raise RecipeError(f"recipe {str(path)!r}", f"does not exist (there are, beside it: {known})", "name another") from None
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none"
+        raise RecipeError(f"recipe {str(path)!r}", f"does not exist (recipes in its folder: {known})", "name another") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(
-            f"recipe {str(path)!r}", f"is not a TOML file ({error})", "name one such as those in recipes/"
+            f"recipe {str(path)!r}", f"is not a TOML file ({error})", "name a file such as those in recipes/"
         ) from None
 
 
@@ -337,7 +339,7 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
     """Return (full name, value) of `part.key=value`, or of `key=value` if only one part has the key. Raises RecipeError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise RecipeError(f"the setting {assignment!r}", "is not of the form key=value", "write such as sparse.width=512")
+        raise RecipeError(f"the setting {assignment!r}", "is not of the form key=value", "write, for example, sparse.width=512")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -372,7 +374,7 @@ def kept_fraction(l0: float, total: int) -> float:
     """
     if l0 > total:
         raise RecipeError(
-            f"l0 {l0:.15g}", f"is more than the {total} weights there are", "give a fraction below 1 or a smaller number"
+            f"l0 {l0:.15g}", f"is more than the number of weights, {total}", "give a fraction below 1 or a smaller number"
         )
     return l0 if l0 < 1 else l0 / total
 
@@ -400,10 +402,10 @@ def _full_name(name: str) -> str:
         return matches[0]
     if matches:
         raise RecipeError(f"the setting {name}", f"could mean {' or '.join(matches)}", "write the full name")
-    raise RecipeError(f"the setting {name}", "is not a number of the recipe", f"there are {', '.join(names)}")
+    raise RecipeError(f"the setting {name}", "is not one of the recipe's settings", f"choose from {', '.join(names)}")
 
 
-_NOT_A_TABLE = "must be a table of numbers", "write one of them in full, for example sparse.width = 512"
+_NOT_A_TABLE = "must be a table of settings", "write a setting in full, for example sparse.width = 512"
 
 
 def _refusal(error: ValidationError) -> RecipeError:
@@ -413,7 +415,7 @@ def _refusal(error: ValidationError) -> RecipeError:
     value, own = f"{where} = {first['input']!r}:", first.get("ctx", {}).get("error")
     match first["type"]:
         case "extra_forbidden":
-            return RecipeError(where, "is not a number of the recipe", f"there are {', '.join(known_names())}")
+            return RecipeError(where, "is not one of the recipe's settings", f"choose from {', '.join(known_names())}")
         case "missing":
             return RecipeError(where, "is missing from the recipe", "give it there or in ‹settings›")
         case "model_type":

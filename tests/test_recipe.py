@@ -56,13 +56,13 @@ def test_the_least_recipe_is_complete() -> None:
 
 @pytest.mark.parametrize("l0", [0, -1, -0.5])
 def test_an_l0_that_keeps_nothing_is_refused(l0: float) -> None:
-    remedy = "some weights must stay; give the fraction that stays (such as 0.05) or, from 1 on, their number"
+    remedy = "must keep some weights; give the fraction of weights that stay (such as 0.05) or, from 1 on, their number"
     assert refusal(sparsity={"l0": l0}) == refusal(f"l0={l0}") == f"sparsity.l0 = {l0}: {remedy}"
 
 
 @pytest.mark.parametrize("name", ["sparsity.l0", "sparse.width", "sparse.positions", "optimizer.rate"])
 def test_true_is_neither_a_number_nor_a_text(name: str) -> None:
-    assert refusal(f"{name}=true") == f"{name} = True: must not be true or false; give its value"
+    assert refusal(f"{name}=true") == f"{name} = True: must not be true or false; give a value"
 
 
 @pytest.mark.parametrize("l0", [0, 1.5, "nan"])
@@ -77,24 +77,24 @@ def test_an_l0_that_is_no_number_is_refused(l0: str) -> None:
 
 def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     for message in (refusal("sparse.widht=3"), refusal(sparse={"widht": 3}), refusal(spares={"width": 32})):
-        assert "is not a number of the recipe; there are " in message
+        assert "is not one of the recipe's settings; choose from " in message
         assert all(name in message for name in known_names())
     assert refusal(sparse={"widht": 3}).startswith("sparse.widht ")
-    assert refusal("sparse=3").startswith("the setting sparse is not a number")
+    assert refusal("sparse=3").startswith("the setting sparse is not one of the recipe's settings")
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         ({"dense": None}, "dense = None: input should be a valid string"),
-        ({"sparse": 5}, "sparse = 5: must be a table of numbers; write one of them in full, for example sparse.width = 512"),
+        ({"sparse": 5}, "sparse = 5: must be a table of settings; write a setting in full, for example sparse.width = 512"),
         (
             {"sparse": {"width": 100, "head_channels": 16}},
             "sparse.width 100 is not a multiple of sparse.head_channels 16; change one of them",
         ),
         (
             {"sparse": {"positions": "rotary", "head_channels": 5}},
-            "sparse.head_channels 5 is odd, and rotary positions turn pairs; make it even",
+            "sparse.head_channels 5 is odd, but rotary positions rotate pairs; give an even number",
         ),
         ({"sparse": {"positions": "sinus"}}, "sparse.positions = 'sinus': input should be 'auto', 'none', 'learned' or 'rotary'"),
         ({"budget": {"minutes": -1}}, "budget.minutes = -1: input should be greater than 0"),
@@ -122,10 +122,10 @@ def test_losses_that_are_all_zero_are_refused() -> None:
 
 def test_bridges_alone_have_something_to_learn_and_to_learn_it_to() -> None:
     alone = {"optimizer": {"rate": 0}}
-    assert "give sparse.start a coupling's folder" in refusal(**alone)
+    assert "give a coupling's folder as sparse.start" in refusal(**alone)
     there = {**alone, "sparse": {"start": "runs/there"}}
     assert resolve(values(**there)).losses.coupled
-    assert "losses that bridges have part in" in refusal(**there, losses=dict.fromkeys(BRIDGED, 0))
+    assert "a weight above 0 to a loss that involves bridges" in refusal(**there, losses=dict.fromkeys(BRIDGED, 0))
     assert "losses.carried has no literal form" in refusal(losses={"carried": 1, "splice": "literal"})
 
 
@@ -165,7 +165,7 @@ def test_assignments(assignment: str, where: tuple[str, ...], value: Any) -> Non
 
 @pytest.mark.parametrize("assignment", ["", "seed", "=3", "sparse.width"])
 def test_assignments_without_a_key_or_value_are_refused(assignment: str) -> None:
-    form = f"the setting {assignment!r} is not of the form key=value; write such as sparse.width=512"
+    form = f"the setting {assignment!r} is not of the form key=value; write, for example, sparse.width=512"
     assert refusal(assignment) == form
 
 
@@ -176,7 +176,7 @@ def test_a_bare_key_that_two_parts_have_must_be_written_in_full(monkeypatch: pyt
 
 def test_assigning_within_something_that_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("sparse = 5")
-    with pytest.raises(RecipeError, match="^sparse = 5: must be a table of numbers"):
+    with pytest.raises(RecipeError, match="^sparse = 5: must be a table of settings"):
         recipe_values(recipe=tmp_path / "recipe.toml", width=32)
 
 
@@ -210,12 +210,12 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("seed = = 3")
     (tmp_path / "latin.toml").write_bytes(b'dense = "\xe9"')
     assert read_recipe(tmp_path / "good.toml") == {"seed": 3}
-    with pytest.raises(RecipeError, match=r"does not exist \(there are, beside it: bad\.toml, good\.toml, latin\.toml\)"):
+    with pytest.raises(RecipeError, match=r"does not exist \(recipes in its folder: bad\.toml, good\.toml, latin\.toml\)"):
         read_recipe(tmp_path / "goof.toml")
-    with pytest.raises(RecipeError, match=r"does not exist \(there are, beside it: none there\)"):
+    with pytest.raises(RecipeError, match=r"does not exist \(recipes in its folder: none\)"):
         read_recipe(tmp_path / "nowhere" / "a.toml")
     for name in ("bad.toml", "latin.toml", "."):
-        with pytest.raises(RecipeError, match=r"is not a TOML file \(.+\); name one such as those in recipes/$"):
+        with pytest.raises(RecipeError, match=r"is not a TOML file \(.+\); name a file such as those in recipes/$"):
             read_recipe(tmp_path / name)
 
 
@@ -244,7 +244,7 @@ def test_how_many_weights_stay(l0: float, count: int, total: int, kept: int) -> 
 
 
 def test_more_weights_than_there_are_cannot_stay() -> None:
-    with pytest.raises(RecipeError, match="l0 1000001 is more than the 100 weights there are; give a fraction"):
+    with pytest.raises(RecipeError, match="l0 1000001 is more than the number of weights, 100; give a fraction"):
         kept_fraction(1_000_001, 100)
 
 

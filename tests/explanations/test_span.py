@@ -183,6 +183,6 @@ def test_every_command_takes_a_span(tmp_path: Path, text_file: Path) -> None:
 
 def test_what_is_no_span_is_refused_before_anything_is_written(tmp_path: Path, dense_folder: Path) -> None:
     out = tmp_path / "out"
-    for blocks, message in (("1:9", "is no span of the dense model's 2 blocks"), ("x", "must be a slice of the dense model's")):
+    for blocks, message in (("1:9", "is not a span of the dense model's 2 blocks"), ("x", "must be a slice of the dense model's")):
         assert_refused(run("fit", dense_folder, "--blocks", blocks, "--out", out), message)
     assert not out.exists()

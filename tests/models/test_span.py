@@ -177,7 +177,7 @@ def test_a_slice_that_is_no_span_of_the_model_is_refused(blocks: str) -> None:
     whole = load_dense(tiny_gpt2(layers=3))
     with pytest.raises(RecipeError) as error:
         dense_of(whole, blocks)
-    assert f"sparse.blocks {blocks!r} is no span of the dense model's 3 blocks; give first:last within 0:3" in str(error.value)
+    assert f"sparse.blocks {blocks!r} is not a span of the dense model's 3 blocks; give first:last within 0:3" in str(error.value)
 
 
 @pytest.mark.parametrize("blocks", ["", "3", "1:2:1", "a:b", "1.5:3"])
@@ -187,5 +187,5 @@ def test_what_is_no_slice_is_refused(blocks: str) -> None:
 
 
 def test_parts_that_a_span_has_not_are_refused() -> None:
-    with pytest.raises(RecipeError, match="which a span .* has not; give sparse.positions 'auto'"):
+    with pytest.raises(RecipeError, match="a span .*, which has no token embedding; give sparse.positions 'auto'"):
         resolve({"dense": "tiny", "sparse": {"blocks": "1:2", "positions": "learned"}})

@@ -245,7 +245,7 @@ def test_the_points_of_a_plan(tmp_path: Path) -> None:
         ("two points would both be named", {"l0": (0.1, 0.2), "settings": {"sparsity.l0": 0.3}}),
         ("two results would be written to a folder", {"load": ("x/y/a", "z/y/a")}),
         ("two results would be written to a folder", {"load": ("runs/dense-model",)}),
-        ("some weights must stay", {"l0": (-1.0,)}),
+        ("must keep some weights", {"l0": (-1.0,)}),
     ):
         with pytest.raises(UserError, match=problem) as caught:
             plan(**options)  # pyright: ignore[reportArgumentType]
