@@ -128,8 +128,8 @@ class DenseSubject:
     def _refuse(self, layer: int, what: str) -> DenseModelError:
         return DenseModelError(
             f"the linear maps of model {self.dense.name!r}",
-            f"cannot be found: {what} in block {layer}",
-            "its circuits cannot be compared with the sparse model's: go on without (‹no_dense›)",
+            f"cannot be found in block {layer}: {what}",
+            "give ‹no_dense› to skip the comparison with the dense model's circuits",
         )
 
     def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
@@ -162,7 +162,7 @@ class DenseSubject:
             every = [path for path in self._linear if path.startswith(prefix)]
             if not paths or len(paths) != len(every):
                 odd = next((path for path in every if path not in paths), "none")
-                raise self._refuse(layer, f"not every one is called once on every token ({odd.removeprefix(prefix)})")
+                raise self._refuse(layer, f"not every map is called exactly once on every token ({odd.removeprefix(prefix)})")
             feeds = {path: self._fed(path, paths, seen) for path in paths}
             here: list[_Sublayer] = []
             for group in self._split(paths, feeds, block.middle is not None):
@@ -170,12 +170,12 @@ class DenseSubject:
                 last = [path for path in group if path not in first]
                 if len(last) != 1 or not first or any(not torch.equal(seen.taken[path], seen.taken[first[0]]) for path in first):
                     names = ", ".join(path.removeprefix(prefix) for path in group)
-                    raise self._refuse(layer, f"{names} are not some maps of one read and one map that writes")
+                    raise self._refuse(layer, f"{names} are not maps that read the same input, followed by one last map")
                 attention = any(self._mixes(path, last[0], seen) for path in first)
                 here.append(_Sublayer(layer, attention, first, last[0]))
             if sorted(sublayer.attention for sublayer in here) != [False, True]:
                 kinds = " and ".join("attention" if sublayer.attention else "an MLP" for sublayer in here)
-                raise self._refuse(layer, f"there is {kinds}, not attention and an MLP")
+                raise self._refuse(layer, f"its sublayers are {kinds}, not attention and an MLP")
             found += here
         return found
 
@@ -210,7 +210,7 @@ class DenseSubject:
 
     def _location(self, location: Location, size: int) -> Location:
         if location in self._sizes:
-            raise self._refuse(location.layer, f"there are two places named {location.kind}")
+            raise self._refuse(location.layer, f"two locations are named {location.kind}")
         self._sizes[location] = size
         return location
 
@@ -222,7 +222,7 @@ class DenseSubject:
         off_ij = (taken[:, 0].T[:, None] - value_bj.T[None]).abs().amax(-1)
         off_i, channel_i = off_ij.min(1)
         if not bool((off_i <= 1e-4 * taken[:, 0].abs().max()).all()):
-            raise self._refuse(layer, f"what {sublayer.last.rsplit('.', 1)[-1]} takes in is not the values that were attended to")
+            raise self._refuse(layer, f"the input of {sublayer.last.rsplit('.', 1)[-1]} is not the attended values")
         start, owners = 0, list[tuple[Location, int, int]]()
         for path in sublayer.first:
             self._before[path] = read
@@ -248,7 +248,7 @@ class DenseSubject:
         for path in sublayer.first:
             self._before[path] = read
             if seen.given[path].shape[-1] % neurons:
-                raise self._refuse(layer, f"{path.rsplit('.', 1)[-1]} does not give one or more values per neuron")
+                raise self._refuse(layer, f"{path.rsplit('.', 1)[-1]} does not output a whole number of values per neuron")
             self._add(path, read, act)
         self._add(sublayer.last, act, write)
 

@@ -60,7 +60,7 @@ class Masked(ABC):
         by_position: bool = False,
     ) -> None:
         if by_position and len(question) != 1:
-            raise ValueError(f"nodes at positions are those of one prompt, and the question has {len(question)}")
+            raise ValueError(f"nodes at positions need a question with one prompt, and this one has {len(question)}")
         self.question, self.means, self.errors = question, means, errors
         self.device, self.n_tokens = question.last_b.device, question.prompt_bt.shape[1]  # tokens of a prompt, padding included
         self.space = NodeSpace(sizes, self.n_tokens if by_position else 1)

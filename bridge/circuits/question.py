@@ -39,12 +39,10 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.prompt_bt.dim() != 2 or not self.prompt_bt.numel():
-            raise ValueError(f"prompts are rows of at least one token, not a tensor of shape {tuple(self.prompt_bt.shape)}")
+            raise ValueError(f"prompts must be rows of at least one token, not a tensor of shape {tuple(self.prompt_bt.shape)}")
         same = (self.answer_bk[:, :1] == self.against_bk[:, :1]).all(1) & (self.answer_not_b == self.against_not_b)
         if bool(same.any()):
-            raise ValueError(
-                f"answer and contrast are both token {int(self.answer_bk[same][0, 0])}; ask about two different ones"
-            )
+            raise ValueError(f"answer and contrast are both token {int(self.answer_bk[same][0, 0])}; give two different tokens")
 
     @staticmethod
     def of_prompt(tokens_t: Tensor, answer: int, against: int | None = None) -> Question:
@@ -68,7 +66,7 @@ class Question:
     def tokens_t(self) -> Tensor:
         """Tokens of the only prompt. Raises ValueError if there are several."""
         if len(self) != 1:
-            raise ValueError(f"the question has {len(self)} prompts; this is about a single one")
+            raise ValueError(f"the question has {len(self)} prompts, and this property needs a single one")
         return self.prompt_bt[0]
 
     @property

@@ -98,8 +98,8 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
             f"on {task.task} right and wrong answers",
-            f"are {span:.2f} nats further apart than with every node at its mean, and {least:g} are asked, so there is nothing "
-            "to explain",
+            f"differ by {span:.2f} nats more than with every node at its mean, and at least {least:g} are needed, so there is "
+            "nothing to explain",
             "take another task",
         )
     return losses

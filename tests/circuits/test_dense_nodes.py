@@ -175,7 +175,7 @@ def test_masks_at_positions_are_hooks_on_the_models_own_modules(kind: str) -> No
         hooked_v = model(tokens_t[None]).logits[0, -1]
     assert not torch.allclose(hooked_v, plain_v)
     torch.testing.assert_close(masked.logits(kept_f[None])[0], hooked_v)
-    with pytest.raises(ValueError, match="those of one prompt"):
+    with pytest.raises(ValueError, match="nodes at positions need a question with one prompt"):
         MaskedDense(subject, Question.of_pairs(replace_tokens(planted_pairs(6, (4, 6)))), by_position=True)
 
 
