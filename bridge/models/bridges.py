@@ -134,7 +134,9 @@ class CoupledModels:
             )
         if isinstance(self.sparse, SparseSpan):
             if not isinstance(self.dense, DenseSpan):
-                raise ValueError("the sparse model is a span's, and the dense model is a whole one; take the span (`dense_of`)")
+                raise ValueError(
+                    "the sparse model belongs to a span, but the dense model is a whole model; give the span (`dense_of`)"
+                )
             first, last = self.bridges[0], self.bridges[self.n_sites - 1]
             object.__setattr__(self, "sparse", self.sparse.join(self.dense, first.encode, last.decode))
 
@@ -218,7 +220,7 @@ class CoupledModels:
         if facts.get("format") != FORMAT:
             found = facts.get("format")
             raise CheckpointError(
-                f"{str(folder)!r}", f"has format {found!r}, and this version of bridge reads {FORMAT}", "fit it again"
+                f"{str(folder)!r}", f"has format {found!r}, but this version of bridge reads {FORMAT}", "fit it again"
             )
         with refused_unless_read(f"{str(folder)!r}", "coupling", "fit it again"):
             recipe, known = resolve(facts["recipe"]), facts["dense"]
@@ -227,7 +229,7 @@ class CoupledModels:
             identity, fitted_to = Identity.read(known), known["name"]
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
             if not all(isinstance(text, str) for text in texts):
-                raise TypeError("name and place of its dense model are not texts")
+                raise TypeError("the name or path of its dense model is not a text")
         _check_numbers(folder, tensors, sparse.vocabulary)
         if not isinstance(dense, DenseModel):
             named = dense is None or isinstance(dense, (str, Path))
@@ -246,7 +248,7 @@ class CoupledModels:
                 raise CheckpointError(
                     f"dense model of {str(folder)!r} not found:",
                     error.problem,
-                    f"{error.remedy}; or say where it is with ‹dense›",
+                    "; or ".join(filter(None, (error.remedy, "give its path with ‹dense›"))),
                 ) from None
         dense = dense_of(dense, recipe.sparse.blocks)
         shapes = [(list(one["sublayers"]), one["vocabulary"], one["width"]) for one in (known, shape_facts(dense))]
@@ -254,8 +256,8 @@ class CoupledModels:
             now, was = (f"{len(kinds)} sublayers of width {width}, {size:,} tokens" for kinds, size, width in shapes[::-1])
             raise CheckpointError(
                 f"{dense.name!r} ({now})",
-                f"is no fine-tune of the dense model of {str(folder)!r} ({was})",
-                "fit a coupling of its own",
+                f"is not a fine-tune of the dense model of {str(folder)!r} ({was})",
+                "fit a new coupling to it",
             )
         if not fine_tuned and (difference := identity.difference(dense.identity())):
             raise CheckpointError(
@@ -316,9 +318,9 @@ tags: [interpretability, sparse, circuits]
 # {title}
 
 A weight-sparse transformer coupled to the dense model `{self.dense.name}` by a linear bridge at each of its {self.n_sites} sites
-(Gao et al. 2025, arXiv 2511.13653, section 2.3): {len(sparse.blocks)} blocks of width {sparse.width}, of whose weights
-{sparse.achieved_l0():.2%} are nonzero, of those in blocks {sparse.achieved_fractions().blocks:.2%}. `coupling.json` holds the
-recipe; `eval.json`, where present, how faithful it is.
+(Gao et al. 2025, arXiv 2511.13653, section 2.3). The sparse model has {len(sparse.blocks)} blocks of width {sparse.width}. Of its
+weights {sparse.achieved_l0():.2%} are nonzero; in its blocks {sparse.achieved_fractions().blocks:.2%}. `coupling.json` holds
+the recipe; `eval.json`, if present, shows how faithful the coupling is.
 
     import bridge
     coupling = bridge.load("{title}")
@@ -355,7 +357,7 @@ def folder_of(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise CheckpointError(
-            f"{str(path)!r}", f"is neither a folder here nor to be had from the hub ({type(error).__name__})"
+            f"{str(path)!r}", f"is neither a folder here nor available from the hub ({type(error).__name__})"
         ) from None
 
 

@@ -211,4 +211,4 @@ def check_means(locations: Iterable[Location], means: Mapping[Location, Tensor])
     """Raise ValueError if a location has no mean; zero does not replace one."""
     missing = [str(location) for location in locations if location not in means]
     if missing:
-        raise ValueError(f"no corpus mean for {', '.join(missing)}; take them with corpus_means (zero is not a mean)")
+        raise ValueError(f"no corpus mean for {', '.join(missing)}; compute it with corpus_means (zero does not replace a mean)")

@@ -191,7 +191,9 @@ class DenseModel:
             wanted = (*tokens_bt.shape, self.width)
             if tuple(enter.x_btd.shape) != wanted:
                 given = f"{len(enter.site_b)} sites and residuals of shape {tuple(enter.x_btd.shape)}"
-                raise ValueError(f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one of each")
+                raise ValueError(
+                    f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one site and one residual"
+                )
         run, site = DenseRun(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
         with exclusive(), ExitStack() as hooks:
             for block in self.blocks:
@@ -237,7 +239,7 @@ def load_dense(
     if named:
         name = str(model)
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            rule = "cannot stay on a disk: its weights are looked at as a whole"
+            rule = "cannot stay on a disk: bridge reads all of its weights"
             raise DenseModelError(f"model {name!r}", rule, "give a ‹device_map› of devices that hold all of it")
         loaded, unused = _from_pretrained(name, revision, dtype, device_map)
         with _quiet():
@@ -251,9 +253,7 @@ def load_dense(
         name, found, unused = type(base_of(model)).__name__, (None, ""), None
         loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
     if base_of(loaded).config.is_encoder_decoder:
-        raise DenseModelError(
-            f"model {name!r}", "is an encoder-decoder model", "bridge reads decoder-only causal language models"
-        )
+        raise DenseModelError(f"model {name!r}", "is an encoder-decoder model", "give a decoder-only causal language model")
     if has_adapter(loaded):
         loaded = merged(loaded, "its adapter", name)
     if adapter is not None:
@@ -289,7 +289,8 @@ def _from_pretrained(
         if not (folder / "config.json").is_file():
             raise DenseModelError(who, "has no config.json", "give a folder that save_pretrained wrote")
         if not any(folder.glob("*.safetensors")):
-            raise DenseModelError(who, "has no *.safetensors", "other weight files can run code: convert with save_pretrained")
+            rule = "has no *.safetensors (other weight files can run code)"
+            raise DenseModelError(who, rule, "convert its weights with save_pretrained")
     elif file is None and folder.is_file():
         raise DenseModelError(who, "is a file", "give the folder in Hugging Face format, with config.json and *.safetensors")
     with _quiet(), redirect_stderr(StringIO()) if file is not None else nullcontext():  # a progress bar with no other switch
@@ -312,7 +313,7 @@ def _from_pretrained(
 def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
     """Return an error if the files hold weights that are not used, otherwise None. Raises DenseModelError if they lack some."""
     for key, *(found, wanted) in sorted(info["mismatched_keys"]):
-        sizes = f"{key} of shape {tuple(found)}, and its config.json asks for {tuple(wanted)}"
+        sizes = f"{key} of shape {tuple(found)}, but its config.json asks for {tuple(wanted)}"
         many = len(info["mismatched_keys"])
         raise DenseModelError(who, f"has {sizes} ({many} such)", "give the config.json that its weights were saved with")
     unused = sorted(key for key in info["unexpected_keys"] if not _BUFFER.search(key))
@@ -322,21 +323,21 @@ def _unused_weights(who: str, info: dict[str, Any]) -> DenseModelError | None:
         raise DenseModelError(who, rule)
     if not unused:
         return None
-    remedy = "mend config.json, or leave them out of the file, as save_pretrained of the model in transformers does"
-    return DenseModelError(who, f"has weights that its config.json makes no use of: {unused[0]} ({len(unused)} such)", remedy)
+    remedy = "fix config.json, or remove these weights by saving the model again with save_pretrained of transformers"
+    return DenseModelError(who, f"has weights that its config.json does not use: {unused[0]} ({len(unused)} such)", remedy)
 
 
 def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:
     reason = first_line(error)
     if "trust_remote_code" in str(error):
         rule = "needs code from its own repository, which is not run"
-        return DenseModelError(who, rule, "only architectures within transformers are read")
+        return DenseModelError(who, rule, "give a model whose architecture is part of transformers")
     if "Unrecognized configuration class" in reason:
         rule = "is not a causal language model (transformers has no causal head for its type)"
         return DenseModelError(who, rule, "give a decoder-only model")
     if "CONVERSION" in reason:  # the text refers to a report that is not printed
         rule = "has experts whose weights do not fit together"
-        return DenseModelError(who, rule, "its files are incomplete, or config.json is not theirs")
+        return DenseModelError(who, rule, "check that its files are complete and that config.json belongs to them")
     if Path(name).is_dir():
         return DenseModelError(who, f"cannot be loaded: {reason}")
     if "couldn't connect" in reason or "offline" in reason.lower():
@@ -344,7 +345,7 @@ def _why_not_loaded(name: str, who: str, error: Exception) -> DenseModelError:
         return DenseModelError(who, rule, "give a folder")
     if "Repo id must" in reason or "is not a local folder" in reason:
         rule = "is neither a folder here nor a model on the Hugging Face hub"
-        return DenseModelError(who, rule, "give one or the other")
+        return DenseModelError(who, rule, "give a folder or a hub id")
     return DenseModelError(who, f"cannot be loaded from the Hugging Face hub: {reason}")
 
 
@@ -370,7 +371,7 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     eps = torch.finfo(logits_btv.dtype).eps
     tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * largest(logits_btv)  # half precision: a few roundings of a logit
     if not (error := largest(plain.logits_btv - logits_btv)) <= tolerance:
-        raise DenseModelError(who, f"gives other logits when its sites are recorded: off by up to {error:.2g}")
+        raise DenseModelError(who, f"gives different logits when its sites are recorded: off by up to {error:.2g}")
     errors: list[float] = []
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
         sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
@@ -385,7 +386,8 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
             reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
             message = f"{who} fails the parity check at site {site} ({reader}): logits off by {error:.2g}"
             raise DenseModelError(
-                f"{message} (tolerance {tolerance:.2g})", remedy="what it reads later is not all in the residual there"
+                f"{message} (tolerance {tolerance:.2g})",
+                remedy="choose another model: in this one information also passes that site outside the residual",
             )
     return Parity(tuple(errors), tolerance)
 

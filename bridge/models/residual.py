@@ -32,7 +32,7 @@ class Enter:
 
     def __post_init__(self) -> None:
         if len(self.site_b) != len(self.x_btd):
-            raise ValueError(f"{len(self.site_b)} rows have a site and {len(self.x_btd)} a residual; they must be the same rows")
+            raise ValueError(f"there are {len(self.site_b)} sites and {len(self.x_btd)} residuals; each row needs one of each")
 
     @staticmethod
     def at(site: int, x_btd: Tensor) -> Enter:

@@ -152,7 +152,7 @@ class SparseSpan(SparseTransformer):
     def ends(self) -> _Ends:
         """The dense span and the two maps. Raises ValueError before `join`."""
         if self._ends is None:
-            raise ValueError("a span's sparse model runs within a coupling, which gives it its dense model and bridges")
+            raise ValueError("a span's sparse model needs the dense model and bridges of a coupling; run it as part of one")
         return self._ends
 
     @property

@@ -207,7 +207,7 @@ class SparseTransformer(Heads, SparseWeights):
         Raises ValueError for rows without a token, which give nothing to continue from.
         """
         if not tokens_bt.shape[1]:
-            raise ValueError("there is no token to go on from; give rows of at least one")
+            raise ValueError("there is no token to continue from; give rows of at least one token")
         generator = torch.Generator(tokens_bt.device).manual_seed(seed)
         for _ in range(count):
             logits_bv = self.run(tokens_bt[:, -self.context :], last_only=True).logits_btv[:, -1].float()

@@ -105,8 +105,8 @@ class SparseWeights(nn.Module):
             elif (needed := int(kept_first.sum())) > kept:
                 raise RecipeError(
                     "l0",
-                    f"leaves {kept} weights of {name}, min_per_neuron {min_per_neuron} needs {needed}",
-                    "raise l0 or lower it",
+                    f"leaves {kept} weights of {name}, but min_per_neuron {min_per_neuron} needs {needed}",
+                    "raise l0 or lower min_per_neuron",
                 )
             else:
                 priority = torch.where(kept_first, torch.inf, weight.detach().abs())

@@ -48,7 +48,7 @@ def check_folder(path: str | Path, option: str = "out") -> Path:
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"‹{option}› {str(path)!r}", f"cannot be made: {str(above)!r} is not a folder one may write to", "name another"
+            f"‹{option}› {str(path)!r}", f"cannot be created: {str(above)!r} is not a writable folder", "name another folder"
         )
     return path
 

@@ -194,7 +194,7 @@ def test_a_coupling_to_a_live_model_names_where_the_same_model_is(tmp_path: Path
     assert run("eval", tmp_path / "coupling", "--device", "cpu").exit_code == 0
     (tmp_path / "dense").rename(tmp_path / "moved")
     result = run("eval", tmp_path / "coupling", "--device", "cpu")
-    assert result.exit_code == 2 and "or say where it is with --dense" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and "or give its path with --dense" in result.stderr and result.stderr.count("\n") == 1
     assert run("eval", tmp_path / "coupling", "--dense", tmp_path / "moved", "--device", "cpu").exit_code == 0
 
 
@@ -212,7 +212,7 @@ def test_a_live_model_that_is_nowhere_is_not_said_to_be_somewhere(changed: str, 
         model = perturbed(hf.LlamaForCausalLM(copy.deepcopy(model.config)))
     known = saved(untrained(load_dense(model)), tmp_path / "coupling")
     assert (known["name"], known["beside"]) == ("LlamaForCausalLM", None)
-    with pytest.raises(CheckpointError, match="dense model of .* not found: .*; or say where it is with dense="):
+    with pytest.raises(CheckpointError, match="dense model of .* not found: .*; or give its path with dense="):
         bridge.load(tmp_path / "coupling")
     assert bridge.load(tmp_path / "coupling", dense=model).dense.name == "LlamaForCausalLM"
     model.save_pretrained(tmp_path / "kept")
@@ -242,7 +242,7 @@ def test_every_command_that_opens_a_coupling_takes_its_model(coupling_folder: Pa
         ("view", tmp_path / "why.json", "--html", tmp_path / "why.html", "--bridge", folder),
     ):
         refused = run(*command, "--device", "cpu")
-        assert refused.exit_code == 2 and "or say where it is with --dense" in refused.stderr, command
+        assert refused.exit_code == 2 and "or give its path with --dense" in refused.stderr, command
         found = run(*command, "--dense", moved, "--device", "cpu")
         assert "dense" not in found.stderr, (command, found.stderr)
         assert found.exit_code == 0 or command[0] == "steer", (command, found.stderr)

@@ -226,13 +226,13 @@ def test_another_dense_model_is_refused(saved: CoupledModels, folder: Path) -> N
 def test_a_missing_dense_model_is_refused(saved: CoupledModels, folder: Path) -> None:
     shutil.rmtree(folder.parent / "dense")
     edit(folder, lambda facts: facts["dense"].update(name="no/such-model"))
-    assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or say where it is with dense=")
+    assert_refused(folder, r"dense model of .* not found: .*no/such-model.*; or give its path with dense=")
     assert_same_function(bridge.load(folder, dense=tiny_gpt2()), saved)
 
 
 def test_a_live_model_has_to_be_passed(dense: DenseModel, coupling: CoupledModels, tmp_path: Path) -> None:
     coupling.save_pretrained(tmp_path / "it")
-    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or say where it is with dense=")
+    assert_refused(tmp_path / "it", r"GPT2LMHeadModel.*; or give its path with dense=")
     for given in (tiny_gpt2(), dense):
         found = bridge.load(tmp_path / "it", dense=given, tokenizer=tiny_tokenizer())
         assert_same_function(found, coupling)
@@ -301,7 +301,7 @@ def test_a_damaged_coupling_is_refused(folder: Path, damage, why: str) -> None:
 
 def test_neither_a_folder_nor_on_the_hub() -> None:
     for name in ("/no/such/folder", "./nowhere", "no/such-repository"):
-        assert_refused(Path(name), "does not exist|neither a folder here nor to be had from the hub")
+        assert_refused(Path(name), "does not exist|neither a folder here nor available from the hub")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -142,7 +142,7 @@ def test_a_missing_mean_or_a_wrong_mask_is_an_error():
         lambda: ablation_gate(circuit.kept, fewer),
         lambda: MaskedModel(sparse, question(), fewer),
     ):
-        with pytest.raises(ValueError, match=r"no corpus mean for 1\.v; take them with corpus_means"):
+        with pytest.raises(ValueError, match=r"no corpus mean for 1\.v; compute it with corpus_means"):
             build()
     one = {at: kept_tn[:1] for at, kept_tn in circuit.kept.items()}
     with pytest.raises(ValueError, match=r"the mask at 0\.attn_in is torch\.bool of shape \(5, 16\)"):

@@ -446,8 +446,8 @@ def test_weights_that_the_configuration_leaves_out_are_refused(kind: str, shards
     assert len([*tmp_path.glob("*.safetensors")]) == 1 or shards == "many"
     torch.testing.assert_close(load_dense(tmp_path).run(some_tokens()).logits_btv, model(some_tokens()).logits.detach())
     assert refusal(edited(tmp_path, **settings)) == (
-        f"model '{tmp_path}' has weights that its config.json makes no use of: {first} ({count} such); mend config.json, "
-        "or leave them out of the file, as save_pretrained of the model in transformers does"
+        f"model '{tmp_path}' has weights that its config.json does not use: {first} ({count} such); fix config.json, "
+        "or remove these weights by saving the model again with save_pretrained of transformers"
     )
 
 
@@ -457,9 +457,9 @@ def test_weights_under_other_names_are_refused(tmp_path: Path) -> None:
         return edited(tmp_path / name, weights)
 
     extra = given("value-head", lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, WIDTH)})
-    assert "makes no use of: v_head.summary.weight (1 such)" in refusal(extra)
+    assert "does not use: v_head.summary.weight (1 such)" in refusal(extra)
     extra = given("critic", lambda tensors: {**tensors, **{f"critic.{key}": tensor for key, tensor in tensors.items()}})
-    assert "makes no use of: critic.lm_head.weight (30 such)" in refusal(extra)
+    assert "does not use: critic.lm_head.weight (30 such)" in refusal(extra)
     for prefix in ("_orig_mod.", "base_model.model."):
         other = given(prefix, lambda tensors, p=prefix: {f"{p}{key}": tensor for key, tensor in tensors.items()})
         message = refusal(other)
@@ -469,10 +469,10 @@ def test_weights_under_other_names_are_refused(tmp_path: Path) -> None:
 
 def test_weights_of_other_shapes_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[str, str, dict[str, Any], str]] = [
-        ("vocabulary", "llama", {"vocab_size": 70}, "lm_head.weight of shape (80, 32), and its config.json asks for (70, 32) (2"),
-        ("mlp", "llama", {"intermediate_size": 40}, "model.layers.0.mlp.down_proj.weight of shape (32, 48), and its config.json"),
-        ("heads", "llama", {"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight of shape (16, 32), and its"),
-        ("experts", "mixtral", {"num_local_experts": 2}, "model.layers.0.mlp.experts.down_proj of shape (4, 32, 48), and its"),
+        ("vocabulary", "llama", {"vocab_size": 70}, "lm_head.weight of shape (80, 32), but its config.json asks for (70, 32) (2"),
+        ("mlp", "llama", {"intermediate_size": 40}, "model.layers.0.mlp.down_proj.weight of shape (32, 48), but its config.json"),
+        ("heads", "llama", {"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight of shape (16, 32), but its"),
+        ("experts", "mixtral", {"num_local_experts": 2}, "model.layers.0.mlp.experts.down_proj of shape (4, 32, 48), but its"),
     ]
     for name, family, settings, problem in cases:
         tiny(family).save_pretrained(tmp_path / name)

@@ -143,5 +143,5 @@ def test_sites_that_do_not_exist_are_refused(site: int) -> None:
 
 
 def test_an_entry_needs_a_site_and_a_residual_for_the_same_rows() -> None:
-    with pytest.raises(ValueError, match="2 rows have a site and 3 a residual; they must be the same rows"):
+    with pytest.raises(ValueError, match="there are 2 sites and 3 residuals; each row needs one of each"):
         Enter(torch.tensor([0, 1]), torch.zeros(3, TOKENS, WIDTH))

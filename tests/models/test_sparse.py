@@ -508,7 +508,7 @@ def test_what_a_minimum_does_not_claim_goes_to_the_largest() -> None:
 
 
 def test_a_minimum_that_does_not_fit_is_refused() -> None:
-    rule = r"l0 leaves 13 weights of blocks\.0\.q\.weight, min_per_neuron 4 needs 64; raise l0 or lower it"
+    rule = r"l0 leaves 13 weights of blocks\.0\.q\.weight, but min_per_neuron 4 needs 64; raise l0 or lower min_per_neuron"
     with pytest.raises(RecipeError, match=rule):
         build().project(0.05, min_per_neuron=4)
 

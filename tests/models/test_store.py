@@ -280,7 +280,7 @@ def test_check_folder_wants_a_folder_that_can_be_made_or_written_to(tmp_path: Pa
     for good in (tmp_path, tmp_path / "new" / "deeper"):
         assert check_folder(good) == good
     for bad in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / "lost", tmp_path / "lost" / "inside"):
-        with pytest.raises(CheckpointError, match=r"^out='.*' cannot be made: '.*' is not a folder one may write to; name anoth"):
+        with pytest.raises(CheckpointError, match=r"^out='.*' cannot be created: '.*' is not a writable folder; name another"):
             check_folder(bad)
     with pytest.raises(CheckpointError, match="^against='"):
         check_folder(tmp_path / "file", "against")
@@ -296,7 +296,7 @@ def test_check_new_wants_a_place_for_a_new_folder(tmp_path: Path) -> None:
     for taken in (tmp_path, file):
         with pytest.raises(CheckpointError, match=r"exists and is not empty; name a new folder, or give resume="):
             check_new(taken)
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         check_new(file / "inside")
     assert not (tmp_path / "new").exists()
 

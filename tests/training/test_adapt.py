@@ -102,7 +102,7 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(folder: Path, tmp_path: Pat
     # a model of another depth, and one with another tokenizer
     tiny_gpt2(layers=3).save_pretrained(tmp_path / "deep")
     tiny_tokenizer().save_pretrained(tmp_path / "deep")
-    refused("--model", tmp_path / "deep", "is no fine-tune of the dense model of")
+    refused("--model", tmp_path / "deep", "is not a fine-tune of the dense model of")
     shutil.copytree(folder / "dense", tmp_path / "renamed")
     tokens = tmp_path / "renamed" / "tokenizer.json"
     tokens.write_text(tokens.read_text().replace('"w7"', '"x7"'))

@@ -629,7 +629,7 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_written(
 
 def test_a_folder_that_cannot_be_made_is_refused(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         prepare(dense_folder, values(text_file), out=tmp_path / "file" / "run", device="cpu")
 
 

@@ -267,7 +267,7 @@ def test_generation_goes_on_by_the_models_own_logits(frozen: CoupledModels) -> N
         assert torch.equal(frozen.sparse(seen_bt)[:, -1].argmax(-1), longer_bt[:, t])
     drawn = [frozen.sparse.generate(given_bt, 30, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    with pytest.raises(ValueError, match="no token to go on from"):
+    with pytest.raises(ValueError, match="no token to continue from"):
         frozen.sparse.generate(given_bt[:, :0], 1)
 
 
