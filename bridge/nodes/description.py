@@ -363,8 +363,8 @@ def render_page(page: NodePage, width: int = 100, description: str | None = None
     lines = [f"{page.name}{head}", *_wrapped("what      ", page.summary, width)]
     if description is not None:
         lines += _wrapped("described ", repr(description), width)
-    lines.append(f"values    mean {page.mean:+.3g}, deviation {page.deviation:.3g}, not 0 at {page.active:.1%} of tokens")
-    for name, excerpts in (("highest", page.high), ("lowest", page.low), ("between", page.quantiles)):
+    lines.append(f"values    mean {page.mean:+.3g}, deviation {page.deviation:.3g}, nonzero at {page.active:.1%} of tokens")
+    for name, excerpts in (("highest", page.high), ("lowest", page.low), ("quantiles", page.quantiles)):
         for place, excerpt in enumerate(excerpts):
             quantile = "" if excerpt.quantile is None else f" {excerpt.quantile:.0%}"
             start = f"{'' if place else name:<10}{excerpt.value:>+9.3g}{quantile}  "
@@ -376,7 +376,7 @@ def render_page(page: NodePage, width: int = 100, description: str | None = None
         length = sum(x * x for x in page.dense.direction) ** 0.5
         lines.append(f"dense     direction of length {length:.3g} at site {page.dense.site}, read by {page.dense.read_by}")
         if page.dense.promotes is None:
-            lines.append("          the dense model does not say which its output embedding is: no tokens")
+            lines.append("          no tokens, because the dense model does not give its output embedding")
         else:
             lines += _listed("        + ", _scores(page.dense.promotes), width)
             lines += _listed("        - ", _scores(page.dense.demotes or ()), width)

@@ -50,9 +50,9 @@ class Endpoint:
         except ValueError:
             good = False
         if not good or " " in self.url:
-            raise EndpointError(f"{self.url!r}", "is no address of an endpoint", "give one such as http://localhost:8000/v1")
+            raise EndpointError(f"{self.url!r}", "is not the address of an endpoint", "give one such as http://localhost:8000/v1")
         if not self.model:
-            raise EndpointError("which model the endpoint is to use", "is not said", "give ‹model›")
+            raise EndpointError("the name of the endpoint's model", "is missing", "give ‹model›")
 
     def describe(self, page: NodePage) -> str:
         """Return the model's one-line description of a node. Raises EndpointError if none is received."""
@@ -70,12 +70,12 @@ class Endpoint:
             with error:
                 raise self._failed(f"HTTP status {error.code}", f"check the address, the model, and {KEY}") from None
         except (urllib.error.URLError, TimeoutError, OSError) as error:
-            raise self._failed(str(getattr(error, "reason", error)), "check that it runs") from None
+            raise self._failed(str(getattr(error, "reason", error)), "check that the endpoint runs") from None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise self._failed("it did not answer as a chat endpoint does", "check the address") from None
+            raise self._failed("the answer is not that of a chat endpoint", "check the address") from None
         line = " ".join(content.split()) if isinstance(content, str) else ""
         if not line:
-            raise self._failed("its answer is empty", "try another model")
+            raise self._failed("the answer is empty", "try another model")
         return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}\u2026"
 
     def _failed(self, why: str, remedy: str) -> EndpointError:

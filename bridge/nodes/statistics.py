@@ -172,7 +172,9 @@ def collect_nodes(
     if tokens_bt is None or not tokens_bt.numel():
         raise NodeError("the coupling", "holds no reference text, and none was given", "give text, such as ‹data› stdlib")
     if tokens_bt.shape[1] > sparse.context:
-        raise NodeError(f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "cut them")
+        raise NodeError(
+            f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "shorten them"
+        )
     tokens_bt = tokens_bt.cpu()
     facts, locations = _kept(sparse, folder), list(sparse.locations())
     if facts is None or facts.seed != seed or list(facts.parts) != locations or not torch.equal(facts.tokens_bt, tokens_bt):
@@ -210,9 +212,11 @@ def parse_node(text: str, sizes: Mapping[Location, int]) -> Node:
     location, index = Location(int(match[1]), match[2]), int(match[3])
     if location not in sizes:
         layers, kinds = max(at.layer for at in sizes), dict.fromkeys(at.kind for at in sizes)
-        raise NodeError(f"there is no location {location}", remedy=f"layers go from 0 to {layers}, kinds are {', '.join(kinds)}")
+        raise NodeError(
+            f"there is no location {location}", remedy=f"give a layer from 0 to {layers} and a kind of {', '.join(kinds)}"
+        )
     if index >= sizes[location]:
-        raise NodeError(f"{location}", f"has no channel {index}", f"its channels go from 0 to {sizes[location] - 1}")
+        raise NodeError(f"{location}", f"has no channel {index}", f"give one from 0 to {sizes[location] - 1}")
     return Node(location, index)
 
 

@@ -170,8 +170,8 @@ def test_a_node_is_read_from_its_name(pair: CoupledModels) -> None:
     for location in sizes:
         assert parse_node(f"{location}[3]", sizes) == parse_node(Node(location, 3).name, sizes) == Node(location, 3)
     for text, message in (
-        ("mlp_act[3]", "names no node; write"), ("9.q[0]", "no location 9.q; layers go from 0 to 1"),
-        ("0.z[0]", "kinds are attn_in, q"), ("0.q[32]", "no channel 32; its channels go from 0 to 31"),
+        ("mlp_act[3]", "names no node; write"), ("9.q[0]", "no location 9.q; give a layer from 0 to 1"),
+        ("0.z[0]", "a kind of attn_in, q"), ("0.q[32]", "no channel 32; give one from 0 to 31"),
     ):  # fmt: skip
         with pytest.raises(NodeError, match=message.replace("[", r"\[")):
             parse_node(text, sizes)
@@ -224,7 +224,7 @@ def test_without_an_output_embedding_there_are_no_dense_tokens(
     monkeypatch.setattr(pair.dense.model, "get_output_embeddings", lambda: None)
     page = describe_node(pair, facts, Node(Location(0, "mlp_out"), 1))
     assert page.dense is not None and page.dense.promotes is None
-    assert "does not say which its output embedding is" in str(page)
+    assert "no tokens, because the dense model does not give its output embedding" in str(page)
 
 
 def test_links_are_the_nonzero_weights_the_strongest_first(pair: CoupledModels, facts: NodeFacts) -> None:
@@ -352,8 +352,8 @@ def test_the_endpoint_is_asked_once_and_its_line_kept(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((500, b""), "HTTP status 500"), ((302, b""), "HTTP status 302"), ((200, b"<html>"), "did not answer as a chat"),
-        ((200, b"[]"), "did not answer as"), ((200, b'{"choices": []}'), "did not answer as"), (said(None), "empty"),
+        ((500, b""), "HTTP status 500"), ((302, b""), "HTTP status 302"), ((200, b"<html>"), "is not that of a chat endpoint"),
+        ((200, b"[]"), "not that of a chat"), ((200, b'{"choices": []}'), "not that of a chat"), (said(None), "empty"),
         (said(" "), "empty"),
     ],
 )  # fmt: skip
@@ -365,10 +365,10 @@ def test_an_endpoint_that_fails_is_one_line(endpoint: Endpoint, answer: tuple[in
 
 
 def test_an_endpoint_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(EndpointError, match=r"Connection refused; check that it runs"):
+    with pytest.raises(EndpointError, match=r"Connection refused; check that the endpoint runs"):
         Endpoint("http://127.0.0.1:1", "small").describe(page_of("a"))
     for url in ("file:///etc/passwd", "localhost:80", "http://", "http://a b", "http://[", "http://a\n"):
-        with pytest.raises(EndpointError, match="is no address"):
+        with pytest.raises(EndpointError, match="is not the address of an endpoint"):
             Endpoint(url, "small")
     with pytest.raises(EndpointError, match="give model="):
         Endpoint("http://localhost", "")
@@ -435,7 +435,7 @@ def test_circuits_and_explanations_say_what_their_nodes_do(dense: DenseModel, te
         (["--node", "mlp[3]"], "names no node"),
         (["--model", "small"], "--describe-with and --model need each other"),
         (["--describe-with", "http://localhost", "--model", "small"], "the nodes to describe are missing"),
-        (["--node", "0.q[0]", "--describe-with", "ftp://a", "--model", "small"], "is no address"),
+        (["--node", "0.q[0]", "--describe-with", "ftp://a", "--model", "small"], "is not the address"),
         (["--circuit", "nowhere"], "does not exist"),
     ],
 )
