@@ -3,7 +3,7 @@
     reads      The tokens from whose positions most flows into the group, by the effects of its incoming edges: an embedding's
                token, or the token at the position of another group. If mainly groups at its own position feed it, it is `at` its
                token. A group that no kept node and no token feeds writes the same on every prompt: it is `constant` at the last
-               position, elsewhere `at` its token. `in full reads` adds what its attention heads read if every node is kept.
+               position, elsewhere `at` its token. `full model reads` adds what its attention heads read if every node is kept.
     like       If a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
                gradients of its reads. Given only if the prompt's own token is in the first FIT, as it is if the group reads it.
     promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens with the largest
@@ -93,7 +93,7 @@ def _reads(
         there = there if own < len(flow.tokens_t) - 1 else "constant"
         read_t = read_by(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
         most_read = int(read_t.argmax())
-        return f"{there} (in full reads {_token(flow, most_read, prompts)})" if read_t[most_read] > 0 else there
+        return f"{there} (full model reads {_token(flow, most_read, prompts)})" if read_t[most_read] > 0 else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
     most = by_position[positions[0]]
     named = [position for position in positions[:_READS] if position >= 0 and by_position[position] >= _SHARE * most]
