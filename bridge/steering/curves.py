@@ -161,7 +161,7 @@ def steer(
     """
     strengths = check_strengths(strengths)
     if not 1 <= draws <= MOST_DRAWS:
-        why = "no control" if draws < 1 else "more than are held at once"
+        why = "no control" if draws < 1 else "more than the limit"
         raise SteerError(f"{draws:,} random directions", f"are {why}", f"give 1 to {MOST_DRAWS:,}")
     dense, prompts, sizes = coupling.dense, coupling.dense.prompts, coupling.sparse.locations()
     tokens_t = prompt_tokens(coupling, prompt)
@@ -171,7 +171,7 @@ def steer(
     whole = interventions is None
     if interventions is None:
         if other_t is None:
-            raise SteerError("nothing", "is to be changed", "name nodes, a circuit or an explanation, or a counterfactual prompt")
+            raise SteerError("the intervention", "is missing", "name nodes, a circuit, an explanation or a counterfactual prompt")
         interventions = every_node(sizes)
     chosen = [parse_intervention(each, sizes) if isinstance(each, str) else each for each in interventions]
     steerer = Steerer(coupling, tokens_t, chosen, other_t, site=site)

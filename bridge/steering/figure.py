@@ -73,8 +73,8 @@ def steering_plot(steering: Steering) -> str:
 
 def _changed(steering: Steering) -> str:
     sites = ", ".join(str(site) for site in steering.sites)
-    where = f"all at site {sites}" if steering.at_once else f"at each sublayer's own site ({sites})"
-    return f"{steering.n_changed:,} nodes changed, added {where}"
+    where = f"in full at site {sites}" if steering.at_once else f"at the site after each sublayer ({sites})"
+    return f"{steering.n_changed:,} nodes changed; the change is added {where}"
 
 
 def render_steering(steering: Steering, width: int = 100) -> str:
@@ -86,7 +86,7 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     lines.append(f"question        {steering.contrast} against {steering.target}")
     low, high = min(steering.norms), max(steering.norms)
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
-    changed = f"{_changed(steering)}; norm {norms} of the residual's"
+    changed = f"{_changed(steering)}; norm {norms} times the residual's"
     lines += textwrap.wrap(f"changed         {changed}", width, subsequent_indent=" " * 16)
     for each in steering.changed[: _SHOWN if steering.n_changed > _SHOWN else None]:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
@@ -109,5 +109,5 @@ def render_steering(steering: Steering, width: int = 100) -> str:
         )
     written = [each for each in steering.curve if each.text is not None]
     lines += [""] if written else []
-    lines += [f"goes on at {each.strength:g}:  {each.text!r}" for each in written]
+    lines += [f"text at strength {each.strength:g}:  {each.text!r}" for each in written]
     return "\n".join(line if len(line) <= width else f"{line[: width - 1]}\u2026" for line in lines)

@@ -92,7 +92,7 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
     match = _INTERVENTION.fullmatch(text.strip())
     if match is None:
         raise SteerError(
-            f"{text!r}", "names no change", "write a node as in 1.mlp_act[37], then perhaps @4, then perhaps =2.5 or +1"
+            f"{text!r}", "is not an intervention", "write a node such as 1.mlp_act[37], optionally with @4, =2.5 or +1 after it"
         )
     node = parse_node(match["node"], sizes)
     if match["position"] is not None:
@@ -104,7 +104,7 @@ def parse_intervention(text: str, sizes: Mapping[Location, int]) -> Intervention
         if not abs(amount) <= MOST_VALUE:
             raise ValueError
     except ValueError:
-        raise SteerError(f"{match['amount']!r} in {text!r}", "is no number up to a million", "write =2.5, +1 or -1") from None
+        raise SteerError(f"{match['amount']!r} in {text!r}", "is not a number from -1e6 to 1e6", "write =2.5, +1 or -1") from None
     if match["how"] == "=":
         return Intervention(node, value=amount)
     return Intervention(node, amount=-amount if match["how"] == "-" else amount)
@@ -119,8 +119,9 @@ def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Int
     if result.facts.provenance.get("sparse_fingerprint") not in (None, sparse_fingerprint(coupling.sparse)):
         raise SteerError(
             f"the circuit in {str(path)!r}",
-            f"is of {result.facts.provenance.get('coupling')!r}, whose weights {coupling.path or 'this coupling'!r} has not",
-            "name its own coupling, or search again",
+            f"was found in {result.facts.provenance.get('coupling')!r}, whose weights are not those of "
+            f"{coupling.path or 'this coupling'!r}",
+            "name the coupling that it was found in, or search again",
         )
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
@@ -143,7 +144,7 @@ def chosen_interventions(
         interventions += [parse_intervention(node.id, sizes) for node in opened]
         prompt = read.prompt if prompt is None else prompt
     if prompt is None:
-        raise SteerError("which prompt", "is not said", "give ‹prompt›, or an ‹explanation› that has one")
+        raise SteerError("the prompt", "is missing", "give ‹prompt›, or an ‹explanation› that has one")
     interventions += [parse_intervention(text, sizes) for text in nodes]
     return prompt, None if not (nodes or circuit or explanation) else interventions
 
@@ -195,7 +196,7 @@ class Steerer:
                 "the prompt", f"is {length} tokens long and the counterfactual {len(counterfactual_t)}", "make them equally long"
             )
         if site is not None and not 0 <= site < coupling.n_sites:
-            raise SteerError(f"site {site}", "does not exist", f"sites go from 0 to {coupling.n_sites - 1}")
+            raise SteerError(f"site {site}", "does not exist", f"give a site from 0 to {coupling.n_sites - 1}")
         values, sizes = None if counterfactual_t is None else self._values(counterfactual_t), sparse.locations()
         self.clamps = {
             location: _clamp(its, length, sizes[location], None if values is None else values[location][0], sparse.device)
@@ -203,9 +204,7 @@ class Steerer:
         }
         touched = sorted({sparse.site(location) for location in self.clamps})
         if site is not None and touched[0] >= site:
-            raise SteerError(
-                "no chosen node", f"is before site {site}", f"they write at {touched[0] + 1} or later, give that or more"
-            )
+            raise SteerError("no chosen node", f"is before site {site}", f"give site {touched[0] + 1} or a later one")
         self.touched, self.site = tuple(touched), site
 
     @property
@@ -287,7 +286,7 @@ def _clamp(
             continue
         if other_tn is None and (without := [m.node for m in its if m.way == "counterfactual"]):
             raise SteerError(
-                without[0], "is to go to its value on the counterfactual, and none is given", "give one, or write =1 or +1"
+                without[0], "has no counterfactual value, because no counterfactual is given", "give one, or write =1 or +1"
             )
         rows, index_m = torch.arange(length + 1)[:, None], torch.tensor([m.node.index for m in its])
         if positions:

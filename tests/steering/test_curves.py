@@ -147,12 +147,12 @@ def test_refusals_are_one_line(coupled: CoupledModels) -> None:
         ({"strengths": (1.5,)}, "strength 1.5 is not between 0 and 1"),
         ({"strengths": (float("nan"),)}, "strength nan is not between 0 and 1"),
         ({"draws": 0}, "0 random directions are no control; give 1 to 1,000"),
-        ({"draws": 10**8}, "100,000,000 random directions are more than are held at once; give 1 to 1,000"),
+        ({"draws": 10**8}, "100,000,000 random directions are more than the limit; give 1 to 1,000"),
         ({"counterfactual": PROMPT}, "the counterfactual is the prompt itself; change what decides the answer"),
         ({"counterfactual": "w5 w9"}, "the prompt is 6 tokens long and the counterfactual 2"),
         (
             {"interventions": None},
-            "nothing is to be changed; name nodes, a circuit or an explanation, or a counterfactual prompt",
+            "the intervention is missing; name nodes, a circuit, an explanation or a counterfactual prompt",
         ),
         ({"interventions": ["9.v[1]=1"]}, "there is no location 9.v"),
         ({"interventions": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
@@ -178,8 +178,8 @@ def test_the_function_stays_one() -> None:
 def test_the_table_and_the_plot(steered: Steering) -> None:
     for width in (72, 100, 120):
         text = render_steering(steered, width)
-        assert max(map(len, text.splitlines())) <= width and "strength" in text and "goes on at 1" in text
-    assert "each sublayer's own site (1, 2, 3)" in " ".join(render_steering(steered, 120).split())
+        assert max(map(len, text.splitlines())) <= width and "strength" in text and "text at strength 1:" in text
+    assert "is added at the site after each sublayer (1, 2, 3)" in " ".join(render_steering(steered, 120).split())
     hostile = dataclasses.replace(steered, contrast=dataclasses.replace(steered.contrast, text='<script>&"'))
     drawing = steering_plot(dataclasses.replace(hostile, target=dataclasses.replace(steered.target, text="$x_{")))
     ElementTree.fromstring(drawing)
@@ -206,7 +206,7 @@ def test_the_command(folder: Path, coupled: CoupledModels, tmp_path: Path) -> No
     nodes = [word for move in CHANGES for word in ("--node", move)]
     result = run("steer", "--bridge", folder, "--prompt", PROMPT, "--counterfactual", OTHER, *nodes, *options)
     assert result.exit_code == 0, result.output
-    assert "strength" in result.stdout and "goes on at 1" in result.stdout
+    assert "strength" in result.stdout and "text at strength 1:" in result.stdout
     ElementTree.fromstring(files[0].read_text())
     values = json.loads(files[1].read_text())
     assert values["sites"] == [1, 2, 3] and [each["strength"] for each in values["curve"]] == [0, 1]
@@ -225,7 +225,7 @@ def test_the_command(folder: Path, coupled: CoupledModels, tmp_path: Path) -> No
         (["--node", "0.v[1]=1", "--strength", "2"], "strength 2 is not between 0 and 1"),
         (["--counterfactual", "w5"], "make them equally long"),
         (["--node", "0.v[1]"], "none is given; give one, or write =1 or +1"),
-        ([], "nothing is to be changed"),
+        ([], "the intervention is missing"),
         (["--circuit", "nowhere"], "'nowhere' does not exist"),
         (["--explanation", "nowhere.json"], "there is no file 'nowhere.json'"),
         (["--node", "0.v[1]=1", "--site", "0"], "no chosen node is before site 0"),

@@ -77,11 +77,11 @@ def test_a_text_names_a_change(coupled: CoupledModels) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mlp_act", "'mlp_act' names no change; write a node as in 1.mlp_act[37], then perhaps @4"),
-        ("1.mlp_act[7]@x", "names no change"),
-        ("1.mlp_act[7]=much", "'much' in '1.mlp_act[7]=much' is no number up to a million; write =2.5, +1 or -1"),
+        ("mlp_act", "'mlp_act' is not an intervention; write a node such as 1.mlp_act[37], optionally with @4"),
+        ("1.mlp_act[7]@x", "is not an intervention"),
+        ("1.mlp_act[7]=much", "'much' in '1.mlp_act[7]=much' is not a number from -1e6 to 1e6; write =2.5, +1 or -1"),
         ("1.mlp_act[7]=nan", "'nan' in"),
-        ("1.mlp_act[7]=1e30", "is no number up to a million"),
+        ("1.mlp_act[7]=1e30", "is not a number from -1e6 to 1e6"),
         ("7.mlp_act[7]", "there is no location 7.mlp_act"),
         ("1.mlp_act[700]", "1.mlp_act has no channel 700"),
     ],
@@ -227,15 +227,15 @@ def test_what_cannot_be_steered_is_one_line(coupled: CoupledModels) -> None:
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         ([], {}, "no node is chosen; name at least one"),
         (["0.v[5]@6=1"], {}, "L0.v[5]@6 is outside the prompt, whose tokens go from 0 to 5"),
-        (["0.v[5]"], {}, "L0.v[5] is to go to its value on the counterfactual, and none is given; give one, or write =1 or +1"),
+        (["0.v[5]"], {}, "L0.v[5] has no counterfactual value, because no counterfactual is given; give one, or write =1 or +1"),
         (
             ["0.v[5]"],
             {"counterfactual_t": OTHER_T[:4]},
             "the prompt is 6 tokens long and the counterfactual 4; make them equally long",
         ),
-        (["0.v[5]=1"], {"site": 9}, "site 9 does not exist; sites go from 0 to 4"),
+        (["0.v[5]=1"], {"site": 9}, "site 9 does not exist; give a site from 0 to 4"),
         (["0.v[5]=1"], {"site": -1}, "site -1 does not exist"),
-        (["1.v[5]=1"], {"site": 2}, "no chosen node is before site 2; they write at 3 or later, give that or more"),
+        (["1.v[5]=1"], {"site": 2}, "no chosen node is before site 2; give site 3 or a later one"),
     ]
     for texts, options, message in cases:
         with pytest.raises(SteerError) as error:
@@ -243,7 +243,7 @@ def test_what_cannot_be_steered_is_one_line(coupled: CoupledModels) -> None:
         assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(SteerError, match="cannot be both set and changed"):
         Intervention(Node(Location(0, "v"), 1), value=1.0, amount=1.0)
-    with pytest.raises(SteerError, match="which prompt is not said"):
+    with pytest.raises(SteerError, match="the prompt is missing; give prompt="):
         chosen_interventions(coupled, None, [], None, None)
     with pytest.raises(ExplainError, match="there is no file 'nowhere.json'; name one that"):
         chosen_interventions(coupled, "w3", [], None, Path("nowhere.json"))
