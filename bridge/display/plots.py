@@ -27,7 +27,7 @@ def can_plot() -> bool:
 def draw(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[Any]], None]) -> Any:
     """Return a figure of panels side by side (size in inches), painted by `paint`. Raises UserError without matplotlib."""
     if not can_plot():
-        raise UserError("a plot", "needs matplotlib, which is not installed", "pip install 'bridge[plots]'")
+        raise UserError("a plot", "needs matplotlib, which is not installed", "run pip install 'bridge[plots]'")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
