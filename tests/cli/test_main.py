@@ -221,16 +221,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--l0", "0"], "sparsity.l0 = 0.0: some weights must stay"),
-        (["--l0", "-1"], "sparsity.l0 = -1.0: some weights must stay"),
+        (["--l0", "0"], "sparsity.l0 = 0.0: must keep some weights"),
+        (["--l0", "-1"], "sparsity.l0 = -1.0: must keep some weights"),
         (["--l0", "1e9"], "more than the"),
         (["--l0", "0.1", "--data", "nowhere.txt"], "data 'nowhere.txt' does not exist"),
-        (["--l0", "0.1", "--set", "sparse.wdth=3"], "the setting sparse.wdth is not a number of the recipe"),
+        (["--l0", "0.1", "--set", "sparse.wdth=3"], "the setting sparse.wdth is not one of the recipe's settings"),
         (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),
         (["--l0", "0.1", "--recipe", "no.toml"], "recipe 'no.toml' does not exist"),
         (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not offered"),
         (["--l0", "0.1", "--dtype", "int8"], "dtype 'int8' is not offered"),
-        (["--l0", "0.1", "--out", "/proc/version/run"], "cannot be made"),
+        (["--l0", "0.1", "--out", "/proc/version/run"], "cannot be created"),
     ],
 )
 def test_fit_refuses(dense_folder: Path, place: Path, options: list[str], message: str) -> None:
@@ -308,7 +308,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     (place / "file").write_text("mine")
     (place / "lost").symlink_to("nowhere/x")
     arguments = ["sweep", "model", *command[1:]] if command[0] == "sweep" else command
-    can = "cannot be made" if command[-1] in ("--out", "--against") else "cannot be written"
+    can = "cannot be created" if command[-1] in ("--out", "--against") else "cannot be written"
     assert_refused(run(*arguments, path), f"{command[-1]} {path!r} {can}")
     assert sorted(each.name for each in place.iterdir()) == ["file", "lost"] and (place / "file").read_text() == "mine"
 

@@ -224,7 +224,7 @@ def test_the_command(folder: Path, coupled: CoupledModels, tmp_path: Path) -> No
         (["--node", "0.v[1]@9=1"], "is outside the prompt, whose tokens go from 0 to 5"),
         (["--node", "0.v[1]=1", "--strength", "2"], "strength 2 is not between 0 and 1"),
         (["--counterfactual", "w5"], "make them equally long"),
-        (["--node", "0.v[1]"], "none is given; give one, or write =1 or +1"),
+        (["--node", "0.v[1]"], "because no counterfactual is given; give one, or write =1 or +1"),
         ([], "the intervention is missing"),
         (["--circuit", "nowhere"], "'nowhere' does not exist"),
         (["--explanation", "nowhere.json"], "there is no file 'nowhere.json'"),
