@@ -81,11 +81,11 @@ def prepare_adapted(
     """
     base = base if isinstance(base, CoupledModels) else CoupledModels.from_pretrained(base)
     if base.path is None:
-        raise RecipeError("a coupling that was not saved", "cannot be gone on from", "save it (save_pretrained) and load it")
+        raise RecipeError("a coupling that was not saved", "cannot be adapted", "save it (save_pretrained) and load it")
     if (adapter is None) == (model is None):
-        raise RecipeError("which fine-tune", "is not said", "give an adapter's folder, or a fine-tuned model, one of the two")
+        raise RecipeError("the fine-tune", "must be given exactly once", "give either an adapter's folder or a fine-tuned model")
     if not base.recipe.losses.coupled:
-        raise RecipeError(f"{base.path!r}", "is uncoupled: its bridges were not trained", "give one that is coupled")
+        raise RecipeError(f"{base.path!r}", "is uncoupled: its bridges were not trained", "give a coupling with trained bridges")
     adapter, tuned, revision = None if adapter is None else str(adapter), model, None
     if adapter is not None:
         _check_adapter(base, adapter)
@@ -124,7 +124,7 @@ def _tokens_trained(base: CoupledModels) -> int:
     counts = [json.loads(line).get("tokens", 0) for line in lines if line.strip()]
     tokens = max(counts, default=base.recipe.budget.tokens)
     if tokens is None:
-        raise RecipeError(f"{base.path!r}", "does not say on how many tokens it was trained", "give ‹tokens› or ‹minutes›")
+        raise RecipeError(f"{base.path!r}", "does not say how many tokens it was trained on", "give ‹tokens› or ‹minutes›")
     return tokens
 
 
@@ -158,14 +158,15 @@ def _check_adapter(base: CoupledModels, adapter: str) -> None:
     rule = f"was trained on {trained_on!r}, which is not the dense model {name!r} of {base.path!r}"
     if Path(trained_on).is_dir():
         if difference := load_dense(trained_on, dtype=base.dense.dtype).identity().difference(base.dense.identity()):
-            raise DenseModelError(what, f"{rule}: {difference}", "give an adapter of that one")
+            raise DenseModelError(what, f"{rule}: {difference}", "give an adapter of that dense model")
     elif Path(trained_on).name != Path(name).name:
-        raise DenseModelError(what, rule, f"give an adapter of that one (or, where they are the same, correct its {CONFIG})")
+        remedy = f"give an adapter of that dense model, or correct the adapter's {CONFIG} if the two models are the same"
+        raise DenseModelError(what, rule, remedy)
 
 
 def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | None, given: Any) -> None:
     """Raise RecipeError if the fine-tune's tokenizer would split text into other tokens than the base's."""
-    own, source = base.dense.tokenizer, "the tokenizer given"
+    own, source = base.dense.tokenizer, ""
     if own is None:
         return
     if given is None:
@@ -175,10 +176,11 @@ def _check_tokenizer(base: CoupledModels, tuned: Any, adapter: str | None, given
     if given is None and adapter is not None:
         return
     if given is None:
-        raise RecipeError(f"{source!r}", "has no tokenizer", f"save that of {base.dense.name!r} beside it")
+        raise RecipeError(f"{source!r}", "has no tokenizer", f"save the tokenizer of {base.dense.name!r} in its folder")
     theirs = given.get_vocab()
     for token, number in own.get_vocab().items():
         if theirs.get(token) != number:
-            there = f"#{theirs[token]}" if token in theirs else "none"
-            rule = f"has another tokenizer than {base.dense.name!r} ({token!r} is #{number} in one and {there} in the other)"
-            raise RecipeError(f"{source!r}", rule, "fit a coupling of its own")
+            what = f"the tokenizer of {source!r}" if source else "the given tokenizer"
+            there = f"#{theirs[token]}" if token in theirs else "missing"
+            rule = f"differs from that of {base.dense.name!r} ({token!r} is {there}, not #{number})"
+            raise RecipeError(what, rule, "fit a new coupling to the fine-tune")

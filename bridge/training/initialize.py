@@ -169,7 +169,7 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
     same_text = now.data.source == before.data.source != "self"  # in streams the text decides what is held out, not the seed
     if same_text and (now.data.stream != before.data.stream or (not now.data.stream and now.seed != before.seed)):
         what = f"seed {now.seed} (data.stream {str(now.data.stream).lower()})"
-        rule = f"holds out other parts of {now.data.source!r} than {path!r} did, which was trained on most of them"
+        rule = f"holds out other parts of {now.data.source!r} than {path!r}, which was trained on most of them"
         remedy = f"give seed {before.seed} and data.stream {str(before.data.stream).lower()}, or other ‹data›"
         raise RecipeError(what, rule, remedy)
     mine, theirs = (
@@ -179,7 +179,7 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
     differ = [name for name, value in mine.items() if value != theirs[name]]
     if differ or coupling.context != other.context:
         rule = f"is a coupling of another shape ({', '.join(differ) or 'data.context'})"
-        raise RecipeError(f"sparse.start {path!r}", rule, "take its numbers, or start as 'auto'")
+        raise RecipeError(f"sparse.start {path!r}", rule, "use the values of that coupling, or give sparse.start 'auto'")
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())
     return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())

@@ -196,7 +196,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             losses = _accumulate(objective, accelerator, tokens_bt, splice, pieces)
             finite = optimizer.step(done, annealed(done), state.caution)
             if not finite or not bool(torch.isfinite(losses["total"])):
-                raise _failed("the loss or its gradient is not a number", f"step {state.step}", out)
+                raise _failed("the loss or its gradient is not finite", f"step {state.step}", out)
             if updates_mask:
                 dropped = recipe.sparsity.move * (1 - done) / (1 - recipe.sparsity.anneal)
                 native.update_mask(sparse, dropped, optimizer.adam.state, min_per_neuron=recipe.sparsity.min_per_neuron)
@@ -232,7 +232,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
                     save(out if accelerator.is_main_process else None, coupling, optimizer, blocks, state)
                 last_save = state.seconds
             if asked and fraction() < 1:
-                remedy = f"‹resume› ‹out› {out} goes on" if out else ""
+                remedy = f"continue with ‹resume› ‹out› {out}" if out else ""
                 raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens", remedy, planned=not stop)
         shards.gather(objective)
 
@@ -375,7 +375,7 @@ def _check_sound(coupling: CoupledModels, out: Path | None) -> None:
     crossed = [coupling.bridges[site].decode(x_bts) for site, x_bts in enumerate(trace.residuals)]
     crossed += [coupling.bridges[site].encode(h_btd) for site, h_btd in enumerate(truth.residuals)]
     if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= WORST * uniform:
-        what = f"what was fitted answers with {ce:.2f} nats on held-out text (guessing: {uniform:.2f}), or with what is no number"
+        what = f"the cross-entropy on held-out text is {ce:.2f} nats (guessing: {uniform:.2f}), or the outputs are not finite"
         raise _failed(what, "the end", out)
 
 

@@ -92,19 +92,20 @@ def prepare(
         saved = read_json(out / "training.json").get("recipe")
         if not isinstance(saved, dict):
             what = f"checkpoint file {str(out / 'training.json')!r}"
-            raise CheckpointError(what, "is damaged: it holds no recipe", "fit it again")
+            raise CheckpointError(what, "is damaged: it contains no recipe", "fit it again")
         changed = {key for key, value in values.items() if key != "dense" and not _agrees(value, saved.get(key))} - {"budget"}
         if changed:
-            raise RecipeError("‹resume›", f"goes on by the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}")
+            rule = f"continues with the recipe in {str(out)!r}, which differs in {', '.join(sorted(changed))}"
+            raise RecipeError("‹resume›", rule, "leave these settings as they were, or name a new ‹out›")
         saved.get("sparse", {}).setdefault("block", {})  # runs started before this field existed have none
         values = saved | {key: values[key] for key in ("budget",) if key in values}
     live = not isinstance(model, (str, Path))
     recipe = resolve({**values, "dense": type(model).__name__ if live else str(model)})
     if dtype not in ("float32", "bfloat16"):
-        raise RecipeError(f"dtype {dtype!r}", "is not offered", "it is float32 or bfloat16 (products only, weights stay float32)")
+        raise RecipeError(f"dtype {dtype!r}", "is not supported", "give float32 or bfloat16 (for products; weights stay float32)")
     accelerator = _accelerator(device, dtype, log_with, out)
     if device_map is not None and (live or accelerator.num_processes > 1):
-        why = "a live model is where it is" if live else "each of several processes has a device of its own"
+        why = "a live model stays on its devices" if live else "each of several processes has its own device"
         raise RecipeError(f"‹device_map› {device_map}", f"does not apply: {why}", "leave it out")
     dense = load_dense(
         model, tokenizer=tokenizer, adapter=recipe.adapter, revision=recipe.revision, device=str(accelerator.device),
@@ -161,7 +162,7 @@ def check_resumable(out: Path) -> None:
     if any((out / name).exists() for name in ("training.json", "log.jsonl")):
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"‹out› {str(out)!r}", "holds no run to resume", "name the folder of one, or a new one")
+        raise CheckpointError(f"‹out› {str(out)!r}", "contains no run to resume", "name the folder of a run, or a new folder")
     check_folder(out)
 
 
@@ -255,16 +256,18 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
     """Raise RecipeError if the rows of a step cannot be divided into whole pieces of equal length for every process."""
     rows, micro_rows = recipe.data.rows, recipe.data.micro_rows
     assert rows is not None
-    if rows % (processes * (micro_rows or 1)):
+    if rows % (together := processes * (micro_rows or 1)):
         by = f" in pieces of {micro_rows} (data.micro_rows)" if micro_rows else ""
-        raise RecipeError(f"data.rows {rows}", f"cannot be shared by {processes} processes{by}", "make it a multiple")
+        rule = f"cannot be divided among {processes} processes{by}"
+        raise RecipeError(f"data.rows {rows}", rule, f"give a multiple of {together}")
 
 
 def _check_same(there: Fractions, asked: Fractions) -> None:
     """Raise RecipeError if a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
-        rule = f"leaves the sparse model as it is, its blocks at L0 {there.blocks:.4g}, its embeddings at {there.embed:.4g}"
-        remedy = f"the recipe says {asked.blocks:.4g} and {asked.embed:.4g}: give those (sparsity.l0, embed_l0)"
+        rule = f"keeps the sparse model's L0 ({there.blocks:.4g} in blocks, {there.embed:.4g} in embeddings)"
+        rule += f", and the recipe asks for {asked.blocks:.4g} and {asked.embed:.4g}"
+        remedy = f"give sparsity.l0 {there.blocks:.4g} and sparsity.embed_l0 {there.embed:.4g}"
         raise RecipeError("optimizer.rate 0", rule, remedy)
 
 
@@ -277,10 +280,10 @@ def _agrees(given: Any, saved: Any) -> bool:
 
 def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None) -> Accelerator:
     if device not in ("auto", "cpu", "cuda"):
-        offered = "it is auto, cpu or cuda (accelerate launch chooses among several)"
-        raise RecipeError(f"device {device!r}", "is not offered", offered)
+        remedy = "give auto, cpu or cuda (`accelerate launch` chooses among several GPUs)"
+        raise RecipeError(f"device {device!r}", "is not supported", remedy)
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device 'cuda'", "was asked for and torch sees no GPU here", "give ‹device› cpu")
+        raise RecipeError("device 'cuda'", "was requested, but torch finds no GPU", "give ‹device› cpu")
     if log_with and out is None:
         raise RecipeError(f"‹log_with› {log_with}", "needs a folder to log to", "give ‹out›")
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier fit in this process may have chosen another device
@@ -296,5 +299,5 @@ def _accelerator(device: str, dtype: str, log_with: str | None, out: Path | None
     except ValueError as error:
         raise RecipeError(f"‹log_with› {log_with}: {error}") from None
     if log_with and not accelerator.log_with:
-        raise RecipeError(f"‹log_with› {log_with}", "needs the package of that name, which is not installed here")
+        raise RecipeError(f"‹log_with› {log_with}", "needs the package of that name, which is not installed", "install it")
     return accelerator

@@ -31,8 +31,8 @@ def shard(objective: nn.Module, accelerator: Accelerator) -> bool:
     if not fsdp or accelerator.num_processes == 1:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        rule = "lays matrices end to end, and bridge keeps the largest weights of each"
-        raise RecipeError("FSDP of version 1", rule, "set fsdp_version: 2 in accelerate's configuration")
+        rule = "joins matrices into one vector, but bridge selects the largest weights of each matrix"
+        raise RecipeError("FSDP version 1", rule, "set fsdp_version: 2 in accelerate's configuration")
     fully_shard(objective, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
     return True
 

@@ -69,13 +69,14 @@ def restore(out: Path, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks
     try:
         difference = Identity.read(facts["dense"]).difference(coupling.dense.identity())
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"the run in {str(out)!r}", "does not say of which dense model it is", "fit it again") from None
+        raise CheckpointError(f"the run in {str(out)!r}", "does not name its dense model", "fit it again") from None
     if difference:
         name = coupling.dense.name
-        raise CheckpointError(f"the run in {str(out)!r}", f"has another dense model than {name!r}: {difference}", "give that one")
+        rule = f"has another dense model than {name!r}: {difference}"
+        raise CheckpointError(f"the run in {str(out)!r}", rule, "give the dense model of the run")
     if facts.get("native") and in_shards(coupling.sparse):
-        what, rule = f"the run in {str(out)!r}", "trains nonzeros alone by now, which are not kept in shards"
-        raise CheckpointError(what, rule, "go on without FSDP")
+        what, rule = f"the run in {str(out)!r}", "already trains only the nonzeros, which cannot be sharded"
+        raise CheckpointError(what, rule, "continue without FSDP")
     for name in facts.get("native") or ():
         weight = coupling.sparse.get_parameter(name)
         pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))

@@ -182,7 +182,7 @@ def test_tasks_refuses(arguments: list[str], message: str) -> None:
 def test_fit_stops_at_the_end_of_a_stretch_and_goes_on(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", out, "--stretch", 0, *TINY)
-    assert first.exit_code == 0 and "stopped at step 1" in first.stderr and f"--resume --out {out} goes on" in first.stderr
+    assert first.exit_code == 0 and "stopped at step 1" in first.stderr and f"continue with --resume --out {out}" in first.stderr
     second = run("fit", "--resume", "--out", out, "--device", "cpu")  # what was fitted is in the folder
     assert second.exit_code == 0, second.output
     assert CoupledModels.from_pretrained(out).recipe.sparsity.l0 == 0.2
@@ -198,7 +198,7 @@ def test_a_run_that_is_asked_to_stop_exits_with_130(
     monkeypatch.setattr("bridge.training.prepare.seconds_a_step", lambda run: 1.0)
     monkeypatch.setattr(training, "draw_splice", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a))[1])
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 640, "--out", tmp_path / "run", *TINY)
-    assert result.exit_code == 130 and "goes on" in result.stderr
+    assert result.exit_code == 130 and "continue with --resume --out" in result.stderr
     assert (tmp_path / "run" / "training.json").is_file()
 
 
@@ -228,8 +228,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--l0", "0.1", "--set", "sparse.wdth=3"], "the setting sparse.wdth is not one of the recipe's settings"),
         (["--l0", "0.1", "--set", "width"], "is not of the form key=value"),
         (["--l0", "0.1", "--recipe", "no.toml"], "recipe 'no.toml' does not exist"),
-        (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not offered"),
-        (["--l0", "0.1", "--dtype", "int8"], "dtype 'int8' is not offered"),
+        (["--l0", "0.1", "--device", "tpu"], "device 'tpu' is not supported"),
+        (["--l0", "0.1", "--dtype", "int8"], "dtype 'int8' is not supported"),
         (["--l0", "0.1", "--out", "/proc/version/run"], "cannot be created"),
     ],
 )
@@ -469,7 +469,7 @@ def test_what_has_diverged_is_not_written(dense_folder: Path, text_file: Path, t
     out = tmp_path / "run"
     settings = ["--set", "optimizer.rate=1e30", "--set", "refit.slopes=0", "--set", "optimizer.warmup=0"]
     result = run("fit", dense_folder, "--l0", 0.2, "--data", text_file, "--tokens", 40, "--out", out, *TINY, *settings)
-    assert result.exit_code == 1 and "stopped at the end: what was fitted answers with" in result.stderr, result.output
+    assert result.exit_code == 1 and "stopped at the end: the cross-entropy on held-out text is" in result.stderr, result.output
     assert not (out / "coupling.json").exists()
 
 

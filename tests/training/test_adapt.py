@@ -74,7 +74,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(folder: Path, tmp_path: Path) -> N
     merged = load_dense(folder / "dense", adapter=folder / "adapter").model
     merged.save_pretrained(tmp_path / "merged")
     refused = run("adapt", folder / "base", "--model", tmp_path / "merged", "--tokens", 64, "--out", tmp_path / "out")
-    assert_refused(refused, "has no tokenizer; save that of")
+    assert_refused(refused, "has no tokenizer; save the tokenizer of")
     tiny_tokenizer().save_pretrained(tmp_path / "merged")
     tuned = bridge.load(folder / "base").adapt(model=str(tmp_path / "merged"), tokens=64)
     assert tuned.dense.fingerprint() == load_dense(tmp_path / "merged").fingerprint()
@@ -86,14 +86,14 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(folder: Path, tmp_path: Pat
         assert_refused(run("adapt", folder / "base", "--out", tmp_path / "out", *options), str(message))
         assert not (tmp_path / "out").exists()
 
-    refused("which fine-tune is not said")
-    refused("--adapter", folder / "adapter", "--model", folder / "dense", "which fine-tune is not said")
+    refused("the fine-tune must be given exactly once; give either")
+    refused("--adapter", folder / "adapter", "--model", folder / "dense", "the fine-tune must be given exactly once; give either")
     # an adapter of another shape; of another model of this shape, that is there or that is not
     tiny_gpt2(width=32).save_pretrained(tmp_path / "wide")
     refused("--adapter", adapter_folder(tmp_path, 0.1, "wide-adapter", tmp_path / "wide"), "was trained on")
     tiny_gpt2(seed=9).save_pretrained(tmp_path / "other")
     other = adapter_folder(tmp_path, 0.1, "other-adapter", tmp_path / "other")
-    refused("--adapter", other, "its weights differ; give an adapter of that one")
+    refused("--adapter", other, "its weights differ; give an adapter of that dense model")
     shutil.rmtree(tmp_path / "other")
     refused("--adapter", other, "which is not the dense model")
     config = other / "adapter_config.json"
@@ -106,4 +106,4 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(folder: Path, tmp_path: Pat
     shutil.copytree(folder / "dense", tmp_path / "renamed")
     tokens = tmp_path / "renamed" / "tokenizer.json"
     tokens.write_text(tokens.read_text().replace('"w7"', '"x7"'))
-    refused("--model", tmp_path / "renamed", "has another tokenizer than")
+    refused("--model", tmp_path / "renamed", f"the tokenizer of '{tmp_path / 'renamed'}' differs from that of")
